@@ -1,0 +1,1 @@
+"""The onelaunch command."""

@@ -1,0 +1,57 @@
+"""onelaunch: refresh the attention metadata of N draft backends in one CUDA launch.
+
+A configuration becomes a key, the key becomes emitted CUDA, the CUDA becomes a module, the module binds to buffers,
+and the bound plan is one launch.
+"""
+
+from __future__ import annotations
+
+from .api import (
+    fused_metadata_copy_cuda,
+    fused_metadata_precompute_and_broadcast_cuda,
+    precompute_decode_metadata_cuda,
+    specialize,
+)
+from .config import PRESETS, KernelConfig, preset
+from .errors import (
+    ArgumentError,
+    CompileError,
+    ConfigError,
+    JitPolicyError,
+    LaunchError,
+    OnelaunchError,
+    StoreError,
+    ToolchainError,
+)
+from .fields import FIELDS, Field, MetadataBuffers
+from .loader import Kernel, freeze
+from .plan import Plan, bind
+from .render import render
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FIELDS",
+    "PRESETS",
+    "ArgumentError",
+    "CompileError",
+    "ConfigError",
+    "Field",
+    "JitPolicyError",
+    "Kernel",
+    "KernelConfig",
+    "LaunchError",
+    "MetadataBuffers",
+    "OnelaunchError",
+    "Plan",
+    "StoreError",
+    "ToolchainError",
+    "bind",
+    "freeze",
+    "fused_metadata_copy_cuda",
+    "fused_metadata_precompute_and_broadcast_cuda",
+    "precompute_decode_metadata_cuda",
+    "preset",
+    "render",
+    "specialize",
+]

@@ -1,0 +1,360 @@
+"""KernelConfig: what one kernel is specialized to. Immutable, validated, printable, hashable.
+
+Nothing here spells C++: the emitted spellings appear only where the templates are rendered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError
+from .fields import FIELDS
+
+Operation = Literal["precompute_and_broadcast", "copy"]
+Mode = Literal["decode"]
+IntDtype = Literal["int32", "int64"]
+Extent = Literal["live", "full"]
+Target = Literal["cuda", "cpu"]
+
+# Part of every key: raise it when a key's ingredients change meaning.
+SCHEMA_VERSION = 1
+
+# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+), the parameter block is 64-bit words.
+MAX_PARAM_WORDS = 32_764 // 8
+
+_LENGTHS_TOPK = ("nsa_cache_seqlens", "nsa_cu_seqlens_k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """The facts that one emitted kernel is specialized to.
+
+    Batch size, lengths, widths, strides and pointers aren't among them: those are arguments, so one kernel serves
+    every captured batch size. A fact that the chosen fields don't need is set to its neutral value on
+    construction (``page_size`` to 1 without ``real_page_table``, and so on), so that two configurations that would
+    emit the same CUDA are equal.
+
+    Attributes:
+        operation: "precompute_and_broadcast" computes the fields from the lengths and the token table and writes
+            them to every backend; "copy" copies fields that were computed before to every backend.
+        mode: the forward mode, "decode".
+        num_backends: N, the number of backends one launch refreshes, 1 or more.
+        fields: names from FIELDS, in any order, without repeats.
+        distinct: (field, count) for each field whose N destinations are fewer than N different tensors, because
+            backends share them. Shared memory is written once.
+        seq_lens_dtype, req_pool_indices_dtype, req_to_token_dtype: "int32" or "int64".
+        index_topk: T, the clamp of nsa_cache_seqlens, 0 or more.
+        page_size: P, tokens a page of real_page_table, 1 or more.
+        extent: "live" writes the columns below a request's length, "full" every column below max_len.
+        vector_bytes: width of the table stores: 16 where all destinations of a row have one 16-byte phase, else 4.
+        target: "cuda", or "cpu" for the same kernel built by the host compiler.
+        threads: threads a block, a power of two from 32 to 1024 (1 on the CPU target).
+        unroll: 16-byte accesses a thread has in flight, 1 to 8.
+        blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32.
+
+    Raises:
+        ConfigError: a fact is outside what is allowed.
+    """
+
+    operation: Operation = "precompute_and_broadcast"
+    mode: Mode = "decode"
+    num_backends: int = 1
+    fields: tuple[str, ...] = (
+        "cache_seqlens",
+        "cu_seqlens_k",
+        "page_indices",
+        "nsa_cache_seqlens",
+        "nsa_cu_seqlens_k",
+        "real_page_table",
+    )
+    distinct: tuple[tuple[str, int], ...] = ()
+    seq_lens_dtype: IntDtype = "int64"
+    req_pool_indices_dtype: IntDtype = "int64"
+    req_to_token_dtype: IntDtype = "int32"
+    index_topk: int = 2048
+    page_size: int = 64
+    extent: Extent = "live"
+    vector_bytes: Literal[4, 16] = 16
+    target: Target = "cuda"
+    threads: int = 256
+    unroll: int = 4
+    blocks_per_sm: int = 8
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("operation", get_args(Operation)),
+            ("mode", get_args(Mode)),
+            ("seq_lens_dtype", get_args(IntDtype)),
+            ("req_pool_indices_dtype", get_args(IntDtype)),
+            ("req_to_token_dtype", get_args(IntDtype)),
+            ("extent", get_args(Extent)),
+            ("vector_bytes", (4, 16)),
+            ("target", get_args(Target)),
+        ):
+            _one_of(name, getattr(self, name), choices)
+        for name, low, high in (
+            ("num_backends", 1, None),
+            ("index_topk", 0, 2**31 - 1),
+            ("page_size", 1, 2**31 - 1),
+            ("threads", 1, 1024),
+            ("unroll", 1, 8),
+            ("blocks_per_sm", 1, 32),
+        ):
+            _integer(name, getattr(self, name), low, high)
+        if self.target == "cuda" and (self.threads < 32 or self.threads & (self.threads - 1)):
+            raise ConfigError(
+                f"threads is {self.threads}; on the cuda target it must be a power of two from 32 to 1024: "
+                "a block is made of whole warps."
+            )
+        self._check_fields()
+        self._neutralize()
+        if self.param_words > MAX_PARAM_WORDS:
+            raise ConfigError(
+                f"num_backends is {self.num_backends} with {len(self.fields)} fields, which needs "
+                f"{8 * self.param_words} bytes of kernel parameters; CUDA allows {8 * MAX_PARAM_WORDS}. "
+                "Refresh the backends in several plans."
+            )
+
+    def _check_fields(self) -> None:
+        fields = self.fields
+        if isinstance(fields, str) or not isinstance(fields, Iterable):
+            raise ConfigError(f"fields is {fields!r}; it must be a tuple of names from {', '.join(FIELDS)}.")
+        fields = tuple(fields)
+        for name in fields:
+            _one_of("fields", name, tuple(FIELDS))
+        if len(set(fields)) != len(fields):
+            raise ConfigError(f"fields is {fields!r}; name each field once.")
+        if not fields:
+            raise ConfigError(f"fields is empty; name at least one of {', '.join(FIELDS)}.")
+        if self.operation == "precompute_and_broadcast" and self.page_size == 1:
+            if "real_page_table" in fields and "page_indices" not in fields:
+                raise ConfigError(
+                    "fields has real_page_table without page_indices and page_size is 1; with pages of one token "
+                    "the two are the same table: ask for page_indices instead."
+                )
+            fields = tuple(name for name in fields if name != "real_page_table")
+        _set(self, "fields", tuple(name for name in FIELDS if name in fields))
+        distinct = dict(self.distinct)
+        for name, count in distinct.items():
+            _one_of("distinct", name, self.fields)
+            _integer(f"distinct[{name}]", count, 1, self.num_backends)
+        _set(
+            self,
+            "distinct",
+            tuple(
+                (name, distinct[name])
+                for name in self.fields
+                if distinct.get(name, self.num_backends) < self.num_backends
+            ),
+        )
+
+    def _neutralize(self) -> None:
+        copies = self.operation == "copy"
+        if copies and self.extent == "live":
+            # A copy has no lengths to go by: it copies what the precomputed buffers hold.
+            _set(self, "extent", "full")
+        if copies or not self.needs_lengths:
+            _set(self, "seq_lens_dtype", "int64")
+        if copies or not self.tables:
+            _set(self, "req_pool_indices_dtype", "int64")
+            _set(self, "req_to_token_dtype", "int32")
+        if copies or not any(name in self.fields for name in _LENGTHS_TOPK):
+            _set(self, "index_topk", 0)
+        if copies or "real_page_table" not in self.fields:
+            _set(self, "page_size", 1)
+        if not self.tables:
+            _set(self, "extent", "full")
+            _set(self, "vector_bytes", 4)
+            _set(self, "unroll", 1)
+            _set(self, "blocks_per_sm", 1)
+        elif not copies and "page_indices" not in self.fields:
+            # Page numbers are picked one word in page_size: there is no 16-byte run to move.
+            _set(self, "vector_bytes", 4)
+        if self.target == "cpu":
+            _set(self, "threads", 1)
+            _set(self, "blocks_per_sm", 1)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The fields that are tables."""
+        return tuple(name for name in self.fields if FIELDS[name].kind == "table")
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The fields that have one element a request, or one more (running sums)."""
+        return tuple(name for name in self.fields if FIELDS[name].kind != "table")
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the kernel reads seq_lens."""
+        return self.operation != "copy" and (bool(self.vectors) or self.extent == "live")
+
+    @property
+    def warp_size(self) -> int:
+        """Threads that exchange registers: 32 on a GPU; 1 where one thread runs a whole block."""
+        return 32 if self.target == "cuda" else 1
+
+    def destinations(self, field: str) -> int:
+        """How many different tensors the backends have for a field."""
+        return dict(self.distinct).get(field, self.num_backends)
+
+    @property
+    def param_words(self) -> int:
+        """64-bit words in the kernel's parameter block (see layout.py)."""
+        from .layout import param_words
+
+        return len(param_words(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as plain JSON values, in declaration order."""
+        facts = dataclasses.asdict(self)
+        facts["fields"] = list(self.fields)
+        facts["distinct"] = dict(self.distinct)
+        return facts
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> KernelConfig:
+        """The inverse of to_dict; unknown names are refused.
+
+        Raises:
+            ConfigError: a name isn't a fact, or a value is outside what is allowed.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in facts:
+            _one_of("the fact's name", name, tuple(known))
+        values = dict(facts)
+        if "fields" in values and not isinstance(values["fields"], str):
+            values["fields"] = tuple(values["fields"])
+        if "distinct" in values:
+            values["distinct"] = tuple(dict(values["distinct"]).items())
+        return cls(**values)
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 (hex) of the schema version and the facts. Symbols carry its first 16 digits.
+
+        The key of a build, which also covers source, flags, architectures and compilers, is the store's.
+        """
+        text = json.dumps({"schema": SCHEMA_VERSION, **self.to_dict()}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def symbol(self) -> str:
+        """The stem of every exported name: onelaunch_<operation>_<mode>_n<N>_<16 digits of the key>."""
+        verb = "copy" if self.operation == "copy" else "broadcast"
+        return f"onelaunch_{verb}_{self.mode}_n{self.num_backends}_{self.key[:16]}"
+
+    def replace(self, **changes: Any) -> KernelConfig:
+        """A copy with some facts changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def settings(self) -> str:
+        """The facts that differ from the defaults as ``key=value,…``, the form that ``--set`` reads."""
+        parts = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value == f.default:
+                continue
+            if f.name == "fields":
+                value = "+".join(value)
+            elif f.name == "distinct":
+                value = "+".join(f"{name}:{count}" for name, count in value)
+            parts.append(f"{f.name}={value}")
+        return ",".join(parts)
+
+
+def parse_settings(text: str, base: KernelConfig | None = None) -> KernelConfig:
+    """Reads ``key=value,…`` over a base configuration (the defaults if None); fields are joined by ``+``.
+
+    Raises:
+        ConfigError: a part isn't ``key=value``, a key is unknown, or a value doesn't fit.
+    """
+    base = base or KernelConfig()
+    facts: dict[str, Any] = {}
+    defaults = {f.name: f.default for f in dataclasses.fields(KernelConfig)}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value:
+            raise ConfigError(f"the setting {part!r} is not of the form key=value, for example num_backends=3.")
+        _one_of("the setting's key", name, tuple(defaults))
+        if name == "fields":
+            facts[name] = tuple(value.split("+"))
+        elif name == "distinct":
+            pairs = [pair.partition(":") for pair in value.split("+")]
+            facts[name] = tuple((field, _parse_int(name, count)) for field, _, count in pairs)
+        elif isinstance(defaults[name], int):
+            facts[name] = _parse_int(name, value)
+        else:
+            facts[name] = value
+    return base.replace(**facts)
+
+
+def _parse_int(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}; it must be a whole number.") from None
+
+
+def _set(config: KernelConfig, name: str, value: object) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        hint = ""
+        if isinstance(value, str):
+            near = difflib.get_close_matches(value, [c for c in choices if isinstance(c, str)], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.{hint}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number.")
+    if value < low or (high is not None and value > high):
+        allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        raise ConfigError(f"{name} is {value}; allowed: {allowed}.")
+
+
+PRESETS: dict[str, KernelConfig] = {
+    "nsa-decode-1": KernelConfig(),
+    "nsa-decode-2": KernelConfig(num_backends=2),
+    "nsa-decode-3": KernelConfig(num_backends=3),
+    "nsa-decode-7": KernelConfig(num_backends=7),
+    "nsa-decode-64": KernelConfig(num_backends=64),
+    "nsa-decode-3-full": KernelConfig(num_backends=3, extent="full"),
+    "nsa-decode-3-page1": KernelConfig(num_backends=3, page_size=1),
+    "nsa-decode-3-page16": KernelConfig(num_backends=3, page_size=16),
+    "nsa-decode-3-unaligned": KernelConfig(num_backends=3, vector_bytes=4),
+    "nsa-decode-3-int32": KernelConfig(num_backends=3, seq_lens_dtype="int32", req_pool_indices_dtype="int32"),
+    "nsa-decode-3-int64": KernelConfig(num_backends=3, req_to_token_dtype="int64"),
+    "nsa-decode-3-pages-only": KernelConfig(
+        num_backends=3,
+        fields=("cache_seqlens", "cu_seqlens_k", "nsa_cache_seqlens", "nsa_cu_seqlens_k", "real_page_table"),
+    ),
+    "nsa-decode-3-lengths-only": KernelConfig(
+        num_backends=3, fields=("cache_seqlens", "cu_seqlens_k", "nsa_cache_seqlens", "nsa_cu_seqlens_k")
+    ),
+    "nsa-precompute": KernelConfig(extent="full"),
+    "nsa-copy-1": KernelConfig(operation="copy"),
+    "nsa-copy-3": KernelConfig(operation="copy", num_backends=3),
+}
+"""The configurations that ship: their CUDA is in generated/, and each is compiled and run by the tests."""
+
+
+def preset(name: str) -> KernelConfig:
+    """A shipped configuration by name.
+
+    Raises:
+        ConfigError: there is no preset of that name.
+    """
+    _one_of("the preset's name", name, tuple(PRESETS))
+    return PRESETS[name]

@@ -1,0 +1,538 @@
+"""Binding a kernel to buffers, once, so that a step is one cheap call and one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import layout, loader, toolchain
+from .checks import (
+    INT_DTYPES,
+    MAX_BATCH,
+    MAX_COLUMNS,
+    Region,
+    check_destination,
+    check_disjoint,
+    check_int,
+    check_tensor,
+    dtype_name,
+)
+from .config import KernelConfig
+from .errors import ArgumentError, LaunchError
+from .fields import FIELDS, MetadataBuffers
+from .loader import Kernel
+
+NameOf = Callable[[int, str], str]
+
+
+class Destinations:
+    """The checked destinations of N backends: which fields there are, the different tensors of each, the capacity.
+
+    Args:
+        backends: one MetadataBuffers a backend; all have the same fields.
+        page_size: P; with 1, real_page_table must be page_indices or None.
+        name_of: the name of a backend's field, for messages.
+
+    Attributes:
+        fields: names of the fields that are written.
+        tensors: for each field, its different tensors: one that several backends share is there once.
+        regions: their memory.
+        device: the device of all of them.
+        capacity: requests that fit.
+
+    Raises:
+        ArgumentError: a tensor can't be written to, the backends don't match, or destinations overlap.
+    """
+
+    def __init__(self, backends: Sequence[MetadataBuffers], page_size: int, name_of: NameOf) -> None:
+        if isinstance(backends, MetadataBuffers) or not isinstance(backends, Sequence):
+            raise ArgumentError(f"backends is a {type(backends).__name__}; it must be a list of MetadataBuffers.")
+        for index, backend in enumerate(backends):
+            if not isinstance(backend, MetadataBuffers):
+                raise ArgumentError(f"backends[{index}] is a {type(backend).__name__}; it must be a MetadataBuffers.")
+        if not backends:
+            raise ArgumentError("backends is empty; give the buffers of at least one backend.")
+        self.count = len(backends)
+        self.device: torch.device | None = None
+        self.tensors: dict[str, list[Tensor]] = {}
+        names: dict[int, str] = {}
+        capacities: list[tuple[int, str]] = []
+        for index, backend in enumerate(backends):
+            for name, tensor in _written(backend, index, page_size, name_of).items():
+                field, label = FIELDS[name], name_of(index, name)
+                check_destination(label, tensor, dim=2 if field.kind == "table" else 1, device=self.device)
+                self.device = tensor.device
+                if field.kind == "cumulative" and tensor.numel() == 0:
+                    raise ArgumentError(f"{label} is empty; it must have room for the first 0, shape [bs + 1].")
+                capacities.append((tensor.shape[0] - (field.kind == "cumulative"), label))
+                known = self.tensors.setdefault(name, [])
+                if not any(_same_memory(tensor, other) for other in known):
+                    known.append(tensor)
+                    names[id(tensor)] = label
+        first = _written(backends[0], 0, page_size, name_of)
+        for index, backend in enumerate(backends):
+            for name in _written(backend, index, page_size, name_of).keys() ^ first.keys():
+                has, lacks = (0, index) if name in first else (index, 0)
+                raise ArgumentError(
+                    f"{name_of(lacks, name)} is None but {name_of(has, name)} is a tensor; all backends must have the "
+                    "same fields. Bind backends with other fields to a plan of their own."
+                )
+        if not first:
+            raise ArgumentError("backends have no field at all; give at least one tensor.")
+        self.fields = tuple(name for name in FIELDS if name in first)
+        self.capacity, self.narrowest = min(capacities)
+        self.names = names
+        self.regions = [Region.of(names[id(t)], t) for tensors in self.tensors.values() for t in tensors]
+        check_disjoint(self.regions)
+
+    def width(self, name: str) -> int | None:
+        """The common width of a table field, None if there is no such field.
+
+        Raises:
+            ArgumentError: backends differ in it.
+        """
+        tensors = self.tensors.get(name)
+        if not tensors:
+            return None
+        for tensor in tensors:
+            if tensor.shape[1] != tensors[0].shape[1]:
+                raise ArgumentError(
+                    f"{self.names[id(tensor)]} has {tensor.shape[1]} columns and {self.names[id(tensors[0])]} has "
+                    f"{tensors[0].shape[1]}; all backends must have the same. Slice them: table[:, :width]."
+                )
+        return tensors[0].shape[1]
+
+    def one_phase(self, name: str) -> bool:
+        """Whether row r of every tensor lies equally far past a 16-byte boundary, for every r."""
+        tensors = self.tensors[name]
+        first = tensors[0]
+        return all(
+            (t.data_ptr() - first.data_ptr()) % 16 == 0
+            and ((t.stride(0) - first.stride(0)) % 4 == 0 or t.shape[0] == first.shape[0] == 1)
+            for t in tensors
+        )
+
+    def distinct(self) -> tuple[tuple[str, int], ...]:
+        """(field, count) of the fields that backends share, for KernelConfig.distinct."""
+        return tuple((name, len(t)) for name, t in self.tensors.items() if len(t) < self.count)
+
+    def words(self, name: str) -> list[int]:
+        """The parameter words of a field."""
+        return [word for tensor in self.tensors[name] for word in _tensor_words(tensor)]
+
+
+def _written(backend: MetadataBuffers, index: int, page_size: int, name_of: NameOf) -> dict[str, Tensor]:
+    """The fields to write: what is only another name for the same memory is left out."""
+    fields = {field.name: tensor for field, tensor in backend.items()}
+    for name, tensor in fields.items():
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(
+                f"{name_of(index, name)} is a {type(tensor).__name__}; it must be a torch.Tensor or None."
+            )
+    expanded, cache = fields.get("seqlens_expanded"), fields.get("cache_seqlens")
+    if expanded is not None and cache is not None and _same_memory(expanded, cache):
+        del fields["seqlens_expanded"]
+    real = fields.get("real_page_table")
+    if page_size == 1 and real is not None:
+        wide = fields.get("page_indices")
+        if wide is None or not _same_memory(real, wide):
+            raise ArgumentError(
+                f"{name_of(index, 'real_page_table')} is a tensor of its own, but with pages of one token it is the "
+                "same table as page_indices; pass None, or the very same tensor."
+            )
+        del fields["real_page_table"]
+    return fields
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _tensor_words(tensor: Tensor) -> list[int]:
+    return [tensor.data_ptr(), tensor.stride(0)] if tensor.dim() == 2 else [tensor.data_ptr()]
+
+
+class BoundKernel:
+    """A loaded kernel with its constant parameter words set, and the launch."""
+
+    def __init__(self, config: KernelConfig, device: torch.device, values: dict[str, list[int]]) -> None:
+        archs = None
+        self.index = 0
+        if device.type == "cuda":
+            self.index = device.index
+            archs = toolchain.architectures(device.index)
+        self.kernel = loader.load(config, archs)
+        values = {
+            "device": [self.index],
+            "sm_count": [
+                torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+            ],
+            **values,
+        }
+        words = [word for m in layout.members(config) if not m.per_call for word in values[m.name]]
+        try:
+            # Loads the kernel on the device now: a first launch inside a graph capture couldn't.
+            self.kernel.module.prepare(self.index)
+        except RuntimeError as error:
+            raise LaunchError(
+                f"{config.symbol} can't be loaded on {device}: {error}. It was built for "
+                f"{', '.join('sm_' + arch for arch in self.kernel.archs) or 'the CPU'}."
+            ) from error
+        self._plan = self.kernel.module.bind(words)
+        self.run = self._plan.run
+        self.on_gpu = device.type == "cuda"
+
+    def stream(self) -> int:
+        """The current stream of the device, 0 on the CPU."""
+        return torch._C._cuda_getCurrentRawStream(self.index) if self.on_gpu else 0
+
+
+class Plan:
+    """N backends' buffers bound to one kernel. Made by bind().
+
+    Attributes:
+        config: what the kernel is specialized to.
+        kernel: the kernel.
+        device: the device of all tensors.
+        capacity: the largest batch that fits the destinations.
+        launches: kernel launches so far.
+    """
+
+    def __init__(
+        self, destinations: Destinations, config: KernelConfig, req_to_token: Tensor, columns: int, keep: bool
+    ):
+        assert destinations.device is not None
+        self.config = config
+        self.device = destinations.device
+        self.capacity = destinations.capacity
+        self.launches = 0
+        self._columns = columns
+        self._limit = columns
+        self._narrowest = destinations.narrowest
+        self._regions = destinations.regions
+        # The kernel holds bare addresses: the tensors must live as long as the plan.
+        self._tensors = (destinations.tensors, req_to_token) if keep else None
+        self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
+        self._pool_dtype = getattr(torch, config.req_pool_indices_dtype)
+        self._reads_lengths = config.needs_lengths
+        self._gathers = bool(config.tables)
+        self._bound = BoundKernel(
+            config,
+            self.device,
+            {
+                "req_to_token": [req_to_token.data_ptr()],
+                "req_to_token_stride": [req_to_token.stride(0)],
+                "req_to_token_width": [req_to_token.shape[1]],
+                **{name: destinations.words(name) for name in config.fields},
+            },
+        )
+        self.kernel: Kernel = self._bound.kernel
+        self._checked: tuple[Any, ...] = ()
+
+    def run(self, seq_lens: Tensor, req_pool_indices: Tensor, *, max_len: int | None = None) -> None:
+        """Refreshes every backend: one launch on the device's current stream, nothing else. Capturable.
+
+        Args:
+            seq_lens: int [bs], of the dtype that the plan was bound for, any stride, bs up to ``capacity``.
+            req_pool_indices: int [bs], likewise; rows of req_to_token. The caller vouches for their range.
+            max_len: bound on the columns of this call; None is the bound that bind() was given.
+
+        Raises:
+            ArgumentError: a tensor doesn't fit; nothing was written.
+            LaunchError: CUDA refused the launch.
+        """
+        batch_size = seq_lens.numel()
+        arguments = (
+            seq_lens.data_ptr(),
+            req_pool_indices.data_ptr(),
+            batch_size,
+            req_pool_indices.numel(),
+            seq_lens.stride(),
+            req_pool_indices.stride(),
+            seq_lens.dtype,
+            req_pool_indices.dtype,
+            max_len,
+        )
+        if arguments != self._checked:
+            self._words = self._check(seq_lens, req_pool_indices, batch_size, max_len)
+            self._checked = arguments
+        try:
+            self._bound.run(*self._words, self._bound.stream())
+        except RuntimeError as error:
+            raise LaunchError(f"{self.config.symbol} wasn't launched on {self.device}: {error}.") from error
+        self.launches += 1
+
+    def _check(self, seq_lens: Tensor, req_pool_indices: Tensor, batch_size: int, max_len: int | None) -> list[int]:
+        """The words of a call whose arguments differ from the last one's."""
+        for name, tensor, dtype in (
+            ("seq_lens", seq_lens, self._seq_lens_dtype),
+            ("req_pool_indices", req_pool_indices, self._pool_dtype),
+        ):
+            unread = not (self._reads_lengths if name == "seq_lens" else self._gathers)
+            check_tensor(name, tensor, dim=1, dtypes=INT_DTYPES if unread else (dtype,), device=self.device)
+            region = Region.of(name, tensor)
+            for destination in self._regions:
+                if region.overlaps(destination):
+                    raise ArgumentError(
+                        f"{name} overlaps {destination.name} in memory; the kernel would read what it is writing. "
+                        "Pass a copy (note that .to(torch.int32) returns the same tensor if it is int32 already)."
+                    )
+        if req_pool_indices.numel() != batch_size:
+            raise ArgumentError(
+                f"req_pool_indices has {req_pool_indices.numel()} elements and seq_lens has {batch_size}; "
+                "they must have the same number."
+            )
+        if batch_size > self.capacity:
+            raise ArgumentError(
+                f"seq_lens has {batch_size} requests; {self._narrowest} has room for {self.capacity}. "
+                "Bind larger buffers."
+            )
+        columns = self._columns
+        if max_len is not None:
+            columns = check_int("max_len", max_len, 0, self._limit, ", the width of the narrowest table")
+        words = []
+        if self._reads_lengths:
+            words += [seq_lens.data_ptr(), seq_lens.stride(0)]
+        if self._gathers:
+            words += [req_pool_indices.data_ptr(), req_pool_indices.stride(0)]
+        words.append(batch_size)
+        if self._gathers:
+            words.append(columns)
+        return words
+
+    def limit_columns(self, max_len: int | None) -> None:
+        """Sets the bound that run() uses when it is given none."""
+        if max_len is not None:
+            self._columns = check_int("max_len", max_len, 0, self._limit, ", the width of the narrowest table")
+
+    def __repr__(self) -> str:
+        return f"Plan({self.config.symbol}, device={self.device}, capacity={self.capacity})"
+
+
+def backend_field(index: int, name: str) -> str:
+    """How bind() names a destination in a message."""
+    return f"backends[{index}].{name}"
+
+
+def bind(
+    backends: Sequence[MetadataBuffers],
+    *,
+    req_to_token: Tensor,
+    mode: str = "decode",
+    index_topk: int = 2048,
+    page_size: int = 64,
+    next_n: int = 1,
+    seqlen_offsets: Sequence[int] | None = None,
+    extent: str = "live",
+    max_len: int | None = None,
+    seq_lens_dtype: torch.dtype = torch.int64,
+    req_pool_indices_dtype: torch.dtype = torch.int64,
+) -> Plan:
+    """Validates N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
+
+    The first bind of a new configuration builds its kernel. The plan keeps the tensors alive.
+
+    Args:
+        backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
+        req_to_token: int32 or int64 [pool rows, W], unit inner stride, any row stride.
+        mode: "decode".
+        index_topk: T, 0 or more.
+        page_size: P in tokens, 1 or more; 1 means that real_page_table is page_indices.
+        next_n: tokens a request verifies; 1 in decode.
+        seqlen_offsets: per-backend offsets of the lengths; None.
+        extent: "live" writes the columns below a request's length and leaves the rest untouched; "full" writes every
+            column below max_len.
+        max_len: bound on the columns; None is the width of the narrowest table.
+        seq_lens_dtype, req_pool_indices_dtype: torch.int32 or torch.int64, of the tensors that run() will get.
+
+    Raises:
+        ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
+        ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
+    """
+    if next_n != 1:
+        raise ArgumentError(f"next_n is {next_n!r}; allowed in decode: 1.")
+    if seqlen_offsets is not None:
+        raise ArgumentError(f"seqlen_offsets is {seqlen_offsets!r}; allowed: None.")
+    return make_plan(
+        backends,
+        req_to_token,
+        mode=mode,
+        index_topk=index_topk,
+        page_size=page_size,
+        extent=extent,
+        max_len=max_len,
+        seq_lens_dtype=seq_lens_dtype,
+        req_pool_indices_dtype=req_pool_indices_dtype,
+    )
+
+
+def make_plan(
+    backends: Sequence[MetadataBuffers],
+    req_to_token: Tensor,
+    *,
+    mode: str,
+    index_topk: int,
+    page_size: int,
+    extent: str,
+    max_len: int | None,
+    seq_lens_dtype: torch.dtype,
+    req_pool_indices_dtype: torch.dtype,
+    name_of: NameOf = backend_field,
+    topk_name: str = "index_topk",
+    page_size_name: str = "page_size",
+    keep: bool = True,
+) -> Plan:
+    """bind(), with the names that another function's arguments have in messages."""
+    check_int(topk_name, index_topk, 0, 2**31 - 1)
+    check_int(page_size_name, page_size, 1, 2**31 - 1)
+    for name, dtype in (("seq_lens_dtype", seq_lens_dtype), ("req_pool_indices_dtype", req_pool_indices_dtype)):
+        if dtype not in INT_DTYPES:
+            raise ArgumentError(f"{name} is {dtype}; allowed: torch.int32, torch.int64.")
+    destinations = Destinations(backends, page_size, name_of)
+    check_tensor("req_to_token", req_to_token, dim=2, dtypes=INT_DTYPES, device=destinations.device)
+    source = Region.of("req_to_token", req_to_token)
+    for region in destinations.regions:
+        if region.overlaps(source):
+            raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
+    columns = _column_limit(destinations, req_to_token, page_size)
+    wide = "page_indices" in destinations.fields
+    assert destinations.device is not None
+    config = KernelConfig.from_dict(
+        {
+            "mode": mode,
+            "num_backends": destinations.count,
+            "fields": destinations.fields,
+            "distinct": destinations.distinct(),
+            "seq_lens_dtype": dtype_name(seq_lens_dtype),
+            "req_pool_indices_dtype": dtype_name(req_pool_indices_dtype),
+            "req_to_token_dtype": dtype_name(req_to_token.dtype),
+            "index_topk": index_topk,
+            "page_size": page_size,
+            "extent": extent,
+            "vector_bytes": 16 if wide and destinations.one_phase("page_indices") else 4,
+            "target": destinations.device.type,
+        }
+    )
+    if max_len is not None:
+        check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
+    plan = Plan(destinations, config, req_to_token, columns, keep)
+    plan.limit_columns(max_len)
+    return plan
+
+
+def _column_limit(destinations: Destinations, req_to_token: Tensor, page_size: int) -> int:
+    """The number of columns that fit every table."""
+    columns = min(req_to_token.shape[1], MAX_COLUMNS)
+    wide, real = destinations.width("page_indices"), destinations.width("real_page_table")
+    if wide is not None:
+        columns = min(columns, wide)
+        if real is not None and real < -(-columns // page_size):
+            name = destinations.names[id(destinations.tensors["real_page_table"][0])]
+            raise ArgumentError(
+                f"{name} has {real} columns; {columns} tokens in pages of {page_size} need "
+                f"{-(-columns // page_size)}. Allocate a wider table, or narrow page_indices."
+            )
+    elif real is not None:
+        columns = min(columns, real * page_size)
+    return columns
+
+
+class CopyPlan:
+    """Precomputed fields bound to the destinations that they are copied to. Made by copy_plan().
+
+    Attributes:
+        config, kernel, device, capacity, launches: as in Plan.
+    """
+
+    def __init__(self, precomputed: MetadataBuffers, destinations: Destinations, keep: bool) -> None:
+        assert destinations.device is not None
+        self.device = destinations.device
+        self.launches = 0
+        capacities = [(destinations.capacity, destinations.narrowest)]
+        sources: dict[str, Tensor] = {}
+        self._widths: dict[str, int] = {}
+        for name in destinations.fields:
+            label = f"precomputed.{name}"
+            tensor = getattr(precomputed, name)
+            if tensor is None:
+                raise ArgumentError(
+                    f"{label} is None but the destinations have {name}; precompute it, or leave it out of the "
+                    "destinations."
+                )
+            table = FIELDS[name].kind == "table"
+            check_destination(label, tensor, dim=2 if table else 1, device=self.device)
+            sources[name] = tensor
+            capacities.append((tensor.shape[0] - (FIELDS[name].kind == "cumulative"), label))
+            region = Region.of(label, tensor)
+            for destination in destinations.regions:
+                if region.overlaps(destination):
+                    raise ArgumentError(
+                        f"{destination.name} overlaps {label} in memory; a copy needs separate tensors."
+                    )
+            if table:
+                width = destinations.width(name)
+                assert width is not None
+                self._widths[name] = width
+        self.rows, self._narrowest_source = min(capacities[1:])
+        self.capacity, self._narrowest = min(capacities)
+        self._source_widths = {name: sources[name].shape[1] for name in self._widths}
+        self._tensors = (destinations.tensors, sources) if keep else None
+        vectorized = bool(self._widths) and all(destinations.one_phase(name) for name in self._widths)
+        self.config = KernelConfig.from_dict(
+            {
+                "operation": "copy",
+                "num_backends": destinations.count,
+                "fields": destinations.fields,
+                "distinct": destinations.distinct(),
+                "vector_bytes": 16 if vectorized else 4,
+                "target": self.device.type,
+            }
+        )
+        self._bound = BoundKernel(
+            self.config,
+            self.device,
+            {
+                **{f"from_{name}": _tensor_words(tensor) for name, tensor in sources.items()},
+                **{name: destinations.words(name) for name in self.config.fields},
+            },
+        )
+        self.kernel: Kernel = self._bound.kernel
+
+    def run(self, *, bs: int | None = None, max_len: int | None = None, page_size: int | None = None) -> None:
+        """Copies every field to every destination: one launch on the device's current stream.
+
+        Args:
+            bs: requests; None is what the precomputed fields hold.
+            max_len: columns of page_indices; None is the source's width.
+            page_size: P, to bound real_page_table's columns at ceil(max_len / P); None copies its source's width.
+
+        Raises:
+            ArgumentError: a number doesn't fit; nothing was written.
+            LaunchError: CUDA refused the launch.
+        """
+        bs = self.rows if bs is None else check_int("bs", bs, 0, None)
+        if bs > self.capacity or bs > MAX_BATCH:
+            raise ArgumentError(f"bs is {bs}; {self._narrowest} has room for {self.capacity}. Use larger buffers.")
+        words = [bs]
+        for name, width in self._widths.items():
+            columns = self._source_widths[name]
+            if max_len is not None:
+                check_int("max_len", max_len, 0, self._source_widths.get("page_indices"), ", the width of page_indices")
+                if name == "page_indices":
+                    columns = max_len
+                elif page_size is not None:
+                    columns = min(columns, -(-max_len // page_size))
+            if columns > width:
+                raise ArgumentError(
+                    f"{name} has {columns} columns to copy, and a destination has {width}. "
+                    "Give wider destinations, or a smaller max_len."
+                )
+            words.append(columns)
+        try:
+            self._bound.run(*words, self._bound.stream())
+        except RuntimeError as error:
+            raise LaunchError(f"{self.config.symbol} wasn't launched on {self.device}: {error}.") from error
+        self.launches += 1

@@ -1,0 +1,1 @@
+"""The Jinja templates that onelaunch renders: package data, read through importlib.resources."""
