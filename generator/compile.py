@@ -73,7 +73,7 @@ class Tools:
 
     def versions(self) -> dict[str, str]:
         """What a key holds of the compilers: versions, never paths."""
-        versions = {"host_compiler": self.compiler.version}
+        versions = {"host_compiler": " ".join((self.compiler.version, *self.compiler.flags))}
         if self.toolkit is not None:
             versions["nvcc"] = self.toolkit.version
             versions["nvcc_build"] = self.toolkit.build

@@ -210,14 +210,18 @@ def _build(
 
 
 def _kernel(config: KernelConfig, archs: tuple[str, ...], entry: Entry, module: ModuleType | None = None) -> Kernel:
-    if module is None:
-        name = str(entry.manifest["module"])
-        loader = importlib.machinery.ExtensionFileLoader(name, str(entry.module_path))
-        spec = importlib.util.spec_from_file_location(name, entry.module_path, loader=loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module)
+    return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module or import_module(entry))
+
+
+def import_module(entry: Entry) -> ModuleType:
+    """Loads an entry's binding, without ninja and without torch.utils.cpp_extension."""
+    name = str(entry.manifest["module"])
+    loader = importlib.machinery.ExtensionFileLoader(name, str(entry.module_path))
+    spec = importlib.util.spec_from_file_location(name, entry.module_path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 def _obey_policy(config: KernelConfig, archs: tuple[str, ...]) -> None:

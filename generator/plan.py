@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -384,8 +384,12 @@ def make_plan(
     topk_name: str = "index_topk",
     page_size_name: str = "page_size",
     keep: bool = True,
+    launch_shape: Mapping[str, int] | None = None,
 ) -> Plan:
-    """bind(), with the names that another function's arguments have in messages."""
+    """bind(), with the names that another function's arguments have in messages.
+
+    ``launch_shape`` overrides threads, unroll and blocks_per_sm.
+    """
     check_int(topk_name, index_topk, 0, 2**31 - 1)
     check_int(page_size_name, page_size, 1, 2**31 - 1)
     for name, dtype in (("seq_lens_dtype", seq_lens_dtype), ("req_pool_indices_dtype", req_pool_indices_dtype)):
@@ -414,6 +418,7 @@ def make_plan(
             "extent": extent,
             "vector_bytes": 16 if wide and destinations.one_phase("page_indices") else 4,
             "target": destinations.device.type,
+            **(launch_shape or {}),
         }
     )
     if max_len is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,25 @@ def render_binding(config: KernelConfig, module: str) -> str:
             call_words=layout.call_words(config),
         )
     )
+
+
+def render_baseline(name: str, symbol: str, call_words: Sequence[str], words: int, **facts: Any) -> tuple[str, str]:
+    """The CUDA and the binding of a kernel that onelaunch is measured against.
+
+    Args:
+        name: a template below templates/baselines/.
+        symbol: stem of the exported names.
+        call_words: names of the parameter words that each call sets.
+        words: 64-bit words of its parameter block.
+        facts: what the template asks for.
+    """
+    source = _environment().get_template(f"baselines/{name}.cu.j2").render(symbol=symbol, **facts)
+    binding = (
+        _environment()
+        .get_template("binding.cpp.j2")
+        .render(symbol=symbol, module=f"{symbol}_binding", param_words=max(words, 1), call_words=call_words)
+    )
+    return source, binding
 
 
 def _facts(config: KernelConfig) -> list[tuple[str, str]]:

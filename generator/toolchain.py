@@ -192,9 +192,7 @@ def check_pair(toolkit: CudaToolkit, compiler: HostCompiler) -> None:
         return
     names = [f"{program}-{number}" for number in range(newest, 8, -1)]
     name = next((n for n in names if shutil.which(n, path=_search_path())), None)
-    choice = (
-        f"set CXX={name}, which is on PATH" if name else f"install one, then set CXX, as in CXX={names[0]}"
-    )
+    choice = f"set CXX={name}, which is on PATH" if name else f"install one, then set CXX, as in CXX={names[0]}"
     raise ToolchainError(
         f"nvcc {toolkit.version} ({toolkit.nvcc}) accepts {program} up to version {newest}, but the host"
         f" compiler {compiler.path} ({compiler.origin}) is version {major}: {choice}."
@@ -300,9 +298,7 @@ def _environment() -> tuple[str | None, ...]:
 
 def _search_path() -> str:
     # An interpreter that is started by its full path has its folder, a venv's bin, not on PATH.
-    return os.pathsep.join(
-        filter(None, [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
-    )
+    return os.pathsep.join(filter(None, [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]))
 
 
 def _run(*command: str | Path) -> tuple[int, str]:

@@ -1,0 +1,83 @@
+"""One build cache for the whole run, the devices, and what is skipped where there is no GPU or no toolkit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from onelaunch import api, loader, toolchain
+from onelaunch.errors import ToolchainError
+
+CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
+# A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.
+TEST_CACHE_VARIABLE = "ONELAUNCH_TEST_CACHE"
+NO_DEVICE = "there is no CUDA device"
+
+_own_cache = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Names the cache before any worker starts: workers inherit the environment, so all of them share it."""
+    os.environ.pop(loader.POLICY_VARIABLE, None)
+    if hasattr(config, "workerinput"):
+        return
+    named = os.environ.get(TEST_CACHE_VARIABLE)
+    if named:
+        Path(named).mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ[CACHE_VARIABLE] = str(Path(named).resolve())
+    else:
+        config.stash[_own_cache] = Path(tempfile.mkdtemp(prefix="onelaunch-tests-"))
+        os.environ[CACHE_VARIABLE] = str(config.stash[_own_cache])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder = config.stash.get(_own_cache, None)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    has_device = torch.cuda.is_available()
+    missing: str | None = None
+    if any(item.get_closest_marker("nvcc") for item in items):
+        try:
+            toolchain.find_toolkit()
+        except ToolchainError as error:
+            missing = str(error).splitlines()[0]
+    for item in items:
+        if item.get_closest_marker("gpu") and not has_device:
+            item.add_marker(pytest.mark.skip(reason=NO_DEVICE))
+        elif item.get_closest_marker("nvcc") and missing is not None:
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA toolkit: {missing}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if "gpu" in report.keywords and NO_DEVICE in str(report.longrepr)
+    ]
+    if skipped:
+        terminalreporter.write_line(f"GPU tests: {len(skipped)} skipped, because {NO_DEVICE}.")
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each target in turn, with the index that the tensors' device has."""
+    return torch.device("cuda", torch.cuda.current_device()) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_policy_is_left_behind() -> Iterator[None]:
+    """A test that freezes the process, or fills the table of plans, must not decide what the next one sees."""
+    frozen = loader._frozen
+    yield
+    loader._frozen = frozen
+    api._plans.clear()

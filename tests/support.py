@@ -1,0 +1,277 @@
+"""What the tests share: token pools, poisoned destinations with guard zones, cases, and the comparison."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from onelaunch import FIELDS, MetadataBuffers, reference
+from torch import Tensor
+
+# Lies in every word that nothing may have written; no token, length or sum of a test has this value.
+POISON = -559038737
+# Poisoned words on either side of a tensor; a multiple of four, so that an offset alone decides the 16-byte phase.
+GUARD = 32
+
+ALL_FIELDS = tuple(FIELDS)
+SIX_FIELDS = tuple(name for name in FIELDS if name != "seqlens_expanded")
+TABLES = ("page_indices", "real_page_table")
+DTYPES = (torch.int32, torch.int64)
+
+
+# ------------------------------------------------------------------------------------------------ destinations
+
+
+@dataclass(eq=False)
+class Poisoned:
+    """One backend's destinations, each in the middle of a larger poisoned allocation.
+
+    Attributes:
+        buffers: the destinations.
+        storages: by field, the whole allocation as int32 [words].
+    """
+
+    buffers: MetadataBuffers
+    storages: dict[str, Tensor]
+
+
+def guarded(*shape: int, row_stride: int | None = None, offset: int = 0, device: Any = "cpu") -> tuple[Tensor, Tensor]:
+    """A poisoned int32 tensor and the allocation around it.
+
+    Args:
+        row_stride: elements from row to row of a table; None is dense.
+        offset: words that the tensor begins past a 16-byte boundary, 0 to 3.
+    """
+    strides = (row_stride or shape[1], 1) if len(shape) == 2 else (1,)
+    words = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if min(shape) > 0 else 0
+    storage = torch.full((GUARD + offset + words + GUARD,), POISON, dtype=torch.int32, device=device)
+    assert storage.data_ptr() % 16 == 0
+    return storage.as_strided(shape, strides, GUARD + offset), storage
+
+
+def row_stride(width: int, kind: str) -> int:
+    """A stride for rows of this width, with unused words at the end: "aligned" to 16 bytes, or "odd"."""
+    stride = width + 5
+    return -(-stride // 4) * 4 if kind == "aligned" else stride | 1
+
+
+def page_columns(columns: int, page_size: int) -> int:
+    """Columns of real_page_table."""
+    return -(-columns // page_size)
+
+
+def destination(
+    fields: Iterable[str],
+    rows: int,
+    columns: int,
+    page_size: int,
+    *,
+    strides: str = "aligned",
+    extra_stride: int = 0,
+    offset: int = 0,
+    device: Any = "cpu",
+) -> Poisoned:
+    """One backend with room for ``rows`` requests and ``columns`` tokens.
+
+    With page_size 1, real_page_table is page_indices itself, as engines have it.
+    """
+    tensors: dict[str, Tensor] = {}
+    storages: dict[str, Tensor] = {}
+    for name in ALL_FIELDS:
+        if name not in fields:
+            continue
+        kind = FIELDS[name].kind
+        if name == "real_page_table" and page_size == 1:
+            tensors[name], storages[name] = tensors["page_indices"], storages["page_indices"]
+        elif kind == "table":
+            width = columns if name == "page_indices" else page_columns(columns, page_size)
+            stride = row_stride(width, strides) + extra_stride
+            tensors[name], storages[name] = guarded(rows, width, row_stride=stride, offset=offset, device=device)
+        else:
+            count = rows + (kind == "cumulative")
+            tensors[name], storages[name] = guarded(count, offset=offset, device=device)
+    return Poisoned(MetadataBuffers(**tensors), storages)
+
+
+def buffers_of(backends: Sequence[Poisoned]) -> list[MetadataBuffers]:
+    return [backend.buffers for backend in backends]
+
+
+def plain_copy(buffers: MetadataBuffers) -> MetadataBuffers:
+    """Dense copies on the CPU, for the reference to write to."""
+    return MetadataBuffers(**{field.name: tensor.cpu().clone() for field, tensor in buffers.items()})
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+def expected_refresh(
+    backends: Sequence[Poisoned], seq_lens: Tensor, req_pool_indices: Tensor, req_to_token: Tensor, **facts: Any
+) -> MetadataBuffers:
+    """What reference.refresh makes of poisoned destinations of the first backend's shapes."""
+    wanted = MetadataBuffers(
+        **{f.name: torch.full(t.shape, POISON, dtype=torch.int32) for f, t in backends[0].buffers.items()}
+    )
+    reference.refresh([wanted], seq_lens.cpu(), req_pool_indices.cpu(), req_to_token.cpu(), **facts)
+    if wanted.page_indices is not None and facts["page_size"] == 1 and wanted.real_page_table is not None:
+        wanted.real_page_table = wanted.page_indices
+    return wanted
+
+
+def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequence[MetadataBuffers]) -> None:
+    """Every word of every backend's allocations is as expected: the destinations, and poison around them.
+
+    Names the backend, the field, the first bad index, what is there and what is expected.
+    """
+    for index, backend in enumerate(backends):
+        wanted = expected if isinstance(expected, MetadataBuffers) else expected[index]
+        for field, tensor in backend.buffers.items():
+            want = getattr(wanted, field.name)
+            got_all = backend.storages[field.name].cpu()
+            want_all = torch.full_like(got_all, POISON)
+            view = want_all.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            assert want is not None, f"the expectation has no {field.name}"
+            assert want.shape == view.shape, f"{field.name}: {tuple(view.shape)}, expected {tuple(want.shape)}"
+            view.copy_(want)
+            if torch.equal(got_all, want_all):
+                continue
+            bad = (got_all != want_all).nonzero()
+            word = int(bad[0])
+            got, right = int(got_all[word]), int(want_all[word])
+            raise AssertionError(
+                f"backend {index}: {field.name}{_place(word, tensor)} is {_word(got)}, expected {_word(right)}; "
+                f"{len(bad)} of {got_all.numel()} words differ"
+            )
+
+
+def assert_untouched(backends: Iterable[Poisoned]) -> None:
+    """Nothing was written, anywhere."""
+    for index, backend in enumerate(backends):
+        for name, storage in backend.storages.items():
+            bad = (storage != POISON).nonzero()
+            assert len(bad) == 0, f"backend {index}: word {int(bad[0])} of {name}'s memory was written"
+
+
+def _word(value: int) -> str:
+    return "untouched" if value == POISON else str(value)
+
+
+def _place(word: int, tensor: Tensor) -> str:
+    """Where a word of the allocation is, as seen from the tensor."""
+    at = word - tensor.storage_offset()
+    if tensor.dim() == 1:
+        return f"[{at}]" if 0 <= at < tensor.numel() else f": word {at} relative to its start, outside of it,"
+    row, column = divmod(at, tensor.stride(0))
+    inside = 0 <= row < tensor.shape[0] and column < tensor.shape[1]
+    return f"[{row}, {column}]" if inside else f": row {row}, column {column}, outside of it,"
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def token_pool(
+    rows: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.int32,
+    strides: str = "aligned",
+    offset: int = 0,
+    device: Any = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """A req_to_token of random tokens: padding tokens below zero among them, in int64 some beyond int32."""
+    random_numbers = torch.Generator().manual_seed(seed)
+    stride = row_stride(width, strides)
+    storage = torch.randint(-200, 2**31 - 1, (offset + rows * stride + 8,), generator=random_numbers)
+    small = torch.randint(0, 4, storage.shape, generator=random_numbers) == 0
+    storage = torch.where(small, storage % 400 - 200, storage)
+    if dtype == torch.int64:
+        wide = torch.randint(0, 8, storage.shape, generator=random_numbers) == 0
+        storage = torch.where(wide, storage + 3 * 2**32, storage)
+    return storage.to(dtype).to(device).as_strided((rows, width), (stride, 1), offset)
+
+
+def lengths(bs: int, width: int, page_size: int, seed: int = 0) -> list[int]:
+    """The lengths that are easy to get wrong, then random ones, in random order."""
+    edges = [0, 1, page_size - 1, page_size, page_size + 1, width - 1, width, width + 1, 3 * width, 2 * page_size]
+    numbers = random.Random(f"{bs}.{width}.{page_size}.{seed}")
+    some = [edges[i % len(edges)] if i % 3 else numbers.randint(0, width + 20) for i in range(bs)]
+    numbers.shuffle(some)
+    return some
+
+
+def vector(values: Sequence[int], dtype: torch.dtype, device: Any = "cpu", layout: str = "plain") -> Tensor:
+    """A 1-D input: "plain", or "strided" with other numbers between the elements."""
+    if layout == "plain":
+        return torch.tensor(values, dtype=dtype, device=device)
+    spread = torch.full((2 * len(values) + 1,), 7_777, dtype=dtype, device=device)
+    spread[1::2] = torch.tensor(values, dtype=dtype, device=device)
+    return spread[1::2]
+
+
+def pool_rows(bs: int, rows: int, seed: int = 0) -> list[int]:
+    """Rows of the pool, with repeats where the batch is larger, the padding row 0 among them."""
+    numbers = random.Random(f"{bs}.{rows}.{seed}")
+    some = [i % rows for i in range(bs)]
+    numbers.shuffle(some)
+    return some
+
+
+# ------------------------------------------------------------------------------------------------ cases
+
+
+def all_pairs(
+    factors: Mapping[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], bool] = lambda case: True, seed: int = 1
+) -> list[dict[str, Any]]:
+    """Cases in which any two values of any two factors meet at least once, where that is allowed.
+
+    Greedy and deterministic: each case starts from a pair that is still missing, and takes the values, factor by
+    factor, that meet the most missing pairs.
+    """
+    numbers = random.Random(seed)
+    names = list(factors)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(factors[a]))
+        for j in range(len(factors[b]))
+    }
+
+    def values(picks: Mapping[str, int]) -> dict[str, Any]:
+        return {name: factors[name][i] for name, i in picks.items()}
+
+    def pairs(picks: Mapping[str, int]) -> set[tuple[tuple[str, int], tuple[str, int]]]:
+        known = [(name, picks[name]) for name in names if name in picks]
+        return set(itertools.combinations(known, 2))
+
+    cases = []
+    while missing:
+        picks = dict(min(missing))
+        if not allowed(values(picks)):
+            missing.discard(min(missing))
+            continue
+        for name in names:
+            if name in picks:
+                continue
+            choices = [i for i in range(len(factors[name])) if allowed(values({**picks, name: i}))]
+            numbers.shuffle(choices)
+            picks[name] = max(choices, key=lambda i, name=name: len(pairs({**picks, name: i}) & missing))
+        missing -= pairs(picks)
+        cases.append({name: factors[name][picks[name]] for name in names})
+    return cases
+
+
+def case_name(case: Mapping[str, Any]) -> str:
+    """A readable test id."""
+    parts = []
+    for value in case.values():
+        if isinstance(value, tuple):
+            text = {ALL_FIELDS: "all", SIX_FIELDS: "six"}.get(value) or "+".join(value)
+        else:
+            text = str(value).removeprefix("torch.")
+        parts.append(text)
+    return "-".join(parts)
