@@ -5,7 +5,8 @@
 //   operation               copy
 //   mode                    decode
 //   num_backends            3
-//   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k, real_page_table
+//   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
+//                           real_page_table
 //   distinct                all
 //   seq_lens_dtype          int64
 //   req_pool_indices_dtype  int64
@@ -16,9 +17,9 @@
 //   vector_bytes            16
 //   target                  cuda
 //   threads                 256
-//   unroll                  4
+//   unroll                  2
 //   blocks_per_sm           8
-// key cbf9095219061ffaf2aad6fcf23dc51f354613621f6c99145bdc3a50db70f711
+// key 9c1bfa92e9ef9af39b8e95407d6d30438a37808ff15f788fe447e18e96435d5f
 
 #include <cuda_runtime.h>
 
@@ -34,7 +35,7 @@ constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerSm = 8;
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 4;  // 16-byte accesses that a thread has in flight
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
@@ -72,7 +73,8 @@ static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must
 // ---- copying fields that were computed before --------------------------------------------------------------------
 __device__ void copy_lengths(const Params& p) {
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i <= p.batch_size; i += threads) {
+  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (; i <= p.batch_size; i += threads) {
     const std::int32_t cu_seqlens_k = p.from_cu_seqlens_k[i];
 #pragma unroll
     for (int b = 0; b < kBackends; ++b) p.cu_seqlens_k[b][i] = cu_seqlens_k;
@@ -116,7 +118,8 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 // One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
 // them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
 // `width` is how far the source row may be read.
-__device__ __forceinline__ void copy_page_indices_columns(const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
+__device__ __forceinline__ void copy_page_indices_columns(
+    const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
@@ -182,7 +185,8 @@ __device__ void copy_page_indices(const Params& p) {
 // One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
 // them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
 // `width` is how far the source row may be read.
-__device__ __forceinline__ void copy_real_page_table_columns(const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
+__device__ __forceinline__ void copy_real_page_table_columns(
+    const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
@@ -246,7 +250,8 @@ __device__ void copy_real_page_table(const Params& p) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads) onelaunch_copy_decode_n3_cbf9095219061ffa(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_copy_decode_n3_9c1bfa92e9ef9af3(const __grid_constant__ Params p) {
   copy_lengths(p);
   copy_page_indices(p);
   copy_real_page_table(p);
@@ -282,7 +287,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_copy_decode_n3_cbf9095219061ffa_launch(const std::int64_t* words, void* stream) {
+int onelaunch_copy_decode_n3_9c1bfa92e9ef9af3_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -290,16 +295,16 @@ int onelaunch_copy_decode_n3_cbf9095219061ffa_launch(const std::int64_t* words, 
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_copy_decode_n3_cbf9095219061ffa, params);
+    return cudaLaunchKernelEx(&config, onelaunch_copy_decode_n3_9c1bfa92e9ef9af3, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_copy_decode_n3_cbf9095219061ffa_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_copy_decode_n3_9c1bfa92e9ef9af3_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_copy_decode_n3_cbf9095219061ffa);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_copy_decode_n3_9c1bfa92e9ef9af3);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -307,6 +312,8 @@ int onelaunch_copy_decode_n3_cbf9095219061ffa_prepare(std::int64_t device, std::
   });
 }
 
-const char* onelaunch_copy_decode_n3_cbf9095219061ffa_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+const char* onelaunch_copy_decode_n3_9c1bfa92e9ef9af3_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
 
 }  // extern "C"

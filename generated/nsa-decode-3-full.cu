@@ -5,7 +5,8 @@
 //   operation               precompute_and_broadcast
 //   mode                    decode
 //   num_backends            3
-//   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k, real_page_table
+//   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
+//                           real_page_table
 //   distinct                all
 //   seq_lens_dtype          int64
 //   req_pool_indices_dtype  int64
@@ -16,9 +17,9 @@
 //   vector_bytes            16
 //   target                  cuda
 //   threads                 256
-//   unroll                  4
+//   unroll                  2
 //   blocks_per_sm           8
-// key bd6b28d40f51a0ee6f7a7a15c8ed1f1039ac5bc7d01d199857972936d7158022
+// key 0ef3633b7e66767b4cbbfd0bdfadd4e159db0a33da4222907e1cee2ced729d4a
 
 #include <cuda_runtime.h>
 
@@ -40,7 +41,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kBlocksPerSm = 8;
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 4;  // 16-byte accesses that a thread has in flight
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
 
@@ -77,20 +78,26 @@ constexpr int kParamWords = 35;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
 // ---- running sums ------------------------------------------------------------------------------------------------
-// The inclusive running sum of `value` over the threads of the block, in thread order; `total` gets the block's sum.
 // Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
-// Each warp sums in registers, doubling the distance, and the warps' totals meet in shared memory: right for any
-// block of whole warps, whatever part of it holds requests.
-__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
-  __shared__ std::uint32_t warp_totals[kWarps];
+
+// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
+__device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
     if (lane >= distance) value += other;
   }
-  if (lane == kWarpSize - 1) warp_totals[warp] = value;
+  return value;
+}
+
+// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
+// for any block of whole warps, whatever part of it holds requests.
+__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
+  __shared__ std::uint32_t warp_totals[kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const std::uint32_t in_warp = warp_running_sum(value);
+  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint32_t sum = 0;
   std::uint32_t before = 0;
@@ -101,7 +108,7 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
   }
   __syncthreads();  // the next sum writes warp_totals again
   total = sum;
-  return before + value;
+  return before + in_warp;
 }
 
 // ---- lengths -----------------------------------------------------------------------------------------------------
@@ -136,9 +143,13 @@ __device__ void refresh_lengths(const Params& p) {
 #pragma unroll
       for (int b = 0; b < kBackends; ++b) p.nsa_cache_seqlens[b][request] = nsa_length;
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
+      for (int b = 0; b < kBackends; ++b) {
+        p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
+      }
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.nsa_cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(nsa_cu_seqlens_k);
+      for (int b = 0; b < kBackends; ++b) {
+        p.nsa_cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(nsa_cu_seqlens_k);
+      }
     }
   }
 }
@@ -171,7 +182,8 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 // One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
 // them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
 // `width` is how far the source row may be read.
-__device__ __forceinline__ void copy_columns(const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
+__device__ __forceinline__ void copy_columns(
+    const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
@@ -223,27 +235,28 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
   return static_cast<std::int32_t>(token >> 6);
 }
 
-// One warp writes the pages that begin in the columns [first, first + kTileColumns), as far as these lie in [0, end).
-// Their numbers come from req_to_token, never from a table that other threads are writing.
-__device__ __forceinline__ void write_pages(const Params& p, std::int64_t row, const Token* source, int first, int end) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int begin = first > 0 ? first : 0;
-  const int stop = first + kTileColumns < end ? first + kTileColumns : end;
-  const int last_page = (stop - 1) / kPageSize;
-  for (int page = (begin + kPageSize - 1) / kPageSize + lane; page <= last_page; page += kWarpSize) {
-    const std::int32_t number = page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize));
+__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token) {
+  const std::int32_t number = page_of(token);
 #pragma unroll
-    for (int b = 0; b < kBackends; ++b) {
-      p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
-    }
+  for (int b = 0; b < kBackends; ++b) {
+    p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
   }
 }
 
 // Everything that one tile of a request's row needs: `end` is the first column that isn't written.
-__device__ __forceinline__ void copy_tile(const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
+  // writing, and are asked for before the columns, so that one wait serves both.
+  const int begin = first > 0 ? first : 0;
+  const int stop = first + kTileColumns < end ? first + kTileColumns : end;
+  const int stop_page = (stop - 1) / kPageSize + 1;
+  const int page = (begin + kPageSize - 1) / kPageSize + static_cast<int>(threadIdx.x) % kWarpSize;
+  Token token = 0;
+  if (page < stop_page) token = __ldg(source + static_cast<std::int64_t>(page) * kPageSize);
   copy_columns(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
-  write_pages(p, row, source, first, end);
+  if (page < stop_page) write_page(p, row, page, token);
 }
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
@@ -261,7 +274,8 @@ __device__ void gather_tables(const Params& p) {
       static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
   const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
   const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
-  for (std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize; tile < tiles; tile += warps) {
+  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  for (; tile < tiles; tile += warps) {
     const std::int64_t row = tile / tiles_per_row;
     const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns - row_lead(p, row);
     if (column >= columns) continue;
@@ -270,7 +284,8 @@ __device__ void gather_tables(const Params& p) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_bd6b28d40f51a0ee(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_broadcast_decode_n3_0ef3633b7e66767b(const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
   } else {
@@ -307,7 +322,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_bd6b28d40f51a0ee_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_0ef3633b7e66767b_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -315,16 +330,16 @@ int onelaunch_broadcast_decode_n3_bd6b28d40f51a0ee_launch(const std::int64_t* wo
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_bd6b28d40f51a0ee, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_0ef3633b7e66767b, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_bd6b28d40f51a0ee_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_0ef3633b7e66767b_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_bd6b28d40f51a0ee);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_0ef3633b7e66767b);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -332,6 +347,8 @@ int onelaunch_broadcast_decode_n3_bd6b28d40f51a0ee_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_bd6b28d40f51a0ee_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+const char* onelaunch_broadcast_decode_n3_0ef3633b7e66767b_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
 
 }  // extern "C"

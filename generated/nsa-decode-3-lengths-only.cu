@@ -55,20 +55,26 @@ constexpr int kParamWords = 16;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
 // ---- running sums ------------------------------------------------------------------------------------------------
-// The inclusive running sum of `value` over the threads of the block, in thread order; `total` gets the block's sum.
 // Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
-// Each warp sums in registers, doubling the distance, and the warps' totals meet in shared memory: right for any
-// block of whole warps, whatever part of it holds requests.
-__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
-  __shared__ std::uint32_t warp_totals[kWarps];
+
+// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
+__device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
     if (lane >= distance) value += other;
   }
-  if (lane == kWarpSize - 1) warp_totals[warp] = value;
+  return value;
+}
+
+// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
+// for any block of whole warps, whatever part of it holds requests.
+__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
+  __shared__ std::uint32_t warp_totals[kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const std::uint32_t in_warp = warp_running_sum(value);
+  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint32_t sum = 0;
   std::uint32_t before = 0;
@@ -79,7 +85,7 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
   }
   __syncthreads();  // the next sum writes warp_totals again
   total = sum;
-  return before + value;
+  return before + in_warp;
 }
 
 // ---- lengths -----------------------------------------------------------------------------------------------------
@@ -114,15 +120,20 @@ __device__ void refresh_lengths(const Params& p) {
 #pragma unroll
       for (int b = 0; b < kBackends; ++b) p.nsa_cache_seqlens[b][request] = nsa_length;
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
+      for (int b = 0; b < kBackends; ++b) {
+        p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
+      }
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.nsa_cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(nsa_cu_seqlens_k);
+      for (int b = 0; b < kBackends; ++b) {
+        p.nsa_cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(nsa_cu_seqlens_k);
+      }
     }
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_cb6d4c966e62938c(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_broadcast_decode_n3_cb6d4c966e62938c(const __grid_constant__ Params p) {
   refresh_lengths(p);
 }
 
@@ -170,6 +181,8 @@ int onelaunch_broadcast_decode_n3_cb6d4c966e62938c_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_cb6d4c966e62938c_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+const char* onelaunch_broadcast_decode_n3_cb6d4c966e62938c_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
 
 }  // extern "C"

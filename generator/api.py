@@ -66,11 +66,11 @@ def fused_metadata_precompute_and_broadcast_cuda(
     }
     key = (
         _identity(req_to_token),
-        tuple(None if tensors is None else tuple(map(_identity, tensors)) for tensors in lists.values()),
+        tuple(map(_identities, lists.values())),
         getattr(seq_lens, "dtype", None),
         getattr(req_pool_indices, "dtype", None),
-        nsa_index_topk,
-        real_page_size,
+        _number(nsa_index_topk),
+        _number(real_page_size),
         extent,
     )
 
@@ -136,8 +136,8 @@ def precompute_decode_metadata_cuda(
         tuple(_identity(getattr(destination, name)) for name in FIELDS),
         getattr(seq_lens, "dtype", None),
         getattr(req_pool_indices, "dtype", None),
-        nsa_index_topk,
-        real_page_size,
+        _number(nsa_index_topk),
+        _number(real_page_size),
     )
 
     def make() -> plan.Plan:
@@ -266,13 +266,28 @@ def _allocate(bs: int, max_len: int, page_size: int, device: torch.device) -> Me
 
 def _identity(tensor: Any) -> Any:
     """What a plan depends on in a tensor. Anything else is kept as it is, for the checks to refuse."""
-    if isinstance(tensor, Tensor):
+    if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
         return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     return None if tensor is None else id(tensor)
 
 
+def _identities(tensors: Any) -> Any:
+    try:
+        return tuple(map(_identity, tensors))
+    except TypeError:
+        return None if tensors is None else id(tensors)
+
+
+def _number(value: Any) -> Any:
+    """A number that a plan depends on. True and 16.0 must not find the plan of 1 and 16, which was checked."""
+    return value if type(value) is int else (type(value), id(value))
+
+
 def _remembered(key: Any, make: Callable[[], _T]) -> _T:
-    made: _T | None = _plans.get(key)
+    try:
+        made: _T | None = _plans.get(key)
+    except TypeError:  # something in it can't be hashed, so it is nothing that the checks accept
+        return make()
     if made is None:
         made = make()
         _plans[key] = made

@@ -84,7 +84,7 @@ class KernelConfig:
     vector_bytes: Literal[4, 16] = 16
     target: Target = "cuda"
     threads: int = 256
-    unroll: int = 4
+    unroll: int = 2
     blocks_per_sm: int = 8
 
     def __post_init__(self) -> None:

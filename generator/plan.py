@@ -58,7 +58,7 @@ class Destinations:
         self.count = len(backends)
         self.device: torch.device | None = None
         self.tensors: dict[str, list[Tensor]] = {}
-        names: dict[int, str] = {}
+        names: dict[tuple[str, int], str] = {}
         capacities: list[tuple[int, str]] = []
         for index, backend in enumerate(backends):
             for name, tensor in _written(backend, index, page_size, name_of).items():
@@ -71,7 +71,7 @@ class Destinations:
                 known = self.tensors.setdefault(name, [])
                 if not any(_same_memory(tensor, other) for other in known):
                     known.append(tensor)
-                    names[id(tensor)] = label
+                    names[name, id(tensor)] = label
         first = _written(backends[0], 0, page_size, name_of)
         for index, backend in enumerate(backends):
             for name in _written(backend, index, page_size, name_of).keys() ^ first.keys():
@@ -85,7 +85,7 @@ class Destinations:
         self.fields = tuple(name for name in FIELDS if name in first)
         self.capacity, self.narrowest = min(capacities)
         self.names = names
-        self.regions = [Region.of(names[id(t)], t) for tensors in self.tensors.values() for t in tensors]
+        self.regions = [Region.of(names[name, id(t)], t) for name, tensors in self.tensors.items() for t in tensors]
         check_disjoint(self.regions)
 
     def width(self, name: str) -> int | None:
@@ -100,8 +100,9 @@ class Destinations:
         for tensor in tensors:
             if tensor.shape[1] != tensors[0].shape[1]:
                 raise ArgumentError(
-                    f"{self.names[id(tensor)]} has {tensor.shape[1]} columns and {self.names[id(tensors[0])]} has "
-                    f"{tensors[0].shape[1]}; all backends must have the same. Slice them: table[:, :width]."
+                    f"{self.names[name, id(tensor)]} has {tensor.shape[1]} columns and "
+                    f"{self.names[name, id(tensors[0])]} has {tensors[0].shape[1]}; all backends must have the same. "
+                    "Slice them: table[:, :width]."
                 )
         return tensors[0].shape[1]
 
@@ -244,18 +245,23 @@ class Plan:
             ArgumentError: a tensor doesn't fit; nothing was written.
             LaunchError: CUDA refused the launch.
         """
-        batch_size = seq_lens.numel()
-        arguments = (
-            seq_lens.data_ptr(),
-            req_pool_indices.data_ptr(),
-            batch_size,
-            req_pool_indices.numel(),
-            seq_lens.stride(),
-            req_pool_indices.stride(),
-            seq_lens.dtype,
-            req_pool_indices.dtype,
-            max_len,
-        )
+        try:
+            batch_size = seq_lens.numel()
+            arguments = (
+                seq_lens.data_ptr(),
+                req_pool_indices.data_ptr(),
+                batch_size,
+                req_pool_indices.numel(),
+                seq_lens.stride(),
+                req_pool_indices.stride(),
+                seq_lens.dtype,
+                req_pool_indices.dtype,
+                type(max_len),  # or 16.0 would pass for a 16 that was checked before
+                max_len,
+            )
+        except (AttributeError, RuntimeError):
+            self._check(seq_lens, req_pool_indices, 0, max_len)  # says which of the two is no strided tensor
+            raise
         if arguments != self._checked:
             self._words = self._check(seq_lens, req_pool_indices, batch_size, max_len)
             self._checked = arguments
@@ -435,7 +441,7 @@ def _column_limit(destinations: Destinations, req_to_token: Tensor, page_size: i
     if wide is not None:
         columns = min(columns, wide)
         if real is not None and real < -(-columns // page_size):
-            name = destinations.names[id(destinations.tensors["real_page_table"][0])]
+            name = destinations.names["real_page_table", id(destinations.tensors["real_page_table"][0])]
             raise ArgumentError(
                 f"{name} has {real} columns; {columns} tokens in pages of {page_size} need "
                 f"{-(-columns // page_size)}. Allocate a wider table, or narrow page_indices."
@@ -521,11 +527,12 @@ class CopyPlan:
         bs = self.rows if bs is None else check_int("bs", bs, 0, None)
         if bs > self.capacity or bs > MAX_BATCH:
             raise ArgumentError(f"bs is {bs}; {self._narrowest} has room for {self.capacity}. Use larger buffers.")
+        if max_len is not None:
+            check_int("max_len", max_len, 0, self._source_widths.get("page_indices"), ", the width of page_indices")
         words = [bs]
         for name, width in self._widths.items():
             columns = self._source_widths[name]
             if max_len is not None:
-                check_int("max_len", max_len, 0, self._source_widths.get("page_indices"), ", the width of page_indices")
                 if name == "page_indices":
                     columns = max_len
                 elif page_size is not None:

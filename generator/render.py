@@ -62,6 +62,8 @@ def render(config: KernelConfig) -> str:
         "page_shift": _shift(config.page_size),
         "live_tables": live_tables,
         "scans": not copies and (sums or live_tables),
+        "block_sums": not copies and sums,
+        "tile_columns": config.warp_size * 4 * config.unroll,
         "vectorized": config.vector_bytes == 16,
         "realigns": config.vector_bytes == 16 and (copies or config.req_to_token_dtype == "int32"),
         "uses_topk": not copies and any(name.startswith("nsa_") for name in config.fields),
