@@ -170,8 +170,7 @@ __device__ __forceinline__ void copy_page_indices_columns(
 // Rows of equal length: the warps take their tiles in turn.
 __device__ void copy_page_indices(const Params& p) {
   const int columns = static_cast<int>(p.page_indices_columns);
-  const std::uint32_t tiles_per_row =
-      static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
+  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
   const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
   for (std::uint32_t tile = blockIdx.x * kWarps + threadIdx.x / kWarpSize; tile < tiles; tile += gridDim.x * kWarps) {
     const std::int64_t row = tile / tiles_per_row;
@@ -237,8 +236,7 @@ __device__ __forceinline__ void copy_real_page_table_columns(
 // Rows of equal length: the warps take their tiles in turn.
 __device__ void copy_real_page_table(const Params& p) {
   const int columns = static_cast<int>(p.real_page_table_columns);
-  const std::uint32_t tiles_per_row =
-      static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
+  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
   const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
   for (std::uint32_t tile = blockIdx.x * kWarps + threadIdx.x / kWarpSize; tile < tiles; tile += gridDim.x * kWarps) {
     const std::int64_t row = tile / tiles_per_row;

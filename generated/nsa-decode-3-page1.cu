@@ -227,6 +227,7 @@ __device__ __forceinline__ void copy_columns(
     }
   }
 }
+
 // Everything that one tile of a request's row needs: `end` is the first column that isn't written.
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
@@ -265,6 +266,7 @@ __device__ void gather_tables(const Params& p) {
     const int request = static_cast<int>(tile % static_cast<std::uint32_t>(batch_size));
     const std::int64_t pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
     const int columns = live_columns(p, request);
+    if (columns == 0) return;  // nothing is live, though a tile may begin before column 0
     int column = static_cast<int>(turn) * kTileColumns - row_lead(p, request);
     for (; column < columns; column += static_cast<int>(share) * kTileColumns) {
       copy_tile(p, request, pool_row, column, columns);

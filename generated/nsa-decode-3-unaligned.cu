@@ -177,6 +177,7 @@ __device__ __forceinline__ void copy_columns(
     }
   }
 }
+
 // The page of a token, rounded down for padding tokens below zero too.
 __device__ __forceinline__ std::int32_t page_of(Token token) {
   return static_cast<std::int32_t>(token >> 6);
@@ -231,6 +232,7 @@ __device__ void gather_tables(const Params& p) {
     const int request = static_cast<int>(tile % static_cast<std::uint32_t>(batch_size));
     const std::int64_t pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
     const int columns = live_columns(p, request);
+    if (columns == 0) return;  // nothing is live, though a tile may begin before column 0
     int column = static_cast<int>(turn) * kTileColumns;
     for (; column < columns; column += static_cast<int>(share) * kTileColumns) {
       copy_tile(p, request, pool_row, column, columns);

@@ -230,6 +230,7 @@ __device__ __forceinline__ void copy_columns(
     }
   }
 }
+
 // The page of a token, rounded down for padding tokens below zero too.
 __device__ __forceinline__ std::int32_t page_of(Token token) {
   return static_cast<std::int32_t>(token >> 6);
@@ -270,8 +271,7 @@ __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
 // table that fits a device.
 __device__ void gather_tables(const Params& p) {
   const int columns = static_cast<int>(p.columns);
-  const std::uint32_t tiles_per_row =
-      static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
+  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
   const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
   const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
   std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;

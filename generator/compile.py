@@ -205,7 +205,9 @@ def _compile_error(output: str, source: str, stage: Path, key: str) -> CompileEr
     kept_source.write_text(source, encoding="utf-8")
     lines = output.splitlines()
     first = next((line for line in lines if re.search(r"\berror\b|undefined reference|cannot find|Killed", line)), "")
-    command = next((line for line in lines if re.search(r"(nvcc|\+\+)\S* .* -c ", line)), "")
+    # ninja shows the command that failed below this line; those that were done are above it.
+    failed = re.search(r"^FAILED: .*\n(.+)$", output, re.M)
+    command = failed[1].strip() if failed else ""
     hint = ""
     if re.search(r"Killed|exit(ed with)? (code|status) 137|signal 9", output):
         hint = " The compiler was killed, most often for want of memory: build fewer at once, or give it more."

@@ -228,7 +228,9 @@ def _obey_policy(config: KernelConfig, archs: tuple[str, ...]) -> None:
     policy = _frozen or os.environ.get(POLICY_VARIABLE, "allow")
     if policy == "allow":
         return
-    command = f"onelaunch build --set {config.settings()}" + (f" --arch {','.join(archs)}" if archs else "")
+    settings = config.settings()
+    command = "onelaunch build" + (f" --set {settings}" if settings else "")
+    command += f" --arch {','.join(archs)}" if archs else ""
     message = f"{config.symbol} has to be built now, which can stall serving. Build it ahead of time with: {command}"
     if policy == "warn":
         print(f"onelaunch: warning: {message}", file=sys.stderr, flush=True)

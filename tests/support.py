@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from onelaunch import FIELDS, MetadataBuffers, reference
+from onelaunch import FIELDS, KernelConfig, MetadataBuffers, reference, render, toolchain
+from onelaunch import compile as compiler
 from torch import Tensor
 
 # Lies in every word that nothing may have written; no token, length or sum of a test has this value.
@@ -275,3 +279,47 @@ def case_name(case: Mapping[str, Any]) -> str:
             text = str(value).removeprefix("torch.")
         parts.append(text)
     return "-".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------ compilers
+
+
+def ptxas_report(config: KernelConfig, folder: Path, arch: str = "90a") -> dict[str, int]:
+    """What ptxas says about a kernel that is compiled with the product's flags and every warning an error.
+
+    Returns:
+        registers, and bytes of stack, spill_stores, spill_loads and local memory.
+    """
+    toolkit, compiler_found, _ = toolchain.preflight_cuda()
+    source = folder / f"{config.symbol}.cu"
+    source.write_text(render(config), encoding="utf-8")
+    command: list[str | Path] = [
+        toolkit.nvcc,
+        "-c",
+        source,
+        "-o",
+        folder / "kernel.o",
+        "-ccbin",
+        compiler_found.path,
+        *compiler.CUDA_FLAGS,
+        *toolchain.gencode_flags((arch,), toolkit),
+        "-Werror=all-warnings",
+        "-Xcompiler=-Wall,-Wextra,-Werror",
+        "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
+    assert "warning" not in text.lower(), text
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    registers = re.search(r"Used (\d+) registers", text)
+    assert frame is not None, text
+    assert registers is not None, text
+    local = re.search(r"(\d+) bytes lmem", text)
+    return {
+        "registers": int(registers[1]),
+        "stack": int(frame[1]),
+        "spill_stores": int(frame[2]),
+        "spill_loads": int(frame[3]),
+        "local": int(local[1]) if local else 0,
+    }

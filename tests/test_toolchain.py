@@ -86,9 +86,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # The toolkit: where it is found
 
 
-def test_each_place_is_used_when_the_better_ones_are_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_place_is_used_when_the_better_ones_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Places are filled from the least preferred up; each new one must win."""
     monkeypatch.setenv("CONDA_PREFIX", str(toolkit(tmp_path / "conda", "12.8.1")))
     assert toolchain.find_toolkit().version == "12.8.1"
@@ -140,17 +138,13 @@ esac"""
     assert toolchain.find_toolkit().home == home
 
 
-def test_headers_and_libraries_that_nvcc_itself_names_are_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_headers_and_libraries_that_nvcc_itself_names_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a distribution puts headers in /usr/include."""
     home = toolkit(tmp_path / "opt" / "cuda", include="../usr/include", lib="../usr/lib")
     text = (home / "bin" / "nvcc").read_text()
     usr = f"{tmp_path}/opt/usr"
     (tmp_path / "opt/usr/lib/stubs").mkdir()
-    named = (
-        f'echo \'#$ INCLUDES="-I{usr}/include" \'; echo \'#$ LIBRARIES=  "-L{usr}/lib/stubs" "-L{usr}/lib"\''
-    )
+    named = f'echo \'#$ INCLUDES="-I{usr}/include" \'; echo \'#$ LIBRARIES=  "-L{usr}/lib/stubs" "-L{usr}/lib"\''
     script(home / "bin" / "nvcc", text.replace("--dryrun) ", f"--dryrun) {named}; "))
     monkeypatch.setenv("CUDA_HOME", str(home))
     found = toolchain.find_toolkit()
@@ -173,9 +167,7 @@ def test_bogus_cuda_home_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest
     assert f"skipped CUDA_HOME=':{home}' in the environment: there is no program" in found.origin
 
 
-def test_nothing_found_lists_every_place_and_the_cure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_found_lists_every_place_and_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", "/no/home")
     monkeypatch.setenv("CUDA_PATH", "/no/path")
     monkeypatch.setenv("CONDA_PREFIX", "/no/conda")
@@ -253,9 +245,7 @@ def test_pip_nvvm_newer_than_nvcc_is_refused(tmp_path: Path, monkeypatch: pytest
         toolchain.find_toolkit()
 
 
-def test_pip_suggestion_keeps_the_release_that_torch_pins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pip_suggestion_keeps_the_release_that_torch_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
     touch(site / "nvidia" / "cu13" / "include" / "cuda_runtime.h")
     touch(site / "cuda_toolkit-13.2.2.dist-info" / "METADATA", "Name: cuda-toolkit\nVersion: 13.2.2\n")
@@ -266,9 +256,7 @@ def test_pip_suggestion_keeps_the_release_that_torch_pins(
     assert f"pip's packages in {site}/nvidia/cu13: there is no program" in str(caught.value)
 
 
-def test_pip_cu12_has_no_nvcc_and_the_message_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pip_cu12_has_no_nvcc_and_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout of the real wheels: ptxas and the crt headers here, runtime headers and library there."""
     site = tmp_path / "site"
     script(site / "nvidia" / "cuda_nvcc" / "bin" / "ptxas", "")
@@ -328,9 +316,7 @@ def test_bogus_cxx_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.Monke
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin" / "c++").unlink()
     monkeypatch.setenv("CXX", "/no/such/g++")
-    with pytest.raises(
-        ToolchainError, match=r"(?s)CXX='/no/such/g\+\+'.*c\+\+ on PATH.*clang\+\+ on PATH.*set CXX"
-    ):
+    with pytest.raises(ToolchainError, match=r"(?s)CXX='/no/such/g\+\+'.*c\+\+ on PATH.*clang\+\+ on PATH.*set CXX"):
         toolchain.find_host_compiler()
 
 
@@ -381,9 +367,7 @@ def test_ninja_of_the_package_then_beside_the_interpreter_then_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ninja", None)
-    with pytest.raises(
-        ToolchainError, match=r"(?s)ninja package.*beside the interpreter.*PATH.*pip install ninja"
-    ):
+    with pytest.raises(ToolchainError, match=r"(?s)ninja package.*beside the interpreter.*PATH.*pip install ninja"):
         toolchain.find_ninja()
     on_path = script(tmp_path / "bin" / "ninja", "echo 1.11")
     assert toolchain.find_ninja() == on_path
@@ -411,9 +395,7 @@ def test_no_gpu_is_asked_without_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     ("capability", "name"),
     [((8, 0), "80"), ((8, 9), "89"), ((9, 0), "90a"), ((10, 0), "100a"), ((12, 0), "120a")],
 )
-def test_architecture_of_a_device(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str
-) -> None:
+def test_architecture_of_a_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str) -> None:
     def asked(device: int) -> tuple[int, int]:
         if device != 1:
             raise AssertionError("Invalid device id")
@@ -459,9 +441,7 @@ def test_gencode_flags(tmp_path: Path) -> None:
 # Caching
 
 
-def test_a_search_runs_once_until_the_environment_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_runs_once_until_the_environment_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = toolkit(tmp_path / "local" / "cuda")
     toolchain.find_toolkit()
     calls = (home / "calls").read_text()
@@ -559,9 +539,7 @@ def test_real_toolkit_compiles_and_links(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.nvcc.parent.parent == found.home
     assert os.access(ninja, os.X_OK)
     source = tmp_path / "program.cu"
-    source.write_text(
-        "#include <cuda_runtime.h>\n__global__ void k(int* p) { *p = 1; }\nint main() { int v = 0; "
-    )
+    source.write_text("#include <cuda_runtime.h>\n__global__ void k(int* p) { *p = 1; }\nint main() { int v = 0; ")
     with source.open("a") as file:
         file.write("k<<<1, 1>>>(nullptr); return cudaRuntimeGetVersion(&v) || v < 12080; }\n")
     flags = toolchain.gencode_flags(toolchain.architectures(), found)

@@ -1,0 +1,1 @@
+"""Runs emitted CUDA on host threads, where the sanitizers can see it."""

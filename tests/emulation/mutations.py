@@ -1,0 +1,496 @@
+"""Faults to plant in emitted kernels, and who has to notice: the proof that the harness sees what it is for.
+
+A new feature of the kernel adds the fault that it invites. A pattern matches a small distinctive fragment; when the
+templates change so that it no longer does, the mutation fails loudly and is to be brought up to date, not removed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from onelaunch.config import KernelConfig, preset
+
+from .harness import Case
+
+# Few threads, few blocks: a fault doesn't need more, and the sanitizers take their time. The cases below count on tiles
+# of 512 columns.
+_SMALL = {"threads": 64, "blocks_per_sm": 3, "unroll": 4}
+DECODE = preset("nsa-decode-3").replace(**_SMALL)
+FULL = preset("nsa-decode-3-full").replace(**_SMALL)
+PAGES_ONLY = preset("nsa-decode-3-pages-only").replace(**_SMALL)
+ODD_PAGES = DECODE.replace(page_size=7)
+INT64 = preset("nsa-decode-3-int64").replace(**_SMALL)
+COPY = preset("nsa-copy-3").replace(**_SMALL)
+
+# Rows of several tiles, the last of them to the end of all memory, every phase of source and destination.
+LONG = Case("long", (1500, 3, 0, 1503, 700, 1503), width=1503, token_phase=4, table_phase=12, table_pad=2)
+# Rows that end before their memory does.
+SHORT = Case("short", (3, 1400, 0, 700, 30, 5, 9), width=1503, token_phase=4, table_phase=12, table_pad=2)
+# The same, few enough for each request to get warps of its own, with some left over.
+FEW = Case("few", (1400, 3, 0, 700), width=1503, token_phase=4, table_phase=12, table_pad=2)
+# The last tile ends where the row and req_to_token do.
+EXACT = Case("exact", (1536, 1536), width=1536, token_phase=4, pool_rows=2)
+# More requests than threads: several windows, several chunks of the running sums.
+MANY = Case("many", tuple(range(170)), width=170, token_pad=1)
+# Elements from 2^31 on, so that rows are more than 32 bits apart, in elements too.
+FAR = Case("far", (600, 600, 600), width=600, pool_rows=3, sparse_stride=2**30 + 4)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault.
+
+    Attributes:
+        name: what is done.
+        breaks: what it would break on a GPU.
+        config, case: what shows it.
+        pattern, replacement: a regular expression, substituted wherever it matches.
+        sanitizer: what the mutant is built with.
+        caught_by: who has to complain, a value of ``Outcome.caught``.
+    """
+
+    name: str
+    breaks: str
+    config: KernelConfig
+    case: Case
+    pattern: str
+    replacement: str
+    sanitizer: str
+    caught_by: str
+
+    def apply(self, source: str) -> str:
+        """The faulty source.
+
+        Raises:
+            LookupError: the fragment isn't there, so nothing would be tested.
+        """
+        mutant, count = re.subn(self.pattern, self.replacement, source, flags=re.DOTALL)
+        if count == 0 or mutant == source:
+            raise LookupError(
+                f"mutation {self.name!r}: its pattern {self.pattern!r} no longer matches the emitted source; "
+                "the templates changed, change the mutation with them"
+            )
+        return mutant
+
+
+def _barrier(function: str, which: int) -> str:
+    """Matches up to the barrier number ``which`` of a function, from 0."""
+    return (
+        rf"(\b{function}\([^;{{]*\) \{{(?:(?!\n\}}).)*?"
+        + r"__syncthreads\(\);(?:(?!\n\}).)*?" * which
+        + (r")__syncthreads\(\);")
+    )
+
+
+MUTATIONS = [
+    # ---- barriers
+    Mutation(
+        "drop the barrier before the warps' totals are read",
+        "running sums of a block miss warps",
+        DECODE,
+        MANY,
+        _barrier("block_running_sum", 0),
+        r"\1",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "drop the barrier after the warps' totals are read",
+        "the next sum overwrites totals that a slow warp still reads",
+        DECODE,
+        MANY,
+        _barrier("block_running_sum", 1),
+        r"\1",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "drop the barrier before a window's tiles are looked up",
+        "tiles go to the wrong request",
+        DECODE,
+        MANY,
+        _barrier("gather_tables", 0),
+        r"\1",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "drop the barrier at the end of a window",
+        "a slow warp looks its tiles up in the next window",
+        DECODE,
+        MANY,
+        _barrier("gather_tables", 1),
+        r"\1",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "return before a barrier",
+        "the block hangs, or worse",
+        DECODE,
+        LONG,
+        r"(const bool present = request < batch_size;)",
+        r"\1 if (!present) return;",
+        "none",
+        "emulation",
+    ),
+    Mutation(
+        "a barrier in one branch only",
+        "the block hangs, or worse",
+        DECODE,
+        LONG,
+        r"(const int slot = static_cast<int>\(threadIdx\.x\);)",
+        r"\1 if (slot < 40) __syncthreads();",
+        "none",
+        "emulation",
+    ),
+    # ---- warps
+    Mutation(
+        "leave a lane out of the mask",
+        "that lane's value is undefined",
+        DECODE,
+        LONG,
+        r"kFullMask = 0xffffffffu",
+        "kFullMask = 0x7fffffffu",
+        "none",
+        "emulation",
+    ),
+    Mutation(
+        "vote in a branch that not all lanes take",
+        "the warp hangs, or votes are lost",
+        DECODE,
+        LONG,
+        r"__popc\(__ballot_sync\(kFullMask, ([^;]*)\)\);",
+        r"(lane < 20 ? __popc(__ballot_sync(kFullMask, \1)) : 0);",
+        "none",
+        "emulation",
+    ),
+    # ---- running sums
+    Mutation(
+        "start the scan at the wrong stride",
+        "sums miss their neighbours",
+        DECODE,
+        LONG,
+        r"distance = 1;",
+        "distance = 2;",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "stop the scan one stride early",
+        "sums miss half of the warp",
+        DECODE,
+        MANY,
+        r"distance < kWarpSize;",
+        "distance < kWarpSize / 2;",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "lose the carry between chunks",
+        "sums start again behind the first block of requests",
+        DECODE,
+        MANY,
+        r"_carry \+= ",
+        "_carry = ",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "every block writes the lengths",
+        "the fields are written once a block, at the same time",
+        DECODE,
+        LONG,
+        r"if \(blockIdx\.x < kLengthBlocks\) \{\n    refresh_lengths\(p\);",
+        "refresh_lengths(p);\n  if (blockIdx.x < kLengthBlocks) {",
+        "thread",
+        "thread",
+    ),
+    # ---- tiles
+    Mutation(
+        "every block takes the same tiles",
+        "all stores are done once a block: right, and slow",
+        DECODE,
+        LONG,
+        r"\(blockIdx\.x - kLengthBlocks\) \* kWarps \+ threadIdx",
+        "threadIdx",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "don't carry tiles over to the next window",
+        "requests behind the first window aren't written",
+        DECODE,
+        MANY,
+        r"tile -= window_tiles;",
+        "",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "take the tiles of a window from the wrong lane",
+        "requests at the end of a window aren't written",
+        DECODE,
+        MANY,
+        r"(__shfl_sync\(kFullMask, warp_end), kWarpSize - 1\)",
+        r"\1, 0)",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "give a tile to a request that has no columns",
+        "its first page is overwritten",
+        DECODE,
+        FEW,
+        r"if \(columns == 0\) return;",
+        "",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "let the warps that are left over help along",
+        "two warps write the same tiles",
+        DECODE,
+        FEW,
+        r"if \(turn >= share\) return;",
+        "",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "leave a shared array as it was",
+        "shared memory holds garbage when a block starts",
+        DECODE,
+        SHORT,
+        r"live\[slot\] = columns;",
+        "",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "one tile short in rows of equal length",
+        "the end of a row isn't written",
+        FULL,
+        LONG,
+        r"\(\(columns \+ kVectorWords - 2\) / kTileColumns \+ 1\)",
+        "((columns + kVectorWords - 2) / kTileColumns)",
+        "none",
+        "mismatch",
+    ),
+    # ---- bounds
+    Mutation(
+        "shift a bound by one: the end of a row's stores",
+        "the column behind the live ones is overwritten",
+        DECODE,
+        SHORT,
+        r"if \(column >= 0 && column < end\) to",
+        "if (column >= 0 && column <= end) to",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "shift a bound by one: the end of a row's loads",
+        "reads behind the token table",
+        DECODE,
+        LONG,
+        r"(= column >= 0 && column) < (end \?)",
+        r"\1 <= \2",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "forget that a tile may begin before its row",
+        "reads before the token table, writes into the row before",
+        DECODE,
+        LONG,
+        r"column >= 0 && column < end",
+        "column < end",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "realign without looking at the width of the row",
+        "reads behind the token table",
+        DECODE,
+        EXACT,
+        r" && first \+ kTileColumns \+ kVectorWords <= width",
+        "",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "shift a bound by one: pages",
+        "a page behind the live ones is overwritten",
+        DECODE,
+        SHORT,
+        r"\(stop - 1\) / kPageSize \+ 1",
+        "(stop - 1) / kPageSize + 2",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "shift a bound by one: the pages of tables without tokens",
+        "a page behind the live ones is overwritten",
+        PAGES_ONLY,
+        SHORT,
+        r"if \(page < end\) to",
+        "if (page <= end) to",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "begin with the page before the tile",
+        "two warps write one page",
+        ODD_PAGES,
+        LONG,
+        r"\(begin \+ kPageSize - 1\) / kPageSize",
+        "begin / kPageSize",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "copy one length too many",
+        "reads and writes behind the lengths",
+        COPY,
+        LONG,
+        r"if \(i == p\.batch_size\) break;",
+        "",
+        "address",
+        "address",
+    ),
+    # ---- values
+    Mutation(
+        "round pages towards zero",
+        "padding tokens below zero get page 0",
+        ODD_PAGES,
+        LONG,
+        r"\(token % kPageSize < 0 \? 1 : 0\)",
+        "0",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "realign by the wrong words",
+        "tables of odd phase are shifted",
+        DECODE,
+        LONG,
+        r"low\.w = high\.y;",
+        "low.w = high.x;",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "clamp at the wrong value",
+        "the NSA lengths are wrong",
+        DECODE.replace(index_topk=512),
+        LONG,
+        r"length < kIndexTopk \? length : kIndexTopk",
+        "length < kIndexTopk ? length : kIndexTopk - 1",
+        "none",
+        "mismatch",
+    ),
+    # ---- where values come from
+    Mutation(
+        "read the table back from memory",
+        "pages come from columns that other lanes are writing",
+        DECODE,
+        LONG,
+        r"page_of\(token\)",
+        "page_of(p.page_indices[0].data[row * p.page_indices[0].row_stride + page * kPageSize])",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "read the table back through the read-only path",
+        "the read-only cache may hold what was there before the launch",
+        DECODE,
+        LONG,
+        r"page_of\(token\)",
+        "page_of(__ldg(p.page_indices[0].data + row * p.page_indices[0].row_stride + page * kPageSize))",
+        "none",
+        "emulation",
+    ),
+    # ---- addresses
+    Mutation(
+        "32-bit addresses of destination rows",
+        "tables beyond 2^31 elements are written elsewhere",
+        DECODE,
+        FAR,
+        r"\brow \* p\.(\w+)\[(\w+)\]\.row_stride",
+        r"static_cast<int>(row) * static_cast<int>(p.\1[\2].row_stride)",
+        "undefined",
+        "undefined",
+    ),
+    Mutation(
+        "32-bit addresses of token rows",
+        "token tables beyond 2^31 elements are read elsewhere",
+        DECODE,
+        FAR,
+        r"pool_row \* p\.req_to_token_stride",
+        "static_cast<int>(pool_row) * static_cast<int>(p.req_to_token_stride)",
+        "undefined",
+        "undefined",
+    ),
+    Mutation(
+        "unsigned 32-bit addresses, which wrap without a word",
+        "token tables beyond 2^32 elements are read elsewhere",
+        DECODE,
+        Case("farther", (600,) * 6, width=600, pool_rows=6, sparse_stride=2**30 + 4),
+        r"pool_row \* p\.req_to_token_stride",
+        "static_cast<std::uint32_t>(pool_row * p.req_to_token_stride)",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "16-byte stores that ignore where the row begins",
+        "misaligned addresses: the launch dies",
+        DECODE,
+        LONG,
+        r"return words_past_boundary\(p\.page_indices.*?;",
+        "return 0;",
+        "undefined",
+        "undefined",
+    ),
+    Mutation(
+        "16-byte loads that ignore where the row begins",
+        "misaligned addresses: the launch dies",
+        DECODE,
+        LONG,
+        r"(const int shift) = words_past_boundary\(source \+ first\);",
+        r"\1 = 0;",
+        "undefined",
+        "undefined",
+    ),
+    # ---- host side
+    Mutation(
+        "leave the plan's device as the current one",
+        "the caller goes on, on another device",
+        DECODE,
+        LONG,
+        r"cudaSetDevice\(current\)",
+        "cudaSuccess",
+        "none",
+        "emulation",
+    ),
+    Mutation(
+        "launch on the default stream",
+        "the launch isn't ordered with the caller's work",
+        DECODE,
+        LONG,
+        r"config\.stream = [^;]*;",
+        "",
+        "none",
+        "emulation",
+    ),
+    Mutation(
+        "forget the block that writes the lengths",
+        "a small batch gets no tables",
+        DECODE,
+        Case("small", (40, 50), width=100),
+        r"static_cast<unsigned>\(kLengthBlocks \+ ",
+        "static_cast<unsigned>(",
+        "none",
+        "mismatch",
+    ),
+]

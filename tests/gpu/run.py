@@ -1,0 +1,190 @@
+"""Everything that needs a GPU, in one call: the tests, compute-sanitizer, the replay of both traces, timings.
+
+Writes evidence.json beside this file (or to the path given as the first argument) and prints a short table last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from onelaunch import PRESETS, __version__
+from onelaunch.cli import measure
+from onelaunch.inspect import fingerprint
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+TRACES = ("azure_2023_conversation", "mooncake_conversation")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZED = (
+    "nsa-decode-3",
+    "nsa-decode-3-full",
+    "nsa-decode-3-unaligned",
+    "nsa-decode-3-int64",
+    "nsa-decode-3-pages-only",
+    "nsa-decode-3-page16",
+    "nsa-precompute",
+    "nsa-copy-3",
+)
+# batch, low and high length
+TIMED = {
+    "1 x 4k": (1, 2048, 4096),
+    "8 x 8k": (8, 4096, 8192),
+    "32 x 4k": (32, 2048, 4096),
+    "64 x 8k": (64, 4096, 8192),
+    "64 x 8192": (64, 8192, 8192),
+    "128 x 32k": (128, 16384, 32768),
+    "256 x 4k": (256, 1024, 4096),
+    "16 x 130k": (16, 100_000, 130_000),
+}
+WIDTH = 163_911
+
+
+def tests() -> dict[str, Any]:
+    """The GPU tests of the suite."""
+    report = Path(tempfile.mkdtemp()) / "report.xml"
+    workers = str(max(1, min(14, (os.cpu_count() or 2) - 2)))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-n",
+        workers,
+        f"--junitxml={report}",
+        str(ROOT / "tests"),
+    ]
+    start = time.time()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout[-6000:], flush=True)
+    suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    return {
+        "passed": counts["tests"] - failed - counts["skipped"],
+        "failed": failed,
+        "skipped": sorted(
+            f"{case.get('classname')}.{case.get('name')}: {skip.get('message')}"
+            for case in suite.iter("testcase")
+            for skip in case.iter("skipped")
+        ),
+        "seconds": round(time.time() - start, 1),
+    }
+
+
+def sanitize(tool: str) -> dict[str, Any]:
+    """compute-sanitizer over a reduced matrix."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [program, "--tool", tool, "--error-exitcode", "9"]
+    command += [sys.executable, str(HERE / "cases.py"), *SANITIZED]
+    start = time.time()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    summary = re.search(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)", done.stdout)
+    cases = re.search(r"cases (\d+)", done.stdout)
+    if not summary or not cases or done.returncode:
+        print(f"--- {tool}, exit code {done.returncode}\n{done.stdout[-2500:]}{done.stderr[-1500:]}", flush=True)
+    found = int(summary[1] or summary[2]) if summary else -1
+    return {
+        "errors": found if cases and not done.returncode else found or -1,
+        "cases": int(cases[1]) if cases else 0,
+        "seconds": round(time.time() - start, 1),
+    }
+
+
+def replay(trace: str) -> dict[str, Any]:
+    """A serving trace, each step refreshed on the GPU."""
+    command = [sys.executable, "-m", "onelaunch.cli.main", "replay", str(ROOT / "tests" / "data" / f"{trace}.csv")]
+    command += ["--device", "cuda", "--step-ms", "200", "--json", "-"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(
+            f"--- replay of {trace}, exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}",
+            flush=True,
+        )
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def timings() -> dict[str, Any]:
+    """Microseconds a call in a CUDA graph, N=3, page 64, table width 163911, side by side with the ideal fan-out."""
+    generator = torch.Generator().manual_seed(3)
+    out: dict[str, Any] = {}
+    for name, (bs, low, high) in TIMED.items():
+        lengths = torch.randint(low, high + 1, (bs,), generator=generator).tolist()
+        sets = max(6, min(24, int(3 * 60e6 // (sum(lengths) * 16)) + 1))
+        scene = measure.Scene(lengths, 3, WIDTH, 64, sets)
+        rounds = max(1, 24 // sets)
+        ideal = min(measure.graph_microseconds(scene.ideal_calls(unroll=u), rounds=rounds) for u in (1, 2, 4))
+        refresh = measure.graph_microseconds(scene.refresh_calls(), rounds=rounds)
+        host = measure.host_microseconds(scene.refresh_calls()[0])
+        out[name] = {
+            "refresh_us": round(refresh, 2),
+            "ideal_us": round(ideal, 2),
+            "ratio": round(refresh / ideal, 2),
+            "host_us": round(host, 2),
+            "bytes": scene.bytes(),
+            "buffer_sets": sets,
+        }
+        del scene
+        torch.cuda.empty_cache()
+    return out
+
+
+def main() -> int:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "evidence.json"
+    os.environ.setdefault("ONELAUNCH_TEST_CACHE", tempfile.mkdtemp(prefix="onelaunch-gpu-"))
+    os.environ["ONELAUNCH_CACHE_DIR"] = os.environ["ONELAUNCH_TEST_CACHE"]
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    evidence: dict[str, Any] = {
+        "onelaunch": __version__,
+        "device": torch.cuda.get_device_name(),
+        "devices": torch.cuda.device_count(),
+        "driver": driver.stdout.split("\n")[0].strip(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "kernels": {name: fingerprint(config) for name, config in PRESETS.items()},
+    }
+    evidence["timings"] = timings()
+    evidence["tests"] = tests()
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        evidence["sanitizers"] = dict(zip(TOOLS, pool.map(sanitize, TOOLS), strict=True))
+    evidence["replays"] = {trace: replay(trace) for trace in TRACES}
+    path.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+
+    print(f"\n{evidence['device']}, driver {evidence['driver']}, torch {evidence['torch']}")
+    suite = evidence["tests"]
+    print(f"tests       {suite['passed']} passed, {suite['failed']} failed, {len(suite['skipped'])} skipped")
+    for tool, run in evidence["sanitizers"].items():
+        print(f"{tool:11} {run['errors']} errors in {run['cases']} cases, {run['seconds']} s")
+    for trace, run in evidence["replays"].items():
+        print(f"replay      {trace}: {run['mismatches']} mismatches in {run['steps']} steps")
+    print("shape        refresh   ideal   ratio   host (us)")
+    for name, row in evidence["timings"].items():
+        print(f"{name:11} {row['refresh_us']:8.2f} {row['ideal_us']:7.2f} {row['ratio']:7.2f} {row['host_us']:7.2f}")
+    bad = suite["failed"] or any(run["errors"] for run in evidence["sanitizers"].values())
+    bad = bad or any(run["mismatches"] for run in evidence["replays"].values())
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

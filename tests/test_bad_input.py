@@ -1,0 +1,740 @@
+"""Bad input, one by one: the error's class, a sentence that names the argument and its value, and nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onelaunch
+import pytest
+import support
+import torch
+from onelaunch import ArgumentError, ConfigError, MetadataBuffers
+from support import ALL_FIELDS, SIX_FIELDS, Poisoned, assert_untouched
+from torch import Tensor
+
+BS, WIDTH, PAGE_SIZE, PAGES = 4, 40, 16, 3
+META = torch.device("meta")
+
+
+@dataclass
+class Scene:
+    """Arguments of a good call. A case spoils one of them."""
+
+    device: torch.device
+    fields: Sequence[str] = SIX_FIELDS
+    backends: list[Any] = field(default_factory=list)
+    poisoned: list[Poisoned] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.poisoned = [
+            support.destination(self.fields, BS + 1, WIDTH, PAGE_SIZE, device=self.device) for _ in range(2)
+        ]
+        self.backends = list(support.buffers_of(self.poisoned))
+        self.pool: Any = support.token_pool(6, WIDTH, device=self.device)
+        self.seq_lens: Any = torch.tensor([3, 40, 17, 0], device=self.device)
+        self.rows: Any = torch.tensor([1, 2, 3, 4], device=self.device)
+
+    def set(self, name: str, change: Callable[[Tensor], Any], backend: int = 1) -> None:
+        """Spoils one destination."""
+        buffers = self.backends[backend]
+        setattr(buffers, name, change(getattr(buffers, name)))
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.int32, device: torch.device | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device or self.device)
+
+
+def refused(error: type[Exception], fragments: Sequence[str], call: Callable[[], Any]) -> None:
+    """The call raises exactly this class, with each fragment in a sentence that ends like one."""
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    message = str(caught.value)
+    for fragment in fragments:
+        assert fragment in message, f"{fragment!r} isn't in: {message}"
+    assert message.endswith((".", "?")), message
+
+
+Case = tuple[str, Callable[[Scene], None], tuple[str, ...]]
+
+
+def spoil(name: str, change: Callable[[Tensor], Any], backend: int = 1) -> Callable[[Scene], None]:
+    return lambda scene: scene.set(name, change, backend)
+
+
+def fact(**changes: Any) -> Callable[[Scene], None]:
+    return lambda scene: scene.facts.update(changes)
+
+
+def attribute(name: str, make: Callable[[Scene], Any]) -> Callable[[Scene], None]:
+    return lambda scene: setattr(scene, name, make(scene))
+
+
+def named(cases: Sequence[tuple[Any, ...]]) -> Any:
+    return pytest.mark.parametrize(("change", "fragments"), [c[1:] for c in cases], ids=[c[0] for c in cases])
+
+
+# Spoilt destinations and pools, the same for every function that takes them. {0} stands for the name of backend 1's
+# field in the function's messages.
+
+
+def overlap_by_a_column(scene: Scene) -> None:
+    table = scene.new(BS, 2 * WIDTH)
+    scene.backends[0].page_indices, scene.backends[1].page_indices = table[:, :WIDTH], table[:, WIDTH - 1 : -1]
+
+
+def overlap_by_a_row(scene: Scene) -> None:
+    table = scene.new(2 * BS, WIDTH)
+    scene.backends[0].page_indices, scene.backends[1].page_indices = table[:BS], table[BS - 1 :]
+
+
+def overlap_of_two_fields(scene: Scene) -> None:
+    scene.backends[1].nsa_cache_seqlens = scene.backends[1].cache_seqlens
+
+
+def overlap_of_a_vector_with_a_table(scene: Scene) -> None:
+    scene.backends[1].cache_seqlens = scene.backends[0].page_indices[2, 3 : 3 + BS]
+
+
+def overlap_of_other_row_strides(scene: Scene) -> None:
+    memory = scene.new(BS * 2 * WIDTH)
+    scene.backends[0].page_indices = memory.as_strided((BS, WIDTH), (WIDTH, 1))
+    scene.backends[1].page_indices = memory.as_strided((BS, WIDTH), (2 * WIDTH, 1), 8)
+
+
+def overlap_of_cumulative_tails(scene: Scene) -> None:
+    """One element: the last of one is the first of the other."""
+    memory = scene.new(2 * BS + 1)
+    scene.backends[0].cu_seqlens_k, scene.backends[1].cu_seqlens_k = memory[: BS + 1], memory[BS:]
+
+
+DESTINATIONS: list[Case] = [
+    *[(f"dtype of {name}", spoil(name, Tensor.long), (f"{{{name}}} has dtype int64", "int32")) for name in SIX_FIELDS],
+    ("dtype float", spoil("page_indices", Tensor.float), ("{page_indices} has dtype float32", "int32")),
+    ("dtype bool", spoil("cache_seqlens", Tensor.bool), ("{cache_seqlens} has dtype bool", "int32")),
+    *[(f"device of {name}", spoil(name, lambda t: t.to(META)), (f"{{{name}}} is on meta",)) for name in SIX_FIELDS],
+    (
+        "rank of a vector",
+        spoil("cache_seqlens", lambda t: t[None]),
+        ("{cache_seqlens} has shape (1, 5)", "1 dimension."),
+    ),
+    ("rank of a sum", spoil("cu_seqlens_k", lambda t: t[0]), ("{cu_seqlens_k} has shape ()", "1 dimension.")),
+    ("rank 1 of a table", spoil("page_indices", lambda t: t[0]), ("{page_indices} has shape (40,)", "2 dimensions.")),
+    (
+        "rank 3 of a table",
+        spoil("real_page_table", lambda t: t[None]),
+        ("{real_page_table} has shape (1, 5, 3)", "2 dim"),
+    ),
+    ("a list", spoil("cache_seqlens", Tensor.tolist), ("{cache_seqlens} is a list", "torch.Tensor")),
+    ("a sparse tensor", spoil("page_indices", Tensor.to_sparse), ("{page_indices} has layout torch.sparse_coo",)),
+    ("widths", spoil("page_indices", lambda t: t[:, :-1]), ("{page_indices} has 39 columns", "40")),
+    ("widths of pages", spoil("real_page_table", lambda t: t[:, :-1]), ("{real_page_table} has 2 columns", "3")),
+    ("an empty sum", spoil("nsa_cu_seqlens_k", lambda t: t[:0]), ("{nsa_cu_seqlens_k} is empty", "bs + 1")),
+    ("stride of a vector", spoil("cache_seqlens", lambda t: t.repeat(2)[::2]), ("{cache_seqlens} has stride 2",)),
+    ("expanded vector", spoil("cache_seqlens", lambda t: t[:1].expand(5)), ("{cache_seqlens} has stride 0",)),
+    (
+        "inner stride",
+        spoil("page_indices", lambda t: t.repeat(1, 2)[:, ::2]),
+        ("{page_indices} has strides (80, 2)", "inner stride must be 1"),
+    ),
+    ("transposed", spoil("page_indices", lambda t: t.repeat(8, 1).T[:, :40]), ("{page_indices} has strides (1, 40)",)),
+    (
+        "inner stride of pages",
+        spoil("real_page_table", lambda t: t.repeat(1, 2)[:, ::2]),
+        ("{real_page_table} has strides (6, 2)", "inner stride must be 1"),
+    ),
+    (
+        "expanded rows",
+        spoil("page_indices", lambda t: t[:1].expand(5, -1)),
+        ("{page_indices} has strides (0, 1) and 40 columns", "40 or more"),
+    ),
+    (
+        "rows that overlap",
+        spoil("page_indices", lambda t: t.as_strided((3, 40), (39, 1))),
+        ("{page_indices} has strides (39, 1) and 40 columns",),
+    ),
+    ("overlap by a column", overlap_by_a_column, ("{page_indices} overlaps", "in memory")),
+    ("overlap by a row", overlap_by_a_row, ("{page_indices} overlaps", "in memory")),
+    ("overlap of two fields", overlap_of_two_fields, ("{nsa_cache_seqlens}", "{cache_seqlens}", "overlaps")),
+    (
+        "overlap of a vector with a table",
+        overlap_of_a_vector_with_a_table,
+        ("{cache_seqlens} overlaps", "page_indices"),
+    ),
+    ("overlap of other row strides", overlap_of_other_row_strides, ("{page_indices} overlaps", "in memory")),
+    ("overlap of one element", overlap_of_cumulative_tails, ("{cu_seqlens_k} overlaps", "in memory")),
+]
+
+POOLS: list[Case] = [
+    (
+        "pool: dtype int16",
+        attribute("pool", lambda s: s.pool.short()),
+        ("req_to_token has dtype int16", "int32 or int64"),
+    ),
+    (
+        "pool: dtype float",
+        attribute("pool", lambda s: s.pool.float()),
+        ("req_to_token has dtype float32", "int32 or int64"),
+    ),
+    ("pool: device", attribute("pool", lambda s: s.pool.to(META)), ("req_to_token is on meta",)),
+    ("pool: rank 1", attribute("pool", lambda s: s.pool[0]), ("req_to_token has shape (40,)", "2 dimensions")),
+    ("pool: rank 3", attribute("pool", lambda s: s.pool[None]), ("req_to_token has shape (1, 6, 40)", "2 dimensions")),
+    ("pool: a list", attribute("pool", lambda s: s.pool.tolist()), ("req_to_token is a list", "torch.Tensor")),
+    ("pool: none", attribute("pool", lambda s: None), ("req_to_token is a NoneType", "torch.Tensor")),
+    (
+        "pool: inner stride",
+        attribute("pool", lambda s: s.pool.repeat(1, 2)[:, ::2]),
+        ("req_to_token has strides (80, 2)", "inner stride must be 1"),
+    ),
+    (
+        "pool: expanded rows",
+        attribute("pool", lambda s: s.pool[:1].expand(6, -1)),
+        ("req_to_token has strides (0, 1) and 40 columns", "40 or more"),
+    ),
+    (
+        "pool: is a destination",
+        lambda s: setattr(s, "pool", s.backends[1].page_indices),
+        ("{page_indices} overlaps req_to_token",),
+    ),
+    (
+        "pool: shares a word with a destination",
+        lambda s: (
+            setattr(
+                s,
+                "pool",
+                torch.full((7 * WIDTH,), support.POISON, dtype=torch.int32, device=s.device)[: 6 * WIDTH].view(
+                    6, WIDTH
+                ),
+            ),
+            s.set("cache_seqlens", lambda t: s.pool.as_strided((BS,), (1,), 6 * WIDTH - 1)),
+        ),
+        ("{cache_seqlens} overlaps req_to_token",),
+    ),
+]
+
+
+def numbers(name: str, low: int, high: int | None, shown: str | None = None) -> list[tuple[str, Any, tuple[str, ...]]]:
+    """Values that no whole-number argument takes: (id, value, fragments)."""
+    shown = shown or name
+    cases: list[tuple[str, Any, tuple[str, ...]]] = [
+        (f"{name}: below", low - 1, (f"{shown} is {low - 1}; allowed: {low}",)),
+        (f"{name}: far below", -(2**40), (f"{shown} is {-(2**40)}; allowed: {low}",)),
+        (f"{name}: bool", True, (f"{shown} is True (bool)", "Python int")),
+        (f"{name}: float", 16.0, (f"{shown} is 16.0 (float)", "Python int")),
+        (f"{name}: text", "16", (f"{shown} is '16' (str)", "Python int")),
+        (f"{name}: tensor", torch.tensor(16), (f"{shown} is tensor(16) (Tensor)", "Python int")),
+        (f"{name}: list", [16], (f"{shown} is [16] (list)", "Python int")),
+    ]
+    if high is not None:
+        cases.append((f"{name}: above", high + 1, (f"{shown} is {high + 1}; allowed: {low} to {high}",)))
+    return cases
+
+
+def number_facts(name: str, low: int, high: int | None) -> list[Case]:
+    return [(case, fact(**{name: value}), fragments) for case, value, fragments in numbers(name, low, high)]
+
+
+def with_names(fragments: Sequence[str], pattern: str) -> list[str]:
+    """Fills the place of a field's name in with what the function calls it."""
+    return [text.format(**{name: pattern.format(name) for name in ALL_FIELDS}) for text in fragments]
+
+
+# --------------------------------------------------------------------------------------------------------- bind
+
+
+def bind(scene: Scene) -> onelaunch.Plan:
+    facts = {"index_topk": 9, "page_size": PAGE_SIZE, **scene.facts}
+    return onelaunch.bind(scene.backends, req_to_token=scene.pool, **facts)
+
+
+BIND: list[Case] = [
+    ("backends: one", attribute("backends", lambda s: s.backends[0]), ("backends is a MetadataBuffers", "list of")),
+    ("backends: none", attribute("backends", lambda s: None), ("backends is a NoneType", "list of MetadataBuffers")),
+    ("backends: empty", attribute("backends", lambda s: []), ("backends is empty", "at least one")),
+    ("backends: one none", attribute("backends", lambda s: [s.backends[0], None]), ("backends[1] is a NoneType",)),
+    ("backends: a dict", attribute("backends", lambda s: [{}, *s.backends]), ("backends[0] is a dict",)),
+    (
+        "backends: no field",
+        attribute("backends", lambda s: [MetadataBuffers()] * 2),
+        ("no field at all", "at least one"),
+    ),
+    ("backends: a field less", spoil("cu_seqlens_k", lambda t: None), ("{cu_seqlens_k} is None", "same fields")),
+    (
+        "backends: a field more",
+        lambda s: setattr(s.backends[1], "seqlens_expanded", s.new(BS)),
+        ("backends[0].seqlens_expanded is None", "backends[1].seqlens_expanded is a tensor"),
+    ),
+    (
+        "all on an unknown device",
+        attribute("backends", lambda s: [MetadataBuffers(cache_seqlens=s.new(BS, device=META))]),
+        ("backends[0].cache_seqlens is on meta", "cuda, cpu"),
+    ),
+    (
+        "pages too few for the tokens",
+        lambda s: [s.set("real_page_table", lambda t: t[:, :2], backend) for backend in (0, 1)],
+        ("backends[0].real_page_table has 2 columns", "40 tokens in pages of 16 need 3"),
+    ),
+    (
+        "page size 1 with a real table of its own",
+        fact(page_size=1),
+        ("backends[0].real_page_table is a tensor of its own", "pages of one token"),
+    ),
+    (
+        "page size 1 without page_indices",
+        lambda s: (fact(page_size=1)(s), [s.set("page_indices", lambda t: None, b) for b in (0, 1)]),
+        ("backends[0].real_page_table is a tensor of its own", "pages of one token"),
+    ),
+    *number_facts("index_topk", 0, 2**31 - 1),
+    *number_facts("page_size", 1, 2**31 - 1),
+    *number_facts("max_len", 0, WIDTH),
+    ("next_n", fact(next_n=2), ("next_n is 2", "allowed in decode: 1")),
+    ("next_n: none", fact(next_n=None), ("next_n is None", "allowed in decode: 1")),
+    ("seqlen_offsets", fact(seqlen_offsets=[0, 1]), ("seqlen_offsets is [0, 1]", "None")),
+    ("seq_lens_dtype", fact(seq_lens_dtype=torch.int16), ("seq_lens_dtype is torch.int16", "torch.int32, torch.int64")),
+    ("seq_lens_dtype: text", fact(seq_lens_dtype="int64"), ("seq_lens_dtype is int64", "torch.int32, torch.int64")),
+    (
+        "req_pool_indices_dtype",
+        fact(req_pool_indices_dtype=torch.float32),
+        ("req_pool_indices_dtype is torch.float32", "torch.int32, torch.int64"),
+    ),
+]
+
+
+@named([*DESTINATIONS, *POOLS, *BIND])
+def test_bind(device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...]) -> None:
+    scene = Scene(device)
+    change(scene)
+    refused(ArgumentError, with_names(fragments, "backends[1].{}"), lambda: bind(scene))
+    assert_untouched(scene.poisoned)
+
+
+@named(
+    [
+        ("mode", fact(mode="prefill"), ("mode is 'prefill'", "'decode'")),
+        ("mode misspelt", fact(mode="decod"), ("mode is 'decod'", "Did you mean 'decode'?")),
+        ("extent", fact(extent="everything"), ("extent is 'everything'", "'live', 'full'")),
+        ("extent misspelt", fact(extent="ful"), ("extent is 'ful'", "Did you mean 'full'?")),
+        ("extent: none", fact(extent=None), ("extent is None", "'live', 'full'")),
+        ("extent: a list", fact(extent=["full"]), ("extent is ['full']", "'live', 'full'")),
+    ]
+)
+def test_bind_of_no_configuration(
+    device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...]
+) -> None:
+    scene = Scene(device)
+    change(scene)
+    refused(ConfigError, fragments, lambda: bind(scene))
+    assert_untouched(scene.poisoned)
+
+
+def test_bind_accepts_what_only_looks_like_an_overlap(device: torch.device) -> None:
+    """Column slices of one table, neighbours in one allocation, one tensor in every backend."""
+    scene = Scene(device)
+    table, sums, cache = scene.new(BS, 2 * WIDTH + 3), scene.new(2 * BS + 2), scene.new(BS)
+    for index, buffers in enumerate(scene.backends):
+        buffers.page_indices = table[:, index * WIDTH : (index + 1) * WIDTH]
+        buffers.cu_seqlens_k = sums[index * (BS + 1) : (index + 1) * (BS + 1)]
+        buffers.cache_seqlens = cache
+    bind(scene).run(scene.seq_lens, scene.rows)
+    assert table[:, 2 * WIDTH :].tolist() == [[0, 0, 0]] * BS
+    assert sums.tolist() == [0, 3, 43, 60, 60] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------- run
+
+INPUTS: list[Case] = [
+    ("seq_lens: float", attribute("seq_lens", lambda s: s.seq_lens.float()), ("seq_lens has dtype float32",)),
+    ("seq_lens: bool", attribute("seq_lens", lambda s: s.seq_lens.bool()), ("seq_lens has dtype bool",)),
+    ("rows: int16", attribute("rows", lambda s: s.rows.short()), ("req_pool_indices has dtype int16",)),
+    ("seq_lens: device", attribute("seq_lens", lambda s: s.seq_lens.to(META)), ("seq_lens is on meta",)),
+    ("rows: device", attribute("rows", lambda s: s.rows.to(META)), ("req_pool_indices is on meta",)),
+    (
+        "seq_lens: rank 2",
+        attribute("seq_lens", lambda s: s.seq_lens[None]),
+        ("seq_lens has shape (1, 4)", "1 dimension."),
+    ),
+    ("seq_lens: rank 0", attribute("seq_lens", lambda s: s.seq_lens[0]), ("seq_lens has shape ()", "1 dimension.")),
+    (
+        "rows: rank 2",
+        attribute("rows", lambda s: s.rows[:, None]),
+        ("req_pool_indices has shape (4, 1)", "1 dimension."),
+    ),
+    ("rows: fewer", attribute("rows", lambda s: s.rows[:3]), ("req_pool_indices has 3 elements", "seq_lens has 4")),
+    (
+        "rows: more",
+        attribute("seq_lens", lambda s: s.seq_lens[:1]),
+        ("req_pool_indices has 4 elements", "seq_lens has 1"),
+    ),
+    ("seq_lens: none", attribute("seq_lens", lambda s: None), ("seq_lens is a NoneType", "torch.Tensor")),
+    ("seq_lens: a list", attribute("seq_lens", lambda s: [1, 2]), ("seq_lens is a list", "torch.Tensor")),
+    ("rows: none", attribute("rows", lambda s: None), ("req_pool_indices is a NoneType", "torch.Tensor")),
+    ("rows: a list", attribute("rows", lambda s: [1, 2]), ("req_pool_indices is a list", "torch.Tensor")),
+    (
+        "more requests than room",
+        lambda s: (setattr(s, "seq_lens", s.seq_lens.repeat(2)), setattr(s, "rows", s.rows.repeat(2))),
+        ("seq_lens has 8 requests", "room for 5"),
+    ),
+]
+
+
+RUN: list[Case] = [
+    *INPUTS,
+    (
+        "seq_lens: the other int",
+        attribute("seq_lens", lambda s: s.seq_lens.int()),
+        ("seq_lens has dtype int32", "int64"),
+    ),
+    ("rows: the other int", attribute("rows", lambda s: s.rows.int()), ("req_pool_indices has dtype int32", "int64")),
+    *number_facts("max_len", 0, WIDTH),
+]
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["first call", "later call"])
+@named(RUN)
+def test_run(device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...], earlier: bool) -> None:
+    """What a plan remembers of an earlier, good call must not let a bad one through."""
+    scene = Scene(device)
+    plan = bind(scene)
+    if earlier:
+        plan.run(scene.seq_lens, scene.rows, max_len=1)
+        plan.run(scene.seq_lens, scene.rows, max_len=16)
+        for backend in scene.poisoned:
+            for storage in backend.storages.values():
+                storage.fill_(support.POISON)
+    change(scene)
+    refused(ArgumentError, fragments, lambda: plan.run(scene.seq_lens, scene.rows, **scene.facts))
+    assert_untouched(scene.poisoned)
+    assert plan.launches == 2 * earlier
+
+
+@pytest.mark.parametrize("name", ["seq_lens", "req_pool_indices"])
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda s: s.backends[1].cache_seqlens[:BS],
+        lambda s: s.backends[0].page_indices[1, 2 : 2 + BS],
+        lambda s: s.poisoned[0].storages["cu_seqlens_k"][support.GUARD - BS + 1 :][:BS],
+    ],
+    ids=["is a destination", "in a table", "touches a destination"],
+)
+def test_run_on_inputs_that_are_destinations(device: torch.device, take: Callable[[Scene], Tensor], name: str) -> None:
+    """The classic: cache_seqlens refreshed in place, because .to(torch.int32) returned the same tensor."""
+    scene = Scene(device)
+    scene.facts = {"seq_lens_dtype": torch.int32, "req_pool_indices_dtype": torch.int32}
+    plan = bind(scene)
+    inputs = {"seq_lens": scene.seq_lens.int(), "req_pool_indices": scene.rows.int(), name: take(scene)}
+    refused(ArgumentError, (f"{name} overlaps backends[",), lambda: plan.run(**inputs))
+    assert_untouched(scene.poisoned)
+
+
+@pytest.mark.parametrize(
+    ("name", "room", "shown"),
+    [
+        ("cache_seqlens", 3, "backends[1].cache_seqlens has room for 3"),
+        ("cu_seqlens_k", 4, "backends[1].cu_seqlens_k has room for 3"),
+        ("page_indices", 2, "backends[1].page_indices has room for 2"),
+        ("real_page_table", 0, "backends[1].real_page_table has room for 0"),
+    ],
+)
+def test_run_names_the_destination_with_the_least_room(device: torch.device, name: str, room: int, shown: str) -> None:
+    scene = Scene(device)
+    scene.set(name, lambda t: t[:room])
+    plan = bind(scene)
+    refused(ArgumentError, ("seq_lens has 4 requests", shown), lambda: plan.run(scene.seq_lens, scene.rows))
+    assert_untouched(scene.poisoned)
+
+
+# ------------------------------------------------------------------------------------- precompute and broadcast
+
+
+def broadcast(scene: Scene, lists: dict[str, Any] | None = None) -> None:
+    given = {
+        f"{name}_list": [getattr(b, name) for b in scene.backends] if hasattr(scene.backends[0], name) else None
+        for name in SIX_FIELDS
+    }
+    facts = {"max_len": WIDTH, "nsa_index_topk": 9, "real_page_size": PAGE_SIZE, **scene.facts}
+    onelaunch.fused_metadata_precompute_and_broadcast_cuda(
+        scene.seq_lens, scene.rows, scene.pool, **{**given, **(lists or {})}, **facts
+    )
+
+
+BROADCAST: list[Case] = [
+    *INPUTS,
+    *number_facts("max_len", 0, WIDTH),
+    *number_facts("nsa_index_topk", 0, 2**31 - 1),
+    *number_facts("real_page_size", 1, 2**31 - 1),
+    (
+        "page size 1 with a real table of its own",
+        fact(real_page_size=1),
+        ("real_page_table_list[0] is a tensor of its own", "pages of one token"),
+    ),
+    (
+        "pages too few for the tokens",
+        lambda s: [s.set("real_page_table", lambda t: t[:, :2], backend) for backend in (0, 1)],
+        ("real_page_table_list[0] has 2 columns", "need 3"),
+    ),
+    (
+        "table too narrow",
+        lambda s: [s.set("page_indices", lambda t: t[:, :39], backend) for backend in (0, 1)],
+        ("max_len is 40; allowed: 0 to 39",),
+    ),
+    ("sum too short", spoil("cu_seqlens_k", lambda t: t[:4]), ("4 requests; cu_seqlens_k_list[1] has room for 3",)),
+    ("table too short", spoil("page_indices", lambda t: t[:3]), ("4 requests; page_indices_list[1] has room for 3",)),
+]
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["first call", "later call"])
+@named([*DESTINATIONS, *POOLS, *BROADCAST])
+def test_broadcast(
+    device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...], earlier: bool
+) -> None:
+    """A remembered plan of the same tensors must not let a bad argument through."""
+    scene = Scene(device)
+    if earlier:
+        # These equal the bool and the float of number_facts.
+        for value in (1, 16):
+            page_table = {"real_page_table_list": None} if value == 1 else {}
+            scene.facts = {"max_len": value, "nsa_index_topk": value, "real_page_size": value}
+            broadcast(scene, page_table)
+        for facts in ({"max_len": 1}, {"nsa_index_topk": 1}, {"max_len": 16}, {"nsa_index_topk": 16}):
+            scene.facts = facts
+            broadcast(scene)
+        for backend in scene.poisoned:
+            for storage in backend.storages.values():
+                storage.fill_(support.POISON)
+        scene.facts = {}
+    change(scene)
+    refused(ArgumentError, with_names(fragments, "{}_list[1]"), lambda: broadcast(scene))
+    assert_untouched(scene.poisoned)
+
+
+LISTS: list[tuple[str, dict[str, Callable[[Scene], Any]], tuple[str, ...]]] = [
+    (
+        "none everywhere",
+        {f"{name}_list": lambda s: None for name in SIX_FIELDS},
+        ("every list is None",),
+    ),
+    (
+        "of different lengths",
+        {"nsa_cache_seqlens_list": lambda s: [s.backends[0].nsa_cache_seqlens]},
+        ("nsa_cache_seqlens_list has 1 tensors", "cache_seqlens_list has 2"),
+    ),
+    ("one empty", {"page_indices_list": lambda s: []}, ("page_indices_list has 0 tensors", "has 2")),
+    ("all empty", {f"{name}_list": lambda s: [] for name in SIX_FIELDS}, ("empty", "at least one")),
+    ("a tensor", {"cache_seqlens_list": lambda s: s.new(2, BS)}, ("cache_seqlens_list is a Tensor", "list of tensors")),
+    ("a scalar", {"cache_seqlens_list": lambda s: s.new()}, ("cache_seqlens_list is a Tensor", "list of tensors")),
+    ("a number", {"cache_seqlens_list": lambda s: 2}, ("cache_seqlens_list is a int", "list of tensors")),
+    (
+        "none in it",
+        {"cu_seqlens_k_list": lambda s: [None, s.backends[0].cu_seqlens_k]},
+        ("cu_seqlens_k_list[0] is a NoneType", "torch.Tensor"),
+    ),
+    (
+        "a list in it",
+        {"cu_seqlens_k_list": lambda s: [s.backends[0].cu_seqlens_k, [0, 1, 2, 3, 4]]},
+        ("cu_seqlens_k_list[1] is a list", "torch.Tensor"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("lists", "fragments"), [case[1:] for case in LISTS], ids=[case[0] for case in LISTS])
+def test_broadcast_lists(
+    device: torch.device, lists: dict[str, Callable[[Scene], Any]], fragments: tuple[str, ...]
+) -> None:
+    scene = Scene(device)
+    made = {name: make(scene) for name, make in lists.items()}
+    refused(ArgumentError, fragments, lambda: broadcast(scene, made))
+    assert_untouched(scene.poisoned)
+
+
+@pytest.mark.parametrize("extent", ["half", None, 3, ["full"]], ids=str)
+def test_broadcast_extent(device: torch.device, extent: Any) -> None:
+    scene = Scene(device)
+    scene.facts = {"extent": extent}
+    refused(ConfigError, (f"extent is {extent!r}", "'live', 'full'"), lambda: broadcast(scene))
+    assert_untouched(scene.poisoned)
+
+
+# ---------------------------------------------------------------------------------------------------- precompute
+
+
+def precompute(scene: Scene) -> MetadataBuffers:
+    out = scene.facts.pop("out", scene.backends[1])
+    facts = {"max_len": WIDTH, "nsa_index_topk": 9, "real_page_size": PAGE_SIZE, **scene.facts}
+    return onelaunch.precompute_decode_metadata_cuda(scene.seq_lens, scene.rows, scene.pool, out=out, **facts)
+
+
+PRECOMPUTE: list[Case] = [
+    *[case for case in DESTINATIONS if not case[0].startswith(("widths", "overlap"))],
+    ("overlap of two fields", overlap_of_two_fields, ("{nsa_cache_seqlens}", "{cache_seqlens}", "overlaps")),
+    *POOLS,
+    *INPUTS,
+    *number_facts("max_len", 0, WIDTH),
+    *number_facts("nsa_index_topk", 0, 2**31 - 1),
+    *number_facts("real_page_size", 1, 2**31 - 1),
+    ("out: a list", lambda s: s.facts.update(out=[s.backends[1]]), ("out is a list", "MetadataBuffers or None")),
+    ("out: no field", lambda s: s.facts.update(out=MetadataBuffers()), ("no field at all",)),
+    ("out: too short", spoil("page_indices", lambda t: t[:3]), ("4 requests; out.page_indices has room for 3",)),
+    ("out: too narrow", spoil("page_indices", lambda t: t[:, :39]), ("max_len is 40; allowed: 0 to 39",)),
+    (
+        "out: pages too few",
+        spoil("real_page_table", lambda t: t[:, :2]),
+        ("out.real_page_table has 2 columns", "need 3"),
+    ),
+]
+
+
+@named(PRECOMPUTE)
+def test_precompute(device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...]) -> None:
+    scene = Scene(device)
+    change(scene)
+    refused(ArgumentError, with_names(fragments, "out.{}"), lambda: precompute(scene))
+    assert_untouched(scene.poisoned)
+
+
+PRECOMPUTE_NEW = [
+    case
+    for case in PRECOMPUTE
+    if case[0].startswith(("pool:", "seq_lens:", "rows:", "max_len:", "nsa_index_topk:", "real_page_size:"))
+    and not case[0].startswith(("pool: is a dest", "pool: shares"))
+]
+
+
+@named(PRECOMPUTE_NEW)
+def test_precompute_of_new_buffers(
+    device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...]
+) -> None:
+    """Where it allocates itself, what can be refused is refused before anything is allocated from it."""
+    scene = Scene(device)
+    change(scene)
+    scene.facts["out"] = None
+    refused(ArgumentError, fragments, lambda: precompute(scene))
+
+
+# ---------------------------------------------------------------------------------------------------------- copy
+
+
+@dataclass
+class CopyScene(Scene):
+    """Backend 0's fields filled with numbers are the source of backends 1 and 2."""
+
+    fields: Sequence[str] = ALL_FIELDS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.source: Any = support.destination(self.fields, BS, WIDTH, PAGE_SIZE, device=self.device).buffers
+        for _, tensor in self.source.items():
+            tensor.fill_(7)
+
+    def set_source(self, name: str, change: Callable[[Tensor], Any]) -> None:
+        setattr(self.source, name, change(getattr(self.source, name)))
+
+
+def copy(scene: CopyScene) -> None:
+    onelaunch.fused_metadata_copy_cuda(scene.source, scene.backends, **scene.facts)
+
+
+def spoil_source(name: str, change: Callable[[Tensor], Any]) -> Callable[[CopyScene], None]:
+    return lambda scene: scene.set_source(name, change)
+
+
+def into_the_source(name: str) -> Callable[[CopyScene], None]:
+    return lambda scene: setattr(scene.backends[1], name, getattr(scene.source, name))
+
+
+COPY: list[tuple[str, Callable[[CopyScene], None], tuple[str, ...]]] = [
+    *DESTINATIONS,
+    ("source: none", attribute("source", lambda s: None), ("precomputed is a NoneType", "MetadataBuffers")),
+    ("source: a list", attribute("source", lambda s: [s.source]), ("precomputed is a list", "MetadataBuffers")),
+    ("source: a field less", spoil_source("cu_seqlens_k", lambda t: None), ("precomputed.cu_seqlens_k is None",)),
+    (
+        "source: dtype",
+        spoil_source("cache_seqlens", Tensor.long),
+        ("precomputed.cache_seqlens has dtype int64", "int32"),
+    ),
+    ("source: device", spoil_source("page_indices", lambda t: t.to(META)), ("precomputed.page_indices is on meta",)),
+    ("source: rank", spoil_source("page_indices", lambda t: t[0]), ("precomputed.page_indices has shape (40,)",)),
+    (
+        "source: inner stride",
+        spoil_source("page_indices", lambda t: t.repeat(1, 2)[:, ::2]),
+        ("precomputed.page_indices has strides (80, 2)",),
+    ),
+    (
+        "source: stride",
+        spoil_source("cache_seqlens", lambda t: t.repeat(2)[::2]),
+        ("precomputed.cache_seqlens has stride",),
+    ),
+    ("source: a number", spoil_source("cache_seqlens", lambda t: 3), ("precomputed.cache_seqlens is a int",)),
+    *[
+        (f"source: is destination {name}", into_the_source(name), (f"{{{name}}} overlaps precomputed.{name}",))
+        for name in ALL_FIELDS
+    ],
+    ("destinations: none", attribute("backends", lambda s: None), ("destinations is None", "MetadataBuffers")),
+    ("destinations: empty", attribute("backends", lambda s: []), ("destinations is empty", "at least one")),
+    ("destinations: one none", attribute("backends", lambda s: [s.backends[0], None]), ("destinations is [", "None]")),
+    ("destinations: no field", attribute("backends", lambda s: [MetadataBuffers()]), ("no field at all",)),
+    ("destinations: a field less", spoil("cu_seqlens_k", lambda t: None), ("{cu_seqlens_k} is None", "same fields")),
+    (
+        "destinations: too narrow",
+        lambda s: [s.set("page_indices", lambda t: t[:, :39], b) for b in (0, 1)],
+        ("page_indices has 40 columns to copy", "has 39"),
+    ),
+    (
+        "destinations: pages too narrow",
+        lambda s: [s.set("real_page_table", lambda t: t[:, :2], b) for b in (0, 1)],
+        ("real_page_table has 3 columns to copy", "has 2"),
+    ),
+    (
+        "destinations: too short",
+        spoil("nsa_cu_seqlens_k", lambda t: t[:4]),
+        ("bs is 4", "{nsa_cu_seqlens_k} has room for 3"),
+    ),
+    ("bs: beyond the source", fact(bs=5), ("bs is 5", "has room for 4")),
+    *number_facts("bs", 0, None),
+    *number_facts("max_len", 0, WIDTH),
+    *number_facts("real_page_size", 1, 2**31 - 1),
+]
+
+
+@named(COPY)
+def test_copy(device: torch.device, change: Callable[[CopyScene], None], fragments: tuple[str, ...]) -> None:
+    scene = CopyScene(device)
+    change(scene)
+    refused(ArgumentError, with_names(fragments, "destinations[1].{}"), lambda: copy(scene))
+    assert_untouched(scene.poisoned)
+
+
+@pytest.mark.parametrize("bad", [-1, True, 3.0, "3"], ids=repr)
+def test_copy_of_lengths_alone_checks_max_len(device: torch.device, bad: Any) -> None:
+    """No table needs the number, but it is as wrong as ever."""
+    scene = CopyScene(device, fields=("cache_seqlens", "cu_seqlens_k"))
+    scene.facts = {"max_len": bad}
+    refused(ArgumentError, (f"max_len is {bad!r}",), lambda: copy(scene))
+    assert_untouched(scene.poisoned)
+
+
+def test_copy_names_the_only_destination_without_an_index(device: torch.device) -> None:
+    scene = CopyScene(device)
+    scene.backends = scene.backends[1]
+    scene.backends.cache_seqlens = scene.new(BS, dtype=torch.int64)
+    refused(ArgumentError, ("destinations.cache_seqlens has dtype int64",), lambda: copy(scene))
+    assert_untouched(scene.poisoned)
+
+
+# ------------------------------------------------------------------------------------------ builds that mustn't be
+
+
+def test_nothing_is_built_for_a_refused_call(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad input must not cost a build first."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a kernel was asked for")
+
+    monkeypatch.setattr("onelaunch.loader.load", load)
+    scene = Scene(device)
+    scene.facts = {"max_len": WIDTH + 1}
+    refused(ArgumentError, ("max_len",), lambda: bind(scene))
+    scene.set("page_indices", Tensor.long)
+    refused(ArgumentError, ("page_indices",), lambda: broadcast(scene))

@@ -1,0 +1,635 @@
+"""From source to a loaded module: strict compilers, what the object needs, keys, failures, and the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onelaunch
+import pytest
+import support
+from onelaunch import (
+    PRESETS,
+    CompileError,
+    JitPolicyError,
+    KernelConfig,
+    StoreError,
+    ToolchainError,
+    loader,
+    render,
+    toolchain,
+)
+from onelaunch import compile as compiler
+from onelaunch.cli.main import app
+from onelaunch.store import MANIFEST, Store
+from typer.testing import CliRunner
+
+# onelaunch.render is the function; these are the modules that the functions are looked up in.
+RENDER = sys.modules["onelaunch.render"]
+
+SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
+SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
+OTHERS = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in range(2, 12)]
+
+# Uses the kernel in a new process, and says what that took.
+USE = """
+import json, sys, warnings
+import torch, onelaunch
+from onelaunch import MetadataBuffers
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out = torch.full((4,), -1, dtype=torch.int32)
+    plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
+    plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
+print(json.dumps({
+    "out": out.tolist(),
+    "path": str(plan.kernel.path),
+    "key": plan.kernel.key,
+    "warnings": [str(w.message) for w in caught],
+    "modules": [m for m in ("torch.utils.cpp_extension", "jinja2", "ninja", "filelock") if m in sys.modules],
+}))
+"""
+
+
+def use(cache: Path, **environment: str) -> tuple[dict[str, Any], str]:
+    """USE in a process of its own: what it printed, and its stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", USE],
+        env={**os.environ, "ONELAUNCH_CACHE_DIR": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the modules that are built from here on."""
+    names: list[str] = []
+    build = compiler.build
+
+    def counted(name: str, *args: Any, **kwargs: Any) -> compiler.Build:
+        names.append(name)
+        return build(name, *args, **kwargs)
+
+    monkeypatch.setattr(compiler, "build", counted)
+    return names
+
+
+# ------------------------------------------------------------------------------------------------- strictness
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_compile_for_sm_90a_without_a_warning_or_a_spill(name: str, tmp_path: Path) -> None:
+    report = support.ptxas_report(PRESETS[name], tmp_path)
+    assert {k: v for k, v in report.items() if k != "registers"} == {
+        "stack": 0,
+        "spill_stores": 0,
+        "spill_loads": 0,
+        "local": 0,
+    }
+    # With 256 threads, more than 128 registers leave room for one block a multiprocessor.
+    assert report["registers"] <= 128
+
+
+STRICT_CPU = {
+    **PRESETS,
+    **{f"only {name}": KernelConfig(num_backends=2, fields=(name,)) for name in support.ALL_FIELDS},
+    "page 48": KernelConfig(num_backends=2, page_size=48),
+    "all fields, shared": KernelConfig(
+        num_backends=3, fields=support.ALL_FIELDS, distinct=tuple((name, 1) for name in support.ALL_FIELDS)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRICT_CPU)
+def test_the_cpu_target_compiles_without_a_warning(name: str, tmp_path: Path) -> None:
+    """The emitted source and the binding, with the product's flags and every warning an error."""
+    config = STRICT_CPU[name].replace(target="cpu")
+    found = toolchain.find_host_compiler()
+    for file, text in (("kernel", render(config)), ("binding", RENDER.render_binding(config, "a_module"))):
+        source = tmp_path / f"{file}.cpp"
+        source.write_text(text, encoding="utf-8")
+        # load_inline prepends nothing, but the pragmas of the CUDA compiler are unknown to the host's.
+        flags = [*found.flags, *compiler.HOST_FLAGS, "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+        flags += [f"-isystem{sysconfig.get_path('include')}"]
+        done = subprocess.run(
+            [str(found.path), "-c", str(source), "-o", str(tmp_path / f"{file}.o"), *flags],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------- the object
+
+PLAIN_LIBRARIES = re.compile(r"(libc|libstdc\+\+|libm|libgcc_s|libdl|libpthread|librt|ld-linux[\w-]*)\.so\.\d+")
+
+
+def needed(path: Path) -> list[str]:
+    text = subprocess.run(["readelf", "-d", "--wide", path], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"\((RPATH|RUNPATH)\)", text), "a path of the machine that built it"
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", text)
+
+
+def exported(path: Path) -> list[str]:
+    text = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1] for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("target", ["cpu", pytest.param("cuda", marks=pytest.mark.nvcc)])
+def test_the_object_needs_nothing_but_the_system_and_exports_one_symbol(target: str) -> None:
+    """No torch, no CUDA library: it is loaded where neither is of the version that it was built with."""
+    kernel = onelaunch.specialize(KernelConfig(num_backends=3, target=target), "90a" if target == "cuda" else None)
+    for name in needed(kernel.path):
+        assert PLAIN_LIBRARIES.fullmatch(name), name
+    assert exported(kernel.path) == [f"PyInit_{kernel.config.symbol}_binding"]
+    assert kernel.path.name.endswith(".so")
+    assert kernel.source == render(kernel.config)
+    # load_inline puts the C++ sources of a build into one file: on the CPU target the binding follows.
+    kept = (kernel.path.parent / str(kernel.manifest["source_file"])).read_text()
+    assert kept.startswith(kernel.source)
+    assert target == "cpu" or kept == kernel.source
+
+
+@pytest.mark.nvcc
+def test_an_object_for_two_architectures(store: Store) -> None:
+    one, two = loader.load(SMALL_CUDA, ("90a",), store), loader.load(SMALL_CUDA, ("90a", "100a"), store)
+    assert one.key != two.key
+    assert one.archs == ("90a",)
+    assert two.archs == ("90a", "100a")
+    assert "compute_100a" in str(two.manifest["command"])
+
+
+def test_torch_has_no_part_in_the_build(store: Store) -> None:
+    """The command names no header of torch, and the kept sources include none."""
+    kernel = loader.load(SMALL, store=store)
+    command = str(kernel.manifest["command"])
+    assert " -c " in command
+    assert " ." in command
+    assert str(store.root) not in command
+    for file in kernel.path.parent.glob("*.c*"):
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10|pybind11)", file.read_text())
+
+
+# ----------------------------------------------------------------------------------------------------- the key
+
+
+def test_two_stores_have_one_key(tmp_path: Path) -> None:
+    """Neither the folder nor the time is part of it."""
+    a, b = Store(tmp_path / "a"), Store(tmp_path / "some" / "other" / "folder")
+    first, second = loader.load(SMALL, store=a), loader.load(SMALL, store=b)
+    assert first.key == second.key
+    assert first.path.relative_to(a.root) == second.path.relative_to(b.root)
+    # The object itself is the same too, as is what is kept of the sources.
+    for name in (first.path.name, str(first.manifest["source_file"])):
+        assert (first.path.parent / name).read_bytes() == (second.path.parent / name).read_bytes()
+
+
+def key_of(config: KernelConfig = SMALL_CUDA, archs: tuple[str, ...] = ("90a",), **versions: str) -> str:
+    return loader.content_key(config, archs, {"host_compiler": "g++ 1", "nvcc": "13.0", "nvcc_build": "x", **versions})
+
+
+def change_source(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(RENDER, "render", lambda config: render(config) + "// changed\n")
+    return key_of()
+
+
+def change_binding(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(RENDER, "render_binding", lambda config, module: "// changed\n")
+    return key_of()
+
+
+def change_flags(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(compiler, "CUDA_FLAGS", (*compiler.CUDA_FLAGS, "--use_fast_math"))
+    return key_of()
+
+
+def change_host_flags(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(compiler, "HOST_FLAGS", ("-O3", *compiler.HOST_FLAGS[1:]))
+    return key_of()
+
+
+def change_schema(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(loader, "SCHEMA_VERSION", loader.SCHEMA_VERSION + 1)
+    return key_of()
+
+
+def change_machine(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr("platform.machine", lambda: "another")
+    return key_of()
+
+
+INGREDIENTS: dict[str, Callable[[pytest.MonkeyPatch], str]] = {
+    "schema": change_schema,
+    "configuration": lambda patch: key_of(SMALL_CUDA.replace(num_backends=2)),
+    "source": change_source,
+    "binding": change_binding,
+    "flags": change_flags,
+    "host flags": change_host_flags,
+    "architecture": lambda patch: key_of(archs=("100a",)),
+    "machine": change_machine,
+    "host compiler": lambda patch: key_of(host_compiler="g++ 2"),
+    "nvcc": lambda patch: key_of(nvcc="13.1"),
+    "nvcc build": lambda patch: key_of(nvcc_build="y"),
+}
+
+
+@pytest.mark.parametrize("ingredient", INGREDIENTS)
+def test_the_key_changes_with_each_ingredient(ingredient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of()
+    assert before == key_of()
+    assert re.fullmatch("[0-9a-f]{64}", before)
+    assert INGREDIENTS[ingredient](monkeypatch) != before
+
+
+def test_no_path_in_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = key_of(SMALL, ())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONELAUNCH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert key_of(SMALL, ()) == before
+    tools = compiler.find_tools("cpu")
+    assert "/" not in "".join(tools.versions().values()).replace("http://", "")
+
+
+# ------------------------------------------------------------------------------------------------- a failed build
+
+
+def test_a_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
+    broken = render(SMALL).replace("constexpr int kThreads = 1;", "constexpr int kThreads = one;")
+    with monkeypatch.context() as patch:
+        patch.setattr(RENDER, "render", lambda config: broken)
+        with pytest.raises(CompileError) as caught:
+            loader.load(SMALL, store=store)
+    error = caught.value
+    message = str(error)
+    assert error.key[:16] in message
+    assert "one" in message, "the compiler's first error"
+    assert "error" in message
+    assert str(error.log) in message
+    assert str(error.source) in message
+    assert error.source.read_text() == broken
+    assert "kThreads = one" in error.log.read_text()
+    assert " -c " in error.command
+    # Nothing half-done is left, and the next try, with the fault gone, builds and works.
+    assert list((store.root / "staging").iterdir()) == []
+    assert not (store.root / "entries").exists() or list((store.root / "entries").iterdir()) == []
+    kernel = loader.load(SMALL, store=store)
+    assert kernel.path.is_file()
+    assert builds == [loader.module_name(SMALL)] * 2
+    assert loader.load(SMALL, store=store) is kernel
+
+
+@pytest.mark.nvcc
+def test_a_cuda_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RENDER, "render", lambda config: render(config) + "\n__global__ int returns_something() {}\n")
+        with pytest.raises(CompileError, match="error") as caught:
+            loader.load(SMALL_CUDA, ("90a",), store)
+    assert "nvcc" in caught.value.command
+    assert "returns_something" in caught.value.source.read_text()
+    assert loader.load(SMALL_CUDA, ("90a",), store).path.is_file()
+
+
+def test_a_link_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is content, the object isn't complete: it is refused at the latest when it is loaded."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RENDER, "render", lambda config: render(config).replace(f"{config.symbol}_launch", "other_launch")
+        )
+        with pytest.raises(CompileError, match=r"undefined (symbol|reference)"):
+            loader.load(SMALL, store=store)
+    assert loader.load(SMALL, store=store).path.is_file()
+
+
+def test_a_build_leaves_the_process_as_it_was(store: Store) -> None:
+    before = dict(os.environ)
+    loader.load(SMALL, store=store)
+    assert dict(os.environ) == before
+
+
+# --------------------------------------------------------------------------------------------- another process
+
+
+def test_a_second_process_loads_without_building(tmp_path: Path) -> None:
+    """It imports neither torch's extension builder nor jinja2, and says nothing."""
+    cache = tmp_path / "cache"
+    first, said = use(cache)
+    assert first["out"] == [5, 6, -1, -1]
+    assert "torch.utils.cpp_extension" in first["modules"]
+    notices = [line for line in said.splitlines() if line.startswith("onelaunch:")]
+    assert len(notices) == 1, said
+    stamp = Path(first["path"]).stat()
+    second, said = use(cache)
+    assert second["out"] == [5, 6, -1, -1]
+    assert second["modules"] == []
+    assert said == ""
+    assert second["key"] == first["key"]
+    after = Path(second["path"]).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
+    # Neither may it build: the policy that forbids it makes no difference.
+    assert use(cache, ONELAUNCH_JIT="error")[0]["out"] == [5, 6, -1, -1]
+
+
+def test_a_process_with_another_compiler_asks_again(tmp_path: Path) -> None:
+    """The index holds for the compilers it was made with; another environment finds the entry by its content."""
+    cache, folder = tmp_path / "cache", tmp_path / "bin"
+    folder.mkdir()
+    first, _ = use(cache)
+    second, said = use(cache, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
+    assert second["key"] == first["key"]
+    assert "building" not in said
+
+
+def replaced(path: Path, data: bytes) -> None:
+    """A new file in its place: the old one may be mapped by this process."""
+    path.unlink()
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "truncated": lambda so: replaced(so, so.read_bytes()[:-100]),
+    "emptied": lambda so: replaced(so, b""),
+    "one bit": lambda so: replaced(so, so.read_bytes()[:-1] + bytes([so.read_bytes()[-1] ^ 1])),
+    "removed": lambda so: so.unlink(),
+    "source edited": lambda so: replaced(so.parent / "main.cpp", b"// other\n"),
+    "no manifest": lambda so: (so.parent / MANIFEST).unlink(),
+    "half a manifest": lambda so: replaced(so.parent / MANIFEST, (so.parent / MANIFEST).read_bytes()[:50]),
+    "a list for a manifest": lambda so: replaced(so.parent / MANIFEST, b"[]"),
+    "another's manifest": lambda so: replaced(
+        so.parent / MANIFEST, (so.parent / MANIFEST).read_bytes().replace(b'"key": "', b'"key": "0')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_set_aside_and_built_again(store: Store, builds: list[str], damage: str) -> None:
+    first = loader.load(SMALL, store=store)
+    good = first.path.read_bytes()
+    DAMAGES[damage](first.path)
+    loader._loaded.clear()
+    with pytest.warns(UserWarning, match=r"is damaged \(.+\); it is set aside and built again"):
+        second = loader.load(SMALL, store=store)
+    assert len(builds) == 2
+    assert len(list((store.root / "damaged").iterdir())) == 1
+    assert (second.key, second.path, second.path.read_bytes()) == (first.key, first.path, good)
+    loader._loaded.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader.load(SMALL, store=store)
+    assert len(builds) == 2
+
+
+def test_a_truncated_object_doesnt_bring_a_process_down(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first, _ = use(cache)
+    DAMAGES["truncated"](Path(first["path"]))
+    second, said = use(cache)
+    assert second["out"] == [5, 6, -1, -1]
+    assert [w for w in second["warnings"] if "is damaged" in w], second["warnings"]
+    assert "building" in said
+
+
+@pytest.mark.parametrize("what", ["root", "entry"])
+def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path, what: str) -> None:
+    """Code from it would run as this user."""
+    store = Store(tmp_path / "cache")
+    kernel = loader.load(SMALL, store=store)
+    folder = store.root if what == "root" else kernel.path.parent
+    folder.chmod(0o770)
+    loader._loaded.clear()
+    with pytest.raises(StoreError, match="can be written by others") as caught:
+        loader.load(SMALL, store=Store(tmp_path / "cache"))
+    assert f"chmod go-w {folder}" in str(caught.value)
+    folder.chmod(0o700)
+    assert loader.load(SMALL, store=Store(tmp_path / "cache")).key == kernel.key
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("what", ["root", "entry"])
+def test_a_cache_of_somebody_else_is_refused(tmp_path: Path, what: str) -> None:
+    store = Store(tmp_path / "cache")
+    kernel = loader.load(SMALL, store=store)
+    folder = store.root if what == "root" else kernel.path.parent
+    os.chown(folder, 12_345, -1)
+    loader._loaded.clear()
+    with pytest.raises(StoreError, match="belongs to user 12345"):
+        loader.load(SMALL, store=Store(tmp_path / "cache"))
+
+
+def test_a_symbolic_link_in_the_cache_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    entry = loader.load(SMALL, store=store).path.parent
+    entry.rename(tmp_path / "elsewhere")
+    entry.symlink_to(tmp_path / "elsewhere")
+    loader._loaded.clear()
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        loader.load(SMALL, store=store)
+
+
+def test_what_the_store_keeps(store: Store) -> None:
+    kernel = loader.load(SMALL, store=store)
+    folder = kernel.path.parent
+    assert folder == store.root / "entries" / kernel.key
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *kernel.manifest["files"]}
+    assert KernelConfig.from_dict(kernel.manifest["config"]) == SMALL
+    for path in [store.root, *store.root.rglob("*")]:
+        assert path.stat().st_mode & 0o022 == 0, path
+    assert [entry.key for entry in store.entries()] == [kernel.key]
+
+
+# --------------------------------------------------------------------------------------------- notices and policy
+
+
+def test_the_notice_of_a_build(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    loader.load(SMALL, store=store)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        f"onelaunch: building {SMALL.symbol} for the CPU, because {store.root} has no build of it yet\n"
+    )
+    loader.load(SMALL, store=store)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.nvcc
+def test_the_notice_of_a_cuda_build(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    loader.load(SMALL_CUDA, ("90a",), store)
+    assert capfd.readouterr().err.startswith(f"onelaunch: building {SMALL_CUDA.symbol} for sm_90a, because ")
+
+
+def test_eight_threads_that_ask_at_once_get_one_build(store: Store, builds: list[str]) -> None:
+    barrier = threading.Barrier(8)
+    kernels: list[Any] = []
+
+    def ask() -> None:
+        barrier.wait()
+        kernels.append(loader.load(SMALL, store=store))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(kernels) == 8
+    assert len({id(kernel) for kernel in kernels}) == 1
+    assert len(builds) == 1
+
+
+def test_processes_that_ask_at_once_get_one_build(tmp_path: Path) -> None:
+    environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")}
+    started = [
+        subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    said = []
+    for process in started:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert json.loads(out)["out"] == [5, 6, -1, -1]
+        said.append(err.decode().count("onelaunch: building"))
+    assert sorted(said) == [0, 0, 1]
+
+
+# Every form a configuration can have on a command line, the default one among them.
+FROZEN = {
+    "the defaults": (KernelConfig(), ("90a",)),
+    "a preset": (PRESETS["nsa-decode-3-lengths-only"], ("90a",)),
+    "two architectures": (KernelConfig(num_backends=3), ("90a", "100a")),
+    "shared destinations": (OTHERS[1].replace(distinct=(("cache_seqlens", 1),)), ()),
+    "the CPU": (KernelConfig(num_backends=5, target="cpu"), ()),
+}
+
+
+def command_in(error: Exception) -> list[str]:
+    """The command that a JitPolicyError names, as a shell would split it."""
+    found = re.search(r"ahead of time with: (onelaunch build .*?) \(builds are refused", str(error))
+    assert found is not None, str(error)
+    return shlex.split(found[1])[1:]
+
+
+@pytest.mark.parametrize("how", ["freeze", "variable"])
+@pytest.mark.parametrize("what", FROZEN)
+def test_frozen(what: str, how: str, store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
+    """No build; the error says the command that builds exactly this, and that command is run here but for its build."""
+    config, archs = FROZEN[what]
+    if config.target == "cuda":
+        try:
+            toolchain.find_toolkit()
+        except ToolchainError:
+            pytest.skip("no CUDA toolkit: a missing one is said first")
+    if how == "freeze":
+        onelaunch.freeze()
+    else:
+        monkeypatch.setenv("ONELAUNCH_JIT", "error")
+    with pytest.raises(JitPolicyError) as caught:
+        loader.load(config, archs, store)
+    assert config.symbol in str(caught.value)
+    assert builds == []
+    asked: list[tuple[KernelConfig, tuple[str, ...] | None]] = []
+
+    def specialize(wanted: KernelConfig, wanted_archs: tuple[str, ...] | None) -> Any:
+        asked.append((wanted, wanted_archs))
+        raise ToolchainError("stop here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onelaunch, "specialize", specialize)
+        result = CliRunner().invoke(app, command_in(caught.value))
+    assert "stop here" in result.output, result.output
+    assert asked == [(config, archs or None)]
+
+
+def test_the_command_in_the_error_builds_what_was_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: list[str]
+) -> None:
+    monkeypatch.setenv("ONELAUNCH_CACHE_DIR", str(tmp_path / "cache"))
+    store = Store()
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    onelaunch.freeze()
+    with pytest.raises(JitPolicyError) as caught:
+        loader.load(OTHERS[0])
+    onelaunch.freeze("allow")
+    result = CliRunner().invoke(app, command_in(caught.value))
+    assert result.exit_code == 0, result.output
+    assert len(builds) == 1
+    onelaunch.freeze()
+    loader._loaded.clear()
+    assert loader.load(OTHERS[0]).path.is_file()
+    assert len(builds) == 1
+
+
+def test_freeze_as_a_warning(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    onelaunch.freeze("warn")
+    assert loader.load(SMALL, store=store).path.is_file()
+    said = capfd.readouterr().err
+    assert "onelaunch: warning:" in said
+    assert f"onelaunch build --set {SMALL.settings()}" in said
+
+
+def test_freeze_lets_loaded_and_stored_kernels_through(store: Store, builds: list[str]) -> None:
+    kernel = loader.load(SMALL, store=store)
+    onelaunch.freeze()
+    assert loader.load(SMALL, store=store) is kernel
+    loader._loaded.clear()
+    assert loader.load(SMALL, store=store).key == kernel.key
+    assert len(builds) == 1
+
+
+def test_policies_that_do_not_exist(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(JitPolicyError, match="'never'"):
+        onelaunch.freeze("never")  # type: ignore[arg-type]
+    monkeypatch.setenv("ONELAUNCH_JIT", "never")
+    with pytest.raises(JitPolicyError, match="ONELAUNCH_JIT is 'never'; allowed: allow, warn, error"):
+        loader.load(SMALL, store=store)
+
+
+# ---------------------------------------------------------------------------------------------------- importing
+
+
+def test_import_writes_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        """
+        import sys, onelaunch, torch
+        assert not torch.cuda.is_initialized()
+        for name in ("torch.utils.cpp_extension", "jinja2", "ninja", "filelock", "typer", "rich", "setuptools"):
+            assert name not in sys.modules, name
+        """
+    )
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "ONELAUNCH_CACHE_DIR": str(tmp_path / "store"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_warning_in_normal_use(store: Store) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader.load(OTHERS[2], store=store)

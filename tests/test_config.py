@@ -1,0 +1,338 @@
+"""KernelConfig: what it accepts, what it neutralizes, its key, and the ways it is written down and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, layout, preset
+from onelaunch.config import MAX_PARAM_WORDS, parse_settings
+
+LENGTHS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded")
+
+# One change to each fact that shapes a kernel which has every field.
+CHANGES: dict[str, Any] = {
+    "operation": "copy",
+    "num_backends": 5,
+    "fields": ("cache_seqlens", "page_indices", "nsa_cache_seqlens", "real_page_table"),
+    "distinct": (("page_indices", 1),),
+    "seq_lens_dtype": "int32",
+    "req_pool_indices_dtype": "int32",
+    "req_to_token_dtype": "int64",
+    "index_topk": 1024,
+    "page_size": 32,
+    "extent": "full",
+    "vector_bytes": 4,
+    "target": "cpu",
+    "threads": 128,
+    "unroll": 2,
+    "blocks_per_sm": 4,
+}
+
+
+def base(**changes: Any) -> KernelConfig:
+    return KernelConfig(**{"num_backends": 3, "fields": tuple(FIELDS), **changes})
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+
+@pytest.mark.parametrize(
+    ("facts", "fragments"),
+    [
+        ({"operation": "refresh"}, ("operation is 'refresh'", "'precompute_and_broadcast', 'copy'")),
+        ({"operation": "cop"}, ("Did you mean 'copy'?",)),
+        ({"mode": "verify"}, ("mode is 'verify'", "'decode'")),
+        ({"num_backends": 0}, ("num_backends is 0", "1 or more")),
+        ({"num_backends": True}, ("num_backends is True", "whole number")),
+        ({"num_backends": 2.0}, ("num_backends is 2.0", "whole number")),
+        ({"num_backends": "3"}, ("num_backends is '3'", "whole number")),
+        ({"fields": ()}, ("fields is empty", "cache_seqlens")),
+        ({"fields": "page_indices"}, ("fields is 'page_indices'", "tuple of names")),
+        ({"fields": 3}, ("fields is 3", "tuple of names")),
+        ({"fields": ("page_indexes",)}, ("fields is 'page_indexes'", "Did you mean 'page_indices'?")),
+        ({"fields": ("page_indices", "page_indices")}, ("name each field once",)),
+        ({"fields": ("real_page_table",), "page_size": 1}, ("real_page_table without page_indices", "page_size is 1")),
+        ({"distinct": (("page_indices", 4),)}, ("distinct[page_indices] is 4", "1 to 3")),
+        ({"distinct": (("page_indices", 0),)}, ("distinct[page_indices] is 0", "1 to 3")),
+        ({"distinct": (("page_tables", 1),)}, ("distinct is 'page_tables'",)),
+        ({"fields": ("cache_seqlens",), "distinct": (("page_indices", 1),)}, ("distinct is 'page_indices'",)),
+        ({"seq_lens_dtype": "int16"}, ("seq_lens_dtype is 'int16'", "'int32', 'int64'")),
+        ({"req_pool_indices_dtype": "uint32"}, ("req_pool_indices_dtype is 'uint32'",)),
+        ({"req_to_token_dtype": None}, ("req_to_token_dtype is None",)),
+        ({"index_topk": -1}, ("index_topk is -1", "0 to 2147483647")),
+        ({"index_topk": 2**31}, ("index_topk is 2147483648", "0 to 2147483647")),
+        ({"page_size": 0}, ("page_size is 0", "1 to 2147483647")),
+        ({"page_size": 2**31}, ("page_size is 2147483648",)),
+        ({"extent": "dead"}, ("extent is 'dead'", "'live', 'full'")),
+        ({"vector_bytes": 8}, ("vector_bytes is 8", "4, 16")),
+        ({"vector_bytes": 16.0}, ("vector_bytes is 16.0", "4, 16")),
+        ({"target": "hip"}, ("target is 'hip'", "'cuda', 'cpu'")),
+        ({"threads": 16}, ("threads is 16", "power of two from 32 to 1024")),
+        ({"threads": 96}, ("threads is 96", "power of two from 32 to 1024")),
+        ({"threads": 2048}, ("threads is 2048", "1 to 1024")),
+        ({"unroll": 0}, ("unroll is 0", "1 to 8")),
+        ({"unroll": 9}, ("unroll is 9", "1 to 8")),
+        ({"blocks_per_sm": 0}, ("blocks_per_sm is 0", "1 to 32")),
+        ({"blocks_per_sm": 33}, ("blocks_per_sm is 33", "1 to 32")),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_fact_outside_what_is_allowed(facts: dict[str, Any], fragments: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        base(**facts)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_names_are_needed() -> None:
+    with pytest.raises(TypeError):
+        KernelConfig("copy")  # type: ignore[misc]
+    with pytest.raises(TypeError, match="backends"):
+        KernelConfig(backends=3)  # type: ignore[call-arg]
+
+
+def test_more_backends_than_the_parameter_block_takes() -> None:
+    """The limit is CUDA's, not ours: it is found by asking for one backend more until it is refused."""
+    low, high = 1, 5_000
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            KernelConfig(num_backends=middle)
+            low = middle
+        except ConfigError:
+            high = middle
+    words = KernelConfig(num_backends=low).param_words
+    # Four addresses, and two tables of an address and a stride, a backend.
+    assert words <= MAX_PARAM_WORDS < words + 8
+    assert low > 500
+    with pytest.raises(ConfigError) as caught:
+        KernelConfig(num_backends=high)
+    assert f"num_backends is {high}" in str(caught.value)
+    assert f"{8 * (words + 8)} bytes" in str(caught.value)
+    assert "32760" in str(caught.value)
+    assert "several plans" in str(caught.value)
+    # Shared destinations take one place.
+    shared = tuple((name, 1) for name in KernelConfig().fields)
+    assert KernelConfig(num_backends=high, distinct=shared).param_words < 30
+
+
+# -------------------------------------------------------------------------------------------- neutralization
+
+
+@pytest.mark.parametrize(
+    ("same", "as_this"),
+    [
+        ({"fields": LENGTHS, "index_topk": 7}, {"fields": LENGTHS}),
+        ({"fields": LENGTHS, "page_size": 7}, {"fields": LENGTHS}),
+        ({"fields": LENGTHS, "req_to_token_dtype": "int64"}, {"fields": LENGTHS}),
+        ({"fields": LENGTHS, "req_pool_indices_dtype": "int32"}, {"fields": LENGTHS}),
+        ({"fields": LENGTHS, "extent": "live"}, {"fields": LENGTHS, "extent": "full"}),
+        ({"fields": LENGTHS, "vector_bytes": 16}, {"fields": LENGTHS, "vector_bytes": 4}),
+        ({"fields": LENGTHS, "unroll": 1, "blocks_per_sm": 1}, {"fields": LENGTHS, "unroll": 8, "blocks_per_sm": 32}),
+        ({"fields": ("page_indices",), "page_size": 7}, {"fields": ("page_indices",), "page_size": 64}),
+        ({"fields": ("real_page_table",), "vector_bytes": 16}, {"fields": ("real_page_table",), "vector_bytes": 4}),
+        (
+            {"fields": ("page_indices",), "extent": "full", "seq_lens_dtype": "int32"},
+            {"fields": ("page_indices",), "extent": "full", "seq_lens_dtype": "int64"},
+        ),
+        ({"page_size": 1}, {"page_size": 1, "fields": tuple(n for n in FIELDS if n != "real_page_table")}),
+        ({"operation": "copy", "extent": "live"}, {"operation": "copy", "extent": "full"}),
+        ({"operation": "copy", "index_topk": 9, "page_size": 8}, {"operation": "copy"}),
+        ({"operation": "copy", "seq_lens_dtype": "int32", "req_to_token_dtype": "int64"}, {"operation": "copy"}),
+        ({"target": "cpu", "threads": 7, "blocks_per_sm": 3}, {"target": "cpu"}),
+        ({"distinct": (("page_indices", 3),)}, {}),
+        ({"fields": tuple(reversed(FIELDS))}, {"fields": tuple(FIELDS)}),
+        ({"fields": list(FIELDS)}, {"fields": tuple(FIELDS)}),
+        (
+            {"distinct": (("real_page_table", 1), ("cache_seqlens", 2))},
+            {"distinct": (("cache_seqlens", 2), ("real_page_table", 1))},
+        ),
+    ],
+    ids=str,
+)
+def test_facts_that_change_nothing_are_neutralized(same: dict[str, Any], as_this: dict[str, Any]) -> None:
+    a, b = base(**same), base(**as_this)
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a.key == b.key
+    assert a.symbol == b.symbol
+
+
+def test_facts_that_matter_are_not_neutralized() -> None:
+    lengths_with_topk = KernelConfig(fields=("nsa_cu_seqlens_k",), index_topk=7)
+    assert lengths_with_topk.index_topk == 7
+    assert KernelConfig(fields=("real_page_table",), page_size=7).page_size == 7
+    assert KernelConfig(fields=("page_indices",), seq_lens_dtype="int32").seq_lens_dtype == "int32"
+    assert KernelConfig(fields=("page_indices",), req_pool_indices_dtype="int32").req_pool_indices_dtype == "int32"
+    assert KernelConfig(fields=LENGTHS, seq_lens_dtype="int32").seq_lens_dtype == "int32"
+    assert KernelConfig(operation="copy", page_size=1).fields == KernelConfig().fields, "a copy copies both tables"
+    assert KernelConfig(operation="copy", vector_bytes=16).vector_bytes == 16
+
+
+def test_what_a_configuration_needs() -> None:
+    assert KernelConfig().needs_lengths
+    assert not KernelConfig(operation="copy").needs_lengths
+    assert not KernelConfig(fields=("page_indices",), extent="full").needs_lengths
+    assert KernelConfig(fields=("page_indices",), extent="live").needs_lengths
+    assert base().tables == ("page_indices", "real_page_table")
+    assert base().vectors == tuple(n for n in FIELDS if FIELDS[n].kind != "table")
+    assert base(distinct=(("page_indices", 2),)).destinations("page_indices") == 2
+    assert base(distinct=(("page_indices", 2),)).destinations("cache_seqlens") == 3
+
+
+# --------------------------------------------------------------------------------------------------- identity
+
+
+def test_every_fact_is_in_the_key() -> None:
+    """Each change gives a key of its own; "mode" has one value so far."""
+    assert {f.name for f in dataclasses.fields(KernelConfig)} == {*CHANGES, "mode"}
+    keys = {base().key}
+    for name, value in CHANGES.items():
+        changed = base(**{name: value})
+        assert changed != base(), name
+        assert re.fullmatch(r"[0-9a-f]{64}", changed.key)
+        keys.add(changed.key)
+    assert len(keys) == 1 + len(CHANGES)
+
+
+def test_symbols_name_what_they_are() -> None:
+    assert base().symbol == f"onelaunch_broadcast_decode_n3_{base().key[:16]}"
+    copies = base(operation="copy", num_backends=2)
+    assert copies.symbol == f"onelaunch_copy_decode_n2_{copies.key[:16]}"
+    assert len({config.symbol for config in PRESETS.values()}) == len(PRESETS)
+
+
+def test_the_key_is_the_same_in_every_process() -> None:
+    """No hash randomization, no address and no time in it."""
+    code = "from onelaunch import PRESETS; import json; print(json.dumps({n: c.key for n, c in PRESETS.items()}))"
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        )
+        assert json.loads(done.stdout) == {name: config.key for name, config in PRESETS.items()}
+
+
+def test_frozen_and_hashable() -> None:
+    config = base()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_backends = 4  # type: ignore[misc]
+    assert {config: 1}[base()] == 1
+    assert len({*PRESETS.values()}) == len(PRESETS)
+
+
+def test_replace_validates_again() -> None:
+    assert base().replace(num_backends=7) == base(num_backends=7)
+    with pytest.raises(ConfigError, match="page_size is 0"):
+        base().replace(page_size=0)
+    with pytest.raises(ConfigError, match=r"distinct\[page_indices\] is 2"):
+        base(distinct=(("page_indices", 2),)).replace(num_backends=1)
+
+
+# -------------------------------------------------------------------------------------------------- written down
+
+WRITTEN = {
+    **PRESETS,
+    **{f"other {name}": base(**{name: value}) for name, value in CHANGES.items()},
+    "all shared": base(distinct=tuple((name, 1) for name in FIELDS)),
+    "one field": KernelConfig(fields=("cu_seqlens_k",)),
+    "page 1": base(page_size=1),
+}
+
+
+@pytest.mark.parametrize("config", WRITTEN.values(), ids=WRITTEN)
+def test_settings_and_dicts_are_read_back(config: KernelConfig) -> None:
+    assert parse_settings(config.settings()) == config
+    assert KernelConfig.from_dict(config.to_dict()) == config
+    assert KernelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert list(config.to_dict()) == [f.name for f in dataclasses.fields(KernelConfig)]
+    # It is typed in a shell and read by typer.
+    assert not set(config.settings()) & set(" \"'$`\\|&;<>()*?[]{}!#~\n")
+
+
+def test_settings_hold_what_differs_from_the_defaults() -> None:
+    assert KernelConfig().settings() == ""
+    assert KernelConfig(num_backends=3, page_size=16).settings() == "num_backends=3,page_size=16"
+    assert KernelConfig(num_backends=2, distinct=(("page_indices", 1),)).settings() == (
+        "num_backends=2,distinct=page_indices:1"
+    )
+
+
+def test_settings_over_a_base() -> None:
+    assert parse_settings("", base()) == base()
+    assert parse_settings(" page_size = 16 , extent=full, ", base()) == base(page_size=16, extent="full")
+    assert parse_settings("fields=cu_seqlens_k+page_indices").fields == ("cu_seqlens_k", "page_indices")
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("page_size", ("'page_size'", "key=value")),
+        ("page_size=", ("key=value",)),
+        ("page_sise=3", ("'page_sise'", "Did you mean 'page_size'?")),
+        ("page_size=three", ("page_size is 'three'", "whole number")),
+        ("page_size=0", ("page_size is 0",)),
+        ("fields=cache_seqlens+nothing", ("fields is 'nothing'",)),
+        ("distinct=page_indices", ("distinct is ''", "whole number")),
+        ("distinct=page_indices:many", ("distinct is 'many'",)),
+        ("extent=both", ("extent is 'both'",)),
+    ],
+)
+def test_settings_that_cannot_be_read(text: str, fragments: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(text)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_a_dict_with_an_unknown_fact() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'page_size'"):
+        KernelConfig.from_dict({"pagesize": 3})
+
+
+def test_presets() -> None:
+    assert {
+        "nsa-decode-1",
+        "nsa-decode-2",
+        "nsa-decode-3",
+        "nsa-decode-3-full",
+        "nsa-decode-3-page1",
+        "nsa-decode-3-int32",
+        "nsa-decode-3-int64",
+        "nsa-decode-3-lengths-only",
+        "nsa-precompute",
+        "nsa-copy-1",
+        "nsa-copy-3",
+    } <= set(PRESETS)
+    for name, config in PRESETS.items():
+        assert preset(name) is config
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
+        number = re.search(r"-(\d+)(-|$)", name)
+        assert config.num_backends == (int(number[1]) if number else 1)
+        assert config.target == "cuda"
+    with pytest.raises(ConfigError, match="Did you mean 'nsa-decode-3'"):
+        preset("nsa-decode3")
+
+
+# ----------------------------------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize("config", WRITTEN.values(), ids=WRITTEN)
+def test_the_parameter_block(config: KernelConfig) -> None:
+    """What a call sets comes first, the rest follows, and no word is without a name."""
+    members = layout.members(config)
+    words = layout.param_words(config)
+    assert len(words) == sum(m.words for m in members) == config.param_words
+    per_call = [m.per_call for m in members]
+    assert per_call == sorted(per_call, reverse=True)
+    assert words[: len(layout.call_words(config))] == layout.call_words(config)
+    names = [m.name for m in members]
+    assert len(set(names)) == len(names)
+    assert set(config.fields) <= set(names)
+    for name in config.fields:
+        assert words.count(name) == config.destinations(name) * (2 if name in config.tables else 1)

@@ -1,0 +1,50 @@
+"""generated/ is what the templates emit, and every shipped kernel has evidence of a run on a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from onelaunch import PRESETS
+from onelaunch.cli.generate import check_folder
+from onelaunch.inspect import fingerprint
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+import table  # noqa: E402
+
+EVIDENCE = ROOT / "tests" / "gpu" / "evidence.json"
+
+
+def test_generated_is_up_to_date() -> None:
+    difference = check_folder(ROOT / "generated")
+    assert not difference, f"{difference}\nRun: onelaunch generate"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_shipped_kernel_has_run_on_a_gpu(name: str) -> None:
+    evidence = json.loads(EVIDENCE.read_text(encoding="utf-8"))
+    assert evidence["kernels"].get(name) == fingerprint(PRESETS[name]), (
+        f"{EVIDENCE.relative_to(ROOT)} has no run of {name} as it is emitted now. On a machine with a GPU run: make gpu"
+    )
+
+
+def test_the_readme_shows_the_evidence() -> None:
+    evidence = json.loads(EVIDENCE.read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == table.with_table(readme, evidence), "Run: python tests/gpu/table.py"
+
+
+def test_the_evidence_is_of_a_run_without_failures() -> None:
+    evidence = json.loads(EVIDENCE.read_text(encoding="utf-8"))
+    assert evidence["tests"]["failed"] == 0
+    assert evidence["tests"]["passed"] > 0
+    assert {tool: run["errors"] for tool, run in evidence["sanitizers"].items()} == {
+        "memcheck": 0,
+        "racecheck": 0,
+        "initcheck": 0,
+        "synccheck": 0,
+    }
+    assert all(run["mismatches"] == 0 and run["elements_checked"] > 0 for run in evidence["replays"].values())

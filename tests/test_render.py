@@ -1,0 +1,328 @@
+"""The emitted text: deterministic, honest about where it comes from, without a trace of what it isn't for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from onelaunch import FIELDS, PRESETS, KernelConfig, render
+from onelaunch.cli.generate import check_folder, emitted, write_folder
+from onelaunch.cli.main import app
+from onelaunch.render import render_binding
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+GENERATED = ROOT / "generated"
+
+CONFIGS: dict[str, KernelConfig] = {
+    **PRESETS,
+    **{f"only {name}": KernelConfig(num_backends=2, fields=(name,)) for name in FIELDS},
+    **{f"copy of {name}": KernelConfig(num_backends=2, fields=(name,), operation="copy") for name in FIELDS},
+    **{
+        f"without {name}": KernelConfig(num_backends=2, fields=tuple(f for f in FIELDS if f != name), extent=extent)
+        for name, extent in zip(FIELDS, ("live", "full") * 4, strict=False)
+    },
+    "page 48": KernelConfig(num_backends=2, page_size=48),
+    "int64 tokens, 4 bytes": KernelConfig(req_to_token_dtype="int64", vector_bytes=4, extent="full"),
+    "shared": KernelConfig(
+        num_backends=9, distinct=tuple((name, 1) for name in FIELDS if name in KernelConfig().fields)
+    ),
+}
+BOTH_TARGETS = {
+    f"{name}, {target}": config.replace(target=target) for name, config in CONFIGS.items() for target in ("cuda", "cpu")
+}
+
+every_config = pytest.mark.parametrize("config", BOTH_TARGETS.values(), ids=BOTH_TARGETS)
+
+FACTS = "// ---- what this kernel is specialized to"
+
+
+def below_the_banner(source: str) -> str:
+    """The code, without the banner and without the key in the symbols."""
+    lines = source.splitlines(keepends=True)
+    end = next(i for i, line in enumerate(lines) if not line.startswith("//"))
+    return "".join(lines[end:])
+
+
+def below_the_prelude(config: KernelConfig) -> list[str]:
+    """From the specialized facts on, with a placeholder for the symbol, which carries the key."""
+    source = render(config)
+    return (FACTS + source.split(FACTS, 1)[1]).replace(config.symbol, "SYMBOL").splitlines()
+
+
+def words(code: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", code))
+
+
+# ---------------------------------------------------------------------------------------------- deterministic
+
+
+@every_config
+def test_the_same_text_each_time(config: KernelConfig) -> None:
+    assert render(config) == render(KernelConfig.from_dict(config.to_dict()))
+
+
+def test_the_same_text_in_another_process() -> None:
+    """Neither hash order, nor the folder, nor the language of the system shows."""
+    code = (
+        "import hashlib; from onelaunch import PRESETS, render; "
+        "print(hashlib.sha256(''.join(map(render, PRESETS.values())).encode()).hexdigest())"
+    )
+    outputs = set()
+    for seed, folder, language in (("0", ROOT, "C"), ("7", Path("/"), "C.UTF-8")):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": language, "TZ": f"UTC-{seed}"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+
+
+@every_config
+def test_tidy(config: KernelConfig) -> None:
+    source = render(config)
+    assert source.endswith("\n")
+    assert not source.endswith("\n\n")
+    assert "\t" not in source
+    assert "\r" not in source
+    assert source.isascii()
+    assert "\n\n\n" not in source
+    code = "\n".join(below_the_prelude(config))
+    assert not re.search(r"^\}\n(?!\n)", code, re.M), "a blank line after each function"
+    for number, line in enumerate(source.splitlines(), 1):
+        assert line == line.rstrip(), f"line {number} ends with blanks: {line!r}"
+        # A command has to be copied as it is, so it isn't broken.
+        if not line.startswith("//   onelaunch show "):
+            assert len(line) <= 120, f"line {number} has {len(line)} columns: {line}"
+    assert source.count("{") == source.count("}")
+
+
+@every_config
+def test_nothing_of_the_machine(config: KernelConfig) -> None:
+    """No absolute path, no user, no date."""
+    for source in (render(config), render_binding(config, "a_module")):
+        assert str(ROOT) not in source
+        assert str(Path.home()) not in source or Path.home() == Path("/")
+        assert not re.search(r"(^|[\s\"'(=])/(?!/|\*)\w", source, re.M), "an absolute path"
+        assert not re.search(r"\b20\d\d-\d\d", source)
+
+
+# ------------------------------------------------------------------------------------------ symbols and banner
+
+
+@every_config
+def test_symbols_carry_the_key(config: KernelConfig) -> None:
+    source, binding = render(config), render_binding(config, f"{config.symbol}_binding")
+    assert config.symbol.endswith(config.key[:16])
+    exported = source.split('extern "C" {', 1)[1]
+    names = re.findall(r"^(?:int|const char\*) (\w+)\(", exported, re.M)
+    assert names == [f"{config.symbol}{end}" for end in ("_launch", "_prepare", "_error")]
+    assert re.search(rf"__global__ void __launch_bounds__\(kThreads\)\s+{config.symbol}\(", source)
+    for name in names:
+        assert name in binding
+    assert f"PyInit_{config.symbol}_binding" in binding
+
+
+@every_config
+def test_the_banner(config: KernelConfig) -> None:
+    source = render(config)
+    banner = source[: source.index("\n\n")]
+    assert "templates/metadata.cu.j2" in banner
+    assert (ROOT / "templates" / "metadata.cu.j2").is_file()
+    assert "Do not edit" in banner
+    assert f"key {config.key}" in banner
+    text = re.sub(r"\n//\s{20,}", " ", banner)
+    for name, value in config.to_dict().items():
+        shown = re.search(rf"^//   {name} +(.*)$", text, re.M)
+        assert shown is not None, name
+        if isinstance(value, list):
+            assert shown[1] == ", ".join(value)
+        elif isinstance(value, dict):
+            assert shown[1] == (", ".join(f"{field}: {count}" for field, count in value.items()) or "all")
+        else:
+            assert shown[1] == str(value)
+
+
+@every_config
+def test_the_command_in_the_banner_gives_this_text(config: KernelConfig) -> None:
+    source = render(config)
+    command = next(line for line in source.splitlines() if line.startswith("//   onelaunch "))
+    result = CliRunner().invoke(app, shlex.split(command.removeprefix("//   onelaunch ")))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == source
+
+
+# ------------------------------------------------------------------------------------------------- no dead code
+
+
+@every_config
+def test_no_trace_of_a_field_that_is_not_there(config: KernelConfig) -> None:
+    code = below_the_banner(render(config))
+    for name in FIELDS:
+        # The NSA fields' names end like the others'.
+        rest = code if name.startswith("nsa_") else code.replace(f"nsa_{name}", "")
+        if name in config.fields:
+            assert name in rest
+        else:
+            assert name not in rest, name
+
+
+@every_config
+def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
+    code = "\n".join(below_the_prelude(config))
+    copies = config.operation == "copy"
+    gathers = bool(config.tables) and not copies
+    for name, there in (
+        ("seq_lens", config.needs_lengths),
+        ("req_pool_indices", gathers),
+        ("req_to_token", gathers),
+        ("kIndexTopk", not copies and any(n.startswith("nsa_") for n in config.fields)),
+        ("kPageSize", not copies and "real_page_table" in config.fields),
+        ("int4*", config.vector_bytes == 16),
+        ("gridDim.x", copies or bool(config.tables)),
+        ("from_", copies),
+        ("__ballot_sync", bool(config.tables) and config.extent == "live"),
+    ):
+        assert (name in code) == there, name
+
+
+@every_config
+def test_no_dead_branch(config: KernelConfig) -> None:
+    """What a configuration decides is decided when it is emitted: no preprocessor, no constant condition."""
+    code = below_the_banner(render(config))
+    assert not re.search(r"^\s*#\s*(if|ifdef|ifndef|else|elif)\b", code, re.M)
+    assert not re.search(r"\bif (constexpr )?\((true|false|0|1)\)", code)
+    assert "if constexpr" not in code
+    assert not {"extent", "vector_bytes", "mode", "live_tables", "None", "True", "False"} & words(
+        re.sub(r"//.*", "", code)
+    )
+
+
+@every_config
+def test_every_constant_and_function_is_used(config: KernelConfig) -> None:
+    code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
+    defined = re.findall(r"constexpr [\w:]+ (\w+) =", code)
+    defined += re.findall(r"^using (\w+) =", code, re.M)
+    defined += re.findall(r"__device__ (?:__forceinline__ )?[\w:]+ (\w+)\(", code)
+    assert "kThreads" in defined
+    for name in defined:
+        assert len(re.findall(rf"\b{name}\b", code)) > 1, name
+
+
+# ------------------------------------------------------------------------------------------------- two targets
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> None:
+    """These lines differ, and no others: the launch shape, and what one thread a block needn't exchange."""
+    lane = "  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;"
+    shuffle = [
+        "#pragma unroll",
+        "  for (int distance = 1; distance < kWarpSize; distance *= 2) {",
+        "    const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));",
+        "    if (lane >= distance) value += other;",
+        "  }",
+        "  if (lane == kWarpSize - 1) warp_totals[warp] = value;",
+    ]
+    cuda_only = {
+        f"constexpr int kThreads = {config.threads};  // a block",
+        "constexpr int kWarpSize = 32;",
+        f"constexpr int kBlocksPerSm = {config.blocks_per_sm};",
+        "constexpr unsigned kFullMask = 0xffffffffu;",
+        lane,
+        *shuffle,
+    }
+    cpu_only = {
+        "constexpr int kThreads = 1;  // a block",
+        "constexpr int kWarpSize = 1;",
+        "constexpr int kBlocksPerSm = 1;",
+        "  warp_totals[warp] = value;",
+    }
+    cuda = below_the_prelude(config)
+    cpu = below_the_prelude(config.replace(target="cpu"))
+    assert len(cuda) > 30
+    differing = [line for line in difflib.ndiff(cuda, cpu) if line[:2] in ("- ", "+ ")]
+    assert {line[2:] for line in differing if line[0] == "-"} <= cuda_only
+    assert {line[2:] for line in differing if line[0] == "+"} <= cpu_only
+    # "}" and "#pragma unroll" occur elsewhere too: each of these lines may differ once.
+    assert len(differing) == len(set(differing))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_preludes(config: KernelConfig) -> None:
+    cuda, cpu = (
+        below_the_banner(render(config.replace(target=target))).split(FACTS, 1)[0] for target in ("cuda", "cpu")
+    )
+    assert re.findall(r"#include .*", cuda) == ["#include <cuda_runtime.h>", "#include <cstdint>", "#include <cstring>"]
+    assert "cuda_runtime.h" not in cpu
+    assert "#define" not in cuda
+    assert not re.search(r"torch|ATen|c10|pybind", cuda + cpu)
+
+
+# --------------------------------------------------------------------------------------------------- generated/
+
+
+def test_generated_is_what_the_templates_emit() -> None:
+    result = CliRunner().invoke(app, ["generate", "--check", "--folder", str(GENERATED)])
+    assert result.exit_code == 0, f"{result.stdout}\nRun: onelaunch generate"
+    assert "up to date" in result.stdout
+    assert sorted(path.name for path in GENERATED.iterdir()) == sorted(f"{name}.cu" for name in PRESETS)
+
+
+@pytest.mark.parametrize("damage", ["a changed line", "a missing file", "a file too many"])
+def test_generate_check_fails_with_the_difference_and_the_command(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "generated"
+    shutil.copytree(GENERATED, folder)
+    target = folder / "nsa-decode-3.cu"
+    if damage == "a changed line":
+        target.write_text(target.read_text().replace("constexpr int kBackends = 3;", "constexpr int kBackends = 4;"))
+        wanted = ["-constexpr int kBackends = 4;", "+constexpr int kBackends = 3;", "nsa-decode-3.cu"]
+    elif damage == "a missing file":
+        target.unlink()
+        wanted = ["+constexpr int kBackends = 3;", "nsa-decode-3.cu"]
+    else:
+        (folder / "nsa-old.cu").write_text("// of a preset that is gone\n")
+        wanted = ["-// of a preset that is gone", "nsa-old.cu"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = CliRunner().invoke(app, ["generate", "--check", "--folder", str(folder)])
+    assert result.exit_code == 1
+    for text in wanted:
+        assert text in result.stdout
+    assert "Run: onelaunch generate" in result.stderr
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}, "a check writes nothing"
+    repaired = CliRunner().invoke(app, ["generate", "--folder", str(folder)])
+    assert repaired.exit_code == 0
+    assert check_folder(folder) == ""
+
+
+def test_generate_writes_only_what_changed(tmp_path: Path) -> None:
+    folder = tmp_path / "generated"
+    assert {path.name for path in write_folder(folder)} == set(emitted())
+    assert write_folder(folder) == []
+    (folder / "nsa-copy-1.cu").write_text("")
+    assert [path.name for path in write_folder(folder)] == ["nsa-copy-1.cu"]
+
+
+def test_show_writes_to_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "kernel.cu"
+    result = CliRunner().invoke(app, ["show", "nsa-decode-3", "--set", "page_size=16", "-o", str(file)])
+    assert result.exit_code == 0
+    assert file.read_text() == render(PRESETS["nsa-decode-3-page16"])
+
+
+def test_show_of_what_does_not_exist() -> None:
+    for arguments, text in (
+        (["show", "nsa-decode-4"], "the preset's name is 'nsa-decode-4'"),
+        (["show", "--set", "page_size=0"], "page_size is 0"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert text in result.stderr
+        assert "Traceback" not in result.output
