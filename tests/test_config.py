@@ -30,8 +30,8 @@ CHANGES: dict[str, Any] = {
     "vector_bytes": 4,
     "target": "cpu",
     "threads": 128,
-    "unroll": 2,
-    "blocks_per_sm": 4,
+    "unroll": 7,
+    "blocks_per_sm": 5,
 }
 
 

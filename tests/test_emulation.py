@@ -111,8 +111,8 @@ def test_preset_agrees_with_the_reference(name: str, builds: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("sanitizer", ["address+undefined", "thread"])
 def test_preset_is_clean(name: str, sanitizer: str, builds: Path) -> None:
-    # Threads cost the sanitizers dearly: the preset's own blocks see little, smaller ones see every case. Once each: what
-    # ThreadSanitizer reports doesn't depend on how the blocks happened to run (test_prelude).
+    # Threads cost the sanitizers dearly: the preset's own blocks see little, smaller ones see every case. Once each:
+    # what ThreadSanitizer reports doesn't depend on how the blocks happened to run (test_prelude).
     config = preset(name)
     far = sanitizer != "thread"
     check(config, sanitizer, (RAGGED, FAR) if far else (RAGGED,), builds, launches=((4, 64),))

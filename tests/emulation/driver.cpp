@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <climits>
 #include <cstdarg>
 #include <cstdio>
@@ -65,7 +66,8 @@ const std::vector<Copy>& copies() {
   static const std::vector<Copy> linked = [] {
     std::vector<Copy> all = {
 #define X(k) \
-  {emulated_launch_##k, emulated_prepare_##k, emulated_error_##k, &__start_emulated_shared_##k, &__stop_emulated_shared_##k},
+  {emulated_launch_##k, emulated_prepare_##k, emulated_error_##k, &__start_emulated_shared_##k, \
+   &__stop_emulated_shared_##k},
         EMULATION_COPIES(X)
 #undef X
     };
@@ -406,7 +408,8 @@ void allocate(Buffer& b) {
     const std::size_t guard = asan ? 0 : kGuardBytes;
     b.allocated = guard + b.phase + b.bytes + guard;
     b.base = static_cast<unsigned char*>(std::malloc(b.allocated));
-    if (b.base == nullptr || reinterpret_cast<std::uintptr_t>(b.base) % 16 != 0) fail("no memory for %s", b.name.c_str());
+    if (b.base == nullptr) fail("no memory for %s", b.name.c_str());
+    if (reinterpret_cast<std::uintptr_t>(b.base) % 16 != 0) fail("malloc doesn't align to 16 bytes");
     std::memset(b.base, kCanary, b.allocated);
     b.data = b.base + guard + b.phase;
     if (asan) __asan_poison_memory_region(b.base, b.phase);
@@ -435,7 +438,9 @@ void check_guards(const Buffer& b) {
   }
   if (!b.written) {
     for (const auto& [offset, data] : b.segments) {
-      if (std::memcmp(b.data + offset, data.data(), data.size()) != 0) fail("%s is an input and was written", b.name.c_str());
+      if (std::memcmp(b.data + offset, data.data(), data.size()) != 0) {
+        fail("%s is an input and was written", b.name.c_str());
+      }
     }
   }
 }
@@ -556,7 +561,8 @@ Lanes exchange(const char* operation, int line, unsigned mask, std::uint64_t val
   }
   for (const auto& [other, pending] : warp.meetings) {
     if (other != mask && (pending.arrived & mask) != 0 && (other & bit) != 0) {
-      fail("%s, line %d: lanes that wait for one another use the masks 0x%08x and 0x%08x", operation, line, mask, other);
+      fail("%s, line %d: lanes that wait for one another use the masks 0x%08x and 0x%08x", operation, line, mask,
+           other);
     }
   }
   Meeting& meeting = warp.meetings[mask];

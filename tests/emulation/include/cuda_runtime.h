@@ -144,7 +144,12 @@ T __ldg(const T* address, int line = __builtin_LINE()) {
 }
 
 // ---- host side -----------------------------------------------------------------------------------------------------
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
