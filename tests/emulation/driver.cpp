@@ -172,6 +172,10 @@ struct Grid {
   char order = 0;
 };
 
+// Launches that are over. ThreadSanitizer gives a new thread the number of one that has exited and then takes the two
+// for one thread, so under it no thread exits before its grid is done.
+Word launches_over{0};
+
 thread_local Thread* self = nullptr;
 std::string context = "before the first launch";
 
@@ -235,8 +239,13 @@ void* enter(void* argument) {
   blockIdx = {block.index, 0, 0};
   blockDim = {block.launch->block.x, 1, 1};
   gridDim = {block.launch->grid.x, 1, 1};
+  const std::uint32_t over = launches_over.load(std::memory_order_acquire);
   block.launch->thread();
   leave(block);
+  if (__tsan_release != nullptr) {
+    while (!futex_wait(launches_over, over)) {
+    }
+  }
   return nullptr;
 }
 
@@ -306,6 +315,8 @@ void run_grid(const std::vector<Recorded>& launches, std::mt19937_64& random, un
     if (!futex_wait(grid.finished, finished)) fail("the blocks took too long");
   }
   tsan_acquire(&grid.order);
+  launches_over.fetch_add(1, std::memory_order_acq_rel);
+  futex_wake(launches_over);
 }
 
 // ---- jobs ----------------------------------------------------------------------------------------------------------

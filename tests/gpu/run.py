@@ -64,6 +64,7 @@ def tests() -> dict[str, Any]:
         "-q",
         "-n",
         workers,
+        "--tb=short",
         f"--junitxml={report}",
         str(ROOT / "tests"),
     ]

@@ -15,8 +15,8 @@ def table(evidence: dict[str, Any]) -> str:
     """Markdown between the two markers."""
     lines = [
         "",
-        f"Microseconds a call inside a CUDA graph, 3 backends, page 64, top-k 2048, table width 163,911, extent live, on "
-        f"an {evidence['device']} (driver {evidence['driver']}, torch {evidence['torch']}):",
+        "Microseconds a call inside a CUDA graph, 3 backends, page 64, top-k 2048, table width 163,911, extent live, "
+        f"on an {evidence['device']} (driver {evidence['driver']}, torch {evidence['torch']}):",
         "",
         "| batch x length | refresh | ideal fan-out | ratio |",
         "|---|---|---|---|",
@@ -25,12 +25,13 @@ def table(evidence: dict[str, Any]) -> str:
         lines.append(f"| {name} | {row['refresh_us']:.2f} | {row['ideal_us']:.2f} | {row['ratio']:.2f} |")
     suite = evidence["tests"]
     tools = ", ".join(evidence["sanitizers"])
+    errors = sum(run["errors"] for run in evidence["sanitizers"].values())
     steps = sum(run["steps"] for run in evidence["replays"].values())
+    mismatches = sum(run["mismatches"] for run in evidence["replays"].values())
     lines += [
         "",
-        f"In the same run: {suite['passed']} GPU tests passed, {suite['failed']} failed; compute-sanitizer ({tools}) found "
-        f"{sum(run['errors'] for run in evidence['sanitizers'].values())} errors; {steps:,} steps of the two traces were "
-        f"replayed with {sum(run['mismatches'] for run in evidence['replays'].values())} mismatches.",
+        f"In the same run: {suite['passed']} GPU tests passed, {suite['failed']} failed; compute-sanitizer ({tools}) "
+        f"found {errors} errors; {steps:,} steps of the two traces were replayed with {mismatches} mismatches.",
         "",
     ]
     return "\n".join(lines)

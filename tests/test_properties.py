@@ -1,0 +1,251 @@
+"""Any valid configuration agrees with the reference, any invalid one is refused; and what must hold between runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onelaunch
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from onelaunch import FIELDS, KernelConfig, MetadataBuffers, reference, render
+from onelaunch.errors import ArgumentError, ConfigError
+from onelaunch.plan import make_plan
+from torch import Tensor
+
+POISON = -858993460
+VECTORS = [name for name, field in FIELDS.items() if field.kind != "table"]
+
+# A new configuration builds a kernel, so an example can take a second.
+BUILDS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+RUNS = settings(max_examples=150, deadline=None, derandomize=True)
+
+field_sets = st.sets(st.sampled_from(sorted(FIELDS)), min_size=1).map(
+    lambda names: tuple(n for n in FIELDS if n in names)
+)
+dtypes = st.sampled_from(["int32", "int64"])
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> KernelConfig:
+    """Any valid configuration of the CPU target, small enough to build quickly."""
+    facts: dict[str, Any] = {
+        "operation": draw(st.sampled_from(["precompute_and_broadcast", "precompute_and_broadcast", "copy"])),
+        "num_backends": draw(st.integers(1, 9)),
+        "fields": draw(field_sets),
+        "seq_lens_dtype": draw(dtypes),
+        "req_pool_indices_dtype": draw(dtypes),
+        "req_to_token_dtype": draw(dtypes),
+        "index_topk": draw(st.sampled_from([0, 1, 7, 64, 2048])),
+        "page_size": draw(st.sampled_from([1, 2, 3, 16, 48, 64, 100])),
+        "extent": draw(st.sampled_from(["live", "full"])),
+        "vector_bytes": draw(st.sampled_from([4, 16])),
+        "unroll": draw(st.integers(1, 4)),
+        "target": "cpu",
+    }
+    try:
+        return KernelConfig.from_dict(facts)
+    except ConfigError:
+        assume(False)
+        raise
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> dict[str, Any]:
+    """Lengths, rows and a pool for a few requests."""
+    width = draw(st.integers(1, 90))
+    bs = draw(st.integers(0, 6))
+    pool_rows = draw(st.integers(1, 5))
+    return {
+        "width": width,
+        "lengths": draw(st.lists(st.integers(0, width + 9), min_size=bs, max_size=bs)),
+        "rows": draw(st.lists(st.integers(0, pool_rows - 1), min_size=bs, max_size=bs)),
+        "pool_rows": pool_rows,
+        "gap": draw(st.integers(0, 5)),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+def table(rows: int, columns: int, stride: int) -> Tensor:
+    return torch.full((rows * stride + 3,), POISON, dtype=torch.int32)[: rows * stride].view(rows, stride)[:, :columns]
+
+
+def destinations(fields: tuple[str, ...], count: int, bs: int, width: int, page: int, gap: int, step: int) -> Any:
+    out = []
+    for b in range(count):
+        made = {}
+        for name in fields:
+            kind = FIELDS[name].kind
+            if kind == "table":
+                columns = width if name == "page_indices" else -(-width // page)
+                made[name] = table(bs + 1, columns, columns + gap + step * b)
+            else:
+                made[name] = torch.full((bs + 1 + (kind == "cumulative"),), POISON, dtype=torch.int32)
+        out.append(MetadataBuffers(**made))
+    return out
+
+
+def words(backend: MetadataBuffers) -> dict[str, Tensor]:
+    """Each field's whole allocation, the gaps between rows included."""
+    return {f.name: t._base if t._base is not None else t for f, t in backend.items()}
+
+
+def refresh(config: KernelConfig, scene: dict[str, Any], lengths: list[int], rows: list[int]) -> list[MetadataBuffers]:
+    """Fresh poisoned destinations after one refresh of the plan that fits the configuration."""
+    width, page = scene["width"], config.page_size
+    bs = len(scene["lengths"])
+    step = 4 if config.vector_bytes == 16 else 1
+    backends = destinations(config.fields, config.num_backends, bs, width, page, scene["gap"], step)
+    generator = torch.Generator().manual_seed(scene["seed"])
+    pool = torch.randint(-5, 2**30, (scene["pool_rows"], width), generator=generator)
+    pool = pool.to(getattr(torch, config.req_to_token_dtype))
+    made = make_plan(
+        backends,
+        pool,
+        mode="decode",
+        index_topk=config.index_topk,
+        page_size=page,
+        extent=config.extent,
+        max_len=None,
+        seq_lens_dtype=getattr(torch, config.seq_lens_dtype),
+        req_pool_indices_dtype=getattr(torch, config.req_pool_indices_dtype),
+        launch_shape={"unroll": config.unroll},
+    )
+    s = torch.tensor(lengths, dtype=getattr(torch, config.seq_lens_dtype))
+    r = torch.tensor(rows, dtype=getattr(torch, config.req_pool_indices_dtype))
+    made.run(s, r)
+    expected = destinations(config.fields, config.num_backends, bs, width, page, scene["gap"], step)
+    reference.refresh(
+        expected, s, r, pool, index_topk=config.index_topk, page_size=page, extent=config.extent, max_len=None
+    )
+    for got, want in zip(backends, expected, strict=True):
+        for (name, a), b in zip(words(got).items(), words(want).values(), strict=True):
+            assert torch.equal(a, b), name
+    return backends
+
+
+@BUILDS
+@given(configurations(), scenes())
+def test_any_valid_configuration_agrees_with_the_reference(config: KernelConfig, scene: dict[str, Any]) -> None:
+    assert render(config).count(config.symbol) >= 3
+    if config.operation == "precompute_and_broadcast":
+        refresh(config, scene, scene["lengths"], scene["rows"])
+        return
+    bs, width = len(scene["lengths"]), scene["width"]
+    step = 4 if config.vector_bytes == 16 else 1
+    backends = destinations(config.fields, config.num_backends, bs, width, 16, scene["gap"], step)
+    expected = destinations(config.fields, config.num_backends, bs, width, 16, scene["gap"], step)
+    source = destinations(config.fields, 1, bs, width, 16, scene["seed"] % 4, 0)[0]
+    generator = torch.Generator().manual_seed(scene["seed"])
+    for _, tensor in source.items():
+        tensor.copy_(torch.randint(-9, 2**30, tensor.shape, dtype=torch.int32, generator=generator))
+    onelaunch.fused_metadata_copy_cuda(source, backends, bs=bs)
+    reference.copy(source, expected, bs=bs)
+    for got, want in zip(backends, expected, strict=True):
+        for (name, a), b in zip(words(got).items(), words(want).values(), strict=True):
+            assert torch.equal(a, b), name
+
+
+BAD_FACTS = st.one_of(
+    st.tuples(st.sampled_from(["num_backends", "page_size", "threads", "unroll", "blocks_per_sm"]), st.integers(-9, 0)),
+    st.tuples(st.sampled_from(["num_backends", "page_size", "index_topk"]), st.sampled_from([1.5, "3", None, True])),
+    st.tuples(st.just("index_topk"), st.integers(max_value=-1)),
+    st.tuples(st.sampled_from(["operation", "mode", "extent", "target", "seq_lens_dtype"]), st.text(max_size=6)),
+    st.tuples(st.just("vector_bytes"), st.sampled_from([0, 1, 8, 32, "16"])),
+    st.tuples(st.just("fields"), st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=3)),
+    st.tuples(st.just("fields"), st.just([])),
+    st.tuples(st.text(min_size=1, max_size=9).filter(lambda t: not t.isidentifier()), st.integers()),
+)
+
+
+@RUNS
+@given(BAD_FACTS)
+def test_any_invalid_configuration_is_refused_by_name(fact: tuple[str, Any]) -> None:
+    name, value = fact
+    with pytest.raises(ConfigError) as caught:
+        KernelConfig.from_dict({name: value})
+    text = str(caught.value)
+    assert name in text or repr(name) in text
+    assert text.endswith((".", "?"))
+
+
+BAD_CALLS = st.sampled_from(
+    [
+        ("index_topk", -1),
+        ("page_size", 0),
+        ("page_size", -64),
+        ("extent", "most"),
+        ("mode", "encode"),
+        ("max_len", -1),
+        ("max_len", 10**6),
+        ("next_n", 2),
+        ("seqlen_offsets", (1, 2)),
+        ("seq_lens_dtype", torch.float32),
+        ("req_pool_indices_dtype", torch.int16),
+        ("req_to_token", torch.zeros(3, 40)),
+        ("req_to_token", torch.zeros(40, dtype=torch.int32)),
+        ("req_to_token", torch.zeros(40, 3, dtype=torch.int32).t()),
+    ]
+)
+
+
+@RUNS
+@given(scenes(), BAD_CALLS)
+def test_any_invalid_call_is_refused_and_writes_nothing(scene: dict[str, Any], wrong: tuple[str, Any]) -> None:
+    name, value = wrong
+    backends = destinations(tuple(FIELDS)[:6], 2, len(scene["lengths"]), scene["width"], 64, scene["gap"], 4)
+    good: dict[str, Any] = {"req_to_token": torch.zeros((2, scene["width"]), dtype=torch.int32)}
+    with pytest.raises((ArgumentError, ConfigError), match=name):
+        onelaunch.bind(backends, **{**good, name: value})
+    for backend in backends:
+        for whole in words(backend).values():
+            assert bool((whole == POISON).all())
+
+
+MAIN = KernelConfig(num_backends=2, target="cpu", page_size=16, index_topk=20)
+
+
+@RUNS
+@given(scenes(), st.randoms(use_true_random=False))
+def test_permuting_requests_permutes_rows(scene: dict[str, Any], random: Any) -> None:
+    n = len(scene["lengths"])
+    order = list(range(n))
+    random.shuffle(order)
+    before = refresh(MAIN, scene, scene["lengths"], scene["rows"])[0]
+    after = refresh(MAIN, scene, [scene["lengths"][i] for i in order], [scene["rows"][i] for i in order])[0]
+    for name in ("cache_seqlens", "nsa_cache_seqlens", "page_indices", "real_page_table"):
+        assert torch.equal(getattr(after, name)[:n], getattr(before, name)[order]), name
+
+
+@RUNS
+@given(scenes(), st.integers(0, 6))
+def test_concatenating_batches_concatenates_sums(scene: dict[str, Any], at: int) -> None:
+    n = len(scene["lengths"])
+    at = min(at, n)
+    whole = refresh(MAIN, scene, scene["lengths"], scene["rows"])[0]
+    left = refresh(MAIN, scene, scene["lengths"][:at], scene["rows"][:at])[0]
+    right = refresh(MAIN, scene, scene["lengths"][at:], scene["rows"][at:])[0]
+    for name in ("cu_seqlens_k", "nsa_cu_seqlens_k"):
+        sums = getattr(whole, name)
+        assert torch.equal(sums[: at + 1], getattr(left, name)[: at + 1])
+        assert torch.equal(sums[at : n + 1] - sums[at], getattr(right, name)[: n - at + 1])
+
+
+@RUNS
+@given(scenes(), st.integers(2, 4))
+def test_adding_a_backend_changes_nothing_for_the_others(scene: dict[str, Any], count: int) -> None:
+    few = refresh(MAIN.replace(num_backends=1), scene, scene["lengths"], scene["rows"])
+    many = refresh(MAIN.replace(num_backends=count), scene, scene["lengths"], scene["rows"])
+    for (field, a), (_, b) in zip(few[0].items(), many[0].items(), strict=True):
+        assert torch.equal(a, b), field.name
+
+
+@RUNS
+@given(scenes())
+def test_live_is_a_part_of_full(scene: dict[str, Any]) -> None:
+    live = refresh(MAIN, scene, scene["lengths"], scene["rows"])[0]
+    full = refresh(MAIN.replace(extent="full"), scene, scene["lengths"], scene["rows"])[0]
+    for (field, a), (_, b) in zip(live.items(), full.items(), strict=True):
+        written = a != POISON
+        assert torch.equal(a[written], b[written]), field.name
