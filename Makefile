@@ -23,12 +23,13 @@ test: $(VENV)/.installed  ## run the tests; with nvcc the CUDA target is compile
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed  ## static checks
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check generator cli tests templates
+	$(BIN)/ruff format --check generator cli tests templates
 	# mypy doesn't follow an editable install's mapping of folders, so it gets the package as it is installed.
 	rm -rf build/typing && mkdir -p build/typing/onelaunch
 	ln -s $(CURDIR)/generator/* $(CURDIR)/cli $(CURDIR)/templates build/typing/onelaunch/
 	MYPYPATH=build/typing $(BIN)/mypy -p onelaunch
+	$(BIN)/clang-format --dry-run --Werror generated/*.cu
 	$(BIN)/onelaunch generate --check
 
 gpu: $(VENV)/.installed  ## everything that needs a GPU; writes tests/gpu/evidence.json
