@@ -204,18 +204,19 @@ def _compile_error(output: str, source: str, stage: Path, key: str) -> CompileEr
     log.write_text(output, encoding="utf-8")
     kept_source.write_text(source, encoding="utf-8")
     lines = output.splitlines()
-    first = next((line for line in lines if re.search(r"\berror\b|undefined reference|cannot find|Killed", line)), "")
+    telling = r"\berror\b|undefined reference|cannot find|Killed", r"not found$", r"^FAILED: ", r"\S"
+    found = (line for pattern in telling for line in lines if re.search(pattern, line))
+    first = next(found, "no output").strip().removesuffix(".")
     # ninja shows the command that failed below this line; those that were done are above it.
     failed = re.search(r"^FAILED: .*\n(.+)$", output, re.M)
     command = failed[1].strip() if failed else ""
     hint = ""
-    if re.search(r"Killed|exit(ed with)? (code|status) 137|signal 9", output):
+    if re.search(r"Killed|exit(ed with)? (code|status) 137|\[code=137\]|signal 9", output):
         hint = " The compiler was killed, most often for want of memory: build fewer at once, or give it more."
     elif "No space left" in output:
         hint = " The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a folder on another disk."
     message = (
-        f"The kernel {key[:16]} didn't compile: {first.strip() or lines[-1] if lines else 'no output'}.{hint} "
-        f"The whole log is in {log}, the source in {kept_source}."
+        f"The kernel {key[:16]} didn't compile: {first}.{hint} The whole log is in {log}, the source in {kept_source}."
     )
     return CompileError(message, key=key, command=command, log=log, source=kept_source)
 

@@ -98,16 +98,19 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
         ToolchainError: a build is needed and a tool is missing.
         CompileError: the build failed.
         JitPolicyError: a build is needed and the policy forbids it.
-        StoreError: the store can't be trusted.
+        StoreError: the store can't be trusted, or can't be written.
     """
     store = store or default_store()
     targets = () if config.target == "cpu" else tuple(archs or toolchain.architectures())
-    memory = (config.key, targets, str(store.root))
-    kernel = _loaded.get(memory)
-    if kernel is None:
-        with _lock:
-            kernel = _loaded.get(memory) or _load(config, targets, store)
-            _loaded[memory] = kernel
+    try:
+        memory = (config.key, targets, str(store.root))
+        kernel = _loaded.get(memory)
+        if kernel is None:
+            with _lock:
+                kernel = _loaded.get(memory) or _load(config, targets, store)
+                _loaded[memory] = kernel
+    except OSError as error:
+        raise store.unusable(error) from error
     return kernel
 
 

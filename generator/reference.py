@@ -2,7 +2,7 @@
 
 Formulas are SGLang's, read from its DSA/NSA attention backend (decode: ``cache_seqlens`` is the length as int32,
 ``page_indices`` the request's row of ``req_to_token``, the NSA lengths are clamped at ``index_topk``).
-Written for clarity: small tensor ops and a loop over rows. Works on any device.
+Written for clarity: whole-tensor operations, every row as wide as the longest. Works on any device.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def decode_lengths(seq_lens: Tensor, *, index_topk: int) -> dict[str, Tensor]:
 
 
 def page_row(tokens: Tensor, page_size: int) -> Tensor:
-    """int [columns] of one request's tokens -> int32 [ceil(columns / page_size)]: the page of each first token."""
-    return torch.div(tokens[::page_size], page_size, rounding_mode="floor").to(torch.int32)
+    """int [..., columns] of tokens -> int32 [..., ceil(columns / page_size)]: the page of each page's first token."""
+    return torch.div(tokens[..., ::page_size], page_size, rounding_mode="floor").to(torch.int32)
 
 
 def refresh(
@@ -80,25 +80,29 @@ def refresh(
         raise ValueError(f"extent is {extent!r}; allowed: 'live', 'full'.")
     bs = seq_lens.numel()
     values = decode_lengths(seq_lens, index_topk=index_topk)
-    lengths = values["cache_seqlens"].tolist()
-    rows = req_pool_indices.tolist()
     for buffers in backends:
         for name, value in values.items():
             destination = getattr(buffers, name)
             if destination is not None:
                 destination[: value.numel()] = value
         columns = _columns(buffers, req_to_token, page_size, max_len)
-        for r in range(bs):
-            count = columns if extent == "full" else max(0, min(lengths[r], columns))
-            if count == 0:
-                continue
-            tokens = req_to_token[rows[r], :count]
-            if buffers.page_indices is not None:
-                buffers.page_indices[r, :count] = tokens.to(torch.int32)
-            # With pages of one token the real page table is page_indices itself: nothing else to write.
-            if buffers.real_page_table is not None and page_size > 1:
-                pages = page_row(tokens, page_size)
-                buffers.real_page_table[r, : pages.numel()] = pages
+        if extent == "full":
+            counts = torch.full_like(values["cache_seqlens"], columns)
+        else:
+            counts = values["cache_seqlens"].clamp(0, columns)
+        longest = int(counts.max()) if bs else 0
+        tokens = req_to_token[:, :longest][req_pool_indices.long()]
+        written = torch.arange(longest, device=counts.device) < counts[:, None]
+        if buffers.page_indices is not None:
+            _write(buffers.page_indices[:bs, :longest], tokens.to(torch.int32), written)
+        # With pages of one token the real page table is page_indices itself: nothing else to write.
+        if buffers.real_page_table is not None and page_size > 1:
+            pages = page_row(tokens, page_size)
+            _write(buffers.real_page_table[:bs, : pages.shape[1]], pages, written[:, ::page_size])
+
+
+def _write(destination: Tensor, values: Tensor, where: Tensor) -> None:
+    destination.copy_(torch.where(where, values, destination))
 
 
 def _columns(buffers: MetadataBuffers, req_to_token: Tensor, page_size: int, max_len: int | None) -> int:

@@ -8,6 +8,7 @@ happen in. An entry is complete when its ``manifest.json`` is there: staging is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -196,6 +197,16 @@ class Store:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(noted, file)
             os.replace(name, folder / f"{request}.json")
+
+    def unusable(self, error: OSError) -> StoreError:
+        """A file or folder that can't be made, written or read, as a sentence that says what to do."""
+        if error.errno == errno.ENOSPC:
+            hint = f"The disk is full: free some space, or set {CACHE_VARIABLE} to a folder on another disk."
+        else:
+            hint = f"Set {CACHE_VARIABLE} to a folder that this process may write."
+        # The error of a write names no file; the root is known by then.
+        where = error.filename or self.__dict__.get("root", "folder")
+        return StoreError(f"The kernel cache {where} can't be used: {error.strerror or error}. {hint}")
 
     def _set_aside(self, path: Path, reason: str) -> None:
         warnings.warn(f"The cache entry {path} is damaged ({reason}); it is set aside and built again.", stacklevel=3)

@@ -48,3 +48,7 @@ def test_the_evidence_is_of_a_run_without_failures() -> None:
         "synccheck": 0,
     }
     assert all(run["mismatches"] == 0 and run["elements_checked"] > 0 for run in evidence["replays"].values())
+    for run in evidence["soak"].values():
+        assert run["mismatches"] == 0
+        assert run["checked_steps"] == run["steps"] > 1000
+        assert run["memory_added"] < 2**20

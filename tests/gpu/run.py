@@ -5,6 +5,7 @@ Writes evidence.json beside this file (or to the path given as the first argumen
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import soak
 import torch
 from onelaunch import PRESETS, __version__
 from onelaunch.cli import measure
@@ -145,10 +147,38 @@ def timings() -> dict[str, Any]:
     return out
 
 
+def soaks(folder: Path) -> dict[str, Any]:
+    """Both traces in full, 3 and 7 backends, through CUDA graphs replayed in random order; every step checked."""
+    out: dict[str, Any] = {}
+    for trace in sorted(folder.glob("*_conversation.csv")):
+        for backends in (3, 7):
+            name = f"{trace.stem}, {backends} backends"
+            out[name] = soak.soak(
+                trace, backends, torch.device("cuda", torch.cuda.current_device()), max_batch=256, context_len=16384
+            )
+            print(name, out[name], flush=True)
+    return out
+
+
 def main() -> int:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "evidence.json"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", nargs="?", type=Path, default=HERE / "evidence.json", help="where the evidence goes")
+    parser.add_argument(
+        "--traces", type=Path, default=ROOT / "tests" / "data", help="folder of the traces to soak with"
+    )
+    parser.add_argument("--only", choices=["soak"], help="run this part alone and add it to the evidence there is")
+    options = parser.parse_args()
+    path: Path = options.path
+    fingerprints = {name: fingerprint(config) for name, config in PRESETS.items()}
     os.environ.setdefault("ONELAUNCH_TEST_CACHE", tempfile.mkdtemp(prefix="onelaunch-gpu-"))
     os.environ["ONELAUNCH_CACHE_DIR"] = os.environ["ONELAUNCH_TEST_CACHE"]
+    if options.only == "soak":
+        known: dict[str, Any] = json.loads((HERE / "evidence.json").read_text(encoding="utf-8"))
+        if known["kernels"] != fingerprints:
+            sys.exit("The kernels have changed since the evidence was taken. Run everything: make gpu")
+        known["soak"] = soaks(options.traces)
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        return 1 if any(run["mismatches"] for run in known["soak"].values()) else 0
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         capture_output=True,
@@ -163,13 +193,14 @@ def main() -> int:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "kernels": {name: fingerprint(config) for name, config in PRESETS.items()},
+        "kernels": fingerprints,
     }
     evidence["timings"] = timings()
     evidence["tests"] = tests()
     with ThreadPoolExecutor(len(TOOLS)) as pool:
         evidence["sanitizers"] = dict(zip(TOOLS, pool.map(sanitize, TOOLS), strict=True))
     evidence["replays"] = {trace: replay(trace) for trace in TRACES}
+    evidence["soak"] = soaks(options.traces)
     path.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
 
     print(f"\n{evidence['device']}, driver {evidence['driver']}, torch {evidence['torch']}")
@@ -179,11 +210,13 @@ def main() -> int:
         print(f"{tool:11} {run['errors']} errors in {run['cases']} cases, {run['seconds']} s")
     for trace, run in evidence["replays"].items():
         print(f"replay      {trace}: {run['mismatches']} mismatches in {run['steps']} steps")
+    for name, run in evidence["soak"].items():
+        print(f"soak        {name}: {run['mismatches']} mismatches in {run['steps']} steps")
     print("shape        refresh   ideal   ratio   host (us)")
     for name, row in evidence["timings"].items():
         print(f"{name:11} {row['refresh_us']:8.2f} {row['ideal_us']:7.2f} {row['ratio']:7.2f} {row['host_us']:7.2f}")
     bad = suite["failed"] or any(run["errors"] for run in evidence["sanitizers"].values())
-    bad = bad or any(run["mismatches"] for run in evidence["replays"].values())
+    bad = bad or any(run["mismatches"] for part in ("replays", "soak") for run in evidence[part].values())
     return 1 if bad else 0
 
 

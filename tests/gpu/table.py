@@ -28,10 +28,14 @@ def table(evidence: dict[str, Any]) -> str:
     errors = sum(run["errors"] for run in evidence["sanitizers"].values())
     steps = sum(run["steps"] for run in evidence["replays"].values())
     mismatches = sum(run["mismatches"] for run in evidence["replays"].values())
+    soak = evidence["soak"].values()
     lines += [
         "",
-        f"In the same run: {suite['passed']} GPU tests passed, {suite['failed']} failed; compute-sanitizer ({tools}) "
-        f"found {errors} errors; {steps:,} steps of the two traces were replayed with {mismatches} mismatches.",
+        f"{suite['passed']} GPU tests passed, {suite['failed']} failed; compute-sanitizer ({tools}) "
+        f"found {errors} errors; {steps:,} steps of the two traces were replayed with {mismatches} mismatches. "
+        f"A soak of {sum(run['finished'] for run in soak):,} requests in CUDA graphs, "
+        f"{sum(run['checked_steps'] for run in soak):,} "
+        f"steps with every destination checked, found {sum(run['mismatches'] for run in soak)} mismatches.",
         "",
     ]
     return "\n".join(lines)

@@ -1,0 +1,550 @@
+"""Faults in the build path: each is told in one sentence, and the store serves the same configuration afterwards."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onelaunch
+import pytest
+import torch
+from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError, loader, toolchain
+from onelaunch import compile as compiler
+from onelaunch.cli.main import app
+from onelaunch.store import MANIFEST, Store
+from typer.testing import CliRunner
+
+SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
+SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
+REAL = toolchain.find_host_compiler().path
+PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, seconds
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty one, which is also what onelaunch.bind uses."""
+    store = Store(tmp_path / "cache")
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    monkeypatch.setattr(loader, "_loaded", {})
+    return store
+
+
+def leftovers(store: Store) -> list[str]:
+    """What a build may not leave behind: staging folders, and entries without a manifest."""
+    entries = store.root / "entries"
+    staging = store.root / "staging"
+    return [
+        *(str(path) for path in (staging.iterdir() if staging.is_dir() else ())),
+        *(str(path) for path in (entries.iterdir() if entries.is_dir() else ()) if not (path / MANIFEST).is_file()),
+    ]
+
+
+def assert_usable(store: Store) -> loader.Kernel:
+    """The same configuration is built (or found), is right, and a process with an empty memory loads it again."""
+    assert leftovers(store) == []
+    for _ in range(2):
+        loader._loaded.clear()
+        onelaunch.api._plans.clear()
+        out = torch.full((4,), -1, dtype=torch.int32)
+        plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
+        plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
+        assert out.tolist() == [5, 6, -1, -1]
+        assert plan.kernel.path.is_relative_to(store.root)
+    assert leftovers(store) == []
+    assert [entry.key for entry in store.entries()] == [plan.kernel.key]
+    return plan.kernel
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Makes $CXX a script that is the real compiler in all but what ``text`` does first on a call that has -o.
+
+    The script's $out is the file that is asked for, and $step is "compile" or "link".
+    """
+
+    def write(text: str) -> Path:
+        path = tmp_path / "bin" / "c++"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(
+            textwrap.dedent(
+                """\
+                #!/bin/sh
+                real={real}
+                out= step=link previous=
+                for word in "$@"; do
+                  [ "$previous" = -o ] && out=$word
+                  [ "$word" = -c ] && step=compile
+                  previous=$word
+                done
+                if [ -n "$out" ]; then
+                  :
+                {text}
+                fi
+                exec "$real" "$@"
+                """
+            ).format(real=shlex.quote(str(REAL)), text=text)
+        )
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        return path
+
+    return write
+
+
+def refused(store: Store, monkeypatch: pytest.MonkeyPatch, wanted: type[Exception], *texts: str) -> Exception:
+    """Loads SMALL, which must fail with this class; the store is right again once the fake compiler is gone."""
+    with pytest.raises(wanted) as caught:
+        loader.load(SMALL, store=store)
+    message = str(caught.value)
+    for text in texts:
+        assert re.search(text, message), message
+    monkeypatch.delenv("CXX", raising=False)
+    kernel = assert_usable(store)
+    if isinstance(caught.value, CompileError):
+        assert caught.value.key == kernel.key
+        assert str(caught.value.log) in message
+        assert caught.value.source.read_text().startswith(kernel.source)
+    return caught.value
+
+
+# ---------------------------------------------------------------------------------------------- a missing compiler
+
+
+@pytest.fixture
+def no_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler anywhere that one is looked for."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(toolchain, "SYSTEM_ROOT", tmp_path / "empty")
+    find_spec = toolchain.importlib.util.find_spec
+    monkeypatch.setattr(
+        toolchain.importlib.util, "find_spec", lambda name, *rest: None if name == "nvidia" else find_spec(name, *rest)
+    )
+
+
+def test_no_host_compiler(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ToolchainError, match=r"A host C\+\+ compiler was not found") as caught:
+        loader.load(SMALL, store=store)
+    assert "Install GCC (the package g++) or set CXX to a compiler." in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    assert_usable(store)
+
+
+def test_no_nvcc(store: Store, no_tools: None) -> None:
+    with pytest.raises(ToolchainError, match=r"A CUDA toolkit, 12\.8 or newer and complete, was not found") as caught:
+        loader.load(SMALL_CUDA, ("90a",), store)
+    assert "Install the CUDA toolkit" in str(caught.value)
+    assert "pip install" in str(caught.value)
+    assert leftovers(store) == []
+
+
+@pytest.mark.nvcc
+def test_nvcc_is_gone_and_comes_back(store: Store, request: pytest.FixtureRequest) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "_nvcc_candidates", lambda: iter([("a test", "/no/nvcc")]))
+        toolchain.reset()
+        request.addfinalizer(toolchain.reset)
+        with pytest.raises(ToolchainError, match="there is no program '/no/nvcc'"):
+            loader.load(SMALL_CUDA, ("90a",), store)
+    toolchain.reset()
+    assert loader.load(SMALL_CUDA, ("90a",), store).path.is_file()
+    assert leftovers(store) == []
+
+
+def test_what_was_built_outlives_the_compiler(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without a compiler takes the build of the same source, and says what is missing where there is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(REAL))
+        patch.setenv("PATH", os.defpath)
+        kernel = loader.load(SMALL, store=store)
+    assert assert_usable(store).key == kernel.key
+    shutil.rmtree(kernel.path.parent)
+    loader._loaded.clear()
+    with pytest.raises(ToolchainError, match=r"A host C\+\+ compiler was not found"):
+        loader.load(SMALL, store=store)
+
+
+def test_the_compiler_goes_during_the_build(
+    store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = fake("")
+    tools = compiler.find_tools("cpu")
+    assert tools.compiler.path == script
+    script.unlink()
+    refused(store, monkeypatch, CompileError, "didn't compile: .*not found")
+
+
+# ------------------------------------------------------------------------------------------- a compiler that fails
+
+KILLED = r"The compiler was killed, most often for want of memory: build fewer at once, or give it more\."
+FULL = r"The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a folder on another disk\."
+
+FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "it is killed while compiling": ("kill -KILL $$", (KILLED,)),
+    "it is killed while linking": ('[ "$step" = link ] && kill -KILL $$', (KILLED,)),
+    "its part is killed": ("(kill -KILL $(exec sh -c 'echo $PPID')); exit $?", (KILLED,)),
+    "it is out of memory": ("exit 137", (KILLED,)),
+    "its part is out of memory": (
+        "echo 'c++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1",
+        (KILLED, "fatal error: Killed signal"),
+    ),
+    "ninja is killed": (
+        # The shell between ninja and the compiler may have replaced itself by it.
+        "parent=$PPID; grep -q ninja /proc/$parent/comm || parent=$(cut -d' ' -f4 /proc/$parent/stat);"
+        " kill -KILL $parent; sleep 0.2; exit 1",
+        ("didn't compile",),
+    ),
+    "the disk is full": (
+        '[ "$step" = compile ] && { set -- $(echo "$@" | sed "s|-o [^ ]*|-o /dev/full|"); exec "$real" "$@"; }',
+        (FULL, "No space left on device"),
+    ),
+    "it fails without a word": ("exit 1", ("didn't compile",)),
+    "the link makes garbage": (
+        '[ "$step" = link ] && { head -c 4096 /dev/zero >"$out"; exit 0; }',
+        ("didn't compile", "invalid ELF header"),
+    ),
+    "the link makes an empty file": ('[ "$step" = link ] && { : >"$out"; exit 0; }', ("didn't compile", "too short")),
+    "the link makes half a file": (
+        '[ "$step" = link ] && { "$real" "$@"; head -c 600 "$out" >"$out.half"; mv "$out.half" "$out"; exit 0; }',
+        ("didn't compile",),
+    ),
+    "the link makes another library": (
+        '[ "$step" = link ] && { echo | "$real" -shared -x c++ -o "$out" -; exit 0; }',
+        ("didn't compile", "PyInit_"),
+    ),
+    "the link makes nothing": ('[ "$step" = link ] && exit 0', ("didn't compile",)),
+    "the objects are garbage": (
+        '[ "$step" = compile ] && { echo garbage >"$out"; exit 0; }',
+        ("didn't compile",),
+    ),
+    "the staging folder vanishes while compiling": ('rm -rf "$PWD"; exit 1', ("didn't compile",)),
+    "the staging folder vanishes while linking": ('[ "$step" = link ] && rm -rf "$PWD"', ("didn't compile",)),
+}
+
+
+@pytest.mark.parametrize("fault", FAILURES)
+def test_a_compiler_that_fails(
+    fault: str, store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, expected = FAILURES[fault]
+    fake(text)
+    refused(store, monkeypatch, CompileError, *expected)
+
+
+@pytest.mark.nvcc
+def test_the_host_compiler_is_killed_under_nvcc(
+    store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake('case "$*" in *__CUDACC__*) kill -KILL $$;; esac')
+    with pytest.raises(CompileError, match=KILLED):
+        loader.load(SMALL_CUDA, ("90a",), store)
+    assert leftovers(store) == []
+    monkeypatch.delenv("CXX")
+    assert loader.load(SMALL_CUDA, ("90a",), store).path.is_file()
+
+
+def test_warnings_alone_are_no_fault(
+    store: Store, fake: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They go to no stream of the process, and into no decision."""
+    fake("echo 'main.cpp:1:1: warning: error is a word in this warning [-Wsome]' >&2; echo chatter")
+    kernel = assert_usable(store)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        f"onelaunch: building {kernel.config.symbol} for the CPU, because {store.root} has no build of it yet"
+    ]
+
+
+def test_the_process_is_killed_during_the_build(
+    store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is published and the lock is free: the next process builds, without waiting."""
+    fake('kill -KILL "$FAULT_PROCESS"; sleep 0.2; exit 1')
+    code = (
+        "import os; os.environ['FAULT_PROCESS'] = str(os.getpid())\n"
+        "from onelaunch import KernelConfig, loader\n"
+        "loader.load(KernelConfig(fields=('cache_seqlens',), target='cpu'))\n"
+    )
+    environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(store.root)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (store.root / "entries").exists()
+    monkeypatch.delenv("CXX")
+    # What the dead process leaves in staging belongs to nobody, and isn't in the way.
+    (left,) = (store.root / "staging").iterdir()
+    kernel = loader.load(SMALL, store=store)
+    assert kernel.path.is_file()
+    shutil.rmtree(left, ignore_errors=True)
+    assert_usable(store)
+
+
+# ------------------------------------------------------------------------------------------------------ a full disk
+
+WRITES = {
+    "mkdir": Path,
+    "write_text": Path,
+    "rename": Path,
+    "read_bytes": Path,
+    "chmod": Path,
+    "open": os,
+    "fsync": os,
+}
+
+
+def full_at(call: int, write: str, store: Store, patch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Lets one call of a function fail below the store's folder, as on a full disk; says whether it came to that."""
+    real: Callable[..., Any] = getattr(WRITES[write], write)
+    seen = 0
+
+    def full(what: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal seen
+        if write == "fsync" or str(what).startswith(str(store.root)):
+            seen += 1
+            if seen == call:
+                # The error of fsync, as that of a write, names no file.
+                names = () if write == "fsync" else (str(what),)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
+        return real(what, *args, **kwargs)
+
+    patch.setattr(WRITES[write], write, full)
+    return lambda: seen >= call
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
+    """The first, second, … call of each function fails, until there are no more: each is told, and leaves nothing."""
+    told = []
+    for call in range(1, 40):
+        loader._loaded.clear()
+        shutil.rmtree(store.root)
+        store.root.mkdir(mode=0o700)
+        with pytest.MonkeyPatch.context() as patch:
+            met = full_at(call, write, store, patch)
+            patch.setattr(compiler, "build", a_build_of_nothing)
+            patch.setattr(loader, "_kernel", lambda config, archs, entry, module=None: entry)
+            try:
+                loader.load(SMALL, store=store)
+            except StoreError as error:
+                told.append(str(error))
+        assert leftovers(store) == []
+        if not met():
+            break
+    else:
+        pytest.fail("the fault is met for ever")
+    assert told, "no fault was met"
+    for message in told:
+        assert re.search(FULL, message), message
+        assert str(store.root) in message
+    shutil.rmtree(store.root)
+    store.root.mkdir(mode=0o700)
+    loader._loaded.clear()
+    assert_usable(store)
+
+
+def a_build_of_nothing(name: str, source: str, binding: str, *, stage: Path, **_: Any) -> compiler.Build:
+    """The files of a build, as a compiler would have left them, and no compiler."""
+    (stage / "stubs").mkdir()
+    for file in (f"{name}.so", "main.cpp", "build.ninja", "main.o"):
+        (stage / file).write_text("x")
+    return compiler.Build(sys, f"{name}.so", "main.cpp", "c++ -c", 1.0, {})
+
+
+ON_A_SMALL_DISK = """
+import json, os, pathlib, sys
+import torch, onelaunch
+from onelaunch import KernelConfig, MetadataBuffers, StoreError, CompileError, loader, store
+small = KernelConfig(fields=("cache_seqlens",), target="cpu")
+disk = pathlib.Path(sys.argv[1])
+cache = store.Store(disk / "cache")
+loader.default_store = lambda: cache
+cache.root
+said = []
+for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
+    with open(disk / "ballast", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            os.ftruncate(file.fileno(), max(0, file.tell() - 4096 * free_pages))
+    try:
+        loader.load(small, store=cache)
+        break
+    except (StoreError, CompileError) as error:
+        said.append([free_pages, type(error).__name__, str(error)])
+    finally:
+        (disk / "ballast").unlink()
+    assert list((disk / "cache" / "staging").iterdir()) == [], free_pages
+    assert not (disk / "cache" / "entries").exists() or list((disk / "cache" / "entries").iterdir()) == []
+loader._loaded.clear()
+out = torch.full((4,), -1, dtype=torch.int32)
+plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
+plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
+print(json.dumps([said, out.tolist()]))
+"""
+
+
+def mounted(folder: Path, options: str, command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a shell command in namespaces of its own, where a tmpfs is mounted on the folder."""
+    folder.mkdir()
+    probe = ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))}"
+    if shutil.which("unshare") is None or subprocess.run([*probe, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this system gives no namespace to mount a small disk in; the simulated faults ran")
+    return subprocess.run([*probe, "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True, check=False)
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """A tmpfs with a ballast that leaves ever more room, until a build fits."""
+    disk = tmp_path / "disk"
+    script = tmp_path / "script.py"
+    script.write_text(ON_A_SMALL_DISK)
+    done = mounted(disk, "size=4m,mode=700", shlex.join([sys.executable, str(script), str(disk)]))
+    assert done.returncode == 0, done.stderr
+    said, out = json.loads(done.stdout)
+    assert out == [5, 6, -1, -1]
+    assert len(said) > 3, said
+    for free, kind, message in said:
+        assert re.search(FULL, message), (free, kind, message)
+    assert {kind for _, kind, _ in said} >= {"StoreError"}
+
+
+# ------------------------------------------------------------------------------------------------- a read-only cache
+
+ON_A_READ_ONLY_DISK = """
+import pathlib, sys
+import onelaunch
+from onelaunch import KernelConfig, StoreError, loader, store
+from typer.testing import CliRunner
+from onelaunch.cli.main import app
+small = KernelConfig(fields=("cache_seqlens",), target="cpu")
+try:
+    loader.load(small, store=store.Store(pathlib.Path(sys.argv[1]) / sys.argv[2]))
+except StoreError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("folder", [".", "cache"])
+def test_a_disk_that_is_read_only(folder: str, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    script = tmp_path / "script.py"
+    script.write_text(ON_A_READ_ONLY_DISK)
+    run = shlex.join([sys.executable, str(script), str(disk), folder])
+    done = mounted(disk, "size=1m,mode=700", f"mount -o remount,ro {shlex.quote(str(disk))} && {run}")
+    assert done.returncode == 0, done.stderr
+    assert str(disk) in done.stdout
+    assert re.search(r"can't be used: .*(Read-only|denied)", done.stdout)
+    assert "Set ONELAUNCH_CACHE_DIR to a folder that this process may write." in done.stdout
+
+
+def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by the command too, as one sentence. (Root may write anywhere, so the question itself is answered.)"""
+    root = store.root
+    access = os.access
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+        fresh = Store(root)
+        patch.setattr(loader, "default_store", lambda: fresh)
+        with pytest.raises(StoreError, match="can't be used: Permission denied") as caught:
+            loader.load(SMALL)
+        result = CliRunner().invoke(app, ["build", "--set", SMALL.settings()])
+    assert "Set ONELAUNCH_CACHE_DIR to a folder that this process may write." in str(caught.value)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("onelaunch: The kernel cache ")
+    assert "\n" not in result.stderr.strip()
+    assert_usable(store)
+
+
+def test_the_usual_folder_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody named it, so builds go to a private folder, with one warning."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("ONELAUNCH_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    store = Store()
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    monkeypatch.setattr(loader, "_loaded", {})
+    with pytest.warns(UserWarning, match=r"can't be used \(Not a directory\); builds go to .* and are lost with it"):
+        root = store.root
+    assert root.parent == tmp_path
+    assert root.stat().st_mode & 0o077 == 0
+    assert_usable(store)
+
+
+# --------------------------------------------------------------------------------------------- a folder that vanishes
+
+
+@pytest.mark.parametrize("what", ["the staging folder", "the cache folder"])
+def test_a_folder_vanishes_before_it_is_published(what: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = compiler.build
+
+    def built_and_lost(*args: Any, stage: Path, **kwargs: Any) -> compiler.Build:
+        done = build(*args, stage=stage, **kwargs)
+        shutil.rmtree(stage if what == "the staging folder" else store.root)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "build", built_and_lost)
+        with pytest.raises(StoreError, match="can't be used: No such file or directory"):
+            loader.load(SMALL, store=store)
+    store.root.mkdir(mode=0o700, exist_ok=True)
+    assert_usable(store)
+
+
+# -------------------------------------------------------------------------------------------------- a clock that jumps
+
+
+def test_the_clock_goes_backwards(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading is a day before the last; what was built under a later clock is still what is loaded."""
+    now = FUTURE
+
+    def backwards() -> int:
+        nonlocal now
+        now -= 86_400
+        return now
+
+    monkeypatch.setattr(time, "time", lambda: float(backwards()))
+    monkeypatch.setattr(time, "time_ns", lambda: backwards() * 10**9)
+    assert time.time() > time.time_ns() / 1e9
+    assert assert_usable(store).manifest["seconds"] >= 0
+
+
+@pytest.mark.parametrize("when", [PAST, FUTURE])
+def test_the_compiler_writes_files_of_another_time(when: int, store: Store, fake: Callable[[str], Path]) -> None:
+    """What ninja sees when the clock moved between two steps."""
+    script = fake(f'"$real" "$@" || exit; touch -d @{when} "$out"; exit 0')
+    os.utime(script, (when, when))
+    kernel = assert_usable(store)
+    assert kernel.path.stat().st_mtime == when
+
+
+@pytest.mark.parametrize("when", [PAST, FUTURE])
+def test_a_cache_of_another_time(when: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The age of a file decides nothing: neither a rebuild nor a stale kernel."""
+    first = assert_usable(store)
+    for path in [store.root, *store.root.rglob("*")]:
+        os.utime(path, (when, when))
+    loader._loaded.clear()
+    onelaunch.freeze()
+    assert assert_usable(store).key == first.key
+    onelaunch.freeze("allow")
+    # And a compiler that changed, whatever its date, is seen.
+    monkeypatch.setattr(toolchain, "identity", lambda path: {"path": str(path), "size": 1, "mtime_ns": when})
+    assert assert_usable(store).key == first.key
