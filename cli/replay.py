@@ -446,7 +446,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         )
         if on_step:
             on_step(steps, simulation, len(trace))
-    if device.type == "cuda":
+    if device.type == "cuda":  # pragma: gpu
         # A fault of the last launches must show here, not after the summary.
         torch.cuda.synchronize(device)
 
@@ -483,11 +483,11 @@ def _microseconds(run: Callable[[], None], device: torch.device) -> float:
     """Wall time of ``run`` until the device is done with it."""
     import torch
 
-    if device.type == "cuda":
+    if device.type == "cuda":  # pragma: gpu
         torch.cuda.synchronize(device)
     start = time.perf_counter_ns()
     run()
-    if device.type == "cuda":
+    if device.type == "cuda":  # pragma: gpu
         torch.cuda.synchronize(device)
     return (time.perf_counter_ns() - start) / 1000
 

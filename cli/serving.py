@@ -468,8 +468,8 @@ class ServingSimulation:
         changes = self.allocator.drain_changes()
         if changes is None or self.device.type == "cpu":
             return
-        positions, values = (torch.from_numpy(array).to(self.device) for array in changes)
-        self.req_to_token.view(-1).index_copy_(0, positions, values)
+        positions, values = (torch.from_numpy(a).to(self.device) for a in changes)  # pragma: gpu
+        self.req_to_token.view(-1).index_copy_(0, positions, values)  # pragma: gpu
 
     def _step(self, number: int) -> Step:
         requests = len(self._rows)

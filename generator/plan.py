@@ -162,7 +162,7 @@ class BoundKernel:
     def __init__(self, config: KernelConfig, device: torch.device, values: dict[str, list[int]]) -> None:
         archs = None
         self.index = 0
-        if device.type == "cuda":
+        if device.type == "cuda":  # pragma: gpu
             self.index = device.index
             archs = toolchain.architectures(device.index)
         self.kernel = loader.load(config, archs)

@@ -323,7 +323,6 @@ def test_missing_device_is_explained() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("trace", [AZURE, MOONCAKE], ids=["azure", "mooncake"])
 def test_replay_on_the_gpu(trace: Path) -> None:
     options = dataclasses.replace(SMALL, trace=trace, context_len=4096, max_steps=200, step_ms=500.0)

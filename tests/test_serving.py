@@ -452,7 +452,6 @@ def test_smallest_pool_serves_a_full_context() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_rows_follow_the_host() -> None:
     trace = Trace.load(DATA / "mooncake_conversation.csv").head(30)
     simulation = ServingSimulation(
