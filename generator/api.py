@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import loader, plan
+from . import loader, plan, toolchain
 from .checks import check_int, check_tensor
 from .config import KernelConfig
 from .errors import ArgumentError
@@ -214,7 +214,8 @@ def specialize(config: KernelConfig, arch: str | Sequence[str] | None = None) ->
 
     Args:
         config: the configuration.
-        arch: GPU architectures such as "90a" or ("90a", "100a"); None is the current device's.
+        arch: GPU architectures such as "90a" or ("90a", "100a"); None is the current device's, or 90a where there
+            is no GPU.
 
     Returns:
         The kernel, with ``source``, ``key``, ``path`` and ``resources``.
@@ -222,6 +223,8 @@ def specialize(config: KernelConfig, arch: str | Sequence[str] | None = None) ->
     Raises:
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
+    if arch is None and config.target == "cuda" and torch.cuda.is_available():
+        return loader.load(config, toolchain.architectures(torch.cuda.current_device()))
     return loader.load(config, (arch,) if isinstance(arch, str) else arch)
 
 

@@ -84,7 +84,7 @@ def check_int(name: str, value: Any, low: int, high: int | None, why: str = "") 
     if not isinstance(value, int) or isinstance(value, bool):
         raise ArgumentError(f"{name} is {value!r} ({type(value).__name__}); it must be a Python int.")
     if value < low or (high is not None and value > high):
-        allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        allowed = f"{low} or more" if high is None else f"{low} to {high}" if low < high else str(low)
         raise ArgumentError(f"{name} is {value}; allowed: {allowed}{why}.")
     return value
 

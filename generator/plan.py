@@ -358,8 +358,7 @@ def bind(
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
-    if next_n != 1:
-        raise ArgumentError(f"next_n is {next_n!r}; allowed in decode: 1.")
+    check_int("next_n", next_n, 1, 1, " in decode")
     if seqlen_offsets is not None:
         raise ArgumentError(f"seqlen_offsets is {seqlen_offsets!r}; allowed: None.")
     return make_plan(

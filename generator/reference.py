@@ -1,13 +1,13 @@
 """What every field means, in plain PyTorch. The kernels must agree with it element for element.
 
-Formulas are SGLang's, read from its DSA/NSA attention backend (decode: ``cache_seqlens`` is the length as int32,
-``page_indices`` the request's row of ``req_to_token``, the NSA lengths are clamped at ``index_topk``).
+Formulas are SGLang's, read from its DSA/NSA attention backend, for the modes decode, target_verify and draft_extend.
 Written for clarity: whole-tensor operations, every row as wide as the longest. Works on any device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,25 +22,106 @@ def running_sum(values: Tensor) -> Tensor:
     return out
 
 
-def decode_lengths(seq_lens: Tensor, *, index_topk: int) -> dict[str, Tensor]:
-    """The fields that follow from the lengths alone.
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a batch has in the per-row fields, request-major.
+
+    Attributes:
+        request: int64 [R], the request that a row belongs to.
+        live: int32 [R], columns that the row's tables have live.
+    """
+
+    request: Tensor
+    live: Tensor
+
+
+def nsa_lengths(lengths: Tensor, *, index_topk: int, index_kpool: int = 1) -> Tensor:
+    """The lengths that sparse attention sees.
+
+    With pools of k tokens only complete pools are clamped, and the unfinished tail is always kept:
+    min(floor(length / k) * k, T) + length mod k.
+    """
+    tail = lengths % index_kpool
+    return (lengths - tail).clamp(max=index_topk) + tail
+
+
+def lengths(
+    seq_lens: Tensor,
+    *,
+    mode: str = "decode",
+    index_topk: int,
+    next_n: int = 1,
+    extend_seq_lens: Tensor | None = None,
+    seqlen_offset: int = 0,
+    index_kpool: int = 1,
+) -> tuple[dict[str, Tensor], Rows]:
+    """The fields that follow from the lengths alone, and the rows of the per-row fields.
+
+    With s a request's length, n ``next_n``, q its extend length and j a row's place among its request's rows:
+
+    * decode: one row a request. cache_seqlens = s, seqlens_expanded is the same tensor.
+    * target_verify: n rows a request. cache_seqlens = s + n, seqlens_expanded = s + j + 1; the tables are live up to
+      s + n in all n rows.
+    * draft_extend: q rows a request, none where q is 0. s counts the draft's tokens already, so cache_seqlens = s;
+      seqlens_expanded = max(s - q + j + 1, 0), because a padding request has s = 1 < q.
+
+    nsa_cache_seqlens follows from seqlens_expanded, one element a row. Running sums begin with 0.
 
     Args:
         seq_lens: int32 or int64 [bs]; truncated to int32.
+        mode: "decode", "target_verify" or "draft_extend".
         index_topk: T.
+        next_n: n of target_verify, and every q of draft_extend where extend_seq_lens is None.
+        extend_seq_lens: int [bs], each request's q, in draft_extend.
+        seqlen_offset: added to every length, for a draft step that sees the tokens of the steps before it.
+        index_kpool: tokens a pool, see nsa_lengths.
 
     Returns:
-        int32 tensors by field name: [bs], running sums [bs + 1].
+        int32 tensors by field name, and the rows.
+
+    Raises:
+        ValueError: an unknown mode.
     """
-    cache = seq_lens.to(torch.int32)
-    nsa = cache.clamp(max=index_topk)
-    return {
+    s = seq_lens.to(torch.int32) + seqlen_offset
+    bs, device = s.numel(), s.device
+    if mode == "decode":
+        cache, per_request = s, torch.ones(bs, dtype=torch.int64, device=device)
+    elif mode == "target_verify":
+        cache, per_request = s + next_n, torch.full((bs,), next_n, dtype=torch.int64, device=device)
+    elif mode == "draft_extend":
+        cache = s
+        uniform = torch.full((bs,), next_n, dtype=torch.int64, device=device)
+        per_request = uniform if extend_seq_lens is None else extend_seq_lens.to(torch.int64)
+    else:
+        raise ValueError(f"mode is {mode!r}; allowed: 'decode', 'target_verify', 'draft_extend'.")
+    request = torch.repeat_interleave(torch.arange(bs, device=device), per_request)
+    first_row = torch.cumsum(per_request, dim=0) - per_request
+    place = (torch.arange(request.numel(), device=device) - first_row[request]).to(torch.int32)
+    if mode == "decode":
+        expanded = cache
+    elif mode == "target_verify":
+        expanded = s[request] + place + 1
+    else:
+        expanded = (s[request] - per_request[request].to(torch.int32) + place + 1).clamp(min=0)
+    nsa = nsa_lengths(expanded, index_topk=index_topk, index_kpool=index_kpool)
+    values = {
         "cache_seqlens": cache,
         "cu_seqlens_k": running_sum(cache),
         "nsa_cache_seqlens": nsa,
         "nsa_cu_seqlens_k": running_sum(nsa),
-        "seqlens_expanded": cache,
+        "seqlens_expanded": expanded,
     }
+    return values, Rows(request, cache[request])
+
+
+def pooled_lengths(cache_seqlens: Tensor, index_kpool: int) -> Tensor:
+    """int32 [bs] -> int32 [bs]: complete pools of index_kpool tokens."""
+    return torch.div(cache_seqlens, index_kpool, rounding_mode="floor")
+
+
+def pooled_page_table(real_page_table: Tensor, index_kpool: int) -> Tensor:
+    """int32 [rows, pages] -> int32 [rows, ceil(pages / k)]: column c is real_page_table[:, c * k] // k."""
+    return page_row(real_page_table, index_kpool)
 
 
 def page_row(tokens: Tensor, page_size: int) -> Tensor:
@@ -59,6 +140,10 @@ def refresh(
     page_size: int,
     extent: str,
     max_len: int | None = None,
+    next_n: int = 1,
+    extend_seq_lens: Tensor | None = None,
+    seqlen_offsets: Sequence[int] | None = None,
+    index_kpool: int = 1,
 ) -> None:
     """Refreshes the backends in place, and leaves every element alone that a kernel must leave alone.
 
@@ -66,39 +151,43 @@ def refresh(
         backends: destinations; a field that is None isn't written.
         seq_lens, req_pool_indices: int32 or int64 [bs].
         req_to_token: int32 or int64 [pool rows, W].
-        mode: "decode".
+        mode, next_n, extend_seq_lens, index_kpool: see lengths.
         index_topk, page_size: T and P.
-        extent: "live" writes the columns below a request's length, "full" those below ``max_len``.
+        extent: "live" writes the columns that a row has live, "full" those below ``max_len``.
         max_len: bound on the columns; None is the width of the narrowest table.
+        seqlen_offsets: one offset a backend, added to its lengths; None is no offset.
 
     Raises:
         ValueError: an unknown mode or extent.
     """
-    if mode != "decode":
-        raise ValueError(f"mode is {mode!r}; the reference knows 'decode'.")
     if extent not in ("live", "full"):
         raise ValueError(f"extent is {extent!r}; allowed: 'live', 'full'.")
-    bs = seq_lens.numel()
-    values = decode_lengths(seq_lens, index_topk=index_topk)
-    for buffers in backends:
+    for buffers, offset in zip(backends, seqlen_offsets or [0] * len(backends), strict=True):
+        values, rows = lengths(
+            seq_lens,
+            mode=mode,
+            index_topk=index_topk,
+            next_n=next_n,
+            extend_seq_lens=extend_seq_lens,
+            seqlen_offset=offset,
+            index_kpool=index_kpool,
+        )
         for name, value in values.items():
             destination = getattr(buffers, name)
             if destination is not None:
                 destination[: value.numel()] = value
         columns = _columns(buffers, req_to_token, page_size, max_len)
-        if extent == "full":
-            counts = torch.full_like(values["cache_seqlens"], columns)
-        else:
-            counts = values["cache_seqlens"].clamp(0, columns)
-        longest = int(counts.max()) if bs else 0
-        tokens = req_to_token[:, :longest][req_pool_indices.long()]
+        counts = torch.full_like(rows.live, columns) if extent == "full" else rows.live.clamp(0, columns)
+        total = counts.numel()
+        longest = int(counts.max()) if total else 0
+        tokens = req_to_token[:, :longest][req_pool_indices.long()[rows.request]]
         written = torch.arange(longest, device=counts.device) < counts[:, None]
         if buffers.page_indices is not None:
-            _write(buffers.page_indices[:bs, :longest], tokens.to(torch.int32), written)
+            _write(buffers.page_indices[:total, :longest], tokens.to(torch.int32), written)
         # With pages of one token the real page table is page_indices itself: nothing else to write.
         if buffers.real_page_table is not None and page_size > 1:
             pages = page_row(tokens, page_size)
-            _write(buffers.real_page_table[:bs, : pages.shape[1]], pages, written[:, ::page_size])
+            _write(buffers.real_page_table[:total, : pages.shape[1]], pages, written[:, ::page_size])
 
 
 def _write(destination: Tensor, values: Tensor, where: Tensor) -> None:

@@ -204,7 +204,7 @@ def test_running_sums_wrap_as_int32_sums_do() -> None:
 
 
 def test_lengths_are_narrowed_to_int32() -> None:
-    made = reference.decode_lengths(ints([2**32 + 5, -3], torch.int64), index_topk=4)
+    made = reference.lengths(ints([2**32 + 5, -3], torch.int64), index_topk=4)[0]
     assert made["cache_seqlens"].tolist() == [5, -3]
     assert made["cu_seqlens_k"].tolist() == [0, 5, 2]
     assert made["nsa_cache_seqlens"].tolist() == [4, -3]
@@ -214,7 +214,7 @@ def test_lengths_are_narrowed_to_int32() -> None:
 
 @pytest.mark.parametrize(("topk", "nsa"), [(0, [0, 0, 0]), (3, [3, 3, 2]), (2**31 - 1, [7, 3, 2])])
 def test_index_topk(topk: int, nsa: list[int]) -> None:
-    made = reference.decode_lengths(ints([7, 3, 2]), index_topk=topk)
+    made = reference.lengths(ints([7, 3, 2]), index_topk=topk)[0]
     assert made["nsa_cache_seqlens"].tolist() == nsa
     assert made["cache_seqlens"].tolist() == [7, 3, 2]
 
@@ -287,3 +287,113 @@ def test_copy_of_a_part() -> None:
     assert empty.cu_seqlens_k.tolist() == [0, U, U, U]
     assert empty.cache_seqlens.tolist() == [U, U, U]
     assert empty.page_indices.tolist() == [[U] * 3] * 3
+
+
+def listed(values: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: value.tolist() for name, value in values.items()}
+
+
+def test_target_verify() -> None:
+    values, rows = reference.lengths(ints([5, 1]), mode="target_verify", index_topk=7, next_n=3)
+    assert listed(values) == {
+        "cache_seqlens": [8, 4],
+        "cu_seqlens_k": [0, 8, 12],
+        "nsa_cache_seqlens": [6, 7, 7, 2, 3, 4],
+        "nsa_cu_seqlens_k": [0, 6, 13, 20, 22, 25, 29],
+        "seqlens_expanded": [6, 7, 8, 2, 3, 4],
+    }
+    assert rows.request.tolist() == [0, 0, 0, 1, 1, 1]
+    assert rows.live.tolist() == [8, 8, 8, 4, 4, 4]
+
+
+def test_draft_extend_with_one_length_for_all() -> None:
+    # The second request is a padding one: 1 token, fewer than it extends by.
+    values, rows = reference.lengths(ints([5, 1]), mode="draft_extend", index_topk=4, next_n=3)
+    assert listed(values) == {
+        "cache_seqlens": [5, 1],
+        "cu_seqlens_k": [0, 5, 6],
+        "nsa_cache_seqlens": [3, 4, 4, 0, 0, 1],
+        "nsa_cu_seqlens_k": [0, 3, 7, 11, 11, 11, 12],
+        "seqlens_expanded": [3, 4, 5, 0, 0, 1],
+    }
+    assert rows.live.tolist() == [5, 5, 5, 1, 1, 1]
+
+
+def test_draft_extend_with_lengths_of_their_own() -> None:
+    values, rows = reference.lengths(
+        ints([9, 4, 6]), mode="draft_extend", index_topk=2048, extend_seq_lens=ints([2, 0, 3])
+    )
+    assert values["cache_seqlens"].tolist() == [9, 4, 6]
+    assert values["cu_seqlens_k"].tolist() == [0, 9, 13, 19]
+    assert values["seqlens_expanded"].tolist() == [8, 9, 4, 5, 6]
+    assert values["nsa_cu_seqlens_k"].tolist() == [0, 8, 17, 21, 26, 32]
+    assert rows.request.tolist() == [0, 0, 2, 2, 2]
+    assert rows.live.tolist() == [9, 9, 6, 6, 6]
+
+
+@pytest.mark.parametrize("mode", ["decode", "target_verify", "draft_extend"])
+def test_no_requests_and_no_rows(mode: str) -> None:
+    values, rows = reference.lengths(ints([]), mode=mode, index_topk=4, next_n=2)
+    assert values["cu_seqlens_k"].tolist() == values["nsa_cu_seqlens_k"].tolist() == [0]
+    assert rows.request.numel() == 0
+    if mode == "draft_extend":
+        values, rows = reference.lengths(ints([3, 2]), mode=mode, index_topk=4, extend_seq_lens=ints([0, 0]))
+        assert values["cu_seqlens_k"].tolist() == [0, 3, 5]
+        assert values["nsa_cu_seqlens_k"].tolist() == [0]
+        assert rows.request.numel() == 0
+
+
+def test_verify_rows_repeat_their_request() -> None:
+    pool = ints([[0] * 8, list(range(10, 18)), list(range(20, 28))])
+    made = MetadataBuffers(
+        page_indices=torch.full((5, 6), -1, dtype=torch.int32),
+        real_page_table=torch.full((5, 3), -1, dtype=torch.int32),
+    )
+    reference.refresh(
+        [made],
+        ints([1, 9]),
+        ints([2, 1]),
+        pool,
+        mode="target_verify",
+        next_n=2,
+        index_topk=4,
+        page_size=2,
+        extent="live",
+    )
+    assert made.page_indices is not None
+    assert made.real_page_table is not None
+    assert made.page_indices.tolist() == [
+        [20, 21, 22, -1, -1, -1],
+        [20, 21, 22, -1, -1, -1],
+        [10, 11, 12, 13, 14, 15],
+        [10, 11, 12, 13, 14, 15],
+        [-1] * 6,
+    ]
+    assert made.real_page_table.tolist() == [[10, 11, -1], [10, 11, -1], [5, 6, 7], [5, 6, 7], [-1] * 3]
+
+
+def test_offsets_give_each_backend_its_own_lengths() -> None:
+    pool = ints([[7, 8, 9, 10]])
+    made = [
+        MetadataBuffers(
+            cache_seqlens=torch.full((1,), -1, dtype=torch.int32),
+            page_indices=torch.full((1, 4), -1, dtype=torch.int32),
+        )
+        for _ in range(2)
+    ]
+    reference.refresh(made, ints([1]), ints([0]), pool, index_topk=4, page_size=1, extent="live", seqlen_offsets=(1, 2))
+    assert [b.cache_seqlens.tolist() for b in made if b.cache_seqlens is not None] == [[2], [3]]
+    assert [b.page_indices.tolist() for b in made if b.page_indices is not None] == [[[7, 8, -1, -1]], [[7, 8, 9, -1]]]
+
+
+def test_pools_of_tokens() -> None:
+    # Complete pools are clamped, the unfinished one is kept: 11 = 2 pools of 4 and 3 tokens.
+    made = reference.nsa_lengths(ints([3, 4, 11, 16, 18]), index_topk=8, index_kpool=4)
+    assert made.tolist() == [3, 4, 11, 8, 10]
+    assert reference.pooled_lengths(ints([3, 4, 11]), 4).tolist() == [0, 1, 2]
+    assert reference.pooled_page_table(ints([[8, 12, 16, 21, 5]]), 2).tolist() == [[4, 8, 2]]
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode is 'encode'"):
+        reference.lengths(ints([1]), mode="encode", index_topk=4)
