@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversation.csv
 
-.PHONY: demo test check gpu generate wheel clean
+.PHONY: demo test check mutation gpu generate wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "onelaunch needs Python 3.11 or later; name one with PYTHON=..."'
@@ -20,9 +20,9 @@ demo: $(VENV)/.installed  ## build what the demo needs, then replay two real ser
 	@for trace in $(TRACES); do $(BIN)/onelaunch replay $$trace --step-ms 200 || exit 1; done
 
 test: $(VENV)/.installed  ## run the tests; with nvcc the CUDA target is compiled too, with a GPU also run
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
-check: $(VENV)/.installed  ## static checks
+check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates
 	$(BIN)/ruff format --check generator cli tests templates
 	# mypy doesn't follow an editable install's mapping of folders, so it gets the package as it is installed.
@@ -31,6 +31,20 @@ check: $(VENV)/.installed  ## static checks
 	MYPYPATH=build/typing $(BIN)/mypy -p onelaunch
 	$(BIN)/clang-format --dry-run --Werror generated/*.cu
 	$(BIN)/onelaunch generate --check
+	rm -rf build/wheel
+	$(BIN)/python -m build --outdir build/wheel >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	$(BIN)/check-wheel-contents build/wheel/*.whl
+	$(BIN)/python tests/audit.py
+
+# Laid out as it is installed: mutmut finds a module's name by its path. With an hour's limit; mostly some minutes.
+mutation: $(VENV)/.installed  ## mutation testing; tests/MUTATION.md has the survivors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
+	rm -rf build/mutation && mkdir -p build/mutation/src/onelaunch
+	cp -r generator/. cli templates build/mutation/src/onelaunch/
+	cp -r tests generated templates pyproject.toml build/mutation/
+	cd build/mutation && export ONELAUNCH_TEST_CACHE=$(CURDIR)/build/mutation/cache && \
+	  timeout 3600 nice -n 10 $(abspath $(BIN))/python -m mutmut run --max-children 1
+	cd build/mutation && $(abspath $(BIN))/python -m mutmut results
 
 gpu: $(VENV)/.installed  ## everything that needs a GPU; writes tests/gpu/evidence.json
 	$(BIN)/python tests/gpu/run.py

@@ -45,14 +45,17 @@ def _main(
 
 
 def sentence(run: Callable[[], Any]) -> Any:
-    """Runs a verb's body; an error that onelaunch raises on purpose becomes one sentence and exit code 2."""
+    """Runs a verb's body; an error of onelaunch, or of a file that was named, is one sentence and exit code 2."""
     from onelaunch.errors import OnelaunchError
 
     try:
         return run()
     except OnelaunchError as error:
-        typer.echo(f"onelaunch: {error}", err=True)
-        raise typer.Exit(2) from None
+        said = str(error)
+    except OSError as error:
+        said = f"{error.filename or 'a file'} can't be read or written: {error.strerror or error}."
+    typer.echo(f"onelaunch: {said}", err=True)
+    raise typer.Exit(2)
 
 
 def chosen(name: str | None, settings: str | None, target: str | None = None) -> Any:
@@ -77,7 +80,8 @@ def show(
 
     source = sentence(lambda: render(chosen(config, settings)))
     if output is not None:
-        output.write_text(source, encoding="utf-8")
+        target = output
+        sentence(lambda: target.write_text(source, encoding="utf-8"))
     elif sys.stdout.isatty():
         from rich.console import Console
         from rich.syntax import Syntax
@@ -99,14 +103,14 @@ def generate(
     from .generate import check_folder, write_folder
 
     if check:
-        difference = check_folder(folder)
+        difference = sentence(lambda: check_folder(folder))
         if difference:
             typer.echo(difference, nl=False)
             typer.echo(f"onelaunch: {folder} isn't what the templates emit. Run: onelaunch generate", err=True)
             raise typer.Exit(1)
         typer.echo(f"{folder} is up to date")
         return
-    for path in write_folder(folder):
+    for path in sentence(lambda: write_folder(folder)):
         typer.echo(f"wrote {path}")
 
 

@@ -451,7 +451,7 @@ def _column_limit(destinations: Destinations, req_to_token: Tensor, page_size: i
 
 
 class CopyPlan:
-    """Precomputed fields bound to the destinations that they are copied to. Made by copy_plan().
+    """Precomputed fields bound to the destinations that they are copied to..
 
     Attributes:
         config, kernel, device, capacity, launches: as in Plan.

@@ -336,3 +336,65 @@ def test_the_parameter_block(config: KernelConfig) -> None:
     assert set(config.fields) <= set(names)
     for name in config.fields:
         assert words.count(name) == config.destinations(name) * (2 if name in config.tables else 1)
+
+
+def test_a_dict_of_some_facts() -> None:
+    assert KernelConfig.from_dict({}) == KernelConfig()
+    facts = {"fields": ["cache_seqlens"], "distinct": {"cache_seqlens": 1}, "num_backends": 2}
+    wanted = KernelConfig(num_backends=2, fields=("cache_seqlens",), distinct=(("cache_seqlens", 1),))
+    assert KernelConfig.from_dict(facts) == wanted
+    with pytest.raises(ConfigError, match=r"^fields is 'cache_seqlens'; it must be a tuple of names"):
+        KernelConfig.from_dict({"fields": "cache_seqlens"})
+
+
+def test_messages_begin_with_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match=r"^the fact's name is 'no_such'; allowed: 'operation', "):
+        KernelConfig.from_dict({"no_such": 1})
+    with pytest.raises(ConfigError, match=r"^the setting's key is 'no_such'; allowed: 'operation', "):
+        parse_settings("no_such=1")
+    with pytest.raises(ConfigError, match=r"^num_backends is '3=4'; it must be a whole number"):
+        parse_settings("num_backends=3=4")
+
+
+NAMES = ", ".join(FIELDS)
+
+# The whole text: a message that says the right thing in the wrong words still misleads.
+MESSAGES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"threads": 16},
+        "threads is 16; on the cuda target it must be a power of two from 32 to 1024: a block is made of whole warps.",
+    ),
+    ({"fields": "all"}, f"fields is 'all'; it must be a tuple of names from {NAMES}."),
+    ({"fields": ()}, f"fields is empty; name at least one of {NAMES}."),
+    (
+        {"fields": ("real_page_table",), "page_size": 1},
+        "fields has real_page_table without page_indices and page_size is 1; with pages of one token the two are the "
+        "same table: ask for page_indices instead.",
+    ),
+    ({"target": 3}, "target is 3; allowed: 'cuda', 'cpu'."),
+    ({"target": "xyz"}, "target is 'xyz'; allowed: 'cuda', 'cpu'."),
+    ({"extent": "liv"}, "extent is 'liv'; allowed: 'live', 'full'. Did you mean 'live'?"),
+    ({"seq_lens_dtype": "int3"}, "seq_lens_dtype is 'int3'; allowed: 'int32', 'int64'. Did you mean 'int32'?"),
+    (
+        {"num_backends": 4100, "fields": ("cache_seqlens",)},
+        f"num_backends is 4100 with 1 fields, which needs {8 * 4104} bytes of kernel parameters; "
+        f"CUDA allows {8 * MAX_PARAM_WORDS}. Refresh the backends in several plans.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("facts", "message"), MESSAGES, ids=[str(facts) for facts, _ in MESSAGES])
+def test_the_whole_message(facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KernelConfig(**facts)
+    assert str(caught.value) == message
+
+
+def test_the_ends_of_what_is_allowed() -> None:
+    assert [KernelConfig(threads=n).threads for n in (32, 64, 512, 1024)] == [32, 64, 512, 1024]
+    fields = ("cache_seqlens",)
+    other = KernelConfig(fields=fields).param_words - 1
+    most = MAX_PARAM_WORDS - other
+    assert KernelConfig(fields=fields, num_backends=most).param_words == MAX_PARAM_WORDS
+    with pytest.raises(ConfigError, match=f"^num_backends is {most + 1} "):
+        KernelConfig(fields=fields, num_backends=most + 1)

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from onelaunch import FIELDS, PRESETS, KernelConfig, render
+from onelaunch import FIELDS, PRESETS, KernelConfig, layout, render
 from onelaunch.cli.generate import check_folder, emitted, write_folder
 from onelaunch.cli.main import app
-from onelaunch.render import render_binding
+from onelaunch.render import _shift, render_baseline, render_binding
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
@@ -326,3 +326,38 @@ def test_show_of_what_does_not_exist() -> None:
         assert result.exit_code == 2
         assert text in result.stderr
         assert "Traceback" not in result.output
+
+
+@every_config
+def test_the_binding_knows_the_size_of_the_parameters(config: KernelConfig) -> None:
+    text = render_binding(config, "a_module")
+    assert "None" not in text
+    assert re.search(rf"\b{len(layout.param_words(config))}\b", text)
+    assert "PyInit_a_module" in text
+
+
+def test_the_baselines_of_the_timings() -> None:
+    """What onelaunch is timed against is emitted too, with the binding that a plan has."""
+    source, binding = render_baseline("ideal", "floor", ("vectors",), 7, num_backends=5, unroll=4)
+    assert "constexpr int kBackends = 5;" in source
+    assert "constexpr int kUnroll = 4;" in source
+    assert "int floor_launch(" in source
+    assert "int floor_launch(" in binding
+    assert "PyInit_floor_binding" in binding
+    assert re.search(r"\b7\b", binding)
+    # A kernel without parameters has one word all the same: C++ has no empty array.
+    source, binding = render_baseline("empty", "nothing", (), 0)
+    assert "void nothing()" in source
+    assert binding == render_baseline("empty", "nothing", (), 1)[1]
+
+
+def test_pages_are_shifted_out_only_where_they_are_a_power_of_two() -> None:
+    assert [_shift(size) for size in (2, 16, 64, 2**30, 1)] == [1, 4, 6, 30, 0]
+    assert [_shift(size) for size in (3, 6, 48, 2**31 - 1)] == [None] * 4
+
+
+@pytest.mark.parametrize(("unroll", "one_pass"), [(1, 4), (2, 8), (4, 16), (8, 32)])
+def test_a_tile_whose_pages_outnumber_a_warp_is_looped_over(unroll: int, one_pass: int) -> None:
+    for page_size, once in ((one_pass - 1, False), (one_pass, True)):
+        source = render(KernelConfig(unroll=unroll, page_size=page_size))
+        assert ("  const int page = (begin" in source) == once
