@@ -75,10 +75,15 @@ def requirements(module: Path, archs: Sequence[str], cuda: str | None) -> dict[s
         if versions:
             needs[name] = max((v.decode() for v in versions), key=numbers)
     if cuda is not None:
-        known = [_DRIVER_OF_MAJOR.get(numbers(cuda)[0], max(_DRIVER_OF_MAJOR.values()))]
-        known += [_DRIVER_OF_ARCH[a.rstrip("af")] for a in archs if a.rstrip("af") in _DRIVER_OF_ARCH]
-        needs["driver"] = ".".join(map(str, max(known)))
+        needs["driver"] = oldest_driver(cuda, archs)
     return needs
+
+
+def oldest_driver(cuda: str, archs: Sequence[str]) -> str:
+    """The oldest driver that runs code of a CUDA release for these architectures."""
+    known = [_DRIVER_OF_MAJOR.get(numbers(cuda)[0], max(_DRIVER_OF_MAJOR.values()))]
+    known += [_DRIVER_OF_ARCH[a.rstrip("af")] for a in archs if a.rstrip("af") in _DRIVER_OF_ARCH]
+    return ".".join(map(str, max(known)))
 
 
 def host() -> dict[str, Any]:

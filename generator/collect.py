@@ -71,14 +71,18 @@ def sizes(store: Store) -> dict[str, int]:
     return {key: size_of(store.root / "entries" / key) for key in store.stored_keys()}
 
 
+def default_max_size() -> str:
+    """$ONELAUNCH_CACHE_MAX_SIZE, else 2 GB."""
+    return os.environ.get(MAX_SIZE_VARIABLE) or DEFAULT_MAX_SIZE
+
+
 def bound(store: Store, keep: str) -> None:
     """Keeps the cache below $ONELAUNCH_CACHE_MAX_SIZE, 2 GB if it isn't set; called when an entry was added.
 
     Args:
         keep: the key that was added.
     """
-    limit = parse_size(os.environ.get(MAX_SIZE_VARIABLE) or DEFAULT_MAX_SIZE, MAX_SIZE_VARIABLE)
-    # One folder's listing tells whether it can be exceeded at all; an object is about 1 MB.
+    limit = parse_size(default_max_size(), MAX_SIZE_VARIABLE)
     known = sizes(store)
     if sum(known.values()) > limit:
         now = time.time()

@@ -163,7 +163,10 @@ def build(name: str, source: str, binding: str, *, archs: Sequence[str], tools: 
         try:
             module: ModuleType = cpp_extension.load_inline(**arguments)
         except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-            raise _compile_error(str(error), source, stage, key) from error
+            failure = _compile_error(str(error), source, stage, key)
+            # The compiler's own errors come as RuntimeError; an OSError is the machine's.
+            failure.lasting = failure.lasting and not isinstance(error, OSError)
+            raise failure from error
     source_file = "main.cpp" if tools.toolkit is None else "cuda.cu"
     object_file = stage / f"{name}.so"
     resources = binary.resources(object_file, binary.find_cuobjdump(tools.toolkit.home)) if tools.toolkit else {}
@@ -194,6 +197,10 @@ def _settings(tools: Tools) -> Iterator[Any]:
     extension: Any = cpp_extension
     kept = {name: os.environ.get(name) for name in ("PATH", "CXX", "CC", "PYTORCH_NVCC", "TORCH_CUDA_ARCH_LIST")}
     kept_home = extension.CUDA_HOME
+    # torch locks the build's folder. It is nobody else's here, and its file system may have no locks.
+    kept_lock = getattr(extension, "FileLock", None)
+    if kept_lock is not None:
+        extension.FileLock = lambda path: contextlib.nullcontext()
     folders = [str(tools.ninja.parent), str(Path(sys.executable).parent), kept["PATH"] or os.defpath]
     os.environ["PATH"] = os.pathsep.join(folders)
     os.environ["CXX"] = str(tools.compiler.path)
@@ -206,6 +213,8 @@ def _settings(tools: Tools) -> Iterator[Any]:
         yield extension
     finally:
         extension.CUDA_HOME = kept_home
+        if kept_lock is not None:
+            extension.FileLock = kept_lock
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -164,32 +164,46 @@ def module_name(config: KernelConfig) -> str:
 
 def _load(config: KernelConfig, archs: tuple[str, ...], store: Store) -> Kernel:
     _refuse_during_capture(config, archs)
-    request = request_of(config, archs)
-    other: tuple[Store, str] | None = None
-    for tier in tiers(store):
-        noted = tier.read_index(request)
-        if noted is None:
-            continue
-        # What somebody put there on purpose is taken, whichever compiler made it from this very source.
-        if tier.read_only or noted.get("adopted") or _unchanged(noted):
-            if (entry := tier.find(noted["key"])) is not None:
-                return _kernel(config, entry, tier)
-        else:
-            other = other or (tier, noted["key"])
+    found = lookup(config, archs, store)
+    if found is not None:
+        return _kernel(config, *found)
     try:
         tools = compiler.find_tools(config.target)
     except ToolchainError:
         # A host without a compiler takes what was built from the same source, whoever compiled it.
-        entry = other[0].find(other[1]) if other else None
-        if entry is None or other is None:
+        found = lookup(config, archs, store, any_compiler=True)
+        if found is None:
             raise
-        return _kernel(config, entry, other[0])
+        return _kernel(config, *found)
     key = content_key(config, archs, tools.versions())
-    for tier in tiers(store):
-        if (entry := tier.find(key)) is not None:
-            note(tier, config, archs, {"key": key, **_surroundings(tools)})
-            return _kernel(config, entry, tier)
+    found = lookup(config, archs, store, key)
+    if found is not None:
+        note(found[1], config, archs, {"key": key, **_surroundings(tools)})
+        return _kernel(config, *found)
     return _build_once(config, archs, key, tools, store)
+
+
+def lookup(
+    config: KernelConfig, archs: tuple[str, ...], store: Store, key: str = "", any_compiler: bool = False
+) -> tuple[Entry, Store] | None:
+    """Where a load would find its entry.
+
+    Args:
+        key: content key; "" goes by what earlier processes noted for the request alone.
+        any_compiler: take what was noted although the compilers aren't those any more.
+    """
+    request = request_of(config, archs)
+    for tier in tiers(store):
+        noted = tier.read_index(request)
+        # What somebody put there on purpose is taken, whichever compiler made it from this very source.
+        if noted is None or not (any_compiler or tier.read_only or noted.get("adopted") or _unchanged(noted)):
+            continue
+        if (entry := tier.find(noted["key"])) is not None:
+            return entry, tier
+    for tier in tiers(store) if key else ():
+        if (entry := tier.find(key)) is not None:
+            return entry, tier
+    return None
 
 
 def note(store: Store, config: KernelConfig, archs: tuple[str, ...], noted: Mapping[str, Any]) -> None:
@@ -293,6 +307,11 @@ def _kernel(config: KernelConfig, entry: Entry, store: Store, module: ModuleType
     module = module or import_module(entry)
     store.stamp(entry.key)
     return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module)
+
+
+def entry_of(kernel: Kernel) -> Entry:
+    """The entry that a kernel was loaded from."""
+    return Entry(kernel.key, kernel.path.parent, kernel.manifest)
 
 
 def import_module(entry: Entry) -> ModuleType:

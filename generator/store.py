@@ -131,8 +131,8 @@ class Store:
                     raise ValueError(f"{name} isn't the file that was published")
             if manifest["module_file"] not in manifest["files"]:
                 raise ValueError("its manifest doesn't list the shared object")
-        except FileNotFoundError as error:
-            if path.exists():
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if path.is_dir():
                 self._set_aside(path, f"{error.filename} is missing")
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -368,8 +368,10 @@ def _abandoned(path: Path) -> bool:
         os.close(descriptor)
     if held:
         return False
-    # Where locks can't be asked, a number that looks dead may belong to another container of the same host name.
-    return (not _alive(int(rest)) and (held is False or age > _UNKNOWN_SECONDS)) or age > ABANDONED_SECONDS
+    # A free lock is the sign of a dead owner, but for the moment between making the folder and locking it. Where locks
+    # can't be asked, a number that looks dead may belong to another container of the same host name.
+    dead = not _alive(int(rest))
+    return (held is False and (dead or age > _UNKNOWN_SECONDS)) or (dead and age > _UNKNOWN_SECONDS)
 
 
 def _alive(pid: int) -> bool:
