@@ -87,7 +87,7 @@ def build_all(
 
     Args:
         at_once: workers, see workers().
-        timeout: seconds a build may take; then its whole process group is killed.
+        timeout: seconds a build may take; then its worker is killed with every compiler that it started.
         report: called for each job as it ends.
         retry: compile again what failed before.
 
@@ -168,7 +168,7 @@ def distinct(jobs: Sequence[Job]) -> list[Job]:
 
 
 class _Worker:
-    """A child process that builds one job after the other, in a process group of its own."""
+    """A child process that builds one job after the other, in a session of its own."""
 
     def __init__(self, retry: bool) -> None:
         store = loader.default_store()
@@ -200,8 +200,12 @@ class _Worker:
 
     def kill(self) -> None:
         """Ends the worker and every compiler that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        # ninja gives every command a process group of its own; what they share is the session.
+        while members := _members(self._process.pid):
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.poll()
         self._process.wait()
 
     def build(self, job: Job, timeout: float) -> Done:
@@ -249,6 +253,18 @@ class _Worker:
     def _ending(self) -> str:
         status = self._process.returncode
         return f"signal {-status}" if status is not None and status < 0 else f"exit status {status}"
+
+
+def _members(session: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # The name in parentheses may hold anything, so the fields are counted from its end.
+            state, _, _, its_session = path.read_text(errors="replace").rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
 
 
 def _available_bytes() -> int:
