@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -135,7 +136,8 @@ def build(name: str, source: str, binding: str, *, archs: Sequence[str], tools: 
     stubs.mkdir()
     for library in _UNUSED_LIBRARIES:
         (stubs / f"lib{library}.so").write_text("/* unused */\n", encoding="utf-8")
-    link = [f"-L{stubs}", *LINK_FLAGS]
+    # Relative to the folder that ninja runs in: a path with a space would fall apart on the linker's command line.
+    link = [f"-L{stubs.name}", *LINK_FLAGS]
     arguments: dict[str, Any] = {
         "name": name,
         "build_directory": str(stage),
@@ -148,7 +150,7 @@ def build(name: str, source: str, binding: str, *, archs: Sequence[str], tools: 
     if tools.toolkit is None:
         arguments |= {"cpp_sources": [source, binding], "with_cuda": False, "extra_ldflags": link}
     else:
-        link += [f"-L{tools.toolkit.cudart_static.parent}", *CUDA_LINK_FLAGS]
+        link += [shlex.quote(f"-L{tools.toolkit.cudart_static.parent}"), *CUDA_LINK_FLAGS]
         arguments |= {
             "cpp_sources": [binding],
             "cuda_sources": [source],

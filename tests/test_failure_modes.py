@@ -79,6 +79,7 @@ print(json.dumps({"key": kernel.key, "path": str(kernel.path), "works": hasattr(
 @pytest.fixture
 def children(tmp_path: Path) -> Iterator[Children]:
     some = Children(tmp_path)
+    some.made = loader.load(SMALL).path.parent
     yield some
     for child in some.started:
         if child.poll() is None:
@@ -349,6 +350,12 @@ def test_a_temporary_store_goes_with_its_process(children: Children, tmp_path: P
     assert list(tmp_path.glob("onelaunch-*")) == []
 
 
+@pytest.mark.parametrize("target", ["cpu", pytest.param("cuda", marks=pytest.mark.nvcc)])
+def test_a_folder_with_a_space_in_its_name(tmp_path: Path, target: str) -> None:
+    config = KernelConfig(fields=("cache_seqlens",), target="cpu" if target == "cpu" else "cuda")
+    assert loader.load(config, ("90a",), Store(tmp_path / "some one's cache")).path.is_file()
+
+
 def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children) -> None:
     with mounted(tmp_path / "noexec", "size=32m,noexec") as folder:
         with pytest.raises(CompileError, match=r"mounted noexec: set ONELAUNCH_CACHE_DIR") as caught:
@@ -467,6 +474,7 @@ try:
 except errors.CompileError as error:
     print(json.dumps(str(error)))
 """
+    children.made = None
     started = [children.start(code, SLOW="1.5", ONELAUNCH_RETRY="1") for _ in range(3)]
     for child in started:
         said, _ = finish(child)
@@ -563,6 +571,7 @@ def test_nothing_is_loaded_while_a_graph_is_captured(
 
 def test_a_forked_child_builds(children: Children) -> None:
     """Also when another thread of its parent held every lock at the fork."""
+    children.made = None
     code = """
 import threading
 held, go = threading.Event(), threading.Event()
