@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from . import cache
+from .build import build, explain
+from .common import chosen, sentence
+from .doctor import doctor
 from .replay import replay
 
 app = typer.Typer(
@@ -20,6 +23,10 @@ app = typer.Typer(
     add_completion=True,
 )
 app.command()(replay)
+app.command()(build)
+app.command()(explain)
+app.command()(doctor)
+app.add_typer(cache.app, name="cache")
 
 Settings = Annotated[
     str | None,
@@ -42,28 +49,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-def sentence(run: Callable[[], Any]) -> Any:
-    """Runs a verb's body; an error of onelaunch, or of a file that was named, is one sentence and exit code 2."""
-    from onelaunch.errors import OnelaunchError
-
-    try:
-        return run()
-    except OnelaunchError as error:
-        said = str(error)
-    except OSError as error:
-        said = f"{error.filename or 'a file'} can't be read or written: {error.strerror or error}."
-    typer.echo(f"onelaunch: {said}", err=True)
-    raise typer.Exit(2)
-
-
-def chosen(name: str | None, settings: str | None, target: str | None = None) -> Any:
-    """The configuration that a preset's name and --set stand for."""
-    from onelaunch.config import parse_settings, preset
-
-    config = parse_settings(settings or "", preset(name) if name else None)
-    return config.replace(target=target) if target else config
 
 
 @app.command()
@@ -112,34 +97,6 @@ def generate(
         return
     for path in sentence(lambda: write_folder(folder)):
         typer.echo(f"wrote {path}")
-
-
-@app.command()
-def build(
-    configs: Annotated[list[str] | None, typer.Argument(help="Presets.")] = None,
-    settings: Settings = None,
-    target: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda.")] = None,
-    arch: Annotated[str | None, typer.Option(help="GPU architectures, such as 90a,100a.")] = None,
-) -> None:
-    """Compile configurations ahead of time into the cache.
-
-    Examples: onelaunch build nsa-decode-3 --arch 90a; onelaunch build --set num_backends=5 --target cpu
-    """
-    import time
-
-    from onelaunch import specialize
-
-    def run() -> None:
-        names: list[str | None] = [*configs] if configs else [None]
-        wanted = [chosen(name, settings, target) for name in names]
-        archs = tuple(part.strip() for part in arch.split(",")) if arch else None
-        for config in wanted:
-            start = time.perf_counter()
-            kernel = specialize(config, archs)
-            built = time.perf_counter() - start
-            typer.echo(f"{kernel.key[:16]}  {built:6.2f} s  {config.symbol}  {kernel.path}")
-
-    sentence(run)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from .api import (
     specialize,
 )
 from .config import PRESETS, KernelConfig, preset
+from .distribute import distribute
 from .errors import (
     ArgumentError,
     CompileError,
@@ -47,6 +48,7 @@ __all__ = [
     "StoreError",
     "ToolchainError",
     "bind",
+    "distribute",
     "freeze",
     "fused_metadata_copy_cuda",
     "fused_metadata_precompute_and_broadcast_cuda",

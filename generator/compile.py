@@ -10,8 +10,10 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import toolchain
+from . import binary, toolchain, trust
 from .errors import CompileError
 
 # Python.h of the limited C-API of 3.11. The rest is what makes a small, self-contained object.
@@ -37,6 +39,15 @@ _UNUSED_LIBRARIES = ("c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda", "tor
 _build_lock = threading.Lock()
 
 
+def _forked() -> None:
+    """A child's other threads are gone, and what they held would stay held."""
+    global _build_lock
+    _build_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 @dataclass(frozen=True)
 class Build:
     """A finished build in a staging folder.
@@ -47,6 +58,7 @@ class Build:
         command: the compiler command of the emitted source.
         seconds: wall time.
         resources: registers, stack, shared and local bytes by architecture, where cuobjdump could be asked.
+        requires: what a host must have to run it, see binary.requirements.
     """
 
     module: ModuleType
@@ -55,6 +67,7 @@ class Build:
     command: str
     seconds: float
     resources: dict[str, dict[str, int]]
+    requires: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,8 @@ def build(name: str, source: str, binding: str, *, archs: Sequence[str], tools: 
     stubs.mkdir()
     for library in _UNUSED_LIBRARIES:
         (stubs / f"lib{library}.so").write_text("/* unused */\n", encoding="utf-8")
-    link = [f"-L{stubs}", *LINK_FLAGS]
+    # Relative to the folder that ninja runs in: a path with a space would fall apart on the linker's command line.
+    link = [f"-L{stubs.name}", *LINK_FLAGS]
     arguments: dict[str, Any] = {
         "name": name,
         "build_directory": str(stage),
@@ -136,7 +150,7 @@ def build(name: str, source: str, binding: str, *, archs: Sequence[str], tools: 
     if tools.toolkit is None:
         arguments |= {"cpp_sources": [source, binding], "with_cuda": False, "extra_ldflags": link}
     else:
-        link += [f"-L{tools.toolkit.cudart_static.parent}", *CUDA_LINK_FLAGS]
+        link += [shlex.quote(f"-L{tools.toolkit.cudart_static.parent}"), *CUDA_LINK_FLAGS]
         arguments |= {
             "cpp_sources": [binding],
             "cuda_sources": [source],
@@ -151,15 +165,23 @@ def build(name: str, source: str, binding: str, *, archs: Sequence[str], tools: 
         try:
             module: ModuleType = cpp_extension.load_inline(**arguments)
         except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-            raise _compile_error(str(error), source, stage, key) from error
+            failure = _compile_error(str(error), source, stage, key)
+            # The compiler's own errors come as RuntimeError; an OSError is the machine's.
+            failure.lasting = failure.lasting and not isinstance(error, OSError)
+            raise failure from error
     source_file = "main.cpp" if tools.toolkit is None else "cuda.cu"
+    object_file = stage / f"{name}.so"
+    resources = binary.resources(object_file, binary.find_cuobjdump(tools.toolkit.home)) if tools.toolkit else {}
+    if resources and (missing := sorted(set(archs) - set(resources))):
+        raise _compile_error(f"error: the object holds no code for {', '.join(missing)}", source, stage, key)
     return Build(
         module=module,
         module_file=f"{name}.so",
         source_file=source_file,
         command=_command(stage, source_file, tools),
         seconds=time.perf_counter() - start,
-        resources=_resources(stage / f"{name}.so", tools),
+        resources=resources,
+        requires=binary.requirements(object_file, archs, tools.toolkit.version if tools.toolkit else None),
     )
 
 
@@ -177,6 +199,10 @@ def _settings(tools: Tools) -> Iterator[Any]:
     extension: Any = cpp_extension
     kept = {name: os.environ.get(name) for name in ("PATH", "CXX", "CC", "PYTORCH_NVCC", "TORCH_CUDA_ARCH_LIST")}
     kept_home = extension.CUDA_HOME
+    # torch locks the build's folder. It is nobody else's here, and its file system may have no locks.
+    kept_lock = getattr(extension, "FileLock", None)
+    if kept_lock is not None:
+        extension.FileLock = lambda path: contextlib.nullcontext()
     folders = [str(tools.ninja.parent), str(Path(sys.executable).parent), kept["PATH"] or os.defpath]
     os.environ["PATH"] = os.pathsep.join(folders)
     os.environ["CXX"] = str(tools.compiler.path)
@@ -189,6 +215,8 @@ def _settings(tools: Tools) -> Iterator[Any]:
         yield extension
     finally:
         extension.CUDA_HOME = kept_home
+        if kept_lock is not None:
+            extension.FileLock = kept_lock
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -196,13 +224,37 @@ def _settings(tools: Tools) -> Iterator[Any]:
                 os.environ[name] = value
 
 
+# What the machine and not the source is to blame for: (what the output says, what to do).
+_PASSING = (
+    (
+        r"Killed|exit(ed with)? (code|status) 137|\[code=137\]|signal 9|Cannot allocate memory|out of memory",
+        "The compiler was killed, most often for want of memory: build fewer at once (MAX_JOBS=1), or give it more.",
+    ),
+    (
+        r"No space left|Disk quota exceeded",
+        "The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a folder on another disk.",
+    ),
+    (
+        r"failed to map segment|Operation not permitted",
+        "Programs can't be run from the cache's file system, which is mounted noexec: set ONELAUNCH_CACHE_DIR to a "
+        "folder on another one.",
+    ),
+    (r"Read-only file system", "Set ONELAUNCH_CACHE_DIR to a folder that can be written."),
+    (r"Resource temporarily unavailable", "There are too many processes: build fewer at once (MAX_JOBS=1)."),
+)
+# What another try won't mend by itself.
+_HINTS = (
+    (r"unsupported GNU version|unsupported clang version", "Set CXX to an older compiler."),
+    (r"Python\.h: No such file", "Install Python's headers (the package python3-dev)."),
+    (r"fatal error: \S+: No such file", "A header is missing: `onelaunch doctor` checks the toolchain."),
+    (r"cannot find -l", "A library is missing: `onelaunch doctor` checks the toolchain."),
+    (r"Unsupported gpu architecture", "This nvcc doesn't know the architecture: choose another or a newer toolkit."),
+)
+
+
 def _compile_error(output: str, source: str, stage: Path, key: str) -> CompileError:
     """Keeps log and source outside the staging folder, which goes, and distils the first error."""
-    folder = stage.parent.parent / "failed" / key[:16]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log, kept_source = folder / "build.log", folder / "source.cu"
-    log.write_text(output, encoding="utf-8")
-    kept_source.write_text(source, encoding="utf-8")
+    log, kept_source = _keep(stage.parent.parent / "failed" / key[:16], output, source)
     lines = output.splitlines()
     telling = r"\berror\b|undefined reference|cannot find|Killed", r"not found$", r"^FAILED: ", r"\S"
     found = (line for pattern in telling for line in lines if re.search(pattern, line))
@@ -210,15 +262,27 @@ def _compile_error(output: str, source: str, stage: Path, key: str) -> CompileEr
     # ninja shows the command that failed below this line; those that were done are above it.
     failed = re.search(r"^FAILED: .*\n(.+)$", output, re.M)
     command = failed[1].strip() if failed else ""
-    hint = ""
-    if re.search(r"Killed|exit(ed with)? (code|status) 137|\[code=137\]|signal 9", output):
-        hint = " The compiler was killed, most often for want of memory: build fewer at once, or give it more."
-    elif "No space left" in output:
-        hint = " The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a folder on another disk."
+    passing = next((hint for pattern, hint in _PASSING if re.search(pattern, output)), None)
+    hint = passing or next((hint for pattern, hint in _HINTS if re.search(pattern, output)), None)
     message = (
-        f"The kernel {key[:16]} didn't compile: {first}.{hint} The whole log is in {log}, the source in {kept_source}."
+        f"The kernel {key[:16]} didn't compile: {first}.{f' {hint}' if hint else ''} "
+        f"The whole log is in {log}, the source in {kept_source}."
     )
-    return CompileError(message, key=key, command=command, log=log, source=kept_source)
+    return CompileError(message, key=key, command=command, log=log, source=kept_source, lasting=passing is None)
+
+
+def _keep(folder: Path, output: str, source: str) -> tuple[Path, Path]:
+    def write(place: Path) -> tuple[Path, Path]:
+        log, kept_source = place / "build.log", place / "source.cu"
+        log.write_text(output, encoding="utf-8")
+        kept_source.write_text(source, encoding="utf-8")
+        return log, kept_source
+
+    try:
+        trust.private(folder.parent)
+        return write(trust.private(folder))
+    except OSError:  # a full disk, say
+        return write(Path(tempfile.mkdtemp(prefix="onelaunch-failed-")))
 
 
 def _command(stage: Path, source_file: str, tools: Tools) -> str:
@@ -228,27 +292,3 @@ def _command(stage: Path, source_file: str, tools: Tools) -> str:
     line = next((line for line in done.stdout.splitlines() if source_file in line), "")
     # The staging folder is gone when somebody reads this.
     return line.replace(str(stage), ".")
-
-
-def _resources(module: Path, tools: Tools) -> dict[str, dict[str, int]]:
-    """What ptxas gave each architecture's kernel; {} on the CPU target or where the toolkit has no cuobjdump."""
-    program = tools.toolkit.home / "bin" / "cuobjdump" if tools.toolkit else None
-    if program is None or not program.exists():
-        return {}
-    done = subprocess.run(
-        [str(program), "--dump-resource-usage", str(module)], capture_output=True, text=True, check=False
-    )
-    out: dict[str, dict[str, int]] = {}
-    arch = ""
-    for line in done.stdout.splitlines():
-        if found := re.search(r"arch = sm_(\w+)", line):
-            arch = found[1]
-        if "REG:" in line:
-            numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-            out[arch] = {
-                "registers": numbers["REG"],
-                "stack_bytes": numbers["STACK"],
-                "shared_bytes": numbers["SHARED"],
-                "local_bytes": numbers["LOCAL"],
-            }
-    return out

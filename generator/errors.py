@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class OnelaunchError(Exception):
@@ -29,11 +30,20 @@ class CompileError(OnelaunchError, RuntimeError):
         command: the failing compiler command, or "" if the log doesn't hold it.
         log: path of the full build log.
         source: path of the emitted source.
+        lasting: whether another try would fail again; False where memory, disk or time ran out.
     """
 
-    def __init__(self, message: str, *, key: str, command: str, log: Path, source: Path) -> None:
+    def __init__(self, message: str, *, key: str, command: str, log: Path, source: Path, lasting: bool = True) -> None:
         super().__init__(message)
-        self.key, self.command, self.log, self.source = key, command, log, source
+        self.key, self.command, self.log, self.source, self.lasting = key, command, log, source, lasting
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled by their positional arguments alone, and workers send them to their parents.
+        return _compile_error, (str(self), self.key, self.command, self.log, self.source, self.lasting)
+
+
+def _compile_error(message: str, key: str, command: str, log: Path, source: Path, lasting: bool) -> CompileError:
+    return CompileError(message, key=key, command=command, log=log, source=source, lasting=lasting)
 
 
 class StoreError(OnelaunchError, RuntimeError):

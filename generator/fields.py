@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    # For annotations alone: what emits and loads kernels runs without torch.
+    from torch import Tensor
 
 Kind = Literal["lengths", "cumulative", "table"]
 

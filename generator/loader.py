@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import importlib.machinery
@@ -10,19 +11,22 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from . import collect, failures, toolchain
 from . import compile as compiler
-from . import toolchain
 from .config import SCHEMA_VERSION, KernelConfig
-from .errors import JitPolicyError, ToolchainError
-from .store import Entry, Store
+from .errors import CompileError, JitPolicyError, StoreError, ToolchainError
+from .lock import Lock
+from .store import MANIFEST, Entry, Store, spare, tiers
 
 Policy = Literal["allow", "warn", "error"]
 POLICY_VARIABLE = "ONELAUNCH_JIT"
@@ -33,6 +37,17 @@ _ENVIRONMENT = ("PATH", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "CXX")
 _lock = threading.RLock()
 _loaded: dict[tuple[str, tuple[str, ...], str], Kernel] = {}
 _frozen: Policy | None = None
+# A build that fails for these is made in a temporary folder instead.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _forked() -> None:
+    """A child's other threads are gone, and what they held would stay held."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,24 +101,24 @@ def freeze(policy: Policy = "error") -> None:
 
 
 def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store | None = None) -> Kernel:
-    """The kernel of a configuration: from this process, else the store, else built now.
+    """The kernel of a configuration: from this process, else prebuilt, else from the store, else built now.
 
     Args:
         config: the configuration.
         archs: GPU architectures, such as ("90a",); None is that of the current device, see toolchain.architectures.
             Ignored on the CPU target.
-        store: where builds are kept; None is the user's.
+        store: where builds are kept; None is the user's. The folders of $ONELAUNCH_PREBUILT come before it.
 
     Raises:
         ToolchainError: a build is needed and a tool is missing.
-        CompileError: the build failed.
-        JitPolicyError: a build is needed and the policy forbids it.
-        StoreError: the store can't be trusted, or can't be written.
+        CompileError: the build failed, now or before (see failures.py).
+        JitPolicyError: a build is needed and the policy forbids it, or a CUDA graph is being captured.
+        StoreError: the store can't be trusted or written, or what it has can't run here.
     """
     store = store or default_store()
     targets = () if config.target == "cpu" else tuple(archs or toolchain.architectures())
     try:
-        memory = (config.key, targets, str(store.root))
+        memory = (config.key, targets, store.place)
         kernel = _loaded.get(memory)
         if kernel is None:
             with _lock:
@@ -126,9 +141,14 @@ def content_key(config: KernelConfig, archs: Sequence[str], versions: Mapping[st
     Args:
         versions: Tools.versions().
     """
+    return _sha256(json.dumps(ingredients(config, archs, versions), sort_keys=True))
+
+
+def ingredients(config: KernelConfig, archs: Sequence[str], versions: Mapping[str, str]) -> dict[str, Any]:
+    """What a key is made of; the manifest holds it, so that explain can say what differs."""
     from .render import render, render_binding
 
-    material = {
+    return {
         "schema": SCHEMA_VERSION,
         "config": config.to_dict(),
         "source": _sha256(render(config)),
@@ -138,7 +158,6 @@ def content_key(config: KernelConfig, archs: Sequence[str], versions: Mapping[st
         "machine": platform.machine(),
         "compilers": dict(versions),
     }
-    return _sha256(json.dumps(material, sort_keys=True))
 
 
 def module_name(config: KernelConfig) -> str:
@@ -147,35 +166,105 @@ def module_name(config: KernelConfig) -> str:
 
 
 def _load(config: KernelConfig, archs: tuple[str, ...], store: Store) -> Kernel:
-    request = _request(config, archs)
-    noted = store.read_index(request)
-    if noted is not None and _unchanged(noted):
-        entry = store.find(str(noted["key"]))
-        if entry is not None:
-            return _kernel(config, archs, entry)
+    _refuse_during_capture(config, archs)
+    found = lookup(config, archs, store)
+    if found is not None:
+        return _kernel(config, *found)
     try:
         tools = compiler.find_tools(config.target)
     except ToolchainError:
         # A host without a compiler takes what was built from the same source, whoever compiled it.
-        entry = store.find(str(noted["key"])) if noted is not None else None
-        if entry is None:
+        found = lookup(config, archs, store, any_compiler=True)
+        if found is None:
             raise
-        return _kernel(config, archs, entry)
+        return _kernel(config, *found)
     key = content_key(config, archs, tools.versions())
-    entry = store.find(key)
-    module = None
-    if entry is None:
-        _obey_policy(config, archs)
-        with store.lock(key):
-            entry = store.find(key)
-            if entry is None:
-                entry, module = _build(config, archs, key, tools, store)
-    store.write_index(request, {"key": key, **_surroundings(tools)})
-    return _kernel(config, archs, entry, module)
+    found = lookup(config, archs, store, key)
+    if found is not None:
+        note(found[1], config, archs, {"key": key, **_surroundings(tools)})
+        return _kernel(config, *found)
+    return _build_once(config, archs, key, tools, store)
+
+
+def lookup(
+    config: KernelConfig, archs: tuple[str, ...], store: Store, key: str = "", any_compiler: bool = False
+) -> tuple[Entry, Store] | None:
+    """Where a load would find its entry.
+
+    Args:
+        key: content key; "" goes by what earlier processes noted for the request alone.
+        any_compiler: take what was noted although the compilers aren't those any more.
+    """
+    request = request_of(config, archs)
+    for tier in tiers(store):
+        noted = tier.read_index(request)
+        # What somebody put there on purpose is taken, whichever compiler made it from this very source.
+        if noted is None or not (any_compiler or tier.read_only or noted.get("adopted") or _unchanged(noted)):
+            continue
+        if (entry := tier.find(noted["key"])) is not None:
+            return entry, tier
+    for tier in tiers(store) if key else ():
+        if (entry := tier.find(key)) is not None:
+            return entry, tier
+    return None
+
+
+def note(store: Store, config: KernelConfig, archs: tuple[str, ...], noted: Mapping[str, Any]) -> None:
+    """Notes a key for a request, and for a request of each single architecture that has no build of its own."""
+    if store.read_only:
+        return
+    store.write_index(request_of(config, archs), noted)
+    for arch in archs if len(archs) > 1 else ():
+        request = request_of(config, (arch,))
+        known = store.read_index(request)
+        if known is None or known["key"] not in store.stored_keys():
+            store.write_index(request, noted)
+
+
+def _build_once(config: KernelConfig, archs: tuple[str, ...], key: str, tools: compiler.Tools, store: Store) -> Kernel:
+    """Builds, unless another process does so at this moment: then what it makes is taken."""
+    began = time.time()
+    home = store.writable()
+    if not failures.retry_wanted() and (error := failures.recall(home, key)) is not None:
+        raise error
+    _obey_policy(config, archs)
+
+    def done() -> bool:
+        return (home.root / "entries" / key / MANIFEST).exists() or failures.recall(home, key, began) is not None
+
+    with home.lock(key, f"{config.symbol}, which another process builds", done) as held:
+        entry = home.find(key)
+        if entry is not None:
+            note(home, config, archs, {"key": key, **_surroundings(tools)})
+            return _kernel(config, entry, home)
+        if (failed := failures.recall(home, key, began)) is not None:
+            raise failed
+        try:
+            entry, module = _build(config, archs, key, tools, home, held)
+        except OSError as trouble:
+            if trouble.errno not in _NO_ROOM:
+                raise
+            home = spare(f"The cache folder {home.root} can't take a build ({trouble.strerror})")
+            entry, module = _build(config, archs, key, tools, home, held)
+        except CompileError as error:
+            failures.remember(home, error)
+            if not re.search("No space left|Disk quota exceeded", error.log.read_text(encoding="utf-8")):
+                raise
+            home = spare(f"The cache folder {home.root} can't take a build (its disk is full)")
+            entry, module = _build(config, archs, key, tools, home, held)
+        failures.forget(home, key)
+        note(home, config, archs, {"key": key, **_surroundings(tools)})
+    collect.bound(home, keep=key)
+    return _kernel(config, entry, home, module)
 
 
 def _build(
-    config: KernelConfig, archs: tuple[str, ...], key: str, tools: compiler.Tools, store: Store
+    config: KernelConfig,
+    archs: tuple[str, ...],
+    key: str,
+    tools: compiler.Tools,
+    store: Store,
+    held: Lock,
 ) -> tuple[Entry, ModuleType]:
     from .render import render, render_binding
 
@@ -187,6 +276,7 @@ def _build(
     )
     name = module_name(config)
     with store.staging() as stage:
+        held.phase("compiling")
         done = compiler.build(
             name,
             render(config),
@@ -196,6 +286,7 @@ def _build(
             stage=stage,
             key=key,
         )
+        held.phase("publishing")
         facts = {
             "schema": SCHEMA_VERSION,
             "config": config.to_dict(),
@@ -208,32 +299,71 @@ def _build(
             "command": done.command,
             "seconds": round(done.seconds, 3),
             "resources": done.resources,
+            "requires": done.requires,
+            "ingredients": ingredients(config, archs, tools.versions()),
         }
         return store.publish(stage, key, facts), done.module
 
 
-def _kernel(config: KernelConfig, archs: tuple[str, ...], entry: Entry, module: ModuleType | None = None) -> Kernel:
-    return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module or import_module(entry))
+def _kernel(config: KernelConfig, entry: Entry, store: Store, module: ModuleType | None = None) -> Kernel:
+    archs = tuple(str(arch) for arch in entry.manifest["archs"])
+    module = module or import_module(entry)
+    store.stamp(entry.key)
+    return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module)
+
+
+def entry_of(kernel: Kernel) -> Entry:
+    """The entry that a kernel was loaded from."""
+    return Entry(kernel.key, kernel.path.parent, kernel.manifest)
 
 
 def import_module(entry: Entry) -> ModuleType:
-    """Loads an entry's binding, without ninja and without torch.utils.cpp_extension."""
+    """Loads an entry's binding, without ninja and without torch.utils.cpp_extension.
+
+    Raises:
+        StoreError: this host can't run it; the message says why.
+    """
     name = str(entry.manifest["module"])
     loader = importlib.machinery.ExtensionFileLoader(name, str(entry.module_path))
     spec = importlib.util.spec_from_file_location(name, entry.module_path, loader=loader)
     assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        reason = str(error)
+        if "failed to map segment" in reason or "Operation not permitted" in reason:
+            hint = "Its file system is mounted noexec: set ONELAUNCH_CACHE_DIR to a folder on another one."
+        else:
+            hint = f"Remove {entry.path}, and it is built here if there is a compiler."
+        raise StoreError(f"The kernel {entry.module_path} can't be loaded: {reason}. {hint}") from error
     return module
+
+
+def build_command(config: KernelConfig, archs: Sequence[str]) -> str:
+    """The command that builds a configuration ahead of time."""
+    settings = config.settings()
+    command = "onelaunch build" + (f" --set {settings}" if settings else "")
+    return command + (f" --arch {','.join(archs)}" if archs else "")
+
+
+def _refuse_during_capture(config: KernelConfig, archs: tuple[str, ...]) -> None:
+    """A module that is loaded while a stream is captured would end the capture with an error of its own."""
+    torch = sys.modules.get("torch")
+    if config.target != "cuda" or torch is None or not torch.cuda.is_initialized():
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise JitPolicyError(
+            f"{config.symbol} isn't loaded yet and a CUDA graph is being captured. Bind the plan, or call once, before "
+            f"the capture; to have it built by then: {build_command(config, archs)}"
+        )
 
 
 def _obey_policy(config: KernelConfig, archs: tuple[str, ...]) -> None:
     policy = _frozen or os.environ.get(POLICY_VARIABLE, "allow")
     if policy == "allow":
         return
-    settings = config.settings()
-    command = "onelaunch build" + (f" --set {settings}" if settings else "")
-    command += f" --arch {','.join(archs)}" if archs else ""
+    command = build_command(config, archs)
     message = f"{config.symbol} has to be built now, which can stall serving. Build it ahead of time with: {command}"
     if policy == "warn":
         print(f"onelaunch: warning: {message}", file=sys.stderr, flush=True)
@@ -243,7 +373,7 @@ def _obey_policy(config: KernelConfig, archs: tuple[str, ...]) -> None:
         raise JitPolicyError(f"{POLICY_VARIABLE} is {policy!r}; allowed: allow, warn, error.")
 
 
-def _request(config: KernelConfig, archs: tuple[str, ...]) -> str:
+def request_of(config: KernelConfig, archs: tuple[str, ...]) -> str:
     """What a process wants, computed without rendering: the generator's own files stand for the source they emit."""
     material = [config.key, _generator_digest(), *compiler.flags(config.target, archs), platform.machine()]
     return _sha256("\n".join(material))

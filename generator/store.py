@@ -1,12 +1,14 @@
 """The cache on disk: finished builds by content key, published whole or not at all, verified before they are loaded.
 
 Layout below the root: ``entries/<key>/`` holds one build, ``index/<request>.json`` leads a warm process to its key
-without running a compiler, ``locks/`` holds one file a build in progress, ``staging/`` the private folders that builds
-happen in. An entry is complete when its ``manifest.json`` is there: staging is renamed into place after it is written.
+without running a compiler, ``locks/`` holds one file a key that was ever built, ``staging/`` the private folders that
+builds happen in, ``stamps/<key>`` when an entry was last used, ``failed/`` what didn't compile, ``damaged/`` what
+didn't verify. An entry is complete when its ``manifest.json`` is there: staging is renamed into place after that.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -14,22 +16,34 @@ import json
 import os
 import shutil
 import socket
-import stat
 import tempfile
+import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from . import lock as locks
 from .errors import StoreError
+from .trust import CACHE_VARIABLE, check_owner, private, read, restrict, shared, sync
 
-CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
+PREBUILT_VARIABLE = "ONELAUNCH_PREBUILT"
 MANIFEST = "manifest.json"
 # Kept beside the shared object, so that a person can read what was built and how.
 KEPT_SUFFIXES = (".so", ".cu", ".cpp", ".ninja", ".log", ".json")
+# A use is stamped at most this often.
+STAMP_SECONDS = 3600.0
+# The staging of another host, which can't be asked whether it still builds, is swept after this.
+ABANDONED_SECONDS = 24 * 3600.0
+_UNKNOWN_SECONDS = 600.0
+# Network file systems may show another host's rename only after a while.
+_VISIBLE_AFTER_SECONDS = (0.02, 0.1, 0.5, 1.0)
+
+_warned: set[str] = set()
+_spare: tuple[int, Store] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,39 +70,45 @@ class Entry:
         """The emitted source that was compiled."""
         return (self.path / str(self.manifest["source_file"])).read_text(encoding="utf-8")
 
+    @property
+    def size(self) -> int:
+        """Bytes of its files, the manifest left out."""
+        return sum(int(known["size"]) for known in self.manifest["files"].values())
+
 
 class Store:
-    """One cache folder.
+    """One cache folder. Nothing is made on disk before something is built.
 
     Args:
-        root: the folder; None is $ONELAUNCH_CACHE_DIR, else the platform's cache folder, else, where that can't be
-            written, a private temporary one, with one warning.
+        root: the folder; None is $ONELAUNCH_CACHE_DIR, else the platform's cache folder.
+        read_only: never write there, as in the folders of $ONELAUNCH_PREBUILT.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        self._asked = root
+    def __init__(self, root: Path | None = None, *, read_only: bool = False) -> None:
+        self.place = str(root or os.environ.get(CACHE_VARIABLE) or "")
+        self.read_only = read_only
+        self._swept = False
 
     @cached_property
     def root(self) -> Path:
-        """The folder, created on first use."""
-        if self._asked is not None:
-            return _private(self._asked)
-        named = os.environ.get(CACHE_VARIABLE)
-        if named:
-            return _private(Path(named))
+        """The folder, which need not exist."""
+        if self.place:
+            return Path(self.place).absolute()
         import platformdirs
 
-        usual = Path(platformdirs.user_cache_dir("onelaunch"))
+        return Path(platformdirs.user_cache_dir("onelaunch"))
+
+    def writable(self) -> Store:
+        """This store, or a private temporary one where this one can't be written, with one warning a process.
+
+        Raises:
+            StoreError: somebody else could have written to the folder.
+        """
         try:
-            return _private(usual)
+            private(self.root)
         except OSError as error:
-            private = Path(tempfile.mkdtemp(prefix="onelaunch-"))
-            warnings.warn(
-                f"The cache folder {usual} can't be used ({error.strerror}); builds go to {private} and are lost "
-                f"with it. Set {CACHE_VARIABLE} to a folder that this process may write.",
-                stacklevel=2,
-            )
-            return private
+            return spare(f"The cache folder {self.root} can't be used ({error.strerror})")
+        return self
 
     def find(self, key: str) -> Entry | None:
         """The entry of a key, or None. An entry that is damaged is set aside, with a warning.
@@ -98,50 +118,75 @@ class Store:
         """
         path = self.root / "entries" / key
         try:
-            _check_owner(path)
-            manifest = json.loads(_read(path / MANIFEST))
+            for folder in (self.root, path.parent, path):
+                check_owner(folder)
+            manifest = json.loads(read(path / MANIFEST))
             if manifest["key"] != key:
                 raise ValueError(f"it is the manifest of {manifest['key']}")
             for name, known in manifest["files"].items():
-                data = _read(path / name)
+                if "/" in name or name.startswith("."):
+                    raise ValueError(f"{name!r} isn't the name of a file in it")
+                data = read(path / name)
                 if len(data) != known["size"] or hashlib.sha256(data).hexdigest() != known["sha256"]:
                     raise ValueError(f"{name} isn't the file that was published")
-        except FileNotFoundError as error:
-            if not path.exists():
-                return None
-            self._set_aside(path, f"{error.filename} is missing")
+            if manifest["module_file"] not in manifest["files"]:
+                raise ValueError("its manifest doesn't list the shared object")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if path.is_dir():
+                self._set_aside(path, f"{error.filename} is missing")
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._set_aside(path, str(error))
             return None
         return Entry(key, path, manifest)
 
+    def stored_keys(self) -> list[str]:
+        """The keys of every entry, unverified."""
+        try:
+            names = os.listdir(self.root / "entries")
+        except OSError:
+            return []
+        return sorted(name for name in names if len(name) == 64)
+
     def entries(self) -> Iterator[Entry]:
         """Every entry that verifies."""
-        folder = self.root / "entries"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if len(path.name) == 64:
-                entry = self.find(path.name)
-                if entry is not None:
-                    yield entry
+        for key in self.stored_keys():
+            entry = self.find(key)
+            if entry is not None:
+                yield entry
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        """A private folder on the store's file system, removed at the end if it wasn't published."""
-        path = self.root / "staging" / f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
-        _private(path)
+        """A private folder on the store's file system, removed at the end if it wasn't published.
+
+        It is locked while its owner lives, so that a sweep can tell.
+        """
+        folder = private(self.root / "staging")
+        if not self._swept:
+            self._swept = True
+            self.sweep()
+        path = folder / f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
+        private(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        locks.is_held(descriptor)
         try:
             yield path
         finally:
+            os.close(descriptor)
             shutil.rmtree(path, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Held while a key is being built, so that processes asking at once build it once."""
-        import filelock
+    def sweep(self) -> list[Path]:
+        """Removes the staging folders of processes that are gone; returns them."""
+        gone = [path for path in _listed(self.root / "staging") if _abandoned(path)]
+        for path in gone:
+            shutil.rmtree(path, ignore_errors=True)
+        return gone
 
-        with filelock.FileLock(_private(self.root / "locks") / f"{key}.lock"):
-            yield
+    @contextlib.contextmanager
+    def lock(self, key: str, what: str = "", done: Callable[[], bool] = lambda: False) -> Iterator[locks.Lock]:
+        """Held while a key is being built, so that processes asking at once build it once. See lock.hold."""
+        with locks.hold(private(self.root / "locks") / f"{key}.lock", what or f"the build of {key[:16]}", done) as held:
+            yield held
 
     def publish(self, stage: Path, key: str, facts: Mapping[str, Any]) -> Entry:
         """Moves a finished build into place in one step. If another process was first, its entry is taken.
@@ -150,6 +195,10 @@ class Store:
             stage: the folder that staging() gave, with the build in it.
             key: the content key.
             facts: the manifest's contents; needs module_file and source_file.
+
+        Raises:
+            OSError: the disk is full, or can't be written.
+            StoreError: what was published can't be read back.
         """
         for path in sorted(stage.iterdir()):
             if path.is_dir() and not path.is_symlink():
@@ -158,45 +207,86 @@ class Store:
                 path.unlink()
         files = {}
         for path in sorted(stage.iterdir()):
-            path.chmod(0o600)
+            restrict(path)
             data = path.read_bytes()
             files[path.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            _sync(path)
+            sync(path)
         manifest = {**facts, "key": key, "files": files}
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        (stage / MANIFEST).chmod(0o600)
-        _sync(stage / MANIFEST)
-        _sync(stage)
-        target = _private(self.root / "entries") / key
-        try:
-            stage.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-        _sync(target.parent)
-        entry = self.find(key)
-        if entry is None:
-            raise StoreError(f"The entry {target} can't be read back after it was published; is the disk full?")
-        return entry
+        return self.place_folder(stage, key)
+
+    def place_folder(self, stage: Path, key: str) -> Entry:
+        """publish, for a folder that has its manifest."""
+        restrict(stage / MANIFEST)
+        sync(stage / MANIFEST)
+        sync(stage)
+        target = private(self.root / "entries") / key
+        for pause in _VISIBLE_AFTER_SECONDS:
+            try:
+                os.rename(stage, target)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ESTALE):
+                    raise
+            sync(target.parent)
+            # Another's damaged entry is set aside here, and the next rename succeeds.
+            if (entry := self.find(key)) is not None:
+                self.stamp(key)
+                return entry
+            time.sleep(pause)
+        raise StoreError(
+            f"The entry {target} can't be read back after it was published. Is the disk of {self.root} failing or "
+            f"out of sync with another host's? Set {CACHE_VARIABLE} to a folder on a local disk."
+        )
 
     def read_index(self, request: str) -> dict[str, Any] | None:
-        """What an earlier process noted for a request, or None."""
+        """What an earlier process noted for a request, or None.
+
+        Raises:
+            StoreError: somebody else could have written it.
+        """
         try:
             path = self.root / "index" / f"{request}.json"
-            _check_owner(path)
-            noted = json.loads(_read(path))
+            check_owner(self.root)
+            check_owner(path.parent)
+            noted = json.loads(read(path))
         except (OSError, ValueError):
             return None
-        return noted if isinstance(noted, dict) else None
+        return noted if isinstance(noted, dict) and isinstance(noted.get("key"), str) else None
 
     def write_index(self, request: str, noted: Mapping[str, Any]) -> None:
         """Notes something for later processes; a failure to write it only costs them time."""
         with contextlib.suppress(OSError):
-            folder = _private(self.root / "index")
+            folder = private(self.root / "index")
             handle, name = tempfile.mkstemp(dir=folder)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(noted, file)
-            os.replace(name, folder / f"{request}.json")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump(noted, file)
+                if shared():
+                    restrict(Path(name))
+                os.replace(name, folder / f"{request}.json")
+            except OSError:
+                os.unlink(name)
+
+    def stamp(self, key: str) -> None:
+        """Notes that an entry was used. Times of access are no help: most file systems are mounted without."""
+        if self.read_only:
+            return
+        path = self.root / "stamps" / key
+        with contextlib.suppress(OSError):
+            try:
+                if time.time() - path.lstat().st_mtime < STAMP_SECONDS:
+                    return
+            except FileNotFoundError:
+                private(path.parent)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            os.utime(path)
+
+    def used(self, key: str) -> float:
+        """When an entry was last used, or published; 0.0 if neither is known."""
+        for path in (self.root / "stamps" / key, self.root / "entries" / key):
+            with contextlib.suppress(OSError):
+                return path.lstat().st_mtime
+        return 0.0
 
     def unusable(self, error: OSError) -> StoreError:
         """A file or folder that can't be made, written or read, as a sentence that says what to do."""
@@ -209,46 +299,96 @@ class Store:
         return StoreError(f"The kernel cache {where} can't be used: {error.strerror or error}. {hint}")
 
     def _set_aside(self, path: Path, reason: str) -> None:
+        if self.read_only:
+            warn_once(f"The prebuilt entry {path} is damaged ({reason}); it is passed over.")
+            return
         warnings.warn(f"The cache entry {path} is damaged ({reason}); it is set aside and built again.", stacklevel=3)
         with contextlib.suppress(OSError):
-            path.rename(_private(self.root / "damaged") / f"{path.name[:16]}.{uuid.uuid4().hex[:8]}")
+            path.rename(private(self.root / "damaged") / f"{path.name[:16]}.{uuid.uuid4().hex[:8]}")
 
 
-def _private(path: Path) -> Path:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(path)
-    if not os.access(path, os.W_OK):
-        raise PermissionError(13, "Permission denied", str(path))
-    return path
+def prebuilt() -> list[Store]:
+    """The folders of $ONELAUNCH_PREBUILT, in its order."""
+    stores = []
+    for name in filter(None, os.environ.get(PREBUILT_VARIABLE, "").split(os.pathsep)):
+        if os.path.isdir(name):
+            stores.append(Store(Path(name), read_only=True))
+        else:
+            warn_once(f"{PREBUILT_VARIABLE} names {name}, which isn't a folder; it is passed over.")
+    return stores
 
 
-def _check_owner(path: Path) -> None:
-    """Raises StoreError where somebody else could have put the file or folder there."""
-    status = path.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        raise StoreError(
-            f"{path} in the kernel cache is a symbolic link; replace it by the folder or file it leads to."
-        )
-    if status.st_uid not in (os.geteuid(), 0):
-        raise StoreError(
-            f"{path} in the kernel cache belongs to user {status.st_uid}, and code from it would run as user "
-            f"{os.geteuid()}. Set {CACHE_VARIABLE} to a folder of your own."
-        )
-    if status.st_mode & 0o022:
-        raise StoreError(
-            f"{path} in the kernel cache can be written by others (mode {stat.S_IMODE(status.st_mode):o}). "
-            f"Run: chmod go-w {path}"
-        )
+def tiers(store: Store) -> list[Store]:
+    """Where a build is looked for, best first: what was prebuilt, the user's cache, this process's temporary one."""
+    temporary = [_spare[1]] if _spare is not None and _spare[0] == os.getpid() else []
+    return [*prebuilt(), store, *temporary]
 
 
-def _read(path: Path) -> bytes:
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        return file.read()
+def spare(reason: str) -> Store:
+    """A private temporary store that goes when this process ends.
+
+    Args:
+        reason: why it is needed, for the warning.
+    """
+    global _spare
+    if _spare is None or _spare[0] != os.getpid():
+        folder = Path(tempfile.mkdtemp(prefix="onelaunch-"))
+        _spare = (os.getpid(), Store(folder))
+        atexit.register(_remove, folder, os.getpid())
+    warn_once(
+        f"{reason}; builds go to {_spare[1].root} and are lost when this process ends. Set {CACHE_VARIABLE} to a "
+        "folder that this process may write and that has room."
+    )
+    return _spare[1]
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def warn_once(text: str) -> None:
+    """A warning that a process gives once."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=3)
+
+
+def _remove(folder: Path, pid: int) -> None:
+    # A forked child runs this too, and the folder is its parent's.
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listed(folder: Path) -> list[Path]:
     try:
-        os.fsync(descriptor)
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether the process that made a staging folder is gone."""
+    host, _, rest = path.name.rpartition(".")[0].rpartition(".")
+    try:
+        age = time.time() - path.lstat().st_mtime
+        if host != socket.gethostname() or not rest.isdigit():
+            return age > ABANDONED_SECONDS
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        held = locks.is_held(descriptor)
     finally:
         os.close(descriptor)
+    if held:
+        return False
+    # A free lock is the sign of a dead owner, but for the moment between making the folder and locking it. Where locks
+    # can't be asked, a number that looks dead may belong to another container of the same host name.
+    dead = not _alive(int(rest))
+    return (held is False and (dead or age > _UNKNOWN_SECONDS)) or (dead and age > _UNKNOWN_SECONDS)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,147 @@
+"""onelaunch build: configurations compiled ahead of time, and onelaunch explain: why one would be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import architectures, chosen, sentence
+
+
+def build(
+    configs: Annotated[list[str] | None, typer.Argument(help="Presets.")] = None,
+    presets: Annotated[list[str] | None, typer.Option("--preset", help="A preset; may be repeated.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Facts as key=value,…; over each preset. Repeated, one build each."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A TOML file of [[build]] tables.")] = None,
+    target: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda.")] = None,
+    arch: Annotated[str | None, typer.Option(help="GPU architectures, such as 90a,100a.")] = None,
+    jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Builds at once; memory bounds it too.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that one build may take; default 600.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Compile again what failed before.")] = False,
+) -> None:
+    """Compile configurations ahead of time into the cache. Several are built at once, in child processes.
+
+    Examples: onelaunch build nsa-decode-3 --arch 90a; onelaunch build --set num_backends=5 --target cpu;
+    onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
+    """
+
+    def run() -> None:
+        from onelaunch import prebuild
+
+        archs = architectures(arch)
+        names: list[str | None] = [*(configs or ()), *(presets or ())]
+        wanted = [
+            prebuild.Job(chosen(name, facts, target), archs)
+            for name in names or ([None] if config is None or settings else [])
+            for facts in settings or ("",)
+        ]
+        for job in prebuild.read_matrix(config) if config is not None else ():
+            changed = job.config.replace(target=target) if target else job.config
+            wanted.append(prebuild.Job(changed, archs or job.archs))
+        wanted = prebuild.distinct(wanted)
+        if len(wanted) == 1 and timeout is None:
+            _here(wanted[0], retry)
+        else:
+            _in_children(wanted, jobs, timeout, retry)
+
+    sentence(run)
+
+
+def explain(
+    config: Annotated[str | None, typer.Argument(help="A preset; without one, the defaults.")] = None,
+    settings: Annotated[str | None, typer.Option("--set", help="Facts as key=value,…; over the preset.")] = None,
+    target: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda.")] = None,
+    arch: Annotated[str | None, typer.Option(help="GPU architectures, such as 90a,100a.")] = None,
+) -> None:
+    """Say whether a configuration is in the cache; if not, what the nearest build has that differs. Exit code 1: miss.
+
+    Example: onelaunch explain nsa-decode-3 --arch 90a
+    """
+
+    def run() -> Any:
+        from onelaunch import toolchain
+        from onelaunch.explain import explain as look
+
+        wanted = chosen(config, settings, target)
+        archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.architectures()
+        return look(wanted, archs)
+
+    found = sentence(run)
+    typer.echo(str(found))
+    if found.hit is None:
+        raise typer.Exit(1)
+
+
+def _here(job: Any, retry: bool) -> None:
+    """One configuration needs no other process."""
+    import onelaunch
+    from onelaunch import failures, loader
+
+    start = time.perf_counter()
+    with _set({loader.POLICY_VARIABLE: "allow", **({failures.RETRY_VARIABLE: "1"} if retry else {})}):
+        kernel = onelaunch.specialize(job.config, job.archs)
+    typer.echo(_row(kernel.key, time.perf_counter() - start, job.config.symbol, str(kernel.path)))
+
+
+def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, retry: bool) -> None:
+    from onelaunch import prebuild
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    at_once = prebuild.workers(jobs, len(wanted))
+    start = time.perf_counter()
+    columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=len(wanted))
+
+        def report(done: Any) -> None:
+            progress.advance(task)
+            text = done.error or done.path
+            key = done.key if done.key else "failed"
+            # Through the progress bar's console, which moves the bar out of the way.
+            (progress.console.print if sys.stderr.isatty() else _plain)(
+                _row(key, done.seconds, done.job.config.symbol, text)
+            )
+
+        ended = prebuild.build_all(wanted, at_once, timeout or prebuild.DEFAULT_TIMEOUT_SECONDS, report, retry)
+    failed = [done for done in ended if done.error]
+    built = sum(done.built for done in ended)
+    typer.echo(
+        f"{built} built, {len(ended) - built - len(failed)} there before, {len(failed)} failed, in "
+        f"{time.perf_counter() - start:.1f} s, {at_once} at once"
+    )
+    if failed:
+        raise typer.Exit(2)
+
+
+def _row(key: str, seconds: float, symbol: str, rest: str) -> str:
+    return f"{key[:16]:16}  {seconds:6.2f} s  {symbol}  {rest}"
+
+
+def _plain(text: str) -> None:
+    typer.echo(text)
+
+
+@contextlib.contextmanager
+def _set(variables: dict[str, str]) -> Iterator[None]:
+    kept = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

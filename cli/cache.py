@@ -1,0 +1,189 @@
+"""onelaunch cache: what is in it, whether it is whole, how large it may be, and how it travels."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import sentence
+
+app = typer.Typer(help="The cache of built kernels.", no_args_is_help=True, rich_markup_mode=None)
+Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+def _store() -> Any:
+    from onelaunch.loader import default_store
+
+    return default_store()
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _matching(keys: list[str] | None) -> list[Any]:
+    """The entries whose keys begin so; all of them without any."""
+    from onelaunch.errors import StoreError
+
+    store = _store()
+    known = store.stored_keys()
+    chosen = []
+    for prefix in keys or [""]:
+        found = [key for key in known if key.startswith(prefix)]
+        if not found and prefix:
+            raise StoreError(f"No entry's key begins with {prefix!r}; `onelaunch cache list` shows them.")
+        chosen += found
+    entries = (store.find(key) for key in dict.fromkeys(chosen))
+    return [entry for entry in entries if entry is not None]
+
+
+@app.command("path")
+def path() -> None:
+    """Print the cache's folder."""
+    typer.echo(str(_store().root))
+
+
+@app.command("list")
+def list_entries(as_json: Json = False) -> None:
+    """List the entries, the last used first.
+
+    Example: onelaunch cache list
+    """
+    store = _store()
+    entries = sorted(sentence(lambda: _matching(None)), key=lambda entry: -store.used(entry.key))
+    rows = [
+        {
+            "key": entry.key,
+            "symbol": entry.manifest["symbol"],
+            "archs": entry.manifest["archs"],
+            "bytes": entry.size,
+            "used": time.strftime("%Y-%m-%d %H:%M", time.localtime(store.used(entry.key))),
+        }
+        for entry in entries
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        archs = "+".join(row["archs"]) or "cpu"
+        typer.echo(f"{row['key'][:16]}  {_size(row['bytes']):>8}  {row['used']}  {archs:10}  {row['symbol']}")
+    typer.echo(f"{len(rows)} entries, {_size(sum(row['bytes'] for row in rows))}, in {store.root}")
+
+
+@app.command("info")
+def info(keys: Annotated[list[str], typer.Argument(help="The first digits of keys.")]) -> None:
+    """Print the manifests of entries: configuration, compilers, command, resources, what a host needs.
+
+    Example: onelaunch cache info 1f3a
+    """
+    for entry in sentence(lambda: _matching(keys)):
+        typer.echo(json.dumps(dict(entry.manifest), indent=1, sort_keys=True))
+
+
+@app.command("verify")
+def verify() -> None:
+    """Read every file of every entry and compare it with its sum. Exit code 1: some were damaged and set aside."""
+    store = _store()
+    before = store.stored_keys()
+    good = sentence(lambda: list(store.entries()))
+    typer.echo(f"{len(good)} of {len(before)} entries are as they were published, in {store.root}")
+    if len(good) < len(before):
+        raise typer.Exit(1)
+
+
+@app.command("gc")
+def gc(
+    max_size: Annotated[str | None, typer.Option(help="Keep at most this, such as 500M.")] = None,
+    older_than: Annotated[str | None, typer.Option(help="Remove what wasn't used for this long, such as 30d.")] = None,
+) -> None:
+    """Remove the entries that were used longest ago, and what no entry needs.
+
+    Without options it keeps the default bound. Example: onelaunch cache gc --max-size 500M --older-than 30d
+    """
+
+    def run() -> Any:
+        from onelaunch import collect
+
+        limit = max_size or (None if older_than else collect.default_max_size())
+        return collect.collect(
+            _store(),
+            collect.parse_size(limit, "--max-size") if limit else None,
+            collect.parse_age(older_than, "--older-than") if older_than else None,
+        )
+
+    done = sentence(run)
+    typer.echo(
+        f"removed {len(done.keys)} entries ({_size(done.freed)}) and {done.remains} leftovers; "
+        f"{_size(done.kept)} of entries are kept"
+    )
+
+
+@app.command("clear")
+def clear() -> None:
+    """Remove everything from the cache."""
+
+    def run() -> int:
+        from onelaunch import collect, trust
+
+        store = _store()
+        if store.root.exists():
+            trust.check_owner(store.root)
+        return collect.clear(store)
+
+    typer.echo(f"removed {_size(sentence(run))} from {_store().root}")
+
+
+@app.command("pack")
+def pack(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    keys: Annotated[list[str] | None, typer.Argument(help="The first digits of keys; all without any.")] = None,
+) -> None:
+    """Write built kernels to one file, for hosts without a compiler.
+
+    Example: onelaunch cache pack -o kernels.tar.gz
+    """
+
+    def run() -> Any:
+        from onelaunch.pack import to_bytes
+
+        entries = _matching(keys)
+        output.write_bytes(to_bytes(entries))
+        return entries
+
+    for entry in sentence(run):
+        needs = entry.manifest.get("requires", {})
+        typer.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  needs {_needs(needs)}")
+    typer.echo(f"wrote {output}, {_size(output.stat().st_size)}")
+
+
+@app.command("unpack")
+def unpack(file: Annotated[Path, typer.Argument(help="A file that pack wrote, from somebody you trust.")]) -> None:
+    """Put packed kernels into the cache. Exit code 1: some can't run here, and the reason is printed.
+
+    Example: onelaunch cache unpack kernels.tar.gz
+    """
+
+    def run() -> Any:
+        from onelaunch.pack import read_file
+
+        return read_file(file, _store())
+
+    done = sentence(run)
+    for entry in done.entries:
+        typer.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  {entry.module_path}")
+    for name, reason in done.refused:
+        typer.echo(f"onelaunch: {name} is refused: {reason}", err=True)
+    if done.refused:
+        raise typer.Exit(1)
+
+
+def _needs(needs: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in needs.items()) or "nothing"

@@ -1,0 +1,35 @@
+"""onelaunch doctor: whether a kernel can be built and run here, and what to fix first if not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Annotated
+
+import typer
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Check tools, versions and the cache, then build and run a real kernel. Exit code 1: there is something to fix.
+
+    Example: onelaunch doctor
+    """
+    from onelaunch import doctor as check
+
+    start = time.perf_counter()
+    rows = check.examine()
+    first = check.first_to_fix(rows)
+    seconds = time.perf_counter() - start
+    if as_json:
+        facts = {"rows": [dataclasses.asdict(row) for row in rows], "seconds": round(seconds, 2), "ok": first is None}
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        width = max(len(row.name) for row in rows)
+        for row in rows:
+            typer.echo(f"{row.level:4}  {row.name:{width}}  {row.value}  ({row.origin})")
+        typer.echo(f"{seconds:.1f} s")
+        if first is not None:
+            typer.echo(f"onelaunch: fix this first: {first.name} is {first.value}: {first.origin}", err=True)
+    if first is not None:
+        raise typer.Exit(1)

@@ -1,0 +1,134 @@
+"""What a built object says about itself: what it needs where it runs, and what its kernels take."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# NVIDIA's table "CUDA Toolkit and Corresponding Driver Versions": the oldest driver for a major release,
+# by minor-version compatibility, and the first that knew an architecture.
+_DRIVER_OF_MAJOR = {12: (525, 60), 13: (580, 65)}
+_DRIVER_OF_ARCH = {"100": (570, 26), "101": (570, 26), "120": (570, 26), "103": (575, 51), "121": (575, 51)}
+
+
+def find_cuobjdump(toolkit_home: Path | None = None) -> Path | None:
+    """The program that reads GPU code from objects: the toolkit's, PATH's, else the one that triton's wheel brings."""
+    if toolkit_home is not None and (toolkit_home / "bin" / "cuobjdump").is_file():
+        return toolkit_home / "bin" / "cuobjdump"
+    if found := shutil.which("cuobjdump"):
+        return Path(found)
+    # A look at where it is installed; triton itself isn't imported.
+    spec = importlib.util.find_spec("triton")
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        program = Path(location) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if program.is_file():
+            return program
+    return None
+
+
+def resources(module: Path, program: Path | None) -> dict[str, dict[str, int]]:
+    """What ptxas gave each architecture's kernel; {} where there is no GPU code or no cuobjdump.
+
+    Registers that are spilled lie in the stack frame, or in local memory: spill_bytes is the room that they can have.
+    """
+    if program is None:
+        return {}
+    done = subprocess.run(
+        [str(program), "--dump-resource-usage", str(module)], capture_output=True, text=True, check=False
+    )
+    out: dict[str, dict[str, int]] = {}
+    arch = ""
+    for line in done.stdout.splitlines():
+        if found := re.search(r"arch = sm_(\w+)", line):
+            arch = found[1]
+        if "REG:" in line:
+            numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+            out[arch] = {
+                "registers": numbers["REG"],
+                "stack_bytes": numbers["STACK"],
+                "shared_bytes": numbers["SHARED"],
+                "local_bytes": numbers["LOCAL"],
+                "spill_bytes": numbers["STACK"] + numbers["LOCAL"],
+            }
+    return out
+
+
+def requirements(module: Path, archs: Sequence[str], cuda: str | None) -> dict[str, Any]:
+    """What a host must have to run an object: machine, libc and libstdc++, and for a GPU the driver.
+
+    Args:
+        module: the shared object.
+        archs: its GPU architectures.
+        cuda: version of the toolkit that it was built with, such as "13.0.88".
+    """
+    # Names of symbol versions are nul-terminated strings in an object's table of strings.
+    data = module.read_bytes()
+    needs: dict[str, Any] = {"machine": platform.machine()}
+    for name, prefix in (("glibc", rb"GLIBC_"), ("libstdcxx", rb"GLIBCXX_")):
+        versions = re.findall(rb"\0" + prefix + rb"(\d+(?:\.\d+)+)(?=\0)", data)
+        if versions:
+            needs[name] = max((v.decode() for v in versions), key=numbers)
+    if cuda is not None:
+        needs["driver"] = oldest_driver(cuda, archs)
+    return needs
+
+
+def oldest_driver(cuda: str, archs: Sequence[str]) -> str:
+    """The oldest driver that runs code of a CUDA release for these architectures."""
+    known = [_DRIVER_OF_MAJOR.get(numbers(cuda)[0], max(_DRIVER_OF_MAJOR.values()))]
+    known += [_DRIVER_OF_ARCH[a.rstrip("af")] for a in archs if a.rstrip("af") in _DRIVER_OF_ARCH]
+    return ".".join(map(str, max(known)))
+
+
+def host() -> dict[str, Any]:
+    """What this host has of what requirements() names; what can't be told is left out. CUDA isn't initialised."""
+    found: dict[str, Any] = {"machine": platform.machine()}
+    library, version = platform.libc_ver()
+    if library == "glibc":
+        found["glibc"] = version
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        if driver := re.search(r"\b(\d{3,}\.\d+(\.\d+)?)\b", text):
+            found["driver"] = driver[1]
+    except OSError:
+        return found
+    if program := shutil.which("nvidia-smi"):
+        done = subprocess.run(
+            [program, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
+        found["capabilities"] = sorted(set(re.findall(r"^(\d+\.\d+)\s*$", done.stdout, re.M)))
+    return found
+
+
+def misfit(needs: Mapping[str, Any], archs: Sequence[str], has: Mapping[str, Any]) -> str | None:
+    """Why an object can't run on a host, as the end of a sentence; None if nothing speaks against it."""
+    if needs.get("machine") != has["machine"]:
+        return f"it is for {needs.get('machine')} and this machine is {has['machine']}"
+    for name, label in (("glibc", "glibc"), ("driver", "the NVIDIA driver")):
+        if name in needs and name in has and numbers(has[name]) < numbers(needs[name]):
+            return f"it needs {label} {needs[name]} or later and this machine has {has[name]}"
+    capabilities = has.get("capabilities") or []
+    if archs and capabilities and not any(runs_on(arch, cap) for arch in archs for cap in capabilities):
+        names = ", ".join(f"sm_{arch}" for arch in archs)
+        return f"it holds code for {names} and this machine's GPUs have compute capability {', '.join(capabilities)}"
+    return None
+
+
+def runs_on(arch: str, capability: str) -> bool:
+    """Whether code for an architecture such as "90a" runs on a device of a capability such as "9.0"."""
+    plain = arch.rstrip("af")
+    major, minor = plain[:-1], plain[-1]
+    has_major, _, has_minor = capability.partition(".")
+    # "a" is for exactly one architecture; others run on later minor ones of the same major.
+    return major == has_major and (minor == has_minor if arch.endswith("a") else int(minor) <= int(has_minor))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """A version as it compares."""
+    return tuple(int(number) for number in re.findall(r"\d+", text))

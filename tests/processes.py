@@ -1,0 +1,140 @@
+"""Processes of their own for the tests of the store: they import onelaunch without torch, and start at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onelaunch
+import pytest
+from onelaunch import templates
+
+# What every child knows: the configuration, a store, and a compiler whose speed and calls the test decides.
+PROLOGUE = """
+import errno, fcntl, json, os, signal, socket, sys, time, warnings
+from pathlib import Path
+from onelaunch import collect, compile as compiler, errors, failures, loader, lock, store as stores, toolchain
+from onelaunch.config import KernelConfig
+CONFIG = KernelConfig(fields=("cache_seqlens",), target="cpu")
+store = stores.Store()
+SIGNS = Path(os.environ["SIGNS"])
+real_build = compiler.build
+def copying_build(name, source, binding, *, stage, **others):
+    # What a compiler would leave, at once: most tests are about everything around it.
+    import shutil, types
+    made = Path(os.environ["MADE"])
+    manifest = json.loads((made / "manifest.json").read_text())
+    for file in manifest["files"]:
+        shutil.copy(made / file, stage)
+    return compiler.Build(types.SimpleNamespace(bind=None), manifest["module_file"], manifest["source_file"], "", 0.0,
+                          {}, {})
+if os.environ.get("MADE"):
+    real_build = copying_build
+def sign(name):
+    (SIGNS / f"{name}.{os.getpid()}").touch()
+def slow_build(*args, **kwargs):
+    sign("building")
+    time.sleep(float(os.environ.get("SLOW", "0")))
+    return real_build(*args, **kwargs)
+compiler.build = slow_build
+"""
+
+
+def light_package(folder: Path) -> Path:
+    """A folder for PYTHONPATH with the package as it is installed, but for an __init__ that imports no torch."""
+    package = folder / "light" / "onelaunch"
+    if not package.exists():
+        package.mkdir(parents=True)
+        for path in Path(str(onelaunch.__file__)).parent.iterdir():
+            if path.suffix == ".py" and path.name != "__init__.py":
+                (package / path.name).symlink_to(path.resolve())
+        (package / "templates").symlink_to(Path(str(templates.__file__)).parent.resolve())
+        (package / "__init__.py").write_text('__version__ = "0"\n', encoding="utf-8")
+    return package.parent
+
+
+class Children:
+    """Starts children on one cache folder.
+
+    Attributes:
+        cache: the folder.
+        signs: a folder in which children leave files that say what they did.
+    """
+
+    def __init__(self, folder: Path, cache: Path | None = None) -> None:
+        self.folder, self.cache, self.signs = folder, cache or folder / "cache", folder / "signs"
+        self.signs.mkdir(exist_ok=True)
+        self.started: list[subprocess.Popen[str]] = []
+        # An entry whose files stand for what a compiler makes; None compiles.
+        self.made: Path | None = None
+
+    def start(self, code: str, python: str = sys.executable, **environment: str) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [python, "-c", PROLOGUE + code],
+            env={
+                **os.environ,
+                "ONELAUNCH_CACHE_DIR": str(self.cache),
+                "PYTHONPATH": str(light_package(self.folder)),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "SIGNS": str(self.signs),
+                "MADE": str(self.made or ""),
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(child)
+        return child
+
+    def run(self, code: str, **environment: str) -> tuple[Any, str]:
+        """What a child printed, as JSON, and its stderr."""
+        return finish(self.start(code, **environment))
+
+    def wait_for(self, sign: str, count: int = 1) -> None:
+        until(lambda: len(self.signed(sign)) >= count, f"{count} x {sign}")
+
+    def signed(self, sign: str) -> list[int]:
+        """The process numbers of the children that left a sign."""
+        return [int(path.suffix[1:]) for path in self.signs.glob(f"{sign}.*")]
+
+
+def finish(child: subprocess.Popen[str]) -> tuple[Any, str]:
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    return json.loads(out.splitlines()[-1]) if out else None, err
+
+
+def until(true: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"{what} didn't happen in {seconds:.0f} s"
+        time.sleep(0.01)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small tmpfs; skips, with the reason, where mounting is refused."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"mode=700,{options}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode != 0:
+        pytest.skip(f"a tmpfs can't be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)

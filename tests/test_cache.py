@@ -1,0 +1,163 @@
+"""The cache from outside: explain, the verbs, and its bound."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from onelaunch import KernelConfig, StoreError, collect, loader
+from onelaunch import compile as compiler
+from onelaunch.cli.main import app
+from onelaunch.explain import explain
+from onelaunch.store import Store
+from typer.testing import CliRunner
+
+CONFIGS = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Three entries, that were last used one, two and three days ago."""
+    monkeypatch.setattr(loader, "_loaded", {})
+    store = Store(tmp_path / "cache")
+    for days, config in enumerate(CONFIGS, 1):
+        used(store, loader.load(config, store=store).key, days)
+    monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    return store
+
+
+def used(store: Store, key: str, days: float) -> None:
+    then = time.time() - days * 86_400
+    os.utime(store.root / "stamps" / key, (then, then))
+
+
+def backends(store: Store) -> list[int]:
+    return sorted(entry.manifest["config"]["num_backends"] for entry in store.entries())
+
+
+def verb(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+# -------------------------------------------------------------------------------------------------------- explain
+
+
+def test_explain_a_hit_and_a_miss(store: Store) -> None:
+    hit = verb("explain", "--set", CONFIGS[0].settings())
+    assert hit.exit_code == 0, hit.output
+    assert hit.output.startswith(f"hit: {store.root / 'entries'}")
+    miss = verb("explain", "--set", CONFIGS[2].replace(num_backends=4).settings())
+    assert miss.exit_code == 1
+    assert "num_backends: " in miss.output
+    assert " → 4\n" in miss.output
+    assert "source" not in miss.output
+
+
+def test_explain_names_the_compiler_that_changed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the version of nvcc, and nothing that merely follows from it."""
+    versions = compiler.find_tools("cpu").versions()
+    monkeypatch.setattr(loader, "_unchanged", lambda noted: False)
+    monkeypatch.setattr(compiler.Tools, "versions", lambda self: {**versions, "host_compiler": "g++ 99"})
+    found = explain(CONFIGS[1], (), store)
+    assert found.hit is None
+    assert found.nearest is not None
+    assert found.nearest.manifest["config"]["num_backends"] == 2
+    assert found.differs == (("host compiler", versions["host_compiler"], "g++ 99"),)
+    assert f"host compiler: {versions['host_compiler']} → g++ 99" in str(found)
+
+
+@pytest.mark.nvcc
+def test_explain_names_another_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, config = Store(tmp_path / "cache"), KernelConfig(fields=("cache_seqlens",))
+    versions = compiler.find_tools("cuda").versions()
+    loader.load(config, ("90a",), store)
+    monkeypatch.setattr(loader, "_unchanged", lambda noted: False)
+    monkeypatch.setattr(compiler.Tools, "versions", lambda self: {**versions, "nvcc": "13.9.1"})
+    assert f"nvcc: {versions['nvcc']} → 13.9.1" in str(explain(config, ("90a",), store))
+    assert explain(config, ("100a",), store).differs[0][:2] == ("archs", "90a")
+
+
+def test_explain_an_empty_cache(tmp_path: Path) -> None:
+    found = explain(CONFIGS[0], (), Store(tmp_path / "none"))
+    assert "there is no other entry" in str(found)
+    assert not (tmp_path / "none").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- verbs
+
+
+def test_list_info_path_verify(store: Store) -> None:
+    assert verb("cache", "path").output == f"{store.root}\n"
+    lines = verb("cache", "list").output.splitlines()
+    assert [line.split()[-1] for line in lines[:-1]] == [config.symbol for config in CONFIGS], "last used first"
+    assert lines[-1].startswith("3 entries, ")
+    rows = json.loads(verb("cache", "list", "--json").output)
+    assert [row["key"] for row in rows] == sorted(store.stored_keys(), key=lambda key: -store.used(key))
+    manifest = json.loads(verb("cache", "info", rows[0]["key"][:12]).output)
+    assert KernelConfig.from_dict(manifest["config"]) == CONFIGS[0]
+    assert {"compilers", "command", "seconds", "resources", "requires", "ingredients"} <= set(manifest)
+    result = verb("cache", "info", "zz")
+    assert result.exit_code == 2
+    assert "No entry's key begins with 'zz'" in result.output
+    assert verb("cache", "verify").output.startswith("3 of 3 entries are as they were published")
+    with open(store.root / "entries" / rows[0]["key"] / "main.cpp", "a") as file:
+        file.write("//")
+    with pytest.warns(UserWarning, match="is damaged"):
+        result = verb("cache", "verify")
+    assert result.exit_code == 1
+    assert result.output.startswith("2 of 3 entries")
+
+
+def test_gc_by_age_and_size(store: Store) -> None:
+    result = verb("cache", "gc", "--older-than", "60h")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("removed 1 entries")
+    assert backends(store) == [1, 2]
+    one = max(collect.sizes(store).values())
+    assert verb("cache", "gc", "--max-size", f"{1.5 * one / 1024:.0f}K").exit_code == 0
+    assert backends(store) == [1], "the one that was used last"
+    # What is gone is built again, and what is left loads.
+    assert loader.load(CONFIGS[0], store=store).path.is_file()
+    assert len(list((store.root / "index").iterdir())) == 1
+    for words, sentence in (
+        (("--max-size", "large"), "--max-size is 'large'; it must be a size such as 500M or 2G"),
+        (("--older-than", "30"), "--older-than is '30'; it must be an age such as 12h, 30d or 4w"),
+    ):
+        result = verb("cache", "gc", *words)
+        assert result.exit_code == 2
+        assert sentence in result.output
+
+
+def test_a_new_build_keeps_the_bound(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entries that were used longest ago go; neither the new one nor those of the last hour."""
+    one = max(collect.sizes(store).values())
+    monkeypatch.setenv(collect.MAX_SIZE_VARIABLE, f"{2.5 * one / 1024:.0f}K")
+    loader.load(CONFIGS[0].replace(num_backends=4), store=store)
+    assert backends(store) == [1, 4]
+    loader.load(CONFIGS[0], store=store)
+    monkeypatch.setenv(collect.MAX_SIZE_VARIABLE, "1")
+    loader.load(CONFIGS[0].replace(num_backends=5), store=store)
+    assert backends(store) == [1, 4, 5]
+    monkeypatch.setenv(collect.MAX_SIZE_VARIABLE, "much")
+    with pytest.raises(StoreError, match="ONELAUNCH_CACHE_MAX_SIZE is 'much'"):
+        loader.load(CONFIGS[0].replace(num_backends=6), store=store)
+
+
+def test_a_use_is_stamped(store: Store) -> None:
+    key = loader.load(CONFIGS[2], store=store).key
+    assert time.time() - store.used(key) < 60
+    used(store, key, 0.01)
+    before = store.used(key)
+    store.stamp(key)
+    assert store.used(key) == before, "at most once an hour"
+
+
+def test_clear(store: Store) -> None:
+    assert verb("cache", "clear").exit_code == 0
+    assert store.stored_keys() == []
+    assert loader.load(CONFIGS[0], store=store).path.is_file()

@@ -1,0 +1,615 @@
+"""How JIT caches fail in the field, each provoked here or by the test that is named.
+
+=====  ==================================================  ========================================================
+ F     failure                                             where it is provoked, or why it can't happen
+=====  ==================================================  ========================================================
+ F1    stale lock hangs everybody                          test_a_lock_file_of_a_dead_process_holds_nobody,
+                                                           test_a_builder_that_is_killed_is_taken_over
+ F2    second call after a failure hides it                test_a_failure_is_raised_again_without_compiling
+ F3    ranks race, or all compile                          test_eight_processes_that_ask_at_once_get_one_build
+ F4    sources of two builds mix under one name            test_two_hosts_that_share_a_folder_without_locks
+ F5    network file systems: no locks, late renames        test_without_locks_everybody_still_gets_the_kernel,
+                                                           test_a_rename_that_shows_late
+ F6    stale after a torch upgrade                         the object uses no symbol of torch:
+                                                           test_compile.test_the_object_needs_nothing_but_the_system_...
+ F7    stale after a toolkit change, or moved by a path    test_compile.test_the_key_changes_with_each_ingredient,
+                                                           test_compile.test_no_path_in_the_key
+ F8    wrong architecture cached                           test_compile.test_an_object_for_two_architectures,
+                                                           test_pack.test_misfits
+ F9    no GPU at build time                                every CUDA build here has none: architectures are explicit
+ F10   nvcc, gcc and torch don't fit                       test_toolchain (limits of host_config.h); static cudart
+                                                           makes torch's CUDA irrelevant
+ F11   ninja or toolkit not found                          test_toolchain
+ F12   read-only HOME, writes at import                    test_a_folder_that_cant_be_written,
+                                                           test_compile.test_import_writes_nothing_and_touches_no_gpu
+ F13   first request compiles                              test_compile.test_frozen, test_prebuild
+ F14   build or load inside graph capture                  test_nothing_is_loaded_while_a_graph_is_captured
+ F15   too many compilers for the memory                   test_prebuild.test_workers_are_bounded,
+                                                           test_a_compiler_that_was_killed_may_be_tried_again
+ F16   disk full, half a file                              test_a_full_disk, test_killed_before_it_published,
+                                                           test_compile.test_a_damaged_entry_is_set_aside_...
+ F17   opaque errors                                       test_compile.test_a_build_that_fails
+ F18   others can write to the cache                       test_folders_that_others_could_have_written,
+                                                           test_pack.test_paths_that_lead_out_are_refused
+ F19   two kernels export one symbol                       test_compile.test_the_object_needs_nothing_but_the_system_...
+                                                           (one exported symbol, which carries the key)
+ F20   fork                                                test_a_forked_child_builds, test_spawned_workers
+ F21   noexec                                              test_a_file_system_that_runs_no_programs
+ F22   one CUDA major an object                            static cudart: the same test as F19 sees no CUDA library
+ F23   cache grows without bound                           test_cache.py
+ F24   Windows                                             Linux only, see the README's limits
+ F25   no compiler in a service's environment              test_doctor.py, test_a_prebuilt_folder_needs_no_compiler
+=====  ==================================================  ========================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from onelaunch import CompileError, JitPolicyError, KernelConfig, StoreError, failures, loader, lock, toolchain, trust
+from onelaunch import compile as compiler
+from onelaunch import store as stores
+from onelaunch.store import MANIFEST, Store
+from processes import Children, finish, light_package, mounted, remount
+
+RENDER = sys.modules["onelaunch.render"]
+SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
+OTHER = SMALL.replace(num_backends=2)
+
+LOAD = """
+kernel = loader.load(CONFIG, store=store)
+print(json.dumps({"key": kernel.key, "path": str(kernel.path), "works": hasattr(kernel.module, "bind")}))
+"""
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Iterator[Children]:
+    some = Children(tmp_path)
+    some.made = loader.load(SMALL).path.parent
+    yield some
+    for child in some.started:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel, warning or temporary store of another test."""
+    monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr(stores, "_spare", None)
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    build = compiler.build
+
+    def counted(name: str, *args: Any, **kwargs: Any) -> compiler.Build:
+        names.append(name)
+        return build(name, *args, **kwargs)
+
+    monkeypatch.setattr(compiler, "build", counted)
+    return names
+
+
+# --------------------------------------------------------------------------------------------- many processes
+
+
+def test_eight_processes_that_ask_at_once_get_one_build(children: Children) -> None:
+    """And those that wait say for whom."""
+    code = "lock.FIRST_NOTICE_SECONDS = lock.NOTICE_SECONDS = 0.5\n" + LOAD
+    started = [children.start(code, SLOW="1.5") for _ in range(8)]
+    results = [finish(child) for child in started]
+    assert len({result["key"] for result, _ in results}) == 1
+    assert all(result["works"] for result, _ in results)
+    (builder,) = children.signed("building")
+    waiting = [line for _, said in results for line in said.splitlines() if "waiting for" in line]
+    assert waiting
+    for line in waiting:
+        assert f"host {socket.gethostname()}, pid {builder}, holds it since " in line
+        assert line.rsplit(" ", 1)[1] in ("starting", "compiling", "publishing")
+    assert any(line.endswith("s) and is compiling") for line in waiting)
+
+
+def test_a_builder_that_is_killed_is_taken_over(children: Children) -> None:
+    builder = children.start(LOAD, SLOW="60")
+    children.wait_for("building")
+    waiter = children.start("sign('asked')\n" + LOAD)
+    children.wait_for("asked")
+    builder.send_signal(signal.SIGKILL)
+    builder.wait()
+    result, _ = finish(waiter)
+    assert result["works"]
+    assert sorted(children.signed("building")) == sorted([builder.pid, waiter.pid])
+    # What the dead one left in staging is gone too.
+    assert list((children.cache / "staging").iterdir()) == []
+
+
+def test_killed_before_it_published(children: Children) -> None:
+    """Between the compiler's end and the rename: nothing of it is ever loaded."""
+    code = "os.rename = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n" + LOAD
+    killed = children.start(code)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((children.cache / "entries").iterdir()) == []
+    (left,) = (children.cache / "staging").iterdir()
+    assert (left / MANIFEST).exists()
+    result, _ = children.run(LOAD)
+    assert result["works"]
+    assert not left.exists()
+
+
+def test_a_lock_file_of_a_dead_process_holds_nobody(store: Store) -> None:
+    kernel = loader.load(SMALL, store=store)
+    path = store.root / "locks" / f"{kernel.key}.lock"
+    path.write_text('{"host": "elsewhere", "pid": 1, "since": 0, "phase": "compiling"}\n')
+    began = time.monotonic()
+    with store.lock(kernel.key) as held:
+        assert held.held
+        assert f'"pid": {os.getpid()}' in path.read_text()
+    assert time.monotonic() - began < 1
+    assert path.read_text() == ""
+
+
+def test_a_wait_that_takes_too_long_ends_in_a_build(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], builds: list[str]
+) -> None:
+    """As where a lock server keeps the lock of a host that is gone."""
+    monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "0.2")
+    key = loader.content_key(SMALL, (), compiler.find_tools("cpu").versions())
+    folder = trust.private(store.root / "locks")
+    with open(folder / f"{key}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert loader.load(SMALL, store=store).path.is_file()
+    said = capfd.readouterr().err
+    assert "gave up the wait for" in said
+    assert "its holder didn't say who it is" in said
+    assert lock.TIMEOUT_VARIABLE in said
+    assert len(builds) == 1
+    monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "soon")
+    with pytest.raises(StoreError, match="is 'soon'; it must be a number of seconds"), store.lock(key):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_everybody_still_gets_the_kernel(children: Children, number: int) -> None:
+    code = f"""
+def missing(*args):
+    raise OSError({number}, os.strerror({number}))
+fcntl.flock = missing
+{LOAD}"""
+    results = [finish(child) for child in [children.start(code, SLOW="0.3") for _ in range(2)]]
+    assert len({result["path"] for result, _ in results}) == 1
+    assert all(result["works"] for result, _ in results)
+    assert any("has no locks" in said for _, said in results)
+    assert list((children.cache / "staging").iterdir()) == []
+
+
+def test_two_hosts_that_share_a_folder_without_locks(children: Children) -> None:
+    """Locks that hold on their own host only: both build, one is first, both use its entry."""
+    code = """
+socket.gethostname = lambda: os.environ["HOST"]
+fcntl.flock = lambda *args: None
+signing_build = compiler.build
+def together(*args, **kwargs):
+    done = signing_build(*args, **kwargs)
+    sign("built")
+    while len(list(SIGNS.glob("built.*"))) < 2:
+        time.sleep(0.01)
+    return done
+compiler.build = together
+"""
+    one, two = (children.start(code + LOAD, HOST=name) for name in ("node-1", "node-2"))
+    (first, _), (second, _) = finish(one), finish(two)
+    assert first == second
+    assert len(children.signed("building")) == 2
+    assert len(list((children.cache / "entries").iterdir())) == 1
+    assert list((children.cache / "staging").iterdir()) == []
+
+
+def test_what_is_swept_from_staging(store: Store) -> None:
+    """Not what another host, another container of this host name, or this process is building."""
+    folder = trust.private(store.root / "staging")
+    here = socket.gethostname()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = {
+        "dead": f"{here}.{gone.pid}.a",
+        "dead, yet locked by another container's process": f"{here}.{gone.pid}.b",
+        "alive": f"{here}.{os.getpid()}.c",
+        "another host's": f"node-7.example.org.{gone.pid}.d",
+        "another host's, two days old": f"node-7.example.org.{gone.pid}.e",
+    }
+    for name in names.values():
+        (folder / name).mkdir()
+    old = time.time() - 2 * 86_400
+    os.utime(folder / names["another host's, two days old"], (old, old))
+    locked = os.open(folder / names["dead, yet locked by another container's process"], os.O_RDONLY)
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    with store.staging() as mine:
+        left = {path.name for path in folder.iterdir()}
+        assert mine.name in left
+        assert store.sweep() == []
+    os.close(locked)
+    assert left - {mine.name} == {
+        names["dead, yet locked by another container's process"],
+        names["alive"],
+        names["another host's"],
+    }
+
+
+def test_a_rename_that_shows_late(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may answer that the entry isn't there for a while after it was put there."""
+    find, blind = Store.find, [2]
+
+    def late(self: Store, key: str) -> Any:
+        if (self.root / "entries" / key).exists() and blind[0]:
+            blind[0] -= 1
+            return None
+        return find(self, key)
+
+    monkeypatch.setattr(Store, "find", late)
+    assert loader.load(SMALL, store=store).path.is_file()
+    assert blind == [0]
+
+
+# ------------------------------------------------------------------------------------------------ full, read-only
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler itself runs out of room; the kernel is built elsewhere, and one warning says so."""
+    with mounted(tmp_path / "small", "size=24k") as folder:
+        reason = r"can't take a build \((its disk is full|No space left.*)\); builds go to"
+        with pytest.warns(UserWarning, match=reason) as caught:
+            kernel = loader.load(SMALL, store=Store(folder / "cache"))
+        assert len(caught) == 1
+        assert kernel.path.is_file()
+        assert folder not in kernel.path.parents
+        assert hasattr(kernel.module, "bind")
+        # It isn't a failure of the source, so it isn't remembered as one.
+        assert failures.recall(Store(folder / "cache"), kernel.key) is None
+        # Another configuration goes there without another warning, and the first is found there again.
+        loader._loaded.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert loader.load(SMALL, store=Store(folder / "cache")).path == kernel.path
+
+
+def test_a_disk_that_fills_up_before_the_publish(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = stores.sync
+
+    def full(path: Path) -> None:
+        if store.root in path.parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        sync(path)
+
+    monkeypatch.setattr(stores, "sync", full)
+    with pytest.warns(UserWarning, match=r"can't take a build \(No space left on device\)"):
+        kernel = loader.load(SMALL, store=store)
+    assert kernel.path.is_file()
+    assert store.stored_keys() == []
+
+
+def test_a_folder_that_cant_be_written(tmp_path: Path) -> None:
+    """What is in it is used; what isn't is built in a private temporary folder, with one warning."""
+    with mounted(tmp_path / "shelf", "size=32m") as folder:
+        kernel = loader.load(SMALL, store=Store(folder / "cache"))
+        loader._loaded.clear()
+        remount(folder, "ro")
+        store = Store(folder / "cache")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert loader.load(SMALL, store=store).path == kernel.path
+        with pytest.warns(UserWarning, match=r"can't be used \(.+\); builds go to .* and are lost") as caught:
+            other = loader.load(OTHER, store=store)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loader.load(SMALL.replace(num_backends=3), store=store)
+        assert len(caught) == 1
+        assert other.path.is_file()
+        assert other.path.stat().st_mode & 0o077 == 0
+
+
+def test_the_usual_folder_where_home_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").write_text("")
+    monkeypatch.delenv(trust.CACHE_VARIABLE)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / ".cache"))
+    with pytest.warns(UserWarning, match="can't be used") as caught:
+        assert loader.load(SMALL, store=Store()).path.is_file()
+    assert len(caught) == 1
+
+
+def test_a_temporary_store_goes_with_its_process(children: Children, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result, said = children.run(LOAD, ONELAUNCH_CACHE_DIR=str(tmp_path / "file" / "cache"), TMPDIR=str(tmp_path))
+    assert result["works"]
+    assert "can't be used" in said
+    assert not Path(result["path"]).exists()
+    assert list(tmp_path.glob("onelaunch-*")) == []
+
+
+@pytest.mark.parametrize("target", ["cpu", pytest.param("cuda", marks=pytest.mark.nvcc)])
+def test_a_folder_with_a_space_in_its_name(tmp_path: Path, target: str) -> None:
+    config = KernelConfig(fields=("cache_seqlens",), target="cpu" if target == "cpu" else "cuda")
+    assert loader.load(config, ("90a",), Store(tmp_path / "some one's cache")).path.is_file()
+
+
+def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children) -> None:
+    with mounted(tmp_path / "noexec", "size=32m,noexec") as folder:
+        with pytest.raises(CompileError, match=r"mounted noexec: set ONELAUNCH_CACHE_DIR") as caught:
+            loader.load(SMALL, store=Store(folder / "cache"))
+        assert not caught.value.lasting
+        # An entry that was copied there.
+        good = Store(tmp_path / "good")
+        loader.load(SMALL, store=good)
+        loader._loaded.clear()
+        subprocess.run(["cp", "-a", str(good.root), str(folder / "copy")], check=True)
+        with pytest.raises(StoreError, match=r"can't be loaded: .*mounted noexec"):
+            loader.load(SMALL, store=Store(folder / "copy"))
+
+
+# ------------------------------------------------------------------------------------------------------- security
+
+
+@pytest.mark.parametrize("how", ["group", "everybody", "somebody else's", "symlink"])
+@pytest.mark.parametrize("what", ["entries", "index", "locks", "staging"])
+def test_folders_that_others_could_have_written(
+    store: Store, tmp_path: Path, what: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader.load(SMALL, store=store)
+    loader._loaded.clear()
+    folder = store.root / what
+    if how == "symlink":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+        expected = "is a symbolic link; replace it by the folder"
+    elif how == "somebody else's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        os.chown(folder, 12_345, -1)
+        expected = "belongs to user 12345"
+    else:
+        folder.chmod(0o770 if how == "group" else 0o707)
+        expected = f"Run: chmod go-w {folder}"
+    # A build needs all of them, a load the first two.
+    wanted = SMALL if what in ("entries", "index") else OTHER
+    with pytest.raises(StoreError, match=expected):
+        loader.load(wanted, store=Store(store.root))
+    if how != "symlink":
+        monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
+        assert loader.load(wanted, store=Store(store.root)).path.is_file()
+
+
+def test_a_shared_cache_takes_its_rights_from_the_umask(children: Children) -> None:
+    code = "os.umask(0o002)\n" + LOAD
+    result, _ = children.run(code, ONELAUNCH_SHARED_CACHE="1")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path(result["path"]).parent.iterdir()}
+    assert set(modes.values()) == {0o664}
+    assert (children.cache / "entries").stat().st_mode & 0o777 == 0o775
+
+
+def test_a_link_in_place_of_a_file_is_no_entry(store: Store, tmp_path: Path) -> None:
+    kernel = loader.load(SMALL, store=store)
+    loader._loaded.clear()
+    kernel.path.rename(tmp_path / "copy.so")
+    kernel.path.symlink_to(tmp_path / "copy.so")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert not loader.load(SMALL, store=store).path.is_symlink()
+
+
+# ------------------------------------------------------------------------------------------------------- failures
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    render = RENDER.render
+    monkeypatch.setattr(RENDER, "render", lambda config: render(config) + "#error not today\n")
+
+
+def test_a_failure_is_raised_again_without_compiling(
+    store: Store, builds: list[str], monkeypatch: pytest.MonkeyPatch, broken: None, children: Children
+) -> None:
+    with pytest.raises(CompileError, match="not today") as first:
+        loader.load(SMALL, store=store)
+    with pytest.raises(CompileError, match=r"not today.* It failed so on .* with `onelaunch build --retry`") as second:
+        loader.load(SMALL, store=store)
+    assert len(builds) == 1
+    assert (second.value.key, second.value.command) == (first.value.key, first.value.command)
+    assert second.value.log == first.value.log
+    assert "not today" in second.value.log.read_text()
+    # The next process.
+    code = """
+import onelaunch.render as rendering
+render = rendering.render
+rendering.render = lambda config: render(config) + "#error not today\\n"
+try:
+    loader.load(CONFIG, store=store)
+except errors.CompileError as error:
+    print(json.dumps(str(error)))
+"""
+    said, _ = children.run(code)
+    assert said == str(second.value)
+    assert children.signed("building") == []
+    # Asked to, it compiles again; and so does another key.
+    monkeypatch.setenv(failures.RETRY_VARIABLE, "1")
+    with pytest.raises(CompileError, match="not today"):
+        loader.load(SMALL, store=store)
+    assert len(builds) == 2
+    monkeypatch.delenv(failures.RETRY_VARIABLE)
+    with pytest.raises(CompileError, match="not today"):
+        loader.load(OTHER, store=store)
+    assert len(builds) == 3
+
+
+def test_who_waited_for_a_build_that_failed_doesnt_repeat_it(children: Children) -> None:
+    code = """
+import onelaunch.render as rendering
+render = rendering.render
+rendering.render = lambda config: render(config) + "#error not today\\n"
+sign("asked")
+try:
+    loader.load(CONFIG, store=store)
+except errors.CompileError as error:
+    print(json.dumps(str(error)))
+"""
+    children.made = None
+    started = [children.start(code, SLOW="1.5", ONELAUNCH_RETRY="1") for _ in range(3)]
+    for child in started:
+        said, _ = finish(child)
+        assert "not today" in said
+    assert len(children.signed("building")) == 1
+
+
+def test_a_success_forgets_the_failure(store: Store, builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing header, say, which isn't in the key, was installed."""
+    with monkeypatch.context() as patch:
+        build = compiler.build
+
+        def fails(name: str, source: str, *args: Any, **kwargs: Any) -> Any:
+            return build(name, source + "#include <no_such_header.h>\n", *args, **kwargs)
+
+        patch.setattr(compiler, "build", fails)
+        with pytest.raises(CompileError, match="A header is missing: `onelaunch doctor`") as caught:
+            loader.load(SMALL, store=store)
+    assert failures.recall(store, caught.value.key) is not None
+    monkeypatch.setenv(failures.RETRY_VARIABLE, "1")
+    assert loader.load(SMALL, store=store).key == caught.value.key
+    assert failures.recall(store, caught.value.key) is None
+
+
+def test_a_compiler_that_was_killed_may_be_tried_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: list[str]
+) -> None:
+    """As by the kernel, for want of memory."""
+    real = toolchain.find_host_compiler().path
+    fake = tmp_path / "bin" / "c++"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\ncase "$*" in *-c*) kill -9 $$;; *) exec {real} "$@";; esac\n')
+    fake.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", str(fake))
+        with pytest.raises(CompileError, match=r"want of memory: build fewer at once \(MAX_JOBS=1\)") as caught:
+            loader.load(SMALL, store=store)
+        assert not caught.value.lasting
+        with pytest.raises(CompileError):
+            loader.load(SMALL, store=store)
+    assert len(builds) == 2
+
+
+def test_an_error_survives_pickling(tmp_path: Path) -> None:
+    error = CompileError("It failed.", key="k", command="c", log=tmp_path / "l", source=tmp_path / "s", lasting=False)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.__dict__) == (str(error), error.__dict__)
+
+
+# ---------------------------------------------------------------------------------------------------------- tiers
+
+
+def test_a_prebuilt_folder_needs_no_compiler(
+    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes first, whatever compilers there are or aren't, and nothing is written to it or beside it."""
+    shelf = Store(tmp_path / "shelf")
+    kernel = loader.load(SMALL, store=shelf)
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in shelf.root.rglob("*"))
+    path_list = f"{tmp_path / 'missing'}{os.pathsep}{shelf.root}"
+    (tmp_path / "empty").mkdir()
+    result, said = children.run(LOAD, ONELAUNCH_PREBUILT=path_list, PATH=str(tmp_path / "empty"))
+    assert result["path"] == str(kernel.path)
+    assert "names" in said
+    assert "which isn't a folder; it is passed over" in said
+    assert not children.cache.exists()
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in shelf.root.rglob("*")) == before
+    # Damaged, it is passed over with one warning, and left as it is.
+    with open(kernel.path, "ab") as file:
+        file.write(b"x")
+    result, said = children.run(LOAD, ONELAUNCH_PREBUILT=str(shelf.root))
+    assert Path(result["path"]).is_relative_to(children.cache)
+    assert said.count("is damaged") == 1
+    assert kernel.path.exists()
+
+
+# ----------------------------------------------------------------------------------------------- capture, fork, spawn
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(
+    store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]
+) -> None:
+    config = KernelConfig(fields=("cache_seqlens",), num_backends=5)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(JitPolicyError, match="a CUDA graph is being captured") as caught:
+        loader.load(config, ("90a",), store)
+    assert str(caught.value).endswith(loader.build_command(config, ("90a",)))
+    assert builds == []
+    # The CPU's kernels have no part in it, and what is loaded stays usable.
+    kernel = loader.load(SMALL, store=store)
+    assert loader.load(SMALL, store=store) is kernel
+
+
+def test_a_forked_child_builds(children: Children) -> None:
+    """Also when another thread of its parent held every lock at the fork."""
+    children.made = None
+    code = """
+import threading
+held, go = threading.Event(), threading.Event()
+def hold():
+    with loader._lock, compiler._build_lock:
+        held.set()
+        go.wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+pid = os.fork()
+if pid == 0:
+    kernel = loader.load(CONFIG, store=store)
+    os._exit(0 if hasattr(kernel.module, "bind") else 3)
+status = os.waitpid(pid, 0)[1]
+go.set()
+print(json.dumps({"status": status, "entries": store.stored_keys()}))
+"""
+    result, _ = children.run(code)
+    assert result["status"] == 0
+    assert len(result["entries"]) == 1
+
+
+def test_spawned_workers(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import multiprocessing
+from pathlib import Path
+from onelaunch import loader
+from onelaunch.config import KernelConfig
+from onelaunch.store import Store
+def work(number):
+    config = KernelConfig(fields=("cache_seqlens",), target="cpu")
+    return loader.load(config, store=Store(Path({str(tmp_path / "cache")!r}))).key
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert len(set(pool.map(work, range(2), chunksize=1))) == 1
+""")
+    environment = {**os.environ, "PYTHONPATH": str(light_package(tmp_path))}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("onelaunch: building") == 1
