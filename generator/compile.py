@@ -166,8 +166,11 @@ def build(name: str, source: str, binding: str, *, archs: Sequence[str], tools: 
             module: ModuleType = cpp_extension.load_inline(**arguments)
         except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
             failure = _compile_error(str(error), source, stage, key)
-            # The compiler's own errors come as RuntimeError; an OSError is the machine's.
-            failure.lasting = failure.lasting and not isinstance(error, OSError)
+            # The compiler's own errors come as RuntimeError; an OSError is the machine's, and so is a ninja that was
+            # killed, or a compiler or folder that went away meanwhile.
+            killed = isinstance(error.__cause__, subprocess.CalledProcessError) and error.__cause__.returncode < 0
+            whole = stage.is_dir() and all(path.exists() for path in tools.programs())
+            failure.lasting = failure.lasting and whole and not killed and not isinstance(error, OSError)
             raise failure from error
     source_file = "main.cpp" if tools.toolkit is None else "cuda.cu"
     object_file = stage / f"{name}.so"

@@ -166,13 +166,15 @@ class Store:
             self._swept = True
             self.sweep()
         path = folder / f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
-        private(path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        locks.is_held(descriptor)
         try:
-            yield path
+            private(path)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                locks.is_held(descriptor)
+                yield path
+            finally:
+                os.close(descriptor)
         finally:
-            os.close(descriptor)
             shutil.rmtree(path, ignore_errors=True)
 
     def sweep(self) -> list[Path]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError, loader, toolchain
+from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError, failures, loader, toolchain
 from onelaunch import compile as compiler
+from onelaunch import store as stores
 from onelaunch.cli.main import app
 from onelaunch.store import MANIFEST, Store
 from typer.testing import CliRunner
@@ -38,7 +40,15 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store(tmp_path / "cache")
     monkeypatch.setattr(loader, "default_store", lambda: store)
     monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.delenv(failures.RETRY_VARIABLE, raising=False)
+    no_spare(monkeypatch)
     return store
+
+
+def no_spare(patch: pytest.MonkeyPatch) -> None:
+    """As in a fresh process: there is no temporary store, and nothing was warned of."""
+    patch.setattr(stores, "_spare", None)
+    patch.setattr(stores, "_warned", set())
 
 
 def leftovers(store: Store) -> list[str]:
@@ -103,20 +113,50 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
     return write
 
 
-def refused(store: Store, monkeypatch: pytest.MonkeyPatch, wanted: type[Exception], *texts: str) -> Exception:
-    """Loads SMALL, which must fail with this class; the store is right again once the fake compiler is gone."""
+def refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch, wanted: type[Exception], *texts: str, lasting: bool = False
+) -> Exception:
+    """Loads SMALL, which must fail with this class; the store is right again once the fake compiler is gone.
+
+    A lasting failure is remembered: it is told again at once, and compiled again when that is asked for.
+    """
     with pytest.raises(wanted) as caught:
         loader.load(SMALL, store=store)
     message = str(caught.value)
     for text in texts:
         assert re.search(text, message), message
+    assert leftovers(store) == []
+    if isinstance(caught.value, CompileError):
+        assert caught.value.lasting is lasting, message
+        assert str(caught.value.log) in message
+        source = caught.value.source.read_text()
+        assert (failures.recall(store, caught.value.key) is not None) is lasting
     monkeypatch.delenv("CXX", raising=False)
+    if lasting:
+        remembered(store, caught.value, monkeypatch)
     kernel = assert_usable(store)
     if isinstance(caught.value, CompileError):
         assert caught.value.key == kernel.key
-        assert str(caught.value.log) in message
-        assert caught.value.source.read_text().startswith(kernel.source)
+        assert source.startswith(kernel.source)
+        assert failures.recall(store, kernel.key) is None
     return caught.value
+
+
+def remembered(store: Store, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call tells the same error without a compiler, until another try is asked for."""
+    assert isinstance(error, CompileError)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "build", lambda *args, **kwargs: pytest.fail("it was compiled again"))
+        with pytest.raises(CompileError) as again:
+            loader.load(SMALL, store=store)
+    assert str(again.value).startswith(f"{error} It failed so on ")
+    assert f"`onelaunch build --retry`, or with {failures.RETRY_VARIABLE}=1." in str(again.value)
+    assert (again.value.key, again.value.log, again.value.source) == (error.key, error.log, error.source)
+    assert again.value.command == error.command
+    with monkeypatch.context() as patch:
+        patch.setenv(failures.RETRY_VARIABLE, "1")
+        assert loader.load(SMALL, store=store).key == error.key
+    assert not failures.folder(store, error.key).exists()
 
 
 # ---------------------------------------------------------------------------------------------- a missing compiler
@@ -191,7 +231,12 @@ def test_the_compiler_goes_during_the_build(
 
 # ------------------------------------------------------------------------------------------- a compiler that fails
 
-KILLED = r"The compiler was killed, most often for want of memory: build fewer at once, or give it more\."
+KILLED = r"The compiler was killed, most often for want of memory: build fewer at once \(MAX_JOBS=1\), or give it more\."
+SPARED = (
+    r"^The cache folder \S+ can't (be used|take a build) \((No space left on device|its disk is full)\); builds go to "
+    r"\S+ and are lost when this process ends\. "
+    r"Set ONELAUNCH_CACHE_DIR to a folder that this process may write and that has room\.$"
+)
 FULL = r"The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a folder on another disk\."
 
 FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -236,6 +281,17 @@ FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "the staging folder vanishes while linking": ('[ "$step" = link ] && rm -rf "$PWD"', ("didn't compile",)),
 }
 
+# What the compiler did by itself, alive and with all its files there: it would do so again.
+LASTING = {
+    "it fails without a word",
+    "the link makes garbage",
+    "the link makes an empty file",
+    "the link makes half a file",
+    "the link makes another library",
+    "the link makes nothing",
+    "the objects are garbage",
+}
+
 
 @pytest.mark.parametrize("fault", FAILURES)
 def test_a_compiler_that_fails(
@@ -243,7 +299,12 @@ def test_a_compiler_that_fails(
 ) -> None:
     text, expected = FAILURES[fault]
     fake(text)
-    refused(store, monkeypatch, CompileError, *expected)
+    if fault == "the disk is full":
+        # It was tried again in a temporary folder, which is on the same disk here.
+        with pytest.warns(UserWarning, match=r"can't take a build \(its disk is full\); builds go to "):
+            refused(store, monkeypatch, CompileError, *expected)
+        return
+    refused(store, monkeypatch, CompileError, *expected, lasting=fault in LASTING)
 
 
 @pytest.mark.nvcc
@@ -299,7 +360,7 @@ def test_the_process_is_killed_during_the_build(
 WRITES = {
     "mkdir": Path,
     "write_text": Path,
-    "rename": Path,
+    "rename": os,
     "read_bytes": Path,
     "chmod": Path,
     "open": os,
@@ -328,31 +389,46 @@ def full_at(call: int, write: str, store: Store, patch: pytest.MonkeyPatch) -> C
 
 @pytest.mark.parametrize("write", WRITES)
 def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
-    """The first, second, … call of each function fails, until there are no more: each is told, and leaves nothing."""
+    """The first, second, … call of each function fails, until there are no more: each is told, and leaves nothing.
+
+    What can't be stored goes to a temporary folder with one warning; only notes may go missing without a word.
+    """
     told = []
     for call in range(1, 40):
         loader._loaded.clear()
-        shutil.rmtree(store.root)
-        store.root.mkdir(mode=0o700)
-        with pytest.MonkeyPatch.context() as patch:
+        shutil.rmtree(store.root, ignore_errors=True)
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            no_spare(patch)
             met = full_at(call, write, store, patch)
             patch.setattr(compiler, "build", a_build_of_nothing)
-            patch.setattr(loader, "_kernel", lambda config, archs, entry, module=None: entry)
+            patch.setattr(loader, "_kernel", lambda config, entry, home, module=None: entry)
+            said = [""]
             try:
-                loader.load(SMALL, store=store)
+                entry = loader.load(SMALL, store=store)
+                if not entry.path.is_relative_to(store.root):
+                    assert stores._spare is not None
+                    assert entry.path.is_relative_to(stores._spare[1].root)
+                    assert leftovers(stores._spare[1]) == []
+                    said = [str(warning.message) for warning in warned]
             except StoreError as error:
-                told.append(str(error))
+                said = [str(error)]
         assert leftovers(store) == []
+        if said != [""]:
+            told += said
+            assert len(said) == 1, said
+        else:
+            assert warned == [], [str(warning.message) for warning in warned]
+            assert [entry.key for entry in store.entries()], "it was neither told nor built"
         if not met():
             break
     else:
         pytest.fail("the fault is met for ever")
     assert told, "no fault was met"
     for message in told:
-        assert re.search(FULL, message), message
+        assert re.search(rf"{FULL}|{SPARED}", message), message
         assert str(store.root) in message
-    shutil.rmtree(store.root)
-    store.root.mkdir(mode=0o700)
+    shutil.rmtree(store.root, ignore_errors=True)
     loader._loaded.clear()
     assert_usable(store)
 
@@ -362,11 +438,11 @@ def a_build_of_nothing(name: str, source: str, binding: str, *, stage: Path, **_
     (stage / "stubs").mkdir()
     for file in (f"{name}.so", "main.cpp", "build.ninja", "main.o"):
         (stage / file).write_text("x")
-    return compiler.Build(sys, f"{name}.so", "main.cpp", "c++ -c", 1.0, {})
+    return compiler.Build(sys, f"{name}.so", "main.cpp", "c++ -c", 1.0, {}, {})
 
 
 ON_A_SMALL_DISK = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, warnings
 import torch, onelaunch
 from onelaunch import KernelConfig, MetadataBuffers, StoreError, CompileError, loader, store
 small = KernelConfig(fields=("cache_seqlens",), target="cpu")
@@ -382,19 +458,30 @@ for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
                 file.write(bytes(4096))
         except OSError:
             os.ftruncate(file.fileno(), max(0, file.tell() - 4096 * free_pages))
+    loader._loaded.clear()
+    store._spare = None
+    store._warned.clear()
     try:
-        loader.load(small, store=cache)
-        break
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            kernel = loader.load(small, store=cache)
+        if kernel.path.is_relative_to(disk):
+            break
+        assert kernel.path.is_relative_to(store._spare[1].root)
+        (warning,) = warned
+        said.append([free_pages, "spared", str(warning.message)])
     except (StoreError, CompileError) as error:
         said.append([free_pages, type(error).__name__, str(error)])
     finally:
         (disk / "ballast").unlink()
-    assert list((disk / "cache" / "staging").iterdir()) == [], free_pages
-    assert not (disk / "cache" / "entries").exists() or list((disk / "cache" / "entries").iterdir()) == []
+    for folder in ("staging", "entries"):
+        assert not (disk / "cache" / folder).exists() or list((disk / "cache" / folder).iterdir()) == [], free_pages
+store._spare = None
 loader._loaded.clear()
 out = torch.full((4,), -1, dtype=torch.int32)
 plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
 plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
+assert plan.kernel.path.is_relative_to(disk)
 print(json.dumps([said, out.tolist()]))
 """
 
@@ -420,23 +507,26 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     assert out == [5, 6, -1, -1]
     assert len(said) > 3, said
     for free, kind, message in said:
-        assert re.search(FULL, message), (free, kind, message)
-    assert {kind for _, kind, _ in said} >= {"StoreError"}
+        assert kind == "spared", (free, kind, message)
+        assert re.search(SPARED, message), (free, kind, message)
+        assert str(disk) in message
+    assert len({message.split(" (")[1] for _, _, message in said}) >= 2, said
 
 
 # ------------------------------------------------------------------------------------------------- a read-only cache
 
 ON_A_READ_ONLY_DISK = """
-import pathlib, sys
-import onelaunch
-from onelaunch import KernelConfig, StoreError, loader, store
-from typer.testing import CliRunner
-from onelaunch.cli.main import app
+import pathlib, sys, warnings
+from onelaunch import KernelConfig, loader, store
 small = KernelConfig(fields=("cache_seqlens",), target="cpu")
-try:
-    loader.load(small, store=store.Store(pathlib.Path(sys.argv[1]) / sys.argv[2]))
-except StoreError as error:
-    print(error)
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    kernel = loader.load(small, store=store.Store(pathlib.Path(sys.argv[1]) / sys.argv[2]))
+    loader._loaded.clear()
+    again = loader.load(small, store=store.Store(pathlib.Path(sys.argv[1]) / sys.argv[2]))
+assert kernel.path == again.path and kernel.path.is_relative_to(store._spare[1].root)
+(warning,) = warned
+print(warning.message)
 """
 
 
@@ -449,8 +539,9 @@ def test_a_disk_that_is_read_only(folder: str, tmp_path: Path) -> None:
     done = mounted(disk, "size=1m,mode=700", f"mount -o remount,ro {shlex.quote(str(disk))} && {run}")
     assert done.returncode == 0, done.stderr
     assert str(disk) in done.stdout
-    assert re.search(r"can't be used: .*(Read-only|denied)", done.stdout)
-    assert "Set ONELAUNCH_CACHE_DIR to a folder that this process may write." in done.stdout
+    assert re.search(r"can't be used \((Read-only file system|Permission denied)\); builds go to ", done.stdout)
+    assert "Set ONELAUNCH_CACHE_DIR to a folder that this process may write and that has room." in done.stdout
+    assert done.stderr.count("onelaunch: building ") == 1, done.stderr
 
 
 def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,34 +549,57 @@ def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.Monk
     root = store.root
     access = os.access
     with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+        patch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and access(path, mode))
         fresh = Store(root)
         patch.setattr(loader, "default_store", lambda: fresh)
-        with pytest.raises(StoreError, match="can't be used: Permission denied") as caught:
+        # Nor may the temporary folder be written.
+        with (
+            pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "),
+            pytest.raises(StoreError, match="can't be used: Permission denied") as caught,
+        ):
             loader.load(SMALL)
         result = CliRunner().invoke(app, ["build", "--set", SMALL.settings()])
     assert "Set ONELAUNCH_CACHE_DIR to a folder that this process may write." in str(caught.value)
     assert result.exit_code == 2
     assert result.stderr.startswith("onelaunch: The kernel cache ")
     assert "\n" not in result.stderr.strip()
+    no_spare(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == root) and access(path, mode)
+        )
+        with pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "):
+            kernel = loader.load(SMALL)
+        assert stores._spare is not None
+        assert kernel.path.is_relative_to(stores._spare[1].root)
+    no_spare(monkeypatch)
+    loader._loaded.clear()
     assert_usable(store)
 
 
 def test_the_usual_folder_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody named it, so builds go to a private folder, with one warning."""
+    """Builds go to a private folder, with one warning."""
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("ONELAUNCH_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
+    no_spare(monkeypatch)
     store = Store()
     monkeypatch.setattr(loader, "default_store", lambda: store)
     monkeypatch.setattr(loader, "_loaded", {})
-    with pytest.warns(UserWarning, match=r"can't be used \(Not a directory\); builds go to .* and are lost with it"):
-        root = store.root
-    assert root.parent == tmp_path
-    assert root.stat().st_mode & 0o077 == 0
-    assert_usable(store)
+    with pytest.warns(
+        UserWarning, match=r"can't be used \(Not a directory\); builds go to .* and are lost when this process ends"
+    ) as warned:
+        loader.load(SMALL)
+        loader._loaded.clear()
+        loader.load(SMALL)
+    assert len(warned) == 1
+    assert stores._spare is not None
+    temporary = stores._spare[1]
+    assert temporary.root.parent == tmp_path
+    assert temporary.root.stat().st_mode & 0o077 == 0
+    assert_usable(temporary)
 
 
 # --------------------------------------------------------------------------------------------- a folder that vanishes
