@@ -41,6 +41,8 @@ ABANDONED_SECONDS = 24 * 3600.0
 _UNKNOWN_SECONDS = 600.0
 # Network file systems may show another host's rename only after a while.
 _VISIBLE_AFTER_SECONDS = (0.02, 0.1, 0.5, 1.0)
+# What a reader runs out of.
+_NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
 _warned: set[str] = set()
 _spare: tuple[int, Store] | None = None
@@ -115,6 +117,7 @@ class Store:
 
         Raises:
             StoreError: the entry could have been written by somebody else.
+            OSError: this process has no room to read it, which says nothing of the entry.
         """
         path = self.root / "entries" / key
         try:
@@ -136,6 +139,8 @@ class Store:
                 self._set_aside(path, f"{error.filename} is missing")
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno in _NOT_DAMAGE:
+                raise
             self._set_aside(path, str(error))
             return None
         return Entry(key, path, manifest)
@@ -161,7 +166,7 @@ class Store:
 
         It is locked while its owner lives, so that a sweep can tell.
         """
-        folder = private(self.root / "staging")
+        folder = self._folder("staging")
         if not self._swept:
             self._swept = True
             self.sweep()
@@ -187,7 +192,7 @@ class Store:
     @contextlib.contextmanager
     def lock(self, key: str, what: str = "", done: Callable[[], bool] = lambda: False) -> Iterator[locks.Lock]:
         """Held while a key is being built, so that processes asking at once build it once. See lock.hold."""
-        with locks.hold(private(self.root / "locks") / f"{key}.lock", what or f"the build of {key[:16]}", done) as held:
+        with locks.hold(self._folder("locks") / f"{key}.lock", what or f"the build of {key[:16]}", done) as held:
             yield held
 
     def publish(self, stage: Path, key: str, facts: Mapping[str, Any]) -> Entry:
@@ -222,7 +227,7 @@ class Store:
         restrict(stage / MANIFEST)
         sync(stage / MANIFEST)
         sync(stage)
-        target = private(self.root / "entries") / key
+        target = self._folder("entries") / key
         for pause in _VISIBLE_AFTER_SECONDS:
             try:
                 os.rename(stage, target)
@@ -258,7 +263,7 @@ class Store:
     def write_index(self, request: str, noted: Mapping[str, Any]) -> None:
         """Notes something for later processes; a failure to write it only costs them time."""
         with contextlib.suppress(OSError):
-            folder = private(self.root / "index")
+            folder = self._folder("index")
             handle, name = tempfile.mkstemp(dir=folder)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -279,7 +284,7 @@ class Store:
                 if time.time() - path.lstat().st_mtime < STAMP_SECONDS:
                     return
             except FileNotFoundError:
-                private(path.parent)
+                self._folder("stamps")
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             os.utime(path)
 
@@ -300,13 +305,18 @@ class Store:
         where = error.filename or self.__dict__.get("root", "folder")
         return StoreError(f"The kernel cache {where} can't be used: {error.strerror or error}. {hint}")
 
+    def _folder(self, name: str) -> Path:
+        """A folder below the root. Of folders made on the way to another, the umask alone would say who may write."""
+        private(self.root)
+        return private(self.root / name)
+
     def _set_aside(self, path: Path, reason: str) -> None:
         if self.read_only:
             warn_once(f"The prebuilt entry {path} is damaged ({reason}); it is passed over.")
             return
         warnings.warn(f"The cache entry {path} is damaged ({reason}); it is set aside and built again.", stacklevel=3)
         with contextlib.suppress(OSError):
-            path.rename(private(self.root / "damaged") / f"{path.name[:16]}.{uuid.uuid4().hex[:8]}")
+            path.rename(self._folder("damaged") / f"{path.name[:16]}.{uuid.uuid4().hex[:8]}")
 
 
 def prebuilt() -> list[Store]:

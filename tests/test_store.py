@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import stat
 import sys
 import threading
@@ -334,6 +336,42 @@ def test_a_link_to_the_object_is_not_followed(store: Store, tmp_path: Path) -> N
         assert store.find(KEY) is None
     assert not entry.path.exists()
     assert (tmp_path / "elsewhere.so").read_bytes() == FILES["m.so"]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT])
+def test_want_of_room_is_no_damage(number: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that can open no more files leaves a whole entry where it is, and says what it ran out of."""
+    published(store)
+
+    def none(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "read", none)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            store.find(KEY)
+    assert store.find(KEY) is not None
+    assert not (store.root / "damaged").exists()
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o000])
+def test_a_umask_that_lets_others_write(mask: int, store: Store) -> None:
+    """Whatever is made first, what the store makes is its user's alone, and is taken by the next look."""
+    before = os.umask(mask)
+    try:
+        for use in (store.staging, lambda: store.lock(KEY)):
+            with use():
+                pass
+            assert stat.S_IMODE(store.root.stat().st_mode) == 0o700
+            shutil.rmtree(store.root)
+        store.write_index("r", {"key": KEY})
+        assert store.read_index("r") == {"key": KEY}
+        entry = published(store)
+        for path in (store.root, *store.root.iterdir(), entry.path):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
+    finally:
+        os.umask(before)
+    assert store.find(KEY) is not None
 
 
 @pytest.mark.parametrize(("mode", "told"), [(0o720, "720"), (0o702, "702"), (0o777, "777")])
