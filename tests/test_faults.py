@@ -21,7 +21,16 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError, failures, loader, toolchain
+from onelaunch import (
+    CompileError,
+    KernelConfig,
+    MetadataBuffers,
+    StoreError,
+    ToolchainError,
+    failures,
+    loader,
+    toolchain,
+)
 from onelaunch import compile as compiler
 from onelaunch import store as stores
 from onelaunch.cli.main import app
@@ -231,7 +240,9 @@ def test_the_compiler_goes_during_the_build(
 
 # ------------------------------------------------------------------------------------------- a compiler that fails
 
-KILLED = r"The compiler was killed, most often for want of memory: build fewer at once \(MAX_JOBS=1\), or give it more\."
+KILLED = (
+    r"The compiler was killed, most often for want of memory: build fewer at once \(MAX_JOBS=1\), or give it more\."
+)
 SPARED = (
     r"^The cache folder \S+ can't (be used|take a build) \((No space left on device|its disk is full)\); builds go to "
     r"\S+ and are lost when this process ends\. "
@@ -592,9 +603,12 @@ def test_the_usual_folder_may_not_be_written(tmp_path: Path, monkeypatch: pytest
         UserWarning, match=r"can't be used \(Not a directory\); builds go to .* and are lost when this process ends"
     ) as warned:
         loader.load(SMALL)
-        loader._loaded.clear()
+    loader._loaded.clear()
+    with warnings.catch_warnings(record=True) as later:
+        warnings.simplefilter("always")
         loader.load(SMALL)
     assert len(warned) == 1
+    assert later == []
     assert stores._spare is not None
     temporary = stores._spare[1]
     assert temporary.root.parent == tmp_path

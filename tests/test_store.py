@@ -95,7 +95,7 @@ def spared(store: Store, root: Path, reason: str) -> None:
     """The store is replaced by a temporary one, the same each time, with one warning."""
     with pytest.warns(UserWarning, match="can't be used") as caught:
         temporary = store.writable()
-        assert store.writable() is temporary
+    assert store.writable() is temporary
     (warning,) = caught
     assert str(warning.message) == (
         f"The cache folder {root} can't be used ({reason}); builds go to {temporary.root} and are lost when this "
