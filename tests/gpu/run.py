@@ -164,7 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", nargs="?", type=Path, default=HERE / "evidence.json", help="where the evidence goes")
     parser.add_argument(
-        "--traces", type=Path, default=ROOT / "tests" / "data", help="folder of the traces to soak with"
+        "--traces", type=Path, default=ROOT / "tests" / "data" / "full", help="folder of the traces to soak with"
     )
     parser.add_argument("--only", choices=["soak"], help="run this part alone and add it to the evidence there is")
     options = parser.parse_args()
