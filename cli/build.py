@@ -31,6 +31,9 @@ def build(
 ) -> None:
     """Compile configurations ahead of time into the cache. Several are built at once, in child processes.
 
+    ONELAUNCH_JIT=error doesn't refuse this: it is for builds that a call would start. A build that takes too long is
+    ended and counts as failed; the next attempt compiles it again.
+
     Examples: onelaunch build nsa-decode-3 --arch 90a; onelaunch build --set num_backends=5 --target cpu;
     onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
     """

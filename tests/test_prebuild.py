@@ -15,6 +15,7 @@ from onelaunch.store import Store
 from typer.testing import CliRunner
 
 SMALL = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]
+REAL = toolchain.find_host_compiler().path
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +99,11 @@ def test_several_are_built_in_children_whatever_the_policy(store: Store, monkeyp
 
 def fake_compiler(folder: Path, action: str) -> Path:
     """A compiler that does something else for kernels of two backends."""
-    real = toolchain.find_host_compiler().path
     path = folder / "bin" / "c++"
     path.parent.mkdir()
     symbol = SMALL[1].symbol
     path.write_text(
-        f'#!/bin/sh\ncase "$*" in *-c*) if grep -q {symbol} main.cpp; then {action}; fi;; esac\nexec {real} "$@"\n'
+        f'#!/bin/sh\ncase "$*" in *-c*) if grep -q {symbol} main.cpp; then {action}; fi;; esac\nexec {REAL} "$@"\n'
     )
     path.chmod(0o755)
     return path
@@ -113,16 +113,32 @@ def test_one_that_hangs_is_ended_with_its_compiler(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the others are built."""
-    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, f"echo $$ > {tmp_path}/pid; sleep 600")))
+    compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/pid; sleep 600")
+    monkeypatch.setenv("CXX", str(compiler))
     began = time.monotonic()
-    # The time counts from the start of the worker, which imports torch.
-    ended = prebuild.build_all([Job(config) for config in SMALL], 1, timeout=12)
+    words = [word for config in SMALL for word in ("--set", config.settings())]
+    result = verb(*words, "--jobs", "1", "--timeout", "5")
     assert time.monotonic() - began < 60
-    assert [bool(done.error) for done in ended] == [False, True, False]
-    assert "wasn't built in 12 s; --timeout sets how long it may take" in ended[1].error
+    assert result.exit_code == 2
+    *rows, summary = result.output.splitlines()
+    assert [row.startswith("failed") for row in rows] == [False, True, False]
+    assert f"{SMALL[1].symbol} wasn't built in 5 s; --timeout sets how long it may take" in rows[1]
+    assert summary.startswith("2 built, 0 there before, 1 failed, in ")
     assert len(store.stored_keys()) == 2
     pid = int((tmp_path / "pid").read_text())
     assert not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text()
+    # It isn't a failure that would repeat itself: nothing is remembered, no lock is left, and it is compiled again.
+    compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
+    key = loader.content_key(SMALL[1], (), loader.compiler.find_tools("cpu").versions())
+    assert failures.recall(store, key) is None
+    assert loader.load(SMALL[1]).key == key
+    assert list((store.root / "staging").iterdir()) == []
+
+
+def test_a_worker_that_doesnt_start(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prebuild, "START_SECONDS", 0.0)
+    (done,) = prebuild.build_all([Job(SMALL[0])], 1)
+    assert done.error == f"The worker for {SMALL[0].symbol} didn't start in 0 s."
 
 
 def test_one_that_fails_is_in_the_summary_and_remembered(
@@ -137,7 +153,7 @@ def test_one_that_fails_is_in_the_summary_and_remembered(
     assert "no such luck" in result.output
     assert "It failed so on" in verb(*words, "--jobs", "1").output
     # The compiler is mended: only --retry finds out.
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("REAL_CXX", "c++")} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
     result = verb("--set", SMALL[1].settings(), "--retry")
     assert result.exit_code == 0, result.output
     assert failures.RETRY_VARIABLE not in os.environ
