@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -39,9 +40,9 @@ def build(
     """
 
     def run() -> None:
-        from onelaunch import prebuild
+        from onelaunch import prebuild, toolchain
 
-        archs = architectures(arch)
+        archs, here = architectures(arch), functools.cache(toolchain.current_architectures)
         names: list[str | None] = [*(configs or ()), *(presets or ())]
         wanted = [
             prebuild.Job(chosen(name, facts, target), archs)
@@ -51,7 +52,10 @@ def build(
         for job in prebuild.read_matrix(config) if config is not None else ():
             changed = job.config.replace(target=target) if target else job.config
             wanted.append(prebuild.Job(changed, archs or job.archs))
-        wanted = prebuild.distinct(wanted)
+        # Settled here: the children don't ask the GPU.
+        wanted = prebuild.distinct(
+            [job if job.archs or job.config.target == "cpu" else prebuild.Job(job.config, here()) for job in wanted]
+        )
         if len(wanted) == 1 and timeout is None:
             _here(wanted[0], retry)
         else:
@@ -76,7 +80,7 @@ def explain(
         from onelaunch.explain import explain as look
 
         wanted = chosen(config, settings, target)
-        archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.architectures()
+        archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.current_architectures()
         return look(wanted, archs)
 
     found = sentence(run)

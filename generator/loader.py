@@ -108,8 +108,8 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
 
     Args:
         config: the configuration.
-        archs: GPU architectures, such as ("90a",); None is that of the current device, see toolchain.architectures.
-            Ignored on the CPU target.
+        archs: GPU architectures, such as ("90a",); None is toolchain.current_architectures(). Ignored on the CPU
+            target.
         store: where builds are kept; None is the user's. The folders of $ONELAUNCH_PREBUILT come before it.
 
     Raises:
@@ -119,7 +119,7 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
         StoreError: the store can't be trusted or written, or what it has can't run here.
     """
     store = store or default_store()
-    targets = () if config.target == "cpu" else tuple(archs or toolchain.architectures())
+    targets = () if config.target == "cpu" else tuple(archs or toolchain.current_architectures())
     try:
         memory = (config.key, targets, store.place)
         kernel = _loaded.get(memory)

@@ -34,7 +34,7 @@ START_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Job:
-    """One build: a configuration, and its architectures (None: those of the environment)."""
+    """One build: a configuration, and its architectures (None: as in loader.load)."""
 
     config: KernelConfig
     archs: tuple[str, ...] | None = None

@@ -200,6 +200,17 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
     return (f"{major}{minor}{'a' if major >= 9 else ''}",)
 
 
+def current_architectures() -> tuple[str, ...]:
+    """architectures() for the current CUDA device, or for none where no GPU is visible. Initialises CUDA.
+
+    Raises:
+        ToolchainError: see architectures().
+    """
+    import torch
+
+    return architectures(torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
 def gencode_flags(archs: Sequence[str], toolkit: CudaToolkit | None = None) -> list[str]:
     """nvcc flags: ("90a",) gives ["-gencode=arch=compute_90a,code=sm_90a"]; so do "9.0a" and "sm_90a".
 

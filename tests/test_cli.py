@@ -14,7 +14,7 @@ from typing import Any
 import audit
 import onelaunch
 import pytest
-from onelaunch import PRESETS, KernelConfig, loader, prebuild, preset, render
+from onelaunch import PRESETS, KernelConfig, loader, prebuild, preset, render, toolchain
 from onelaunch.cli import main
 from onelaunch.cli.main import app
 from onelaunch.store import Store
@@ -240,7 +240,11 @@ def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.Mo
     assert summary.startswith("2 built, 0 there before, 0 failed, in ")
     # A single one is built by the command's own process.
     assert invoke("build").exit_code == 0
-    assert asked[-1] == prebuild.Job(KernelConfig(), None)
+    assert asked[-1] == prebuild.Job(KernelConfig(), toolchain.current_architectures())
+    # Several without --arch are for the GPU that is here, which the children don't ask.
+    monkeypatch.setattr(toolchain, "current_architectures", lambda: ("89",))
+    assert invoke("build", "nsa-decode-1", "nsa-copy-3").exit_code == 0
+    assert [job.archs for job in asked[-2:]] == [("89",), ("89",)]
 
 
 def test_build_names_a_wrong_preset_before_it_builds_another(store: Store) -> None:
