@@ -173,3 +173,14 @@ def test_one_that_fails_is_in_the_summary_and_remembered(
     result = verb("--set", SMALL[1].settings(), "--retry")
     assert result.exit_code == 0, result.output
     assert failures.RETRY_VARIABLE not in os.environ
+
+
+def test_a_worker_that_is_killed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the kernel, for want of memory: it is said, another worker takes the rest, and nothing is remembered."""
+    killing = fake_compiler(tmp_path, "kill -9 $(cut -d' ' -f6 /proc/$$/stat); sleep 600")  # its session's first
+    monkeypatch.setenv("CXX", str(killing))
+    killed, other = prebuild.build_all([Job(SMALL[1]), Job(SMALL[2])], 1)
+    assert f"The worker that built {SMALL[1].symbol} ended by signal 9" in killed.error
+    assert killed.error.endswith("If memory ran out, build fewer at once with --jobs.")
+    assert other.built
+    assert list((store.root / "failed").glob("*")) == []
