@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.resources
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
@@ -16,17 +17,17 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from . import collect, failures, toolchain
+from . import collect, failures, log, override, toolchain
 from . import compile as compiler
 from .config import SCHEMA_VERSION, KernelConfig
 from .errors import CompileError, JitPolicyError, StoreError, ToolchainError
 from .lock import Lock
-from .store import MANIFEST, Entry, Store, spare, tiers
+from .store import MANIFEST, Entry, Store, spare, tiers, warn_once
 
 Policy = Literal["allow", "warn", "error"]
 POLICY_VARIABLE = "ONELAUNCH_JIT"
@@ -35,8 +36,10 @@ POLICY_VARIABLE = "ONELAUNCH_JIT"
 _ENVIRONMENT = ("PATH", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "CXX")
 
 _lock = threading.RLock()
-_loaded: dict[tuple[str, tuple[str, ...], str], Kernel] = {}
+_loaded: dict[tuple[str, tuple[str, ...], str, str], Kernel] = {}
 _frozen: Policy | None = None
+# What was compiled in place of the emitted source, in an entry.
+EDITED_FILE = "edited.cu"
 # A build that fails for these is made in a temporary folder instead.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -61,6 +64,8 @@ class Kernel:
         archs: GPU architectures it was built for; () on the CPU target.
         manifest: what the store keeps about the build.
         module: the binding.
+        built: whether this process built it.
+        since: time.perf_counter() when this process got it.
     """
 
     config: KernelConfig
@@ -69,13 +74,20 @@ class Kernel:
     archs: tuple[str, ...]
     manifest: Mapping[str, Any]
     module: ModuleType
+    built: bool = False
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def edited(self) -> bool:
+        """Whether its source was edited by hand (see override.py)."""
+        return is_edited(self.manifest)
 
     @property
     def source(self) -> str:
-        """The emitted source."""
+        """The emitted source, or what was edited by hand in its place."""
         from .render import render
 
-        return render(self.config)
+        return entry_of(self).source if self.edited else render(self.config)
 
     @property
     def resources(self) -> dict[str, dict[str, int]]:
@@ -83,7 +95,8 @@ class Kernel:
         return dict(self.manifest["resources"])
 
     def __repr__(self) -> str:
-        return f"Kernel({self.config.symbol}, key={self.key[:16]}, archs={'+'.join(self.archs) or 'host'})"
+        mark = ", edited by hand" if self.edited else ""
+        return f"Kernel({self.config.symbol}, key={self.key[:16]}, archs={'+'.join(self.archs) or 'host'}{mark})"
 
 
 def freeze(policy: Policy = "error") -> None:
@@ -118,12 +131,15 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
     store = store or default_store()
     targets = () if config.target == "cpu" else tuple(archs or toolchain.architectures())
     try:
-        memory = (config.key, targets, store.place)
+        start = time.perf_counter()
+        edit = override.edited(config)
+        memory = (config.key, targets, store.place, edit.digest if edit else "")
         kernel = _loaded.get(memory)
         if kernel is None:
             with _lock:
                 kernel = _loaded.get(memory) or _load(config, targets, store)
                 _loaded[memory] = kernel
+        _tell(kernel, start, edit)
     except OSError as error:
         raise store.unusable(error) from error
     return kernel
@@ -141,23 +157,29 @@ def content_key(config: KernelConfig, archs: Sequence[str], versions: Mapping[st
     Args:
         versions: Tools.versions().
     """
-    return _sha256(json.dumps(ingredients(config, archs, versions), sort_keys=True))
+    return _key_of(ingredients(config, archs, versions))
 
 
 def ingredients(config: KernelConfig, archs: Sequence[str], versions: Mapping[str, str]) -> dict[str, Any]:
     """What a key is made of; the manifest holds it, so that explain can say what differs."""
-    from .render import render, render_binding
+    from .render import render_binding
 
+    edit = override.edited(config)
     return {
         "schema": SCHEMA_VERSION,
         "config": config.to_dict(),
-        "source": _sha256(render(config)),
+        "source": edit.digest if edit else _sha256(override.source(config)),
+        **({"edited": True} if edit else {}),
         "binding": _sha256(render_binding(config, module_name(config))),
         "flags": compiler.flags(config.target, archs),
         "archs": list(archs),
         "machine": platform.machine(),
         "compilers": dict(versions),
     }
+
+
+def _key_of(made_of: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(made_of, sort_keys=True))
 
 
 def module_name(config: KernelConfig) -> str:
@@ -266,11 +288,17 @@ def _build(
     store: Store,
     held: Lock,
 ) -> tuple[Entry, ModuleType]:
-    from .render import render, render_binding
+    from .render import render_binding
 
+    edit = override.edited(config)
+    source = override.source(config)
+    made_of = ingredients(config, archs, tools.versions())
+    if (made_of["source"], _key_of(made_of)) != (_sha256(source), key):
+        raise StoreError(f"The edited source of {config.symbol} changed while its build began; ask for it again.")
     where = f" for {', '.join(f'sm_{arch}' for arch in archs)}" if archs else " for the CPU"
     print(
-        f"onelaunch: building {config.symbol}{where}, because {store.root} has no build of it yet",
+        f"onelaunch: building {config.symbol}{where}, because {store.root} has no build of it yet"
+        + (f" (edited by hand: {edit.path})" if edit else ""),
         file=sys.stderr,
         flush=True,
     )
@@ -279,7 +307,7 @@ def _build(
         held.phase("compiling")
         done = compiler.build(
             name,
-            render(config),
+            source,
             render_binding(config, name),
             archs=archs,
             tools=tools,
@@ -287,6 +315,8 @@ def _build(
             key=key,
         )
         held.phase("publishing")
+        if edit:
+            (stage / EDITED_FILE).write_text(source, encoding="utf-8")
         facts = {
             "schema": SCHEMA_VERSION,
             "config": config.to_dict(),
@@ -294,22 +324,40 @@ def _build(
             "archs": list(archs),
             "module": name,
             "module_file": done.module_file,
-            "source_file": done.source_file,
+            "source_file": EDITED_FILE if edit else done.source_file,
             "compilers": tools.versions(),
             "command": done.command,
             "seconds": round(done.seconds, 3),
             "resources": done.resources,
             "requires": done.requires,
-            "ingredients": ingredients(config, archs, tools.versions()),
+            "ingredients": made_of,
         }
+        log.event("build", config.symbol, key, "miss", done.seconds, *archs, "edited by hand" if edit else "")
         return store.publish(stage, key, facts), done.module
 
 
 def _kernel(config: KernelConfig, entry: Entry, store: Store, module: ModuleType | None = None) -> Kernel:
     archs = tuple(str(arch) for arch in entry.manifest["archs"])
+    built = module is not None
     module = module or import_module(entry)
     store.stamp(entry.key)
-    return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module)
+    return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module, built)
+
+
+def _tell(kernel: Kernel, start: float, edit: override.Edited | None) -> None:
+    """One line in the log; and a warning, once a process, where a kernel isn't what the templates emit."""
+    seconds, new = time.perf_counter() - start, kernel.since >= start
+    outcome, origin = ("miss", "built now") if kernel.built and new else ("hit", str(kernel.path) if new else "memory")
+    level = logging.INFO if new else logging.DEBUG
+    mark = "edited by hand" if edit else ""
+    log.event("load", kernel.config.symbol, kernel.key, outcome, seconds, *kernel.archs, origin, mark, level=level)
+    if edit:
+        warn_once(f"{kernel.config.symbol} is edited by hand: {edit.path} runs in place of what onelaunch emits.")
+
+
+def is_edited(manifest: Mapping[str, Any]) -> bool:
+    """Whether a build's source was edited by hand."""
+    return bool(manifest.get("ingredients", {}).get("edited"))
 
 
 def entry_of(kernel: Kernel) -> Entry:
@@ -376,7 +424,8 @@ def _obey_policy(config: KernelConfig, archs: tuple[str, ...]) -> None:
 def request_of(config: KernelConfig, archs: tuple[str, ...]) -> str:
     """What a process wants, computed without rendering: the generator's own files stand for the source they emit."""
     material = [config.key, _generator_digest(), *compiler.flags(config.target, archs), platform.machine()]
-    return _sha256("\n".join(material))
+    edit = override.edited(config)
+    return _sha256("\n".join([*material, edit.digest] if edit else material))
 
 
 @functools.cache
