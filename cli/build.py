@@ -31,8 +31,12 @@ def build(
 ) -> None:
     """Compile configurations ahead of time into the cache. Several are built at once, in child processes.
 
-    Examples: onelaunch build nsa-decode-3 --arch 90a; onelaunch build --set num_backends=5 --target cpu;
-    onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
+    \b
+    Examples:
+      onelaunch build nsa-decode-3 --arch 90a
+      onelaunch build --set num_backends=5 --target cpu
+      onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
+      onelaunch build --config kernels.toml --arch 90a,100a
     """
 
     def run() -> None:
@@ -65,7 +69,9 @@ def explain(
 ) -> None:
     """Say whether a configuration is in the cache; if not, what the nearest build has that differs. Exit code 1: miss.
 
-    Example: onelaunch explain nsa-decode-3 --arch 90a
+    \b
+    Examples:
+      onelaunch explain nsa-decode-3 --arch 90a
     """
 
     def run() -> Any:

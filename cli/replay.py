@@ -538,6 +538,12 @@ def replay(
 
     Exits with 1 if a destination is wrong or a step took more than one launch, with 2 if an option or the
     trace can't be used.
+
+    \b
+    Examples:
+      onelaunch replay trace.csv
+      onelaunch replay trace.csv --device cpu --max-batch 8 --max-steps 100 --verify every
+      onelaunch replay trace.csv --extent full --json -
     """
     from rich.console import Console
 
