@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, sentence, size
+from .common import Json, sentence, size, write_whole
 
 HELP = """The cache of built kernels.
 
@@ -197,7 +197,7 @@ def pack(
         from onelaunch.pack import to_bytes
 
         entries = _matching(keys)
-        output.write_bytes(to_bytes(entries))
+        write_whole(output, to_bytes(entries))
         return entries
 
     for entry in sentence(run):

@@ -143,18 +143,33 @@ def print_text(text: str, lexer: str) -> None:
     Console().print(highlighted, soft_wrap=True, end="")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file in one step: interrupted, it leaves what was there before."""
+    data = content.encode() if isinstance(content, str) else content
     target = path.resolve()
     if target.exists() and not target.is_file():  # such as /dev/stdout
-        target.write_text(text, encoding="utf-8")
+        target.write_bytes(data)
         return
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(data)
         os.replace(part, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def write_commands(folder: Path) -> Path:
+    """Writes a compile_commands.json of the emitted files in a folder; returns its path."""
+    from onelaunch import inspect
+    from onelaunch.errors import ConfigError
+
+    files = {}
+    for source in sorted(folder.glob("*.cu")):
+        with contextlib.suppress(ConfigError):  # somebody else's file
+            files[source] = inspect.of_file(source)
+    path = folder / "compile_commands.json"
+    write_whole(path, inspect.compile_commands(files))
+    return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from onelaunch import inspect
 from onelaunch.config import PRESETS
 from onelaunch.render import render
 
@@ -32,14 +31,6 @@ def write_folder(folder: Path) -> list[Path]:
             write_whole(path, text)
             touched.append(path)
     return touched
-
-
-def write_commands(folder: Path) -> Path:
-    """Writes the compile_commands.json of the emitted files; returns its path."""
-    files = {folder / f"{name}.cu": inspect.of_file(folder / f"{name}.cu") for name in PRESETS}
-    path = folder / "compile_commands.json"
-    write_whole(path, inspect.compile_commands(files))
-    return path
 
 
 def check_folder(folder: Path) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from . import cache
 from .build import build, explain
-from .common import EXIT_CODES, Verbs, sentence
+from .common import EXIT_CODES, Verbs, sentence, write_commands
 from .describe import describe
 from .doctor import doctor
 from .listing import list_kernels
@@ -94,7 +94,7 @@ def generate(
       onelaunch generate --check
       onelaunch generate --folder emitted --clangd
     """
-    from .generate import check_folder, write_commands, write_folder
+    from .generate import check_folder, write_folder
 
     if check:
         difference = sentence(lambda: check_folder(folder))

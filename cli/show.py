@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Arch, Config, Settings, Target, kernel, preset_names, print_text, sentence, write_whole
+from .common import (
+    Arch,
+    Config,
+    Settings,
+    Target,
+    kernel,
+    preset_names,
+    print_text,
+    sentence,
+    write_commands,
+    write_whole,
+)
 
 
 class What(StrEnum):
@@ -51,7 +62,8 @@ def show(
         bool, typer.Option("--annotate", help="With the source line that PTX and SASS come from.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write to this file; in a folder, to <symbol>.cu.")
+        str | None,
+        typer.Option("-o", "--output", metavar="PATH", help="Write to this file, or to <symbol>.cu in a FOLDER/."),
     ] = None,
     clangd: Annotated[
         bool, typer.Option("--clangd", help="With -o: write a compile_commands.json beside it, for editors.")
@@ -88,13 +100,13 @@ def show(
             text = inspect.view(found, what, annotate)
         if output is None:
             return text
-        path = output
-        if path.is_dir() or str(output).endswith("/"):
+        path = Path(output)
+        if path.is_dir() or output.endswith("/"):
             path.mkdir(parents=True, exist_ok=True)
             path = path / f"{found.symbol}.{'cu' if what == What.cuda else what}"
         write_whole(path, text)
         if clangd:
-            write_whole(path.parent / "compile_commands.json", inspect.compile_commands({path: found}))
+            write_commands(path.parent)
         return ""
 
     print_text(sentence(run), "json" if as_json else LEXERS[what])
