@@ -23,7 +23,6 @@ Examples:
   onelaunch list
   onelaunch show nsa-decode-3
   onelaunch build nsa-decode-3 --arch 90a
-  onelaunch --install-completion
 """
 
 app = typer.Typer(
@@ -59,7 +58,7 @@ def _version(wanted: bool) -> None:
     rows = [("python", platform.python_version(), ""), ("torch", metadata.version("torch"), "")]
     for tool, value, origin in [*rows, *toolchain.describe()]:
         reason = origin.splitlines()[0] if value == toolchain.NOT_USABLE else ""
-        typer.echo(f"{tool:20}  {value}{f': {reason}' if reason else ''}")
+        typer.echo(f"{tool:23}  {value}{f': {reason}' if reason else ''}")
     raise typer.Exit
 
 
