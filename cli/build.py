@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import architectures, chosen, sentence
+from .common import Json, architectures, chosen, sentence
 
 
 def build(
@@ -35,8 +36,12 @@ def build(
     ONELAUNCH_JIT=error doesn't refuse this: it is for builds that a call would start. A build that takes too long is
     ended and counts as failed; the next attempt compiles it again.
 
-    Examples: onelaunch build nsa-decode-3 --arch 90a; onelaunch build --set num_backends=5 --target cpu;
-    onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
+    \b
+    Examples:
+      onelaunch build nsa-decode-3 --arch 90a
+      onelaunch build --set num_backends=5 --target cpu
+      onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
+      onelaunch build --config kernels.toml --arch 90a,100a
     """
 
     def run() -> None:
@@ -69,10 +74,14 @@ def explain(
     settings: Annotated[str | None, typer.Option("--set", help="Facts as key=value,…; over the preset.")] = None,
     target: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda.")] = None,
     arch: Annotated[str | None, typer.Option(help="GPU architectures, such as 90a,100a.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Say whether a configuration is in the cache; if not, what the nearest build has that differs. Exit code 1: miss.
 
-    Example: onelaunch explain nsa-decode-3 --arch 90a
+    \b
+    Examples:
+      onelaunch explain nsa-decode-3 --arch 90a
+      onelaunch explain --set num_backends=5 --json
     """
 
     def run() -> Any:
@@ -84,7 +93,19 @@ def explain(
         return look(wanted, archs)
 
     found = sentence(run)
-    typer.echo(str(found))
+    if as_json:
+        facts = {
+            "hit": str(found.hit.path) if found.hit else None,
+            "key": found.key,
+            "nearest": str(found.nearest.path) if found.nearest else None,
+            "differs": {what: {"nearest": was, "wanted": wanted} for what, was, wanted in found.differs},
+            "failed": found.failed,
+            "looked_in": found.looked_in,
+            "missing": found.missing,
+        }
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        typer.echo(str(found))
     if found.hit is None:
         raise typer.Exit(1)
 

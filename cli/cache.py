@@ -9,24 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import sentence
+from .common import Json, sentence, size, write_whole
 
-app = typer.Typer(help="The cache of built kernels.", no_args_is_help=True, rich_markup_mode=None)
-Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
+HELP = """The cache of built kernels.
+
+\b
+Examples:
+  onelaunch cache list
+  onelaunch cache pack -o kernels.tar.gz
+  onelaunch cache gc --max-size 500M --older-than 30d
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 
 
 def _store() -> Any:
     from onelaunch.loader import default_store
 
     return default_store()
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def _matching(keys: list[str] | None) -> list[Any]:
@@ -45,9 +45,37 @@ def _matching(keys: list[str] | None) -> list[Any]:
     return [entry for entry in entries if entry is not None]
 
 
+def listed(store: Any) -> list[dict[str, Any]]:
+    """What a store holds, the last used first."""
+    from onelaunch.loader import is_edited
+    from onelaunch.store import MANIFEST
+
+    def when(seconds: float) -> str:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+    return [
+        {
+            "key": entry.key,
+            "symbol": entry.manifest["symbol"],
+            "archs": list(entry.manifest.get("archs", entry.manifest.get("resources", ()))),
+            "bytes": entry.size,
+            "built": when((entry.path / MANIFEST).stat().st_mtime),
+            "used": when(store.used(entry.key)),
+            "edited": is_edited(entry.manifest),
+            "path": str(entry.path),
+        }
+        for entry in sorted(store.entries(), key=lambda entry: -store.used(entry.key))
+    ]
+
+
 @app.command("path")
 def path() -> None:
-    """Print the cache's folder."""
+    """Print the cache's folder.
+
+    \b
+    Examples:
+      onelaunch cache path
+    """
     typer.echo(str(_store().root))
 
 
@@ -55,34 +83,30 @@ def path() -> None:
 def list_entries(as_json: Json = False) -> None:
     """List the entries, the last used first.
 
-    Example: onelaunch cache list
+    \b
+    Examples:
+      onelaunch cache list
+      onelaunch cache list --json
     """
     store = _store()
-    entries = sorted(sentence(lambda: _matching(None)), key=lambda entry: -store.used(entry.key))
-    rows = [
-        {
-            "key": entry.key,
-            "symbol": entry.manifest["symbol"],
-            "archs": entry.manifest["archs"],
-            "bytes": entry.size,
-            "used": time.strftime("%Y-%m-%d %H:%M", time.localtime(store.used(entry.key))),
-        }
-        for entry in entries
-    ]
+    rows = sentence(lambda: listed(store))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
     for row in rows:
         archs = "+".join(row["archs"]) or "cpu"
-        typer.echo(f"{row['key'][:16]}  {_size(row['bytes']):>8}  {row['used']}  {archs:10}  {row['symbol']}")
-    typer.echo(f"{len(rows)} entries, {_size(sum(row['bytes'] for row in rows))}, in {store.root}")
+        mark = "  edited by hand" if row["edited"] else ""
+        typer.echo(f"{row['key'][:16]}  {size(row['bytes']):>8}  {row['used']}  {archs:10}  {row['symbol']}{mark}")
+    typer.echo(f"{len(rows)} entries, {size(sum(row['bytes'] for row in rows))}, in {store.root}")
 
 
 @app.command("info")
 def info(keys: Annotated[list[str], typer.Argument(help="The first digits of keys.")]) -> None:
     """Print the manifests of entries: configuration, compilers, command, resources, what a host needs.
 
-    Example: onelaunch cache info 1f3a
+    \b
+    Examples:
+      onelaunch cache info 1f3a
     """
     for entry in sentence(lambda: _matching(keys)):
         typer.echo(json.dumps(dict(entry.manifest), indent=1, sort_keys=True))
@@ -90,7 +114,12 @@ def info(keys: Annotated[list[str], typer.Argument(help="The first digits of key
 
 @app.command("verify")
 def verify() -> None:
-    """Read every file of every entry and compare it with its sum. Exit code 1: some were damaged and set aside."""
+    """Read every file of every entry and compare it with its sum. Exit code 1: some were damaged and set aside.
+
+    \b
+    Examples:
+      onelaunch cache verify
+    """
     store = _store()
     before = store.stored_keys()
     good = sentence(lambda: list(store.entries()))
@@ -106,7 +135,12 @@ def gc(
 ) -> None:
     """Remove the entries that were used longest ago, and what no entry needs.
 
-    Without options it keeps the default bound. Example: onelaunch cache gc --max-size 500M --older-than 30d
+    Without options it keeps the default bound.
+
+    \b
+    Examples:
+      onelaunch cache gc
+      onelaunch cache gc --max-size 500M --older-than 30d
     """
 
     def run() -> Any:
@@ -121,14 +155,19 @@ def gc(
 
     done = sentence(run)
     typer.echo(
-        f"removed {len(done.keys)} entries ({_size(done.freed)}) and {done.remains} leftovers; "
-        f"{_size(done.kept)} of entries are kept"
+        f"removed {len(done.keys)} entries ({size(done.freed)}) and {done.remains} leftovers; "
+        f"{size(done.kept)} of entries are kept"
     )
 
 
 @app.command("clear")
 def clear() -> None:
-    """Remove everything from the cache."""
+    """Remove everything from the cache.
+
+    \b
+    Examples:
+      onelaunch cache clear
+    """
 
     def run() -> int:
         from onelaunch import collect, trust
@@ -138,7 +177,7 @@ def clear() -> None:
             trust.check_owner(store.root)
         return collect.clear(store)
 
-    typer.echo(f"removed {_size(sentence(run))} from {_store().root}")
+    typer.echo(f"removed {size(sentence(run))} from {_store().root}")
 
 
 @app.command("pack")
@@ -148,27 +187,32 @@ def pack(
 ) -> None:
     """Write built kernels to one file, for hosts without a compiler.
 
-    Example: onelaunch cache pack -o kernels.tar.gz
+    \b
+    Examples:
+      onelaunch cache pack -o kernels.tar.gz
+      onelaunch cache pack -o two.tar.gz 1f3a 82be
     """
 
     def run() -> Any:
         from onelaunch.pack import to_bytes
 
         entries = _matching(keys)
-        output.write_bytes(to_bytes(entries))
+        write_whole(output, to_bytes(entries))
         return entries
 
     for entry in sentence(run):
         needs = entry.manifest.get("requires", {})
         typer.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  needs {_needs(needs)}")
-    typer.echo(f"wrote {output}, {_size(output.stat().st_size)}")
+    typer.echo(f"wrote {output}, {size(output.stat().st_size)}")
 
 
 @app.command("unpack")
 def unpack(file: Annotated[Path, typer.Argument(help="A file that pack wrote, from somebody you trust.")]) -> None:
     """Put packed kernels into the cache. Exit code 1: some can't run here, and the reason is printed.
 
-    Example: onelaunch cache unpack kernels.tar.gz
+    \b
+    Examples:
+      onelaunch cache unpack kernels.tar.gz
     """
 
     def run() -> Any:

@@ -13,7 +13,10 @@ import typer
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Check tools, versions and the cache, then build and run a real kernel. Exit code 1: there is something to fix.
 
-    Example: onelaunch doctor
+    \b
+    Examples:
+      onelaunch doctor
+      onelaunch doctor --json
     """
     from onelaunch import doctor as check
 

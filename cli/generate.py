@@ -8,6 +8,8 @@ from pathlib import Path
 from onelaunch.config import PRESETS
 from onelaunch.render import render
 
+from .common import write_whole
+
 
 def emitted() -> dict[str, str]:
     """File name to text, for every preset."""
@@ -26,7 +28,7 @@ def write_folder(folder: Path) -> list[Path]:
     for name, text in wanted.items():
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
             touched.append(path)
     return touched
 

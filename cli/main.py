@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,80 +9,89 @@ import typer
 
 from . import cache
 from .build import build, explain
-from .common import chosen, sentence
+from .common import EXIT_CODES, Verbs, sentence, write_commands
+from .describe import describe
 from .doctor import doctor
+from .listing import list_kernels
 from .replay import replay
+from .show import diff, show
+
+HELP = """Generate, build, inspect and replay kernels that refresh N backends' attention metadata in one launch.
+
+\b
+Examples:
+  onelaunch list
+  onelaunch show nsa-decode-3
+  onelaunch build nsa-decode-3 --arch 90a
+"""
 
 app = typer.Typer(
     name="onelaunch",
-    help="Generate, build and replay kernels that refresh N backends' attention metadata in one launch.",
+    cls=Verbs,
+    help=HELP,
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-app.command()(replay)
+app.command("list")(list_kernels)
+app.command()(show)
+app.command()(describe)
+app.command()(diff)
 app.command()(build)
 app.command()(explain)
+app.command()(replay)
 app.command()(doctor)
 app.add_typer(cache.app, name="cache")
 
-Settings = Annotated[
-    str | None,
-    typer.Option("--set", help="Facts as key=value,…; over the preset if one is named. Fields are joined by +."),
-]
-
 
 def _version(wanted: bool) -> None:
-    if wanted:
-        from onelaunch import __version__
+    if not wanted:
+        return
+    import platform
+    from importlib import metadata
 
-        typer.echo(f"onelaunch {__version__}")
-        raise typer.Exit
+    from onelaunch import __version__, toolchain
+
+    typer.echo(f"onelaunch {__version__}")
+    rows = [("python", platform.python_version(), ""), ("torch", metadata.version("torch"), "")]
+    for tool, value, origin in [*rows, *toolchain.describe()]:
+        reason = origin.splitlines()[0] if value == toolchain.NOT_USABLE else ""
+        typer.echo(f"{tool:23}  {value}{f': {reason}' if reason else ''}")
+    raise typer.Exit
 
 
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version, and those of the toolchain."
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from; may stand anywhere.")
     ] = False,
 ) -> None:
     pass
 
 
 @app.command()
-def show(
-    config: Annotated[str | None, typer.Argument(help="A preset; without one, the defaults.")] = None,
-    settings: Settings = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file.")] = None,
-) -> None:
-    """Print the emitted CUDA of a configuration.
-
-    Examples: onelaunch show nsa-decode-3; onelaunch show --set num_backends=5,page_size=16
-    """
-    from onelaunch.render import render
-
-    source = sentence(lambda: render(chosen(config, settings)))
-    if output is not None:
-        target = output
-        sentence(lambda: target.write_text(source, encoding="utf-8"))
-    elif sys.stdout.isatty():
-        from rich.console import Console
-        from rich.syntax import Syntax
-
-        Console().print(Syntax(source, "cuda", background_color="default"))
-    else:
-        sys.stdout.write(source)
-
-
-@app.command()
 def generate(
     folder: Annotated[Path, typer.Option(help="Where the emitted CUDA is kept.")] = Path("generated"),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file isn't up to date.")] = False,
+    clangd: Annotated[
+        bool, typer.Option("--clangd", help="Also write a compile_commands.json there, for editors.")
+    ] = False,
 ) -> None:
     """Write the emitted CUDA of every preset, or check that what is there is up to date.
 
-    Examples: onelaunch generate; onelaunch generate --check
+    \b
+    Examples:
+      onelaunch generate
+      onelaunch generate --check
+      onelaunch generate --folder emitted --clangd
     """
     from .generate import check_folder, write_folder
 
@@ -97,6 +105,8 @@ def generate(
         return
     for path in sentence(lambda: write_folder(folder)):
         typer.echo(f"wrote {path}")
+    if clangd:
+        typer.echo(f"wrote {sentence(lambda: write_commands(folder))}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from onelaunch.errors import ArgumentError, OnelaunchError
+from onelaunch.errors import ArgumentError
+
+from .common import sentence, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -538,6 +540,12 @@ def replay(
 
     Exits with 1 if a destination is wrong or a step took more than one launch, with 2 if an option or the
     trace can't be used.
+
+    \b
+    Examples:
+      onelaunch replay trace.csv
+      onelaunch replay trace.csv --device cpu --max-batch 8 --max-steps 100 --verify every
+      onelaunch replay trace.csv --extent full --json -
     """
     from rich.console import Console
 
@@ -560,13 +568,14 @@ def replay(
         seed=seed,
     )
     errors = Console(stderr=True)
-    try:
+
+    def run() -> ReplaySummary:
         summary = _run_with_progress(options, errors)
         if json_to is not None:
             _write_json(summary, json_to)
-    except OnelaunchError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        return summary
+
+    summary: ReplaySummary = sentence(run)
     # Standard output is one JSON document or the table, never both.
     _print_summary(summary, errors if json_to == "-" else Console())
     if summary.mismatches or summary.launches != summary.steps:
@@ -610,7 +619,7 @@ def _write_json(summary: ReplaySummary, target: str) -> None:
         sys.stdout.write(text)
         return
     try:
-        Path(target).write_text(text, encoding="utf-8")
+        write_whole(Path(target), text)
     except OSError as error:
         reason = error.strerror or error
         raise ArgumentError(

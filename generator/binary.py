@@ -20,15 +20,20 @@ _DRIVER_OF_ARCH = {"100": "570.26", "101": "570.26", "120": "570.26", "103": "57
 
 
 def find_cuobjdump(toolkit_home: Path | None = None) -> Path | None:
-    """The program that reads GPU code from objects: the toolkit's, PATH's, else the one that triton's wheel brings."""
-    if toolkit_home is not None and (toolkit_home / "bin" / "cuobjdump").is_file():
-        return toolkit_home / "bin" / "cuobjdump"
-    if found := shutil.which("cuobjdump"):
+    """The program that reads GPU code from objects, see find_program."""
+    return find_program("cuobjdump", toolkit_home)
+
+
+def find_program(name: str, toolkit_home: Path | None = None) -> Path | None:
+    """cuobjdump or nvdisasm: the toolkit's, PATH's, else the one that triton's wheel brings."""
+    if toolkit_home is not None and (toolkit_home / "bin" / name).is_file():
+        return toolkit_home / "bin" / name
+    if found := shutil.which(name):
         return Path(found)
     # A look at where it is installed; triton itself isn't imported.
     spec = importlib.util.find_spec("triton")
     for location in (spec.submodule_search_locations or ()) if spec else ():
-        program = Path(location) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        program = Path(location) / "backends" / "nvidia" / "bin" / name
         if program.is_file():
             return program
     return None

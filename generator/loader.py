@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.resources
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
@@ -16,17 +17,17 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from . import collect, failures, toolchain
+from . import collect, failures, log, override, toolchain
 from . import compile as compiler
 from .config import SCHEMA_VERSION, KernelConfig
 from .errors import CompileError, JitPolicyError, StoreError, ToolchainError
 from .lock import Lock
-from .store import MANIFEST, Entry, Store, spare, tiers
+from .store import MANIFEST, Entry, Store, spare, tiers, warn_once
 from .trust import CACHE_VARIABLE
 
 Policy = Literal["allow", "warn", "error"]
@@ -36,8 +37,10 @@ POLICY_VARIABLE = "ONELAUNCH_JIT"
 _ENVIRONMENT = ("PATH", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "CXX")
 
 _lock = threading.RLock()
-_loaded: dict[tuple[str, tuple[str, ...], str], Kernel] = {}
+_loaded: dict[tuple[str, tuple[str, ...], str, str], Kernel] = {}
 _frozen: Policy | None = None
+# What was compiled in place of the emitted source, in an entry.
+EDITED_FILE = "edited.cu"
 # A build that fails for these is made in a temporary folder instead.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # torch writes paths into ninja's file and escapes spaces alone.
@@ -64,6 +67,8 @@ class Kernel:
         archs: GPU architectures it was built for; () on the CPU target.
         manifest: what the store keeps about the build.
         module: the binding.
+        built: whether this process built it.
+        since: time.perf_counter() when this process got it.
     """
 
     config: KernelConfig
@@ -72,13 +77,20 @@ class Kernel:
     archs: tuple[str, ...]
     manifest: Mapping[str, Any]
     module: ModuleType
+    built: bool = False
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def edited(self) -> bool:
+        """Whether its source was edited by hand (see override.py)."""
+        return is_edited(self.manifest)
 
     @property
     def source(self) -> str:
-        """The emitted source."""
+        """The emitted source, or what was edited by hand in its place."""
         from .render import render
 
-        return render(self.config)
+        return entry_of(self).source if self.edited else render(self.config)
 
     @property
     def resources(self) -> dict[str, dict[str, int]]:
@@ -86,7 +98,8 @@ class Kernel:
         return dict(self.manifest["resources"])
 
     def __repr__(self) -> str:
-        return f"Kernel({self.config.symbol}, key={self.key[:16]}, archs={'+'.join(self.archs) or 'host'})"
+        mark = ", edited by hand" if self.edited else ""
+        return f"Kernel({self.config.symbol}, key={self.key[:16]}, archs={'+'.join(self.archs) or 'host'}{mark})"
 
 
 def freeze(policy: Policy = "error") -> None:
@@ -121,12 +134,15 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
     store = store or default_store()
     targets = () if config.target == "cpu" else tuple(archs or toolchain.current_architectures())
     try:
-        memory = (config.key, targets, store.place)
+        start = time.perf_counter()
+        edit = override.edited(config)
+        memory = (config.key, targets, store.place, edit.digest if edit else "")
         kernel = _loaded.get(memory)
         if kernel is None:
             with _lock:
                 kernel = _loaded.get(memory) or _load(config, targets, store)
                 _loaded[memory] = kernel
+        _tell(kernel, start, edit)
     except OSError as error:
         raise store.unusable(error) from error
     return kernel
@@ -144,23 +160,29 @@ def content_key(config: KernelConfig, archs: Sequence[str], versions: Mapping[st
     Args:
         versions: Tools.versions().
     """
-    return _sha256(json.dumps(ingredients(config, archs, versions), sort_keys=True))
+    return _key_of(ingredients(config, archs, versions))
 
 
 def ingredients(config: KernelConfig, archs: Sequence[str], versions: Mapping[str, str]) -> dict[str, Any]:
     """What a key is made of; the manifest holds it, so that explain can say what differs."""
-    from .render import render, render_binding
+    from .render import render_binding
 
+    edit = override.edited(config)
     return {
         "schema": SCHEMA_VERSION,
         "config": config.to_dict(),
-        "source": _sha256(render(config)),
+        "source": edit.digest if edit else _sha256(override.source(config)),
+        **({"edited": True} if edit else {}),
         "binding": _sha256(render_binding(config, module_name(config))),
         "flags": compiler.flags(config.target, archs),
         "archs": list(archs),
         "machine": platform.machine(),
         "compilers": dict(versions),
     }
+
+
+def _key_of(made_of: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(made_of, sort_keys=True))
 
 
 def module_name(config: KernelConfig) -> str:
@@ -186,13 +208,16 @@ def _load(config: KernelConfig, archs: tuple[str, ...], store: Store) -> Kernel:
     if found is not None:
         note(found[1], config, archs, {"key": key, **_surroundings(tools)})
         return _kernel(config, *found)
-    from .render import render, render_binding
+    from .render import render_binding
 
     _obey_policy(config, archs)
-    name = module_name(config)
+    edit, source = override.edited(config), override.source(config)
     made_of = ingredients(config, archs, tools.versions())
+    if (made_of["source"], _key_of(made_of)) != (_sha256(source), key):
+        raise StoreError(f"The edited source of {config.symbol} changed while its build began; ask for it again.")
     facts = {"schema": SCHEMA_VERSION, "config": config.to_dict(), "ingredients": made_of}
-    recipe = Recipe(key, config.symbol, render(config), render_binding(config, name), archs, facts)
+    binding = render_binding(config, module_name(config))
+    recipe = Recipe(key, config.symbol, source, binding, archs, facts, edit.path if edit else None)
     entry, home, module = obtain(recipe, tools, store)
     note(home, config, archs, {"key": key, **_surroundings(tools)})
     return _kernel(config, entry, home, module)
@@ -243,6 +268,7 @@ class Recipe:
         source, binding: emitted texts, see compile.build.
         archs: GPU architectures; () on the CPU target.
         facts: what the manifest says beyond what every build says.
+        edited: the file that a person edited, None if the source is what the templates emit.
     """
 
     key: str
@@ -251,6 +277,7 @@ class Recipe:
     binding: str
     archs: tuple[str, ...]
     facts: Mapping[str, Any]
+    edited: Path | None = None
 
 
 def obtain(recipe: Recipe, tools: compiler.Tools, store: Store) -> tuple[Entry, Store, ModuleType | None]:
@@ -309,7 +336,8 @@ def _build(recipe: Recipe, tools: compiler.Tools, store: Store, held: Lock) -> t
     check_buildable(store)
     where = f" for {', '.join(f'sm_{arch}' for arch in recipe.archs)}" if recipe.archs else " for the CPU"
     print(
-        f"onelaunch: building {recipe.symbol}{where}, because {store.root} has no build of it yet",
+        f"onelaunch: building {recipe.symbol}{where}, because {store.root} has no build of it yet"
+        + (f" (edited by hand: {recipe.edited})" if recipe.edited else ""),
         file=sys.stderr,
         flush=True,
     )
@@ -320,12 +348,14 @@ def _build(recipe: Recipe, tools: compiler.Tools, store: Store, held: Lock) -> t
             name, recipe.source, recipe.binding, archs=recipe.archs, tools=tools, stage=stage, key=recipe.key
         )
         held.phase("publishing")
+        if recipe.edited:
+            (stage / EDITED_FILE).write_text(recipe.source, encoding="utf-8")
         facts = {
             "symbol": recipe.symbol,
             "archs": list(recipe.archs),
             "module": name,
             "module_file": done.module_file,
-            "source_file": done.source_file,
+            "source_file": EDITED_FILE if recipe.edited else done.source_file,
             "compilers": tools.versions(),
             "command": done.command,
             "seconds": round(done.seconds, 3),
@@ -333,14 +363,33 @@ def _build(recipe: Recipe, tools: compiler.Tools, store: Store, held: Lock) -> t
             "requires": done.requires,
             **recipe.facts,
         }
+        mark = "edited by hand" if recipe.edited else ""
+        log.event("build", recipe.symbol, recipe.key, "miss", done.seconds, *recipe.archs, mark)
         return store.publish(stage, recipe.key, facts), done.module
 
 
 def _kernel(config: KernelConfig, entry: Entry, store: Store, module: ModuleType | None = None) -> Kernel:
     archs = tuple(str(arch) for arch in entry.manifest["archs"])
+    built = module is not None
     module = module or import_module(entry)
     store.stamp(entry.key)
-    return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module)
+    return Kernel(config, entry.key, entry.module_path, archs, entry.manifest, module, built)
+
+
+def _tell(kernel: Kernel, start: float, edit: override.Edited | None) -> None:
+    """One line in the log; and a warning, once a process, where a kernel isn't what the templates emit."""
+    seconds, new = time.perf_counter() - start, kernel.since >= start
+    outcome, origin = ("miss", "built now") if kernel.built and new else ("hit", str(kernel.path) if new else "memory")
+    level = logging.INFO if new else logging.DEBUG
+    mark = "edited by hand" if edit else ""
+    log.event("load", kernel.config.symbol, kernel.key, outcome, seconds, *kernel.archs, origin, mark, level=level)
+    if edit:
+        warn_once(f"{kernel.config.symbol} is edited by hand: {edit.path} runs in place of what onelaunch emits.")
+
+
+def is_edited(manifest: Mapping[str, Any]) -> bool:
+    """Whether a build's source was edited by hand."""
+    return bool(manifest.get("ingredients", {}).get("edited"))
 
 
 def entry_of(kernel: Kernel) -> Entry:
@@ -407,7 +456,8 @@ def _obey_policy(config: KernelConfig, archs: tuple[str, ...]) -> None:
 def request_of(config: KernelConfig, archs: tuple[str, ...]) -> str:
     """What a process wants, computed without rendering: the generator's own files stand for the source they emit."""
     material = [config.key, _generator_digest(), *compiler.flags(config.target, archs), platform.machine()]
-    return _sha256("\n".join(material))
+    edit = override.edited(config)
+    return _sha256("\n".join([*material, edit.digest] if edit else material))
 
 
 @functools.cache

@@ -170,6 +170,8 @@ def _other_source(manifest: Mapping[str, Any]) -> str | None:
         return f"its configuration isn't one of this onelaunch: {error}"
     for name in ("source", "binding"):
         if made_of.get(name) != here[name]:
+            if loader.is_edited(manifest):
+                return "its source was edited by hand, and $ONELAUNCH_OVERRIDE_DIR has no such edit here"
             return "another version of onelaunch emitted its source; pack it with the version that is installed here"
     return None
 

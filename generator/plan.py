@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import layout, loader, toolchain
+from . import layout, loader, log, toolchain
 from .checks import (
     INT_DTYPES,
     MAX_BATCH,
@@ -24,6 +26,9 @@ from .config import KernelConfig
 from .errors import ArgumentError, LaunchError
 from .fields import FIELDS, MetadataBuffers
 from .loader import Kernel
+from .store import warn_once
+
+NVTX_VARIABLE = "ONELAUNCH_NVTX"
 
 NameOf = Callable[[int, str], str]
 
@@ -160,6 +165,7 @@ class BoundKernel:
     """A loaded kernel with its constant parameter words set, and the launch."""
 
     def __init__(self, config: KernelConfig, device: torch.device, values: dict[str, list[int]]) -> None:
+        start = time.perf_counter()
         archs = None
         self.index = 0
         if device.type == "cuda":  # pragma: gpu
@@ -183,12 +189,38 @@ class BoundKernel:
                 f"{', '.join('sm_' + arch for arch in self.kernel.archs) or 'the CPU'}."
             ) from error
         self._plan = self.kernel.module.bind(words)
-        self.run = self._plan.run
+        self.run = _traced(self._plan.run, config.symbol)
         self.on_gpu = device.type == "cuda"
+        outcome = "hit" if self.kernel.since < start else "miss"
+        mark = "edited by hand" if self.kernel.edited else ""
+        log.event("bind", config.symbol, self.kernel.key, outcome, time.perf_counter() - start, f"on {device}", mark)
 
     def stream(self) -> int:
         """The current stream of the device, 0 on the CPU."""
         return torch._C._cuda_getCurrentRawStream(self.index) if self.on_gpu else 0
+
+
+def _traced(run: Callable[..., None], name: str) -> Callable[..., None]:
+    """The launch itself; with $ONELAUNCH_NVTX=1 in an NVTX range, which is chosen here and not tested at each call."""
+    if os.environ.get(NVTX_VARIABLE, "") in ("", "0"):
+        return run
+    nvtx: Any = torch.cuda.nvtx  # its functions have no annotations
+    push, pop = nvtx.range_push, nvtx.range_pop
+    try:
+        push(name)
+        pop()
+    except RuntimeError as error:
+        warn_once(f"{NVTX_VARIABLE} is set, but this torch has no NVTX ({error}); there are no ranges.")
+        return run
+
+    def ranged(*words: int) -> None:
+        push(name)
+        try:
+            run(*words)
+        finally:
+            pop()
+
+    return ranged
 
 
 class Plan:

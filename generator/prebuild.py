@@ -103,6 +103,7 @@ def build_all(
     ended: dict[int, Done] = {}
     reporting = threading.Lock()
     stopped = threading.Event()
+    started: list[_Worker] = []
 
     def work() -> None:
         with contextlib.ExitStack() as stack:
@@ -114,7 +115,12 @@ def build_all(
                     return
                 if worker is None or not worker.alive:
                     worker = stack.enter_context(_Worker(retry))
+                    started.append(worker)
+                    if stopped.is_set():
+                        return
                 done = worker.build(jobs[number], timeout)
+                if stopped.is_set():
+                    return
                 with reporting:
                     ended[number] = done
                     report(done)
@@ -125,8 +131,13 @@ def build_all(
     try:
         for thread in threads:
             thread.join()
-    finally:
+    except BaseException:
+        # Ctrl-C: workers have sessions of their own and don't hear of it, and what they were at is swept.
         stopped.set()
+        for worker in started:
+            worker.kill()
+        loader.default_store().sweep()
+        raise
     return [ended[number] for number in range(len(jobs))]
 
 

@@ -52,7 +52,7 @@ def assert_one_sentence(result: Any, *texts: str) -> None:
 
 def test_the_version() -> None:
     result = invoke("--version")
-    assert (result.exit_code, result.stdout) == (0, f"onelaunch {onelaunch.__version__}\n")
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, f"onelaunch {onelaunch.__version__}")
 
 
 def test_no_verb_prints_the_verbs() -> None:

@@ -309,7 +309,7 @@ def test_command_explains_what_it_cannot_use(tmp_path: Path) -> None:
     trace.write_text("arrival_ms,input_tokens,output_tokens\n0,many,1\n")
     result = CliRunner().invoke(app, [str(trace), "--device", "cpu"])
     assert result.exit_code == 2
-    assert f"error: {trace}, line 2, column input_tokens: 'many'" in result.stderr
+    assert f"onelaunch: {trace}, line 2, column input_tokens: 'many'" in result.stderr
     result = CliRunner().invoke(app, [*ARGUMENTS, "--json", str(tmp_path / "no" / "summary.json")])
     assert result.exit_code == 2
     assert "can't be written" in result.stderr

@@ -1,0 +1,58 @@
+"""onelaunch list: the presets, and what is built of them and of anything else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+
+from .cache import listed
+from .common import Json, sentence, size
+
+
+def list_kernels(as_json: Json = False) -> None:
+    """List the presets, and what is built: for which architectures, when, and how large.
+
+    What is built is looked for in the folders of ONELAUNCH_PREBUILT and in the cache.
+
+    \b
+    Examples:
+      onelaunch list
+      onelaunch list --json
+    """
+
+    def run() -> Any:
+        from onelaunch.config import PRESETS
+        from onelaunch.loader import default_store
+        from onelaunch.store import tiers
+
+        builds = [row for tier in tiers(default_store()) for row in listed(tier)]
+        kernels: list[dict[str, Any]] = []
+        for name, config in PRESETS.items():
+            # The CPU target of a preset is another configuration.
+            own = [row for row in builds if row["symbol"] in (config.symbol, config.replace(target="cpu").symbol)]
+            kernels.append({"preset": name, "symbol": config.symbol, "builds": own})
+        known = [row["key"] for kernel in kernels for row in kernel["builds"]]
+        return {"presets": kernels, "others": [row for row in builds if row["key"] not in known]}
+
+    found = sentence(run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    width = max(len(kernel["preset"]) for kernel in found["presets"])
+    for kernel in found["presets"]:
+        rows = [row_text(row) for row in kernel["builds"]] or ["not built"]
+        for number, row in enumerate(rows):
+            typer.echo(f"{kernel['preset'] if number == 0 else '':{width}}  {row}")
+    if found["others"]:
+        typer.echo("built, and no preset")
+        for row in found["others"]:
+            typer.echo(f"{'':{width}}  {row_text(row)}  {row['symbol']}")
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """One build as a line."""
+    archs = "+".join(row["archs"]) or "cpu"
+    mark = "  edited by hand" if row["edited"] else ""
+    return f"{row['key'][:16]}  {size(row['bytes']):>8}  {row['built']}  {archs:10}{mark}".rstrip()

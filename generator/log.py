@@ -1,0 +1,47 @@
+"""What onelaunch does, a line for each build, load and bind: the logger "onelaunch", shown by $ONELAUNCH_LOG."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+LOG_VARIABLE = "ONELAUNCH_LOG"
+_LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
+
+logger = logging.getLogger("onelaunch")
+logger.addHandler(logging.NullHandler())
+
+
+def event(
+    what: str, symbol: str, key: str, outcome: str, seconds: float, *facts: str, level: int = logging.INFO
+) -> None:
+    """Logs one line.
+
+    Args:
+        what: "build", "load" or "bind".
+        symbol: the kernel.
+        key: content key of its build.
+        outcome: "hit" or "miss".
+        seconds: how long it took.
+        facts: whatever else there is to say; "" is left out.
+    """
+    if logger.isEnabledFor(level):
+        said = ", ".join((f"{seconds * 1000:.1f} ms", *filter(None, facts)))
+        logger.log(level, "%s %s key=%s %s %s", what, symbol, key[:16], outcome, said)
+
+
+def _show(wanted: str) -> None:
+    """Sends the lines to standard error; an application that configures logging itself leaves the variable unset."""
+    if wanted not in _LEVELS:
+        warnings.warn(f"{LOG_VARIABLE} is {wanted!r}; allowed: info, debug. Nothing is logged.", stacklevel=2)
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(_LEVELS[wanted])
+    logger.propagate = False
+
+
+if os.environ.get(LOG_VARIABLE):
+    _show(os.environ[LOG_VARIABLE])

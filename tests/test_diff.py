@@ -1,0 +1,65 @@
+"""onelaunch diff, from the command line: what it prints and how it exits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from onelaunch import KernelConfig, inspect, loader, preset, render
+from onelaunch.cli.main import app
+from onelaunch.cli.show import Compared
+from typer.testing import CliRunner
+
+CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
+
+
+def invoke(*words: str) -> Any:
+    return CliRunner().invoke(app, ["diff", *words])
+
+
+def test_exit_codes_are_those_of_diff() -> None:
+    same = invoke("nsa-decode-3", "num_backends=3")
+    assert (same.exit_code, same.output) == (0, "no difference in cuda\n")
+    differs = invoke("nsa-decode-3", "nsa-decode-3-page16")
+    assert (differs.exit_code, differs.stderr) == (1, "")
+    one, other = (inspect.of_config(name, preset(name)) for name in ("nsa-decode-3", "nsa-decode-3-page16"))
+    assert differs.stdout == inspect.difference(one, other, "cuda")
+    assert differs.stdout.startswith("--- nsa-decode-3 (cuda)\n+++ nsa-decode-3-page16 (cuda)\n")
+    assert len(invoke("nsa-decode-3", "nsa-decode-3-page16", "-U", "0").stdout) < len(differs.stdout)
+    for words in (["nsa-decode-3", "nsa-decod"], ["page_sise=3", "nsa-decode-3"], ["nsa-decode-3", "no/such.cu"]):
+        trouble = invoke(*words)
+        assert (trouble.exit_code, trouble.stdout) == (2, "")
+        assert len(trouble.stderr.splitlines()) == 1
+    assert invoke("nsa-decode-3").exit_code == 2
+
+
+def test_an_entry_against_settings_and_an_edited_file(tmp_path: Path) -> None:
+    key = loader.load(CPU).key[:16]
+    assert invoke(key, CPU.settings()).exit_code == 0
+    file = tmp_path / "edited.cu"
+    file.write_text(render(CPU).replace("= length;", "= length + 1;"), encoding="utf-8")
+    result = invoke(key, str(file), "-U", "0")
+    assert result.exit_code == 1
+    assert result.stderr == f"onelaunch: {CPU.symbol} is edited by hand: {file}\n"
+    assert f"+++ {file} (cuda, edited by hand)" in result.stdout
+    changed = [line[1:].strip() for line in result.stdout.splitlines()[2:] if line[0] in "+-"]
+    assert len(changed) == 2
+    assert changed[1] == changed[0].replace("= length;", "= length + 1;")
+
+
+def test_targets_and_what_the_cpu_has_not() -> None:
+    assert invoke("nsa-decode-1", "nsa-decode-1", "--target", "cpu").exit_code == 0
+    result = invoke("nsa-decode-1", "nsa-decode-3", "--target", "cpu", "--what", "resources")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is built for the CPU and has no resources" in result.stderr
+
+
+@pytest.mark.nvcc
+def test_resources_that_dont_differ() -> None:
+    words = ["fields=cache_seqlens", "--what", "resources", "--arch", "90a"]
+    assert invoke(words[0], *words).output == "no difference in resources\n"
+
+
+def test_what_can_be_compared() -> None:
+    assert tuple(Compared) == inspect.COMPARED

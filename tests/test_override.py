@@ -1,0 +1,218 @@
+"""Edit and run: an edited source takes the place of the emitted one, marked, checked and never mixed up with it."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onelaunch
+import pytest
+import torch
+from onelaunch import CompileError, KernelConfig, StoreError, inspect, loader, override, pack, render
+from onelaunch import store as stores
+from onelaunch.cli.main import app
+from onelaunch.override import OVERRIDE_VARIABLE
+from onelaunch.store import Store
+from typer.testing import CliRunner
+
+CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
+TRACE = Path(__file__).parent / "data" / "azure_2023_conversation.csv"
+
+
+@pytest.fixture
+def edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of edits, and an empty store of one's own."""
+    folder = tmp_path / "edits"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv(OVERRIDE_VARIABLE, str(folder))
+    store = Store(tmp_path / "cache")
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setattr(stores, "_warned", set())
+    return folder
+
+
+def edit(folder: Path, config: KernelConfig, old: str, new: str) -> Path:
+    path = folder / f"{config.symbol}.cu"
+    text = render(config)
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return path
+
+
+def lengths_of(kernel_edited: bool) -> list[int]:
+    """What a refresh of the lengths 5, 6 writes."""
+    buffers = onelaunch.MetadataBuffers(cache_seqlens=torch.zeros(2, dtype=torch.int32))
+    plan = onelaunch.bind([buffers], req_to_token=torch.zeros((2, 8), dtype=torch.int32))
+    assert plan.config == CPU
+    assert plan.kernel.edited is kernel_edited
+    assert ("edited by hand" in repr(plan.kernel)) is kernel_edited
+    plan.run(torch.tensor([5, 6]), torch.tensor([0, 1]))
+    assert buffers.cache_seqlens is not None
+    return list(buffers.cache_seqlens.tolist())
+
+
+def test_an_edit_runs_and_is_marked_everywhere(
+    edits: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "onelaunch")
+    plain = loader.load(CPU)
+    assert lengths_of(False) == [5, 6]
+    path = edit(edits, CPU, "= length;", "= length + 100;")
+    capfd.readouterr()
+    caplog.clear()
+    with pytest.warns(UserWarning, match=f"{CPU.symbol} is edited by hand: {path} runs in place"):
+        assert lengths_of(True) == [105, 106]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one warning a process
+        assert lengths_of(True) == [105, 106]
+    assert f"(edited by hand: {path})" in capfd.readouterr().err
+    assert [line.message.split()[0] for line in caplog.records if "edited by hand" in line.message] == [
+        "build", "load", "bind", "bind",
+    ]  # fmt: skip
+    edited = loader.load(CPU)
+    assert edited.key != plain.key
+    assert edited.source == path.read_text(encoding="utf-8") != plain.source
+    shown = CliRunner().invoke(app, ["show", "--set", CPU.settings()])
+    assert (shown.stdout, shown.stderr) == (edited.source, f"onelaunch: {CPU.symbol} is edited by hand: {path}\n")
+    for verb in (["list"], ["cache", "list"]):
+        lines = CliRunner().invoke(app, verb).stdout.splitlines()
+        marked = {line for line in lines if "edited by hand" in line}
+        assert [edited.key[:16] in line for line in marked] == [True]
+        assert any(plain.key[:16] in line for line in lines)
+    assert (
+        f"edited by hand  {path}" in CliRunner().invoke(app, ["show", "--set", CPU.settings(), "--what", "key"]).stdout
+    )
+    entry = inspect.find(edited.key[:16])
+    assert (entry.source, entry.edited) == (edited.source, edited.path.parent)
+
+
+def test_the_cache_never_mixes_them(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In either order, within a process and for the next one, which has only the index."""
+    path = edit(edits, CPU, "= length;", "= length + 100;")
+    keys = {}
+    for folder, wanted in ((str(edits), 105), ("", 5), (str(edits), 105), ("", 5)):
+        monkeypatch.setenv(OVERRIDE_VARIABLE, folder)
+        for _ in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert lengths_of(wanted == 105)[0] == wanted
+                keys[loader.load(CPU).key] = wanted
+            loader._loaded.clear()
+    assert sorted(keys.values()) == [5, 105]
+    # Another edit is another key; so is no difference to the emitted text the emitted one's.
+    monkeypatch.setenv(OVERRIDE_VARIABLE, str(edits))
+    path.write_text(path.read_text().replace("+ 100", "+ 200"))
+    stores._warned.clear()
+    with pytest.warns(UserWarning, match="edited by hand"):
+        assert lengths_of(True)[0] == 205
+    path.write_text(render(CPU), encoding="utf-8")
+    assert lengths_of(False)[0] == 5
+    assert len(loader.default_store().stored_keys()) == 3
+
+
+def test_the_reference_judges_an_edit(edits: Path) -> None:
+    """onelaunch replay finds a wrong edit wrong, and one that means the same right."""
+    replay = [
+        "replay", str(TRACE), "--device", "cpu", "--backends", "1", "--max-batch", "4", "--context-len", "256",
+        "--max-steps", "12", "--step-ms", "500", "--verify", "every",
+    ]  # fmt: skip
+    dumped = CliRunner().invoke(app, ["show", "nsa-decode-1", "--target", "cpu", "-o", f"{edits}/"])
+    assert dumped.exit_code == 0, dumped.output
+    (path,) = edits.iterdir()
+    text = path.read_text(encoding="utf-8")
+    minimum = "length < kIndexTopk ? length : kIndexTopk"
+    for new, mismatches in (("kIndexTopk > length ? length : kIndexTopk", False), (f"({minimum}) + 1", True)):
+        path.write_text(text.replace(minimum, new), encoding="utf-8")
+        stores._warned.clear()
+        with pytest.warns(UserWarning, match="edited by hand"):
+            result = CliRunner().invoke(app, replay)
+        assert result.exit_code == int(mismatches), result.output
+        assert ("nsa_cache_seqlens[0] is" in result.stdout) is mismatches
+
+
+def test_an_edit_that_doesnt_compile_is_mended_by_another(edits: Path) -> None:
+    path = edit(edits, CPU, "= length;", "= lenght;")
+    for _ in range(2):
+        with pytest.raises(CompileError, match="lenght") as caught:
+            loader.load(CPU)
+        assert caught.value.source.read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
+    edit(edits, CPU, "= length;", "= length + 1;")
+    with pytest.warns(UserWarning, match="edited by hand"):
+        assert lengths_of(True) == [6, 7]
+
+
+def test_what_somebody_else_could_have_written_is_refused(edits: Path) -> None:
+    path = edit(edits, CPU, "= length;", "= length + 1;")
+    for place in (path, edits):
+        mode = place.stat().st_mode
+        place.chmod(0o777)
+        with pytest.raises(
+            StoreError, match=rf"{re.escape(str(place))}, which {OVERRIDE_VARIABLE} leads to, can be written"
+        ):
+            loader.load(CPU)
+        place.chmod(mode)
+    assert override.edited(CPU) is not None
+    assert not loader.default_store().root.exists(), "something was built"
+
+
+def test_what_cant_be_read_is_one_sentence(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = edits / f"{CPU.symbol}.cu"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(StoreError, match=f"{path} can't be read: it isn't UTF-8. Name a folder of edited kernels"):
+        loader.load(CPU)
+    path.unlink()
+    path.mkdir(mode=0o700)
+    with pytest.raises(StoreError, match=f"{path} can't be read: Is a directory"):
+        loader.load(CPU)
+    monkeypatch.setenv(OVERRIDE_VARIABLE, str(edits / "no"))
+    result = CliRunner().invoke(app, ["show", "nsa-decode-1"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"onelaunch: {OVERRIDE_VARIABLE} is {edits / 'no'} and {edits / 'no'} can't be read: "
+        "No such file or directory. Name a folder of edited kernels, or unset the variable.\n"
+    )
+
+
+def test_a_change_while_a_build_begins_builds_nothing(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is published under a key was made from what the key says."""
+    path = edit(edits, CPU, "= length;", "= length + 1;")
+    obey = loader._obey_policy
+
+    def change(*args: Any) -> None:
+        obey(*args)
+        path.write_text(path.read_text().replace("+ 1", "+ 2"))
+
+    monkeypatch.setattr(loader, "_obey_policy", change)
+    with pytest.raises(StoreError, match="changed while its build began; ask for it again"):
+        loader.load(CPU)
+    assert loader.default_store().stored_keys() == []
+
+
+def test_a_pack_of_an_edit_isnt_taken_for_the_emitted_kernel(
+    edits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(edits, CPU, "= length;", "= length + 1;")
+    with pytest.warns(UserWarning, match="edited by hand"):
+        kernel = loader.load(CPU)
+    data = pack.to_bytes([loader.entry_of(kernel)])
+    elsewhere = Store(tmp_path / "elsewhere")
+    # Where the same edit is, it is the same kernel.
+    assert pack.from_bytes(data, elsewhere).entries[0].key == kernel.key
+    monkeypatch.delenv(OVERRIDE_VARIABLE)
+    done = pack.from_bytes(data, Store(tmp_path / "third"))
+    assert done.entries == ()
+    assert done.refused[0][1].startswith("its source was edited by hand")
+    assert loader.load(CPU, store=elsewhere).key != kernel.key
+
+
+def test_an_emitted_file_that_wasnt_changed_is_no_edit(edits: Path) -> None:
+    (edits / f"{CPU.symbol}.cu").write_text(render(CPU), encoding="utf-8")
+    assert override.edited(CPU) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lengths_of(False) == [5, 6]
+    assert os.environ[OVERRIDE_VARIABLE] == str(edits)

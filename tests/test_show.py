@@ -1,0 +1,142 @@
+"""onelaunch show, from the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from onelaunch import KernelConfig, inspect, loader, preset, render
+from onelaunch.cli.main import app
+from onelaunch.cli.show import LEXERS, What, show
+from typer.testing import CliRunner
+
+CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
+
+
+def invoke(*words: str) -> Any:
+    return CliRunner().invoke(app, ["show", *words])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, *arguments: Any, **environment: str) -> str:
+    screen = Terminal()
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": str(width), **environment}.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", screen)
+        show(*arguments)
+    return screen.getvalue()
+
+
+def test_every_view_is_there() -> None:
+    assert tuple(What) == tuple(LEXERS) == inspect.VIEWS
+
+
+def test_each_view_is_what_inspect_says() -> None:
+    key = loader.load(CPU).key[:16]
+    found = inspect.find(key)
+    for what in ("cuda", "binding", "command", "key"):
+        result = invoke(key, "--what", what)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == inspect.view(found, what)
+    for what in ("command", "key"):
+        assert json.loads(invoke(key, "--what", what, "--json").stdout) == inspect.facts(found, what)
+
+
+@pytest.mark.nvcc
+def test_machine_code_of_a_preset_and_of_a_file(tmp_path: Path) -> None:
+    sass = invoke("--set", "fields=cache_seqlens", "--what", "sass", "--annotate", "--arch", "90a")
+    assert sass.exit_code == 0, sass.output
+    assert re.search(r"// \d+: .*seq_lens", sass.stdout)
+    assert invoke("--set", "fields=cache_seqlens", "-o", str(tmp_path / "k.cu")).exit_code == 0
+    again = invoke(str(tmp_path / "k.cu"), "--what", "sass", "--annotate", "--arch", "90a")
+    assert again.stdout == sass.stdout
+    used = json.loads(invoke(str(tmp_path / "k.cu"), "--what", "resources", "--json").stdout)
+    assert used["90a"]["registers"] > 0
+
+
+def test_colours_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = render(preset("nsa-decode-1"))
+    # No line is folded or cut, however narrow it is: what is copied from a terminal must compile.
+    text = on_a_terminal(monkeypatch, 40, "nsa-decode-1")
+    assert "\x1b[" in text
+    assert re.sub(r"\x1b\[[\d;]*m", "", text) == source
+    assert on_a_terminal(monkeypatch, 40, "nsa-decode-1", NO_COLOR="1") == source
+    assert "\x1b[" not in invoke("nsa-decode-1").stdout
+
+
+@pytest.mark.parametrize("what", ["binding", "key"])
+def test_every_lexer_is_one(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pygments.lexers import get_lexer_by_name
+
+    for lexer in (*LEXERS.values(), "json", "diff"):
+        assert get_lexer_by_name(lexer)
+    loader.load(CPU)
+    text = on_a_terminal(monkeypatch, 200, None, What(what), CPU.settings())
+    assert re.sub(r"\x1b\[[\d;]*m", "", text) == inspect.view(inspect.find(None, CPU.settings()), what)
+
+
+def test_into_a_folder_with_what_editors_want(tmp_path: Path) -> None:
+    for place in (f"{tmp_path}/new/", str(tmp_path / "new")):
+        for settings in (CPU.settings(), CPU.replace(num_backends=2).settings()):
+            result = invoke("--set", settings, "-o", place, "--clangd")
+            assert (result.exit_code, result.output) == (0, "")
+    names = {f"{CPU.replace(num_backends=n).symbol}.cu" for n in (1, 2)}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"compile_commands.json", *names}
+    # Both, although they were written one after the other.
+    commands = json.loads((tmp_path / "new" / "compile_commands.json").read_text())
+    assert {Path(command["file"]).name for command in commands} == names
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "k.cu"
+    file.write_text("mine\n")
+
+    def interrupted(self: Path, data: bytes) -> int:
+        with open(self, "wb") as half:
+            half.write(data[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", interrupted)
+        result = invoke("nsa-decode-1", "-o", str(file))
+    assert (result.exit_code, result.stderr) == (130, "onelaunch: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["k.cu"]
+    assert file.read_text() == "mine\n"
+    # A link stays one, and what isn't a file is written to as it is.
+    (tmp_path / "link.cu").symlink_to(file)
+    assert invoke("nsa-decode-1", "-o", str(tmp_path / "link.cu")).exit_code == 0
+    assert (tmp_path / "link.cu").is_symlink()
+    assert file.read_text() == render(preset("nsa-decode-1"))
+    assert invoke("nsa-decode-1", "-o", "/dev/null").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["nsa-decode-1", "--json"], "--json is for resources, command and key; cuda is text."),
+        (["nsa-decode-1", "--clangd"], "--clangd describes the file that -o writes"),
+        (["nsa-decode-1", "--clangd", "--what", "key", "-o", "x"], "--clangd describes the file that -o writes"),
+        (["nsa-decode-1", "--annotate"], "--annotate is for ptx and sass"),
+        (["--set", CPU.settings(), "--what", "sass"], "is built for the CPU and has no machine code"),
+        (["no/such.cu"], "no/such.cu can't be read or written: No such file or directory."),
+        (["0123456789abcdef"], "No entry's key begins with '0123456789abcdef'; `onelaunch list` shows them."),
+    ],
+)
+def test_what_it_refuses(words: list[str], text: str) -> None:
+    result = invoke(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("onelaunch: ")
+    assert text in line
