@@ -97,6 +97,8 @@ def render(config: KernelConfig) -> str:
         "own_pages": any(config.destinations(name) == config.num_backends for name in config.paged_tables),
         "live": live,
         "windows": windows,
+        "tile_alignment": min(32, config.warp_size * 4 * config.unroll),
+        "resident_blocks": _resident_blocks(config) if windows else 0,
         "scans": not copies and (sums or windows),
         "block_sums": not copies and (sums or variable),
         "tile_columns": config.warp_size * 4 * config.unroll,
@@ -151,6 +153,16 @@ def _copied(config: KernelConfig) -> list[dict[str, Any]]:
         group = groups[-1 if name in config.row_fields else 0]
         group["lengths" if FIELDS[name].kind == "lengths" else "sums"].append(name)
     return [group for group in groups if group["lengths"] or group["sums"]]
+
+
+def _resident_blocks(config: KernelConfig) -> int:
+    """Blocks that a multiprocessor is to hold at once, 0 to leave it to the compiler.
+
+    At 48 registers a thread five blocks of 256 fit instead of four, and that shows (tests/gpu/NOTES.md). More backends,
+    more rows or more accesses in flight would spill at that.
+    """
+    small = config.num_backends <= 3 and config.next_n == 1 and config.unroll <= 2
+    return max(1, 1280 // config.threads) if small and config.target == "cuda" else 0
 
 
 def _facts(config: KernelConfig) -> list[tuple[str, str]]:
