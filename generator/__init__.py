@@ -15,6 +15,8 @@ from .api import (
     fused_metadata_copy_cuda,
     fused_metadata_precompute_and_broadcast_cuda,
     precompute_decode_metadata_cuda,
+    precompute_draft_extend_metadata_cuda,
+    precompute_target_verify_metadata_cuda,
     specialize,
 )
 from .config import PRESETS, KernelConfig, preset
@@ -58,6 +60,8 @@ __all__ = [
     "fused_metadata_copy_cuda",
     "fused_metadata_precompute_and_broadcast_cuda",
     "precompute_decode_metadata_cuda",
+    "precompute_draft_extend_metadata_cuda",
+    "precompute_target_verify_metadata_cuda",
     "preset",
     "render",
     "specialize",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import loader, plan
-from .checks import check_int, check_tensor
-from .config import KernelConfig
+from .checks import INT_DTYPES, MAX_BATCH, check_int, check_tensor
+from .config import MAX_NEXT_N, KernelConfig
 from .errors import ArgumentError
 from .fields import FIELDS, MetadataBuffers
 
@@ -36,22 +36,33 @@ def fused_metadata_precompute_and_broadcast_cuda(
     nsa_index_topk: int,
     real_page_size: int,
     extent: str = "full",
+    mode: str = "decode",
+    next_n: int = 1,
+    extend_seq_lens: Tensor | None = None,
+    seqlens_expanded_list: Sequence[Tensor] | None = None,
 ) -> None:
-    """Computes the metadata of a decode step and writes it to N backends, in one launch.
+    """Computes the metadata of a step and writes it to N backends, in one launch.
 
-    Works on CUDA and on CPU tensors; all must be on one device. A list that is None is left out.
+    Works on CUDA and on CPU tensors; all must be on one device. A list that is None is left out. In target_verify and
+    draft_extend a request has several rows, request after request, R in all.
 
     Args:
         seq_lens, req_pool_indices: int32 or int64 [bs].
         req_to_token: int32 or int64 [pool rows, W].
-        cache_seqlens_list, nsa_cache_seqlens_list: N int32 tensors [bs or more].
-        cu_seqlens_k_list, nsa_cu_seqlens_k_list: N int32 tensors [bs + 1 or more].
-        page_indices_list: N int32 tensors [bs or more, max_len or more].
-        real_page_table_list: N int32 tensors [bs or more, ceil(max_len / real_page_size) or more].
+        cache_seqlens_list: N int32 tensors [bs or more].
+        cu_seqlens_k_list: N int32 tensors [bs + 1 or more].
+        nsa_cache_seqlens_list, seqlens_expanded_list: N int32 tensors [bs or more; R or more].
+        nsa_cu_seqlens_k_list: N int32 tensors [bs + 1 or more; R + 1 or more].
+        page_indices_list: N int32 tensors [bs or R or more, max_len or more].
+        real_page_table_list: N int32 tensors [bs or R or more, ceil(max_len / real_page_size) or more].
         max_len: columns to write, at most the width of every table.
         nsa_index_topk: clamp of the NSA lengths.
         real_page_size: tokens a page of real_page_table.
         extent: "full" writes every column below max_len, "live" those below a request's length.
+        mode: "decode", "target_verify" or "draft_extend".
+        next_n: rows of each request in the last two, unless extend_seq_lens says it.
+        extend_seq_lens: int32 or int64 [bs], the rows of each request in draft_extend, zeros among them; the caller
+            keeps their sum within the rows of the destinations.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
@@ -63,37 +74,23 @@ def fused_metadata_precompute_and_broadcast_cuda(
         "nsa_cache_seqlens": nsa_cache_seqlens_list,
         "nsa_cu_seqlens_k": nsa_cu_seqlens_k_list,
         "real_page_table": real_page_table_list,
+        "seqlens_expanded": seqlens_expanded_list,
     }
-    key = (
-        _identity(req_to_token),
+    _refresh(
         tuple(map(_identities, lists.values())),
-        getattr(seq_lens, "dtype", None),
-        getattr(req_pool_indices, "dtype", None),
-        _number(nsa_index_topk),
-        _number(real_page_size),
-        extent,
+        lambda: _backends(lists),
+        lambda index, name: f"{name}_list[{index}]",
+        seq_lens,
+        req_pool_indices,
+        req_to_token,
+        extend_seq_lens,
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
+        real_page_size=real_page_size,
+        extent=extent,
+        mode=mode,
+        next_n=next_n,
     )
-
-    def make() -> plan.Plan:
-        check_tensor("seq_lens", seq_lens, dim=1, dtypes=(torch.int32, torch.int64))
-        check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=(torch.int32, torch.int64))
-        return plan.make_plan(
-            _backends(lists),
-            req_to_token,
-            mode="decode",
-            index_topk=nsa_index_topk,
-            page_size=real_page_size,
-            extent=extent,
-            max_len=None,
-            seq_lens_dtype=seq_lens.dtype,
-            req_pool_indices_dtype=req_pool_indices.dtype,
-            name_of=lambda index, name: f"{name}_list[{index}]",
-            topk_name="nsa_index_topk",
-            page_size_name="real_page_size",
-            keep=False,
-        )
-
-    _remembered(key, make).run(seq_lens, req_pool_indices, max_len=max_len)
 
 
 def precompute_decode_metadata_cuda(
@@ -122,45 +119,205 @@ def precompute_decode_metadata_cuda(
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
     """
+    return _precompute(
+        seq_lens,
+        req_pool_indices,
+        req_to_token,
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
+        real_page_size=real_page_size,
+        out=out,
+    )
+
+
+def precompute_target_verify_metadata_cuda(
+    seq_lens: Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    *,
+    max_len: int,
+    nsa_index_topk: int,
+    real_page_size: int,
+    next_n: int,
+    out: MetadataBuffers | None = None,
+) -> MetadataBuffers:
+    """precompute_decode_metadata_cuda for a step that verifies next_n tokens a request: R = bs * next_n rows.
+
+    Args:
+        next_n: rows of each request, and tokens that its length has more than seq_lens says.
+        The others as in precompute_decode_metadata_cuda.
+
+    Returns:
+        ``out``, or new buffers.
+
+    Raises:
+        ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+    """
+    return _precompute(
+        seq_lens,
+        req_pool_indices,
+        req_to_token,
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
+        real_page_size=real_page_size,
+        out=out,
+        mode="target_verify",
+        next_n=next_n,
+    )
+
+
+def precompute_draft_extend_metadata_cuda(
+    seq_lens: Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    *,
+    max_len: int,
+    nsa_index_topk: int,
+    real_page_size: int,
+    next_n: int = 1,
+    extend_seq_lens: Tensor | None = None,
+    rows: int | None = None,
+    out: MetadataBuffers | None = None,
+) -> MetadataBuffers:
+    """precompute_decode_metadata_cuda for a step that extends every request by some tokens, a row each.
+
+    Args:
+        next_n: rows of each request, where extend_seq_lens is None.
+        extend_seq_lens: int32 or int64 [bs], the rows of each request, zeros among them.
+        rows: the sum of extend_seq_lens, needed to allocate; the caller knows it without asking the device.
+        The others as in precompute_decode_metadata_cuda.
+
+    Returns:
+        ``out``, or new buffers.
+
+    Raises:
+        ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+    """
+    return _precompute(
+        seq_lens,
+        req_pool_indices,
+        req_to_token,
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
+        real_page_size=real_page_size,
+        out=out,
+        mode="draft_extend",
+        next_n=next_n,
+        extend_seq_lens=extend_seq_lens,
+        rows=rows,
+    )
+
+
+def _precompute(
+    seq_lens: Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    *,
+    max_len: int,
+    nsa_index_topk: int,
+    real_page_size: int,
+    out: MetadataBuffers | None,
+    mode: str = "decode",
+    next_n: int = 1,
+    extend_seq_lens: Tensor | None = None,
+    rows: int | None = None,
+) -> MetadataBuffers:
     if out is None:
-        check_tensor("seq_lens", seq_lens, dim=1, dtypes=(torch.int32, torch.int64))
-        check_tensor("req_to_token", req_to_token, dim=2, dtypes=(torch.int32, torch.int64), device=seq_lens.device)
+        check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
+        check_tensor("req_to_token", req_to_token, dim=2, dtypes=INT_DTYPES, device=seq_lens.device)
         check_int("max_len", max_len, 0, req_to_token.shape[1], ", the width of req_to_token")
         check_int("real_page_size", real_page_size, 1, 2**31 - 1)
-        out = _allocate(seq_lens.numel(), max_len, real_page_size, seq_lens.device)
+        if extend_seq_lens is None:
+            rows = seq_lens.numel() * check_int("next_n", next_n, 1, MAX_NEXT_N)
+        elif rows is None:
+            raise ArgumentError(
+                "rows is None; to allocate the fields for extend_seq_lens their sum is needed. Give it, or out."
+            )
+        else:
+            check_int("rows", rows, 0, MAX_BATCH)
+        out = _allocate(seq_lens.numel(), rows, max_len, real_page_size, seq_lens.device, mode)
     elif not isinstance(out, MetadataBuffers):
         raise ArgumentError(f"out is a {type(out).__name__}; it must be a MetadataBuffers or None.")
     destination = out
+    _refresh(
+        tuple(_identity(getattr(destination, name)) for name in FIELDS),
+        lambda: [destination],
+        lambda index, name: f"out.{name}",
+        seq_lens,
+        req_pool_indices,
+        req_to_token,
+        extend_seq_lens,
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
+        real_page_size=real_page_size,
+        extent="full",
+        mode=mode,
+        next_n=next_n,
+    )
+    return out
+
+
+def _refresh(
+    identities: tuple[Any, ...],
+    backends: Callable[[], list[MetadataBuffers]],
+    name_of: plan.NameOf,
+    seq_lens: Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    extend_seq_lens: Tensor | None,
+    *,
+    max_len: int,
+    nsa_index_topk: int,
+    real_page_size: int,
+    extent: str,
+    mode: str,
+    next_n: int,
+) -> None:
+    """Runs the plan of these tensors, bound at the first call.
+
+    ``identities`` are those of the destinations that ``backends`` makes.
+    """
     key = (
         _identity(req_to_token),
-        tuple(_identity(getattr(destination, name)) for name in FIELDS),
+        identities,
         getattr(seq_lens, "dtype", None),
         getattr(req_pool_indices, "dtype", None),
+        getattr(extend_seq_lens, "dtype", None),
         _number(nsa_index_topk),
         _number(real_page_size),
+        extent,
+        mode,
+        _number(next_n),
     )
 
     def make() -> plan.Plan:
-        check_tensor("seq_lens", seq_lens, dim=1, dtypes=(torch.int32, torch.int64))
-        check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=(torch.int32, torch.int64))
+        check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
+        check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)
+        extends: dict[str, Any] = {}
+        if extend_seq_lens is not None:
+            check_tensor("extend_seq_lens", extend_seq_lens, dim=1, dtypes=INT_DTYPES)
+            if mode != "draft_extend":
+                raise ArgumentError(f"extend_seq_lens is a tensor and mode is {mode!r}; they are for 'draft_extend'.")
+            extends = {"extend": "variable", "extend_seq_lens_dtype": extend_seq_lens.dtype}
         return plan.make_plan(
-            [destination],
+            backends(),
             req_to_token,
-            mode="decode",
+            mode=mode,
             index_topk=nsa_index_topk,
             page_size=real_page_size,
-            extent="full",
+            extent=extent,
             max_len=None,
             seq_lens_dtype=seq_lens.dtype,
             req_pool_indices_dtype=req_pool_indices.dtype,
-            name_of=lambda index, name: f"out.{name}",
+            next_n=next_n,
+            name_of=name_of,
             topk_name="nsa_index_topk",
             page_size_name="real_page_size",
             keep=False,
+            **extends,
         )
 
-    _remembered(key, make).run(seq_lens, req_pool_indices, max_len=max_len)
-    return out
+    _remembered(key, make).run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 
 
 def fused_metadata_copy_cuda(
@@ -170,6 +327,9 @@ def fused_metadata_copy_cuda(
     bs: int | None = None,
     max_len: int | None = None,
     real_page_size: int | None = None,
+    mode: str = "decode",
+    next_n: int | None = None,
+    rows: int | None = None,
 ) -> None:
     """Copies precomputed metadata to one or N destinations, in one launch.
 
@@ -182,6 +342,10 @@ def fused_metadata_copy_cuda(
         max_len: columns of page_indices to copy; None is the source's width.
         real_page_size: bounds the columns of real_page_table at ceil(max_len / real_page_size); None copies the
             source's whole width.
+        mode: "decode", "target_verify" or "draft_extend"; in the last two requests have several rows.
+        next_n: rows of each request, if it is one number for all; with ``bs`` it says how many rows to copy.
+        rows: rows to copy of the fields with an element a row, where extend lengths vary; None is what
+            ``precomputed`` holds.
 
     Raises:
         ArgumentError: an argument doesn't fit; nothing was written.
@@ -196,7 +360,21 @@ def fused_metadata_copy_cuda(
         raise ArgumentError(f"destinations is {targets!r}; it must be a MetadataBuffers or a list of them.")
     if not targets:
         raise ArgumentError("destinations is empty; give at least one MetadataBuffers.")
-    key = ("copy", one, tuple(tuple(_identity(getattr(b, name)) for name in FIELDS) for b in (precomputed, *targets)))
+    if mode == "decode":
+        if rows is not None or next_n not in (None, 1):
+            raise ArgumentError(f"next_n is {next_n} and rows is {rows}; in decode a request is a row: leave them out.")
+    elif rows is None and next_n is not None:
+        check_int("next_n", next_n, 1, MAX_NEXT_N)
+        if bs is not None:
+            rows = check_int("bs", bs, 0, MAX_BATCH) * next_n
+    elif rows is None and bs is not None:
+        raise ArgumentError(f"bs is {bs} in {mode}, and next_n and rows are None; give one of them too.")
+    key = (
+        "copy",
+        one,
+        mode,
+        tuple(tuple(_identity(getattr(b, name)) for name in FIELDS) for b in (precomputed, *targets)),
+    )
 
     def make() -> plan.CopyPlan:
         def name_of(index: int, name: str) -> str:
@@ -204,9 +382,9 @@ def fused_metadata_copy_cuda(
 
         shared = precomputed.real_page_table is not None and precomputed.real_page_table is precomputed.page_indices
         page_size = 1 if shared else 2
-        return plan.CopyPlan(precomputed, plan.Destinations(targets, page_size, name_of), keep=False)
+        return plan.CopyPlan(precomputed, plan.Destinations(targets, page_size, name_of, mode), keep=False, mode=mode)
 
-    _remembered(key, make).run(bs=bs, max_len=max_len, page_size=real_page_size)
+    _remembered(key, make).run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
 
 
 def specialize(config: KernelConfig, arch: str | Sequence[str] | None = None) -> loader.Kernel:
@@ -249,19 +427,19 @@ def _backends(lists: dict[str, Sequence[Tensor] | None]) -> list[MetadataBuffers
     return [MetadataBuffers(**{name: tensors[i] for name, tensors in given.items()}) for i in range(len(given[first]))]
 
 
-def _allocate(bs: int, max_len: int, page_size: int, device: torch.device) -> MetadataBuffers:
+def _allocate(bs: int, rows: int, max_len: int, page_size: int, device: torch.device, mode: str) -> MetadataBuffers:
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    cache, table = new(bs), new(bs, max_len)
+    cache, table = new(bs), new(rows, max_len)
     return MetadataBuffers(
         cache_seqlens=cache,
         cu_seqlens_k=new(bs + 1),
         page_indices=table,
-        nsa_cache_seqlens=new(bs),
-        nsa_cu_seqlens_k=new(bs + 1),
-        real_page_table=table if page_size == 1 else new(bs, -(-max_len // page_size)),
-        seqlens_expanded=cache,
+        nsa_cache_seqlens=new(rows),
+        nsa_cu_seqlens_k=new(rows + 1),
+        real_page_table=table if page_size == 1 else new(rows, -(-max_len // page_size)),
+        seqlens_expanded=cache if mode == "decode" else new(rows),
     )
 
 

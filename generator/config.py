@@ -18,7 +18,8 @@ from .errors import ConfigError
 from .fields import FIELDS
 
 Operation = Literal["precompute_and_broadcast", "copy"]
-Mode = Literal["decode"]
+Mode = Literal["decode", "target_verify", "draft_extend"]
+Extend = Literal["uniform", "variable"]
 IntDtype = Literal["int32", "int64"]
 Extent = Literal["live", "full"]
 Target = Literal["cuda", "cpu"]
@@ -29,7 +30,22 @@ SCHEMA_VERSION = 1
 # A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+), the parameter block is 64-bit words.
 MAX_PARAM_WORDS = 32_764 // 8
 
+# Beyond any speculation, and small enough that a length and what is added to it meet in 32 bits.
+MAX_NEXT_N = 2**15
+MAX_SEQLEN_OFFSET = 2**15
+
 _LENGTHS_TOPK = ("nsa_cache_seqlens", "nsa_cu_seqlens_k")
+_POOLED = ("pooled_cache_seqlens", "pooled_real_page_table")
+# Facts that leave no trace at their neutral value, in the key neither: configurations without them keep their kernels.
+_SILENT = (
+    "next_n",
+    "extend",
+    "extend_seq_lens_dtype",
+    "seqlen_offsets",
+    "index_kpool",
+    "page_fill",
+    "checked",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +60,29 @@ class KernelConfig:
     Attributes:
         operation: "precompute_and_broadcast" computes the fields from the lengths and the token table and writes
             them to every backend; "copy" copies fields that were computed before to every backend.
-        mode: the forward mode, "decode".
+        mode: the forward mode: "decode", "target_verify" or "draft_extend". In the last two a request has several rows;
+            a copy knows "decode" and, for both of them, "target_verify".
+        next_n: n, the rows that each request has in target_verify and in a uniform draft_extend, 1 or more.
+        extend: in draft_extend, "uniform" for next_n rows a request, "variable" for lengths that each call gives.
         num_backends: N, the number of backends one launch refreshes, 1 or more.
         fields: names from FIELDS, in any order, without repeats.
         distinct: (field, count) for each field whose N destinations are fewer than N different tensors, because
             backends share them. Shared memory is written once.
-        seq_lens_dtype, req_pool_indices_dtype, req_to_token_dtype: "int32" or "int64".
+        seq_lens_dtype, req_pool_indices_dtype, req_to_token_dtype, extend_seq_lens_dtype: "int32" or "int64".
+        seqlen_offsets: what each backend adds to every length, one number a backend from 0 to 32768. Offsets that are
+            all equal become one number, and none where that is 0.
         index_topk: T, the clamp of nsa_cache_seqlens, 0 or more.
+        index_kpool: k, tokens a pool: only complete pools are clamped by index_topk, and pooled_* fields count pools.
         page_size: P, tokens a page of real_page_table, 1 or more.
+        page_fill: -1 writes -1 to the columns of real_page_table that aren't live, up to the table's width; None leaves
+            them alone. For a real_page_table that is the only table, of extent live.
         extent: "live" writes the columns below a request's length, "full" every column below max_len.
         vector_bytes: width of the table stores: 16 where all destinations of a row have one 16-byte phase, else 4.
         target: "cuda", or "cpu" for the same kernel built by the host compiler.
         threads: threads a block, a power of two from 32 to 1024 (1 on the CPU target).
         unroll: 16-byte accesses a thread has in flight, 1 to 8.
         blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32.
+        checked: the kernel checks what it reads (rows of the pool, lengths) and records the first offence.
 
     Raises:
         ConfigError: a fact is outside what is allowed.
@@ -86,6 +111,13 @@ class KernelConfig:
     threads: int = 256
     unroll: int = 2
     blocks_per_sm: int = 8
+    next_n: int = 1
+    extend: Extend = "uniform"
+    extend_seq_lens_dtype: IntDtype = "int64"
+    seqlen_offsets: tuple[int, ...] = ()
+    index_kpool: int = 1
+    page_fill: Literal[-1] | None = None
+    checked: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -97,6 +129,10 @@ class KernelConfig:
             ("extent", get_args(Extent)),
             ("vector_bytes", (4, 16)),
             ("target", get_args(Target)),
+            ("extend", get_args(Extend)),
+            ("extend_seq_lens_dtype", get_args(IntDtype)),
+            ("page_fill", (None, -1)),
+            ("checked", (False, True)),
         ):
             _one_of(name, getattr(self, name), choices)
         for name, low, high in (
@@ -106,6 +142,8 @@ class KernelConfig:
             ("threads", 1, 1024),
             ("unroll", 1, 8),
             ("blocks_per_sm", 1, 32),
+            ("next_n", 1, MAX_NEXT_N),
+            ("index_kpool", 1, 2**31 - 1),
         ):
             _integer(name, getattr(self, name), low, high)
         if self.target == "cuda" and (self.threads < 32 or self.threads & (self.threads - 1)):
@@ -114,7 +152,9 @@ class KernelConfig:
                 "a block is made of whole warps."
             )
         self._check_fields()
+        self._check_offsets()
         self._neutralize()
+        self._check_fill()
         if self.param_words > MAX_PARAM_WORDS:
             raise ConfigError(
                 f"num_backends is {self.num_backends} with {len(self.fields)} fields, which needs "
@@ -155,8 +195,34 @@ class KernelConfig:
             ),
         )
 
+    def _check_offsets(self) -> None:
+        offsets = self.seqlen_offsets
+        if isinstance(offsets, str) or not isinstance(offsets, Iterable):
+            raise ConfigError(f"seqlen_offsets is {offsets!r}; it must be a tuple with one whole number a backend.")
+        offsets = tuple(offsets)
+        for index, offset in enumerate(offsets):
+            _integer(f"seqlen_offsets[{index}]", offset, 0, MAX_SEQLEN_OFFSET)
+        if len(offsets) not in (0, 1, self.num_backends):
+            raise ConfigError(
+                f"seqlen_offsets has {len(offsets)} numbers and num_backends is {self.num_backends}; give one a "
+                "backend, one for all, or none."
+            )
+        if len(set(offsets)) == 1:
+            offsets = offsets[:1] if offsets[0] else ()
+        _set(self, "seqlen_offsets", offsets)
+
+    def _check_fill(self) -> None:
+        if self.page_fill is not None and (self.tables != ("real_page_table",) or self.extent != "live"):
+            raise ConfigError(
+                f"page_fill is {self.page_fill} with the tables {', '.join(self.tables) or 'none'} and extent "
+                f"{self.extent!r}; it fills a real_page_table that is the only table, of extent 'live'. Leave it None."
+            )
+
     def _neutralize(self) -> None:
         copies = self.operation == "copy"
+        if copies and self.mode != "decode":
+            # All that a copy sees of a mode is whether the rows are a number of their own.
+            _set(self, "mode", "target_verify")
         if copies and self.extent == "live":
             # A copy has no lengths to go by: it copies what the precomputed buffers hold.
             _set(self, "extent", "full")
@@ -167,7 +233,9 @@ class KernelConfig:
             _set(self, "req_to_token_dtype", "int32")
         if copies or not any(name in self.fields for name in _LENGTHS_TOPK):
             _set(self, "index_topk", 0)
-        if copies or "real_page_table" not in self.fields:
+        if copies or not any(name in self.fields for name in (*_LENGTHS_TOPK, *_POOLED)):
+            _set(self, "index_kpool", 1)
+        if copies or not self.paged_tables:
             _set(self, "page_size", 1)
         if not self.tables:
             _set(self, "extent", "full")
@@ -177,6 +245,26 @@ class KernelConfig:
         elif not copies and "page_indices" not in self.fields:
             # Page numbers are picked one word in page_size: there is no 16-byte run to move.
             _set(self, "vector_bytes", 4)
+        if not (self.mode == "draft_extend" and self.row_fields):
+            _set(self, "extend", "uniform")
+        if self.extend == "uniform":
+            _set(self, "extend_seq_lens_dtype", "int64")
+        if copies or self.mode == "decode" or self.extend == "variable":
+            _set(self, "next_n", 1)
+        if self.mode == "draft_extend" and not self.row_fields:
+            _set(self, "next_n", 1)
+        if not self.needs_lengths:
+            _set(self, "seqlen_offsets", ())
+        elif len(self.seqlen_offsets) > 1:
+            for name, count in self.distinct:
+                if name not in self.tables or count > 1:
+                    raise ConfigError(
+                        f"distinct[{name}] is {count} and seqlen_offsets is {self.seqlen_offsets}; backends whose "
+                        "lengths differ share a table that all of them have, or nothing."
+                    )
+        if copies:
+            _set(self, "page_fill", None)
+            _set(self, "checked", False)
         if self.target == "cpu":
             _set(self, "threads", 1)
             _set(self, "blocks_per_sm", 1)
@@ -190,6 +278,16 @@ class KernelConfig:
     def vectors(self) -> tuple[str, ...]:
         """The fields that have one element a request, or one more (running sums)."""
         return tuple(name for name in self.fields if FIELDS[name].kind != "table")
+
+    @property
+    def row_fields(self) -> tuple[str, ...]:
+        """The fields whose rows are not requests but the rows that a request has several of."""
+        return tuple(name for name in self.fields if self.mode != "decode" and FIELDS[name].per == "row")
+
+    @property
+    def paged_tables(self) -> tuple[str, ...]:
+        """The tables whose columns are pages, or pools of pages."""
+        return tuple(name for name in self.tables if name != "page_indices")
 
     @property
     def needs_lengths(self) -> bool:
@@ -217,7 +315,17 @@ class KernelConfig:
         facts = dataclasses.asdict(self)
         facts["fields"] = list(self.fields)
         facts["distinct"] = dict(self.distinct)
+        facts["seqlen_offsets"] = list(self.seqlen_offsets)
         return facts
+
+    def told_facts(self) -> dict[str, Any]:
+        """to_dict without the facts that are neutral and leave no trace then."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in _SILENT or getattr(self, name) != defaults[name]
+        }
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> KernelConfig:
@@ -234,6 +342,8 @@ class KernelConfig:
             values["fields"] = tuple(values["fields"])
         if "distinct" in values:
             values["distinct"] = tuple(dict(values["distinct"]).items())
+        if isinstance(values.get("seqlen_offsets"), list):
+            values["seqlen_offsets"] = tuple(values["seqlen_offsets"])
         return cls(**values)
 
     @cached_property
@@ -242,7 +352,7 @@ class KernelConfig:
 
         The key of a build, which also covers source, flags, architectures and compilers, is the store's.
         """
-        text = json.dumps({"schema": SCHEMA_VERSION, **self.to_dict()}, sort_keys=True, separators=(",", ":"))
+        text = json.dumps({"schema": SCHEMA_VERSION, **self.told_facts()}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -266,6 +376,10 @@ class KernelConfig:
                 value = "+".join(value)
             elif f.name == "distinct":
                 value = "+".join(f"{name}:{count}" for name, count in value)
+            elif f.name == "seqlen_offsets":
+                value = "+".join(map(str, value))
+            elif f.name == "checked":
+                value = "true"
             parts.append(f"{f.name}={value}")
         return ",".join(parts)
 
@@ -289,7 +403,12 @@ def parse_settings(text: str, base: KernelConfig | None = None) -> KernelConfig:
         elif name == "distinct":
             pairs = [pair.partition(":") for pair in value.split("+")]
             facts[name] = tuple((field, _parse_int(name, count)) for field, _, count in pairs)
-        elif isinstance(defaults[name], int):
+        elif name == "seqlen_offsets":
+            facts[name] = tuple(_parse_int(name, number) for number in value.split("+"))
+        elif name == "checked":
+            _one_of(name, value, ("true", "false"))
+            facts[name] = value == "true"
+        elif isinstance(defaults[name], int) or name == "page_fill":
             facts[name] = _parse_int(name, value)
         else:
             facts[name] = value
@@ -324,6 +443,8 @@ def _integer(name: str, value: object, low: int, high: int | None) -> None:
         raise ConfigError(f"{name} is {value}; allowed: {allowed}.")
 
 
+_WITH_EXPANDED = (*KernelConfig().fields, "seqlens_expanded")
+
 PRESETS: dict[str, KernelConfig] = {
     "nsa-decode-1": KernelConfig(),
     "nsa-decode-2": KernelConfig(num_backends=2),
@@ -346,6 +467,20 @@ PRESETS: dict[str, KernelConfig] = {
     "nsa-precompute": KernelConfig(extent="full"),
     "nsa-copy-1": KernelConfig(operation="copy"),
     "nsa-copy-3": KernelConfig(operation="copy", num_backends=3),
+    "nsa-copy-3-rows": KernelConfig(operation="copy", num_backends=3, mode="target_verify", fields=_WITH_EXPANDED),
+    "nsa-target-verify-3": KernelConfig(num_backends=3, mode="target_verify", next_n=4, fields=_WITH_EXPANDED),
+    "nsa-draft-extend-3": KernelConfig(num_backends=3, mode="draft_extend", next_n=4, fields=_WITH_EXPANDED),
+    "nsa-draft-extend-3-variable": KernelConfig(
+        num_backends=3, mode="draft_extend", extend="variable", fields=_WITH_EXPANDED
+    ),
+    "nsa-decode-3-kpool": KernelConfig(
+        num_backends=3, index_kpool=4, fields=tuple(name for name in FIELDS if name != "seqlens_expanded")
+    ),
+    "nsa-decode-3-checked": KernelConfig(num_backends=3, checked=True),
+    "fa3-decode-3": KernelConfig(
+        num_backends=3, fields=("cache_seqlens", "cu_seqlens_k", "real_page_table"), seqlen_offsets=(1, 2, 3)
+    ),
+    "flashmla-decode-3": KernelConfig(num_backends=3, fields=("cache_seqlens", "real_page_table"), page_fill=-1),
 }
 """The configurations that ship: their CUDA is in generated/, and each is compiled and run by the tests."""
 

@@ -1,8 +1,12 @@
 """The table of metadata fields. A field is declared here and nowhere else.
 
 Names are SGLang's NSA names; meanings follow its DSA/NSA backend, formulas as in ``reference.py``. In the
-formulas ``s`` is a request's sequence length, ``T`` is ``index_topk``, ``P`` is ``page_size`` and ``row`` is the
+formulas ``s`` is a request's sequence length, ``n`` is ``next_n``, ``q`` a request's extend length, ``j`` a row's place
+among its request's rows, ``T`` is ``index_topk``, ``P`` is ``page_size``, ``k`` is ``index_kpool`` and ``row`` is the
 request's row of ``req_to_token``.
+
+A field has an element for each of the bs requests, or for each of the R rows. In decode R is bs. In target_verify and
+draft_extend a request has n rows (q of its own with variable extend lengths), request after request.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["lengths", "cumulative", "table"]
+Per = Literal["request", "row"]
 
 
 @dataclass(frozen=True)
@@ -27,34 +32,50 @@ class Field:
         name: attribute of MetadataBuffers, and the spelling in the emitted CUDA.
         kind: "lengths" is int32 [rows], "cumulative" is int32 [rows + 1] and starts with 0, "table" is
             int32 [rows, columns] with unit inner stride.
-        shape: the shape for people, with bs requests.
+        shape: the shape for people, in decode, with bs requests.
         formula: what an element holds.
+        per: whether its rows are requests, or the rows that a request has n or q of.
     """
 
     name: str
     kind: Kind
     shape: str
     formula: str
+    per: Per = "row"
+
+    def shape_in(self, mode: str) -> str:
+        """The shape in a forward mode, with bs requests and R rows."""
+        return self.shape if mode == "decode" or self.per == "request" else self.shape.replace("bs", "R")
 
 
-def _field(kind: Kind, shape: str, formula: str) -> Tensor | None:
-    return dataclasses.field(default=None, metadata={"kind": kind, "shape": shape, "formula": formula})
+def _field(kind: Kind, shape: str, formula: str, per: Per = "row") -> Tensor | None:
+    return dataclasses.field(default=None, metadata={"kind": kind, "shape": shape, "formula": formula, "per": per})
 
 
 @dataclass(eq=False)
 class MetadataBuffers:
     """The destination tensors of one backend, all int32 on one device. Any field may be None: it isn't written.
 
-    Shapes are capacities: a refresh of ``bs`` requests writes the first ``bs`` rows and leaves the others alone.
+    Shapes are capacities: a refresh of ``bs`` requests writes the first ``bs`` (or R) rows and leaves the others alone.
     """
 
-    cache_seqlens: Tensor | None = _field("lengths", "[bs]", "s")
-    cu_seqlens_k: Tensor | None = _field("cumulative", "[bs + 1]", "0, then the running sum of cache_seqlens")
+    cache_seqlens: Tensor | None = _field("lengths", "[bs]", "s, in target_verify s + n", "request")
+    cu_seqlens_k: Tensor | None = _field(
+        "cumulative", "[bs + 1]", "0, then the running sum of cache_seqlens", "request"
+    )
     page_indices: Tensor | None = _field("table", "[bs, W]", "req_to_token[row, column]")
-    nsa_cache_seqlens: Tensor | None = _field("lengths", "[bs]", "min(s, T)")
+    nsa_cache_seqlens: Tensor | None = _field(
+        "lengths", "[bs]", "min(e, T) with e = seqlens_expanded; with pools min(floor(e / k) * k, T) + e mod k"
+    )
     nsa_cu_seqlens_k: Tensor | None = _field("cumulative", "[bs + 1]", "0, then the running sum of nsa_cache_seqlens")
     real_page_table: Tensor | None = _field("table", "[bs, ceil(W / P)]", "floor(req_to_token[row, column * P] / P)")
-    seqlens_expanded: Tensor | None = _field("lengths", "[bs]", "s (in decode the same values as cache_seqlens)")
+    seqlens_expanded: Tensor | None = _field(
+        "lengths", "[bs]", "in decode s; in target_verify max(s + j + 1, 0); in draft_extend max(s - q + j + 1, 0)"
+    )
+    pooled_cache_seqlens: Tensor | None = _field("lengths", "[bs]", "floor(cache_seqlens / k)", "request")
+    pooled_real_page_table: Tensor | None = _field(
+        "table", "[bs, ceil(W / P / k)]", "floor(real_page_table[row, column * k] / k)"
+    )
 
     def items(self) -> Iterator[tuple[Field, Tensor]]:
         """The fields that are present, in the order of the table."""

@@ -21,15 +21,16 @@ class Member:
 
     Attributes:
         name: its name, in the struct and in a plan.
-        type: "int64", "lengths", "pool", "token" (pointers to the inputs), "int32" (pointer to a field) or "table"
-            (a pointer to a field and its row stride in elements).
+        type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
+            "table" (a pointer to a field and its row stride in elements) or "offence" (pointer to where a checked
+            kernel tells what it found).
         count: array length, or None for a single member.
         per_call: set at each call; the rest is set once, when a plan is bound.
         comment: what it holds.
     """
 
     name: str
-    type: Literal["int64", "lengths", "pool", "token", "int32", "table"]
+    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "offence"]
     count: int | None
     per_call: bool
     comment: str
@@ -51,15 +52,28 @@ def members(config: KernelConfig) -> list[Member]:
     if config.needs_lengths:
         add("seq_lens", "lengths", "[batch_size]", per_call=True)
         add("seq_lens_stride", "int64", "elements", per_call=True)
+    if config.extend == "variable":
+        add("extend_seq_lens", "extends", "[batch_size]", per_call=True)
+        add("extend_seq_lens_stride", "int64", "elements", per_call=True)
     if config.tables and not copies:
         add("req_pool_indices", "pool", "[batch_size], rows of req_to_token", per_call=True)
         add("req_pool_indices_stride", "int64", "elements", per_call=True)
     add("batch_size", "int64", "requests", per_call=True)
+    if copies and config.row_fields:
+        add("rows", "int64", "rows of all requests", per_call=True)
     for name in column_limits(config):
         add(name, "int64", "no column from here on is written", per_call=True)
     add("device", "int64", "ordinal")
     if config.tables:
         add("sm_count", "int64", "multiprocessors of the device")
+    if config.checked:
+        add("offence", "offence", "the first one found, or none")
+        if config.extend == "variable":
+            add("row_capacity", "int64", "rows that fit the destinations")
+        if config.tables:
+            add("pool_rows", "int64", "rows of req_to_token")
+    if config.page_fill is not None:
+        add("real_page_table_width", "int64", "columns")
     if config.tables and not copies:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
@@ -69,7 +83,7 @@ def members(config: KernelConfig) -> list[Member]:
         kind: Literal["table", "int32"] = "table" if FIELDS[name].kind == "table" else "int32"
         if copies:
             add(f"from_{name}", kind, "precomputed")
-        add(name, kind, FIELDS[name].shape, count=config.destinations(name))
+        add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
     return out
 
 

@@ -22,10 +22,11 @@ from .checks import (
     check_tensor,
     dtype_name,
 )
-from .config import KernelConfig
+from .config import MAX_NEXT_N, MAX_SEQLEN_OFFSET, KernelConfig
 from .errors import ArgumentError, LaunchError
 from .fields import FIELDS, MetadataBuffers
 from .loader import Kernel
+from .offences import OFFENCES
 from .store import warn_once
 
 NVTX_VARIABLE = "ONELAUNCH_NVTX"
@@ -40,19 +41,23 @@ class Destinations:
         backends: one MetadataBuffers a backend; all have the same fields.
         page_size: P; with 1, real_page_table must be page_indices or None.
         name_of: the name of a backend's field, for messages.
+        mode: the forward mode, which says whether rows are requests.
 
     Attributes:
         fields: names of the fields that are written.
         tensors: for each field, its different tensors: one that several backends share is there once.
         regions: their memory.
         device: the device of all of them.
-        capacity: requests that fit.
+        capacity: requests that fit; narrowest names the tensor with the least room for them.
+        row_capacity: rows that fit, of which requests may have several; narrowest_rows likewise.
 
     Raises:
         ArgumentError: a tensor can't be written to, the backends don't match, or destinations overlap.
     """
 
-    def __init__(self, backends: Sequence[MetadataBuffers], page_size: int, name_of: NameOf) -> None:
+    def __init__(
+        self, backends: Sequence[MetadataBuffers], page_size: int, name_of: NameOf, mode: str = "decode"
+    ) -> None:
         if isinstance(backends, MetadataBuffers) or not isinstance(backends, Sequence):
             raise ArgumentError(f"backends is a {type(backends).__name__}; it must be a list of MetadataBuffers.")
         for index, backend in enumerate(backends):
@@ -64,22 +69,22 @@ class Destinations:
         self.device: torch.device | None = None
         self.tensors: dict[str, list[Tensor]] = {}
         names: dict[tuple[str, int], str] = {}
-        capacities: list[tuple[int, str]] = []
+        room: dict[str, list[tuple[int, str]]] = {"request": [], "row": []}
         for index, backend in enumerate(backends):
-            for name, tensor in _written(backend, index, page_size, name_of).items():
+            for name, tensor in _written(backend, index, page_size, name_of, mode).items():
                 field, label = FIELDS[name], name_of(index, name)
                 check_destination(label, tensor, dim=2 if field.kind == "table" else 1, device=self.device)
                 self.device = tensor.device
                 if field.kind == "cumulative" and tensor.numel() == 0:
                     raise ArgumentError(f"{label} is empty; it must have room for the first 0, shape [bs + 1].")
-                capacities.append((tensor.shape[0] - (field.kind == "cumulative"), label))
+                room[field.per].append((tensor.shape[0] - (field.kind == "cumulative"), label))
                 known = self.tensors.setdefault(name, [])
                 if not any(_same_memory(tensor, other) for other in known):
                     known.append(tensor)
                     names[name, id(tensor)] = label
-        first = _written(backends[0], 0, page_size, name_of)
+        first = _written(backends[0], 0, page_size, name_of, mode)
         for index, backend in enumerate(backends):
-            for name in _written(backend, index, page_size, name_of).keys() ^ first.keys():
+            for name in _written(backend, index, page_size, name_of, mode).keys() ^ first.keys():
                 has, lacks = (0, index) if name in first else (index, 0)
                 raise ArgumentError(
                     f"{name_of(lacks, name)} is None but {name_of(has, name)} is a tensor; all backends must have the "
@@ -88,7 +93,10 @@ class Destinations:
         if not first:
             raise ArgumentError("backends have no field at all; give at least one tensor.")
         self.fields = tuple(name for name in FIELDS if name in first)
-        self.capacity, self.narrowest = min(capacities)
+        if mode == "decode":
+            room["request"] = room["row"] = room["request"] + room["row"]
+        self.capacity, self.narrowest = min(room["request"] or [(MAX_BATCH, "")])
+        self.row_capacity, self.narrowest_rows = min(room["row"] or [(MAX_BATCH, "")])
         self.names = names
         self.regions = [Region.of(names[name, id(t)], t) for name, tensors in self.tensors.items() for t in tensors]
         check_disjoint(self.regions)
@@ -111,13 +119,18 @@ class Destinations:
                 )
         return tensors[0].shape[1]
 
-    def one_phase(self, name: str) -> bool:
-        """Whether row r of every tensor lies equally far past a 16-byte boundary, for every r."""
+    def one_phase(self, name: str, *, rows_too: bool = False) -> bool:
+        """Whether row r of every tensor lies equally far past a 16-byte boundary, for every r.
+
+        Args:
+            rows_too: whether all rows must, too: where one tile is written to several.
+        """
         tensors = self.tensors[name]
         first = tensors[0]
+        stride = 0 if rows_too else first.stride(0)
         return all(
             (t.data_ptr() - first.data_ptr()) % 16 == 0
-            and ((t.stride(0) - first.stride(0)) % 4 == 0 or t.shape[0] == first.shape[0] == 1)
+            and ((t.stride(0) - stride) % 4 == 0 or t.shape[0] == first.shape[0] == 1)
             for t in tensors
         )
 
@@ -130,7 +143,7 @@ class Destinations:
         return [word for tensor in self.tensors[name] for word in _tensor_words(tensor)]
 
 
-def _written(backend: MetadataBuffers, index: int, page_size: int, name_of: NameOf) -> dict[str, Tensor]:
+def _written(backend: MetadataBuffers, index: int, page_size: int, name_of: NameOf, mode: str) -> dict[str, Tensor]:
     """The fields to write: what is only another name for the same memory is left out."""
     fields = {field.name: tensor for field, tensor in backend.items()}
     for name, tensor in fields.items():
@@ -139,7 +152,7 @@ def _written(backend: MetadataBuffers, index: int, page_size: int, name_of: Name
                 f"{name_of(index, name)} is a {type(tensor).__name__}; it must be a torch.Tensor or None."
             )
     expanded, cache = fields.get("seqlens_expanded"), fields.get("cache_seqlens")
-    if expanded is not None and cache is not None and _same_memory(expanded, cache):
+    if mode == "decode" and expanded is not None and cache is not None and _same_memory(expanded, cache):
         del fields["seqlens_expanded"]
     real = fields.get("real_page_table")
     if page_size == 1 and real is not None:
@@ -231,6 +244,7 @@ class Plan:
         kernel: the kernel.
         device: the device of all tensors.
         capacity: the largest batch that fits the destinations.
+        row_capacity: the most rows that do; with variable extend lengths the caller keeps their sum within it.
         launches: kernel launches so far.
     """
 
@@ -240,18 +254,25 @@ class Plan:
         assert destinations.device is not None
         self.config = config
         self.device = destinations.device
-        self.capacity = destinations.capacity
+        self.capacity, self._narrowest = destinations.capacity, destinations.narrowest
+        self.row_capacity = destinations.row_capacity
+        if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
+            self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.narrowest_rows
         self.launches = 0
         self._columns = columns
         self._limit = columns
-        self._narrowest = destinations.narrowest
         self._regions = destinations.regions
         # The kernel holds bare addresses: the tensors must live as long as the plan.
         self._tensors = (destinations.tensors, req_to_token) if keep else None
         self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
         self._pool_dtype = getattr(torch, config.req_pool_indices_dtype)
+        self._extend_dtype = getattr(torch, config.extend_seq_lens_dtype)
         self._reads_lengths = config.needs_lengths
         self._gathers = bool(config.tables)
+        self._variable = config.extend == "variable"
+        self._has_rows = config.mode != "draft_extend" or bool(config.row_fields)
+        # Kind, request, value and limit of the first offence, which the kernel of a checked plan writes.
+        self._offence = torch.zeros(4, dtype=torch.int64, device=self.device) if config.checked else None
         self._bound = BoundKernel(
             config,
             self.device,
@@ -259,18 +280,31 @@ class Plan:
                 "req_to_token": [req_to_token.data_ptr()],
                 "req_to_token_stride": [req_to_token.stride(0)],
                 "req_to_token_width": [req_to_token.shape[1]],
+                "pool_rows": [req_to_token.shape[0]],
+                "row_capacity": [self.row_capacity],
+                "real_page_table_width": [destinations.width("real_page_table") or 0],
+                "offence": [0 if self._offence is None else self._offence.data_ptr()],
                 **{name: destinations.words(name) for name in config.fields},
             },
         )
         self.kernel: Kernel = self._bound.kernel
         self._checked: tuple[Any, ...] = ()
 
-    def run(self, seq_lens: Tensor, req_pool_indices: Tensor, *, max_len: int | None = None) -> None:
+    def run(
+        self,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None = None,
+        *,
+        max_len: int | None = None,
+    ) -> None:
         """Refreshes every backend: one launch on the device's current stream, nothing else. Capturable.
 
         Args:
             seq_lens: int [bs], of the dtype that the plan was bound for, any stride, bs up to ``capacity``.
             req_pool_indices: int [bs], likewise; rows of req_to_token. The caller vouches for their range.
+            extend_seq_lens: int [bs], likewise, the rows of each request, for a plan of variable extend lengths; None
+                for any other. The caller vouches that they add up to ``row_capacity`` at most.
             max_len: bound on the columns of this call; None is the bound that bind() was given.
 
         Raises:
@@ -290,12 +324,20 @@ class Plan:
                 req_pool_indices.dtype,
                 type(max_len),  # or 16.0 would pass for a 16 that was checked before
                 max_len,
+                extend_seq_lens
+                if extend_seq_lens is None
+                else (
+                    extend_seq_lens.data_ptr(),
+                    extend_seq_lens.numel(),
+                    extend_seq_lens.stride(),
+                    extend_seq_lens.dtype,
+                ),
             )
         except (AttributeError, RuntimeError):
-            self._check(seq_lens, req_pool_indices, 0, max_len)  # says which of the two is no strided tensor
+            self._check(seq_lens, req_pool_indices, extend_seq_lens, 0, max_len)  # says which is no strided tensor
             raise
         if arguments != self._checked:
-            self._words = self._check(seq_lens, req_pool_indices, batch_size, max_len)
+            self._words = self._check(seq_lens, req_pool_indices, extend_seq_lens, batch_size, max_len)
             self._checked = arguments
         try:
             self._bound.run(*self._words, self._bound.stream())
@@ -303,13 +345,34 @@ class Plan:
             raise LaunchError(f"{self.config.symbol} wasn't launched on {self.device}: {error}.") from error
         self.launches += 1
 
-    def _check(self, seq_lens: Tensor, req_pool_indices: Tensor, batch_size: int, max_len: int | None) -> list[int]:
+    def _check(
+        self,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None,
+        batch_size: int,
+        max_len: int | None,
+    ) -> list[int]:
         """The words of a call whose arguments differ from the last one's."""
-        for name, tensor, dtype in (
-            ("seq_lens", seq_lens, self._seq_lens_dtype),
-            ("req_pool_indices", req_pool_indices, self._pool_dtype),
-        ):
-            unread = not (self._reads_lengths if name == "seq_lens" else self._gathers)
+        inputs = [
+            ("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths),
+            ("req_pool_indices", req_pool_indices, self._pool_dtype, self._gathers),
+        ]
+        if extend_seq_lens is not None:
+            if not self._variable and self._has_rows:
+                raise ArgumentError(
+                    f"extend_seq_lens is a {type(extend_seq_lens).__name__}; the plan's requests have "
+                    f"{self.config.next_n} rows each in {self.config.mode}, so it must be None. Bind with "
+                    "mode='draft_extend' and extend='variable'."
+                )
+            inputs.append(("extend_seq_lens", extend_seq_lens, self._extend_dtype, self._variable))
+        elif self._variable:
+            raise ArgumentError(
+                "extend_seq_lens is None; a plan of variable extend lengths needs them, one a request. "
+                "Bind with extend='uniform' for next_n rows a request."
+            )
+        for name, tensor, dtype, read in inputs:
+            unread = not read
             check_tensor(name, tensor, dim=1, dtypes=INT_DTYPES if unread else (dtype,), device=self.device)
             region = Region.of(name, tensor)
             for destination in self._regions:
@@ -318,14 +381,16 @@ class Plan:
                         f"{name} overlaps {destination.name} in memory; the kernel would read what it is writing. "
                         "Pass a copy (note that .to(torch.int32) returns the same tensor if it is int32 already)."
                     )
-        if req_pool_indices.numel() != batch_size:
-            raise ArgumentError(
-                f"req_pool_indices has {req_pool_indices.numel()} elements and seq_lens has {batch_size}; "
-                "they must have the same number."
-            )
+        for name, tensor, _, _ in inputs[1:]:
+            if tensor.numel() != batch_size:
+                raise ArgumentError(
+                    f"{name} has {tensor.numel()} elements and seq_lens has {batch_size}; "
+                    "they must have the same number."
+                )
         if batch_size > self.capacity:
+            rows = f" of {self.config.next_n} rows each" if self.config.next_n > 1 else ""
             raise ArgumentError(
-                f"seq_lens has {batch_size} requests; {self._narrowest} has room for {self.capacity}. "
+                f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
                 "Bind larger buffers."
             )
         columns = self._columns
@@ -334,12 +399,30 @@ class Plan:
         words = []
         if self._reads_lengths:
             words += [seq_lens.data_ptr(), seq_lens.stride(0)]
+        if self._variable and extend_seq_lens is not None:
+            words += [extend_seq_lens.data_ptr(), extend_seq_lens.stride(0)]
         if self._gathers:
             words += [req_pool_indices.data_ptr(), req_pool_indices.stride(0)]
         words.append(batch_size)
         if self._gathers:
             words.append(columns)
         return words
+
+    def check(self) -> None:
+        """Raises what the kernel of a checked plan found wrong in its inputs, and forgets it. Waits for the device.
+
+        The kernel goes on after an offence, but reads and writes nothing out of bounds. Only the first one since the
+        last call of this function is told.
+
+        Raises:
+            ArgumentError: an input was wrong, or the plan wasn't bound with ``checked=True``.
+        """
+        if self._offence is None:
+            raise ArgumentError("the plan checks nothing on the device; bind it with checked=True.")
+        kind, request, value, limit = self._offence.tolist()
+        if kind:
+            self._offence.zero_()
+            raise ArgumentError(OFFENCES[kind - 1].sentence.format(request=request, value=value, limit=limit))
 
     def limit_columns(self, max_len: int | None) -> None:
         """Sets the bound that run() uses when it is given none."""
@@ -368,6 +451,11 @@ def bind(
     max_len: int | None = None,
     seq_lens_dtype: torch.dtype = torch.int64,
     req_pool_indices_dtype: torch.dtype = torch.int64,
+    extend: str = "uniform",
+    extend_seq_lens_dtype: torch.dtype = torch.int64,
+    index_kpool: int = 1,
+    page_fill: int | None = None,
+    checked: bool = False,
 ) -> Plan:
     """Validates N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
 
@@ -375,24 +463,31 @@ def bind(
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
+            In target_verify and draft_extend the fields with an element a row have R of them, request after request.
         req_to_token: int32 or int64 [pool rows, W], unit inner stride, any row stride.
-        mode: "decode".
+        mode: "decode", "target_verify" (a request has next_n rows, and next_n tokens more than seq_lens says) or
+            "draft_extend" (a request has next_n rows, or as many as run() is told, and seq_lens counts them already).
         index_topk: T, 0 or more.
         page_size: P in tokens, 1 or more; 1 means that real_page_table is page_indices.
-        next_n: tokens a request verifies; 1 in decode.
-        seqlen_offsets: per-backend offsets of the lengths; None.
+        next_n: rows a request has; 1 in decode, and where extend is "variable".
+        seqlen_offsets: what each backend's lengths have more than seq_lens, from 0 to 32768, such as (1, 2, 3) for
+            three draft steps that each see the tokens of those before; None for no difference. Every backend's tables
+            are written up to its own length. Backends of different offsets share a table that all of them have, or
+            nothing.
         extent: "live" writes the columns below a request's length and leaves the rest untouched; "full" writes every
             column below max_len.
         max_len: bound on the columns; None is the width of the narrowest table.
-        seq_lens_dtype, req_pool_indices_dtype: torch.int32 or torch.int64, of the tensors that run() will get.
+        seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype: torch.int32 or torch.int64, of the tensors that
+            run() will get.
+        extend: in draft_extend, "uniform" for next_n rows a request, or "variable": run() takes extend_seq_lens.
+        index_kpool: k, tokens a pool: only complete pools are clamped at index_topk; of the pooled_* fields.
+        page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
+        checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
-    check_int("next_n", next_n, 1, 1, " in decode")
-    if seqlen_offsets is not None:
-        raise ArgumentError(f"seqlen_offsets is {seqlen_offsets!r}; allowed: None.")
     return make_plan(
         backends,
         req_to_token,
@@ -403,6 +498,13 @@ def bind(
         max_len=max_len,
         seq_lens_dtype=seq_lens_dtype,
         req_pool_indices_dtype=req_pool_indices_dtype,
+        next_n=next_n,
+        extend=extend,
+        extend_seq_lens_dtype=extend_seq_lens_dtype,
+        seqlen_offsets=seqlen_offsets,
+        index_kpool=index_kpool,
+        page_fill=page_fill,
+        checked=checked,
     )
 
 
@@ -417,6 +519,13 @@ def make_plan(
     max_len: int | None,
     seq_lens_dtype: torch.dtype,
     req_pool_indices_dtype: torch.dtype,
+    next_n: int = 1,
+    extend: str = "uniform",
+    extend_seq_lens_dtype: torch.dtype = torch.int64,
+    seqlen_offsets: Sequence[int] | None = None,
+    index_kpool: int = 1,
+    page_fill: int | None = None,
+    checked: bool = False,
     name_of: NameOf = backend_field,
     topk_name: str = "index_topk",
     page_size_name: str = "page_size",
@@ -429,17 +538,30 @@ def make_plan(
     """
     check_int(topk_name, index_topk, 0, 2**31 - 1)
     check_int(page_size_name, page_size, 1, 2**31 - 1)
-    for name, dtype in (("seq_lens_dtype", seq_lens_dtype), ("req_pool_indices_dtype", req_pool_indices_dtype)):
+    check_int("index_kpool", index_kpool, 1, 2**31 - 1)
+    if mode == "decode" or extend == "variable":
+        check_int("next_n", next_n, 1, 1, " in decode" if mode == "decode" else " with variable extend lengths")
+    else:
+        check_int("next_n", next_n, 1, MAX_NEXT_N)
+    if extend != "uniform" and mode != "draft_extend":
+        raise ArgumentError(f"extend is {extend!r} in {mode}; allowed: 'uniform'. Only draft_extend knows 'variable'.")
+    for name, dtype in (
+        ("seq_lens_dtype", seq_lens_dtype),
+        ("req_pool_indices_dtype", req_pool_indices_dtype),
+        ("extend_seq_lens_dtype", extend_seq_lens_dtype),
+    ):
         if dtype not in INT_DTYPES:
             raise ArgumentError(f"{name} is {dtype}; allowed: torch.int32, torch.int64.")
-    destinations = Destinations(backends, page_size, name_of)
+    destinations = Destinations(backends, page_size, name_of, mode)
+    offsets = _offsets(seqlen_offsets, destinations, name_of)
     check_tensor("req_to_token", req_to_token, dim=2, dtypes=INT_DTYPES, device=destinations.device)
     source = Region.of("req_to_token", req_to_token)
     for region in destinations.regions:
         if region.overlaps(source):
             raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
-    columns = _column_limit(destinations, req_to_token, page_size)
+    columns = _column_limit(destinations, req_to_token, page_size, index_kpool)
     wide = "page_indices" in destinations.fields
+    several = next_n > 1 or extend == "variable"
     assert destinations.device is not None
     config = KernelConfig.from_dict(
         {
@@ -453,8 +575,15 @@ def make_plan(
             "index_topk": index_topk,
             "page_size": page_size,
             "extent": extent,
-            "vector_bytes": 16 if wide and destinations.one_phase("page_indices") else 4,
+            "vector_bytes": 16 if wide and destinations.one_phase("page_indices", rows_too=several) else 4,
             "target": destinations.device.type,
+            "next_n": next_n,
+            "extend": extend,
+            "extend_seq_lens_dtype": dtype_name(extend_seq_lens_dtype),
+            "seqlen_offsets": offsets,
+            "index_kpool": index_kpool,
+            "page_fill": page_fill,
+            "checked": checked,
             **(launch_shape or {}),
         }
     )
@@ -465,35 +594,61 @@ def make_plan(
     return plan
 
 
-def _column_limit(destinations: Destinations, req_to_token: Tensor, page_size: int) -> int:
+def _offsets(offsets: Any, destinations: Destinations, name_of: NameOf) -> tuple[int, ...]:
+    """One offset a backend, or none."""
+    if offsets is None:
+        return ()
+    if isinstance(offsets, (str, Tensor)) or not isinstance(offsets, Sequence) or len(offsets) != destinations.count:
+        raise ArgumentError(
+            f"seqlen_offsets is {offsets!r}; it must be None, or one whole number for each of the "
+            f"{destinations.count} backends."
+        )
+    for index, offset in enumerate(offsets):
+        check_int(f"seqlen_offsets[{index}]", offset, 0, MAX_SEQLEN_OFFSET)
+    if len(set(offsets)) > 1:
+        for name, tensors in destinations.tensors.items():
+            if len(tensors) < destinations.count and (FIELDS[name].kind != "table" or len(tensors) > 1):
+                raise ArgumentError(
+                    f"{name_of(0, name)} and the other backends' are {len(tensors)} different tensors, and "
+                    f"seqlen_offsets is {tuple(offsets)}; backends of different lengths share a table that all of them "
+                    "have, or nothing. Allocate one for each."
+                )
+    return tuple(offsets)
+
+
+def _column_limit(destinations: Destinations, req_to_token: Tensor, page_size: int, index_kpool: int) -> int:
     """The number of columns that fit every table."""
-    columns = min(req_to_token.shape[1], MAX_COLUMNS)
-    wide, real = destinations.width("page_indices"), destinations.width("real_page_table")
-    if wide is not None:
-        columns = min(columns, wide)
-        if real is not None and real < -(-columns // page_size):
-            name = destinations.names["real_page_table", id(destinations.tensors["real_page_table"][0])]
+    # Each table with the tokens that a column of it stands for; the first one that is there decides.
+    tables = [("page_indices", 1), ("real_page_table", page_size), ("pooled_real_page_table", page_size * index_kpool)]
+    columns, decided = min(req_to_token.shape[1], MAX_COLUMNS), False
+    for table, tokens in tables:
+        width = destinations.width(table)
+        if width is None:
+            continue
+        if decided and width < -(-columns // tokens):
+            name = destinations.names[table, id(destinations.tensors[table][0])]
             raise ArgumentError(
-                f"{name} has {real} columns; {columns} tokens in pages of {page_size} need "
-                f"{-(-columns // page_size)}. Allocate a wider table, or narrow page_indices."
+                f"{name} has {width} columns; {columns} tokens in {'pages' if table == 'real_page_table' else 'pools'} "
+                f"of {tokens} need {-(-columns // tokens)}. Allocate a wider table, or narrow the others."
             )
-    elif real is not None:
-        columns = min(columns, real * page_size)
+        columns, decided = min(columns, width * tokens), True
     return columns
 
 
 class CopyPlan:
-    """Precomputed fields bound to the destinations that they are copied to..
+    """Precomputed fields bound to the destinations that they are copied to.
 
     Attributes:
-        config, kernel, device, capacity, launches: as in Plan.
+        config, kernel, device, capacity, row_capacity, launches: as in Plan.
     """
 
-    def __init__(self, precomputed: MetadataBuffers, destinations: Destinations, keep: bool) -> None:
+    def __init__(
+        self, precomputed: MetadataBuffers, destinations: Destinations, keep: bool, mode: str = "decode"
+    ) -> None:
         assert destinations.device is not None
         self.device = destinations.device
         self.launches = 0
-        capacities = [(destinations.capacity, destinations.narrowest)]
+        held: dict[str, list[tuple[int, str]]] = {"request": [], "row": []}
         sources: dict[str, Tensor] = {}
         self._widths: dict[str, int] = {}
         for name in destinations.fields:
@@ -507,7 +662,8 @@ class CopyPlan:
             table = FIELDS[name].kind == "table"
             check_destination(label, tensor, dim=2 if table else 1, device=self.device)
             sources[name] = tensor
-            capacities.append((tensor.shape[0] - (FIELDS[name].kind == "cumulative"), label))
+            per = "request" if mode == "decode" else FIELDS[name].per
+            held[per].append((tensor.shape[0] - (FIELDS[name].kind == "cumulative"), label))
             region = Region.of(label, tensor)
             for destination in destinations.regions:
                 if region.overlaps(destination):
@@ -518,14 +674,20 @@ class CopyPlan:
                 width = destinations.width(name)
                 assert width is not None
                 self._widths[name] = width
-        self.rows, self._narrowest_source = min(capacities[1:])
-        self.capacity, self._narrowest = min(capacities)
+        # What the source holds, and what fits on either side.
+        self._requests = min(held["request"], default=(0, ""))[0]
+        self._rows = min(held["row"], default=(0, ""))[0]
+        self.capacity, self._narrowest = min([(destinations.capacity, destinations.narrowest), *held["request"]])
+        self.row_capacity, self._narrowest_rows = min(
+            [(destinations.row_capacity, destinations.narrowest_rows), *held["row"]]
+        )
         self._source_widths = {name: sources[name].shape[1] for name in self._widths}
         self._tensors = (destinations.tensors, sources) if keep else None
         vectorized = bool(self._widths) and all(destinations.one_phase(name) for name in self._widths)
         self.config = KernelConfig.from_dict(
             {
                 "operation": "copy",
+                "mode": mode,
                 "num_backends": destinations.count,
                 "fields": destinations.fields,
                 "distinct": destinations.distinct(),
@@ -543,30 +705,45 @@ class CopyPlan:
         )
         self.kernel: Kernel = self._bound.kernel
 
-    def run(self, *, bs: int | None = None, max_len: int | None = None, page_size: int | None = None) -> None:
+    def run(
+        self,
+        *,
+        bs: int | None = None,
+        max_len: int | None = None,
+        page_size: int | None = None,
+        rows: int | None = None,
+    ) -> None:
         """Copies every field to every destination: one launch on the device's current stream.
 
         Args:
             bs: requests; None is what the precomputed fields hold.
             max_len: columns of page_indices; None is the source's width.
             page_size: P, to bound real_page_table's columns at ceil(max_len / P); None copies its source's width.
+            rows: rows of the fields with an element a row; None is what the precomputed fields hold. In decode ``bs``.
 
         Raises:
             ArgumentError: a number doesn't fit; nothing was written.
             LaunchError: CUDA refused the launch.
         """
-        bs = self.rows if bs is None else check_int("bs", bs, 0, None)
+        bs = self._requests if bs is None else check_int("bs", bs, 0, None)
         if bs > self.capacity or bs > MAX_BATCH:
             raise ArgumentError(f"bs is {bs}; {self._narrowest} has room for {self.capacity}. Use larger buffers.")
         if max_len is not None:
             check_int("max_len", max_len, 0, self._source_widths.get("page_indices"), ", the width of page_indices")
         words = [bs]
+        if self.config.row_fields:
+            rows = self._rows if rows is None else check_int("rows", rows, 0, None)
+            if rows > self.row_capacity or rows > MAX_BATCH:
+                raise ArgumentError(
+                    f"rows is {rows}; {self._narrowest_rows} has room for {self.row_capacity}. Use larger buffers."
+                )
+            words.append(rows)
         for name, width in self._widths.items():
             columns = self._source_widths[name]
             if max_len is not None:
                 if name == "page_indices":
                     columns = max_len
-                elif page_size is not None:
+                elif page_size is not None and name == "real_page_table":
                     columns = min(columns, -(-max_len // page_size))
             if columns > width:
                 raise ArgumentError(

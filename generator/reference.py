@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fields import FIELDS, MetadataBuffers
+from .fields import MetadataBuffers
 
 
 def running_sum(values: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Rows:
 
     Attributes:
         request: int64 [R], the request that a row belongs to.
-        live: int32 [R], columns that the row's tables have live.
+        live: int64 [R], columns that the row's tables have live. A length beyond int32 makes all of them live.
     """
 
     request: Tensor
@@ -60,10 +60,12 @@ def lengths(
     With s a request's length, n ``next_n``, q its extend length and j a row's place among its request's rows:
 
     * decode: one row a request. cache_seqlens = s, seqlens_expanded is the same tensor.
-    * target_verify: n rows a request. cache_seqlens = s + n, seqlens_expanded = s + j + 1; the tables are live up to
-      s + n in all n rows.
+    * target_verify: n rows a request. cache_seqlens = s + n, seqlens_expanded = max(s + j + 1, 0); the tables are live
+      up to s + n in all n rows.
     * draft_extend: q rows a request, none where q is 0. s counts the draft's tokens already, so cache_seqlens = s;
       seqlens_expanded = max(s - q + j + 1, 0), because a padding request has s = 1 < q.
+
+    pooled_cache_seqlens = floor(cache_seqlens / k).
 
     nsa_cache_seqlens follows from seqlens_expanded, one element a row. Running sums begin with 0.
 
@@ -72,7 +74,7 @@ def lengths(
         mode: "decode", "target_verify" or "draft_extend".
         index_topk: T.
         next_n: n of target_verify, and every q of draft_extend where extend_seq_lens is None.
-        extend_seq_lens: int [bs], each request's q, in draft_extend.
+        extend_seq_lens: int [bs], each request's q, in draft_extend; less than 0 counts as 0.
         seqlen_offset: added to every length, for a draft step that sees the tokens of the steps before it.
         index_kpool: tokens a pool, see nsa_lengths.
 
@@ -91,7 +93,7 @@ def lengths(
     elif mode == "draft_extend":
         cache = s
         uniform = torch.full((bs,), next_n, dtype=torch.int64, device=device)
-        per_request = uniform if extend_seq_lens is None else extend_seq_lens.to(torch.int64)
+        per_request = uniform if extend_seq_lens is None else extend_seq_lens.to(torch.int64).clamp(min=0)
     else:
         raise ValueError(f"mode is {mode!r}; allowed: 'decode', 'target_verify', 'draft_extend'.")
     request = torch.repeat_interleave(torch.arange(bs, device=device), per_request)
@@ -100,7 +102,7 @@ def lengths(
     if mode == "decode":
         expanded = cache
     elif mode == "target_verify":
-        expanded = s[request] + place + 1
+        expanded = (s[request] + place + 1).clamp(min=0)
     else:
         expanded = (s[request] - per_request[request].to(torch.int32) + place + 1).clamp(min=0)
     nsa = nsa_lengths(expanded, index_topk=index_topk, index_kpool=index_kpool)
@@ -110,8 +112,10 @@ def lengths(
         "nsa_cache_seqlens": nsa,
         "nsa_cu_seqlens_k": running_sum(nsa),
         "seqlens_expanded": expanded,
+        "pooled_cache_seqlens": pooled_lengths(cache, index_kpool),
     }
-    return values, Rows(request, cache[request])
+    added = seqlen_offset + (next_n if mode == "target_verify" else 0)
+    return values, Rows(request, (seq_lens.to(torch.int32).to(torch.int64) + added)[request])
 
 
 def pooled_lengths(cache_seqlens: Tensor, index_kpool: int) -> Tensor:
@@ -144,6 +148,7 @@ def refresh(
     extend_seq_lens: Tensor | None = None,
     seqlen_offsets: Sequence[int] | None = None,
     index_kpool: int = 1,
+    page_fill: int | None = None,
 ) -> None:
     """Refreshes the backends in place, and leaves every element alone that a kernel must leave alone.
 
@@ -156,6 +161,7 @@ def refresh(
         extent: "live" writes the columns that a row has live, "full" those below ``max_len``.
         max_len: bound on the columns; None is the width of the narrowest table.
         seqlen_offsets: one offset a backend, added to its lengths; None is no offset.
+        page_fill: written to the columns of real_page_table that aren't live, up to its width; None writes nothing.
 
     Raises:
         ValueError: an unknown mode or extent.
@@ -176,7 +182,7 @@ def refresh(
             destination = getattr(buffers, name)
             if destination is not None:
                 destination[: value.numel()] = value
-        columns = _columns(buffers, req_to_token, page_size, max_len)
+        columns = _columns(buffers, req_to_token, page_size, index_kpool, max_len)
         counts = torch.full_like(rows.live, columns) if extent == "full" else rows.live.clamp(0, columns)
         total = counts.numel()
         longest = int(counts.max()) if total else 0
@@ -188,18 +194,33 @@ def refresh(
         if buffers.real_page_table is not None and page_size > 1:
             pages = page_row(tokens, page_size)
             _write(buffers.real_page_table[:total, : pages.shape[1]], pages, written[:, ::page_size])
+            if page_fill is not None:
+                buffers.real_page_table[:total, pages.shape[1] :] = page_fill
+                _write(
+                    buffers.real_page_table[:total, : pages.shape[1]],
+                    torch.full_like(pages, page_fill),
+                    ~written[:, ::page_size],
+                )
+        if buffers.pooled_real_page_table is not None:
+            pools = pooled_page_table(page_row(tokens, page_size), index_kpool)
+            where = written[:, ::page_size][:, ::index_kpool]
+            _write(buffers.pooled_real_page_table[:total, : pools.shape[1]], pools, where)
 
 
 def _write(destination: Tensor, values: Tensor, where: Tensor) -> None:
     destination.copy_(torch.where(where, values, destination))
 
 
-def _columns(buffers: MetadataBuffers, req_to_token: Tensor, page_size: int, max_len: int | None) -> int:
+def _columns(
+    buffers: MetadataBuffers, req_to_token: Tensor, page_size: int, index_kpool: int, max_len: int | None
+) -> int:
     widths = [req_to_token.shape[1]]
     if buffers.page_indices is not None:
         widths.append(buffers.page_indices.shape[1])
     elif buffers.real_page_table is not None:
         widths.append(buffers.real_page_table.shape[1] * page_size)
+    elif buffers.pooled_real_page_table is not None:
+        widths.append(buffers.pooled_real_page_table.shape[1] * page_size * index_kpool)
     if max_len is not None:
         widths.append(max_len)
     return min(widths)
@@ -210,25 +231,28 @@ def copy(
     destinations: Sequence[MetadataBuffers],
     *,
     bs: int,
+    rows: int | None = None,
     columns: int | None = None,
     page_columns: int | None = None,
 ) -> None:
-    """Copies the first ``bs`` requests of every field that a destination has.
+    """Copies the first ``bs`` requests, and their rows, of every field that a destination has.
 
     Args:
         precomputed: the source; has every field that a destination has.
         destinations: written in place.
         bs: requests; running sums have one element more.
+        rows: rows in the fields with an element a row; None is ``bs``, as in decode.
         columns, page_columns: columns of page_indices and real_page_table; None is the source's width.
     """
     limits = {"page_indices": columns, "real_page_table": page_columns}
     for buffers in destinations:
         for field, destination in buffers.items():
-            source = getattr(precomputed, field.name)
-            if FIELDS[field.name].kind == "table":
-                limit = limits[field.name]
+            source: Tensor = getattr(precomputed, field.name)
+            height = bs if rows is None or field.per == "request" else rows
+            if field.kind == "table":
+                limit = limits.get(field.name)
                 count = source.shape[1] if limit is None else limit
-                destination[:bs, :count] = source[:bs, :count]
+                destination[:height, :count] = source[:height, :count]
             else:
-                count = bs + 1 if FIELDS[field.name].kind == "cumulative" else bs
+                count = height + (field.kind == "cumulative")
                 destination[:count] = source[:count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import layout
 from .config import PRESETS, KernelConfig
 from .fields import FIELDS
+from .offences import OFFENCES
 
 if TYPE_CHECKING:
     import jinja2
@@ -26,7 +28,7 @@ def _environment() -> jinja2.Environment:
         path = templates.joinpath(*name.split("/"))
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -34,6 +36,13 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    environment.filters["deeper"] = _deeper
+    return environment
+
+
+def _deeper(code: str) -> str:
+    """Two more columns of indentation, except for pragmas."""
+    return re.sub(r"^(?=[^#\n])", "  ", code, flags=re.MULTILINE)
 
 
 def render(config: KernelConfig) -> str:
@@ -44,7 +53,21 @@ def render(config: KernelConfig) -> str:
     copies = config.operation == "copy"
     members = layout.members(config)
     wide = "page_indices" in config.fields
-    live_tables = bool(config.tables) and config.extent == "live"
+    variable = config.extend == "variable"
+    live = bool(config.tables) and config.extent == "live"
+    # Rows of equal length go by a simple count of tiles, others by windows of requests.
+    windows = bool(config.tables) and (variable or (live and config.page_fill is None))
+    # What the backends' lengths have more than seq_lens, one number for all or one each.
+    added = (
+        [0]
+        if copies
+        else [
+            offset + (config.next_n if config.mode == "target_verify" else 0)
+            for offset in config.seqlen_offsets or (0,)
+        ]
+    )
+    row_vectors = [name for name in config.row_fields if name in config.vectors and not copies]
+    uses_kpool = not copies and (config.index_kpool > 1 or any(name.startswith("pooled_") for name in config.fields))
     sums = any(FIELDS[name].kind == "cumulative" for name in config.fields)
     context: dict[str, Any] = {
         "config": config,
@@ -53,23 +76,39 @@ def render(config: KernelConfig) -> str:
         "regenerate": _regenerate(config),
         "members": members,
         "column_limits": layout.column_limits(config),
-        "copied_lengths": [name for name in config.vectors if FIELDS[name].kind == "lengths"],
-        "copied_sums": [name for name in config.vectors if FIELDS[name].kind == "cumulative"],
+        "copied": _copied(config),
         "copies": copies,
         "gathers": bool(config.tables) and not copies,
         "wide": wide,
-        "pages": "real_page_table" in config.fields and not copies,
+        "pages": bool(config.paged_tables) and not copies,
         "page_shift": _shift(config.page_size),
-        "live_tables": live_tables,
-        "scans": not copies and (sums or live_tables),
-        "block_sums": not copies and sums,
+        "several_rows": not copies and bool(config.row_fields),
+        "row_vectors": row_vectors,
+        "variable": variable,
+        "added": added,
+        "pooled": any(name.startswith("pooled_") for name in config.fields),
+        "pooled_pages": "pooled_real_page_table" in config.fields,
+        "uses_kpool": uses_kpool,
+        "fills": config.page_fill is not None,
+        "offences": [o for o in OFFENCES if o.applies(config)],
+        "has_requests_part": not copies and bool(config.checked or any(added) or config.row_fields or uses_kpool),
+        "own_lengths": len(added) > 1 and bool(config.vectors),
+        "own_ends": len(added) > 1 and live,
+        "own_pages": any(config.destinations(name) == config.num_backends for name in config.paged_tables),
+        "live": live,
+        "windows": windows,
+        "tile_alignment": min(32, config.warp_size * 4 * config.unroll),
+        "resident_blocks": _resident_blocks(config) if windows else 0,
+        "scans": not copies and (sums or windows),
+        "block_sums": not copies and (sums or variable),
         "tile_columns": config.warp_size * 4 * config.unroll,
         "vectorized": config.vector_bytes == 16,
         "realigns": config.vector_bytes == 16 and (copies or config.req_to_token_dtype == "int32"),
         "uses_topk": not copies and any(name.startswith("nsa_") for name in config.fields),
         "uses_backends": any(config.destinations(name) == config.num_backends for name in config.fields),
     }
-    return _environment().get_template("metadata.cu.j2").render(context)
+    text = _environment().get_template("metadata.cu.j2").render(context)
+    return re.sub(r"\n{3,}", "\n\n", text)  # a part that is left out leaves its blank line behind
 
 
 def render_binding(config: KernelConfig, module: str) -> str:
@@ -105,13 +144,34 @@ def render_baseline(name: str, symbol: str, call_words: Sequence[str], words: in
     return source, binding
 
 
+def _copied(config: KernelConfig) -> list[dict[str, Any]]:
+    """The vectors that a copy copies: one group where rows are requests, else those of requests and those of rows."""
+    groups: list[dict[str, Any]] = [{"function": "copy_lengths", "limit": "batch_size", "lengths": [], "sums": []}]
+    if config.row_fields:
+        groups.append({"function": "copy_row_lengths", "limit": "rows", "lengths": [], "sums": []})
+    for name in config.vectors:
+        group = groups[-1 if name in config.row_fields else 0]
+        group["lengths" if FIELDS[name].kind == "lengths" else "sums"].append(name)
+    return [group for group in groups if group["lengths"] or group["sums"]]
+
+
+def _resident_blocks(config: KernelConfig) -> int:
+    """Blocks that a multiprocessor is to hold at once, 0 to leave it to the compiler.
+
+    At 48 registers a thread five blocks of 256 fit instead of four, and that shows (tests/gpu/NOTES.md). More backends,
+    more rows or more accesses in flight would spill at that.
+    """
+    small = config.num_backends <= 3 and config.next_n == 1 and config.unroll <= 2
+    return max(1, 1280 // config.threads) if small and config.target == "cuda" else 0
+
+
 def _facts(config: KernelConfig) -> list[tuple[str, str]]:
     facts = []
-    for name, value in config.to_dict().items():
+    for name, value in config.told_facts().items():
         if isinstance(value, dict):
             value = ", ".join(f"{field}: {count}" for field, count in value.items()) or "all"
         elif isinstance(value, list):
-            value = ", ".join(value)
+            value = ", ".join(map(str, value))
         facts.append((name, str(value)))
     return facts
 

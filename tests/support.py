@@ -22,7 +22,15 @@ POISON = -559038737
 GUARD = 32
 
 ALL_FIELDS = tuple(FIELDS)
-SIX_FIELDS = tuple(name for name in FIELDS if name != "seqlens_expanded")
+SIX_FIELDS = (
+    "cache_seqlens",
+    "cu_seqlens_k",
+    "page_indices",
+    "nsa_cache_seqlens",
+    "nsa_cu_seqlens_k",
+    "real_page_table",
+)
+SEVEN_FIELDS = (*SIX_FIELDS, "seqlens_expanded")
 TABLES = ("page_indices", "real_page_table")
 DTYPES = (torch.int32, torch.int64)
 
@@ -78,8 +86,10 @@ def destination(
     extra_stride: int = 0,
     offset: int = 0,
     device: Any = "cpu",
+    requests: int | None = None,
+    index_kpool: int = 1,
 ) -> Poisoned:
-    """One backend with room for ``rows`` requests and ``columns`` tokens.
+    """One backend with room for ``rows`` rows, ``requests`` requests (as many if None) and ``columns`` tokens.
 
     With page_size 1, real_page_table is page_indices itself, as engines have it.
     """
@@ -89,14 +99,16 @@ def destination(
         if name not in fields:
             continue
         kind = FIELDS[name].kind
+        height = rows if requests is None or FIELDS[name].per == "row" else requests
         if name == "real_page_table" and page_size == 1:
             tensors[name], storages[name] = tensors["page_indices"], storages["page_indices"]
         elif kind == "table":
-            width = columns if name == "page_indices" else page_columns(columns, page_size)
+            tokens = {"page_indices": 1, "real_page_table": page_size}.get(name, page_size * index_kpool)
+            width = page_columns(columns, tokens)
             stride = row_stride(width, strides) + extra_stride
-            tensors[name], storages[name] = guarded(rows, width, row_stride=stride, offset=offset, device=device)
+            tensors[name], storages[name] = guarded(height, width, row_stride=stride, offset=offset, device=device)
         else:
-            count = rows + (kind == "cumulative")
+            count = height + (kind == "cumulative")
             tensors[name], storages[name] = guarded(count, offset=offset, device=device)
     return Poisoned(MetadataBuffers(**tensors), storages)
 
@@ -114,13 +126,22 @@ def plain_copy(buffers: MetadataBuffers) -> MetadataBuffers:
 
 
 def expected_refresh(
-    backends: Sequence[Poisoned], seq_lens: Tensor, req_pool_indices: Tensor, req_to_token: Tensor, **facts: Any
+    backends: Sequence[Poisoned],
+    seq_lens: Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    *,
+    extend_seq_lens: Tensor | None = None,
+    **facts: Any,
 ) -> MetadataBuffers:
     """What reference.refresh makes of poisoned destinations of the first backend's shapes."""
     wanted = MetadataBuffers(
         **{f.name: torch.full(t.shape, POISON, dtype=torch.int32) for f, t in backends[0].buffers.items()}
     )
-    reference.refresh([wanted], seq_lens.cpu(), req_pool_indices.cpu(), req_to_token.cpu(), **facts)
+    extends = None if extend_seq_lens is None else extend_seq_lens.cpu()
+    reference.refresh(
+        [wanted], seq_lens.cpu(), req_pool_indices.cpu(), req_to_token.cpu(), extend_seq_lens=extends, **facts
+    )
     if wanted.page_indices is not None and facts["page_size"] == 1 and wanted.real_page_table is not None:
         wanted.real_page_table = wanted.page_indices
     return wanted

@@ -36,6 +36,7 @@ class Scene:
         self.pool: Any = support.token_pool(6, WIDTH, device=self.device)
         self.seq_lens: Any = torch.tensor([3, 40, 17, 0], device=self.device)
         self.rows: Any = torch.tensor([1, 2, 3, 4], device=self.device)
+        self.extends: Any = None
 
     def set(self, name: str, change: Callable[[Tensor], Any], backend: int = 1) -> None:
         """Spoils one destination."""
@@ -291,7 +292,55 @@ BIND: list[Case] = [
     *number_facts("max_len", 0, WIDTH),
     ("next_n", fact(next_n=2), ("next_n is 2", "allowed: 1 in decode")),
     ("next_n: none", fact(next_n=None), ("next_n is None", "must be a Python int")),
-    ("seqlen_offsets", fact(seqlen_offsets=[0, 1]), ("seqlen_offsets is [0, 1]", "None")),
+    ("next_n: of a verify", fact(mode="target_verify", next_n=0), ("next_n is 0", "1 to 32768")),
+    ("next_n: far beyond", fact(mode="draft_extend", next_n=2**40), (f"next_n is {2**40}", "1 to 32768")),
+    (
+        "next_n: with variable lengths",
+        fact(mode="draft_extend", extend="variable", next_n=2),
+        ("next_n is 2", "1 with variable extend lengths"),
+    ),
+    ("extend in decode", fact(extend="variable"), ("extend is 'variable' in decode", "'uniform'")),
+    (
+        "extend in a verify",
+        fact(mode="target_verify", next_n=2, extend="variable"),
+        ("next_n is 2; allowed: 1 with variable extend lengths",),
+    ),
+    ("extend_seq_lens_dtype", fact(extend_seq_lens_dtype=torch.int8), ("extend_seq_lens_dtype is torch.int8",)),
+    ("seqlen_offsets: too many", fact(seqlen_offsets=[0, 1, 2]), ("seqlen_offsets is [0, 1, 2]", "each of the 2")),
+    ("seqlen_offsets: a number", fact(seqlen_offsets=1), ("seqlen_offsets is 1", "None, or one whole number")),
+    ("seqlen_offsets: text", fact(seqlen_offsets="12"), ("seqlen_offsets is '12'", "None, or one whole number")),
+    (
+        "seqlen_offsets: a tensor",
+        fact(seqlen_offsets=torch.tensor([1, 2])),
+        ("seqlen_offsets is tensor([1, 2])", "None, or one whole number"),
+    ),
+    ("seqlen_offsets: negative", fact(seqlen_offsets=[0, -1]), ("seqlen_offsets[1] is -1", "0 to 32768")),
+    ("seqlen_offsets: float", fact(seqlen_offsets=[0.0, 1]), ("seqlen_offsets[0] is 0.0 (float)", "Python int")),
+    (
+        "seqlen_offsets: a shared vector",
+        lambda s: (
+            fact(seqlen_offsets=[0, 1])(s),
+            setattr(s.backends[1], "cache_seqlens", s.backends[0].cache_seqlens),
+        ),
+        ("backends[0].cache_seqlens", "1 different tensors", "seqlen_offsets is (0, 1)", "one for each"),
+    ),
+    *number_facts("index_kpool", 1, 2**31 - 1),
+    (
+        "expanded lengths that are cache_seqlens in a verify",
+        lambda s: (
+            fact(mode="target_verify", next_n=1)(s),
+            [setattr(b, "seqlens_expanded", b.cache_seqlens) for b in s.backends],
+        ),
+        ("backends[0].seqlens_expanded overlaps backends[0].cache_seqlens",),
+    ),
+    (
+        "pools too few for the pages",
+        lambda s: (
+            fact(index_kpool=2)(s),
+            [setattr(b, "pooled_real_page_table", s.new(BS, 1)) for b in s.backends],
+        ),
+        ("backends[0].pooled_real_page_table has 1 columns", "40 tokens in pools of 32 need 2"),
+    ),
     ("seq_lens_dtype", fact(seq_lens_dtype=torch.int16), ("seq_lens_dtype is torch.int16", "torch.int32, torch.int64")),
     ("seq_lens_dtype: text", fact(seq_lens_dtype="int64"), ("seq_lens_dtype is int64", "torch.int32, torch.int64")),
     (
@@ -312,7 +361,12 @@ def test_bind(device: torch.device, change: Callable[[Scene], None], fragments: 
 
 @named(
     [
-        ("mode", fact(mode="prefill"), ("mode is 'prefill'", "'decode'")),
+        ("mode", fact(mode="prefill"), ("mode is 'prefill'", "'decode', 'target_verify', 'draft_extend'")),
+        ("mode: none", fact(mode=None), ("mode is None", "'decode', 'target_verify', 'draft_extend'")),
+        ("extend", fact(mode="draft_extend", extend="varied"), ("extend is 'varied'", "Did you mean 'variable'?")),
+        ("page_fill", fact(page_fill=-1), ("page_fill is -1", "only table")),
+        ("page_fill: 0", fact(page_fill=0), ("page_fill is 0", "None, -1")),
+        ("checked", fact(checked=1), ("checked is 1", "False, True")),
         ("mode misspelt", fact(mode="decod"), ("mode is 'decod'", "Did you mean 'decode'?")),
         ("extent", fact(extent="everything"), ("extent is 'everything'", "'live', 'full'")),
         ("extent misspelt", fact(extent="ful"), ("extent is 'ful'", "Did you mean 'full'?")),
@@ -446,6 +500,63 @@ def test_run_names_the_destination_with_the_least_room(device: torch.device, nam
     assert_untouched(scene.poisoned)
 
 
+VARIABLE = {"mode": "draft_extend", "extend": "variable"}
+
+
+@named(
+    [
+        ("none", attribute("extends", lambda s: None), ("extend_seq_lens is None", "one a request")),
+        ("a list", attribute("extends", lambda s: [1, 0, 2, 1]), ("extend_seq_lens is a list", "torch.Tensor")),
+        ("fewer", attribute("extends", lambda s: s.extends[:3]), ("extend_seq_lens has 3 elements", "seq_lens has 4")),
+        (
+            "the other int",
+            attribute("extends", lambda s: s.extends.int()),
+            ("extend_seq_lens has dtype int32", "int64"),
+        ),
+        ("float", attribute("extends", lambda s: s.extends.float()), ("extend_seq_lens has dtype float32",)),
+        ("rank", attribute("extends", lambda s: s.extends[None]), ("extend_seq_lens has shape (1, 4)", "1 dimension.")),
+        ("device", attribute("extends", lambda s: s.extends.to(META)), ("extend_seq_lens is on meta",)),
+    ]
+)
+def test_run_with_extend_lengths(
+    device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...]
+) -> None:
+    scene = Scene(device)
+    scene.extends = torch.tensor([1, 0, 2, 1], device=device)
+    scene.facts = dict(VARIABLE)
+    plan = bind(scene)
+    plan.run(scene.seq_lens, scene.rows, scene.extends)
+    for backend in scene.poisoned:
+        for storage in backend.storages.values():
+            storage.fill_(support.POISON)
+    change(scene)
+    refused(ArgumentError, fragments, lambda: plan.run(scene.seq_lens, scene.rows, scene.extends))
+    assert_untouched(scene.poisoned)
+
+
+def test_run_with_extend_lengths_that_nobody_asked_for(device: torch.device) -> None:
+    scene = Scene(device)
+    plan = bind(scene)
+    fragments = ("extend_seq_lens is a Tensor", "1 rows each in decode", "must be None")
+    refused(ArgumentError, fragments, lambda: plan.run(scene.seq_lens, scene.rows, scene.rows))
+    assert_untouched(scene.poisoned)
+
+
+def test_run_with_more_rows_than_room(device: torch.device) -> None:
+    scene = Scene(device)
+    scene.facts = {"mode": "target_verify", "next_n": 2}
+    plan = bind(scene)
+    assert (plan.capacity, plan.row_capacity) == (2, 5)
+    fragments = ("seq_lens has 4 requests of 2 rows each", "room for 2")
+    refused(ArgumentError, fragments, lambda: plan.run(scene.seq_lens, scene.rows))
+    assert_untouched(scene.poisoned)
+    plan.run(scene.seq_lens[:2], scene.rows[:2])
+
+
+def test_check_of_a_plan_that_checks_nothing(device: torch.device) -> None:
+    refused(ArgumentError, ("checks nothing", "checked=True"), bind(Scene(device)).check)
+
+
 # ------------------------------------------------------------------------------------- precompute and broadcast
 
 
@@ -557,6 +668,30 @@ def test_broadcast_extent(device: torch.device, extent: Any) -> None:
     assert_untouched(scene.poisoned)
 
 
+@named(
+    [
+        (
+            "extends in decode",
+            fact(extend_seq_lens=torch.tensor([1, 1, 1, 1])),
+            ("extend_seq_lens is a tensor", "draft_"),
+        ),
+        (
+            "extends: a list",
+            fact(mode="draft_extend", extend_seq_lens=[1, 1, 1, 1]),
+            ("extend_seq_lens is a list", "torch.Tensor"),
+        ),
+        ("next_n in decode", fact(next_n=2), ("next_n is 2", "allowed: 1 in decode")),
+        ("next_n", fact(mode="target_verify", next_n=True), ("next_n is True (bool)", "Python int")),
+        ("rows", fact(mode="target_verify", next_n=2), ("4 requests of 2 rows each", "room for 2")),
+    ]
+)
+def test_broadcast_of_rows(device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...]) -> None:
+    scene = Scene(device)
+    change(scene)
+    refused(ArgumentError, fragments, lambda: broadcast(scene))
+    assert_untouched(scene.poisoned)
+
+
 # ---------------------------------------------------------------------------------------------------- precompute
 
 
@@ -611,6 +746,18 @@ def test_precompute_of_new_buffers(
     change(scene)
     scene.facts["out"] = None
     refused(ArgumentError, fragments, lambda: precompute(scene))
+
+
+def test_precompute_of_rows_that_nobody_counted(device: torch.device) -> None:
+    scene = Scene(device)
+    facts = {"max_len": WIDTH, "nsa_index_topk": 9, "real_page_size": PAGE_SIZE, "extend_seq_lens": scene.rows}
+
+    def call(**changes: Any) -> None:
+        onelaunch.precompute_draft_extend_metadata_cuda(scene.seq_lens, scene.rows, scene.pool, **{**facts, **changes})
+
+    refused(ArgumentError, ("rows is None", "sum is needed"), call)
+    refused(ArgumentError, ("rows is -1", "0 to"), lambda: call(rows=-1))
+    refused(ArgumentError, ("next_n is 0", "1 to"), lambda: call(extend_seq_lens=None, next_n=0))
 
 
 # ---------------------------------------------------------------------------------------------------------- copy
@@ -712,6 +859,24 @@ def test_copy_of_lengths_alone_checks_max_len(device: torch.device, bad: Any) ->
     scene = CopyScene(device, fields=("cache_seqlens", "cu_seqlens_k"))
     scene.facts = {"max_len": bad}
     refused(ArgumentError, (f"max_len is {bad!r}",), lambda: copy(scene))
+    assert_untouched(scene.poisoned)
+
+
+@named(
+    [
+        ("next_n in decode", fact(next_n=2), ("next_n is 2", "in decode a request is a row")),
+        ("rows in decode", fact(rows=2), ("rows is 2", "in decode a request is a row")),
+        ("bs alone", fact(mode="target_verify", bs=2), ("bs is 2 in target_verify", "next_n and rows are None")),
+        ("next_n", fact(mode="draft_extend", bs=2, next_n=0), ("next_n is 0", "1 to 32768")),
+        ("rows: too many", fact(mode="draft_extend", rows=5), ("rows is 5", "has room for 4")),
+        ("rows: a float", fact(mode="draft_extend", rows=4.0), ("rows is 4.0 (float)", "Python int")),
+        ("too many", fact(mode="target_verify", bs=2, next_n=3), ("rows is 6", "has room for 4")),
+    ]
+)
+def test_copy_of_rows(device: torch.device, change: Callable[[CopyScene], None], fragments: tuple[str, ...]) -> None:
+    scene = CopyScene(device)
+    change(scene)
+    refused(ArgumentError, fragments, lambda: copy(scene))
     assert_untouched(scene.poisoned)
 
 

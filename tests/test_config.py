@@ -18,6 +18,7 @@ LENGTHS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded")
 # One change to each fact that shapes a kernel which has every field.
 CHANGES: dict[str, Any] = {
     "operation": "copy",
+    "mode": "draft_extend",
     "num_backends": 5,
     "fields": ("cache_seqlens", "page_indices", "nsa_cache_seqlens", "real_page_table"),
     "distinct": (("page_indices", 1),),
@@ -32,6 +33,19 @@ CHANGES: dict[str, Any] = {
     "threads": 128,
     "unroll": 7,
     "blocks_per_sm": 5,
+    "seqlen_offsets": (1, 2, 3),
+    "index_kpool": 2,
+    "checked": True,
+}
+# Facts that need another fact to say anything.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "next_n": {"mode": "target_verify", "next_n": 3},
+    "next_n of draft_extend": {"mode": "draft_extend", "next_n": 3},
+    "extend": {"mode": "draft_extend", "extend": "variable"},
+    "extend_seq_lens_dtype": {"mode": "draft_extend", "extend": "variable", "extend_seq_lens_dtype": "int32"},
+    "one offset": {"seqlen_offsets": (4,)},
+    "page_fill": {"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1},
+    "copied rows": {"operation": "copy", "mode": "target_verify"},
 }
 
 
@@ -47,7 +61,35 @@ def base(**changes: Any) -> KernelConfig:
     [
         ({"operation": "refresh"}, ("operation is 'refresh'", "'precompute_and_broadcast', 'copy'")),
         ({"operation": "cop"}, ("Did you mean 'copy'?",)),
-        ({"mode": "verify"}, ("mode is 'verify'", "'decode'")),
+        ({"mode": "verify"}, ("mode is 'verify'", "'decode', 'target_verify', 'draft_extend'")),
+        ({"next_n": 0}, ("next_n is 0", "1 to 32768")),
+        ({"next_n": 2**15 + 1}, ("next_n is 32769", "1 to 32768")),
+        ({"next_n": True}, ("next_n is True", "whole number")),
+        ({"extend": "some"}, ("extend is 'some'", "'uniform', 'variable'")),
+        ({"extend_seq_lens_dtype": "int8"}, ("extend_seq_lens_dtype is 'int8'", "'int32', 'int64'")),
+        ({"seqlen_offsets": (1, 2)}, ("seqlen_offsets has 2 numbers", "num_backends is 3")),
+        ({"seqlen_offsets": (1, -2, 3)}, ("seqlen_offsets[1] is -2", "0 to 32768")),
+        ({"seqlen_offsets": (1, 2, 2**15 + 1)}, ("seqlen_offsets[2] is 32769", "0 to 32768")),
+        ({"seqlen_offsets": (1, 2, 3.0)}, ("seqlen_offsets[2] is 3.0", "whole number")),
+        ({"seqlen_offsets": 3}, ("seqlen_offsets is 3", "one whole number a backend")),
+        ({"seqlen_offsets": "123"}, ("seqlen_offsets is '123'", "one whole number a backend")),
+        (
+            {"seqlen_offsets": (1, 2, 3), "distinct": (("cache_seqlens", 1),)},
+            ("distinct[cache_seqlens] is 1", "share a table"),
+        ),
+        (
+            {"seqlen_offsets": (1, 2, 3), "distinct": (("page_indices", 2),)},
+            ("distinct[page_indices] is 2", "share a table"),
+        ),
+        ({"index_kpool": 0}, ("index_kpool is 0", "1 to 2147483647")),
+        ({"page_fill": 0}, ("page_fill is 0", "None, -1")),
+        ({"page_fill": -1}, ("page_fill is -1", "only table")),
+        (
+            {"page_fill": -1, "fields": ("real_page_table",), "extent": "full"},
+            ("page_fill is -1", "extent 'full'", "only table"),
+        ),
+        ({"page_fill": -1, "fields": ("cache_seqlens",)}, ("page_fill is -1", "the tables none")),
+        ({"checked": 1}, ("checked is 1", "False, True")),
         ({"num_backends": 0}, ("num_backends is 0", "1 or more")),
         ({"num_backends": True}, ("num_backends is True", "whole number")),
         ({"num_backends": 2.0}, ("num_backends is 2.0", "whole number")),
@@ -149,6 +191,33 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
         ({"distinct": (("page_indices", 3),)}, {}),
         ({"fields": tuple(reversed(FIELDS))}, {"fields": tuple(FIELDS)}),
         ({"fields": list(FIELDS)}, {"fields": tuple(FIELDS)}),
+        ({"next_n": 5}, {}),
+        ({"extend": "variable"}, {}),
+        ({"extend_seq_lens_dtype": "int32"}, {}),
+        ({"mode": "draft_extend", "extend": "variable", "next_n": 5}, {"mode": "draft_extend", "extend": "variable"}),
+        (
+            {"mode": "draft_extend", "next_n": 3, "fields": ("cu_seqlens_k",)},
+            {"mode": "draft_extend", "fields": ("cu_seqlens_k",)},
+        ),
+        (
+            {"mode": "draft_extend", "extend": "variable", "fields": ("cu_seqlens_k",)},
+            {"mode": "draft_extend", "fields": ("cu_seqlens_k",)},
+        ),
+        ({"operation": "copy", "mode": "draft_extend"}, {"operation": "copy", "mode": "target_verify"}),
+        (
+            {"operation": "copy", "mode": "target_verify", "next_n": 4, "checked": True, "seqlen_offsets": (1, 2, 3)},
+            {"operation": "copy", "mode": "target_verify"},
+        ),
+        ({"seqlen_offsets": (0, 0, 0)}, {}),
+        ({"seqlen_offsets": (0,)}, {}),
+        ({"seqlen_offsets": (4, 4, 4)}, {"seqlen_offsets": (4,)}),
+        ({"seqlen_offsets": [1, 2, 3]}, {"seqlen_offsets": (1, 2, 3)}),
+        (
+            {"fields": ("page_indices",), "extent": "full", "seqlen_offsets": (1, 2, 3)},
+            {"fields": ("page_indices",), "extent": "full"},
+        ),
+        ({"fields": LENGTHS, "index_kpool": 4}, {"fields": LENGTHS}),
+        ({"operation": "copy", "index_kpool": 4}, {"operation": "copy"}),
         (
             {"distinct": (("real_page_table", 1), ("cache_seqlens", 2))},
             {"distinct": (("cache_seqlens", 2), ("real_page_table", 1))},
@@ -180,7 +249,7 @@ def test_what_a_configuration_needs() -> None:
     assert not KernelConfig(operation="copy").needs_lengths
     assert not KernelConfig(fields=("page_indices",), extent="full").needs_lengths
     assert KernelConfig(fields=("page_indices",), extent="live").needs_lengths
-    assert base().tables == ("page_indices", "real_page_table")
+    assert base().tables == ("page_indices", "real_page_table", "pooled_real_page_table")
     assert base().vectors == tuple(n for n in FIELDS if FIELDS[n].kind != "table")
     assert base(distinct=(("page_indices", 2),)).destinations("page_indices") == 2
     assert base(distinct=(("page_indices", 2),)).destinations("cache_seqlens") == 3
@@ -190,15 +259,23 @@ def test_what_a_configuration_needs() -> None:
 
 
 def test_every_fact_is_in_the_key() -> None:
-    """Each change gives a key of its own; "mode" has one value so far."""
-    assert {f.name for f in dataclasses.fields(KernelConfig)} == {*CHANGES, "mode"}
+    """Each change gives a key of its own."""
+    changes = [{name: value} for name, value in CHANGES.items()] + list(TOGETHER.values())
+    assert {f.name for f in dataclasses.fields(KernelConfig)} == {name for change in changes for name in change}
     keys = {base().key}
-    for name, value in CHANGES.items():
-        changed = base(**{name: value})
-        assert changed != base(), name
+    for change in changes:
+        changed = base(**change)
+        assert changed != base(), change
         assert re.fullmatch(r"[0-9a-f]{64}", changed.key)
         keys.add(changed.key)
-    assert len(keys) == 1 + len(CHANGES)
+    assert len(keys) == 1 + len(changes)
+
+
+def test_facts_that_came_later_leave_old_keys_alone() -> None:
+    """A store that was filled before stays valid: this key is as old as the preset."""
+    assert preset("nsa-decode-3").key == "2711713f8629a5f3f4bd9953e81a261037c3c831cda0f42a233bfb1d599affa4"
+    assert not {"next_n", "extend", "seqlen_offsets", "index_kpool", "page_fill", "checked"} & set(base().told_facts())
+    assert base(seqlen_offsets=(1, 2, 3)).told_facts()["seqlen_offsets"] == [1, 2, 3]
 
 
 def test_symbols_name_what_they_are() -> None:
@@ -239,6 +316,7 @@ def test_replace_validates_again() -> None:
 WRITTEN = {
     **PRESETS,
     **{f"other {name}": base(**{name: value}) for name, value in CHANGES.items()},
+    **{f"other {name}": base(**facts) for name, facts in TOGETHER.items()},
     "all shared": base(distinct=tuple((name, 1) for name in FIELDS)),
     "one field": KernelConfig(fields=("cu_seqlens_k",)),
     "page 1": base(page_size=1),
@@ -267,6 +345,8 @@ def test_settings_over_a_base() -> None:
     assert parse_settings("", base()) == base()
     assert parse_settings(" page_size = 16 , extent=full, ", base()) == base(page_size=16, extent="full")
     assert parse_settings("fields=cu_seqlens_k+page_indices").fields == ("cu_seqlens_k", "page_indices")
+    assert parse_settings("checked=false", base(checked=True)) == base()
+    assert parse_settings("num_backends=2,seqlen_offsets=1+2").seqlen_offsets == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +361,9 @@ def test_settings_over_a_base() -> None:
         ("distinct=page_indices", ("distinct is ''", "whole number")),
         ("distinct=page_indices:many", ("distinct is 'many'",)),
         ("extent=both", ("extent is 'both'",)),
+        ("seqlen_offsets=1+x", ("seqlen_offsets is 'x'", "whole number")),
+        ("checked=yes", ("checked is 'yes'", "'true', 'false'")),
+        ("page_fill=none", ("page_fill is 'none'", "whole number")),
     ],
 )
 def test_settings_that_cannot_be_read(text: str, fragments: tuple[str, ...]) -> None:

@@ -43,7 +43,22 @@ def configurations(draw: st.DrawFn) -> KernelConfig:
         "vector_bytes": draw(st.sampled_from([4, 16])),
         "unroll": draw(st.integers(1, 4)),
         "target": "cpu",
+        "mode": draw(st.sampled_from(["decode", "decode", "target_verify", "draft_extend"])),
+        "next_n": draw(st.integers(1, 5)),
+        "extend": draw(st.sampled_from(["uniform", "variable"])),
+        "extend_seq_lens_dtype": draw(dtypes),
+        "index_kpool": draw(st.sampled_from([1, 1, 2, 3, 64])),
+        "page_fill": draw(st.sampled_from([None, None, None, -1])),
+        "checked": draw(st.booleans()),
     }
+    offsets = draw(st.sampled_from(["none", "none", "one", "each"]))
+    if offsets != "none":
+        number = st.integers(0, 9)
+        count = facts["num_backends"]
+        facts["seqlen_offsets"] = [draw(number)] * count if offsets == "one" else [draw(number) for _ in range(count)]
+    if facts["page_fill"] is not None:
+        facts["fields"] = (*(n for n in facts["fields"] if FIELDS[n].kind != "table"), "real_page_table")
+        facts["extent"] = "live"
     try:
         return KernelConfig.from_dict(facts)
     except ConfigError:
@@ -63,6 +78,7 @@ def scenes(draw: st.DrawFn) -> dict[str, Any]:
         "rows": draw(st.lists(st.integers(0, pool_rows - 1), min_size=bs, max_size=bs)),
         "pool_rows": pool_rows,
         "gap": draw(st.integers(0, 5)),
+        "extends": draw(st.lists(st.integers(0, 5), min_size=bs, max_size=bs)),
         "seed": draw(st.integers(0, 99)),
     }
 
@@ -71,17 +87,33 @@ def table(rows: int, columns: int, stride: int) -> Tensor:
     return torch.full((rows * stride + 3,), POISON, dtype=torch.int32)[: rows * stride].view(rows, stride)[:, :columns]
 
 
-def destinations(fields: tuple[str, ...], count: int, bs: int, width: int, page: int, gap: int, step: int) -> Any:
+def destinations(
+    fields: tuple[str, ...],
+    count: int,
+    bs: int,
+    width: int,
+    page: int,
+    gap: int,
+    step: int,
+    *,
+    rows: int | None = None,
+    kpool: int = 1,
+    aligned: bool = False,
+) -> Any:
+    """Poisoned backends with one request (and row) to spare; ``aligned`` makes every row stride a multiple of 4."""
     out = []
     for b in range(count):
         made = {}
         for name in fields:
             kind = FIELDS[name].kind
+            height = bs if rows is None or FIELDS[name].per == "request" else rows
             if kind == "table":
-                columns = width if name == "page_indices" else -(-width // page)
-                made[name] = table(bs + 1, columns, columns + gap + step * b)
+                tokens = {"page_indices": 1, "real_page_table": page, "pooled_real_page_table": page * kpool}[name]
+                columns = -(-width // tokens)
+                stride = columns + gap + step * b
+                made[name] = table(height + 1, columns, -(-stride // 4) * 4 if aligned else stride)
             else:
-                made[name] = torch.full((bs + 1 + (kind == "cumulative"),), POISON, dtype=torch.int32)
+                made[name] = torch.full((height + 1 + (kind == "cumulative"),), POISON, dtype=torch.int32)
         out.append(MetadataBuffers(**made))
     return out
 
@@ -95,33 +127,70 @@ def refresh(config: KernelConfig, scene: dict[str, Any], lengths: list[int], row
     """Fresh poisoned destinations after one refresh of the plan that fits the configuration."""
     width, page = scene["width"], config.page_size
     bs = len(scene["lengths"])
-    step = 4 if config.vector_bytes == 16 else 1
-    backends = destinations(config.fields, config.num_backends, bs, width, page, scene["gap"], step)
+    rows_of = {"uniform": [config.next_n] * bs, "variable": scene["extends"]}[config.extend]
+
+    def fresh() -> list[MetadataBuffers]:
+        made: list[MetadataBuffers] = destinations(
+            config.fields,
+            config.num_backends,
+            bs,
+            width,
+            page,
+            scene["gap"],
+            4 if config.vector_bytes == 16 else 1,
+            rows=sum(rows_of) if config.mode != "decode" else None,
+            kpool=config.index_kpool,
+            aligned=config.vector_bytes == 16 and config.mode != "decode",
+        )
+        return made
+
+    backends, expected = fresh(), fresh()
     generator = torch.Generator().manual_seed(scene["seed"])
     pool = torch.randint(-5, 2**30, (scene["pool_rows"], width), generator=generator)
     pool = pool.to(getattr(torch, config.req_to_token_dtype))
+    offsets = config.seqlen_offsets * (config.num_backends if len(config.seqlen_offsets) == 1 else 1) or None
+    facts: dict[str, Any] = {
+        "mode": config.mode,
+        "index_topk": config.index_topk,
+        "page_size": page,
+        "extent": config.extent,
+        "max_len": None,
+        "next_n": config.next_n,
+        "seqlen_offsets": offsets,
+        "index_kpool": config.index_kpool,
+        "page_fill": config.page_fill,
+    }
     made = make_plan(
         backends,
         pool,
-        mode="decode",
-        index_topk=config.index_topk,
-        page_size=page,
-        extent=config.extent,
-        max_len=None,
         seq_lens_dtype=getattr(torch, config.seq_lens_dtype),
         req_pool_indices_dtype=getattr(torch, config.req_pool_indices_dtype),
+        extend=config.extend,
+        extend_seq_lens_dtype=getattr(torch, config.extend_seq_lens_dtype),
+        checked=config.checked,
         launch_shape={"unroll": config.unroll},
+        **facts,
     )
+    if scene["width"] > 1:  # a single column is of any phase
+        assert made.config == config or config.vector_bytes != made.config.vector_bytes, made.config.settings()
     s = torch.tensor(lengths, dtype=getattr(torch, config.seq_lens_dtype))
     r = torch.tensor(rows, dtype=getattr(torch, config.req_pool_indices_dtype))
-    made.run(s, r)
-    expected = destinations(config.fields, config.num_backends, bs, width, page, scene["gap"], step)
-    reference.refresh(
-        expected, s, r, pool, index_topk=config.index_topk, page_size=page, extent=config.extent, max_len=None
-    )
+    extends = None
+    if config.extend == "variable":
+        extends = torch.tensor(scene["extends"], dtype=getattr(torch, config.extend_seq_lens_dtype))
+    made.run(s, r, extends)
+    reference.refresh(expected, s, r, pool, extend_seq_lens=extends, **facts)
     for got, want in zip(backends, expected, strict=True):
         for (name, a), b in zip(words(got).items(), words(want).values(), strict=True):
             assert torch.equal(a, b), name
+    if config.checked:
+        # Lengths beyond the tables are the only offence here.
+        longest = max(offsets or [0]) + (config.next_n if config.mode == "target_verify" else 0)
+        beyond = config.needs_lengths and config.tables and any(n + longest > width for n in lengths)
+        if beyond:
+            with pytest.raises(ArgumentError, match="seq_lens"):
+                made.check()
+        made.check()
     return backends
 
 
@@ -134,14 +203,15 @@ def test_any_valid_configuration_agrees_with_the_reference(config: KernelConfig,
         return
     bs, width = len(scene["lengths"]), scene["width"]
     step = 4 if config.vector_bytes == 16 else 1
-    backends = destinations(config.fields, config.num_backends, bs, width, 16, scene["gap"], step)
-    expected = destinations(config.fields, config.num_backends, bs, width, 16, scene["gap"], step)
-    source = destinations(config.fields, 1, bs, width, 16, scene["seed"] % 4, 0)[0]
+    rows = sum(scene["extends"]) if config.mode != "decode" else None
+    backends = destinations(config.fields, config.num_backends, bs, width, 16, scene["gap"], step, rows=rows)
+    expected = destinations(config.fields, config.num_backends, bs, width, 16, scene["gap"], step, rows=rows)
+    source = destinations(config.fields, 1, bs, width, 16, scene["seed"] % 4, 0, rows=rows)[0]
     generator = torch.Generator().manual_seed(scene["seed"])
     for _, tensor in source.items():
         tensor.copy_(torch.randint(-9, 2**30, tensor.shape, dtype=torch.int32, generator=generator))
-    onelaunch.fused_metadata_copy_cuda(source, backends, bs=bs)
-    reference.copy(source, expected, bs=bs)
+    onelaunch.fused_metadata_copy_cuda(source, backends, bs=bs, mode=config.mode, rows=rows)
+    reference.copy(source, expected, bs=bs, rows=rows)
     for got, want in zip(backends, expected, strict=True):
         for (name, a), b in zip(words(got).items(), words(want).values(), strict=True):
             assert torch.equal(a, b), name
@@ -151,7 +221,13 @@ BAD_FACTS = st.one_of(
     st.tuples(st.sampled_from(["num_backends", "page_size", "threads", "unroll", "blocks_per_sm"]), st.integers(-9, 0)),
     st.tuples(st.sampled_from(["num_backends", "page_size", "index_topk"]), st.sampled_from([1.5, "3", None, True])),
     st.tuples(st.just("index_topk"), st.integers(max_value=-1)),
-    st.tuples(st.sampled_from(["operation", "mode", "extent", "target", "seq_lens_dtype"]), st.text(max_size=6)),
+    st.tuples(
+        st.sampled_from(["operation", "mode", "extent", "target", "seq_lens_dtype", "extend"]), st.text(max_size=6)
+    ),
+    st.tuples(st.sampled_from(["next_n", "index_kpool"]), st.sampled_from([0, -1, 1.0, "2", None, True])),
+    st.tuples(st.just("seqlen_offsets"), st.sampled_from([[1, 2], [-1], ["1"], "12", 3, [2**15 + 1]])),
+    st.tuples(st.just("page_fill"), st.sampled_from([0, 1, -2, "-1", True])),
+    st.tuples(st.just("checked"), st.sampled_from([0, 1, "true", None])),
     st.tuples(st.just("vector_bytes"), st.sampled_from([0, 1, 8, 32, "16"])),
     st.tuples(st.just("fields"), st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=3)),
     st.tuples(st.just("fields"), st.just([])),
@@ -180,7 +256,14 @@ BAD_CALLS = st.sampled_from(
         ("max_len", -1),
         ("max_len", 10**6),
         ("next_n", 2),
-        ("seqlen_offsets", (1, 2)),
+        ("next_n", 0),
+        ("seqlen_offsets", (1, 2, 3)),
+        ("seqlen_offsets", (1, -2)),
+        ("extend", "variable"),
+        ("index_kpool", 0),
+        ("page_fill", 0),
+        ("page_fill", -1),
+        ("checked", 1),
         ("seq_lens_dtype", torch.float32),
         ("req_pool_indices_dtype", torch.int16),
         ("req_to_token", torch.zeros(3, 40)),

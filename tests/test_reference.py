@@ -26,6 +26,8 @@ def buffers(rows: int, width: int, pages: int, **without: None) -> MetadataBuffe
         "nsa_cu_seqlens_k": (rows + 1,),
         "real_page_table": (rows, pages),
         "seqlens_expanded": (rows,),
+        "pooled_cache_seqlens": (rows,),
+        "pooled_real_page_table": (rows, pages),
     }
     return MetadataBuffers(
         **{name: torch.full(shape, U, dtype=torch.int32) for name, shape in shapes.items() if name not in without}
@@ -236,6 +238,8 @@ def test_every_field_has_a_case() -> None:
         "nsa_cu_seqlens_k",
         "real_page_table",
         "seqlens_expanded",
+        "pooled_cache_seqlens",
+        "pooled_real_page_table",
     )
     assert {name: field.kind for name, field in FIELDS.items()} == {
         "cache_seqlens": "lengths",
@@ -245,7 +249,14 @@ def test_every_field_has_a_case() -> None:
         "nsa_cu_seqlens_k": "cumulative",
         "real_page_table": "table",
         "seqlens_expanded": "lengths",
+        "pooled_cache_seqlens": "lengths",
+        "pooled_real_page_table": "table",
     }
+    assert [name for name, field in FIELDS.items() if field.per == "request"] == [
+        "cache_seqlens",
+        "cu_seqlens_k",
+        "pooled_cache_seqlens",
+    ]
 
 
 def source_of_copy() -> MetadataBuffers:
@@ -257,6 +268,8 @@ def source_of_copy() -> MetadataBuffers:
         nsa_cu_seqlens_k=ints([0, 4, 8, 12]),
         real_page_table=ints([[10, 11], [12, 13], [14, 15]]),
         seqlens_expanded=ints([50, 60, 70]),
+        pooled_cache_seqlens=ints([2, 3, 3]),
+        pooled_real_page_table=ints([[1], [2], [3]]),
     )
 
 
@@ -275,6 +288,18 @@ def test_copy() -> None:
     assert a.seqlens_expanded.tolist() == [50, 60, U, U]
     assert b.page_indices.tolist() == [[1, 2, 3], [4, 5, 6]]
     assert b.seqlens_expanded is None
+
+
+def test_copy_of_rows() -> None:
+    """Fields of requests end with the requests, fields of rows with the rows."""
+    b = buffers(3, 3, 2)
+    reference.copy(source_of_copy(), [b], bs=1, rows=2)
+    assert b.cache_seqlens.tolist() == [5, U, U]
+    assert b.cu_seqlens_k.tolist() == [0, 5, U, U]
+    assert b.nsa_cache_seqlens.tolist() == [4, 4, U]
+    assert b.nsa_cu_seqlens_k.tolist() == [0, 4, 8, U]
+    assert b.seqlens_expanded.tolist() == [50, 60, U]
+    assert b.page_indices.tolist() == [[1, 2, 3], [4, 5, 6], [U] * 3]
 
 
 def test_copy_of_a_part() -> None:
@@ -301,6 +326,7 @@ def test_target_verify() -> None:
         "nsa_cache_seqlens": [6, 7, 7, 2, 3, 4],
         "nsa_cu_seqlens_k": [0, 6, 13, 20, 22, 25, 29],
         "seqlens_expanded": [6, 7, 8, 2, 3, 4],
+        "pooled_cache_seqlens": [8, 4],
     }
     assert rows.request.tolist() == [0, 0, 0, 1, 1, 1]
     assert rows.live.tolist() == [8, 8, 8, 4, 4, 4]
@@ -315,6 +341,7 @@ def test_draft_extend_with_one_length_for_all() -> None:
         "nsa_cache_seqlens": [3, 4, 4, 0, 0, 1],
         "nsa_cu_seqlens_k": [0, 3, 7, 11, 11, 11, 12],
         "seqlens_expanded": [3, 4, 5, 0, 0, 1],
+        "pooled_cache_seqlens": [5, 1],
     }
     assert rows.live.tolist() == [5, 5, 5, 1, 1, 1]
 
@@ -392,6 +419,38 @@ def test_pools_of_tokens() -> None:
     assert made.tolist() == [3, 4, 11, 8, 10]
     assert reference.pooled_lengths(ints([3, 4, 11]), 4).tolist() == [0, 1, 2]
     assert reference.pooled_page_table(ints([[8, 12, 16, 21, 5]]), 2).tolist() == [[4, 8, 2]]
+
+
+def test_pools_of_pages() -> None:
+    pool = ints([[12, 13, 40, 41, 70, 71, 99, 98]])  # in pages of two: 6, 20, 35, 49
+    made = MetadataBuffers(
+        nsa_cache_seqlens=torch.full((1,), U, dtype=torch.int32),
+        real_page_table=torch.full((1, 4), U, dtype=torch.int32),
+        pooled_cache_seqlens=torch.full((1,), U, dtype=torch.int32),
+        pooled_real_page_table=torch.full((1, 2), U, dtype=torch.int32),
+    )
+    reference.refresh([made], ints([5]), ints([0]), pool, index_topk=2, page_size=2, extent="live", index_kpool=2)
+    assert made.nsa_cache_seqlens.tolist() == [3]  # two complete pools of two, clamped to two tokens, and one more
+    assert made.real_page_table.tolist() == [[6, 20, 35, U]]
+    assert made.pooled_cache_seqlens.tolist() == [2]
+    assert made.pooled_real_page_table.tolist() == [[3, 17]]
+    reference.refresh([made], ints([4]), ints([0]), pool, index_topk=2, page_size=2, extent="live", index_kpool=2)
+    assert made.pooled_real_page_table.tolist() == [[3, 17]], "the second pool isn't live, and stays"
+
+
+def test_page_fill_goes_to_the_width_of_the_table() -> None:
+    pool = ints([[12, 13, 40, 41, 70, 71]])
+    made = MetadataBuffers(real_page_table=torch.full((3, 5), 77, dtype=torch.int32))
+    reference.refresh([made], ints([3, 0]), ints([0, 0]), pool, index_topk=2, page_size=2, extent="live", page_fill=-1)
+    assert made.real_page_table.tolist() == [[6, 20, -1, -1, -1], [-1] * 5, [77] * 5]
+
+
+def test_a_length_that_wraps_is_live_to_the_end() -> None:
+    """Scalars wrap as int32 sums do; the tables go by the length that was meant."""
+    values, rows = reference.lengths(ints([2**31 - 1]), mode="target_verify", index_topk=4, next_n=2)
+    assert values["cache_seqlens"].tolist() == [-(2**31) + 1]
+    assert values["seqlens_expanded"].tolist() == [0, 0]
+    assert rows.live.tolist() == [2**31 + 1] * 2
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -27,10 +27,51 @@ CONFIGS: dict[str, KernelConfig] = {
     **{f"copy of {name}": KernelConfig(num_backends=2, fields=(name,), operation="copy") for name in FIELDS},
     **{
         f"without {name}": KernelConfig(num_backends=2, fields=tuple(f for f in FIELDS if f != name), extent=extent)
-        for name, extent in zip(FIELDS, ("live", "full") * 4, strict=False)
+        for name, extent in zip(FIELDS, ("live", "full") * 5, strict=False)
     },
     "page 48": KernelConfig(num_backends=2, page_size=48),
     "int64 tokens, 4 bytes": KernelConfig(req_to_token_dtype="int64", vector_bytes=4, extent="full"),
+    **{
+        f"{mode}{' variable' * (extend == 'variable')}, {extent}, {words} bytes": KernelConfig(
+            num_backends=2,
+            mode=mode,
+            next_n=3,
+            extend=extend,
+            extent=extent,
+            vector_bytes=words,
+            fields=tuple(FIELDS),
+            index_kpool=3,
+        )
+        for mode, extend in (("target_verify", "uniform"), ("draft_extend", "uniform"), ("draft_extend", "variable"))
+        for extent, words in (("live", 16), ("full", 4))
+    },
+    "verify, requests only": KernelConfig(mode="target_verify", next_n=3, fields=("cache_seqlens", "cu_seqlens_k")),
+    "variable, tables only": KernelConfig(mode="draft_extend", extend="variable", fields=("page_indices",)),
+    "variable, checked": KernelConfig(
+        mode="draft_extend", extend="variable", fields=tuple(FIELDS), checked=True, page_size=3
+    ),
+    "variable, filled": KernelConfig(
+        mode="draft_extend", extend="variable", fields=("real_page_table",), page_fill=-1, checked=True
+    ),
+    "one offset": KernelConfig(num_backends=2, seqlen_offsets=(5, 5)),
+    "offsets": KernelConfig(num_backends=3, seqlen_offsets=(1, 0, 7)),
+    "offsets, full": KernelConfig(num_backends=3, seqlen_offsets=(1, 0, 7), extent="full"),
+    "offsets, checked": KernelConfig(num_backends=3, seqlen_offsets=(1, 0, 7), checked=True, page_size=4),
+    "offsets, shared tables": KernelConfig(
+        num_backends=3, seqlen_offsets=(1, 2, 7), distinct=(("page_indices", 1), ("real_page_table", 1))
+    ),
+    "offsets, verify, filled": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(1, 2, 7),
+        mode="target_verify",
+        next_n=2,
+        fields=("cache_seqlens", "nsa_cu_seqlens_k", "real_page_table"),
+        page_fill=-1,
+    ),
+    "offsets, lengths only": KernelConfig(num_backends=40, seqlen_offsets=tuple(range(40)), fields=("cu_seqlens_k",)),
+    "pools, pages only": KernelConfig(
+        num_backends=2, index_kpool=4, fields=("real_page_table", "pooled_real_page_table"), checked=True
+    ),
     "shared": KernelConfig(
         num_backends=9, distinct=tuple((name, 1) for name in FIELDS if name in KernelConfig().fields)
     ),
@@ -139,11 +180,16 @@ def test_the_banner(config: KernelConfig) -> None:
     assert "Do not edit" in banner
     assert f"key {config.key}" in banner
     text = re.sub(r"\n//\s{20,}", " ", banner)
+    # The facts that came later are told where they say something: old configurations keep their kernels.
+    silent = {"next_n", "extend", "extend_seq_lens_dtype", "seqlen_offsets", "index_kpool", "page_fill", "checked"}
     for name, value in config.to_dict().items():
+        if name in silent and getattr(config, name) == getattr(KernelConfig(), name):
+            assert not re.search(rf"^//   {name} ", text, re.M), name
+            continue
         shown = re.search(rf"^//   {name} +(.*)$", text, re.M)
         assert shown is not None, name
         if isinstance(value, list):
-            assert shown[1] == ", ".join(value)
+            assert shown[1] == ", ".join(map(str, value))
         elif isinstance(value, dict):
             assert shown[1] == (", ".join(f"{field}: {count}" for field, count in value.items()) or "all")
         else:
@@ -166,8 +212,8 @@ def test_the_command_in_the_banner_gives_this_text(config: KernelConfig) -> None
 def test_no_trace_of_a_field_that_is_not_there(config: KernelConfig) -> None:
     code = below_the_banner(render(config))
     for name in FIELDS:
-        # The NSA fields' names end like the others'.
-        rest = code if name.startswith("nsa_") else code.replace(f"nsa_{name}", "")
+        # The names of the NSA fields and of the pooled ones end like the others'.
+        rest = re.sub(rf"(nsa|pooled)_{name}", "", code)
         if name in config.fields:
             assert name in rest
         else:
@@ -184,11 +230,23 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
         ("req_pool_indices", gathers),
         ("req_to_token", gathers),
         ("kIndexTopk", not copies and any(n.startswith("nsa_") for n in config.fields)),
-        ("kPageSize", not copies and "real_page_table" in config.fields),
+        ("kPageSize", not copies and bool(config.paged_tables)),
+        ("kIndexKpool", not copies and (config.index_kpool > 1 or "pooled_" in "".join(config.fields))),
+        ("extend_seq_lens", config.extend == "variable"),
+        ("kNextN", not copies and config.extend == "uniform" and bool(config.row_fields)),
+        ("offset", len(config.seqlen_offsets) > 1),
+        ("kPageFill", config.page_fill is not None),
+        ("atomicCAS", config.checked),
+        ("ffence", config.checked),
+        ("report(", config.checked),
         ("int4*", config.vector_bytes == 16),
         ("gridDim.x", copies or bool(config.tables)),
         ("from_", copies),
-        ("__ballot_sync", bool(config.tables) and config.extent == "live"),
+        (
+            "__ballot_sync",
+            bool(config.tables)
+            and (config.extend == "variable" or (config.extent == "live" and config.page_fill is None)),
+        ),
     ):
         assert (name in code) == there, name
 

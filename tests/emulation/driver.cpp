@@ -160,6 +160,7 @@ struct Block {
   unsigned waiting = 0;  // at the barrier or for other lanes
   unsigned gone = 0;
   int line = 0;  // of the barrier
+  bool votes[2] = {};  // whether any thread voted yes, at this turn's barrier and at the last one's
   Word turn{0};
   char order[2] = {};
   std::vector<Thread> threads;
@@ -528,7 +529,7 @@ void fail(const char* format, ...) {
 
 int lane() { return static_cast<int>(self->index % kWarp); }
 
-void barrier(int line) {
+bool barrier(int line, bool yes) {
   Block& block = *self->block;
   const std::uint32_t turn = block.turn.load(std::memory_order_acquire);  // can't change before this thread arrives
   tsan_release(&block.order[turn % 2]);
@@ -540,9 +541,11 @@ void barrier(int line) {
   }
   if (block.arrived == 0) {
     block.line = line;
+    block.votes[turn % 2] = false;
   } else if (block.line != line) {
     fail("threads of a block wait at different barriers:%s", waiting_threads(block).c_str());
   }
+  block.votes[turn % 2] |= yes;
   if (++block.arrived == block.count) {
     block.waiting -= block.arrived - 1;
     block.arrived = 0;
@@ -557,6 +560,7 @@ void barrier(int line) {
     wait(block, block.turn, turn);
   }
   tsan_acquire(&block.order[turn % 2]);
+  return block.votes[turn % 2];
 }
 
 Lanes exchange(const char* operation, int line, unsigned mask, std::uint64_t value, bool orders) {

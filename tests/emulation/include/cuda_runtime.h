@@ -37,8 +37,9 @@ struct Lanes {
   std::uint64_t value[kWarp];
 };
 
-// All threads of the block meet. `line` tells barriers apart: threads that wait at two of them are an error.
-void barrier(int line);
+// All threads of the block meet; true if one of them votes yes. `line` tells barriers apart: threads that wait at two of
+// them are an error.
+bool barrier(int line, bool yes = false);
 
 // The lanes in `mask` meet and see one another's value. They must all come, with the same mask, operation and line.
 // `orders` says whether the operation orders memory too.
@@ -113,6 +114,10 @@ struct alignas(16) int4 {
 
 // ---- intrinsics. The line is the caller's ---------------------------------------------------------------------------
 inline void __syncthreads(int line = __builtin_LINE()) { emulation::barrier(line); }
+
+inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
+  return emulation::barrier(line, predicate != 0) ? 1 : 0;
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
   emulation::exchange("__syncwarp", line, mask, 0, true);

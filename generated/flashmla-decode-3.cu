@@ -1,0 +1,220 @@
+// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+//   onelaunch show flashmla-decode-3
+//
+// configuration
+//   operation               precompute_and_broadcast
+//   mode                    decode
+//   num_backends            3
+//   fields                  cache_seqlens, real_page_table
+//   distinct                all
+//   seq_lens_dtype          int64
+//   req_pool_indices_dtype  int64
+//   req_to_token_dtype      int32
+//   index_topk              0
+//   page_size               64
+//   extent                  live
+//   vector_bytes            4
+//   target                  cuda
+//   threads                 256
+//   unroll                  2
+//   blocks_per_sm           8
+//   page_fill               -1
+// key a57d8d17b4c57d9cc41f0c9e2e6688da3cf335e9d75af7bd9f93b511cceec0ef
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// ---- what this kernel is specialized to --------------------------------------------------------------------------
+constexpr int kBackends = 3;
+constexpr int kPageSize = 64;  // tokens
+constexpr std::int32_t kPageFill = -1;  // in columns that aren't live
+using SeqLen = std::int64_t;
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr int kThreads = 256;  // a block
+constexpr int kWarpSize = 32;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kBlocksPerSm = 8;
+constexpr int kVectorWords = 4;  // a 16-byte access
+constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
+
+// ---- arguments ---------------------------------------------------------------------------------------------------
+struct Table {
+  std::int32_t* data;
+  std::int64_t row_stride;  // elements
+};
+
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
+// pointer table in device memory, nothing to copy before a launch.
+struct Params {
+  // set at each call
+  const SeqLen* seq_lens;  // [batch_size]
+  std::int64_t seq_lens_stride;  // elements
+  const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
+  std::int64_t req_pool_indices_stride;  // elements
+  std::int64_t batch_size;  // requests
+  std::int64_t columns;  // no column from here on is written
+  // set when a plan is bound
+  std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t real_page_table_width;  // columns
+  const Token* req_to_token;  // [pool rows, req_to_token_width]
+  std::int64_t req_to_token_stride;  // elements from row to row
+  std::int32_t* cache_seqlens[kBackends];  // [bs]
+  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
+};
+constexpr int kParamWords = 20;
+static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
+
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+__device__ void refresh_lengths(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+    const std::int32_t length = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
+    if (present) {
+#pragma unroll
+      for (int b = 0; b < kBackends; ++b) p.cache_seqlens[b][request] = length;
+    }
+  }
+}
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// The page of a token, rounded down for padding tokens below zero too.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  return static_cast<std::int32_t>(token >> 6);
+}
+
+// One warp writes the pages [first, first + kTileColumns), as far as they lie in [0, end): the token that begins each
+// page is read once, and its page written to every backend.
+__device__ __forceinline__ void write_pages(
+    const Params& p, std::int64_t row, const Token* source, int first, int end) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  constexpr int kWords = kTileColumns / kWarpSize;
+  std::int32_t words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int page = first + lane + i * kWarpSize;
+    words[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
+  }
+#pragma unroll
+  for (int b = 0; b < kBackends; ++b) {
+    std::int32_t* to = p.real_page_table[b].data + row * p.real_page_table[b].row_stride;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int page = first + lane + i * kWarpSize;
+      if (page < p.real_page_table_width) to[page] = words[i];
+    }
+  }
+}
+
+// Everything that one tile of a request's row needs: `end` is the first column that isn't live.
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  write_pages(p, row, source, first, end);
+}
+
+// ---- which warp takes which tile ---------------------------------------------------------------------------------
+// The columns of a request that its length makes live, in pages.
+__device__ __forceinline__ int live_columns(const Params& p, int request) {
+  const std::int32_t length = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
+  const int columns = length < 0 ? 0 : length < p.columns ? length : static_cast<int>(p.columns);
+  return columns / kPageSize + (columns % kPageSize != 0);
+}
+
+// Every row is written to its end: the warps take tiles of equal rows in turn. 32 bits hold the count of tiles of any
+// table that fits a device.
+__device__ void gather_tables(const Params& p) {
+  const int columns = static_cast<int>(p.real_page_table_width);
+  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kTileColumns - 1) / kTileColumns);
+  const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
+  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
+  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  for (; tile < tiles; tile += warps) {
+    const std::int64_t row = tile / tiles_per_row;
+    const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns;
+    if (column >= columns) continue;
+    const int end = live_columns(p, static_cast<int>(row));
+    copy_tile(p, row, p.req_pool_indices[row * p.req_pool_indices_stride], column, end);
+  }
+}
+
+// ---- the one launch ----------------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c(const __grid_constant__ Params p) {
+  if (blockIdx.x < kLengthBlocks) {
+    refresh_lengths(p);
+  } else {
+    gather_tables(p);
+  }
+}
+
+}  // namespace
+
+// ---- host side ---------------------------------------------------------------------------------------------------
+// As many blocks as the tables could need, up to what the device runs at once.
+static unsigned grid_blocks(const Params& p) {
+  std::int64_t tiles = 0;
+  tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t most = p.sm_count * kBlocksPerSm;
+  const std::int64_t blocks = wanted < most ? wanted : most;
+  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+}
+
+// Runs `call` with the plan's device as the current one.
+template <typename Call>
+static cudaError_t on_device(std::int64_t device, const Call& call) {
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
+  error = cudaSetDevice(static_cast<int>(device));
+  if (error != cudaSuccess) return error;
+  error = call();
+  const cudaError_t restored = cudaSetDevice(current);
+  return error != cudaSuccess ? error : restored;
+}
+
+extern "C" {
+
+// Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
+int onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c_launch(const std::int64_t* words, void* stream) {
+  Params params;
+  std::memcpy(&params, words, sizeof(Params));
+  return on_device(params.device, [&] {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    config.blockDim = dim3(kThreads, 1, 1);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c, params);
+  });
+}
+
+// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
+// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+int onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c_prepare(std::int64_t device, std::int64_t* resources) {
+  return on_device(device, [&] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c);
+    resources[0] = attributes.numRegs;
+    resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
+    resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
+    return error;
+  });
+}
+
+const char* onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+}  // extern "C"
