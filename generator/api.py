@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from . import loader, plan, toolchain
+from . import loader, ops, plan, toolchain
 from .checks import check_int, check_tensor
 from .config import KernelConfig
 from .errors import ArgumentError
@@ -56,6 +57,23 @@ def fused_metadata_precompute_and_broadcast_cuda(
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
     """
+    if is_dynamo_compiling():
+        torch.ops.onelaunch.fused_metadata_precompute_and_broadcast_cuda(
+            seq_lens,
+            req_pool_indices,
+            req_to_token,
+            cache_seqlens_list,
+            cu_seqlens_k_list,
+            page_indices_list,
+            nsa_cache_seqlens_list,
+            nsa_cu_seqlens_k_list,
+            real_page_table_list,
+            max_len=max_len,
+            nsa_index_topk=nsa_index_topk,
+            real_page_size=real_page_size,
+            extent=extent,
+        )
+        return
     lists = {
         "cache_seqlens": cache_seqlens_list,
         "cu_seqlens_k": cu_seqlens_k_list,
@@ -130,6 +148,17 @@ def precompute_decode_metadata_cuda(
         out = _allocate(seq_lens.numel(), max_len, real_page_size, seq_lens.device)
     elif not isinstance(out, MetadataBuffers):
         raise ArgumentError(f"out is a {type(out).__name__}; it must be a MetadataBuffers or None.")
+    if is_dynamo_compiling():
+        ops.precompute(
+            out,
+            seq_lens,
+            req_pool_indices,
+            req_to_token,
+            max_len=max_len,
+            nsa_index_topk=nsa_index_topk,
+            real_page_size=real_page_size,
+        )
+        return out
     destination = out
     key = (
         _identity(req_to_token),
@@ -196,6 +225,9 @@ def fused_metadata_copy_cuda(
         raise ArgumentError(f"destinations is {targets!r}; it must be a MetadataBuffers or a list of them.")
     if not targets:
         raise ArgumentError("destinations is empty; give at least one MetadataBuffers.")
+    if is_dynamo_compiling():
+        ops.copy(precomputed, targets, bs=bs, max_len=max_len, real_page_size=real_page_size)
+        return
     key = ("copy", one, tuple(tuple(_identity(getattr(b, name)) for name in FIELDS) for b in (precomputed, *targets)))
 
     def make() -> plan.CopyPlan:
@@ -299,3 +331,6 @@ def _remembered(key: Any, make: Callable[[], _T]) -> _T:
     else:
         _plans.move_to_end(key)
     return made
+
+
+ops.register(fused_metadata_precompute_and_broadcast_cuda, precompute_decode_metadata_cuda, fused_metadata_copy_cuda)
