@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from . import loader, plan
+from . import loader, ops, plan
 from .checks import INT_DTYPES, MAX_BATCH, check_int, check_tensor
 from .config import MAX_NEXT_N, KernelConfig
 from .errors import ArgumentError
@@ -67,6 +68,27 @@ def fused_metadata_precompute_and_broadcast_cuda(
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
     """
+    if is_dynamo_compiling():
+        torch.ops.onelaunch.fused_metadata_precompute_and_broadcast_cuda(
+            seq_lens,
+            req_pool_indices,
+            req_to_token,
+            cache_seqlens_list,
+            cu_seqlens_k_list,
+            page_indices_list,
+            nsa_cache_seqlens_list,
+            nsa_cu_seqlens_k_list,
+            real_page_table_list,
+            max_len=max_len,
+            nsa_index_topk=nsa_index_topk,
+            real_page_size=real_page_size,
+            extent=extent,
+            mode=mode,
+            next_n=next_n,
+            extend_seq_lens=extend_seq_lens,
+            seqlens_expanded_list=seqlens_expanded_list,
+        )
+        return
     lists = {
         "cache_seqlens": cache_seqlens_list,
         "cu_seqlens_k": cu_seqlens_k_list,
@@ -238,6 +260,20 @@ def _precompute(
         out = _allocate(seq_lens.numel(), rows, max_len, real_page_size, seq_lens.device, mode)
     elif not isinstance(out, MetadataBuffers):
         raise ArgumentError(f"out is a {type(out).__name__}; it must be a MetadataBuffers or None.")
+    if is_dynamo_compiling():
+        ops.precompute(
+            out,
+            seq_lens,
+            req_pool_indices,
+            req_to_token,
+            max_len=max_len,
+            nsa_index_topk=nsa_index_topk,
+            real_page_size=real_page_size,
+            mode=mode,
+            next_n=next_n,
+            extend_seq_lens=extend_seq_lens,
+        )
+        return out
     destination = out
     _refresh(
         tuple(_identity(getattr(destination, name)) for name in FIELDS),
@@ -360,6 +396,18 @@ def fused_metadata_copy_cuda(
         raise ArgumentError(f"destinations is {targets!r}; it must be a MetadataBuffers or a list of them.")
     if not targets:
         raise ArgumentError("destinations is empty; give at least one MetadataBuffers.")
+    if is_dynamo_compiling():
+        ops.copy(
+            precomputed,
+            targets,
+            bs=bs,
+            max_len=max_len,
+            real_page_size=real_page_size,
+            mode=mode,
+            next_n=next_n,
+            rows=rows,
+        )
+        return
     if mode == "decode":
         if rows is not None or next_n not in (None, 1):
             raise ArgumentError(f"next_n is {next_n} and rows is {rows}; in decode a request is a row: leave them out.")
@@ -475,3 +523,6 @@ def _remembered(key: Any, make: Callable[[], _T]) -> _T:
     else:
         _plans.move_to_end(key)
     return made
+
+
+ops.register(fused_metadata_precompute_and_broadcast_cuda, _precompute, fused_metadata_copy_cuda)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import layout, loader, log, toolchain
 from .checks import (
@@ -310,7 +311,15 @@ class Plan:
         Raises:
             ArgumentError: a tensor doesn't fit; nothing was written.
             LaunchError: CUDA refused the launch.
+
+        In a function that torch.compile compiles it is called as it is, between two graphs. With ``fullgraph=True``
+        that is an error; the functions of api.py go into a graph.
         """
+        if is_dynamo_compiling():
+            # A graph would know neither the addresses that are written to nor when.
+            torch._dynamo.skip_frame(
+                msg="Plan.run can't be in a graph. fused_metadata_precompute_and_broadcast_cuda can, see onelaunch.ops."
+            )
         try:
             batch_size = seq_lens.numel()
             arguments = (

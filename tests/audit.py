@@ -120,9 +120,12 @@ def pip_setting(name: str) -> str:
 
 def index_root() -> str:
     """The address of the package index that pip uses, without its /simple."""
-    from pip._internal.models.index import PyPI  # pip's own default has no public name
+    index = pip_setting("index-url")
+    if not index:
+        from pip._internal.models.index import PyPI  # pip's own default has no public name
 
-    return (pip_setting("index-url") or PyPI.simple_url).rstrip("/").removesuffix("/simple")
+        index = PyPI.simple_url
+    return index.rstrip("/").removesuffix("/simple")
 
 
 def from_index(versions: dict[str, str]) -> Answers:
