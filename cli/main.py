@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from . import cache
+from .bench import bench
 from .build import build, explain
 from .common import chosen, sentence
 from .doctor import doctor
@@ -26,6 +27,7 @@ app.command()(replay)
 app.command()(build)
 app.command()(explain)
 app.command()(doctor)
+app.command()(bench)
 app.add_typer(cache.app, name="cache")
 
 Settings = Annotated[
