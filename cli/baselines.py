@@ -470,19 +470,22 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 """By name, in the order in which they are measured."""
 
 
-def warmed(backends: Sequence[int], extents: Sequence[str], names: Sequence[str], device: torch.device) -> list[str]:
-    """Builds what the implementations need, so that no build falls into a measurement; what failed, in sentences."""
+def warmed(cases: Sequence[Case], names: Sequence[str], device: torch.device) -> list[str]:
+    """Builds what the cases need, so that no build falls into their measurements.
+
+    Returns:
+        What couldn't be built, in sentences; measuring it will say so too.
+    """
     failed = []
-    small = {n: Scene([5, 2], n, 64, 16, 1, device) for n in backends}
-    for name in names:
-        for n in backends:
-            for extent in extents:
-                case = Case(2, 5, backends=n, width=64, page_size=16, extent=extent)  # type: ignore[arg-type]
-                try:
-                    for variant in IMPLEMENTATIONS[name].calls(small[n], case):
-                        variant[0]()
-                except Unsupported:
-                    continue
-                except Exception as error:  # measuring it will say so too
-                    failed.append(f"{name}, N={n}, {extent}: {type(error).__name__}: {error}")
+    small = dict.fromkeys(case.replace(batch=2, length=5, width=64, kind="uniform") for case in cases)
+    for case in small:
+        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, device)
+        for name in names:
+            try:
+                for calls in IMPLEMENTATIONS[name].calls(scene, case):
+                    calls[0]()
+            except Unsupported:
+                continue
+            except Exception as error:
+                failed.append(f"{name}, {case}: {type(error).__name__}: {error}")
     return failed

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+from onelaunch import files
 from onelaunch.errors import ArgumentError, ConfigError
 
 from .common import sentence
@@ -158,21 +157,7 @@ class Record:
     def keep(self) -> None:
         """Writes the file, whole or not at all."""
         if self.path is not None:
-            write_json(self.path, self.data)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes a file that is never seen half written."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise
+            files.replace(self.path, json.dumps(self.data, indent=1) + "\n", 0o644)
 
 
 def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implementation) -> dict[str, Any]:
@@ -556,10 +541,8 @@ def run_bench(
     data = record.data
     data["machine"] = meter.machine()
     names = list(dict.fromkeys(name for one in selected for name in one.names))
-    cases = [one.case for one in selected]
-    ns, extents = ({getattr(case, fact) for case in cases} for fact in ("backends", "extent"))
-    say(f"building {', '.join(names)} for N={', '.join(map(str, sorted(ns)))}")
-    data["not_built"] = warmed(sorted(ns), sorted(extents), names, meter.device)
+    say(f"building {', '.join(names)}")
+    data["not_built"] = warmed([one.case for one in selected], names, meter.device)
     for failure in data["not_built"]:
         say(f"not built: {failure}")
     say(f"{time.monotonic() - began:.0f} s: built")

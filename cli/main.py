@@ -14,6 +14,7 @@ from .build import build, explain
 from .common import chosen, sentence
 from .doctor import doctor
 from .replay import replay
+from .tune import tune
 
 app = typer.Typer(
     name="onelaunch",
@@ -28,6 +29,7 @@ app.command()(build)
 app.command()(explain)
 app.command()(doctor)
 app.command()(bench)
+app.command()(tune)
 app.add_typer(cache.app, name="cache")
 
 Settings = Annotated[
