@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,17 +42,15 @@ class Meter:
     def machine(self) -> dict[str, Any]:
         """What the figures were taken on."""
         properties = torch.cuda.get_device_properties(self.device)
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        driver = ""
+        if program := shutil.which("nvidia-smi"):
+            query = [program, "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
         return {
             "device": properties.name,
             "sm_count": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
-            "driver_and_clocks": asked.stdout.split("\n")[0].strip(),
+            "driver_and_clocks": driver,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "python": sys.version.split()[0],

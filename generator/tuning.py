@@ -34,10 +34,10 @@ def shaped(config: KernelConfig, device: torch.device, requests: int, columns: i
     """
     if config.target != "cuda" or not config.tables:
         return config
-    import torch  # pragma: gpu
+    import torch
 
-    properties = torch.cuda.get_device_properties(device)  # pragma: gpu
-    shape = launch_shape(  # pragma: gpu
+    properties = torch.cuda.get_device_properties(device)
+    shape = launch_shape(
         config,
         properties.name,
         properties.multi_processor_count,
@@ -45,7 +45,7 @@ def shaped(config: KernelConfig, device: torch.device, requests: int, columns: i
         # With extent "live" nothing is known of the lengths yet.
         4 * columns if config.extent == "full" else None,
     )
-    return config.replace(**shape)  # pragma: gpu
+    return config.replace(**shape)
 
 
 def launch_shape(
