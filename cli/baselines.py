@@ -251,6 +251,12 @@ def runtime_source(config: KernelConfig) -> str:
     return text
 
 
+def _empty(scene: Scene, case: Case) -> list[list[Call]]:
+    run = kernel("empty", target_of(scene.device)).bind([0]).run
+    index, cuda = scene.device.index or 0, scene.device.type == "cuda"
+    return [[lambda: run(torch._C._cuda_getCurrentRawStream(index) if cuda else 0)] * scene.sets]
+
+
 def _ideal(scene: Scene, case: Case) -> list[list[Call]]:
     return [ideal_calls(scene, case.extent, unroll) for unroll in (1, 2, 4)]
 
@@ -427,6 +433,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation(
             "ideal", "aligned contiguous read of the same words, a write to N places", _ideal, checked=False
         ),
+        Implementation("empty", "a launch of a kernel that does nothing", _empty, checked=False),
         Implementation("onelaunch", "the plan that bind gives", _onelaunch),
         Implementation("triton", "a Triton launch a backend, live chunks only", _triton),
         Implementation("runtime", "our kernel with N, page size, top-k and fields as arguments", _runtime),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 QUICK_SHAPES = ("1x4k", "64x8k", "128x32k", "256x4k")
 QUICK_NAMES = ("ideal", "onelaunch", "triton", "torch-copies")
+# Measured on these shapes alone, unless shapes are asked for.
+FEW_NAMES = ("empty", "torch-compile")
 SERIES_NAMES = ("ideal", "onelaunch", "triton")
 # Shapes with one long request among short ones.
 RAGGED = ("64x2k", "256x2k")
@@ -85,7 +87,7 @@ def select(
     Raises:
         ConfigError: a shape or a width can't be read, or a number is too small.
     """
-    from .scene import SHAPES, Case, parse_shape
+    from .scene import SHAPES, Case, parse_shape, wide_enough
 
     given = shapes or backends or pages or extents or widths
     if everything:
@@ -120,20 +122,19 @@ def select(
     for trace in traces:
         for n in backends or (3,):
             cases += [Case(batch, _width("wide", 1), n, kind=trace) for batch in TRACED]
-    # Compiling anew for a shape takes seconds, so what isn't asked for is compiled for a few.
-    compiled = [parse_shape(shape) for shape in QUICK_SHAPES]
+    # Compiling anew for a shape takes seconds, and an empty kernel takes as long everywhere.
+    few = [Case(batch, length, width=wide_enough(length)) for batch, length in map(parse_shape, QUICK_SHAPES)]
 
     def names_for(case: Case) -> tuple[str, ...]:
-        few = case.kind == "uniform" and case.extent == "live" and (case.batch, case.length) in compiled
-        return tuple(n for n in names if n != "torch-compile" or given or everything or few)
+        return tuple(n for n in names if n not in FEW_NAMES or given or everything or case in few)
 
     selected = [Selected(case, names_for(case)) for case in dict.fromkeys(cases)]
-    few = tuple(name for name in names if name in SERIES_NAMES)
     if series:
+        curves = tuple(name for name in names if name in SERIES_NAMES)
         for width in (4096 + 71, 8192 + 71, 16384 + 71, 32768 + 71, 65536 + 71, 163_911):
-            selected.append(Selected(Case(32, 4096, width=width), few, "width"))
-        selected += [Selected(Case(64, 8192, n), few, "N") for n in (1, 2, 3, 5, 7)]
-        selected += [Selected(Case(2**power, 4096), few, "batch") for power in range(10)]
+            selected.append(Selected(Case(32, 4096, width=width), curves, "width"))
+        selected += [Selected(Case(64, 8192, n), curves, "N") for n in (1, 2, 3, 5, 7)]
+        selected += [Selected(Case(2**power, 4096), curves, "batch") for power in range(10)]
     return selected
 
 
@@ -243,7 +244,8 @@ def measure_case(
         row = {**facts, **measure_one(meter, scene, case, IMPLEMENTATIONS[name])}
         # The ideal moves the words of page_indices alone.
         fewest = scene.live if case.extent == "live" else case.batch * case.width
-        row["bytes"] = 4 * fewest * (1 + case.backends) if name == "ideal" else scene.bytes(case.extent)
+        moved = {"ideal": 4 * fewest * (1 + case.backends), "empty": 0}
+        row["bytes"] = moved.get(name, scene.bytes(case.extent))
         row["sets"] = scene.sets
         if row["status"] == "ok":
             row["gbps"] = row["bytes"] / row["graph_us"] / 1e3
@@ -336,7 +338,25 @@ def host_rows(meter: Meter, backends: int = 3) -> list[dict[str, Any]]:
         took = meter.host_us(host_pieces(meter.scene(case, case.lengths()), case.page_size))
     except Exception as error:
         return [{"piece": "all", "what": f"failed: {type(error).__name__}: {error}", "us": None}]
-    return [{"piece": name, "what": HOST[name], "us": us} for name, us in took.items()]
+    rows = [{"piece": name, "what": HOST[name], "us": us} for name, us in took.items()]
+    parts = (
+        ("of which the launch", "raw less binding: cudaLaunchKernelEx of nothing", "raw", ("binding",)),
+        (
+            "of which the parameters",
+            "kernel less raw: integers converted, a larger block, the grid",
+            "kernel",
+            ("raw",),
+        ),
+        (
+            "of which the checks",
+            "plan.run less kernel and stream: arguments compared",
+            "plan.run",
+            ("kernel", "stream"),
+        ),
+    )
+    for part, what, whole, without in parts:
+        rows.append({"piece": part, "what": what, "us": took[whole] - sum(took.get(name, 0.0) for name in without)})
+    return rows
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
@@ -479,19 +499,26 @@ def _table(*headings: str) -> Any:
     return table
 
 
+def need_matplotlib() -> None:
+    """Raises ConfigError where it isn't installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "--plot needs matplotlib, which isn't installed. Install it with: pip install 'onelaunch[bench]'; or "
+            "measure with --json FILE, and draw it elsewhere with --from FILE --plot."
+        ) from None
+
+
 def plot(data: Mapping[str, Any], path: Path) -> None:
     """Draws the figure: time by shape, and, where they were measured, against width, N and batch.
 
     Raises:
         ConfigError: matplotlib isn't installed, or the file can't be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError(
-            "--plot needs matplotlib, which isn't installed. Install it with: pip install 'onelaunch[bench]'; "
-            "--json keeps the figures meanwhile, and --from draws them later."
-        ) from None
+    need_matplotlib()
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 
@@ -655,6 +682,8 @@ def bench(
         console.width = max(console.width, 150)  # a log has no edge to wrap at
 
     def run() -> None:
+        if plot_to is not None:
+            need_matplotlib()  # known before anything is measured
         if read is not None:
             data = _read(read)
         else:
