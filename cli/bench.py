@@ -248,6 +248,8 @@ def measure_case(
         row["bytes"] = moved.get(name, scene.bytes(case.extent))
         row["sets"] = scene.sets
         if row["status"] == "ok":
+            if name == "onelaunch":
+                row["config"] = scene.plans(case.extent)[0].config.settings()  # the launch shape may be a tuned one
             row["gbps"] = row["bytes"] / row["graph_us"] / 1e3
             row["share"] = row["gbps"] / ceiling if ceiling else None
             ideal = row["graph_us"] if name == "ideal" else ideal
