@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import cache
+from .bench import bench
 from .build import build, explain
 from .common import EXIT_CODES, Verbs, sentence, write_commands
 from .describe import describe
@@ -15,6 +16,7 @@ from .doctor import doctor
 from .listing import list_kernels
 from .replay import replay
 from .show import diff, show
+from .tune import tune
 
 HELP = """Generate, build, inspect and replay kernels that refresh N backends' attention metadata in one launch.
 
@@ -43,6 +45,8 @@ app.command()(build)
 app.command()(explain)
 app.command()(replay)
 app.command()(doctor)
+app.command()(bench)
+app.command()(tune)
 app.add_typer(cache.app, name="cache")
 
 

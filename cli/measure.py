@@ -2,177 +2,161 @@
 
 from __future__ import annotations
 
-import hashlib
+import gc
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
-from types import ModuleType
 from typing import Any
 
-import onelaunch
 import torch
-from onelaunch import MetadataBuffers, loader, toolchain
-from onelaunch import compile as compiler
-from onelaunch.render import render_baseline
-from torch import Tensor
+
+from .scene import Call, Case, Scene
+
+# How many calls a graph holds: so many that the cost of a replay, some microseconds, is spread over them.
+_GRAPH_CALLS = (24, 96)
+_SPREAD_US = 600.0
+# What takes longer than this isn't repeated within a graph.
+_GRAPH_US = 30_000.0
+# Eager calls between two synchronizations: their launches must fit the queue, or the host waits for the GPU.
+_EAGER_CALLS = 16
+# More than the 50 MB of an H200's L2, read and written by other sets before a set has its turn again.
+_ROTATED_BYTES = 160e6
+_MOST_SETS = 24
+_MOST_BYTES = 24e9
 
 
-def graph_microseconds(calls: Sequence[Callable[[], object]], *, replays: int = 60, rounds: int = 1) -> float:
-    """Microseconds of GPU time a call: a graph of all calls in turn, the median over replays.
+class Meter:
+    """Measures on the current CUDA device.
 
     Args:
-        calls: one call a buffer set; a dozen or more spread the cost of a replay.
-        replays: timed replays, after a few that aren't.
-        rounds: how often the graph holds the whole sequence.
+        seconds: how long the replays of one graph are timed.
     """
-    cuda: Any = torch.cuda  # its classes have no annotations
-    stream = cuda.Stream()
-    with torch.cuda.stream(stream):
+
+    def __init__(self, seconds: float = 0.15) -> None:
+        self.seconds = seconds
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._cuda: Any = torch.cuda  # its classes have no annotations
+        self._stream = self._cuda.Stream()
+
+    def machine(self) -> dict[str, Any]:
+        """What the figures were taken on."""
+        properties = torch.cuda.get_device_properties(self.device)
+        driver = ""
+        if program := shutil.which("nvidia-smi"):
+            query = [program, "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
+        return {
+            "device": properties.name,
+            "sm_count": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "driver_and_clocks": driver,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": sys.version.split()[0],
+        }
+
+    def scene(self, case: Case, lengths: Sequence[int]) -> Scene:
+        """Buffers for a case: as many sets as it takes to leave the caches, as far as memory reaches."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        live = sum(lengths) if case.extent == "live" else case.batch * case.width
+        rotated = int(_ROTATED_BYTES // (4 * live * (1 + case.backends))) + 1
+        held = 4 * (case.batch + 1) * case.width * (1 + case.backends) * 1.1
+        free = torch.cuda.mem_get_info(self.device)[0]
+        fit = int(min(_MOST_BYTES, free / 3) // held)
+        sets = max(2, min(max(6, rotated), _MOST_SETS, fit))
+        return Scene(lengths, case.backends, case.width, case.page_size, sets, self.device)
+
+    def synchronize(self) -> None:
+        """Waits for the device; an error of an earlier launch is raised here."""
+        torch.cuda.synchronize(self.device)
+
+    def estimate_us(self, calls: Sequence[Call]) -> float:
+        """Roughly how long one call takes, after it has run before."""
+        return min(self._eager(calls[:1])[1] for _ in range(2))
+
+    def capture(self, calls: Sequence[Call], estimate_us: float) -> tuple[Callable[[], None], int]:
+        """A graph of the calls in turn: what replays it, and how many calls it holds."""
+        least, most = _GRAPH_CALLS
+        count = max(1, min(max(least, int(_SPREAD_US / estimate_us)), most, int(_GRAPH_US / estimate_us)))
+        self._stream.wait_stream(self._cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for call in calls[:count]:
+                call()
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            for number in range(count):
+                calls[number % len(calls)]()
+        return graph.replay, count
+
+    def graph_us(self, replay: Callable[[], None], count: int) -> float:
+        """Microseconds of GPU time a call: the median over replays, after a few that aren't timed."""
+        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        times: list[float] = []
+        warm = 3
+        began = time.perf_counter()
+        while len(times) < warm + 5 or (time.perf_counter() - began < self.seconds and len(times) < 300):
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+            if len(times) >= warm + 2 and time.perf_counter() - began > 5 * self.seconds:
+                break  # so slow that more would change nothing
+        return statistics.median(times[warm:]) * 1000 / count
+
+    def eager_us(self, calls: Sequence[Call], estimate_us: float) -> tuple[float, float]:
+        """Microseconds a call without a graph: on the device from first to last, and on the host until it returns."""
+        count = max(1, min(_EAGER_CALLS, int(_GRAPH_US / estimate_us)))
+        turns = [calls[number % len(calls)] for number in range(count)]
+        took: list[tuple[float, float]] = []
+        began = time.perf_counter()
+        while len(took) < 3 or (time.perf_counter() - began < self.seconds / 3 and len(took) < 60):
+            took.append(self._eager(turns))
+        host, device = zip(*took[1:], strict=True)
+        return statistics.median(device), statistics.median(host)
+
+    def host_us(self, pieces: dict[str, Call], rounds: int = 40, calls: int = 50) -> dict[str, float]:
+        """Microseconds of host time a call of each: medians of batches, taken in turn so that all see the same host."""
+        times: dict[str, list[float]] = {name: [] for name in pieces}
+        gc.collect()
+        gc.disable()
+        try:
+            for turn in range(rounds + 3):
+                for name, call in pieces.items():
+                    start = time.perf_counter()
+                    for _ in range(calls):
+                        call()
+                    took = time.perf_counter() - start
+                    self.synchronize()
+                    if turn >= 3:
+                        times[name].append(took / calls * 1e6)
+        finally:
+            gc.enable()
+        return {name: statistics.median(took) for name, took in times.items()}
+
+    def copy_gbps(self) -> float:
+        """Gigabytes a second that a large copy on the device reads and writes."""
+        size = 2**29
+        source = torch.randint(0, 2**30, (size // 4,), dtype=torch.int32, device=self.device)
+        target = torch.empty_like(source)
+        calls: list[Call] = [lambda: target.copy_(source)]
+        calls[0]()
+        replay, count = self.capture(calls, 250.0)
+        return 2 * size / self.graph_us(replay, count) / 1e3
+
+    def _eager(self, calls: Sequence[Call]) -> tuple[float, float]:
+        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        self.synchronize()
+        start.record()
+        began = time.perf_counter()
         for call in calls:
             call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    for _ in range(3):
-        graph.replay()
-    times: list[float] = []
-    for _ in range(replays):
-        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
+        host = time.perf_counter() - began
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times) * 1000 / (len(calls) * rounds)
-
-
-def host_microseconds(call: Callable[[], object], *, batches: int = 30, calls: int = 50) -> float:
-    """Microseconds of host time a call, without waiting for the GPU: the median over batches of calls."""
-    for _ in range(20):
-        call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(batches):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
-        torch.cuda.synchronize()
-    return statistics.median(times) * 1e6
-
-
-@cache
-def baseline(name: str, call_words: tuple[str, ...] = (), words: int = 0, **facts: Any) -> ModuleType:
-    """A kernel to compare with, built as onelaunch's own kernels are: same recipe, same binding, same store."""
-    digest = hashlib.sha256(repr((name, sorted(facts.items()))).encode()).hexdigest()[:8]
-    symbol = f"onelaunch_baseline_{name}_{digest}"
-    source, binding = render_baseline(name, symbol, call_words, words, **facts)
-    archs = toolchain.architectures(torch.cuda.current_device())
-    tools = compiler.find_tools("cuda")
-    material = (source, binding, compiler.flags("cuda", archs), tools.versions())
-    key = hashlib.sha256(repr(material).encode()).hexdigest()
-    store = loader.default_store()
-    entry = store.find(key)
-    if entry is not None:
-        return loader.import_module(entry)
-    entry, _, module = loader.obtain(loader.Recipe(key, symbol, source, binding, archs, {}), tools, store)
-    return module or loader.import_module(entry)
-
-
-class Scene:
-    """Buffers and inputs of one shape, in several sets, so that a repeated call doesn't find its data in L2.
-
-    Args:
-        lengths: tokens of each request.
-        backends: N.
-        width: table width; the row stride of req_to_token and of every page_indices.
-        page_size: P.
-        sets: how many.
-    """
-
-    def __init__(self, lengths: Sequence[int], backends: int, width: int, page_size: int, sets: int) -> None:
-        self.lengths, self.backends, self.width, self.page_size, self.sets = lengths, backends, width, page_size, sets
-        bs = len(lengths)
-        device = torch.device("cuda", torch.cuda.current_device())
-        generator = torch.Generator(device=device).manual_seed(1)
-
-        def new(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.int32, device=device)
-
-        self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.buffers: list[list[MetadataBuffers]] = []
-        for _ in range(sets):
-            pool = torch.randint(0, 2**30, (bs + 1, width), dtype=torch.int32, device=device, generator=generator)
-            seq_lens = torch.tensor(lengths, dtype=torch.int64, device=device)
-            rows = torch.randperm(bs, device=device, generator=generator) + 1
-            self.inputs.append((seq_lens, rows, pool))
-            self.buffers.append(
-                [
-                    MetadataBuffers(
-                        cache_seqlens=new(bs),
-                        cu_seqlens_k=new(bs + 1),
-                        page_indices=new(bs, width),
-                        nsa_cache_seqlens=new(bs),
-                        nsa_cu_seqlens_k=new(bs + 1),
-                        real_page_table=None if page_size == 1 else new(bs, -(-width // page_size)),
-                    )
-                    for _ in range(backends)
-                ]
-            )
-
-    @property
-    def live(self) -> int:
-        """Live words of page_indices, one backend."""
-        return sum(min(length, self.width) for length in self.lengths)
-
-    def bytes(self, extent: str = "live") -> int:
-        """Bytes that one refresh must move: the tables read once, everything written N times."""
-        bs = len(self.lengths)
-        columns = [min(length, self.width) if extent == "live" else self.width for length in self.lengths]
-        pages = 0 if self.page_size == 1 else sum(-(-c // self.page_size) for c in columns)
-        return 4 * (sum(columns) + self.backends * (sum(columns) + pages + 4 * bs + 2)) + 16 * bs
-
-    def plans(self, extent: str = "live", **facts: Any) -> list[onelaunch.Plan]:
-        """A plan a set."""
-        from onelaunch import plan
-
-        return [
-            plan.make_plan(
-                buffers,
-                pool,
-                mode="decode",
-                index_topk=2048,
-                page_size=self.page_size,
-                extent=extent,
-                max_len=None,
-                seq_lens_dtype=torch.int64,
-                req_pool_indices_dtype=torch.int64,
-                launch_shape=facts,
-            )
-            for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True)
-        ]
-
-    def refresh_calls(self, extent: str = "live", **facts: Any) -> list[Callable[[], object]]:
-        """A call a set, of onelaunch's plan."""
-        calls: list[Callable[[], object]] = []
-        for plan, (seq_lens, rows, _) in zip(self.plans(extent, **facts), self.inputs, strict=True):
-            calls.append(lambda plan=plan, s=seq_lens, r=rows: plan.run(s, r))  # type: ignore[misc]
-        return calls
-
-    def ideal_calls(self, extent: str = "live", unroll: int = 4) -> list[Callable[[], object]]:
-        """A call a set, of the ideal fan-out of as many words: contiguous, aligned, one read and N writes."""
-        words = self.live if extent == "live" else self.width * len(self.lengths)
-        module = baseline("ideal", ("vectors",), self.backends + 2, num_backends=self.backends, unroll=unroll)
-        vectors = words // 4
-        calls: list[Callable[[], object]] = []
-        for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True):
-            targets = [b.page_indices.data_ptr() for b in buffers if b.page_indices is not None]
-            run = module.bind([pool.data_ptr(), *targets]).run
-            calls.append(
-                lambda run=run: run(vectors, torch._C._cuda_getCurrentRawStream(0))  # type: ignore[misc]
-            )
-        return calls
+        return host * 1e6 / len(calls), start.elapsed_time(end) * 1000 / len(calls)

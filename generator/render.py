@@ -50,6 +50,11 @@ def render(config: KernelConfig) -> str:
 
     The text depends on the configuration and the templates alone: no time, no path, no machine.
     """
+    text = _environment().get_template("metadata.cu.j2").render(_context(config))
+    return re.sub(r"\n{3,}", "\n\n", text)  # a part that is left out leaves its blank line behind
+
+
+def _context(config: KernelConfig) -> dict[str, Any]:
     copies = config.operation == "copy"
     members = layout.members(config)
     wide = "page_indices" in config.fields
@@ -69,7 +74,7 @@ def render(config: KernelConfig) -> str:
     row_vectors = [name for name in config.row_fields if name in config.vectors and not copies]
     uses_kpool = not copies and (config.index_kpool > 1 or any(name.startswith("pooled_") for name in config.fields))
     sums = any(FIELDS[name].kind == "cumulative" for name in config.fields)
-    context: dict[str, Any] = {
+    return {
         "config": config,
         "symbol": config.symbol,
         "facts": _facts(config),
@@ -107,8 +112,6 @@ def render(config: KernelConfig) -> str:
         "uses_topk": not copies and any(name.startswith("nsa_") for name in config.fields),
         "uses_backends": any(config.destinations(name) == config.num_backends for name in config.fields),
     }
-    text = _environment().get_template("metadata.cu.j2").render(context)
-    return re.sub(r"\n{3,}", "\n\n", text)  # a part that is left out leaves its blank line behind
 
 
 def render_binding(config: KernelConfig, module: str) -> str:
@@ -125,7 +128,14 @@ def render_binding(config: KernelConfig, module: str) -> str:
     )
 
 
-def render_baseline(name: str, symbol: str, call_words: Sequence[str], words: int, **facts: Any) -> tuple[str, str]:
+def render_baseline(
+    name: str,
+    symbol: str,
+    call_words: Sequence[str],
+    words: int,
+    config: KernelConfig | None = None,
+    **facts: Any,
+) -> tuple[str, str]:
     """The CUDA and the binding of a kernel that onelaunch is measured against.
 
     Args:
@@ -133,15 +143,21 @@ def render_baseline(name: str, symbol: str, call_words: Sequence[str], words: in
         symbol: stem of the exported names.
         call_words: names of the parameter words that each call sets.
         words: 64-bit words of its parameter block.
-        facts: what the template asks for.
+        config: a configuration whose facts and parameter block the template uses.
+        facts: what else the template asks for.
     """
-    source = _environment().get_template(f"baselines/{name}.cu.j2").render(symbol=symbol, **facts)
-    binding = (
+    context = {"target": "cuda", **(_context(config) if config else {}), **facts, "symbol": symbol}
+    source = _environment().get_template(f"baselines/{name}.cu.j2").render(context)
+    return source, render_plain_binding(symbol, call_words, words)
+
+
+def render_plain_binding(symbol: str, call_words: Sequence[str], words: int) -> str:
+    """The binding of a kernel that no configuration describes; its module is named ``<symbol>_binding``."""
+    return (
         _environment()
         .get_template("binding.cpp.j2")
         .render(symbol=symbol, module=f"{symbol}_binding", param_words=max(words, 1), call_words=call_words)
     )
-    return source, binding
 
 
 def _copied(config: KernelConfig) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from typing import Any
 import soak
 import torch
 from onelaunch import PRESETS, __version__
-from onelaunch.cli import measure
+from onelaunch.cli import baselines, measure
+from onelaunch.cli.scene import Scene
 from onelaunch.inspect import fingerprint
 
 HERE = Path(__file__).parent
@@ -126,14 +127,14 @@ def timings() -> dict[str, Any]:
     """Microseconds a call in a CUDA graph, N=3, page 64, table width 163911, side by side with the ideal fan-out."""
     generator = torch.Generator().manual_seed(3)
     out: dict[str, Any] = {}
+    meter = measure.Meter()
     for name, (bs, low, high) in TIMED.items():
         lengths = torch.randint(low, high + 1, (bs,), generator=generator).tolist()
         sets = max(6, min(24, int(3 * 60e6 // (sum(lengths) * 16)) + 1))
-        scene = measure.Scene(lengths, 3, WIDTH, 64, sets)
-        rounds = max(1, 24 // sets)
-        ideal = min(measure.graph_microseconds(scene.ideal_calls(unroll=u), rounds=rounds) for u in (1, 2, 4))
-        refresh = measure.graph_microseconds(scene.refresh_calls(), rounds=rounds)
-        host = measure.host_microseconds(scene.refresh_calls()[0])
+        scene = Scene(lengths, 3, WIDTH, 64, sets)
+        ideal = min(meter.graph_us(*meter.capture(baselines.ideal_calls(scene, "live", u), 10.0)) for u in (1, 2, 4))
+        refresh = meter.graph_us(*meter.capture(scene.refresh_calls(), 10.0))
+        host = meter.host_us({"refresh": scene.refresh_calls()[0]})["refresh"]
         out[name] = {
             "refresh_us": round(refresh, 2),
             "ideal_us": round(ideal, 2),

@@ -1,0 +1,632 @@
+"""onelaunch bench: what is measured, checked, kept, judged and drawn. Timing itself needs a GPU; all else runs here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulation import harness
+from onelaunch import KernelConfig, files, layout
+from onelaunch.cli import baselines, bench
+from onelaunch.cli.baselines import IMPLEMENTATIONS, Implementation
+from onelaunch.cli.bench import Record, Selected, run_bench, select, verdicts
+from onelaunch.cli.main import app
+from onelaunch.cli.scene import SHAPES, WIDE, Case, Scene, parse_shape, short, trace_lengths
+from onelaunch.errors import ArgumentError, ConfigError
+from onelaunch.render import render, render_baseline
+from rich.console import Console
+from typer.testing import CliRunner
+
+CPU = torch.device("cpu")
+DATA = Path(__file__).parent / "data"
+# What runs on the CPU at once: no interpreter that has to be chosen beforehand, no compiler that takes a minute.
+HERE = tuple(name for name in IMPLEMENTATIONS if name not in ("triton", "torch-compile"))
+Calls = Sequence[Callable[[], object]]
+
+
+class Meter:
+    """Calls what it is given, and says that each took as long as it is told: enough for all that isn't timing."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def machine(self) -> dict[str, Any]:
+        return {"device": "a test", "sm_count": 1}
+
+    def scene(self, case: Case, lengths: Sequence[int]) -> Scene:
+        if case.length == 2**20:  # the ceiling's
+            case, lengths = case.replace(width=64), [64]
+        return Scene(lengths, case.backends, case.width, case.page_size, 2, CPU)
+
+    def synchronize(self) -> None:
+        pass
+
+    def estimate_us(self, calls: Calls) -> float:
+        return 1.0
+
+    def capture(self, calls: Calls, estimate_us: float) -> tuple[Callable[[], None], int]:
+        self.graphs += 1
+
+        def replay() -> None:
+            for call in calls:
+                call()
+
+        return replay, len(calls)
+
+    def graph_us(self, replay: Callable[[], None], count: int) -> float:
+        replay()
+        return 4.0
+
+    def eager_us(self, calls: Calls, estimate_us: float) -> tuple[float, float]:
+        return 3.0, 2.0
+
+    def host_us(self, pieces: dict[str, Callable[[], object]]) -> dict[str, float]:
+        for call in pieces.values():
+            call()
+        return {name: 1.0 + number for number, name in enumerate(pieces)}
+
+    def copy_gbps(self) -> float:
+        return 10.0
+
+
+CASES = (
+    Case(6, 100, backends=3, width=131, page_size=16),
+    Case(6, 100, backends=3, width=131, page_size=16, extent="full"),
+    Case(5, 64, backends=3, width=64, page_size=1),
+    Case(300, 4, backends=7, width=97, page_size=16, kind="one-long"),
+    Case(1, 130, backends=3, width=201, page_size=16),
+)
+
+
+# ------------------------------------------------------------------------------------------------ the rivals are right
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if IMPLEMENTATIONS[name].checked])
+def test_an_implementation_writes_what_the_reference_says(name: str) -> None:
+    ran = 0
+    for case in CASES:
+        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 2, CPU)
+        implementation = IMPLEMENTATIONS[name]
+        try:
+            variants = implementation.calls(scene, case)
+        except baselines.Unsupported:
+            continue
+        for calls in variants:
+            for number in range(2):
+                assert implementation.check(scene, case, calls[number], number) == "", str(case)
+                ran += 1
+    assert ran >= 4
+
+
+def test_the_ideal_copies_the_words_to_all_backends() -> None:
+    case = Case(3, 40, backends=3, width=64)
+    scene = Scene(case.lengths(), 3, 64, 64, 1, CPU)
+    for variant in IMPLEMENTATIONS["ideal"].calls(scene, case):
+        scene.poison(0)
+        variant[0]()
+        words = scene.live // 4 * 4
+        for backend in scene.buffers[0]:
+            assert backend.page_indices is not None
+            flat = backend.page_indices.flatten()
+            assert torch.equal(flat[:words], scene.inputs[0][2].flatten()[:words])
+            assert (flat[words:] == -858993460).all()
+
+
+def test_the_single_block_sums_right_whatever_the_batch(tmp_path: Path) -> None:
+    """Its known model was right for one warp alone. Here its 256 threads run, under the emulation of CUDA."""
+    config = KernelConfig(num_backends=2, extent="full", vector_bytes=4, page_size=16)
+    words = len(layout.param_words(config))
+    source, _ = render_baseline("single_block", "rival", layout.call_words(config), words, config=config)
+    program = harness.build(source, "none", tmp_path, copies=1)
+    cases = [
+        harness.Case(f"{bs} requests", tuple(7 * i % 40 for i in range(bs)), width=37, pool_rows=bs + 1)
+        for bs in (1, 33, 600)
+    ]
+    outcome = harness.run(program, config, cases, launches=((1, 1),))
+    assert outcome.caught is None, outcome
+
+
+INTERPRETED = """
+import torch
+from onelaunch.cli import triton_refresh
+from onelaunch.cli.baselines import IMPLEMENTATIONS
+from onelaunch.cli.scene import Case, Scene
+for case in (Case(6, 999, 2, 1031), Case(258, 9, 1, 37, 16, "full"), Case(1, 600, 1, 601, 1)):
+    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, torch.device("cpu"))
+    for calls in IMPLEMENTATIONS["triton"].calls(scene, case)[::2]:
+        print(IMPLEMENTATIONS["triton"].check(scene, case, calls[0], 0) or "right")
+"""
+NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this torch brings no triton")
+
+
+@NO_TRITON
+def test_the_triton_kernel_is_right_for_any_batch(tmp_path: Path) -> None:
+    # In a process of its own: that it is interpreted is decided before it is imported.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["right"] * 6, done.stderr
+
+
+@NO_TRITON
+def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    triton = importlib.import_module("triton")
+    source = importlib.import_module("triton.compiler").ASTSource
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    from onelaunch.cli.triton_refresh import CHOICES, _refresh
+
+    facts = {"index_topk": 2048, "page_shift": 6, "live_only": True, "scan": 256, "block": CHOICES[0][0]}
+    types = dict.fromkeys(("seq_lens", "req_pool_indices"), "*i64")
+    types |= dict.fromkeys(("pool_stride", "page_indices_stride", "real_page_table_stride"), "i32")
+    types |= dict.fromkeys(("batch_size", "columns"), "i32") | dict.fromkeys(facts, "constexpr")
+    names = list(_refresh.arg_names)
+    signature = {name: types.get(name, "*i32") for name in names}
+    built = triton.compile(source(_refresh, signature, {(names.index(n),): v for n, v in facts.items()}), target=target)
+    assert built.asm["cubin"]
+    # One launch writes the six fields: four of the requests, the running sums' two first zeros, and both tables.
+    assert built.asm["ptx"].count("st.global") >= 8
+
+
+def test_what_torch_compile_gets_is_right_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes a minute, and the GPU run checks what comes out of it."""
+    monkeypatch.setattr(baselines, "compiled", lambda: baselines._fused)
+    for case in CASES:
+        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, CPU)
+        (calls,) = IMPLEMENTATIONS["torch-compile"].calls(scene, case)
+        assert IMPLEMENTATIONS["torch-compile"].check(scene, case, calls[0], 0) == "", str(case)
+
+
+def test_runtime_arguments_leave_no_fact_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = baselines.runtime_config("live", "cuda")
+    source = baselines.runtime_source(config)
+    for name in ("kBackends", "kIndexTopk", "kPageSize", ">> 1)"):
+        assert name in render(config)
+        assert name not in source
+    # It is made from the emitted text; where that changes beyond what it knows, it must not go on.
+    monkeypatch.setattr(baselines, "render", lambda config: render(config).replace("kIndexTopk", "kTopk"))
+    with pytest.raises(baselines.Unsupported, match="kIndexTopk"):
+        baselines.runtime_source(config)
+    monkeypatch.setattr(baselines, "render", lambda config: render(config) + "// kBackends\n")
+    with pytest.raises(baselines.Unsupported, match="still in the emitted kernel"):
+        baselines.runtime_source(config)
+
+
+def test_what_an_implementation_cannot_do_is_said() -> None:
+    case = Case(2, 9, backends=9, width=33, page_size=48)
+    scene = Scene(case.lengths(), 9, 33, 48, 1, CPU)
+    for name, reason in (("runtime", "8 backends"), ("torch-copies", "power of two"), ("triton", "power of two")):
+        with pytest.raises(baselines.Unsupported, match=reason):
+            IMPLEMENTATIONS[name].calls(scene, case)
+    case = case.replace(backends=2)
+    with pytest.raises(baselines.Unsupported, match="power of two"):
+        IMPLEMENTATIONS["runtime"].calls(scene, case)
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+
+
+def test_shapes() -> None:
+    assert [parse_shape(text) for text in ("64x8k", "1 x 1M", "3×100")] == [(64, 8192), (1, 2**20), (3, 100)]
+    assert [short(number) for number in (8192, 2**20, 1000, 133_120)] == ["8k", "1M", "1000", "130k"]
+    assert all(Case(*parse_shape(shape)).shape == shape for shape in SHAPES)
+    for wrong in ("64", "64x", "0x4k", "4x0", "x8k", "64x8g"):
+        with pytest.raises(ConfigError, match="BATCHxLENGTH"):
+            parse_shape(wrong)
+
+
+def test_lengths_are_the_same_in_every_run_and_fit_the_table() -> None:
+    uniform = Case(64, 8192)
+    assert uniform.lengths() == uniform.lengths()
+    assert max(uniform.lengths()) == 8192
+    assert min(uniform.lengths()) >= 4096
+    ragged = Case(256, 2048, kind="one-long").lengths()
+    assert sorted(ragged)[-1] == 64 * 2048
+    assert sorted(ragged)[-2] <= 2048
+    assert max(Case(8, 4096, width=5000, kind="one-long").lengths()) == 5000
+    traced = trace_lengths(DATA / "mooncake_conversation.csv")
+    drawn = Case(64, WIDE, kind="mooncake").lengths(traced)
+    assert len(drawn) == 64
+    assert set(drawn) <= set(traced)
+    assert len(set(drawn)) > 20
+
+
+def labels(selected: Sequence[Selected]) -> Counter[str]:
+    return Counter(str(one.case) for one in selected)
+
+
+def test_what_is_measured_unless_something_is_asked_for() -> None:
+    names = list(IMPLEMENTATIONS)
+    selected = select(names)
+    assert max(labels(selected).values()) == 1
+    cases = [one.case for one in selected]
+    # The nine shapes come first, in tables as wide as an engine's; a request of a million tokens needs a wider one.
+    assert tuple(case.shape for case in cases[:9]) == SHAPES
+    assert all(case.width == (WIDE if case.length <= WIDE else 2**20 + 71) for case in cases[:9])
+    assert {case.kind for case in cases} == {"uniform", "one-long"}
+    assert {case.page_size for case in cases} == {64, 1}
+    assert {case.backends for case in cases} == {3}
+    assert Case(64, 8192, width=8192) in cases
+    assert sum(case.extent == "full" for case in cases) == 5
+    assert all("onelaunch" in one.names and "ideal" in one.names for one in selected)
+    assert [sum(name in one.names for one in selected) for name in bench.FEW_NAMES] == [4, 4]
+    assert len(selected) <= 20
+
+
+def test_what_is_asked_for_is_measured() -> None:
+    names = ["ideal", "onelaunch", "single-block"]
+    asked = select(names, shapes=["2x1k", "3x2k"], backends=[1, 7], widths=["live", "5000"], extents=["full"])
+    assert len(asked) == 8
+    assert {(one.case.width, one.case.shape) for one in asked} == {
+        (1024, "2x1k"),
+        (2048, "3x2k"),
+        (5000, "2x1k"),
+        (5000, "3x2k"),
+    }
+    assert all(one.names == tuple(names) for one in asked)
+    quick = select(list(IMPLEMENTATIONS), quick=True)
+    assert [one.case.shape for one in quick] == list(bench.QUICK_SHAPES)
+    assert set(quick[0].names) == set(bench.QUICK_NAMES)
+    # Nine shapes and two ragged ones, three N, two widths, two page sizes; both extents but for the ragged ones.
+    assert len(select(names, everything=True)) == 9 * 3 * 2 * 2 * 2 + 2 * 3 * 2
+    traced = select(names, shapes=["1x1k"], traces=["azure"])
+    assert [(one.case.kind, one.case.batch) for one in traced] == [("uniform", 1), ("azure", 64), ("azure", 256)]
+    curves = Counter(one.series for one in select(names, shapes=["1x1k"], series=True))
+    assert curves == {"": 1, "width": 6, "N": 5, "batch": 10}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"shapes": ["big"]}, "BATCHxLENGTH"),
+        ({"backends": [0]}, "--n is 0"),
+        ({"pages": [0]}, "--page-size is 0"),
+        ({"extents": ["dead"]}, "--extent is 'dead'"),
+        ({"widths": ["wider"]}, "--width is 'wider'"),
+        ({"widths": ["0"]}, "--width is '0'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        select(["onelaunch"], **wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+@pytest.fixture
+def tampered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Adds an implementation whose calls do something else."""
+
+    def tamper(name: str, call: Callable[[Scene], None], **facts: Any) -> None:
+        def calls(scene: Scene, case: Case) -> list[list[Callable[[], object]]]:
+            return [[lambda: call(scene)] * scene.sets]
+
+        monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(name, "", calls, **facts))
+
+    return tamper
+
+
+def test_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    lines: list[str] = []
+    selected = [Selected(case, HERE) for case in CASES[:2]]
+    run_bench(selected, Meter(), Record(path, {"onelaunch": "1"}), say=lines.append)
+    data = json.loads(path.read_text())
+    assert data["complete"]
+    assert data["not_built"] == []
+    assert data["ceiling"]["copy_gbps"] == 10.0
+    assert len(data["rows"]) == 2 * len(HERE)
+    status = Counter(row["status"] for row in data["rows"])
+    assert status == {"ok": 2 * len(HERE) - 1, "left out": 1}
+    ours, ideal = (
+        next(row for row in data["rows"] if row["implementation"] == name) for name in ("onelaunch", "ideal")
+    )
+    lengths = CASES[0].lengths()
+    words, pages = sum(lengths), sum(-(-length // 16) for length in lengths)
+    assert ours["bytes"] == 4 * (words + 3 * (words + pages + 4 * 6 + 2)) + 16 * 6
+    assert ideal["bytes"] == 16 * words
+    assert (ours["graph_us"], ours["eager_us"], ours["host_us"], ours["ratio"]) == (4.0, 3.0, 2.0, 1.0)
+    assert ours["gbps"] == pytest.approx(ours["bytes"] / 4e3)
+    assert ours["share"] == pytest.approx(ours["gbps"] / 10)
+    assert Case(**ours["case"]) == CASES[0]
+    assert ours["config"].startswith("num_backends=3,page_size=16")
+    host = {row["piece"]: row["us"] for row in data["host"]}
+    assert [n for n in host if n in bench.HOST] == [n for n in bench.HOST if n not in ("stream", "raw+stream")]
+    # The parts are what the whole took, less what is part of it: by then "raw" had 3, "kernel" 4 and "plan.run" 5.
+    assert (host["of which the launch"], host["of which the parameters"], host["of which the checks"]) == (1, 1, 1)
+    assert len([line for line in lines if "onelaunch: 4.00 us" in line]) == 2
+    assert os.stat(path).st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_or_is_wrong_takes_nothing_along(tampered: Callable[..., None]) -> None:
+    def stop(scene: Scene) -> None:
+        raise RuntimeError("out of luck\nand more")
+
+    def wrong(scene: Scene) -> None:
+        scene.buffers[0][0].cache_seqlens.fill_(1)  # type: ignore[union-attr]
+
+    tampered("fails", stop)
+    tampered("wrong", wrong)
+    tampered("slow", stop, limit=6 * 100)
+    meter = Meter()
+    selected = [Selected(CASES[0], ("fails", "wrong", "slow", "onelaunch"))]
+    data = run_bench(selected, meter, Record(None, {}), host=False)
+    assert [(row["implementation"], row["status"]) for row in data["rows"]] == [
+        ("fails", "failed"),
+        ("wrong", "wrong"),
+        ("slow", "left out"),
+        ("onelaunch", "ok"),
+    ]
+    assert data["rows"][0]["reason"] == "RuntimeError: out of luck"
+    assert "backends[0].cache_seqlens[0] is 1, the reference says" in data["rows"][1]["reason"]
+    assert not any("graph_us" in row for row in data["rows"][:3])
+    assert "fails, " in data["not_built"][0]
+    assert data["complete"]
+
+
+def test_a_graph_that_is_wrong_where_eager_calls_are_right_is_not_timed(tampered: Callable[..., None]) -> None:
+    case = CASES[0]
+
+    def calls(scene: Scene, case: Case) -> list[list[Callable[[], object]]]:
+        (good,) = IMPLEMENTATIONS["onelaunch"].calls(scene, case)
+        return [[good[0], lambda: None]]
+
+    crooked = Implementation("crooked", "", calls)
+    row = bench.measure_one(Meter(), Meter().scene(case, case.lengths()), case, crooked)
+    assert row["status"] == "wrong"
+
+
+def test_a_run_that_is_cut_keeps_what_it_has(tmp_path: Path, tampered: Callable[..., None]) -> None:
+    path = tmp_path / "bench.json"
+    kept: list[int] = []
+
+    def look(scene: Scene) -> None:
+        kept.append(len(json.loads(path.read_text())["rows"]))
+
+    tampered("looks", look, checked=False)
+    selected = [Selected(CASES[0], ("onelaunch",)), Selected(CASES[1], ("looks",)), Selected(CASES[2], ("onelaunch",))]
+    run_bench(selected, Meter(), Record(path, {}), host=False)
+    assert max(kept) == 1  # the second case found the first one's row
+    data = run_bench(selected, Meter(), Record(path, {}), host=False, seconds=0.0)
+    assert not data["complete"]
+    assert data["not_begun"] == [str(one.case) for one in selected]
+    assert json.loads(path.read_text()) == json.loads(json.dumps(data))
+
+
+def test_a_device_that_is_lost_ends_the_run() -> None:
+    class Lost(Meter):
+        def synchronize(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    data = run_bench([Selected(case, ("onelaunch",)) for case in CASES[:2]], Lost(), Record(None, {}), host=False)
+    assert len(data["rows"]) == 1
+    assert data["rows"][0]["status"] == "failed"
+    assert "illegal memory access" in data["lost"]
+    assert not data["complete"]
+
+
+def test_a_case_without_room_is_said() -> None:
+    class Small(Meter):
+        def scene(self, case: Case, lengths: Sequence[int]) -> Scene:
+            raise RuntimeError("CUDA out of memory")
+
+    data = run_bench([Selected(CASES[0], ("ideal", "onelaunch"))], Small(), Record(None, {}))
+    assert [row["reason"] for row in data["rows"]] == ["no buffers: RuntimeError: CUDA out of memory"] * 2
+    assert data["ceiling"] == {}
+    assert "CUDA out of memory" in data["host"][0]["what"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    files.replace(path, "first")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.replace(path, "second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ----------------------------------------------------------------------------------------------------------- verdicts
+
+
+def rows_of(case: Case, **times: float) -> Iterator[dict[str, Any]]:
+    for name, us in times.items():
+        yield {
+            "case": vars(case),
+            "shape": case.shape,
+            "label": str(case),
+            "series": "",
+            "implementation": name.replace("_", "-"),
+            "status": "ok",
+            "graph_us": us,
+            "gbps": 100 / us,
+        }
+
+
+WIDE64 = Case(64, 8192)
+
+
+@pytest.mark.parametrize(
+    ("case", "times", "expected"),
+    [
+        (WIDE64, {"ideal": 10, "onelaunch": 11.5}, {"2 live": True}),
+        (WIDE64, {"ideal": 10, "onelaunch": 11.6}, {"2 live": False}),
+        (WIDE64, {"ideal": 4, "onelaunch": 5}, {"2 live": True}),
+        (WIDE64, {"ideal": 4, "onelaunch": 5.1}, {"2 live": False}),
+        (WIDE64, {"ideal": 1.5, "onelaunch": 2}, {"2 live": True}),
+        (WIDE64, {"ideal": 1.5, "onelaunch": 2.1}, {"2 live": False}),
+        (WIDE64.replace(kind="one-long"), {"ideal": 10, "onelaunch": 13}, {"2 ragged": True}),
+        (WIDE64.replace(kind="one-long"), {"ideal": 1, "onelaunch": 1.4}, {"2 ragged": False}),
+        (WIDE64.replace(extent="full"), {"ideal": 85, "onelaunch": 99}, {"3 full": True}),
+        (WIDE64.replace(extent="full"), {"ideal": 84, "onelaunch": 100}, {"3 full": False}),
+        (WIDE64, {"ideal": 4, "onelaunch": 4, "triton": 10}, {"2 live": True, "4 triton": True}),
+        (WIDE64, {"ideal": 4, "onelaunch": 4, "triton": 9}, {"2 live": True, "4 triton": False}),
+        (WIDE64, {"ideal": 10, "onelaunch": 10, "triton": 14}, {"2 live": True, "4 triton": True}),
+        (WIDE64, {"onelaunch": 5, "torch_copies_wide": 100}, {"4 torch-copies-wide": True}),
+        (WIDE64, {"onelaunch": 5, "torch_copies": 99}, {"4 torch-copies": False}),
+        (Case(32, 4096), {"onelaunch": 5, "torch_copies": 99}, {}),
+        (Case(64, 8192, width=8192), {"onelaunch": 5, "single_block": 500}, {"4 single-block": True}),
+        (Case(64, 8192, width=8192), {"onelaunch": 5, "single_block": 499}, {"4 single-block": False}),
+        (WIDE64, {"onelaunch": 5, "runtime": 6}, {"8 runtime arguments": None}),
+        (Case(64, 8192, 7), {"ideal": 4, "onelaunch": 9}, {}),
+        (WIDE64, {"ideal": 4, "triton": 9}, {}),
+    ],
+)
+def test_verdicts(case: Case, times: dict[str, float], expected: dict[str, bool | None]) -> None:
+    assert {v["item"]: v["holds"] for v in verdicts(list(rows_of(case, **times)), [])} == expected
+
+
+def test_verdicts_of_host_time() -> None:
+    def host(**us: float | None) -> dict[str, bool]:
+        said = verdicts([], [{"piece": name.replace("_", "."), "us": value} for name, value in us.items()])
+        return {verdict["of"]: verdict["holds"] for verdict in said}
+
+    assert host(raw=2.0, plan_run=2.6, broadcast=6.6, copy=6.7) == {"plan.run": True, "broadcast": True, "copy": False}
+    assert host(raw=2.0, plan_run=2.7) == {"plan.run": False}
+    assert host(plan_run=None) == {}
+
+
+# -------------------------------------------------------------------------------------------------- what people see
+
+
+def some_data() -> dict[str, Any]:
+    """A run's data without a run."""
+    rows = []
+    for case, series in ((WIDE64, ""), (Case(1, 4096), ""), (Case(64, 8192, 2), "N"), (Case(64, 8192, 3), "N")):
+        for row in rows_of(case, ideal=4.0, onelaunch=5.0):
+            rows.append(
+                {**row, "series": series, "bytes": 1e6, "share": 0.5, "ratio": 1.25, "host_us": 2, "eager_us": 3}
+            )
+    rows.append({**rows[0], "implementation": "triton", "status": "failed", "reason": "no such luck"})
+    host = [{"piece": "raw", "what": "an empty kernel", "us": 2.0}, {"piece": "plan.run", "what": "ours", "us": 3.0}]
+    return {
+        "onelaunch": "1",
+        "machine": {"device": "a test"},
+        "complete": False,
+        "ceiling": {"copy_gbps": 4000.0},
+        "rows": json.loads(json.dumps(rows)),
+        "host": host,
+        "verdicts": verdicts(rows, host),
+    }
+
+
+def test_the_tables() -> None:
+    console = Console(width=150, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    bench.print_tables(some_data(), console)
+    said = console.export_text()
+    assert "copy 4,000" in said
+    row = next(line for line in said.splitlines() if "onelaunch" in line and "5.00" in line).split()
+    assert row[-8:] == ["5.00", "3.00", "2.00", "1.00", "20", "50", "%", "1.25", "1.00"][-8:]
+    assert "triton: failed: no such luck" in said
+    assert "at most 1.25 of the ideal" in said
+    assert any(line.startswith("NO") and "plan.run" in line for line in said.splitlines())
+    assert "The run was cut" in said
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(some_data()))
+    return path
+
+
+def test_the_figure(kept: Path) -> None:
+    picture = kept.with_suffix(".png")
+    result = invoke("bench", "--from", str(kept), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000
+    result = invoke("bench", "--from", str(kept), "--plot", str(kept.parent / "nowhere" / "a.png"))
+    assert result.exit_code == 2
+    assert "can't be written" in result.stderr
+
+
+def test_without_matplotlib_it_says_what_to_install(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = invoke("bench", "--from", str(kept), "--plot", "a.png")
+    assert result.exit_code == 2
+    assert "pip install 'onelaunch[bench]'" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_in_a_sentence() -> None:
+    result = invoke("bench")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "onelaunch: onelaunch bench measures on a CUDA device, and there is none here. Run it on a machine with a GPU."
+    ]
+
+
+def test_the_command_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "device_meter", lambda verb: Meter())
+    path = tmp_path / "bench.json"
+    began = time.time()
+    result = invoke("bench", "--shapes", "3x50", "--width", "60", "--only", "onelaunch,ideal", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert "3x50 N=3 width=60 page=64 live" in result.stdout
+    assert "[1/1]" in result.stderr
+    data = json.loads(path.read_text())
+    assert [row["implementation"] for row in data["rows"]] == ["ideal", "onelaunch"]
+    assert data["seconds"] <= time.time() - began + 1
+    alone = invoke("bench", "--host")
+    assert alone.exit_code == 0, alone.output
+    assert "plan.run" in alone.stdout
+    assert "graph us" not in alone.stdout
+    trace = str(DATA / "azure_2023_conversation.csv")
+    monkeypatch.setattr(bench, "run_bench", lambda selected, *a, traces, **k: {**some_data(), "traces": print(traces)})
+    assert "azure_2023_conversation" in invoke("bench", "--trace", trace).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--only", "cuda"), "--only names 'cuda'; allowed: ideal, empty, onelaunch"),
+        (("--n", "three"), "--n is 'three'; it must be whole numbers"),
+        (("--trace", "nowhere.csv"), "nowhere.csv can't be opened"),
+        (("--from", "pyproject.toml"), "isn't what --json writes"),
+        (("--from", "nowhere.json"), "nowhere.json can't be read"),
+    ],
+)
+def test_bad_options_are_sentences(arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "device_meter", lambda verb: Meter())
+    monkeypatch.setattr(bench, "run_bench", lambda *a, **k: pytest.fail("measured"))
+    result = invoke("bench", "--json", "/nowhere/at/all.json")
+    assert result.exit_code == 2
+    assert "can't be read or written" in result.stderr
+
+
+def test_the_device_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="onelaunch tune measures on a CUDA device"):
+        bench.device_meter("onelaunch tune")
