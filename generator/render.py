@@ -97,7 +97,7 @@ def render(config: KernelConfig) -> str:
         "own_pages": any(config.destinations(name) == config.num_backends for name in config.paged_tables),
         "live": live,
         "windows": windows,
-        "scans": not copies and (sums or windows),
+        "scans": not copies and (sums or windows or variable),
         "block_sums": not copies and (sums or variable),
         "tile_columns": config.warp_size * 4 * config.unroll,
         "vectorized": config.vector_bytes == 16,
