@@ -104,7 +104,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "windows": windows,
         "tile_alignment": min(32, config.warp_size * 4 * config.unroll),
         "resident_blocks": _resident_blocks(config) if windows else 0,
-        "scans": not copies and (sums or windows),
+        "scans": not copies and (sums or windows or variable),
         "block_sums": not copies and (sums or variable),
         "tile_columns": config.warp_size * 4 * config.unroll,
         "vectorized": config.vector_bytes == 16,
