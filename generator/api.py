@@ -83,7 +83,7 @@ def fused_metadata_precompute_and_broadcast_cuda(
             nsa_index_topk=nsa_index_topk,
             real_page_size=real_page_size,
             extent=extent,
-            mode=mode,
+            forward_mode=mode,
             next_n=next_n,
             extend_seq_lens=extend_seq_lens,
             seqlens_expanded_list=seqlens_expanded_list,
@@ -269,7 +269,7 @@ def _precompute(
             max_len=max_len,
             nsa_index_topk=nsa_index_topk,
             real_page_size=real_page_size,
-            mode=mode,
+            forward_mode=mode,
             next_n=next_n,
             extend_seq_lens=extend_seq_lens,
         )
@@ -403,7 +403,7 @@ def fused_metadata_copy_cuda(
             bs=bs,
             max_len=max_len,
             real_page_size=real_page_size,
-            mode=mode,
+            forward_mode=mode,
             next_n=next_n,
             rows=rows,
         )

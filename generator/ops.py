@@ -22,7 +22,8 @@ from .fields import MetadataBuffers
 # every version.
 _INPUTS = "Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token"
 _FACTS = "SymInt max_len, SymInt nsa_index_topk, SymInt real_page_size"
-_ROWS = 'str mode="decode", SymInt next_n=1, Tensor? extend_seq_lens=None'
+# "mode" is taken by torch itself, where it calls an operation for a dispatch mode.
+_ROWS = 'str forward_mode="decode", SymInt next_n=1, Tensor? extend_seq_lens=None'
 _SCHEMAS = {
     "fused_metadata_precompute_and_broadcast_cuda": (
         f"({_INPUTS}, Tensor(a!)[]? cache_seqlens_list, Tensor(b!)[]? cu_seqlens_k_list,"
@@ -33,8 +34,8 @@ _SCHEMAS = {
     "precompute_decode_metadata_cuda": f"({_INPUTS}, Tensor(a!)[] out, str out_fields, *, {_FACTS}, {_ROWS}) -> ()",
     "fused_metadata_copy_cuda": (
         "(Tensor[] precomputed, str precomputed_fields, Tensor(a!)[] destinations, str destinations_fields, *,"
-        ' SymInt? bs=None, SymInt? max_len=None, SymInt? real_page_size=None, str mode="decode", SymInt? next_n=None,'
-        " SymInt? rows=None) -> ()"
+        ' SymInt? bs=None, SymInt? max_len=None, SymInt? real_page_size=None,'
+        ' str forward_mode="decode", SymInt? next_n=None, SymInt? rows=None) -> ()'
     ),
 }
 
@@ -48,18 +49,27 @@ def register(fused: Callable[..., None], precompute: Callable[..., Any], copy: C
         copy: fused_metadata_copy_cuda.
     """
 
-    def precompute_into(*args: Any, **kwargs: Any) -> None:
+    def fused_into(*args: Any, forward_mode: str = "decode", **kwargs: Any) -> None:
+        fused(*args, mode=forward_mode, **kwargs)
+
+    def precompute_into(*args: Any, forward_mode: str = "decode", **kwargs: Any) -> None:
         *inputs, out, fields = args
-        precompute(*inputs, **kwargs, out=_unpack(out, fields))
+        precompute(*inputs, mode=forward_mode, **kwargs, out=_unpack(out, fields))
 
     def copy_packed(
-        precomputed: Sequence[Tensor], fields: str, destinations: Sequence[Tensor], each: str, **kwargs: Any
+        precomputed: Sequence[Tensor],
+        fields: str,
+        destinations: Sequence[Tensor],
+        each: str,
+        *,
+        forward_mode: str = "decode",
+        **kwargs: Any,
     ) -> None:
         rest = iter(destinations)
         targets = [_unpack([next(rest) for _ in _names(fields)], fields) for fields in each.split(";")]
-        copy(_unpack(precomputed, fields), targets, **kwargs)
+        copy(_unpack(precomputed, fields), targets, mode=forward_mode, **kwargs)
 
-    for name, function in zip(_SCHEMAS, (fused, precompute_into, copy_packed), strict=True):
+    for name, function in zip(_SCHEMAS, (fused_into, precompute_into, copy_packed), strict=True):
         operation = f"onelaunch::{name}"
         torch.library.define(operation, _SCHEMAS[name])
         # One implementation for every device: what it refuses, it refuses with its own words.

@@ -16,7 +16,7 @@ REGISTERS = {
     "nsa-decode-3": 48,
     "nsa-decode-3-full": 48,
     "nsa-copy-3": 48,
-    "nsa-decode-3-unaligned": 40,
+    "nsa-decode-3-unaligned": 48,
 }
 
 
