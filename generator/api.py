@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,21 @@ _T = TypeVar("_T")
 _MAX_PLANS = 256
 # Plans by what they are specialized and bound to. They hold addresses only: whoever calls with a tensor keeps it alive.
 _plans: OrderedDict[Any, Any] = OrderedDict()
+_fields_of = attrgetter(*FIELDS)
+
+
+class _Known(NamedTuple):
+    """A plan that was made for these very tensors. Gone as soon as one of them is."""
+
+    plan: Any
+    present: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]  # leaves out the fields that are None
+    addresses: list[int]
+    tensors: list[weakref.ref[Tensor]]
+
+
+# The same plans by the tensors themselves, for callers that pass the same ones again: telling tensors apart by what
+# they are takes longer than the launch. A tensor whose shape or strides are changed in place isn't noticed here.
+_known: dict[Any, _Known] = {}
 
 
 def fused_metadata_precompute_and_broadcast_cuda(
@@ -98,8 +115,27 @@ def fused_metadata_precompute_and_broadcast_cuda(
         "real_page_table": real_page_table_list,
         "seqlens_expanded": seqlens_expanded_list,
     }
+    try:
+        tensors: tuple[Any, ...] | None = (
+            *(cache_seqlens_list or ()),
+            None,
+            *(cu_seqlens_k_list or ()),
+            None,
+            *(page_indices_list or ()),
+            None,
+            *(nsa_cache_seqlens_list or ()),
+            None,
+            *(nsa_cu_seqlens_k_list or ()),
+            None,
+            *(real_page_table_list or ()),
+            None,
+            *(seqlens_expanded_list or ()),
+        )
+    except (TypeError, RuntimeError):
+        tensors = None  # no lists: what comes next says so
     _refresh(
-        tuple(map(_identities, lists.values())),
+        tensors,
+        lambda: tuple(map(_identities, lists.values())),
         lambda: _backends(lists),
         lambda index, name: f"{name}_list[{index}]",
         seq_lens,
@@ -276,7 +312,8 @@ def _precompute(
         return out
     destination = out
     _refresh(
-        tuple(_identity(getattr(destination, name)) for name in FIELDS),
+        _fields_of(destination),
+        lambda: tuple(map(_identity, _fields_of(destination))),
         lambda: [destination],
         lambda index, name: f"out.{name}",
         seq_lens,
@@ -294,7 +331,8 @@ def _precompute(
 
 
 def _refresh(
-    identities: tuple[Any, ...],
+    tensors: tuple[Any, ...] | None,
+    identities: Callable[[], tuple[Any, ...]],
     backends: Callable[[], list[MetadataBuffers]],
     name_of: plan.NameOf,
     seq_lens: Tensor,
@@ -311,20 +349,28 @@ def _refresh(
 ) -> None:
     """Runs the plan of these tensors, bound at the first call.
 
-    ``identities`` are those of the destinations that ``backends`` makes.
+    Args:
+        tensors: the destinations and, between them, None; None if there are no such things.
+        identities: those of the destinations that ``backends`` makes.
+        The others as in fused_metadata_precompute_and_broadcast_cuda.
     """
-    key = (
-        _identity(req_to_token),
-        identities,
+    facts = (
         getattr(seq_lens, "dtype", None),
         getattr(req_pool_indices, "dtype", None),
-        getattr(extend_seq_lens, "dtype", None),
-        _number(nsa_index_topk),
-        _number(real_page_size),
+        None if extend_seq_lens is None else getattr(extend_seq_lens, "dtype", None),
+        nsa_index_topk if type(nsa_index_topk) is int else _number(nsa_index_topk),
+        real_page_size if type(real_page_size) is int else _number(real_page_size),
         extent,
         mode,
-        _number(next_n),
+        next_n if type(next_n) is int else _number(next_n),
     )
+    if tensors is not None:
+        tensors = (req_to_token, *tensors)
+    known = _recall(tensors, facts)
+    if known is not None:
+        known.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
+        return
+    key = (_identity(req_to_token), identities(), *facts)
 
     def make() -> plan.Plan:
         check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
@@ -353,7 +399,7 @@ def _refresh(
             **extends,
         )
 
-    _remembered(key, make).run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
+    _remembered(key, make, tensors, facts).run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 
 
 def fused_metadata_copy_cuda(
@@ -386,11 +432,22 @@ def fused_metadata_copy_cuda(
     Raises:
         ArgumentError: an argument doesn't fit; nothing was written.
     """
+    one = isinstance(destinations, MetadataBuffers)
+    facts = ("copy", one, mode)
+    tensors: tuple[Any, ...] | None = None
+    if not is_dynamo_compiling():
+        try:
+            tensors = _fields_of(precomputed)
+            for buffers in (destinations,) if one else destinations:  # type: ignore[union-attr]
+                tensors += _fields_of(buffers)
+        except (AttributeError, TypeError):
+            tensors = None  # no buffers: what comes next says so
+    known = _recall(tensors, facts)
+    if known is not None:
+        known.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=_rows_of(bs, mode, next_n, rows))
+        return
     if not isinstance(precomputed, MetadataBuffers):
         raise ArgumentError(f"precomputed is a {type(precomputed).__name__}; it must be a MetadataBuffers.")
-    if real_page_size is not None:
-        check_int("real_page_size", real_page_size, 1, 2**31 - 1)
-    one = isinstance(destinations, MetadataBuffers)
     targets = [destinations] if isinstance(destinations, MetadataBuffers) else destinations
     if not isinstance(targets, Sequence) or not all(isinstance(target, MetadataBuffers) for target in targets):
         raise ArgumentError(f"destinations is {targets!r}; it must be a MetadataBuffers or a list of them.")
@@ -408,21 +465,8 @@ def fused_metadata_copy_cuda(
             rows=rows,
         )
         return
-    if mode == "decode":
-        if rows is not None or next_n not in (None, 1):
-            raise ArgumentError(f"next_n is {next_n} and rows is {rows}; in decode a request is a row: leave them out.")
-    elif rows is None and next_n is not None:
-        check_int("next_n", next_n, 1, MAX_NEXT_N)
-        if bs is not None:
-            rows = check_int("bs", bs, 0, MAX_BATCH) * next_n
-    elif rows is None and bs is not None:
-        raise ArgumentError(f"bs is {bs} in {mode}, and next_n and rows are None; give one of them too.")
-    key = (
-        "copy",
-        one,
-        mode,
-        tuple(tuple(_identity(getattr(b, name)) for name in FIELDS) for b in (precomputed, *targets)),
-    )
+    rows = _rows_of(bs, mode, next_n, rows)
+    key = (*facts, tuple(tuple(map(_identity, _fields_of(b))) for b in (precomputed, *targets)))
 
     def make() -> plan.CopyPlan:
         def name_of(index: int, name: str) -> str:
@@ -432,7 +476,21 @@ def fused_metadata_copy_cuda(
         page_size = 1 if shared else 2
         return plan.CopyPlan(precomputed, plan.Destinations(targets, page_size, name_of, mode), keep=False, mode=mode)
 
-    _remembered(key, make).run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
+    _remembered(key, make, tensors, facts).run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
+
+
+def _rows_of(bs: int | None, mode: str, next_n: int | None, rows: int | None) -> int | None:
+    """The rows that a copy is asked for, None for all that there are."""
+    if mode == "decode":
+        if rows is not None or next_n not in (None, 1):
+            raise ArgumentError(f"next_n is {next_n} and rows is {rows}; in decode a request is a row: leave them out.")
+    elif rows is None and next_n is not None:
+        check_int("next_n", next_n, 1, MAX_NEXT_N)
+        if bs is not None:
+            rows = check_int("bs", bs, 0, MAX_BATCH) * next_n
+    elif rows is None and bs is not None:
+        raise ArgumentError(f"bs is {bs} in {mode}, and next_n and rows are None; give one of them too.")
+    return rows
 
 
 def specialize(config: KernelConfig, arch: str | Sequence[str] | None = None) -> loader.Kernel:
@@ -510,7 +568,8 @@ def _number(value: Any) -> Any:
     return value if type(value) is int else (type(value), id(value))
 
 
-def _remembered(key: Any, make: Callable[[], _T]) -> _T:
+def _remembered(key: Any, make: Callable[[], _T], tensors: tuple[Any, ...] | None, facts: tuple[Any, ...]) -> _T:
+    """The plan of a key, made at the first call and known by its tensors from then on."""
     try:
         made: _T | None = _plans.get(key)
     except TypeError:  # something in it can't be hashed, so it is nothing that the checks accept
@@ -520,9 +579,42 @@ def _remembered(key: Any, make: Callable[[], _T]) -> _T:
         _plans[key] = made
         if len(_plans) > _MAX_PLANS:
             _plans.popitem(last=False)
+        _know(tensors, facts, made)
     else:
         _plans.move_to_end(key)
     return made
+
+
+def _recall(tensors: tuple[Any, ...] | None, facts: tuple[Any, ...]) -> Any:
+    """The plan that was made for these very tensors, if they still lie where they lay."""
+    if tensors is None:
+        return None
+    try:
+        known = _known.get((facts, *map(id, tensors)))
+    except TypeError:
+        return None
+    if known is not None and list(map(Tensor.data_ptr, known.present(tensors))) == known.addresses:
+        return known.plan
+    return None
+
+
+def _know(tensors: tuple[Any, ...] | None, facts: tuple[Any, ...], made: Any) -> None:
+    if tensors is None:
+        return
+    key = (facts, *map(id, tensors))
+
+    def forget(_: weakref.ref[Tensor]) -> None:
+        _known.pop(key, None)  # its number may be another tensor's from now on
+
+    there = [place for place, tensor in enumerate(tensors) if tensor is not None]
+    if len(there) < 2:
+        return  # itemgetter gives no tuple then, and so small a plan needs no help
+    present = itemgetter(*there)
+    _known[key] = _Known(
+        made, present, list(map(Tensor.data_ptr, present(tensors))), [weakref.ref(t, forget) for t in present(tensors)]
+    )
+    if len(_known) > _MAX_PLANS:
+        del _known[next(iter(_known))]
 
 
 ops.register(fused_metadata_precompute_and_broadcast_cuda, _precompute, fused_metadata_copy_cuda)

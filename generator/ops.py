@@ -34,7 +34,7 @@ _SCHEMAS = {
     "precompute_decode_metadata_cuda": f"({_INPUTS}, Tensor(a!)[] out, str out_fields, *, {_FACTS}, {_ROWS}) -> ()",
     "fused_metadata_copy_cuda": (
         "(Tensor[] precomputed, str precomputed_fields, Tensor(a!)[] destinations, str destinations_fields, *,"
-        ' SymInt? bs=None, SymInt? max_len=None, SymInt? real_page_size=None,'
+        " SymInt? bs=None, SymInt? max_len=None, SymInt? real_page_size=None,"
         ' str forward_mode="decode", SymInt? next_n=None, SymInt? rows=None) -> ()'
     ),
 }
