@@ -313,7 +313,7 @@ __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
 // Tiles begin at 16-byte boundaries of the destination row, which lie this many columns before column 0, at most 3.
-// All backends agree on it: a plan whose destinations don't is bound to a kernel with 4-byte stores.
+// All backends agree on it, and all rows: a plan whose destinations don't is bound to a kernel with 4-byte stores.
 __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
   return words_past_boundary(p.page_indices[0].data + row * p.page_indices[0].row_stride);
 }

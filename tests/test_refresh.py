@@ -758,6 +758,19 @@ def test_variable_lengths_that_are_all_zero(device: torch.device) -> None:
         assert got == wanted.get(field.name, torch.full(tensor.shape, POISON).tolist()), field.name
 
 
+def test_one_row_of_the_last_request(device: torch.device) -> None:
+    """The only row belongs to any request: its 16-byte phase must not be looked for at that request's number."""
+    backend = support.destination(TABLES, 1, 333, 16, strides="odd", device=device)
+    pool = support.token_pool(POOL_ROWS, 333, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, mode="draft_extend", extend="variable", page_size=16)
+    assert plan.config.vector_bytes == 4
+    seq_lens, rows = torch.tensor([9, 9, 9, 333], device=device), torch.tensor([1, 2, 3, 4], device=device)
+    extends = torch.tensor([0, 0, 0, 1], device=device)
+    plan.run(seq_lens, rows, extends)
+    facts: dict[str, Any] = {"index_topk": 9, "page_size": 16, "extent": "live", "mode": "draft_extend"}
+    assert_same([backend], support.expected_refresh([backend], seq_lens, rows, pool, extend_seq_lens=extends, **facts))
+
+
 def test_padding_requests_have_expanded_lengths_of_zero(device: torch.device) -> None:
     """A graph's padding requests have one token and as many rows as any: lengths below zero would be read as 2^32."""
     backend = support.destination(("cache_seqlens", "seqlens_expanded"), 8, 0, 1, requests=2, device=device)
