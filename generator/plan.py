@@ -130,12 +130,12 @@ class Destinations:
         """
         tensors = self.tensors[name]
         first = tensors[0]
-        stride = 0 if rows_too else first.stride(0)
-        return all(
-            (t.data_ptr() - first.data_ptr()) % 16 == 0
-            and ((t.stride(0) - stride) % 4 == 0 or t.shape[0] == first.shape[0] == 1)
-            for t in tensors
-        )
+        if any((t.data_ptr() - first.data_ptr()) % 16 for t in tensors):
+            return False
+        if rows_too:
+            # Even of a single row: the kernel takes the phase of any row for that of all.
+            return all(t.stride(0) % 4 == 0 for t in tensors)
+        return all((t.stride(0) - first.stride(0)) % 4 == 0 or t.shape[0] == first.shape[0] == 1 for t in tensors)
 
     def distinct(self) -> tuple[tuple[str, int], ...]:
         """(field, count) of the fields that backends share, for KernelConfig.distinct."""
@@ -456,6 +456,8 @@ class Plan:
         """
         if self._offence is None:
             raise ArgumentError("the plan checks nothing on the device; bind it with checked=True.")
+        if self.device.type == "cuda":  # pragma: gpu
+            torch.cuda.synchronize(self.device)  # whatever stream it was launched on
         kind, request, value, limit = self._offence.tolist()
         if kind:
             self._offence.zero_()

@@ -392,7 +392,7 @@ def test_a_call_that_cannot_be_captured(name: str) -> None:
 # ------------------------------------------------------------------------------------------------- lengths
 
 
-def test_expanded_lengths_below_zero(device: torch.device) -> None:
+def test_expanded_lengths_of_padding_requests_in_decode(device: torch.device) -> None:
     """Padded rows whose expanded length went negative were read as unsigned: four billion tokens, an illegal access.
 
     Padding requests have length 1 and pool row 0, or length 0. In decode nothing is subtracted from a length.
@@ -420,6 +420,55 @@ def test_lengths_off_by_next_n(device: torch.device) -> None:
         assert backend.buffers.cache_seqlens.tolist() == [5, 64, 1_300]
     with pytest.raises(onelaunch.ArgumentError, match="next_n is 2"):
         bound(device, next_n=2)
+
+
+def rows_of(
+    device: torch.device, mode: dict[str, Any], lengths: list[int], rows: int, extends: list[int] | None = None
+) -> MetadataBuffers:
+    """What one refresh makes of a backend with this many rows."""
+    backend = support.destination(
+        support.SEVEN_FIELDS, rows, WIDTH, PAGE_SIZE, requests=len(lengths), device=device, strides="odd"
+    )
+    pool = support.token_pool(POOL_ROWS, WIDTH, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, **FACTS, **mode)
+    numbers = torch.tensor(lengths, device=device)
+    given = None if extends is None else torch.tensor(extends, device=device)
+    plan.run(numbers, torch.arange(len(lengths), device=device), given)
+    return backend.buffers
+
+
+def numbers_of(tensor: Tensor | None) -> list[int]:
+    assert tensor is not None
+    return list(map(int, tensor.tolist()))
+
+
+def test_expanded_lengths_below_zero(device: torch.device) -> None:
+    """A padding request has 1 token and next_n rows; read as unsigned, 1 - 4 + 1 is four billion (SGLang #30378)."""
+    made = rows_of(device, {"mode": "draft_extend", "next_n": 4}, [9, 1], 8)
+    assert numbers_of(made.seqlens_expanded) == [6, 7, 8, 9, 0, 0, 0, 1]
+    assert numbers_of(made.nsa_cu_seqlens_k) == [0, 6, 13, 21, 30, 30, 30, 30, 31]
+
+
+def test_draft_extend_lengths_off_by_next_n(device: torch.device) -> None:
+    """In draft_extend seq_lens counts the new tokens already, in target_verify it doesn't (SGLang #13236)."""
+    extend = rows_of(device, {"mode": "draft_extend", "next_n": 2}, [9], 2)
+    verify = rows_of(device, {"mode": "target_verify", "next_n": 2}, [9], 2)
+    assert (numbers_of(extend.cache_seqlens), numbers_of(extend.seqlens_expanded)) == ([9], [8, 9])
+    assert (numbers_of(verify.cache_seqlens), numbers_of(verify.seqlens_expanded)) == ([11], [10, 11])
+
+
+def test_verify_rows_live_up_to_their_own_length_only(device: torch.device) -> None:
+    """Every row of a request is live up to the last token to verify: consumers mask by the expanded lengths."""
+    table = rows_of(device, {"mode": "target_verify", "next_n": 3}, [9], 3).page_indices
+    assert table is not None
+    assert (table != POISON).sum(dim=1).tolist() == [12, 12, 12]
+
+
+def test_requests_without_rows_take_none(device: torch.device) -> None:
+    """Rows start at the sum of the extend lengths before: a request of none must not shift those behind it."""
+    made = rows_of(device, {"mode": "draft_extend", "extend": "variable"}, [9, 4, 6], 5, [2, 0, 3])
+    assert numbers_of(made.seqlens_expanded) == [8, 9, 4, 5, 6]
+    assert numbers_of(made.cu_seqlens_k) == [0, 9, 13, 19]
 
 
 def test_a_length_beyond_the_table(device: torch.device) -> None:

@@ -296,6 +296,26 @@ def test_shared_destinations_are_written_once(device: torch.device, extent: str)
     assert_same(backends, support.expected_refresh(backends, seq_lens, rows, pool, **facts))
 
 
+@pytest.mark.parametrize(
+    "mode", [{"next_n": 3, "mode": "target_verify"}, {"mode": "draft_extend", "next_n": 2}], ids=str
+)
+def test_shared_rows_are_written_once(device: torch.device, mode: dict[str, Any]) -> None:
+    bs, width = 20, 300
+    pool = support.token_pool(POOL_ROWS, width, strides="odd", device=device)
+    backends = [support.destination(ALL_FIELDS, bs * 3, width, 16, index_kpool=2, device=device) for _ in range(3)]
+    for name in ("nsa_cache_seqlens", "seqlens_expanded", "page_indices", "pooled_real_page_table"):
+        for backend in backends[1:]:
+            setattr(backend.buffers, name, getattr(backends[0].buffers, name))
+            backend.storages[name] = backends[0].storages[name]
+    facts: dict[str, Any] = {"index_topk": 100, "page_size": 16, "extent": "live", "index_kpool": 2, **mode}
+    plan = onelaunch.bind(support.buffers_of(backends), req_to_token=pool, **facts)
+    assert set(dict(plan.config.distinct).values()) == {1}
+    assert len(plan.config.distinct) == 4
+    seq_lens, rows = inputs_for(bs, width, 16, "plain", device)
+    plan.run(seq_lens, rows)
+    assert_same(backends, support.expected_refresh(backends, seq_lens, rows, pool, **facts))
+
+
 def test_the_same_memory_under_two_tensors_counts_as_shared(device: torch.device) -> None:
     table = torch.full((4, 80), POISON, dtype=torch.int32, device=device)
     pool = support.token_pool(5, 80, device=device)
@@ -736,6 +756,19 @@ def test_variable_lengths_that_are_all_zero(device: torch.device) -> None:
     for field, tensor in backend.buffers.items():
         got = tensor.tolist()
         assert got == wanted.get(field.name, torch.full(tensor.shape, POISON).tolist()), field.name
+
+
+def test_one_row_of_the_last_request(device: torch.device) -> None:
+    """The only row belongs to any request: its 16-byte phase must not be looked for at that request's number."""
+    backend = support.destination(TABLES, 1, 333, 16, strides="odd", device=device)
+    pool = support.token_pool(POOL_ROWS, 333, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, mode="draft_extend", extend="variable", page_size=16)
+    assert plan.config.vector_bytes == 4
+    seq_lens, rows = torch.tensor([9, 9, 9, 333], device=device), torch.tensor([1, 2, 3, 4], device=device)
+    extends = torch.tensor([0, 0, 0, 1], device=device)
+    plan.run(seq_lens, rows, extends)
+    facts: dict[str, Any] = {"index_topk": 9, "page_size": 16, "extent": "live", "mode": "draft_extend"}
+    assert_same([backend], support.expected_refresh([backend], seq_lens, rows, pool, extend_seq_lens=extends, **facts))
 
 
 def test_padding_requests_have_expanded_lengths_of_zero(device: torch.device) -> None:
