@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -32,6 +33,9 @@ def build(
 ) -> None:
     """Compile configurations ahead of time into the cache. Several are built at once, in child processes.
 
+    ONELAUNCH_JIT=error doesn't refuse this: it is for builds that a call would start. A build that takes too long is
+    ended and counts as failed; the next attempt compiles it again.
+
     \b
     Examples:
       onelaunch build nsa-decode-3 --arch 90a
@@ -41,9 +45,9 @@ def build(
     """
 
     def run() -> None:
-        from onelaunch import prebuild
+        from onelaunch import prebuild, toolchain
 
-        archs = architectures(arch)
+        archs, here = architectures(arch), functools.cache(toolchain.current_architectures)
         names: list[str | None] = [*(configs or ()), *(presets or ())]
         wanted = [
             prebuild.Job(chosen(name, facts, target), archs)
@@ -53,7 +57,10 @@ def build(
         for job in prebuild.read_matrix(config) if config is not None else ():
             changed = job.config.replace(target=target) if target else job.config
             wanted.append(prebuild.Job(changed, archs or job.archs))
-        wanted = prebuild.distinct(wanted)
+        # Settled here: the children don't ask the GPU.
+        wanted = prebuild.distinct(
+            [job if job.archs or job.config.target == "cpu" else prebuild.Job(job.config, here()) for job in wanted]
+        )
         if len(wanted) == 1 and timeout is None:
             _here(wanted[0], retry)
         else:
@@ -82,7 +89,7 @@ def explain(
         from onelaunch.explain import explain as look
 
         wanted = chosen(config, settings, target)
-        archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.architectures()
+        archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.current_architectures()
         return look(wanted, archs)
 
     found = sentence(run)

@@ -73,22 +73,14 @@ def baseline(name: str, call_words: tuple[str, ...] = (), words: int = 0, **fact
     source, binding = render_baseline(name, symbol, call_words, words, **facts)
     archs = toolchain.architectures(torch.cuda.current_device())
     tools = compiler.find_tools("cuda")
+    material = (source, binding, compiler.flags("cuda", archs), tools.versions())
+    key = hashlib.sha256(repr(material).encode()).hexdigest()
     store = loader.default_store()
-    key = hashlib.sha256(repr((source, binding, archs, tools.versions())).encode()).hexdigest()
     entry = store.find(key)
     if entry is not None:
         return loader.import_module(entry)
-    with store.lock(key), store.staging() as stage:
-        done = compiler.build(f"{symbol}_binding", source, binding, archs=archs, tools=tools, stage=stage, key=key)
-        facts = {
-            "symbol": symbol,
-            "module": f"{symbol}_binding",
-            "module_file": done.module_file,
-            "source_file": done.source_file,
-            "resources": done.resources,
-        }
-        store.publish(stage, key, facts)
-        return done.module
+    entry, _, module = loader.obtain(loader.Recipe(key, symbol, source, binding, archs, {}), tools, store)
+    return module or loader.import_module(entry)
 
 
 class Scene:

@@ -6,6 +6,11 @@ and the bound plan is one launch.
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"onelaunch runs on Linux only, and this is {sys.platform}.")
+
 from .api import (
     fused_metadata_copy_cuda,
     fused_metadata_precompute_and_broadcast_cuda,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import loader, plan, toolchain
+from . import loader, plan
 from .checks import check_int, check_tensor
 from .config import KernelConfig
 from .errors import ArgumentError
@@ -223,8 +223,6 @@ def specialize(config: KernelConfig, arch: str | Sequence[str] | None = None) ->
     Raises:
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
-    if arch is None and config.target == "cuda" and torch.cuda.is_available():
-        return loader.load(config, toolchain.architectures(torch.cuda.current_device()))
     return loader.load(config, (arch,) if isinstance(arch, str) else arch)
 
 

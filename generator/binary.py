@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# NVIDIA's table "CUDA Toolkit and Corresponding Driver Versions": the oldest driver for a major release,
-# by minor-version compatibility, and the first that knew an architecture.
-_DRIVER_OF_MAJOR = {12: (525, 60), 13: (580, 65)}
-_DRIVER_OF_ARCH = {"100": (570, 26), "101": (570, 26), "120": (570, 26), "103": (575, 51), "121": (575, 51)}
+# NVIDIA's "CUDA Compatibility", page "Minor Version Compatibility", table 1: code of any minor release of CUDA 12 runs
+# from driver 525 on, of CUDA 13 from 580 on. The full numbers are those of 12.0 and 13.0 in "CUDA Toolkit and
+# Corresponding Driver Versions" in the CUDA Toolkit Release Notes, table for Linux.
+_DRIVER_OF_MAJOR = {12: "525.60.13", 13: "580.65.06"}
+# The same table: the driver of the first release that could build for an architecture, 12.8 and 12.9.
+_DRIVER_OF_ARCH = {"100": "570.26", "101": "570.26", "120": "570.26", "103": "575.51.03", "121": "575.51.03"}
 
 
 def find_cuobjdump(toolkit_home: Path | None = None) -> Path | None:
@@ -86,9 +88,9 @@ def requirements(module: Path, archs: Sequence[str], cuda: str | None) -> dict[s
 
 def oldest_driver(cuda: str, archs: Sequence[str]) -> str:
     """The oldest driver that runs code of a CUDA release for these architectures."""
-    known = [_DRIVER_OF_MAJOR.get(numbers(cuda)[0], max(_DRIVER_OF_MAJOR.values()))]
+    known = [_DRIVER_OF_MAJOR.get(numbers(cuda)[0], max(_DRIVER_OF_MAJOR.values(), key=numbers))]
     known += [_DRIVER_OF_ARCH[a.rstrip("af")] for a in archs if a.rstrip("af") in _DRIVER_OF_ARCH]
-    return ".".join(map(str, max(known)))
+    return max(known, key=numbers)
 
 
 def host() -> dict[str, Any]:

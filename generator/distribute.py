@@ -43,7 +43,7 @@ def distribute(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
 
     def mine() -> tuple[list[str], list[str]]:
-        targets = tuple(archs or toolchain.architectures(_device()))
+        targets = tuple(archs or toolchain.current_architectures())
         return [config.key for config in wanted], [toolchain.gencode_flags((arch,))[0] for arch in targets]
 
     requests = _together(dist, group, mine)
@@ -80,12 +80,6 @@ def distribute(
 
     kernels: list[loader.Kernel] = _checked(dist, group, take)
     return kernels
-
-
-def _device() -> int | None:
-    import torch
-
-    return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
 def _leader(requests: Sequence[tuple[list[str], list[str]]], rank: int) -> int:

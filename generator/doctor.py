@@ -47,8 +47,6 @@ def examine() -> list[Row]:
 
     cuda = str(getattr(torch.version, "cuda", None) or "none")
     rows.append(Row("torch", "ok", f"{torch.__version__} (CUDA {cuda})", str(Path(str(torch.__file__)).parent)))
-    if sys.platform != "linux":
-        rows.append(Row("system", "fix", sys.platform, "onelaunch runs on Linux only"))
     rows += [
         Row(name, "fix" if value == toolchain.NOT_USABLE else "ok", value, origin)
         for name, value, origin in toolchain.describe()
@@ -107,6 +105,7 @@ def _cache() -> list[Row]:
     try:
         if folder == store.root:
             check_owner(folder)
+        loader.check_buildable(store)
         room = shutil.disk_usage(folder).free
     except (OSError, OnelaunchError) as error:
         return [*rows, Row("cache", "fix", str(store.root), str(error))]

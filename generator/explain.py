@@ -82,7 +82,9 @@ def explain(config: KernelConfig, archs: tuple[str, ...], store: Store | None = 
     nearest: tuple[Entry, tuple[tuple[str, str, str], ...]] | None = None
     for tier in tiers(store):
         for entry in tier.entries():
-            known = _flat(entry.manifest.get("ingredients", {}))
+            if "ingredients" not in entry.manifest:  # a baseline of a measurement
+                continue
+            known = _flat(entry.manifest["ingredients"])
             differs = _differences(known, wanted)
             if nearest is None or len(differs) < len(nearest[1]):
                 nearest = (entry, differs)

@@ -28,6 +28,7 @@ from .config import SCHEMA_VERSION, KernelConfig
 from .errors import CompileError, JitPolicyError, StoreError, ToolchainError
 from .lock import Lock
 from .store import MANIFEST, Entry, Store, spare, tiers, warn_once
+from .trust import CACHE_VARIABLE
 
 Policy = Literal["allow", "warn", "error"]
 POLICY_VARIABLE = "ONELAUNCH_JIT"
@@ -42,6 +43,8 @@ _frozen: Policy | None = None
 EDITED_FILE = "edited.cu"
 # A build that fails for these is made in a temporary folder instead.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# torch writes paths into ninja's file and escapes spaces alone.
+_BUILDABLE = re.compile(r"[^$:|\n\r]+")
 
 
 def _forked() -> None:
@@ -118,8 +121,8 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
 
     Args:
         config: the configuration.
-        archs: GPU architectures, such as ("90a",); None is that of the current device, see toolchain.architectures.
-            Ignored on the CPU target.
+        archs: GPU architectures, such as ("90a",); None is toolchain.current_architectures(). Ignored on the CPU
+            target.
         store: where builds are kept; None is the user's. The folders of $ONELAUNCH_PREBUILT come before it.
 
     Raises:
@@ -129,7 +132,7 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
         StoreError: the store can't be trusted or written, or what it has can't run here.
     """
     store = store or default_store()
-    targets = () if config.target == "cpu" else tuple(archs or toolchain.architectures())
+    targets = () if config.target == "cpu" else tuple(archs or toolchain.current_architectures())
     try:
         start = time.perf_counter()
         edit = override.edited(config)
@@ -205,7 +208,18 @@ def _load(config: KernelConfig, archs: tuple[str, ...], store: Store) -> Kernel:
     if found is not None:
         note(found[1], config, archs, {"key": key, **_surroundings(tools)})
         return _kernel(config, *found)
-    return _build_once(config, archs, key, tools, store)
+    from .render import render_binding
+
+    _obey_policy(config, archs)
+    name = module_name(config)
+    source, made_of = override.source(config), ingredients(config, archs, tools.versions())
+    if (made_of["source"], _key_of(made_of)) != (_sha256(source), key):
+        raise StoreError(f"The edited source of {config.symbol} changed while its build began; ask for it again.")
+    facts = {"schema": SCHEMA_VERSION, "config": config.to_dict(), "ingredients": made_of}
+    recipe = Recipe(key, config.symbol, source, render_binding(config, name), archs, facts)
+    entry, home, module = obtain(recipe, tools, store)
+    note(home, config, archs, {"key": key, **_surroundings(tools)})
+    return _kernel(config, entry, home, module)
 
 
 def lookup(
@@ -243,97 +257,113 @@ def note(store: Store, config: KernelConfig, archs: tuple[str, ...], noted: Mapp
             store.write_index(request, noted)
 
 
-def _build_once(config: KernelConfig, archs: tuple[str, ...], key: str, tools: compiler.Tools, store: Store) -> Kernel:
-    """Builds, unless another process does so at this moment: then what it makes is taken."""
-    began = time.time()
+@dataclass(frozen=True)
+class Recipe:
+    """What is compiled, and under which key it is kept.
+
+    Attributes:
+        key: content key, 64 hex digits.
+        symbol: name of the emitted kernel; its binding's import name is <symbol>_binding.
+        source, binding: emitted texts, see compile.build.
+        archs: GPU architectures; () on the CPU target.
+        facts: what the manifest says beyond what every build says.
+    """
+
+    key: str
+    symbol: str
+    source: str
+    binding: str
+    archs: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+def obtain(recipe: Recipe, tools: compiler.Tools, store: Store) -> tuple[Entry, Store, ModuleType | None]:
+    """Builds, unless another process does so at this moment: then what it makes is taken.
+
+    Returns:
+        The entry, the store that it is in (a temporary one where the store can't take it), and the module if it was
+        built here.
+
+    Raises:
+        CompileError, StoreError: see load.
+    """
+    key, began = recipe.key, time.time()
     home = store.writable()
     if not failures.retry_wanted() and (error := failures.recall(home, key)) is not None:
         raise error
-    _obey_policy(config, archs)
 
     def done() -> bool:
         return (home.root / "entries" / key / MANIFEST).exists() or failures.recall(home, key, began) is not None
 
-    with home.lock(key, f"{config.symbol}, which another process builds", done) as held:
+    with home.lock(key, f"{recipe.symbol}, which another process builds", done) as held:
         entry = home.find(key)
         if entry is not None:
-            note(home, config, archs, {"key": key, **_surroundings(tools)})
-            return _kernel(config, entry, home)
+            return entry, home, None
         if (failed := failures.recall(home, key, began)) is not None:
             raise failed
         try:
-            entry, module = _build(config, archs, key, tools, home, held)
+            entry, module = _build(recipe, tools, home, held)
         except OSError as trouble:
             if trouble.errno not in _NO_ROOM:
                 raise
             home = spare(f"The cache folder {home.root} can't take a build ({trouble.strerror})")
-            entry, module = _build(config, archs, key, tools, home, held)
+            entry, module = _build(recipe, tools, home, held)
         except CompileError as error:
             failures.remember(home, error)
             if not re.search("No space left|Disk quota exceeded", error.log.read_text(encoding="utf-8")):
                 raise
             home = spare(f"The cache folder {home.root} can't take a build (its disk is full)")
-            entry, module = _build(config, archs, key, tools, home, held)
+            entry, module = _build(recipe, tools, home, held)
         failures.forget(home, key)
-        note(home, config, archs, {"key": key, **_surroundings(tools)})
     collect.bound(home, keep=key)
-    return _kernel(config, entry, home, module)
+    return entry, home, module
 
 
-def _build(
-    config: KernelConfig,
-    archs: tuple[str, ...],
-    key: str,
-    tools: compiler.Tools,
-    store: Store,
-    held: Lock,
-) -> tuple[Entry, ModuleType]:
-    from .render import render_binding
+def check_buildable(store: Store) -> None:
+    """Raises StoreError where a store's path is one that ninja can't be told of; what is there can still be loaded."""
+    if not _BUILDABLE.fullmatch(str(store.root)):
+        raise StoreError(
+            f"Nothing can be built in the kernel cache {str(store.root)!r}: ninja, which runs the compilers, can't be "
+            f"told of a path with $, :, | or a line break in it. Set {CACHE_VARIABLE} to a folder without them."
+        )
 
-    edit = override.edited(config)
-    source = override.source(config)
-    made_of = ingredients(config, archs, tools.versions())
-    if (made_of["source"], _key_of(made_of)) != (_sha256(source), key):
-        raise StoreError(f"The edited source of {config.symbol} changed while its build began; ask for it again.")
-    where = f" for {', '.join(f'sm_{arch}' for arch in archs)}" if archs else " for the CPU"
+
+def _build(recipe: Recipe, tools: compiler.Tools, store: Store, held: Lock) -> tuple[Entry, ModuleType]:
+    """Compiles in a staging folder of its own and publishes, whether or not the lock is held."""
+    check_buildable(store)
+    edited = is_edited(recipe.facts)
+    where = f" for {', '.join(f'sm_{arch}' for arch in recipe.archs)}" if recipe.archs else " for the CPU"
     print(
-        f"onelaunch: building {config.symbol}{where}, because {store.root} has no build of it yet"
-        + (f" (edited by hand: {edit.path})" if edit else ""),
+        f"onelaunch: building {recipe.symbol}{where}, because {store.root} has no build of it yet"
+        + (" (edited by hand)" if edited else ""),
         file=sys.stderr,
         flush=True,
     )
-    name = module_name(config)
+    name = f"{recipe.symbol}_binding"
     with store.staging() as stage:
         held.phase("compiling")
         done = compiler.build(
-            name,
-            source,
-            render_binding(config, name),
-            archs=archs,
-            tools=tools,
-            stage=stage,
-            key=key,
+            name, recipe.source, recipe.binding, archs=recipe.archs, tools=tools, stage=stage, key=recipe.key
         )
         held.phase("publishing")
-        if edit:
-            (stage / EDITED_FILE).write_text(source, encoding="utf-8")
+        if edited:
+            (stage / EDITED_FILE).write_text(recipe.source, encoding="utf-8")
         facts = {
-            "schema": SCHEMA_VERSION,
-            "config": config.to_dict(),
-            "symbol": config.symbol,
-            "archs": list(archs),
+            "symbol": recipe.symbol,
+            "archs": list(recipe.archs),
             "module": name,
             "module_file": done.module_file,
-            "source_file": EDITED_FILE if edit else done.source_file,
+            "source_file": EDITED_FILE if edited else done.source_file,
             "compilers": tools.versions(),
             "command": done.command,
             "seconds": round(done.seconds, 3),
             "resources": done.resources,
             "requires": done.requires,
-            "ingredients": made_of,
+            **recipe.facts,
         }
-        log.event("build", config.symbol, key, "miss", done.seconds, *archs, "edited by hand" if edit else "")
-        return store.publish(stage, key, facts), done.module
+        mark = "edited by hand" if edited else ""
+        log.event("build", recipe.symbol, recipe.key, "miss", done.seconds, *recipe.archs, mark)
+        return store.publish(stage, recipe.key, facts), done.module
 
 
 def _kernel(config: KernelConfig, entry: Entry, store: Store, module: ModuleType | None = None) -> Kernel:

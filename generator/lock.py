@@ -84,12 +84,18 @@ def hold(path: Path, what: str, done: Callable[[], bool]) -> Iterator[Lock]:
 
     While another process has it, says on stderr every few seconds who that is. The wait ends when the holder lets go
     or dies (the kernel releases a dead process's lock), when ``done`` says that its work is there, or after
-    $ONELAUNCH_LOCK_TIMEOUT seconds.
+    $ONELAUNCH_LOCK_TIMEOUT seconds. A wait that ends so isn't an error: the block runs without the lock (``held`` is
+    False), and its caller builds for itself, in a staging folder of its own. Should the holder finish after all, the
+    one that publishes second takes the entry of the first.
 
     Args:
         path: the lock file; it stays, since unlinking it would split waiters over two files.
         what: what is waited for, as in "waiting for <what>".
         done: whether there is no more reason to wait.
+
+    Raises:
+        StoreError: $ONELAUNCH_LOCK_TIMEOUT isn't a number of seconds.
+        OSError: the lock file can't be made.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:

@@ -28,11 +28,13 @@ JOBS_VARIABLE = "MAX_JOBS"
 # A worker with torch in it, and the largest of nvcc's programs.
 WORKER_BYTES = 3 * 2**29
 DEFAULT_TIMEOUT_SECONDS = 600.0
+# Importing torch from a cold network file system takes minutes.
+START_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """One build: a configuration, and its architectures (None: those of the environment)."""
+    """One build: a configuration, and its architectures (None: as in loader.load)."""
 
     config: KernelConfig
     archs: tuple[str, ...] | None = None
@@ -87,7 +89,8 @@ def build_all(
 
     Args:
         at_once: workers, see workers().
-        timeout: seconds a build may take; then its worker is killed with every compiler that it started.
+        timeout: seconds a build may take; then its worker is killed with every compiler that it started. The others
+            go on, and nothing is remembered: the next build_all tries it again. The start of a worker isn't counted.
         report: called for each job as it ends.
         retry: compile again what failed before.
 
@@ -197,6 +200,7 @@ class _Worker:
             start_new_session=True,
         )
         self._said = bytearray()
+        self._ready = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def __enter__(self) -> _Worker:
@@ -226,6 +230,9 @@ class _Worker:
         error = ""
         answer: dict[str, Any] = {}
         try:
+            if not self._ready:
+                self._ready = bool(self._line(START_SECONDS))
+            began = time.perf_counter()
             self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
             self._process.stdin.flush()
             answer = json.loads(self._line(timeout))
@@ -233,6 +240,8 @@ class _Worker:
         except TimeoutError:
             self.kill()
             error = f"{job.config.symbol} wasn't built in {timeout:g} s; --timeout sets how long it may take."
+            if not self._ready:
+                error = f"The worker for {job.config.symbol} didn't start in {START_SECONDS:g} s."
         except (OSError, ValueError):
             self.kill()
             last = self._said.decode(errors="replace").strip().splitlines()[-1:]
@@ -310,6 +319,7 @@ def _main() -> None:
         answers.write(json.dumps(facts) + "\n")
         answers.flush()
 
+    answer({"ready": True})
     _serve(iter(sys.stdin.readline, ""), answer)
 
 

@@ -21,7 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -95,39 +95,7 @@ def identity(path: Path) -> dict[str, str | int]:
     return {"path": str(real), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-class VersionMemo:
-    """What executables answered about themselves, so that a warm process needn't run them again.
-
-    ``entries`` is plain JSON data, to be stored and given back to the constructor. Store it only where nobody
-    else can write: programs in a remembered toolkit folder get run. Malformed entries count as unknown.
-    """
-
-    def __init__(self, entries: Mapping[str, object] | None = None) -> None:
-        self.entries: dict[str, object] = dict(entries or {})
-
-    def lookup(self, path: Path) -> str | None:
-        """The remembered text, or None if the executable is unknown, changed or gone."""
-        entry = self.entries.get(str(path))
-        try:
-            if isinstance(entry, dict) and entry.get("identity") == identity(path):
-                text = entry.get("version")
-                return text if isinstance(text, str) else None
-        except OSError:
-            pass
-        return None
-
-    def remember(self, path: Path, version: str) -> None:
-        """Remembers the text, unless the answer may be another program's: a script's, a ccache link's."""
-        try:
-            with path.open("rb") as file:
-                own = file.read(4) == b"\x7fELF" and path.resolve().name not in _LAUNCHERS
-            if own:
-                self.entries[str(path)] = {"identity": identity(path), "version": version}
-        except OSError:
-            pass  # An unreadable program is asked again.
-
-
-def find_host_compiler(memo: VersionMemo | None = None) -> HostCompiler:
+def find_host_compiler() -> HostCompiler:
     """The C++ compiler: $CXX, else c++, g++ or clang++ on PATH or beside the interpreter.
 
     A launcher in $CXX ("ccache g++") is left out. A $CXX that doesn't run is skipped, and ``origin`` says so.
@@ -135,10 +103,10 @@ def find_host_compiler(memo: VersionMemo | None = None) -> HostCompiler:
     Raises:
         ToolchainError: there is none.
     """
-    return _compiler(_environment(), memo)
+    return _compiler(_environment())
 
 
-def find_toolkit(memo: VersionMemo | None = None) -> CudaToolkit:
+def find_toolkit() -> CudaToolkit:
     """The first complete CUDA toolkit that is 12.8 or newer.
 
     Looked for in $CUDA_HOME, $CUDA_PATH, nvcc on PATH, /usr/local/cuda, /usr/local/cuda-* (newest first),
@@ -147,7 +115,7 @@ def find_toolkit(memo: VersionMemo | None = None) -> CudaToolkit:
     Raises:
         ToolchainError: there is none; the message lists each place and what is wrong with it.
     """
-    return _toolkit(_environment(), memo)
+    return _toolkit(_environment())
 
 
 def find_ninja() -> Path:
@@ -159,9 +127,9 @@ def find_ninja() -> Path:
     return _ninja(_environment())[0]
 
 
-def preflight_cuda(memo: VersionMemo | None = None) -> tuple[CudaToolkit, HostCompiler, Path]:
+def preflight_cuda() -> tuple[CudaToolkit, HostCompiler, Path]:
     """What a CUDA build needs: a toolkit, a host compiler that fits it, and ninja. Raises ToolchainError."""
-    toolkit, compiler, ninja = find_toolkit(memo), find_host_compiler(memo), find_ninja()
+    toolkit, compiler, ninja = find_toolkit(), find_host_compiler(), find_ninja()
     check_pair(toolkit, compiler)
     return toolkit, compiler, ninja
 
@@ -230,6 +198,17 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
         ) from error
     # "a" unlocks the instructions of exactly this architecture, which exist since 9.0.
     return (f"{major}{minor}{'a' if major >= 9 else ''}",)
+
+
+def current_architectures() -> tuple[str, ...]:
+    """architectures() for the current CUDA device, or for none where no GPU is visible. Initialises CUDA.
+
+    Raises:
+        ToolchainError: see architectures().
+    """
+    import torch
+
+    return architectures(torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
 def gencode_flags(archs: Sequence[str], toolkit: CudaToolkit | None = None) -> list[str]:
@@ -347,7 +326,7 @@ def _first(what: str, candidates: Iterable[tuple[str, Callable[[str], T]]], advi
 
 
 @functools.cache
-def _compiler(environment: tuple[str | None, ...], memo: VersionMemo | None) -> HostCompiler:
+def _compiler(environment: tuple[str | None, ...]) -> HostCompiler:
     def probe(command: str, origin: str) -> HostCompiler:
         try:
             words = shlex.split(command)
@@ -358,11 +337,7 @@ def _compiler(environment: tuple[str | None, ...], memo: VersionMemo | None) -> 
         if not words:
             raise _Rejected("it names no compiler")
         path = _program(words[0])
-        version = memo.lookup(path) if memo else None
-        if version is None:
-            version = _version_of(path).splitlines()[0]
-            if memo:
-                memo.remember(path, version)
+        version = _version_of(path).splitlines()[0]
         return HostCompiler(path, version, origin, tuple(words[1:]))
 
     places = [(f"{name} on PATH", name) for name in ("c++", "g++", "clang++")]
@@ -399,7 +374,7 @@ def _ninja(environment: tuple[str | None, ...]) -> tuple[Path, str]:
 
 
 @functools.cache
-def _toolkit(environment: tuple[str | None, ...], memo: VersionMemo | None) -> CudaToolkit:
+def _toolkit(environment: tuple[str | None, ...]) -> CudaToolkit:
     try:
         installed = importlib.metadata.version("cuda-toolkit")
     except importlib.metadata.PackageNotFoundError:
@@ -408,7 +383,7 @@ def _toolkit(environment: tuple[str | None, ...], memo: VersionMemo | None) -> C
     release = f"=={installed}" if installed and not installed.startswith("12.") else ">=13"
     return _first(
         "A CUDA toolkit, 12.8 or newer and complete,",
-        ((place, functools.partial(_inspect, nvcc, memo)) for place, nvcc in _nvcc_candidates()),
+        ((place, functools.partial(_inspect, nvcc)) for place, nvcc in _nvcc_candidates()),
         "Install the CUDA toolkit and, if it is in none of these places, set CUDA_HOME to its folder. Or run"
         f' `pip install "cuda-toolkit[nvcc]{release}"`, which brings nvidia-cuda-nvcc, nvidia-cuda-crt,'
         " nvidia-nvvm and nvidia-cuda-runtime of one release.",
@@ -434,7 +409,7 @@ def _nvcc_candidates() -> Iterator[tuple[str, str]]:
         yield f"CONDA_PREFIX={prefix!r} in the environment", os.path.abspath(f"{prefix}/bin/nvcc")
 
 
-def _inspect(name: str, memo: VersionMemo | None, origin: str) -> CudaToolkit:
+def _inspect(name: str, origin: str) -> CudaToolkit:
     """The toolkit that an nvcc belongs to."""
     if "/cuda_nvcc/" in name and not os.path.exists(name):
         raise _Rejected("the CUDA 12 package nvidia-cuda-nvcc-cu12 holds ptxas but no nvcc")
@@ -442,11 +417,7 @@ def _inspect(name: str, memo: VersionMemo | None, origin: str) -> CudaToolkit:
     # nvcc looks for its profile beside the name that it is called by, so a link to it doesn't work.
     real = found.resolve()
     program = found if real.name in _LAUNCHERS else real
-    answer = memo.lookup(program) if memo else None
-    if answer is None:
-        answer = _ask(program)
-        if memo and re.search(r"^#\$ TOP=", answer, re.M):
-            memo.remember(program, answer)
+    answer = _ask(program)
     version = re.search(r"release [\d.]+, V([\d.]+)", answer)
     if version is None:
         raise _Rejected(f"{program} --version names no release")

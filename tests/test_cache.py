@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import KernelConfig, StoreError, collect, loader
+from onelaunch import KernelConfig, StoreError, collect, loader, render
 from onelaunch import compile as compiler
 from onelaunch.cli.main import app
 from onelaunch.explain import explain
+from onelaunch.render import render_binding
 from onelaunch.store import Store
 from typer.testing import CliRunner
 
@@ -56,6 +57,20 @@ def test_explain_a_hit_and_a_miss(store: Store) -> None:
     assert "num_backends: " in miss.output
     assert " → 4\n" in miss.output
     assert "source" not in miss.output
+
+
+def test_explain_passes_over_what_isnt_a_configuration(tmp_path: Path) -> None:
+    """A baseline of a measurement is built and kept as kernels are, and is nobody's neighbour."""
+    store, tools, config = Store(tmp_path / "cache"), compiler.find_tools("cpu"), CONFIGS[0]
+    binding = render_binding(config, f"{config.symbol}_binding")
+    recipe = loader.Recipe("c" * 64, config.symbol, render(config), binding, (), {})
+    entry, home, module = loader.obtain(recipe, tools, store)
+    assert (entry.key, home) == ("c" * 64, store)
+    assert module is not None
+    # Again, as after a wait for another process: there is nothing to build.
+    assert loader.obtain(recipe, tools, store)[2] is None
+    assert hasattr(loader.import_module(entry), "bind")
+    assert explain(CONFIGS[1], (), store).nearest is None
 
 
 def test_explain_names_the_compiler_that_changed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

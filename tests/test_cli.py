@@ -14,7 +14,7 @@ from typing import Any
 import audit
 import onelaunch
 import pytest
-from onelaunch import PRESETS, KernelConfig, loader, preset, render
+from onelaunch import PRESETS, KernelConfig, loader, prebuild, preset, render, toolchain
 from onelaunch.cli import main
 from onelaunch.cli.main import app
 from onelaunch.store import Store
@@ -216,20 +216,35 @@ def test_build_then_nothing_to_build(store: Store) -> None:
 
 
 def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[KernelConfig, Any]] = []
+    asked: list[prebuild.Job] = []
+
+    def build_all(jobs: list[prebuild.Job], at_once: int, timeout: float, report: Any, retry: bool) -> Any:
+        asked.extend(jobs)
+        ended = [prebuild.Done(job, "k" * 64, "/there", 0.5, True, "") for job in jobs]
+        for done in ended:
+            report(done)
+        return ended
 
     def specialize(config: KernelConfig, archs: Any) -> loader.Kernel:
-        asked.append((config, archs))
+        asked.append(prebuild.Job(config, archs))
         return loader.Kernel(config, "k" * 64, Path("/there"), archs or (), {}, sys)
 
+    monkeypatch.setattr(prebuild, "build_all", build_all)
     monkeypatch.setattr(onelaunch, "specialize", specialize)
     result = invoke("build", "nsa-decode-1", "nsa-copy-3", "--arch", "90a, 100a", "--set", "unroll=4")
     assert result.exit_code == 0, result.output
     configs = [preset(name).replace(unroll=4) for name in ("nsa-decode-1", "nsa-copy-3")]
-    assert asked == [(config, ("90a", "100a")) for config in configs]
-    assert [line.split()[-2] for line in result.stdout.splitlines()] == [config.symbol for config in configs]
+    assert asked == [prebuild.Job(config, ("90a", "100a")) for config in configs]
+    *rows, summary = result.stdout.splitlines()
+    assert [line.split()[-2:] for line in rows] == [[config.symbol, "/there"] for config in configs]
+    assert summary.startswith("2 built, 0 there before, 0 failed, in ")
+    # A single one is built by the command's own process.
     assert invoke("build").exit_code == 0
-    assert asked[-1] == (KernelConfig(), None)
+    assert asked[-1] == prebuild.Job(KernelConfig(), toolchain.current_architectures())
+    # Several without --arch are for the GPU that is here, which the children don't ask.
+    monkeypatch.setattr(toolchain, "current_architectures", lambda: ("89",))
+    assert invoke("build", "nsa-decode-1", "nsa-copy-3").exit_code == 0
+    assert [job.archs for job in asked[-2:]] == [("89",), ("89",)]
 
 
 def test_build_names_a_wrong_preset_before_it_builds_another(store: Store) -> None:
@@ -254,10 +269,14 @@ def test_build_refuses_an_architecture_that_is_none(store: Store) -> None:
     assert_one_sentence(invoke("build", "nsa-decode-1", "--arch", "hopper"), "'hopper'", "write 90a")
 
 
-def test_build_where_builds_are_forbidden(store: Store) -> None:
+def test_build_is_a_wish_that_no_policy_refuses(store: Store) -> None:
+    """ONELAUNCH_JIT is for the builds that a call would start; what the command built, such a call then finds."""
     result = invoke("build", "--set", SMALL, "--target", "cpu", ONELAUNCH_JIT="error")
-    assert_one_sentence(result, "Build it ahead of time with: onelaunch build --set")
-    assert not (store.root / "entries").exists()
+    assert result.exit_code == 0, result.output
+    (entry,) = store.entries()
+    assert result.stdout.split()[-1] == str(entry.module_path)
+    assert loader.POLICY_VARIABLE not in os.environ
+    assert "ONELAUNCH_JIT=error doesn't refuse this" in invoke("build", "--help", COLUMNS="200").stdout
 
 
 def test_a_build_that_fails_is_one_sentence(store: Store, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
  F     failure                                             where it is provoked, or why it can't happen
 =====  ==================================================  ========================================================
  F1    stale lock hangs everybody                          test_a_lock_file_of_a_dead_process_holds_nobody,
-                                                           test_a_builder_that_is_killed_is_taken_over
+                                                           test_a_builder_that_is_killed_is_taken_over,
+                                                           test_a_wait_that_takes_too_long_ends_in_a_build
  F2    second call after a failure hides it                test_a_failure_is_raised_again_without_compiling
  F3    ranks race, or all compile                          test_eight_processes_that_ask_at_once_get_one_build
  F4    sources of two builds mix under one name            test_two_hosts_that_share_a_folder_without_locks
@@ -15,15 +16,20 @@
  F7    stale after a toolkit change, or moved by a path    test_compile.test_the_key_changes_with_each_ingredient,
                                                            test_compile.test_no_path_in_the_key
  F8    wrong architecture cached                           test_compile.test_an_object_for_two_architectures,
-                                                           test_pack.test_misfits
- F9    no GPU at build time                                every CUDA build here has none: architectures are explicit
- F10   nvcc, gcc and torch don't fit                       test_toolchain (limits of host_config.h); static cudart
-                                                           makes torch's CUDA irrelevant
- F11   ninja or toolkit not found                          test_toolchain
- F12   read-only HOME, writes at import                    test_a_folder_that_cant_be_written,
+                                                           test_pack.test_misfits; bind loads on the device at once,
+                                                           and its error names both architectures
+ F9    no GPU at build time                                test_toolchain.test_no_gpu_is_asked_without_a_device,
+                                                           test_compile.test_presets_compile_for_sm_90a_...
+ F10   nvcc, gcc and torch don't fit                       test_toolchain.test_pair_follows_the_toolkits_own_header;
+                                                           static cudart makes torch's CUDA irrelevant
+ F11   ninja or toolkit not found                          test_toolchain.test_ninja_of_the_package_then_beside_...,
+                                                           test_toolchain.test_nothing_found_lists_every_place_...
+ F12   read-only HOME, writes at import                    test_a_named_folder_that_cant_be_written,
+                                                           test_the_usual_folder_where_home_is_a_file,
                                                            test_compile.test_import_writes_nothing_and_touches_no_gpu
- F13   first request compiles                              test_compile.test_frozen, test_prebuild
- F14   build or load inside graph capture                  test_nothing_is_loaded_while_a_graph_is_captured
+ F13   first request compiles                              test_compile.test_frozen, test_prebuild.py
+ F14   build or load inside graph capture                  test_nothing_is_loaded_while_a_graph_is_captured,
+                                                           test_gpu.test_a_capture_refuses_a_kernel_that_isnt_loaded
  F15   too many compilers for the memory                   test_prebuild.test_workers_are_bounded,
                                                            test_a_compiler_that_was_killed_may_be_tried_again
  F16   disk full, half a file                              test_a_full_disk, test_killed_before_it_published,
@@ -37,7 +43,9 @@
  F21   noexec                                              test_a_file_system_that_runs_no_programs
  F22   one CUDA major an object                            static cudart: the same test as F19 sees no CUDA library
  F23   cache grows without bound                           test_cache.py
- F24   Windows                                             Linux only, see the README's limits
+ F24   Windows, odd paths                                  test_another_system_is_refused_at_once,
+                                                           test_a_folder_with_a_space_in_its_name,
+                                                           test_a_folder_that_ninja_cant_be_told_of
  F25   no compiler in a service's environment              test_doctor.py, test_a_prebuilt_folder_needs_no_compiler
 =====  ==================================================  ========================================================
 """
@@ -48,6 +56,8 @@ import errno
 import fcntl
 import os
 import pickle
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,11 +70,22 @@ from typing import Any
 
 import pytest
 import torch
-from onelaunch import CompileError, JitPolicyError, KernelConfig, StoreError, failures, loader, lock, toolchain, trust
+from onelaunch import (
+    CompileError,
+    JitPolicyError,
+    KernelConfig,
+    StoreError,
+    doctor,
+    failures,
+    loader,
+    lock,
+    toolchain,
+    trust,
+)
 from onelaunch import compile as compiler
 from onelaunch import store as stores
 from onelaunch.store import MANIFEST, Store
-from processes import Children, finish, light_package, mounted, remount
+from processes import Children, finish, light_package, mounted, read_only
 
 RENDER = sys.modules["onelaunch.render"]
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
@@ -111,6 +132,26 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(compiler, "build", counted)
     return names
+
+
+def test_the_table_above_names_tests_that_there_are() -> None:
+    files = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")}
+    table = str(__doc__)
+    assert re.findall(r"^ F(\d+) ", table, re.M) == [str(number) for number in range(1, 26)]
+    named = re.findall(r"(?:(test_\w+)\.)?(test_\w+)(\.\.\.|\.py)?", table)
+    assert len(named) > 40
+    for module, name, rest in named:
+        if rest == ".py":
+            assert name in files, name
+            continue
+        text = files[module] if module else files[Path(__file__).stem]
+        assert re.search(rf"^def {name}{'' if rest else '[(]'}", text, re.M), f"{module}.{name}"
+
+
+def test_another_system_is_refused_at_once() -> None:
+    code = "import sys; sys.platform = 'win32'; import onelaunch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "ImportError: onelaunch runs on Linux only, and this is win32."
 
 
 # --------------------------------------------------------------------------------------------- many processes
@@ -190,6 +231,29 @@ def test_a_wait_that_takes_too_long_ends_in_a_build(
     monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "soon")
     with pytest.raises(StoreError, match="is 'soon'; it must be a number of seconds"), store.lock(key):
         pass
+
+
+def test_a_builder_that_is_slower_than_the_wait_takes_what_the_other_built(children: Children) -> None:
+    """Each builds in a staging folder of its own, so the one whose wait ended mixes nothing up."""
+    code = """
+signing_build = compiler.build
+def last(*args, stage, **kwargs):
+    done = signing_build(*args, stage=stage, **kwargs)
+    while not list((store.root / "entries").glob("*/manifest.json")):
+        time.sleep(0.01)
+    return done
+compiler.build = last
+"""
+    slow = children.start(code + LOAD)
+    children.wait_for("building")
+    quick = children.start(LOAD, ONELAUNCH_LOCK_TIMEOUT="0.2")
+    (first, _), (second, said) = finish(slow), finish(quick)
+    assert first == second
+    assert "gave up the wait for" in said
+    assert f"pid {slow.pid}, holds it since" in said
+    assert sorted(children.signed("building")) == sorted([slow.pid, quick.pid])
+    assert len(list((children.cache / "entries").iterdir())) == 1
+    assert list((children.cache / "staging").iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -311,13 +375,15 @@ def test_a_disk_that_fills_up_before_the_publish(store: Store, monkeypatch: pyte
     assert store.stored_keys() == []
 
 
-def test_a_folder_that_cant_be_written(tmp_path: Path) -> None:
+def test_a_named_folder_that_cant_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in it is used; what isn't is built in a private temporary folder, with one warning."""
-    with mounted(tmp_path / "shelf", "size=32m") as folder:
-        kernel = loader.load(SMALL, store=Store(folder / "cache"))
-        loader._loaded.clear()
-        remount(folder, "ro")
-        store = Store(folder / "cache")
+    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "cache"))
+    kernel = loader.load(SMALL, store=Store())
+    assert tmp_path / "cache" in kernel.path.parents
+    loader._loaded.clear()
+    with read_only(tmp_path / "cache"):
+        before = sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*"))
+        store = Store()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert loader.load(SMALL, store=store).path == kernel.path
@@ -329,6 +395,29 @@ def test_a_folder_that_cant_be_written(tmp_path: Path) -> None:
         assert len(caught) == 1
         assert other.path.is_file()
         assert other.path.stat().st_mode & 0o077 == 0
+        # Other compilers, so that the note of the request doesn't lead to it: it is found by its key, with no warning.
+        loader._loaded.clear()
+        monkeypatch.setattr(loader, "_unchanged", lambda noted: False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert loader.load(SMALL, store=store).path == kernel.path
+        assert sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*")) == before
+
+
+def test_a_named_folder_whose_place_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prebuilt folder still comes first, and then nothing is built or warned of."""
+    shelf = Store(tmp_path / "shelf")
+    kernel = loader.load(SMALL, store=shelf)
+    loader._loaded.clear()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(stores.PREBUILT_VARIABLE, str(shelf.root))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loader.load(SMALL, store=Store()).path == kernel.path
+    with pytest.warns(UserWarning, match=r"file/cache can't be used \(Not a directory\); builds go to") as caught:
+        assert hasattr(loader.load(OTHER, store=Store()).module, "bind")
+    assert len(caught) == 1
 
 
 def test_the_usual_folder_where_home_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +443,24 @@ def test_a_temporary_store_goes_with_its_process(children: Children, tmp_path: P
 def test_a_folder_with_a_space_in_its_name(tmp_path: Path, target: str) -> None:
     config = KernelConfig(fields=("cache_seqlens",), target="cpu" if target == "cpu" else "cuda")
     assert loader.load(config, ("90a",), Store(tmp_path / "some one's cache")).path.is_file()
+
+
+@pytest.mark.parametrize("name", ["a$b", "a:b", "a|b", "a\nb"])
+def test_a_folder_that_ninja_cant_be_told_of(
+    store: Store, tmp_path: Path, name: str, builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Store(tmp_path / name)
+    with pytest.raises(StoreError, match=r"a path with \$, :, \| or a line break in it\. Set ONELAUNCH_CACHE_DIR"):
+        loader.load(SMALL, store=other)
+    assert builds == []
+    monkeypatch.setattr(loader, "default_store", lambda: other)
+    (row,) = doctor._cache()
+    assert row.level == "fix"
+    # What was built elsewhere can be loaded there.
+    loader.load(SMALL, store=store)
+    shutil.copytree(store.root, other.root, dirs_exist_ok=True)
+    loader._loaded.clear()
+    assert other.root in loader.load(SMALL, store=other).path.parents
 
 
 def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from pathlib import Path
 import onelaunch
 import pytest
 import torch
-from onelaunch import PRESETS, MetadataBuffers, reference
+from onelaunch import PRESETS, JitPolicyError, MetadataBuffers, loader, reference, toolchain
+from onelaunch.store import Store
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -98,6 +100,44 @@ def test_graphs_of_several_batch_sizes_share_the_destinations() -> None:
         expected = [buffers(64, width, device) for _ in range(2)]
         reference.refresh(expected, lengths[:bs], rows[:bs], pool, index_topk=2048, page_size=64, extent="live")
         assert_equal(backends, expected)
+
+
+def test_a_capture_refuses_a_kernel_that_isnt_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither built nor loaded while a graph is captured; the capture is abandoned, and the next one works."""
+    store = Store(tmp_path / "cache")
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    config = onelaunch.KernelConfig(fields=("cache_seqlens",), num_backends=2)
+    archs = toolchain.architectures(torch.cuda.current_device())
+    counts = torch.zeros(8, device="cuda")
+    counts.add_(0)  # torch's own kernel is loaded before any capture
+    torch.cuda.synchronize()
+
+    def captured() -> tuple[torch.cuda.CUDAGraph, loader.Kernel]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            counts.add_(1)
+            kernel = onelaunch.specialize(config)
+        return graph, kernel
+
+    sentence = "isn't loaded yet and a CUDA graph is being captured. Bind the plan, or call once, before the capture"
+    with pytest.raises(JitPolicyError, match=re.escape(sentence)) as caught:
+        captured()
+    assert str(caught.value).endswith(loader.build_command(config, archs))
+    assert not store.root.exists(), "something was built"
+    assert not torch.cuda.is_current_stream_capturing()
+    torch.cuda.synchronize()
+    assert counts.tolist() == [0] * 8, "what was captured ran"
+    # Built, yet not loaded by this process: refused all the same.
+    kernel = onelaunch.specialize(config)
+    loader._loaded.clear()
+    with pytest.raises(JitPolicyError, match=re.escape(sentence)):
+        captured()
+    # Loaded before the capture, it is no matter.
+    assert onelaunch.specialize(config).key == kernel.key
+    graph, again = captured()
+    assert again.key == kernel.key
+    graph.replay()
+    assert counts.tolist() == [1] * 8
 
 
 def refresh_by_plan(device: torch.device) -> Callable[[], object]:

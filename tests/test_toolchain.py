@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -451,42 +450,6 @@ def test_a_search_runs_once_until_the_environment_changes(tmp_path: Path, monkey
     assert toolchain.find_toolkit().version == "13.1.1"
     monkeypatch.delenv("CUDA_HOME")
     assert toolchain.find_toolkit().version == "13.0.88"
-
-
-def test_memo_spares_the_subprocess_and_notices_a_changed_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "bin" / "c++"
-    program.write_bytes(ELF)
-    answers = iter(["g++ (GCC) 12.1.0\nmore", "g++ (GCC) 12.2.0\nmore"])
-    monkeypatch.setattr(toolchain, "_run", lambda *command: (0, next(answers)))
-    memo = toolchain.VersionMemo()
-    assert toolchain.find_host_compiler(memo).version == "g++ (GCC) 12.1.0"
-    toolchain.reset()
-    stored = toolchain.VersionMemo(json.loads(json.dumps(memo.entries)))
-    assert toolchain.find_host_compiler(stored).version == "g++ (GCC) 12.1.0"
-    toolchain.reset()
-    program.write_bytes(ELF + b"!")
-    assert toolchain.find_host_compiler(stored).version == "g++ (GCC) 12.2.0"
-
-
-def test_memo_keeps_no_answer_that_another_program_gave(tmp_path: Path) -> None:
-    memo = toolchain.VersionMemo()
-    (tmp_path / "ccache").write_bytes(ELF)
-    (tmp_path / "g++").symlink_to(tmp_path / "ccache")
-    for path in (tmp_path / "g++", compiler(tmp_path / "wrapper"), tmp_path / "missing"):
-        memo.remember(path, "1")
-        assert memo.lookup(path) is None
-    assert memo.entries == {}
-
-
-def test_memo_treats_malformed_entries_as_unknown(tmp_path: Path) -> None:
-    program = tmp_path / "program"
-    program.write_bytes(ELF)
-    same = toolchain.identity(program)
-    for entry in (None, "text", {}, {"identity": same}, {"identity": same, "version": 3}, {"version": "1"}):
-        assert toolchain.VersionMemo({str(program): entry}).lookup(program) is None
-    assert toolchain.VersionMemo({str(program): {"identity": same, "version": "1"}}).lookup(program) == "1"
 
 
 # The report
