@@ -138,8 +138,8 @@ def print_text(text: str, lexer: str) -> None:
     from rich.console import Console
     from rich.syntax import Syntax
 
-    # Long lines are the terminal's to wrap: folded ones couldn't be copied.
-    highlighted = Syntax(text, lexer, background_color="default").highlight(text)
+    # Plain text keeps the terminal's own colour, dark or light; it also wraps, as folded lines couldn't be copied.
+    highlighted = Syntax(text, lexer, theme="ansi_dark", background_color="default").highlight(text)
     Console().print(highlighted, soft_wrap=True, end="")
 
 

@@ -73,7 +73,7 @@ def of_config(
     Raises:
         ToolchainError, StoreError: see loader.load.
     """
-    targets = () if config.target == "cpu" else tuple(archs or toolchain.architectures())
+    targets = () if config.target == "cpu" else tuple(archs or toolchain.current_architectures())
     edit = override.edited(config)
     return Subject(
         name,
@@ -121,7 +121,7 @@ def of_file(path: Path, archs: Sequence[str] | None = None) -> Subject:
             config = preset(told[1]) if told[1] in PRESETS else parse_settings(told[1])
         except ConfigError:
             config = None
-    targets = () if config is not None and config.target == "cpu" else tuple(archs or toolchain.architectures())
+    targets = () if config is not None and config.target == "cpu" else tuple(archs or toolchain.current_architectures())
     edited = config is not None and source != render(config)
     return Subject(str(path), source, symbol[1], targets, config, None, path if edited else None)
 
@@ -140,7 +140,7 @@ def find(
             default configuration.
         settings: ``key=value,…`` over the preset.
         target: "cuda" or "cpu", over the preset.
-        archs: GPU architectures; None is those of an entry, else see toolchain.architectures.
+        archs: GPU architectures; None is those of an entry, else see toolchain.current_architectures.
         store: None is the user's.
 
     Raises:

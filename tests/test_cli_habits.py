@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -203,3 +204,37 @@ def test_a_shell_completes_presets(verb: str) -> None:
 def test_sizes_for_people() -> None:
     said = {0: "0 B", 999: "999 B", 1000: "1 KB", 2_400_000: "2 MB", 3_100_000_000: "3.1 GB"}
     assert {count: common.size(count) for count in said} == said
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (
+            ["explain", "--set", "fields=cache_seqlens", "--target", "cpu"],
+            {"hit", "key", "nearest", "differs"},
+        ),
+        (["list"], {"presets", "others"}),
+        (["describe"], {"fields", "bytes_read", "bytes_written", "estimate"}),
+        (["show", "--target", "cpu", "--what", "command"], {"onelaunch"}),
+    ],
+)
+def test_json_for_scripts(words: list[str], names: set[str]) -> None:
+    result = invoke(*words, "--json")
+    facts = json.loads(result.stdout)
+    assert names <= set(facts)
+    if words[0] == "explain":
+        assert result.exit_code == (0 if facts["hit"] else 1)
+        assert re.fullmatch(r"[0-9a-f]{64}", facts["key"])
+    else:
+        assert result.exit_code == 0
+
+
+@pytest.mark.nvcc
+def test_generate_tells_editors_of_every_preset(tmp_path: Path) -> None:
+    result = invoke("generate", "--folder", str(tmp_path / "emitted"), "--clangd")
+    assert result.exit_code == 0, result.output
+    (tmp_path / "emitted" / "mine.cu").write_text("int main() {}\n")
+    again = invoke("generate", "--folder", str(tmp_path / "emitted"), "--clangd")
+    assert f"wrote {tmp_path / 'emitted' / 'mine.cu'}" in again.stdout, "a stray file isn't removed"
+    commands = json.loads((tmp_path / "emitted" / "compile_commands.json").read_text())
+    assert {Path(command["file"]).stem for command in commands} == set(PRESETS)
