@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -527,3 +528,15 @@ def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] []"
+
+
+def test_the_lines_of_the_readme() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(from onelaunch.integrations.*?)```", readme, re.S)
+    multi = captured_dsa()
+    source = multi.attn_backends[0].req_to_token
+    forward = engines.batch(source, LENGTHS[4])
+    names = {"multi_step_backend": multi, "bs": 4, **vars(forward)}
+    exec(block, names)
+    held = [child.forward_metadata for child in multi.attn_backends]
+    assert_refreshed(forward, source, [dsa_tensors(m) for m in held])
