@@ -54,6 +54,8 @@ def metadata_class(prefix: str) -> type:
 class DSABackend:
     """One backend: a child of the multi-step one, or the target's, or the one that extends."""
 
+    sm100 = False
+
     def __init__(self, pool: Tensor, *, page_size: int = 64, prefix: str = "dsa", step: int = 0, n: int = 4) -> None:
         self.req_to_token, self.real_page_size, self.prefix = pool, page_size, prefix
         self.device, self.topk, self.speculative_step_id = pool.device, 1, step
@@ -96,9 +98,19 @@ class DSABackend:
             # with pages of one token they are one object
             real_page_table=table if self.real_page_size == 1 else new(rows, pages, device=self.device),
             paged_mqa_schedule_metadata=new(5, 2, device=self.device),
-            paged_mqa_ctx_lens_2d=expanded.unsqueeze(-1),
+            paged_mqa_ctx_lens_2d=self._build_paged_mqa_schedule_2d_ctx_lens(
+                ForwardMode(mode.upper()), cache, expanded, bs
+            ),
             **{f"{self.prefix}_{name}": tensor for name, tensor in per_mode.items()},
         )
+
+    def _build_paged_mqa_schedule_2d_ctx_lens(
+        self, forward_mode: ForwardMode, cache_seqlens: Tensor, seqlens_expanded: Tensor, bs: int
+    ) -> Tensor:
+        """A view, but for a verification on SM100."""
+        if forward_mode.is_target_verify() and self.sm100:
+            return cache_seqlens.view(-1, 1).expand(-1, self.speculative_num_draft_tokens).contiguous()
+        return (cache_seqlens if forward_mode.is_decode_or_idle() else seqlens_expanded).view(-1, 1)
 
     def set_dsa_prefill_impl(self, forward_batch: Any) -> None:
         self.calls.append("prefill_impl")

@@ -455,9 +455,11 @@ def test_the_lines_for_dsa_drafts_refresh_all_that_a_replay_reads() -> None:
         assert bool((metadata.paged_mqa_schedule_metadata == sum(LENGTHS[4])).all())
 
 
-def test_the_lines_for_verification() -> None:
+@pytest.mark.parametrize("sm100", [False, True])
+def test_the_lines_for_verification(sm100: bool) -> None:
     source = pool()
     backend = engines.DSABackend(source)
+    backend.sm100 = sm100
     backend.init_cuda_graph_state(4, 16)
     backend.capture(4, "target_verify")
     forward = engines.batch(source, LENGTHS[4])
@@ -472,8 +474,13 @@ def test_the_lines_for_verification() -> None:
             "forward_mode": engines.ForwardMode("TARGET_VERIFY"),
         },
     )
-    tensors = dsa_tensors(backend.decode_cuda_graph_metadata[4], mode="target_verify")
+    metadata = backend.decode_cuda_graph_metadata[4]
+    assert backend.forward_metadata is metadata
+    tensors = dsa_tensors(metadata, mode="target_verify")
     assert_refreshed(forward, source, [tensors], mode="target_verify", next_n=4)
+    wanted = [length + (4 if sm100 else j + 1) for length in LENGTHS[4] for j in range(4)]
+    assert metadata.paged_mqa_ctx_lens_2d.flatten().tolist() == wanted
+    assert bool((metadata.paged_mqa_schedule_metadata == sum(wanted)).all())
 
 
 def test_the_lines_for_fa3_drafts() -> None:

@@ -18,7 +18,7 @@ DSA, draft steps. The children are refreshed at once, in place of one precomputa
         child._refresh_topk_v2_plan(metadata)
         child.forward_metadata = metadata
 
-The schedules that DSA's own functions make stay theirs. ``flashmla_metadata`` of the sparse kernel depends on the batch
+The schedules that DSA's own functions make stay theirs, as do the write plans of k-pools. ``flashmla_metadata`` of the sparse kernel depends on the batch
 size alone, so it stays as capture left it.
 
 DSA, verification and draft extension. ``forward_mode`` may be SGLang's enumeration or a name of bind()'s modes::
@@ -26,8 +26,16 @@ DSA, verification and draft extension. ``forward_mode`` may be SGLang's enumerat
     # DeepseekSparseAttnBackend.__init__, at its end
     self.refresher = Refresher(self)
 
-    # _apply_cuda_graph_metadata, in place of the three modes' branches and of the tables below them
+    # _apply_cuda_graph_metadata, in place of what follows `req_pool_indices = req_pool_indices[:bs]`
     self.refresher.run(bs, seq_lens, req_pool_indices, mode=forward_mode)
+    metadata = self.decode_cuda_graph_metadata[bs]
+    lengths = self._build_paged_mqa_schedule_2d_ctx_lens(
+        forward_mode, metadata.cache_seqlens_int32, metadata.dsa_seqlens_expanded, bs
+    )
+    self._refresh_paged_mqa_schedule_metadata(metadata, lengths)
+    metadata.paged_mqa_ctx_lens_2d.copy_(lengths)  # for a verification on SM100; itself elsewhere
+    self._refresh_topk_v2_plan(metadata)
+    self.forward_metadata = metadata
 
 FA3 and TRTLLM-MHA, draft steps. Step i sees i + 1 tokens more, still in one launch with one gather::
 
@@ -68,8 +76,9 @@ from ..fields import MetadataBuffers
 from ..plan import Plan, bind
 from .attributes import REQUIRED, described, has, read
 
-# The names of each field's attribute, new ones first; ? marks what an object may lack.
 _Names = dict[str, tuple[str, ...]]
+
+# The names of each field's attribute, new ones first; ? marks what an object may lack.
 _DSA: _Names = {
     "cache_seqlens": ("cache_seqlens_int32", "cache_seqlens"),
     "cu_seqlens_k": ("cu_seqlens_k",),
