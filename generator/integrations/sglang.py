@@ -18,8 +18,8 @@ DSA, draft steps. The children are refreshed at once, in place of one precomputa
         child._refresh_topk_v2_plan(metadata)
         child.forward_metadata = metadata
 
-The schedules that DSA's own functions make stay theirs, as do the write plans of k-pools. ``flashmla_metadata`` of the sparse kernel depends on the batch
-size alone, so it stays as capture left it.
+The schedules that DSA's own functions make stay theirs, as do the write plans of k-pools. ``flashmla_metadata`` of the
+sparse kernel depends on the batch size alone, so it stays as capture left it.
 
 DSA, verification and draft extension. ``forward_mode`` may be SGLang's enumeration or a name of bind()'s modes::
 
