@@ -32,6 +32,7 @@ from .errors import (
     ToolchainError,
 )
 from .fields import FIELDS, Field, MetadataBuffers
+from .groups import Groups, bind_groups
 from .loader import Kernel, freeze
 from .plan import Plan, bind
 from .render import render
@@ -45,6 +46,7 @@ __all__ = [
     "CompileError",
     "ConfigError",
     "Field",
+    "Groups",
     "JitPolicyError",
     "Kernel",
     "KernelConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "StoreError",
     "ToolchainError",
     "bind",
+    "bind_groups",
     "distribute",
     "freeze",
     "fused_metadata_copy_cuda",

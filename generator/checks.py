@@ -134,8 +134,16 @@ class Region:
         return True
 
 
-def check_disjoint(regions: Iterable[Region]) -> None:
+def check_disjoint(
+    regions: Iterable[Region],
+    advice: str = "destinations must be separate, or exactly the same tensor in several backends. "
+    "Allocate it separately.",
+) -> None:
     """Every two regions are disjoint.
+
+    Args:
+        regions: in any order.
+        advice: what is allowed and what to do, for the message.
 
     Raises:
         ArgumentError: two of them overlap; names both.
@@ -145,8 +153,5 @@ def check_disjoint(regions: Iterable[Region]) -> None:
         open_regions = [other for other in open_regions if other.end > region.start]
         for other in open_regions:
             if region.overlaps(other):
-                raise ArgumentError(
-                    f"{region.name} overlaps {other.name} in memory; destinations must be separate, or exactly the "
-                    "same tensor in several backends. Allocate it separately."
-                )
+                raise ArgumentError(f"{region.name} overlaps {other.name} in memory; {advice}")
         open_regions.append(region)

@@ -247,6 +247,7 @@ class Plan:
         device: the device of all tensors.
         capacity: the largest batch that fits the destinations.
         row_capacity: the most rows that do; with variable extend lengths the caller keeps their sum within it.
+        regions: the memory that it writes.
         launches: kernel launches so far.
     """
 
@@ -263,7 +264,7 @@ class Plan:
         self.launches = 0
         self._columns = columns
         self._limit = columns
-        self._regions = destinations.regions
+        self.regions = destinations.regions
         # The kernel holds bare addresses: the tensors must live as long as the plan.
         self._tensors = (destinations.tensors, req_to_token) if keep else None
         self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
@@ -382,6 +383,22 @@ class Plan:
     def _refused(self, error: RuntimeError) -> LaunchError:
         return LaunchError(f"{self.config.symbol} wasn't launched on {self.device}: {error}.")
 
+    def admit(
+        self,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None = None,
+        *,
+        max_len: int | None = None,
+    ) -> None:
+        """Refuses what run() would refuse, and launches nothing.
+
+        Raises:
+            ArgumentError: a tensor doesn't fit.
+        """
+        batch_size = seq_lens.numel() if isinstance(seq_lens, Tensor) else 0
+        self._check(seq_lens, req_pool_indices, extend_seq_lens, batch_size, max_len)
+
     def _check(
         self,
         seq_lens: Tensor,
@@ -412,7 +429,7 @@ class Plan:
             unread = not read
             check_tensor(name, tensor, dim=1, dtypes=INT_DTYPES if unread else (dtype,), device=self.device)
             region = Region.of(name, tensor)
-            for destination in self._regions:
+            for destination in self.regions:
                 if region.overlaps(destination):
                     raise ArgumentError(
                         f"{name} overlaps {destination.name} in memory; the kernel would read what it is writing. "
@@ -551,13 +568,13 @@ def make_plan(
     backends: Sequence[MetadataBuffers],
     req_to_token: Tensor,
     *,
-    mode: str,
-    index_topk: int,
-    page_size: int,
-    extent: str,
-    max_len: int | None,
-    seq_lens_dtype: torch.dtype,
-    req_pool_indices_dtype: torch.dtype,
+    mode: str = "decode",
+    index_topk: int = 2048,
+    page_size: int = 64,
+    extent: str = "live",
+    max_len: int | None = None,
+    seq_lens_dtype: torch.dtype = torch.int64,
+    req_pool_indices_dtype: torch.dtype = torch.int64,
     next_n: int = 1,
     extend: str = "uniform",
     extend_seq_lens_dtype: torch.dtype = torch.int64,

@@ -424,3 +424,24 @@ def test_destinations_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(table[-1], pool[rows[-1]])
     assert torch.equal(table[:-1, :5], pool[rows[:-1], :5])
     assert bool((table[:-1, 5:] == POISON).all())
+
+
+def test_a_million_columns_of_64_backends() -> None:
+    """A pool of a million-token context, read beyond 2^31 elements, to 64 backends."""
+    device = torch.device("cuda", 0)
+    width, n = 2**20 + 1, 64
+    rows_needed = 2**31 // width + 3
+    free, _ = torch.cuda.mem_get_info()
+    if free < 4 * width * (rows_needed + 2 * 3 * n + 8):
+        pytest.skip("needs 11 GB of free device memory")
+    pool = torch.empty((rows_needed, width), dtype=torch.int32, device=device)
+    chosen = torch.tensor([rows_needed - 1, 0, 2**31 // width + 1], device=device)
+    pool[chosen] = torch.randint(0, 2**30, (3, width), dtype=torch.int32, device=device)
+    lengths = torch.tensor([width, 65, width - 3], device=device)
+    target = [buffers(3, width, device) for _ in range(n)]
+    plan = onelaunch.bind(target, req_to_token=pool)
+    plan.run(lengths, chosen)
+    assert plan.launches == 1
+    expected = [buffers(3, width, device)]
+    reference.refresh(expected, lengths, chosen, pool, index_topk=2048, page_size=64, extent="live")
+    assert_equal(target, expected * n)

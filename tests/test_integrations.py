@@ -1,0 +1,549 @@
+"""The engines' helpers against stand-ins of the engines' objects, compared with the reference."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import engines
+import pytest
+import support
+import torch
+from onelaunch import ArgumentError, MetadataBuffers, reference
+from onelaunch.integrations import sglang, vllm
+from support import POISON
+from torch import Tensor
+
+WIDTH = 331
+LENGTHS = {1: [97], 4: [0, 5, 331, 64], 3: [1, 200, 77]}
+
+
+def pool(device: torch.device | str = "cpu", width: int = WIDTH) -> Tensor:
+    return support.token_pool(9, width, strides="odd", device=device)
+
+
+def expected(
+    forward: SimpleNamespace, source: Tensor, backends: list[dict[str, Tensor]], **facts: Any
+) -> list[dict[str, Tensor]]:
+    """What the reference makes of poisoned tensors of these shapes."""
+    bs = forward.batch_size
+    wanted = [{name: torch.full(t.shape, POISON, dtype=torch.int32) for name, t in b.items()} for b in backends]
+    reference.refresh(
+        [MetadataBuffers(**b) for b in wanted],
+        forward.seq_lens[:bs].cpu(),
+        forward.req_pool_indices[:bs].cpu(),
+        source.cpu(),
+        **{"extent": "live", "index_topk": 70, "page_size": 64, **facts},
+    )
+    return wanted
+
+
+def assert_refreshed(forward: SimpleNamespace, source: Tensor, backends: list[dict[str, Tensor]], **facts: Any) -> None:
+    wanted = expected(forward, source, backends, **facts)
+    for index, (got, want) in enumerate(zip(backends, wanted, strict=True)):
+        for name, tensor in got.items():
+            assert torch.equal(tensor.cpu(), want[name]), f"backend {index}: {name}"
+
+
+def dsa_tensors(metadata: Any, prefix: str = "dsa", mode: str = "decode") -> dict[str, Tensor]:
+    """The fields of a DSA metadata object, by names written down here."""
+    found = {
+        "cache_seqlens": metadata.cache_seqlens_int32,
+        "cu_seqlens_k": metadata.cu_seqlens_k,
+        "page_indices": metadata.page_table_1,
+        "nsa_cache_seqlens": getattr(metadata, f"{prefix}_cache_seqlens_int32"),
+        "nsa_cu_seqlens_k": getattr(metadata, f"{prefix}_cu_seqlens_k"),
+    }
+    if metadata.page_size > 1:
+        found["real_page_table"] = metadata.real_page_table
+    if mode != "decode":
+        found["seqlens_expanded"] = getattr(metadata, f"{prefix}_seqlens_expanded")
+    return found
+
+
+def mha_tensors(metadata: Any) -> dict[str, Tensor]:
+    return {
+        "cache_seqlens": metadata.cache_seqlens_int32,
+        "cu_seqlens_k": metadata.cu_seqlens_k,
+        "real_page_table": metadata.page_table,
+    }
+
+
+def poison(multi: engines.MultiStep) -> None:
+    """What another batch size left in the tables they share."""
+    for child in multi.attn_backends[: multi.captured]:
+        child.decode_cuda_graph_metadata["page_table"].fill_(POISON)
+
+
+def lines_of(module: Any) -> list[str]:
+    """The code that a module's docstring shows, block by block."""
+    found = re.findall(r"::\n\n((?:    .*\n|\n)+)", inspect.getdoc(module) + "\n")
+    return [textwrap.dedent(block) for block in found]
+
+
+# ------------------------------------------------------------------------------------------------ DSA
+
+
+@pytest.mark.parametrize("prefix", ["dsa", "nsa"])
+def test_one_launch_refreshes_all_draft_steps_of_every_captured_batch_size(device: torch.device, prefix: str) -> None:
+    source = pool(device)
+    multi = engines.dsa(source, prefix=prefix)
+    multi.init_cuda_graph_state(max_bs=4)
+    for bs in LENGTHS:
+        multi.capture(bs)
+    refresher = sglang.Refresher(multi)
+    for launches, bs in enumerate([4, 1, 3, 4, 1], start=1):
+        poison(multi)
+        forward = engines.batch(source, LENGTHS[bs], spare=5 - bs)
+        pairs = refresher.run(bs, forward.seq_lens, forward.req_pool_indices)
+        held = [child.decode_cuda_graph_metadata[bs] for child in multi.attn_backends]
+        assert [child for child, _ in pairs] == multi.attn_backends
+        assert all(metadata is h for (_, metadata), h in zip(pairs, held, strict=True))
+        assert_refreshed(forward, source, [dsa_tensors(m, prefix) for m in held])
+        assert sum(plan.launches for plan in refresher.plans.values()) == launches
+        table = multi.attn_backends[0].decode_cuda_graph_metadata["page_table"]
+        assert bool((table[bs:] == POISON).all()), "rows of other requests were written"
+    assert len(refresher.plans) == 3
+    plans = refresher.plans.values()
+    assert all(plan.config.num_backends == 3 and plan.config.index_topk == 70 for plan in plans)
+    assert len({plan.kernel.key for plan in plans}) == 1, "batch sizes have kernels of their own"
+
+
+def test_pages_of_one_token(device: torch.device) -> None:
+    source = pool(device)
+    multi = engines.dsa(source, page_size=1)
+    multi.init_cuda_graph_state(max_bs=3)
+    multi.capture(3)
+    forward = engines.batch(source, LENGTHS[3])
+    sglang.Refresher(multi).run(3, forward.seq_lens, forward.req_pool_indices)
+    held = [child.decode_cuda_graph_metadata[3] for child in multi.attn_backends]
+    assert all(m.real_page_table is m.page_table_1 for m in held)
+    assert_refreshed(forward, source, [dsa_tensors(m) for m in held], page_size=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("target_verify", "TARGET_VERIFY"), ("draft_extend", "DRAFT_EXTEND_V2"), ("draft_extend", "DRAFT_EXTEND")],
+)
+def test_verification_and_extension_of_a_single_backend(device: torch.device, mode: str, name: str) -> None:
+    source = pool(device)
+    backend = engines.DSABackend(source, n=3)
+    backend.init_cuda_graph_state(max_bs=4, max_num_tokens=12)
+    backend.capture(4, mode)
+    forward = engines.batch(source, LENGTHS[4])
+    refresher = sglang.Refresher(backend)
+    refresher.run(4, forward.seq_lens, forward.req_pool_indices, mode=engines.ForwardMode(name))
+    (plan,) = refresher.plans.values()
+    assert (plan.config.mode, plan.config.next_n, plan.launches) == (mode, 3, 1)
+    tensors = dsa_tensors(backend.decode_cuda_graph_metadata[4], mode=mode)
+    assert_refreshed(forward, source, [tensors], mode=mode, next_n=3)
+
+
+def test_the_wide_table_may_be_dropped_and_pools_are_found() -> None:
+    source = pool(width=640)
+    backend = engines.DSABackend(source)
+    backend.dsa_index_kpool, backend.physical_page_size, backend.real_page_size = 4, 16, 7
+    backend.init_cuda_graph_state(4, 4)
+    backend.capture(4)
+    metadata = SimpleNamespace(**vars(backend.decode_cuda_graph_metadata[4]))
+    metadata.page_table_1 = None
+    metadata.real_page_table = engines.new(4, 40)
+    metadata.pooled_cache_seqlens_int32, metadata.pooled_real_page_table = engines.new(4), engines.new(4, 10)
+    backend.decode_cuda_graph_metadata[4] = metadata
+    forward = engines.batch(source, LENGTHS[4])
+    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices)
+    tensors = {
+        "cache_seqlens": metadata.cache_seqlens_int32,
+        "nsa_cache_seqlens": metadata.dsa_cache_seqlens_int32,
+        "real_page_table": metadata.real_page_table,
+        "pooled_cache_seqlens": metadata.pooled_cache_seqlens_int32,
+        "pooled_real_page_table": metadata.pooled_real_page_table,
+    }
+    assert_refreshed(forward, source, [tensors], page_size=16, index_kpool=4)
+
+
+def test_a_batch_size_captured_again_gets_a_new_plan() -> None:
+    source = pool()
+    multi = engines.dsa(source)
+    multi.init_cuda_graph_state(max_bs=3)
+    multi.capture(3)
+    refresher = sglang.Refresher(multi)
+    before = refresher.prepare(3)
+    assert refresher.prepare(3) is before
+    multi.capture(3)
+    forward = engines.batch(source, LENGTHS[3])
+    refresher.run(3, forward.seq_lens, forward.req_pool_indices)
+    assert before.launches == 0
+    held = [child.decode_cuda_graph_metadata[3] for child in multi.attn_backends]
+    assert_refreshed(forward, source, [dsa_tensors(m) for m in held])
+
+
+def test_precomputed_metadata_is_read_too() -> None:
+    tensors = {name: engines.new(4) for name in ("cache_seqlens", "dsa_cache_seqlens", "seqlens_expanded")}
+    sums = {name: engines.new(5) for name in ("cu_seqlens_k", "dsa_cu_seqlens_k")}
+    tables = {"page_indices": engines.new(4, 64), "real_page_table": None}
+    buffers = sglang.buffers_from(SimpleNamespace(**tensors, **sums, **tables, max_len=64))
+    assert buffers.nsa_cache_seqlens is tensors["dsa_cache_seqlens"]
+    assert buffers.nsa_cu_seqlens_k is sums["dsa_cu_seqlens_k"]
+    assert buffers.cu_seqlens_k is sums["cu_seqlens_k"]
+    assert buffers.seqlens_expanded is tensors["seqlens_expanded"]
+    assert buffers.page_indices is tables["page_indices"]
+    assert buffers.real_page_table is None
+
+
+# ------------------------------------------------------------------------------------------------ FA3, TRTLLM-MHA
+
+
+@pytest.mark.parametrize("page_size", [16, 1])
+def test_every_step_sees_the_tokens_of_the_steps_before_it(device: torch.device, page_size: int) -> None:
+    source = pool(device)
+    multi = engines.mha(source, page_size=page_size)
+    multi.init_cuda_graph_state(max_bs=4)
+    multi.capture(4)
+    forward = engines.batch(source, LENGTHS[4], spare=2)
+    refresher = sglang.Refresher(multi)
+    pairs = refresher.run(4, forward.seq_lens, forward.req_pool_indices)
+    assert [child for child, _ in pairs] == multi.attn_backends[:3], "the last child captures nothing"
+    (plan,) = refresher.plans.values()
+    assert (plan.launches, plan.config.seqlen_offsets) == (1, (1, 2, 3))
+    tensors = [mha_tensors(metadata) for _, metadata in pairs]
+    if page_size == 1:
+        tensors = [{**t, "page_indices": t["real_page_table"]} for t in tensors]
+        for t in tensors:
+            del t["real_page_table"]
+    assert_refreshed(forward, source, tensors, page_size=page_size, seqlen_offsets=(1, 2, 3))
+
+
+@pytest.mark.parametrize(("mode", "offset"), [("decode", 0), ("target_verify", 4), ("draft_extend", 0)])
+def test_a_single_backend_has_a_row_a_request_in_every_mode(mode: str, offset: int) -> None:
+    source = pool()
+    backend = engines.MHABackend(source)
+    backend.init_cuda_graph_state(4, 4)
+    for other in ("decode", "target_verify", "draft_extend"):
+        backend.capture(4, other)
+    forward = engines.batch(source, LENGTHS[4])
+    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
+    graphs = {
+        "decode": backend.decode_cuda_graph_metadata,
+        "target_verify": backend.target_verify_metadata,
+        "draft_extend": backend.draft_extend_metadata,
+    }
+    assert_refreshed(forward, source, [mha_tensors(graphs[mode][4])], page_size=16, seqlen_offsets=(offset,))
+    for other, kept in graphs.items():
+        untouched = other == mode or bool((kept[4].page_table == POISON).all())
+        assert untouched, f"{other} was written"
+
+
+# ------------------------------------------------------------------------------------------------ FlashMLA, TRTLLM-MLA
+
+
+def test_flashmla_block_tables_are_filled_up(device: torch.device) -> None:
+    source = pool(device)
+    multi = engines.MultiStep([engines.FlashMLABackend(source) for _ in range(4)], 3)
+    multi.init_cuda_graph_state(max_bs=4)
+    forward = engines.batch(source, LENGTHS[3])
+    refresher = sglang.Refresher(multi)
+    pairs = refresher.run(3, forward.seq_lens, forward.req_pool_indices)
+    assert len(pairs) == 3
+    tables = [{"real_page_table": child.cuda_graph_kv_indices} for child in multi.attn_backends[:3]]
+    wanted = expected(forward, source, [{"real_page_table": t["real_page_table"][:3]} for t in tables], page_fill=-1)
+    for t, want in zip(tables, wanted, strict=True):
+        assert torch.equal(t["real_page_table"][:3].cpu(), want["real_page_table"])
+        assert bool((t["real_page_table"][3:] == POISON).all())
+        assert int(t["real_page_table"][0, -1]) == -1
+
+
+@pytest.mark.parametrize(("mode", "offset"), [("decode", 0), ("target_verify", 4), ("draft_extend", 0)])
+def test_trtllm_mla(mode: str, offset: int) -> None:
+    source = pool()
+    backend = engines.TRTLLMMLABackend(source)
+    backend.init_cuda_graph_state(4, 4)
+    backend.capture(4, mode)
+    forward = engines.batch(source, LENGTHS[4])
+    plan = sglang.bind_backends(backend, 4, mode=mode)
+    plan.run(forward.seq_lens, forward.req_pool_indices)
+    metadata = backend.decode_cuda_graph_metadata[4]
+    tensors = {"real_page_table": metadata.block_kv_indices}
+    if mode != "decode":
+        tensors["cache_seqlens"] = metadata.seq_lens_k
+    assert_refreshed(forward, source, [tensors], page_size=32, seqlen_offsets=(offset,), page_fill=-1)
+
+
+def test_what_is_given_goes_before_what_the_backend_says() -> None:
+    source = pool()
+    multi = engines.mha(source)
+    multi.init_cuda_graph_state(max_bs=4)
+    multi.capture(4)
+    facts: dict[str, Any] = {"page_size": 8, "seqlen_offsets": (0, 0, 5), "extent": "full", "max_len": 24}
+    plan = sglang.bind_backends(multi, 4, source[:, :160], **facts)
+    assert plan.config.page_size == 8
+    assert plan.config.seqlen_offsets == (0, 0, 5)
+    assert plan.config.extent == "full"
+
+
+# ------------------------------------------------------------------------------------------------ vLLM
+
+
+@pytest.mark.parametrize("name", ["block_table_tensor", "block_table", "block_tables"])
+def test_vllm_steps(name: str) -> None:
+    table = support.token_pool(7, 21, strides="aligned")
+    steps = [SimpleNamespace(seq_lens=engines.new(7), **{name: engines.new(7, 21)}) for _ in range(3)]
+    nested = [SimpleNamespace(prefill=None, decode=step) for step in steps]
+    plan = vllm.bind_backends(nested, table, seqlen_offsets=range(1, 4))
+    lengths = torch.tensor([5, 0, 300, 17], dtype=torch.int32)
+    plan.run(lengths, torch.arange(4))
+    assert plan.launches == 1
+    for offset, step in enumerate(steps, start=1):
+        assert step.seq_lens.tolist() == [5 + offset, offset, 300 + offset, 17 + offset, *[POISON] * 3]
+        assert torch.equal(getattr(step, name)[:4], table[:4])
+        assert bool((getattr(step, name)[4:] == POISON).all())
+
+
+@pytest.mark.parametrize("shape", [(12,), (4, 3)])
+def test_vllm_indexer_rows(shape: tuple[int, ...]) -> None:
+    table = support.token_pool(4, 21)
+    decode = SimpleNamespace(seq_lens=engines.new(*shape), block_table=engines.new(12, 21), decode_lens=engines.new(4))
+    plan = vllm.bind_backends([SimpleNamespace(decode=decode)], table, next_n=3)
+    plan.run(torch.tensor([5, 1, 0, 17], dtype=torch.int32), torch.arange(4))
+    assert decode.seq_lens.flatten().tolist() == [3, 4, 5, 0, 0, 1, 0, 0, 0, 15, 16, 17]
+    assert torch.equal(decode.block_table, table.repeat_interleave(3, dim=0))
+
+
+def test_a_block_table_that_is_the_source_is_not_written() -> None:
+    table = support.token_pool(4, 21)
+    before = table.clone()
+    steps = [SimpleNamespace(seq_lens=engines.new(4), block_table_tensor=table[:3]) for _ in range(2)]
+    plan = vllm.bind_backends(steps, table, seqlen_offsets=(1, 2))
+    assert plan.config.fields == ("cache_seqlens",)
+    plan.run(torch.tensor([9, 8, 7], dtype=torch.int32), torch.arange(3))
+    assert [step.seq_lens.tolist() for step in steps] == [[10, 9, 8, POISON], [11, 10, 9, POISON]]
+    assert torch.equal(table, before)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def captured_dsa(**facts: Any) -> engines.MultiStep:
+    multi = engines.dsa(pool(), **facts)
+    multi.init_cuda_graph_state(max_bs=4)
+    multi.capture(4)
+    return multi
+
+
+def test_a_missing_attribute_of_the_metadata_is_named() -> None:
+    multi = captured_dsa()
+    graphs = multi.attn_backends[1].decode_cuda_graph_metadata
+    graphs[4] = SimpleNamespace(**{k: v for k, v in vars(graphs[4]).items() if k != "real_page_table"})
+    with pytest.raises(ArgumentError, match="metadata has no attribute real_page_table; it is a SimpleNamespace with "):
+        sglang.bind_backends(multi, 4)
+    with pytest.raises(ArgumentError) as raised:
+        sglang.buffers_from(SimpleNamespace(seq_lens=1, tables=2))
+    assert str(raised.value) == (
+        "metadata has no attribute dsa_cache_seqlens_int32 or nsa_cache_seqlens_int32 or dsa_cache_seqlens or "
+        "nsa_cache_seqlens or block_kv_indices or page_table; it is a SimpleNamespace with seq_lens, tables. onelaunch "
+        "doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
+    )
+    with pytest.raises(ArgumentError, match="it is a object without attributes"):
+        sglang.buffers_from(object())
+
+
+def test_a_missing_attribute_of_the_backend_is_named_with_the_argument_that_stands_in() -> None:
+    multi = captured_dsa()
+    del multi.attn_backends[0].dsa_index_topk
+    message = (
+        "the backend has no attribute dsa_index_topk or nsa_index_topk; it is a DSABackend with .*Pass index_topk="
+    )
+    with pytest.raises(ArgumentError, match=message):
+        sglang.bind_backends(multi, 4)
+    assert sglang.bind_backends(multi, 4, index_topk=33).config.index_topk == 33
+    del multi.attn_backends[0].req_to_token
+    with pytest.raises(ArgumentError, match=r"no attribute req_to_token; .*Pass req_to_token=\."):
+        sglang.bind_backends(multi, 4, index_topk=33)
+
+
+def test_a_batch_size_that_was_not_captured_is_refused() -> None:
+    multi = captured_dsa()
+    message = (
+        r"bs is 3, and backend.attn_backends\[0\].decode_cuda_graph_metadata has 4: there is no decode graph of it"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        sglang.bind_backends(multi, 3)
+    del multi.attn_backends[1].decode_cuda_graph_metadata[4]
+    with pytest.raises(ArgumentError, match=r"\[1\].* has no batch size: .* But backend.attn_backends\[2\] has it"):
+        sglang.bind_backends(multi, 4)
+    with pytest.raises(ArgumentError, match="backend has no attribute decode_cuda_graph_metadata; it is a object"):
+        sglang.bind_backends(object(), 4)
+    with pytest.raises(ArgumentError, match="attn_backends is empty"):
+        sglang.bind_backends(SimpleNamespace(attn_backends=[]), 4)
+
+
+def test_a_child_of_another_kind_behind_the_captured_ones_is_left_out() -> None:
+    multi = captured_dsa()
+    multi.attn_backends.append(SimpleNamespace(name="never captured"))
+    assert sglang.bind_backends(multi, 4).config.num_backends == 3
+
+
+def test_tables_that_would_go_stale_are_refused() -> None:
+    source = pool()
+    backend = engines.MHABackend(source)
+    backend.init_cuda_graph_state(4, 4)
+    backend.capture(4)
+    backend.decode_cuda_graph_metadata[4].swa_page_table = engines.new(4, 21)
+    with pytest.raises(ArgumentError, match=r"metadata\.swa_page_table is set, .* leave=\('swa_page_table',\)"):
+        sglang.bind_backends(backend, 4)
+    plan = sglang.bind_backends(backend, 4, leave=("swa_page_table",))
+    assert plan.config.fields == ("cache_seqlens", "cu_seqlens_k", "real_page_table")
+
+
+def test_draft_trees_and_unknown_modes_are_refused() -> None:
+    source = pool()
+    multi = engines.mha(source, topk=4)
+    multi.init_cuda_graph_state(max_bs=4)
+    multi.capture(4)
+    with pytest.raises(ArgumentError, match="topk is 4; allowed: 0 and 1"):
+        sglang.bind_backends(multi, 4)
+    assert sglang.bind_backends(multi.attn_backends[0], 4).config.num_backends == 1, "plain decode has no tree"
+    with pytest.raises(ArgumentError, match="mode is 'extend'; allowed: 'decode'"):
+        sglang.mode_of("extend")
+    with pytest.raises(ArgumentError, match="of type ForwardMode; allowed"):
+        sglang.mode_of(engines.ForwardMode("EXTEND"))
+    assert sglang.mode_of(engines.ForwardMode("IDLE")) == "decode"
+
+
+def test_inputs_that_are_too_short_are_refused_and_nothing_is_written() -> None:
+    multi = captured_dsa()
+    refresher = sglang.Refresher(multi)
+    forward = engines.batch(multi.attn_backends[0].req_to_token, LENGTHS[3])
+    with pytest.raises(ArgumentError, match=r"seq_lens is \(3,\) and bs is 4"):
+        refresher.run(4, forward.seq_lens, forward.req_pool_indices)
+    with pytest.raises(ArgumentError, match="req_pool_indices is list and bs is 3"):
+        refresher.run(3, forward.seq_lens, [1, 2, 3])  # type: ignore[arg-type]
+    for child in multi.attn_backends:
+        for name, tensor in dsa_tensors(child.decode_cuda_graph_metadata[4]).items():
+            assert bool((tensor == POISON).all()), name
+
+
+def test_vllm_refusals() -> None:
+    table = support.token_pool(4, 21)
+    with pytest.raises(ArgumentError, match="no attribute block_table_tensor or block_table or block_tables; it is"):
+        vllm.bind_backends([SimpleNamespace(seq_lens=engines.new(4))], table)
+    apart = SimpleNamespace(seq_lens=engines.new(4, 6)[:, ::2], block_table=engines.new(12, 21))
+    with pytest.raises(ArgumentError, match=r"seq_lens has shape \(4, 3\) and strides \(6, 2\); it must be contiguous"):
+        vllm.bind_backends([apart], table, next_n=3)
+
+
+# ------------------------------------------------------------------------------------------------ the lines shown
+
+
+def test_the_lines_for_dsa_drafts_refresh_all_that_a_replay_reads() -> None:
+    multi = captured_dsa()
+    source = multi.attn_backends[0].req_to_token
+    forward = engines.batch(source, LENGTHS[4])
+    exec(lines_of(sglang)[0], {"self": multi, "forward_batch": forward, "bs": 4})
+    held = [child.decode_cuda_graph_metadata[4] for child in multi.attn_backends]
+    assert_refreshed(forward, source, [dsa_tensors(m) for m in held])
+    for child, metadata in zip(multi.attn_backends, held, strict=True):
+        assert child.forward_metadata is metadata
+        assert child.calls == ["prefill_impl", "topk_plan"]
+        # The schedule is made from the new lengths: a stale one can deadlock its consumer.
+        assert bool((metadata.paged_mqa_schedule_metadata == sum(LENGTHS[4])).all())
+
+
+@pytest.mark.parametrize("sm100", [False, True])
+def test_the_lines_for_verification(sm100: bool) -> None:
+    source = pool()
+    backend = engines.DSABackend(source)
+    backend.sm100 = sm100
+    backend.init_cuda_graph_state(4, 16)
+    backend.capture(4, "target_verify")
+    forward = engines.batch(source, LENGTHS[4])
+    exec(
+        lines_of(sglang)[1],
+        {
+            "Refresher": sglang.Refresher,
+            "self": backend,
+            "bs": 4,
+            "seq_lens": forward.seq_lens,
+            "req_pool_indices": forward.req_pool_indices,
+            "forward_mode": engines.ForwardMode("TARGET_VERIFY"),
+        },
+    )
+    metadata = backend.decode_cuda_graph_metadata[4]
+    assert backend.forward_metadata is metadata
+    tensors = dsa_tensors(metadata, mode="target_verify")
+    assert_refreshed(forward, source, [tensors], mode="target_verify", next_n=4)
+    wanted = [length + (4 if sm100 else j + 1) for length in LENGTHS[4] for j in range(4)]
+    assert metadata.paged_mqa_ctx_lens_2d.flatten().tolist() == wanted
+    assert bool((metadata.paged_mqa_schedule_metadata == sum(wanted)).all())
+
+
+def test_the_lines_for_fa3_drafts() -> None:
+    source = pool()
+    multi = engines.mha(source)
+    multi.init_cuda_graph_state(max_bs=4)
+    multi.capture(4)
+    forward = engines.batch(source, LENGTHS[4], spare=1)
+    forward.seq_lens_cpu[-1] = 10_000  # not of this batch
+    names = {"Refresher": sglang.Refresher, "self": multi, "forward_batch": forward, "bs": 4}
+    exec(lines_of(sglang)[2], names)
+    held = [child.forward_metadata for child in multi.attn_backends[:3]]
+    assert_refreshed(forward, source, [mha_tensors(m) for m in held], page_size=16, seqlen_offsets=(1, 2, 3))
+    assert [m.max_seq_len_k for m in held] == [332, 333, 334]
+
+
+def test_the_lines_for_flashmla_drafts() -> None:
+    source = pool()
+    multi = engines.MultiStep([engines.FlashMLABackend(source) for _ in range(3)], 3)
+    multi.init_cuda_graph_state(max_bs=4)
+    forward = engines.batch(source, LENGTHS[4])
+    names = {"Refresher": sglang.Refresher, "self": multi, "forward_batch": forward, "bs": 4}
+    exec(lines_of(sglang)[3], names)
+    tables = [{"real_page_table": child.cuda_graph_kv_indices} for child in multi.attn_backends]
+    assert_refreshed(forward, source, tables, page_fill=-1)
+
+
+def test_the_lines_for_vllm() -> None:
+    table = support.token_pool(4, 21)
+    steps = [SimpleNamespace(seq_lens=engines.new(4), block_table=engines.new(4, 21)) for _ in range(2)]
+    rows = SimpleNamespace(seq_lens=engines.new(8), block_table=engines.new(8, 21))
+    names = {
+        "torch": torch,
+        "metadata_of_steps": steps,
+        "block_table": table,
+        "seq_lens": torch.tensor([5, 6, 7, 8], dtype=torch.int32),
+        "num_reqs": 3,
+        "indexer_metadata": SimpleNamespace(decode=rows),
+        "next_n": 2,
+    }
+    for block in lines_of(vllm):
+        exec(block, names)
+    assert [step.seq_lens.tolist() for step in steps] == [[6, 7, 8, POISON], [7, 8, 9, POISON]]
+    assert rows.seq_lens.tolist() == [4, 5, 5, 6, 6, 7, POISON, POISON]
+
+
+def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> None:
+    code = (
+        "import sys, onelaunch; before = [m for m in sys.modules if m.startswith('onelaunch.integrations')];"
+        "import onelaunch.integrations.sglang, onelaunch.integrations.vllm;"
+        "print(before, [m for m in ('sglang', 'vllm', 'flashinfer') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"
+
+
+def test_the_lines_of_the_readme() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(from onelaunch.integrations.*?)```", readme, re.S)
+    multi = captured_dsa()
+    source = multi.attn_backends[0].req_to_token
+    forward = engines.batch(source, LENGTHS[4])
+    names = {"multi_step_backend": multi, "bs": 4, **vars(forward)}
+    exec(block, names)
+    held = [child.forward_metadata for child in multi.attn_backends]
+    assert_refreshed(forward, source, [dsa_tensors(m) for m in held])
