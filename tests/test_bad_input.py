@@ -331,7 +331,7 @@ BIND: list[Case] = [
             fact(mode="target_verify", next_n=1)(s),
             [setattr(b, "seqlens_expanded", b.cache_seqlens) for b in s.backends],
         ),
-        ("backends[0].seqlens_expanded overlaps backends[0].cache_seqlens",),
+        ("].seqlens_expanded overlaps backends[", "].cache_seqlens"),  # of whichever backend comes first in memory
     ),
     (
         "pools too few for the pages",
