@@ -18,6 +18,7 @@ from support import ALL_FIELDS, SIX_FIELDS, Poisoned, assert_same, assert_untouc
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
 OPS = torch.ops.onelaunch
 WIDTH, TOPK = 141, 100
@@ -256,6 +257,22 @@ def test_a_graph_refuses_what_eager_refuses(backend: str, device: torch.device) 
     with pytest.raises(ArgumentError, match="cu_seqlens_k_list has 1 tensors and cache_seqlens_list has 2"):
         compiled(lists, *case.inputs, **case.numbers, max_len=WIDTH)
     assert_untouched(case.backends)
+
+
+def test_a_graph_made_otherwise_holds_the_operation(device: torch.device) -> None:
+    """make_fx, and torch.export that isn't strict, see no function of Python's, so they are given the operation."""
+    case = make(device)
+    operation = OPS.fused_metadata_precompute_and_broadcast_cuda
+
+    def step(seq_lens: Tensor, *rest: Tensor) -> Tensor:
+        operation(seq_lens + 1, *rest, *case.lists(), **case.numbers, max_len=WIDTH)
+        return seq_lens * 2
+
+    graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*case.inputs)
+    assert operation.default in [node.target for node in graph.graph.nodes]
+    assert_untouched(case.backends)
+    graph(*case.inputs)
+    assert_same(case.backends, case.expected(more=1))
 
 
 # ------------------------------------------------------------------------------------------------ Plan.run
