@@ -177,8 +177,9 @@ def _resident_blocks(config: KernelConfig) -> int:
     At 48 registers a thread five blocks of 256 fit instead of four, and that shows (tests/gpu/NOTES.md). More backends,
     more rows or more accesses in flight would spill at that.
     """
-    small = config.num_backends <= 3 and config.next_n == 1 and config.unroll <= 2
-    return max(1, 1280 // config.threads) if small and config.target == "cuda" else 0
+    if config.num_backends > 3 or config.next_n > 1 or config.unroll > 2:
+        return 0
+    return max(1, 1280 // config.threads) if config.target == "cuda" else 1
 
 
 def _facts(config: KernelConfig) -> list[tuple[str, str]]:

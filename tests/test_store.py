@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,6 +269,14 @@ def edited(entry: Entry, **changes: Any) -> bytes:
     return json.dumps({**entry.manifest, **changes}).encode()
 
 
+def listed(entry: Entry, name: str) -> None:
+    """A file of that name is there, and in the manifest as it is."""
+    (entry.path / name).parent.mkdir(exist_ok=True)
+    (entry.path / name).write_bytes(FILES["m.so"])
+    files = entry.manifest["files"]
+    damage(entry, MANIFEST, edited(entry, files={**files, name: files["m.so"]}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Entry], None], str]] = {
     "longer": (lambda e: damage(e, "m.so", FILES["m.so"] + b"x"), "m.so isn't the file that was published"),
     "of equal length": (lambda e: damage(e, "m.so", b"\x7fELF objecT"), "m.so isn't the file that was published"),
@@ -284,6 +294,12 @@ DAMAGES: dict[str, tuple[Callable[[Entry], None], str]] = {
     "a number": (lambda e: damage(e, MANIFEST, b"3"), "not subscriptable"),
     "no key": (lambda e: damage(e, MANIFEST, b"{}"), "'key'"),
     "a list of files": (lambda e: damage(e, MANIFEST, edited(e, files=["m.so"])), "no attribute 'items'"),
+    "a file of another folder": (lambda e: listed(e, "sub/x.so"), "('sub/x.so' isn't the name of a file in it)"),
+    "a hidden file": (lambda e: listed(e, ".x.so"), "('.x.so' isn't the name of a file in it)"),
+    "an object that isn't listed": (
+        lambda e: damage(e, MANIFEST, edited(e, module_file="x.so")),
+        "(its manifest doesn't list the shared object)",
+    ),
     "no sizes": (lambda e: damage(e, MANIFEST, edited(e, files={"m.so": {}})), "'size'"),
 }
 
@@ -302,7 +318,7 @@ def test_damage_is_seen_and_set_aside(kind: str, store: Store) -> None:
         str(warning.message),
     )
     assert said is not None, warning.message
-    assert reason in said[1]
+    assert reason in f"({said[1]})"
     assert not entry.path.exists()
     (aside,) = (store.root / "damaged").iterdir()
     assert re.fullmatch(rf"{KEY[:16]}\.\w{{8}}", aside.name)
@@ -458,6 +474,162 @@ def test_staging_folders_are_private_and_go(store: Store) -> None:
         four.rmdir()
 
 
+HERE = "here.example"
+SWEPT = {
+    # name, seconds since it was touched, whether it is locked (None: locks can't be asked) -> whether it goes
+    "of a dead process": (f"{HERE}.77.a", 0, False, True),
+    "locked by another container's process of that number": (f"{HERE}.77.a", 9e9, True, False),
+    "of a live process that was about to lock it": (f"{HERE}.1.a", 600, False, False),
+    "of a number that somebody else has by now": (f"{HERE}.1.a", 601, False, True),
+    "of a dead number, without locks": (f"{HERE}.77.a", 600, None, False),
+    "of a dead number, without locks, long ago": (f"{HERE}.77.a", 601, None, True),
+    "of a live process, without locks": (f"{HERE}.1.a", 9e9, None, False),
+    "of another host": ("node.example.77.a", 86_400, False, False),
+    "of another host, long ago": ("node.example.77.a", 86_401, False, True),
+    "of no process": (f"{HERE}.x.a", 86_400, False, False),
+    "of no process, long ago": (f"{HERE}.x.a", 86_401, False, True),
+}
+
+
+@pytest.mark.parametrize("kind", SWEPT)
+def test_a_sweep_takes_what_nobody_builds_in(kind: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, age, locked, goes = SWEPT[kind]
+    monkeypatch.setattr(socket, "gethostname", lambda: HERE)
+    with store.staging():
+        folder = store.root / "staging"
+        path = folder / name
+        path.mkdir()
+        (path / "half.so").write_text("")
+        os.utime(path, (0, 1e9))
+        (folder / f"{HERE}.77.link").symlink_to(path)
+        asked = []
+
+        def is_held(descriptor: int) -> bool | None:
+            asked.append(os.fstat(descriptor).st_ino)
+            return locked
+
+        monkeypatch.setattr(stores, "_alive", lambda pid: pid in (1, os.getpid()))
+        monkeypatch.setattr(stores.locks, "is_held", is_held)
+        opened = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(time, "time", lambda: 1e9 + age)
+        inode = path.stat().st_ino
+        gone = store.sweep()
+        monkeypatch.undo()
+        # The folder of this test's own staging() is there too: a live process, touched just now.
+        assert (path in gone) == goes
+        assert path.exists() != goes
+        assert (inode in asked) == (name in (f"{HERE}.1.a", f"{HERE}.77.a"))
+        assert folder / f"{HERE}.77.link" not in gone, "a link isn't followed, nor taken for a folder"
+        assert len(os.listdir("/proc/self/fd")) == opened
+    assert Store(store.root / "none").sweep() == []
+
+
+def test_the_first_staging_of_a_store_sweeps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; and what another process removes at the same moment is no error."""
+    with store.staging():
+        pass
+    (store.root / "staging" / "left").mkdir()
+    with store.staging():
+        assert (store.root / "staging" / "left").exists()
+    monkeypatch.setattr(stores, "_abandoned", lambda path: path.name == "left" and path.rmdir() is None)
+    with Store(store.root).staging() as mine:
+        assert list(mine.parent.iterdir()) == [mine]
+
+
+def test_whether_a_process_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    answers: list[type[OSError] | None] = [None, ProcessLookupError, PermissionError]
+
+    def kill(pid: int, signal: int) -> None:
+        asked.append((pid, signal))
+        if (error := answers.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert [stores._alive(77) for _ in range(3)] == [True, False, True]
+    assert asked == [(77, 0)] * 3
+
+
+def test_a_use_is_stamped_once_an_hour(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.used(KEY) == 0.0
+    entry = published(store)
+    path = store.root / "stamps" / KEY
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for age, stamped in ((3599, False), (3600, True)):
+        os.utime(path, (0, 1e9))
+        monkeypatch.setattr(time, "time", lambda age=age: 1e9 + age)
+        store.stamp(KEY)
+        assert (path.stat().st_mtime > 1e9) == stamped
+        assert store.used(KEY) == path.stat().st_mtime
+    path.unlink()
+    os.utime(entry.path, (0, 2e9))
+    assert store.used(KEY) == 2e9
+    Store(store.root, read_only=True).stamp(KEY)
+    assert not path.exists()
+    # Somebody's link is not followed, and a stamp that can't be written costs nothing.
+    path.symlink_to(store.root / "elsewhere")
+    os.utime(path, (0, 0), follow_symlinks=False)
+    store.stamp(KEY)
+    assert not (store.root / "elsewhere").exists()
+
+
+def test_prebuilt_folders_in_their_order(
+    tmp_path: Path, store: Store, no_spare: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(stores.PREBUILT_VARIABLE, raising=False)
+    assert stores.tiers(store) == [store]
+    names = [str(tmp_path / name) for name in ("b", "missing", "a b")]
+    for name in (names[0], names[2]):
+        Path(name).mkdir()
+    monkeypatch.setenv(stores.PREBUILT_VARIABLE, ":".join([*names, ""]))
+    with pytest.warns(UserWarning, match="passed over") as caught:
+        found = stores.tiers(store)
+    assert [str(w.message) for w in caught] == [
+        f"ONELAUNCH_PREBUILT names {names[1]}, which isn't a folder; it is passed over."
+    ]
+    assert [(tier.place, tier.read_only) for tier in found[:2]] == [(names[0], True), (names[2], True)]
+    assert found[2:] == [store]
+    stores.prebuilt()  # says it once
+
+
+def test_a_prebuilt_entry_that_is_damaged_stays_where_it_is(store: Store, no_spare: None) -> None:
+    entry = published(store)
+    damage(entry, "m.so", b"")
+    prebuilt = Store(store.root, read_only=True)
+    with pytest.warns(UserWarning, match="passed over") as caught:
+        assert prebuilt.find(KEY) is None
+    assert [str(w.message) for w in caught] == [
+        f"The prebuilt entry {entry.path} is damaged (m.so isn't the file that was published); it is passed over."
+    ]
+    assert prebuilt.find(KEY) is None  # and says it once
+    assert entry.path.exists()
+
+
+def test_a_temporary_store_goes_with_its_process(no_spare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit = []
+    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
+    with pytest.warns(UserWarning, match="It rains; builds go to"):
+        first = stores.spare("It rains")
+    assert first.root.name.startswith("onelaunch-")
+    ((remove, *arguments),) = at_exit
+    mine = os.getpid()
+    assert arguments == [first.root, mine]
+    # In a forked child it is the parent's: not removed, not used.
+    monkeypatch.setattr(os, "getpid", lambda: mine + 1)
+    remove(*arguments)
+    assert first.root.is_dir()
+    assert first not in stores.tiers(first)[1:]
+    with pytest.warns(UserWarning, match="It rains; builds go to"):
+        second = stores.spare("It rains")
+    assert second.root != first.root
+    assert len(at_exit) == 2
+    monkeypatch.setattr(os, "getpid", lambda: mine)
+    (first.root / "entry").mkdir()
+    remove(*arguments)
+    assert not first.root.exists()
+    remove(*arguments)  # gone already
+
+
 def hold(root: str, key: str, held: Any, release: Any) -> None:
     with Store(Path(root)).lock(key):
         held.set()
@@ -525,6 +697,23 @@ def test_an_index_is_replaced_within_its_folder(store: Store, monkeypatch: pytes
     store.write_index("r", {"key": KEY})
     ((old, new),) = moved
     assert old.parent == new.parent == store.root / "index"
+
+
+def test_a_shared_index_is_readable_as_the_umask_says(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
+    before = os.umask(0o027)
+    try:
+        store.write_index("r", {"key": KEY})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((store.root / "index" / "r.json").stat().st_mode) == 0o640
+    assert store.read_index("r") == {"key": KEY}
+
+
+def test_an_index_without_a_root_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    Store(tmp_path / "file").write_index("r", {"key": KEY})
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_an_index_that_cant_be_written_costs_only_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
