@@ -674,8 +674,11 @@ def bench(
     Every implementation is checked against the reference before it is timed: in a CUDA graph over rotating buffers
     (median of many replays), call by call, and on the host.
 
-    Examples: onelaunch bench --json bench.json; onelaunch bench --shapes 64x8k --n 1,3,7 --only onelaunch,ideal;
-    onelaunch bench --from bench.json --plot bench.png
+    \b
+    Examples:
+      onelaunch bench --json bench.json
+      onelaunch bench --shapes 64x8k --n 1,3,7 --only onelaunch,ideal
+      onelaunch bench --from bench.json --plot bench.png
     """
     from rich.console import Console
 

@@ -291,8 +291,11 @@ def tune(
 ) -> None:
     """Try every launch shape on your shapes, on the current CUDA device, and keep the best for bind to use.
 
-    Examples: onelaunch tune; onelaunch tune nsa-decode-7 --shapes 32x4k,64x8k --width 40000;
-    onelaunch tune --lengths 130000,900,1200,4000 --n 5 --no-keep
+    \b
+    Examples:
+      onelaunch tune
+      onelaunch tune nsa-decode-7 --shapes 32x4k,64x8k --width 40000
+      onelaunch tune --lengths 130000,900,1200,4000 --n 5 --no-keep
     """
     from rich.console import Console
 

@@ -240,7 +240,7 @@ __device__ void gather_tables(const Params& p) {
   // The rest of the longer requests is shared out among all warps, unless a few rounds do.
   const bool few_rounds = (p.columns + kPageSize - 1) / kPageSize <= 3 * static_cast<std::int64_t>(share_columns);
 
-  // For that, every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
+  // For that, every block sums the tiles of a window of kThreads requests. The warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
   __shared__ std::int32_t live[kThreads];       // how far a request reaches

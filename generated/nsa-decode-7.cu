@@ -263,8 +263,8 @@ __device__ __forceinline__ void copy_tile(
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
 // Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
-// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a kernel with 4-byte
-// stores.
+// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a
+// kernel with 4-byte stores.
 __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
   const std::int32_t* begin = p.page_indices[0].data + row * p.page_indices[0].row_stride;
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
@@ -310,7 +310,7 @@ __device__ void gather_tables(const Params& p) {
   // The rest of the longer requests is shared out among all warps, unless a few rounds do.
   const bool few_rounds = p.columns <= 3 * static_cast<std::int64_t>(share_columns);
 
-  // For that, every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
+  // For that, every block sums the tiles of a window of kThreads requests. The warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
   __shared__ std::int32_t live[kThreads];       // columns of a request

@@ -263,8 +263,8 @@ __device__ __forceinline__ void copy_tile(
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
 // Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
-// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a kernel with 4-byte
-// stores.
+// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a
+// kernel with 4-byte stores.
 __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
   const std::int32_t* begin = p.page_indices[0].data + row * p.page_indices[0].row_stride;
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import subprocess
@@ -11,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import audit
 import onelaunch
 import pytest
 from onelaunch import PRESETS, KernelConfig, loader, prebuild, preset, render, toolchain
@@ -315,53 +313,3 @@ def test_the_emitted_text_doesnt_depend_on_the_locale(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("utf-8") == render(preset("nsa-decode-1"))
-
-
-# ------------------------------------------------------------------------------------- the audit of `make check`
-
-CLEAN = {"name": "torch", "version": "2", "vulns": []}
-FOUND = {"name": "jinja2", "version": "3.1", "vulns": [{"id": "CVE-1", "fix_versions": ["3.2"]}]}
-SKIPPED = {"name": "rich", "skip_reason": "not found"}
-
-ANSWERS: dict[str, tuple[list[dict[str, Any]] | None, str, int, str]] = {
-    "clean": ([CLEAN, SKIPPED], "", 0, "audit: no known vulnerability in 1 of "),
-    "a finding": ([CLEAN, FOUND, SKIPPED], "", 1, "audit: jinja2 3.1: CVE-1, mended in 3.2"),
-    "an index without advisories": ([SKIPPED], "", 0, "audit: NOT DONE: no advisories could be had for the "),
-    "no network": (None, "requests.exceptions.ConnectionError: …", 0, "(ConnectionError)"),
-}
-
-
-@pytest.mark.parametrize("case", ANSWERS)
-def test_the_audit(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    answers, stderr, code, text = ANSWERS[case]
-    stdout = "" if answers is None else json.dumps({"dependencies": answers})
-    ran: list[str] = []
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        ran.extend(Path(command[command.index("-r") + 1]).read_text().split())
-        return subprocess.CompletedProcess(command, 1, stdout, stderr)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert audit.main() == code
-    (line,) = capsys.readouterr().out.splitlines()
-    assert text in line
-    names = {requirement.partition("==")[0] for requirement in ran}
-    assert {"torch", "jinja2", "markupsafe", "numpy"} <= names, "not the whole closure"
-    assert not names & {"onelaunch", "pytest", "ruff"}
-
-
-def test_an_audit_that_breaks_or_takes_for_ever(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(audit, "UNREACHABLE", ())
-    broken = subprocess.CompletedProcess([], 2, "", "Traceback: ConnectionError")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: broken)
-    with pytest.raises(SystemExit, match="pip-audit failed:\nTraceback"):
-        audit.main()
-
-    def slow(*args: Any, **kwargs: Any) -> None:
-        raise subprocess.TimeoutExpired("pip-audit", audit.SECONDS)
-
-    monkeypatch.setattr(subprocess, "run", slow)
-    assert audit.main() == 0
-    assert "NOT DONE" in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_as_json_and_of_an_entry() -> None:
     assert facts["fields"][0] | {} == {
         "name": "cache_seqlens",
         "shape": "[bs]",
-        "formula": "s",
+        "formula": FIELDS["cache_seqlens"].formula,
         "written": [3],
         "tensors": 1,
         "bytes": 12,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,9 +236,9 @@ def test_inductor_writes_to_the_destinations_themselves(device: torch.device, mo
     written: list[Any] = []
     remembered = api._remembered
 
-    def spy(key: Any, make: Callable[[], Any]) -> Any:
+    def spy(key: Any, *rest: Any) -> Any:
         written.append(key)
-        return remembered(key, make)
+        return remembered(key, *rest)
 
     monkeypatch.setattr(api, "_remembered", spy)
     compiled = torch.compile(broadcast, backend="inductor", fullgraph=True)

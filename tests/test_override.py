@@ -69,7 +69,7 @@ def test_an_edit_runs_and_is_marked_everywhere(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # one warning a process
         assert lengths_of(True) == [105, 106]
-    assert "has no build of it yet (edited by hand)" in capfd.readouterr().err
+    assert "has no build of it yet (edited by hand: " in capfd.readouterr().err
     assert [line.message.split()[0] for line in caplog.records if "edited by hand" in line.message] == [
         "build", "load", "bind", "bind",
     ]  # fmt: skip
