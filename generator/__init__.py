@@ -30,6 +30,7 @@ from .fields import FIELDS, Field, MetadataBuffers
 from .loader import Kernel, freeze
 from .plan import Plan, bind
 from .render import render
+from .schedules import sparse_flashmla_metadata
 
 __version__ = "0.1.0"
 
@@ -59,5 +60,6 @@ __all__ = [
     "precompute_target_verify_metadata_cuda",
     "preset",
     "render",
+    "sparse_flashmla_metadata",
     "specialize",
 ]
