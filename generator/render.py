@@ -74,7 +74,7 @@ def render(config: KernelConfig) -> str:
     schedule_rows = scheduled and config.schedule_per == "row"
     # Which running sums there are, and whether over blocks too. What positions follow from doesn't wrap.
     block_sums = {}
-    if not copies and (sums or windows):
+    if not copies and (sums or windows or variable):
         block_sums["std::uint32_t"] = sums or variable or csr
     if config.schedules or csr:
         block_sums["std::uint64_t"] = True

@@ -11,6 +11,7 @@ from emulation import harness
 from emulation.harness import Case, CompileError, Outcome
 from emulation.mutations import MUTATIONS, Mutation
 from onelaunch.config import PRESETS, KernelConfig, preset
+from onelaunch.fields import FIELDS
 from onelaunch.render import render
 
 # Tile edges, nothing, padding, lengths beyond the table and beyond what sums in 31 bits.
@@ -50,6 +51,8 @@ def all_cases(config: KernelConfig, *, far: bool = True) -> tuple[Case, ...]:
 
 
 SMALL = {"threads": 64, "blocks_per_sm": 2}
+TABLES = ("page_indices", "real_page_table")
+SEVEN = (*KernelConfig().fields, "seqlens_expanded")
 EXTRAS = {
     "one-warp": KernelConfig(num_backends=2, threads=32, blocks_per_sm=4),
     "largest-block": KernelConfig(num_backends=2, threads=1024, blocks_per_sm=1),
@@ -65,6 +68,48 @@ EXTRAS = {
     "shared-by-backends": KernelConfig(
         num_backends=4, distinct=(("page_indices", 1), ("cu_seqlens_k", 2), ("real_page_table", 3)), **SMALL
     ),
+    "verify-words": KernelConfig(mode="target_verify", next_n=3, num_backends=2, vector_bytes=4, **SMALL),
+    "verify-full": KernelConfig(
+        mode="target_verify", next_n=2, num_backends=2, extent="full", page_size=7, fields=SEVEN, **SMALL
+    ),
+    "draft-extend-pages": KernelConfig(
+        mode="draft_extend", next_n=3, fields=("seqlens_expanded", "real_page_table"), page_size=3, **SMALL
+    ),
+    "variable-words": KernelConfig(
+        mode="draft_extend", extend="variable", extend_seq_lens_dtype="int32", vector_bytes=4, fields=SEVEN, **SMALL
+    ),
+    "variable-full": KernelConfig(mode="draft_extend", extend="variable", num_backends=2, extent="full", **SMALL),
+    "variable-lengths": KernelConfig(mode="draft_extend", extend="variable", fields=("seqlens_expanded",), threads=64),
+    "variable-filled-checked": KernelConfig(
+        mode="draft_extend", extend="variable", fields=("real_page_table",), page_fill=-1, checked=True, **SMALL
+    ),
+    "variable-checked": KernelConfig(
+        mode="draft_extend", extend="variable", fields=SEVEN, num_backends=2, checked=True, **SMALL
+    ),
+    "offset": KernelConfig(num_backends=2, seqlen_offsets=(5,), **SMALL),
+    "offsets": KernelConfig(num_backends=3, seqlen_offsets=(0, 700, 5), fields=SEVEN, **SMALL),
+    "offsets-shared": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(9, 2, 5),
+        distinct=(("page_indices", 1),),
+        fields=("cu_seqlens_k", *TABLES),
+        page_size=7,
+        **SMALL,
+    ),
+    "offsets-verify-filled": KernelConfig(
+        num_backends=2,
+        seqlen_offsets=(1, 80),
+        mode="target_verify",
+        next_n=2,
+        fields=("nsa_cu_seqlens_k", "real_page_table"),
+        page_fill=-1,
+        **SMALL,
+    ),
+    "pools": KernelConfig(
+        num_backends=2, index_kpool=3, page_size=2, index_topk=100, fields=tuple(FIELDS), mode="draft_extend", **SMALL
+    ),
+    "pools-of-pages": KernelConfig(index_kpool=4, page_size=2, fields=("pooled_real_page_table",), **SMALL),
+    "copy-rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=tuple(FIELDS), **SMALL),
     "copy-words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4, **SMALL),
     "copy-lengths": KernelConfig(operation="copy", num_backends=2, fields=("cu_seqlens_k",), threads=64),
 }
@@ -91,7 +136,10 @@ def launch(
     reason = harness.missing_runtime(sanitizer)
     if reason is not None:
         pytest.skip(reason)
-    copies = 1 + config.blocks_per_sm * max((case.sm_count for case in cases), default=1)
+    # A block for the lengths, or one for each backend where they differ.
+    copies = max(1, len(config.seqlen_offsets)) + config.blocks_per_sm * max(
+        (case.sm_count for case in cases), default=1
+    )
     program = harness.build(source, sanitizer, builds, copies=copies)
     return harness.run(program, config, cases, launches=launches)
 
@@ -126,6 +174,25 @@ def test_other_configurations(name: str, sanitizer: str, builds: Path) -> None:
     config = EXTRAS[name]
     cases = all_cases(config) if sanitizer != "thread" and config.threads < 1024 else (RAGGED,)
     check(config, sanitizer, cases, builds, launches=((6, 64),))
+
+
+# Nothing is read of a row that isn't there, which the sanitizer would see, and the host is told.
+@pytest.mark.parametrize(
+    "config",
+    [
+        preset("nsa-decode-3-checked").replace(**SMALL),
+        preset("nsa-target-verify-3").replace(checked=True, extent="full", **SMALL),
+        EXTRAS["variable-checked"],
+        KernelConfig(fields=("real_page_table",), page_fill=-1, checked=True, **SMALL),
+    ],
+    ids=["decode", "verify-full", "variable", "filled"],
+)
+def test_a_row_that_is_not_in_the_pool(config: KernelConfig, builds: Path) -> None:
+    cases = [
+        Case(f"row {row} of {3 * many}", (600, 30, 600) * many, width=610, bad_pool_row=row, extends=(2, 0, 3))
+        for row, many in ((-1, 1), (4, 1), (2**40, 40), (-(2**40), 1))
+    ]
+    check(config, "address+undefined", tuple(cases), builds, launches=((7, 64),))
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------

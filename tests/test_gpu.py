@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onelaunch
 import pytest
@@ -235,7 +236,118 @@ def test_plans_on_two_devices_side_by_side() -> None:
         assert_equal(target, expected)
 
 
-def test_pool_rows_beyond_two_to_the_31_elements() -> None:
+ROW_MODES: dict[str, dict[str, Any]] = {
+    "verify": {"mode": "target_verify", "next_n": 4},
+    "extend": {"mode": "draft_extend", "next_n": 3},
+    "variable": {"mode": "draft_extend", "extend": "variable"},
+    "offsets": {"seqlen_offsets": (1, 2, 3)},
+}
+
+
+def row_buffers(bs: int, rows: int, width: int, device: torch.device) -> MetadataBuffers:
+    """Buffers of requests and rows; table rows are whole 16-byte words apart."""
+    whole = buffers(rows, width, device)
+    stride = -(-width // 4) * 4
+    whole.page_indices = torch.full((rows, stride), POISON, dtype=torch.int32, device=device)[:, :width]
+    whole.seqlens_expanded = torch.full((rows,), POISON, dtype=torch.int32, device=device)
+    whole.cache_seqlens = torch.full((bs,), POISON, dtype=torch.int32, device=device)
+    whole.cu_seqlens_k = torch.full((bs + 1,), POISON, dtype=torch.int32, device=device)
+    return whole
+
+
+@pytest.mark.parametrize("mode", ROW_MODES.values(), ids=ROW_MODES)
+def test_graph_replays_of_every_mode_follow_the_inputs(mode: dict[str, Any]) -> None:
+    device = torch.device("cuda", 0)
+    bs, width = 40, 1031
+    lengths, rows, pool = inputs(bs, width, device)
+    extends = torch.zeros(bs, dtype=torch.int64, device=device) if "extend" in mode else None
+    backends = [row_buffers(bs, 4 * bs if "mode" in mode else bs, width, device) for _ in range(3)]
+    plan = onelaunch.bind(backends, req_to_token=pool, **mode)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(lengths, rows, extends)
+    facts: dict[str, Any] = {k: v for k, v in mode.items() if k != "extend"}
+    facts |= {"index_topk": 2048, "page_size": 64, "extent": "live"}
+    for seed in range(1, 6):
+        new_lengths, new_rows, new_pool = inputs(bs, width, device, seed)
+        lengths.copy_(new_lengths)
+        rows.copy_(new_rows)
+        pool.copy_(new_pool)
+        if extends is not None:
+            extends.copy_(torch.randint(0, 5, (bs,), generator=torch.Generator().manual_seed(seed)))
+        for backend in backends:
+            for _, tensor in backend.items():
+                tensor.fill_(POISON)
+        graph.replay()
+        expected = [row_buffers(bs, 4 * bs if "mode" in mode else bs, width, device) for _ in range(3)]
+        reference.refresh(expected, lengths, rows, pool, extend_seq_lens=extends, **facts)
+        assert_equal(backends, expected)
+
+
+def test_a_checked_plan_is_captured_and_tells_after_the_replay() -> None:
+    device = torch.device("cuda", 0)
+    lengths, rows, pool = inputs(300, 517, device)
+    lengths.clamp_(max=517)
+    plan = onelaunch.bind([buffers(300, 517, device)], req_to_token=pool, checked=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(lengths, rows)
+    graph.replay()
+    plan.check()
+    rows[217] = 301
+    graph.replay()
+    with pytest.raises(onelaunch.ArgumentError, match=r"req_pool_indices\[217\] is 301"):
+        plan.check()
+    rows[217] = 1
+    graph.replay()
+    plan.check()
+
+
+@pytest.mark.parametrize("mode", [{}, ROW_MODES["verify"], ROW_MODES["variable"]], ids=str)
+def test_64_backends_of_65536_requests(mode: dict[str, Any]) -> None:
+    """No cap on either: the running sums carry over 256 chunks, and 64 backends' addresses travel by value."""
+    device = torch.device("cuda", 0)
+    bs, width, n = 65_536, 12, 64
+    per_request = mode.get("next_n", 1)
+    lengths, rows, pool = inputs(bs, width, device)
+    extends = torch.arange(bs, device=device) % 3 if "extend" in mode else None
+    count = bs * per_request if extends is None else int(extends.sum())
+    fields = {"cu_seqlens_k": "bs", "nsa_cu_seqlens_k": "rows", "page_indices": "table"}
+
+    def new() -> MetadataBuffers:
+        shapes = {"bs": (bs + 1,), "rows": (count + 1,), "table": (count, width)}
+        return MetadataBuffers(
+            **{name: torch.full(shapes[of], POISON, dtype=torch.int32, device=device) for name, of in fields.items()}
+        )
+
+    target = [new() for _ in range(n)]
+    plan = onelaunch.bind(target, req_to_token=pool, **mode)
+    plan.run(lengths, rows, extends)
+    expected = new()
+    facts: dict[str, Any] = {k: v for k, v in mode.items() if k != "extend"}
+    facts |= {"index_topk": 2048, "page_size": 64, "extent": "live"}
+    reference.refresh([expected], lengths, rows, pool, extend_seq_lens=extends, **facts)
+    for backend in target:
+        assert_equal([backend], [expected])
+
+
+@pytest.mark.parametrize("mode", [{}, ROW_MODES["verify"], ROW_MODES["offsets"]], ids=str)
+def test_a_context_of_a_million_tokens(mode: dict[str, Any]) -> None:
+    device = torch.device("cuda", 0)
+    width, bs = 2**20 + 3, 5
+    lengths, rows, pool = inputs(bs, width, device)
+    lengths.copy_(torch.tensor([width, width - 1, 1, 0, 777_777]))
+    count = bs * mode.get("next_n", 1)
+    target = [row_buffers(bs, count, width, device) for _ in range(3)]
+    onelaunch.bind(target, req_to_token=pool, **mode).run(lengths, rows)
+    expected = [row_buffers(bs, count, width, device) for _ in range(3)]
+    facts: dict[str, Any] = {"index_topk": 2048, "page_size": 64, "extent": "live", **mode}
+    reference.refresh(expected, lengths, rows, pool, **facts)
+    assert_equal(target, expected)
+
+
+@pytest.mark.parametrize("mode", [{}, *ROW_MODES.values()], ids=["decode", *ROW_MODES])
+def test_pool_rows_beyond_two_to_the_31_elements(mode: dict[str, Any]) -> None:
     device = torch.device("cuda", 0)
     width = 163_911
     rows_needed = 2**31 // width + 3
@@ -246,10 +358,14 @@ def test_pool_rows_beyond_two_to_the_31_elements() -> None:
     chosen = torch.tensor([rows_needed - 1, 2**31 // width + 1, 5], device=device)
     pool[chosen] = torch.randint(0, 2**30, (3, width), dtype=torch.int32, device=device)
     lengths = torch.tensor([width, 100_000, 7], device=device)
-    target = [buffers(3, width, device) for _ in range(2)]
-    onelaunch.bind(target, req_to_token=pool).run(lengths, chosen)
-    expected = [buffers(3, width, device) for _ in range(2)]
-    reference.refresh(expected, lengths, chosen, pool, index_topk=2048, page_size=64, extent="live")
+    extends = torch.tensor([2, 0, 3], device=device) if "extend" in mode else None
+    count = 5 if extends is not None else 3 * mode.get("next_n", 1)
+    target = [row_buffers(3, count, width, device) for _ in range(3)]
+    onelaunch.bind(target, req_to_token=pool, **mode).run(lengths, chosen, extends)
+    expected = [row_buffers(3, count, width, device) for _ in range(3)]
+    facts: dict[str, Any] = {k: v for k, v in mode.items() if k != "extend"}
+    facts |= {"index_topk": 2048, "page_size": 64, "extent": "live"}
+    reference.refresh(expected, lengths, chosen, pool, extend_seq_lens=extends, **facts)
     assert_equal(target, expected)
 
 

@@ -10,7 +10,7 @@ import onelaunch
 import pytest
 import support
 import torch
-from onelaunch import MetadataBuffers, reference
+from onelaunch import FIELDS, MetadataBuffers, reference
 from support import ALL_FIELDS, DTYPES, POISON, SIX_FIELDS, TABLES, Poisoned, assert_same, assert_untouched
 from torch import Tensor
 
@@ -622,6 +622,463 @@ def test_precompute_then_copy_is_the_broadcast(device: torch.device) -> None:
         )
         for a, b in zip(one_way, other, strict=True):
             assert_same([a], support.plain_copy(b.buffers))
+
+
+# ------------------------------------------------------------------------------------------- forward modes
+
+ROW_MODES: dict[str, dict[str, Any]] = {
+    "verify 1": {"mode": "target_verify", "next_n": 1},
+    "verify 4": {"mode": "target_verify", "next_n": 4},
+    "extend 3": {"mode": "draft_extend", "next_n": 3},
+    "variable": {"mode": "draft_extend", "extend": "variable"},
+    "variable int32": {"mode": "draft_extend", "extend": "variable", "extend_seq_lens_dtype": torch.int32},
+}
+KPOOL_FIELDS = tuple(name for name in ALL_FIELDS if name != "seqlens_expanded")
+
+
+def extend_lengths(bs: int, dtype: torch.dtype, device: torch.device, layout: str = "plain") -> Tensor:
+    """Zeros among them, at the ends of windows too."""
+    return support.vector([(0, 3, 1, 0, 2, 7, 0)[i % 7] for i in range(bs)], dtype, device, layout)
+
+
+def check_rows(
+    device: torch.device,
+    mode: dict[str, Any],
+    *,
+    bs: int,
+    n: int = 2,
+    fields: Sequence[str] = support.SEVEN_FIELDS,
+    page_size: int = 16,
+    extent: str = "live",
+    strides: str = "aligned",
+    inputs: str = "plain",
+    width: int = 333,
+    max_len: int | None = None,
+    **more: Any,
+) -> onelaunch.Plan:
+    """As check_refresh, for requests of several rows, with a request and a row to spare."""
+    facts = {
+        "index_topk": 100,
+        "page_size": page_size,
+        "extent": extent,
+        "max_len": max_len,
+        **{name: value for name, value in mode.items() if name in ("mode", "next_n")},
+        **more,
+    }
+    extends = None
+    if "extend" in mode:
+        extends = extend_lengths(bs, mode.get("extend_seq_lens_dtype", torch.int64), device, inputs)
+    rows = bs * mode.get("next_n", 1) if extends is None else int(extends.sum())
+    pool = support.token_pool(POOL_ROWS, width, strides="odd", device=device)
+    spare = mode.get("next_n", 1)
+    backends = [
+        support.destination(
+            fields,
+            rows + spare,
+            width,
+            page_size,
+            strides=strides,
+            extra_stride=4 * b,
+            device=device,
+            requests=bs + 1,
+            index_kpool=more.get("index_kpool", 1),
+        )
+        for b in range(n)
+    ]
+    bound = {name: value for name, value in mode.items() if name.startswith("extend")}
+    plan = onelaunch.bind(support.buffers_of(backends), req_to_token=pool, **facts, **bound)
+    assert plan.config.mode == mode["mode"]
+    if {FIELDS[name].per for name in fields} == {"request", "row"} and mode["mode"] != "decode":
+        assert (plan.capacity, plan.row_capacity) == (bs + 1, rows + spare)
+    seq_lens, req_pool_indices = inputs_for(bs, width, page_size, inputs, device)
+    plan.run(seq_lens, req_pool_indices, extends)
+    offsets = facts.pop("seqlen_offsets", None) or [0] * n
+    for backend, offset in zip(backends, offsets, strict=True):
+        wanted = support.expected_refresh(
+            [backend], seq_lens, req_pool_indices, pool, extend_seq_lens=extends, seqlen_offsets=[offset], **facts
+        )
+        assert_same([backend], wanted)
+    return plan
+
+
+@pytest.mark.parametrize("mode", ROW_MODES.values(), ids=ROW_MODES)
+@pytest.mark.parametrize("bs", [0, 1, 2, 6, 7, 31, 32, 33, 100, 255, 256, 257, 700])
+def test_rows_of_every_batch_size(device: torch.device, bs: int, mode: dict[str, Any]) -> None:
+    check_rows(device, mode, bs=bs, extent="live")
+    check_rows(device, mode, bs=bs, extent="full", width=70, inputs="strided")
+
+
+@pytest.mark.parametrize("mode", ROW_MODES.values(), ids=ROW_MODES)
+@pytest.mark.parametrize("extent", EXTENTS)
+@pytest.mark.parametrize("strides", ["aligned", "odd"])
+def test_rows_of_every_shape(device: torch.device, strides: str, extent: str, mode: dict[str, Any]) -> None:
+    """Rows of 16-byte stores and of 4-byte ones, wide and narrow, of few fields and of many."""
+    several = mode.get("next_n", 2) > 1
+    for width in (1, 5, 64, 517, 1101):
+        plan = check_rows(device, mode, bs=9, width=width, extent=extent, strides=strides)
+        assert plan.config.vector_bytes == (4 if strides == "odd" and several else 16)
+    check_rows(device, mode, bs=9, width=600, max_len=333, extent=extent, strides=strides, fields=TABLES)
+    if (extent, strides) == ("live", "odd"):
+        for name in ALL_FIELDS:
+            fields = ("cache_seqlens", name) if name != "cache_seqlens" else (name, "nsa_cache_seqlens")
+            check_rows(device, mode, bs=9, fields=fields)
+    check_rows(device, mode, bs=9, extent=extent, strides=strides, fields=ALL_FIELDS, index_kpool=3)
+
+
+def test_variable_lengths_that_are_all_zero(device: torch.device) -> None:
+    """No rows at all: what belongs to requests is written, and the first 0 of the rows' running sum."""
+    backend = support.destination(support.SEVEN_FIELDS, 2, 40, 16, requests=3, device=device)
+    pool = support.token_pool(POOL_ROWS, 40, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, mode="draft_extend", extend="variable", page_size=16)
+    zeros = torch.zeros(3, dtype=torch.int64, device=device)
+    plan.run(torch.tensor([9, 1, 40], device=device), zeros, zeros)
+    wanted = {"cache_seqlens": [9, 1, 40], "cu_seqlens_k": [0, 9, 10, 50], "nsa_cu_seqlens_k": [0, POISON, POISON]}
+    for field, tensor in backend.buffers.items():
+        got = tensor.tolist()
+        assert got == wanted.get(field.name, torch.full(tensor.shape, POISON).tolist()), field.name
+
+
+def test_padding_requests_have_expanded_lengths_of_zero(device: torch.device) -> None:
+    """A graph's padding requests have one token and as many rows as any: lengths below zero would be read as 2^32."""
+    backend = support.destination(("cache_seqlens", "seqlens_expanded"), 8, 0, 1, requests=2, device=device)
+    pool = support.token_pool(POOL_ROWS, 40, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, mode="draft_extend", next_n=4)
+    plan.run(torch.tensor([6, 1], device=device), torch.tensor([1, 0], device=device))
+    assert backend.buffers.seqlens_expanded is not None
+    assert backend.buffers.seqlens_expanded.tolist() == [3, 4, 5, 6, 0, 0, 0, 1]
+
+
+def test_a_plan_of_variable_lengths_is_reused(device: torch.device) -> None:
+    width, capacity = 90, 40
+    pool = support.token_pool(POOL_ROWS, width, device=device)
+    backends = [support.destination(support.SEVEN_FIELDS, capacity, width, 16, requests=50, device=device)]
+    plan = onelaunch.bind(
+        support.buffers_of(backends), req_to_token=pool, mode="draft_extend", extend="variable", page_size=16
+    )
+    wanted = support.plain_copy(backends[0].buffers)
+    seq_lens, rows = inputs_for(20, width, 16, "plain", device)
+    extends = torch.zeros(20, dtype=torch.int64, device=device)
+    for step in range(5):
+        extends.copy_(torch.arange(20) * (step + 1) % 4)  # in place, as a captured step updates it
+        plan.run(seq_lens, rows, extends)
+        facts: dict[str, Any] = {"index_topk": 2048, "page_size": 16, "extent": "live", "mode": "draft_extend"}
+        reference.refresh([wanted], seq_lens.cpu(), rows.cpu(), pool.cpu(), extend_seq_lens=extends.cpu(), **facts)
+        assert_same(backends, wanted)
+
+
+# ------------------------------------------------------------------------------------------- offsets, pools, filling
+
+
+@pytest.mark.parametrize(
+    ("offsets", "mode", "extent"),
+    [
+        *product(((0, 600, 5),), ({"mode": "decode"}, ROW_MODES["verify 4"], ROW_MODES["variable"]), EXTENTS),
+        *product(((1, 2, 3), (7, 7, 7), (0, 0, 0)), ({"mode": "decode"},), ("live",)),
+    ],
+    ids=str,
+)
+def test_offsets(device: torch.device, offsets: tuple[int, ...], mode: dict[str, Any], extent: str) -> None:
+    for bs in (1, 9, 300):
+        fields = support.SEVEN_FIELDS
+        if bs == 300:
+            fields = ("cache_seqlens", "cu_seqlens_k", "real_page_table")
+        if mode["mode"] == "decode" and bs != 300:
+            fields = ALL_FIELDS
+        plan = check_rows(
+            device,
+            mode,
+            bs=bs,
+            n=3,
+            seqlen_offsets=offsets,
+            extent=extent,
+            fields=fields,
+            width=1101 if bs < 99 else 90,
+        )
+        assert plan.config.seqlen_offsets == {1: (7,) if offsets[0] else (), 3: offsets}[len(set(offsets))]
+
+
+def test_64_offsets(device: torch.device) -> None:
+    check_rows(device, {"mode": "decode"}, bs=33, n=64, seqlen_offsets=tuple(range(64)), width=90)
+
+
+def test_offsets_share_a_table_that_all_backends_have(device: torch.device) -> None:
+    """It is live up to the longest."""
+    backends = [support.destination(("cache_seqlens", "real_page_table"), 5, 90, 16, device=device) for _ in range(2)]
+    backends[1].buffers.real_page_table = backends[0].buffers.real_page_table
+    backends[1].storages["real_page_table"] = backends[0].storages["real_page_table"]
+    pool = support.token_pool(POOL_ROWS, 90, device=device)
+    plan = onelaunch.bind(
+        support.buffers_of(backends), req_to_token=pool, page_size=16, index_topk=9, seqlen_offsets=(20, 1)
+    )
+    assert dict(plan.config.distinct) == {"real_page_table": 1}
+    seq_lens, rows = inputs_for(5, 90, 16, "plain", device)
+    plan.run(seq_lens, rows)
+    facts = {"page_size": 16, "index_topk": 9, "extent": "live"}
+    wanted = [
+        support.expected_refresh([b], seq_lens, rows, pool, seqlen_offsets=[offset], **facts)
+        for b, offset in zip(backends, (20, 1), strict=True)
+    ]
+    wanted[1].real_page_table = wanted[0].real_page_table
+    assert_same(backends, wanted)
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+@pytest.mark.parametrize(("index_kpool", "page_size"), [(1, 7), (3, 1), (4, 64), (64, 7)])
+def test_pools(device: torch.device, page_size: int, index_kpool: int, extent: str) -> None:
+    for fields in (KPOOL_FIELDS, ("real_page_table", "pooled_real_page_table"), ("pooled_real_page_table",)):
+        if page_size == 1:
+            fields = tuple(name for name in fields if name != "real_page_table")
+        check_rows(
+            device,
+            {"mode": "decode"},
+            bs=33,
+            fields=fields,
+            page_size=page_size,
+            extent=extent,
+            index_kpool=index_kpool,
+            width=1101,
+        )
+
+
+@pytest.mark.parametrize("mode", [{"mode": "decode"}, *ROW_MODES.values()], ids=str)
+def test_filled_pages(device: torch.device, mode: dict[str, Any]) -> None:
+    """Dead pages are -1 up to the table's width, which may be more than the tokens need; rows behind stay."""
+    for bs, width in ((1, 50), (33, 1101), (300, 90)):
+        for fields in (("cache_seqlens", "real_page_table"), ("real_page_table",)):
+            check_rows(device, mode, bs=bs, width=width, fields=fields, page_fill=-1)
+    check_rows(device, mode, bs=9, width=90, max_len=40, fields=("real_page_table",), page_fill=-1)
+    check_rows(device, mode, bs=9, width=90, n=2, fields=("real_page_table",), page_fill=-1, seqlen_offsets=(0, 30))
+
+
+def test_filled_pages_of_a_table_wider_than_the_pool(device: torch.device) -> None:
+    backend = support.destination(("cache_seqlens", "real_page_table"), 3, 40 * 16, 16, device=device)
+    pool = support.token_pool(POOL_ROWS, 90, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, page_size=16, page_fill=-1)
+    seq_lens, rows = torch.tensor([33, 0], device=device), torch.tensor([5, 6], device=device)
+    plan.run(seq_lens, rows)
+    table = backend.buffers.real_page_table
+    assert table is not None
+    assert table[0, :3].tolist() == (pool[5, [0, 16, 32]] // 16).tolist()
+    assert (table[0, 3:] == -1).all()
+    assert (table[1] == -1).all()
+    assert (table[2] == POISON).all()
+
+
+# ---------------------------------------------------------------------------------------------------- checked
+
+
+def checked_plan(
+    device: torch.device, fields: Sequence[str] = support.SEVEN_FIELDS, **facts: Any
+) -> tuple[onelaunch.Plan, Poisoned, Tensor]:
+    pool = support.token_pool(6, 90, device=device)
+    backend = support.destination(fields, 8, 90, 16, requests=9, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, page_size=16, checked=True, **facts)
+    return plan, backend, pool
+
+
+OFFENCES: dict[str, tuple[dict[str, Any], list[int], list[int], list[int] | None, str]] = {
+    "row": ({}, [5, 6, 7], [1, 6, 2], None, "req_pool_indices[1] is 6; allowed: rows of req_to_token, 0 to 6 excl"),
+    "row below": ({"extent": "full"}, [5, 6, 7], [1, 2, -1], None, "req_pool_indices[2] is -1;"),
+    "row far away": ({}, [5, 6], [2**40, 1], None, f"req_pool_indices[0] is {2**40};"),
+    "length below": ({}, [5, -6, 7], [1, 2, 3], None, "seq_lens[1] is -6; allowed: 0 or more."),
+    "length beyond": ({}, [5, 90, 91], [1, 2, 3], None, "seq_lens[2] is 91; allowed: up to 90,"),
+    "length beyond, bounded": ({"max_len": 50}, [5, 51], [1, 2], None, "seq_lens[1] is 51; allowed: up to 50,"),
+    "length beyond, verify": (
+        {"mode": "target_verify", "next_n": 2},
+        [88, 89],
+        [1, 2],
+        None,
+        "seq_lens[1] is 89; allowed: up to 88,",
+    ),
+    "length beyond, offset": ({"seqlen_offsets": (7,)}, [83, 84], [1, 2], None, "seq_lens[1] is 84; allowed: up to 83"),
+    "extend below": (
+        {"mode": "draft_extend", "extend": "variable"},
+        [5, 6],
+        [1, 2],
+        [3, -1],
+        "extend_seq_lens[1] is -1; allowed: 0 to 8,",
+    ),
+    "extend beyond": (
+        {"mode": "draft_extend", "extend": "variable"},
+        [5, 6],
+        [1, 2],
+        [9, 1],
+        "extend_seq_lens[0] is 9; allowed: 0 to 8,",
+    ),
+    "rows beyond": (
+        {"mode": "draft_extend", "extend": "variable"},
+        [5, 6, 7],
+        [1, 2, 3],
+        [3, 4, 2],
+        "extend_seq_lens add up to 9 rows at request 2; the destinations have 8.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("facts", "lengths", "rows", "extends", "said"), OFFENCES.values(), ids=OFFENCES)
+def test_an_offence_is_told(
+    device: torch.device,
+    facts: dict[str, Any],
+    lengths: list[int],
+    rows: list[int],
+    extends: list[int] | None,
+    said: str,
+) -> None:
+    """By the plan's check, once; what can't be read isn't, and nothing behind the destinations is written."""
+    plan, backend, pool = checked_plan(device, **facts)
+    given = None if extends is None else torch.tensor(extends, device=device)
+    plan.run(torch.tensor(lengths, device=device), torch.tensor(rows, device=device), given)
+    with pytest.raises(onelaunch.ArgumentError) as caught:
+        plan.check()
+    assert said in str(caught.value)
+    plan.check()  # told once
+    for name, storage in backend.storages.items():
+        assert (storage[: support.GUARD] == POISON).all(), name
+        assert (storage[-support.GUARD :] == POISON).all(), name
+    bad = [i for i, row in enumerate(rows) if not 0 <= row < 6]
+    table = backend.buffers.page_indices
+    assert table is not None
+    for request in bad:
+        assert (table[request] == POISON).all()
+    for request in set(range(len(rows))) - set(bad) if extends is None and "mode" not in facts else ():
+        live = min(max(0, lengths[request]), 90 if "max_len" not in facts else 50)
+        assert torch.equal(table[request, :live], pool[rows[request], :live])
+
+
+def test_rows_beyond_the_capacity_are_left_out(device: torch.device) -> None:
+    """The rows that fit are right, those that don't aren't written, by the kernel of a checked plan."""
+    plan, backend, pool = checked_plan(device, mode="draft_extend", extend="variable")
+    lengths, rows = torch.tensor([50, 60, 70, 80], device=device), torch.tensor([1, 2, 3, 4], device=device)
+    extends = torch.tensor([3, 4, 4, 1], device=device)
+    plan.run(lengths, rows, extends)
+    larger = support.destination(support.SEVEN_FIELDS, 12, 90, 16, requests=9)
+    facts: dict[str, Any] = {"index_topk": 2048, "page_size": 16, "extent": "live", "mode": "draft_extend"}
+    wanted = support.expected_refresh([larger], lengths, rows, pool, extend_seq_lens=extends, **facts)
+    for field, tensor in backend.buffers.items():
+        assert torch.equal(tensor.cpu(), getattr(wanted, field.name)[: tensor.shape[0]]), field.name
+    assert_guards([backend])
+
+
+def assert_guards(backends: Sequence[Poisoned]) -> None:
+    for backend in backends:
+        for name, storage in backend.storages.items():
+            assert (storage[: support.GUARD] == POISON).all(), name
+            assert (storage[-support.GUARD :] == POISON).all(), name
+
+
+def test_a_checked_plan_with_nothing_wrong(device: torch.device) -> None:
+    plan, backend, pool = checked_plan(device)
+    seq_lens, rows = torch.tensor([90, 0, 17], device=device), torch.tensor([0, 5, 3], device=device)
+    for _ in range(3):
+        plan.run(seq_lens, rows)
+        plan.check()
+    facts = {"index_topk": 2048, "page_size": 16, "extent": "live"}
+    assert_same([backend], support.expected_refresh([backend], seq_lens, rows, pool, **facts))
+
+
+def test_the_first_of_many_offences_stays(device: torch.device) -> None:
+    plan, _, _ = checked_plan(device)
+    good = torch.tensor([1, 2], device=device)
+    plan.run(torch.tensor([-1, 2], device=device), good)
+    plan.run(torch.tensor([1, -2], device=device), good)
+    with pytest.raises(onelaunch.ArgumentError, match=r"seq_lens\[0\] is -1"):
+        plan.check()
+    plan.run(torch.tensor([1, -2], device=device), good)
+    with pytest.raises(onelaunch.ArgumentError, match=r"seq_lens\[1\] is -2"):
+        plan.check()
+
+
+# ------------------------------------------------------------------------------- the three functions, with rows
+
+
+def verify_lists(backends: Sequence[Poisoned]) -> dict[str, list[Tensor]]:
+    return {f"{name}_list": [getattr(b.buffers, name) for b in backends] for name in support.SEVEN_FIELDS}
+
+
+@pytest.mark.parametrize("mode", ROW_MODES.values(), ids=ROW_MODES)
+def test_broadcast_precompute_and_copy_of_rows(device: torch.device, mode: dict[str, Any]) -> None:
+    """The ways to the same metadata agree with the reference, at the first call and at later ones."""
+    bs, width, page_size = 21, 300, 16
+    pool = support.token_pool(POOL_ROWS, width, strides="odd", device=device)
+    seq_lens, pool_rows = inputs_for(bs, width, page_size, "plain", device)
+    extends = extend_lengths(bs, mode.get("extend_seq_lens_dtype", torch.int64), device) if "extend" in mode else None
+    rows = bs * mode.get("next_n", 1) if extends is None else int(extends.sum())
+    numbers = {name: mode[name] for name in ("mode", "next_n") if name in mode}
+    facts: dict[str, Any] = {"index_topk": 100, "page_size": page_size, "extent": "full", "max_len": 250, **numbers}
+
+    def fresh() -> list[Poisoned]:
+        return [
+            support.destination(support.SEVEN_FIELDS, rows + 1, width, page_size, requests=bs + 2, device=device)
+            for _ in range(3)
+        ]
+
+    arguments: dict[str, Any] = {"max_len": 250, "nsa_index_topk": 100, "real_page_size": page_size}
+    backends = fresh()
+    wanted = support.expected_refresh(backends, seq_lens, pool_rows, pool, extend_seq_lens=extends, **facts)
+    for _ in range(2):
+        onelaunch.fused_metadata_precompute_and_broadcast_cuda(
+            seq_lens, pool_rows, pool, **verify_lists(backends), extend_seq_lens=extends, **numbers, **arguments
+        )
+        assert_same(backends, wanted)
+
+    if mode["mode"] == "target_verify":
+        made = onelaunch.precompute_target_verify_metadata_cuda(
+            seq_lens, pool_rows, pool, next_n=mode["next_n"], **arguments
+        )
+    else:
+        made = onelaunch.precompute_draft_extend_metadata_cuda(
+            seq_lens,
+            pool_rows,
+            pool,
+            next_n=mode.get("next_n", 1),
+            extend_seq_lens=extends,
+            rows=rows if extends is not None else None,
+            **arguments,
+        )
+    for field, tensor in made.items():
+        count = (bs if field.per == "request" else rows) + (field.kind == "cumulative")
+        assert tensor.shape[0] == count, field.name
+        columns = slice(None, tensor.shape[1]) if field.kind == "table" else Ellipsis
+        want = getattr(wanted, field.name)[:count]
+        assert torch.equal(tensor.cpu(), want[:, columns] if field.kind == "table" else want), field.name
+
+    copied = fresh()
+    onelaunch.fused_metadata_copy_cuda(made, support.buffers_of(copied), mode=mode["mode"])
+    assert_same(copied, wanted)
+    copied = fresh()
+    half = bs // 2
+    if extends is None:
+        part = {"next_n": mode["next_n"]}
+        part_rows = half * mode["next_n"]
+    else:
+        part_rows = int(extends[:half].sum())
+        part = {"rows": part_rows}
+    onelaunch.fused_metadata_copy_cuda(made, support.buffers_of(copied), mode=mode["mode"], bs=half, **part)
+    for backend in copied:
+        expected = support.plain_copy(backend.buffers)
+        for _, tensor in expected.items():
+            tensor.fill_(POISON)
+        reference.copy(support.plain_copy(made), [expected], bs=half, rows=part_rows)
+        assert_same([backend], expected)
+
+
+def test_precompute_into_buffers_of_another_mode_is_another_plan(device: torch.device) -> None:
+    """The table of plans knows the mode: a verify must not find the plan of a decode step on the same tensors."""
+    out = support.destination(support.SEVEN_FIELDS, 12, 90, 16, requests=12, device=device)
+    pool = support.token_pool(POOL_ROWS, 90, device=device)
+    seq_lens, rows = inputs_for(4, 90, 16, "plain", device)
+    arguments: dict[str, Any] = {"max_len": 90, "nsa_index_topk": 9, "real_page_size": 16, "out": out.buffers}
+    facts: dict[str, Any] = {"index_topk": 9, "page_size": 16, "extent": "full"}
+    wanted = support.plain_copy(out.buffers)
+    for next_n in (0, 1, 3, 2):
+        if next_n:
+            onelaunch.precompute_target_verify_metadata_cuda(seq_lens, rows, pool, next_n=next_n, **arguments)
+            more: dict[str, Any] = {"mode": "target_verify", "next_n": next_n}
+        else:
+            onelaunch.precompute_decode_metadata_cuda(seq_lens, rows, pool, **arguments)
+            more = {}
+        reference.refresh([wanted], seq_lens.cpu(), rows.cpu(), pool.cpu(), **facts, **more)
+        assert_same([out], wanted)
 
 
 # ----------------------------------------------------------------------------------------------- several GPUs

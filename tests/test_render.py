@@ -47,6 +47,7 @@ CONFIGS: dict[str, KernelConfig] = {
     },
     "verify, requests only": KernelConfig(mode="target_verify", next_n=3, fields=("cache_seqlens", "cu_seqlens_k")),
     "variable, tables only": KernelConfig(mode="draft_extend", extend="variable", fields=("page_indices",)),
+    "variable, one field": KernelConfig(mode="draft_extend", extend="variable", fields=("seqlens_expanded",)),
     "variable, checked": KernelConfig(
         mode="draft_extend", extend="variable", fields=tuple(FIELDS), checked=True, page_size=3
     ),

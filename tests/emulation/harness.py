@@ -174,6 +174,8 @@ class Case:
         spare_rows: rows of the destinations beyond the batch.
         sparse_stride: if set, elements from row to row of all tables, of which only the columns have memory: so that
             addresses need more than 32 bits. Must be a multiple of 4.
+        extends: rows of the requests in turn, over and over, where extend lengths vary.
+        bad_pool_row: what the first request has for a row of req_to_token, if set; for checked kernels.
         sm_count: multiprocessors that the launch is told of.
         seed: of the contents.
     """
@@ -191,13 +193,15 @@ class Case:
     input_stride: int = 1
     spare_rows: int = 0
     sparse_stride: int | None = None
+    extends: tuple[int, ...] = (2, 0, 1, 5, 0, -1)
+    bad_pool_row: int | None = None
     sm_count: int = 1
     seed: int = 0
 
 
 @dataclass
 class _Buffer:
-    """A tensor's memory: what it holds before and, where it is written, what it must hold after."""
+    """A tensor's memory: what it holds before and, where it is written, what it must hold after, or also may."""
 
     name: str
     content: Tensor  # flat, or [rows, columns] if sparse
@@ -205,6 +209,7 @@ class _Buffer:
     expected: Tensor | None = None
     sparse_stride: int | None = None
     words: list[int] = field(default_factory=list)
+    others: list[Tensor] = field(default_factory=list)
 
     def segments(self) -> list[tuple[int, bytes]]:
         if self.sparse_stride is None:
@@ -232,7 +237,23 @@ class _Job:
             "sm_count": [case.sm_count],
         }
         width = case.width if case.table_columns is None else case.table_columns
-        self.columns = {"page_indices": width, "real_page_table": -(-width // config.page_size)}
+        pages = -(-width // config.page_size)
+        self.columns = {
+            "page_indices": width,
+            "real_page_table": pages,
+            "pooled_real_page_table": -(-pages // config.index_kpool),
+        }
+        bs = len(case.lengths)
+        self.extends = [case.extends[i % len(case.extends)] for i in range(bs)]
+        # A copy's rows are any number.
+        variable = config.extend == "variable" or config.operation == "copy"
+        self.rows = sum(max(0, n) for n in self.extends) if variable else bs * config.next_n
+        if config.mode == "decode":
+            self.rows = bs
+        self.values["rows"] = [self.rows]
+        self.values["row_capacity"] = [self.rows + case.spare_rows]
+        self.values["pool_rows"] = [case.pool_rows]
+        self.values["real_page_table_width"] = [pages]
         if config.operation == "copy":
             self._copy()
         else:
@@ -275,15 +296,18 @@ class _Job:
         """Poisoned destinations; the views are of the expected contents."""
         config, case = self.config, self.case
         backends = [MetadataBuffers() for _ in range(config.num_backends)]
-        rows = len(case.lengths) + case.spare_rows
+        several = config.operation != "copy" and (config.next_n > 1 or config.extend == "variable")
         for name in config.fields:
             self.values[name] = []
+            rows = case.spare_rows + (self.rows if FIELDS[name].per == "row" else len(case.lengths))
             for d in range(config.destinations(name)):
                 label = f"{name}[{d}]"
                 if FIELDS[name].kind == "table":
                     # 16-byte stores need one phase in all destinations; else every one gets its own.
                     aligned = config.vector_bytes == 16 and (name == "page_indices" or config.operation == "copy")
                     pad = case.table_pad + (4 * d if aligned else d)
+                    if aligned and several:
+                        pad += -(self.columns[name] + pad) % 4
                     phase = case.table_phase if aligned else (case.table_phase + 4 * d) % 16
                     poison = torch.full((rows, self.columns[name]), POISON, dtype=torch.int32)
                     buffer, view = self._table(label, poison, pad, phase)
@@ -311,9 +335,15 @@ class _Job:
         if len(case.lengths) > 0:
             rows[-1] = case.pool_rows - 1  # the row with nothing behind it
         pool = rows.to(getattr(torch, config.req_pool_indices_dtype))
+        extends = torch.tensor(self.extends, dtype=torch.int64).to(getattr(torch, config.extend_seq_lens_dtype))
+        if config.extend == "variable":
+            self._strided("extend_seq_lens", extends)
         token_dtype = getattr(torch, config.req_to_token_dtype)
         if config.tables:
-            self._strided("req_pool_indices", pool)
+            given = pool.clone()
+            if case.bad_pool_row is not None:
+                given[0] = case.bad_pool_row
+            self._strided("req_pool_indices", given)
             size = token_dtype.itemsize
             buffer, view = self._table(
                 "req_to_token", tokens.to(token_dtype), case.token_pad, case.token_phase // size * size
@@ -324,9 +354,12 @@ class _Job:
             limits = [case.width, case.max_len if case.max_len is not None else case.width]
             if "page_indices" in config.fields:
                 limits.append(self.columns["page_indices"])
-            else:
+            elif "real_page_table" in config.fields:
                 limits.append(self.columns["real_page_table"] * config.page_size)
+            else:
+                limits.append(self.columns["pooled_real_page_table"] * config.page_size * config.index_kpool)
             self.values["columns"] = [min(limits)]
+        offsets = config.seqlen_offsets
         reference.refresh(
             backends,
             seq_lens,
@@ -336,17 +369,56 @@ class _Job:
             page_size=config.page_size,
             extent=config.extent,
             max_len=case.max_len,
+            mode=config.mode,
+            next_n=config.next_n,
+            extend_seq_lens=extends if config.extend == "variable" else None,
+            seqlen_offsets=offsets * config.num_backends if len(offsets) == 1 else offsets or None,
+            index_kpool=config.index_kpool,
+            page_fill=config.page_fill,
         )
+        if config.checked:
+            self._offences()
+
+    def _offences(self) -> None:
+        """The record of a checked kernel: whichever offence was first, or none. What it skips isn't written."""
+        config, case = self.config, self.case
+        longest = max(config.seqlen_offsets, default=0) + (config.next_n if config.mode == "target_verify" else 0)
+        found = []
+        for request, length in enumerate(case.lengths):
+            length = int(torch.tensor(length).to(getattr(torch, config.seq_lens_dtype)))
+            if config.tables and length > (most := int(self.values["columns"][0]) - longest):  # type: ignore[arg-type]
+                found.append([3, request, length, most])
+            if length < 0:
+                found.append([2, request, length, 0])
+            if config.extend == "variable" and self.extends[request] < 0:
+                found.append([4, request, self.extends[request], self.values["row_capacity"][0]])
+        if case.bad_pool_row is not None:
+            found.append([1, 0, case.bad_pool_row, case.pool_rows])
+            rows = max(0, self.extends[0]) if config.extend == "variable" else config.next_n
+            for buffer in self.buffers:
+                name, _, index = buffer.name.rstrip("]").partition("[")
+                if buffer.expected is not None and name in config.tables:
+                    stride = self.values[name][2 * int(index) + 1]
+                    assert isinstance(stride, int)
+                    view = buffer.expected.as_strided((rows, self.columns[name]), (stride, 1))
+                    view.fill_(POISON)
+        buffer = self._buffer("offence", torch.zeros(4, dtype=torch.int64))
+        self.values["offence"] = [buffer]
+        # Compared as the others are, in 32-bit words.
+        choices = [torch.tensor(offence, dtype=torch.int64).view(torch.int32) for offence in found or [[0] * 4]]
+        buffer.expected, buffer.others = choices[0], choices[1:]
 
     def _copy(self) -> None:
         config, case = self.config, self.case
         backends = self._destinations()
-        rows = len(case.lengths)
         precomputed = MetadataBuffers()
         columns = {}
         for name in config.fields:
+            rows = self.rows if FIELDS[name].per == "row" else len(case.lengths)
             if FIELDS[name].kind == "table":
-                columns[name] = min(self.columns[name], case.max_len if case.max_len is not None else case.width)
+                columns[name] = self.columns[name]
+                if case.max_len is not None and name != "pooled_real_page_table":
+                    columns[name] = min(columns[name], case.max_len)
                 values = self._tokens(rows, self.columns[name]).to(torch.int32)
                 buffer, view = self._table(f"from_{name}", values, case.token_pad, case.token_phase)
                 self.values[f"from_{name}"] = [buffer, self._stride(view)]
@@ -359,7 +431,8 @@ class _Job:
         reference.copy(
             precomputed,
             backends,
-            bs=rows,
+            bs=len(case.lengths),
+            rows=self.rows,
             columns=columns.get("page_indices"),
             page_columns=columns.get("real_page_table"),
         )
@@ -398,7 +471,7 @@ class _Job:
                 got = torch.frombuffer(bytearray(results[taken : taken + bytes_]), dtype=torch.int32)
                 taken += bytes_
                 wrong = (got != b.expected.flatten()).nonzero().flatten()
-                if wrong.numel():
+                if wrong.numel() and not any(torch.equal(got, other) for other in b.others):
                     i = int(wrong[0])
                     want = int(b.expected.flatten()[i])
                     where = f"{self.case.name}, seed {seed}, {together} blocks together: {b.name}"

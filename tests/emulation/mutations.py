@@ -22,6 +22,14 @@ PAGES_ONLY = preset("nsa-decode-3-pages-only").replace(**_SMALL)
 ODD_PAGES = DECODE.replace(page_size=7)
 INT64 = preset("nsa-decode-3-int64").replace(**_SMALL)
 COPY = preset("nsa-copy-3").replace(**_SMALL)
+COPY_ROWS = preset("nsa-copy-3-rows").replace(**_SMALL)
+VERIFY = preset("nsa-target-verify-3").replace(num_backends=2, next_n=3, **_SMALL)
+EXTEND = preset("nsa-draft-extend-3").replace(num_backends=2, **_SMALL)
+VARIABLE = preset("nsa-draft-extend-3-variable").replace(num_backends=2, **_SMALL)
+OFFSETS = DECODE.replace(seqlen_offsets=(1, 80, 3))
+POOLS = preset("nsa-decode-3-kpool").replace(page_size=7, index_topk=512, **_SMALL)
+FILLED = preset("flashmla-decode-3").replace(**_SMALL)
+CHECKED = preset("nsa-decode-3-checked").replace(**_SMALL)
 
 # Rows of several tiles, the last of them to the end of all memory, every phase of source and destination.
 LONG = Case("long", (1500, 3, 0, 1503, 700, 1503), width=1503, token_phase=4, table_phase=12, table_pad=2)
@@ -33,6 +41,13 @@ FEW = Case("few", (1400, 3, 0, 700), width=1503, token_phase=4, table_phase=12, 
 EXACT = Case("exact", (1536, 1536), width=1536, token_phase=4, pool_rows=2)
 # More requests than threads: several windows, several chunks of the running sums.
 MANY = Case("many", tuple(range(170)), width=170, token_pad=1)
+# A row that isn't in the pool, for few requests and for many.
+BAD_ROW = Case("bad row", (600, 30, 600), width=610, bad_pool_row=4)
+BAD_ROW_OF_MANY = Case("bad row of many", (600, 30, 600) * 40, width=610, bad_pool_row=-1)
+# More offences than one.
+OFFENCES = Case("offences", (-1, 1400, 9000, 700, -5, 5, 9), width=1503)
+# Lengths that overflow when something is added.
+HUGE = Case("huge", (2**31 - 1, 5), width=90)
 # Elements from 2^31 on, so that rows are more than 32 bits apart, in elements too.
 FAR = Case("far", (600, 600, 600), width=600, pool_rows=3, sparse_stride=2**30 + 4)
 
@@ -490,6 +505,261 @@ MUTATIONS = [
         Case("small", (40, 50), width=100),
         r"static_cast<unsigned>\(kLengthBlocks \+ ",
         "static_cast<unsigned>(",
+        "none",
+        "mismatch",
+    ),
+    # ---- rows
+    Mutation(
+        "write a request's columns to its first row only",
+        "the other rows keep what was there",
+        VERIFY,
+        LONG,
+        r"row < rows\.stop",
+        "row < rows.first + 1",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "count rows as if they were requests",
+        "requests overwrite one another's rows",
+        VERIFY,
+        LONG,
+        r"\{request \* kNextN, \(request \+ 1\) \* kNextN\}",
+        "{request, request + kNextN}",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "stop at the tokens before the ones to verify",
+        "the last columns of every row aren't written",
+        VERIFY,
+        SHORT,
+        r"length = seq_len \+ kLengthOffset",
+        "length = seq_len",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "let expanded lengths go below zero",
+        "a padding request has a length of four billion",
+        EXTEND,
+        SHORT,
+        r"return expanded > 0 \? expanded : 0;",
+        "return expanded;",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "give every row of a request its whole length",
+        "tokens see those that come after them",
+        EXTEND,
+        LONG,
+        r"static_cast<std::uint32_t>\(rows - 1 - place\)",
+        "static_cast<std::uint32_t>(0 * (rows - place))",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "add to lengths with a sign",
+        "overflow isn't defined",
+        VERIFY,
+        HUGE,
+        r"static_cast<std::int32_t>\(static_cast<std::uint32_t>\(length\) \+ static_cast<std::uint32_t>\(by\)\)",
+        "length + by",
+        "undefined",
+        "undefined",
+    ),
+    Mutation(
+        "lose the rows of the chunks before",
+        "rows start again behind the first block of requests",
+        VARIABLE,
+        MANY,
+        r"rows_carry \+= ",
+        "rows_carry = ",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "give a tile to a request without rows",
+        "its tile is nobody's: the rows of a request behind it come late, or never",
+        VARIABLE,
+        MANY,
+        r"if \(rows\[slot\]\.first < rows\[slot\]\.stop\) \{",
+        "if (request < batch_size) { rows[slot].stop += rows[slot].stop == rows[slot].first;",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "take an extend length below zero for what it says",
+        "the rows of requests behind it move into those before it",
+        VARIABLE,
+        SHORT,
+        r"return rows > 0 \? static_cast<int>\(rows\) : 0;",
+        "return static_cast<int>(rows);",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "copy as many rows as there are requests",
+        "the other rows aren't copied",
+        COPY_ROWS,
+        Case("rows", (1,) * 6, width=1503, extends=(3,)),
+        r"p\.rows",
+        "p.batch_size",
+        "none",
+        "mismatch",
+    ),
+    # ---- lengths that differ from backend to backend
+    Mutation(
+        "store 16 bytes up to the longest backend's end",
+        "shorter backends are overwritten behind their live columns",
+        OFFSETS,
+        Case("offsets", (1000, 3, 0, 1470), width=1503, token_phase=4, table_phase=12, table_pad=2),
+        r"first \+ kTileColumns <= shortest_end",
+        "first + kTileColumns <= end",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "store single words up to the longest backend's end",
+        "shorter backends are overwritten behind their live columns",
+        OFFSETS,
+        SHORT,
+        r"column < stop\)",
+        "column < end)",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "write the longest backend's pages to all",
+        "shorter backends are overwritten behind their live pages",
+        OFFSETS,
+        SHORT,
+        r"if \(page >= pages_of\(live_end\(p, reach, length_offset\(b\)\)\)\) continue;",
+        "",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "cut the longest backend's length at the width of the table",
+        "shorter backends end before their length does, at the end of the table",
+        OFFSETS,
+        LONG,
+        r"p\.columns \+ \(kLongestOffset - kShortestOffset\)",
+        "p.columns",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "forget the blocks that write the other backends' lengths",
+        "a small batch gets no tables",
+        OFFSETS,
+        Case("small", (40, 50), width=100),
+        r"static_cast<unsigned>\(kLengthBlocks \+ ",
+        "static_cast<unsigned>(1 + ",
+        "none",
+        "mismatch",
+    ),
+    # ---- pools
+    Mutation(
+        "clamp unfinished pools too",
+        "the newest tokens are lost from sight",
+        POOLS,
+        LONG,
+        r"\(complete < kIndexTopk \? complete : kIndexTopk\) \+ tail",
+        "length < kIndexTopk ? length : kIndexTopk",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "take every page for the first of a pool",
+        "pools come from whichever page was last",
+        POOLS,
+        LONG,
+        r"if \(page % kIndexKpool != 0\) return;",
+        "",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "round pools towards zero",
+        "padding pages below zero get pool 0",
+        POOLS,
+        LONG,
+        r" - \(count % kIndexKpool < 0 \? 1 : 0\)",
+        "",
+        "none",
+        "mismatch",
+    ),
+    # ---- filling
+    Mutation(
+        "fill as far as is live",
+        "dead columns keep an earlier step's pages",
+        FILLED,
+        SHORT,
+        r"if \(page < p\.real_page_table_width\)",
+        "if (page < end)",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "fill beyond the table",
+        "the next row, or other memory, is overwritten",
+        FILLED,
+        SHORT,
+        r"if \(page < p\.real_page_table_width\)",
+        "if (page <= p.real_page_table_width)",
+        "none",
+        "emulation",
+    ),
+    # ---- checks
+    Mutation(
+        "shift a bound by one: rows of the pool",
+        "the row behind the pool is read",
+        CHECKED,
+        BAD_ROW,
+        r"row < p\.pool_rows",
+        "row <= p.pool_rows",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "report and go on, with few requests",
+        "what was reported is read all the same",
+        CHECKED,
+        BAD_ROW,
+        r"if \(pool_row < 0\) return;",
+        "",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "report and go on, with many requests",
+        "what was reported is read all the same",
+        CHECKED,
+        BAD_ROW_OF_MANY,
+        r"if \(pool_rows\[slot\] < 0\) columns = 0;",
+        "",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "report without looking who was first",
+        "the record mixes two offences",
+        CHECKED,
+        OFFENCES,
+        r"if \(atomicCAS\(&p\.offence->kind, 0ull, kind\) != 0\) return;",
+        "p.offence->kind = kind;",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "tell the wrong request",
+        "the message blames another request",
+        CHECKED,
+        BAD_ROW,
+        r"p\.offence->request = request;",
+        "p.offence->request = request + 1;",
         "none",
         "mismatch",
     ),

@@ -23,20 +23,29 @@ def build(config: KernelConfig, bs: int, width: int, device: torch.device, seed:
 
     Args:
         config: operation precompute_and_broadcast, or copy.
-        bs: requests; the destinations have two rows more.
+        bs: requests; the destinations have room for two more, and two rows more.
         width: columns of page_indices and of the pool.
     """
     generator = torch.Generator().manual_seed(seed)
+    extends = torch.tensor([(2, 0, 1, 5, 0)[i % 5] for i in range(bs)], dtype=torch.int64)
+    # A copy's rows are any number.
+    count = int(extends.sum()) if config.extend == "variable" or config.operation == "copy" else bs * config.next_n
+    rows_in_all = bs if config.mode == "decode" else count
+    several = config.operation != "copy" and (config.next_n > 1 or config.extend == "variable")
     page = config.page_size if config.page_size > 1 else 16
 
     def destination(name: str, backend: int) -> Tensor:
         kind = FIELDS[name].kind
+        height = 2 + (rows_in_all if FIELDS[name].per == "row" else bs)
         if kind != "table":
-            return torch.full((bs + 2 + (kind == "cumulative"),), POISON, dtype=torch.int32, device=device)
-        columns = width if name == "page_indices" else -(-width // page)
+            return torch.full((height + (kind == "cumulative"),), POISON, dtype=torch.int32, device=device)
+        tokens = {"page_indices": 1, "real_page_table": page}.get(name, page * config.index_kpool)
+        columns = -(-width // tokens)
         # Backends of one phase have row strides that differ by 16 bytes; otherwise one word spoils it.
         stride = columns + (4 * backend if config.vector_bytes == 16 else backend % 2)
-        table = torch.full((bs + 2, stride), POISON, dtype=torch.int32, device=device)
+        if several and config.vector_bytes == 16:
+            stride += -stride % 4  # all rows of a request have one phase
+        table = torch.full((height, stride), POISON, dtype=torch.int32, device=device)
         return table[:, :columns]
 
     backends = [
@@ -45,7 +54,9 @@ def build(config: KernelConfig, bs: int, width: int, device: torch.device, seed:
     high = 2**30
     pool = torch.randint(0, high, (bs + 3, width), generator=generator)
     lengths = torch.randint(0, width + 40, (bs,), generator=generator)
-    edges = [0, 1, page - 1, page, page + 1, width - 1, width, width + 1]
+    if config.checked:
+        lengths.clamp_(max=width)  # nothing is wrong
+    edges = [0, 1, page - 1, page, page + 1, width - 1, width, width + 1 - config.checked]
     lengths[: min(bs, len(edges))] = torch.tensor(edges[: min(bs, len(edges))])
     rows = torch.randint(0, bs + 3, (bs,), generator=generator)
     return {
@@ -53,6 +64,8 @@ def build(config: KernelConfig, bs: int, width: int, device: torch.device, seed:
         "seq_lens": lengths.to(getattr(torch, config.seq_lens_dtype)).to(device),
         "rows": rows.to(getattr(torch, config.req_pool_indices_dtype)).to(device),
         "pool": pool.to(getattr(torch, config.req_to_token_dtype)).to(device),
+        "extends": extends.to(getattr(torch, config.extend_seq_lens_dtype)).to(device),
+        "rows_in_all": rows_in_all,
     }
 
 
@@ -69,32 +82,39 @@ def run(config: KernelConfig, bs: int, width: int, device: torch.device) -> None
         source = build(config.replace(num_backends=1), bs, width, device, seed=1)["backends"][0]
         for _, tensor in source.items():
             tensor.copy_(torch.randint(0, 2**30, tensor.shape, dtype=torch.int32))
-        plan = CopyPlan(source, Destinations(backends, 2, backend_field), keep=True)
-        plan.run(bs=bs)
-        reference.copy(source, expected, bs=bs)
+        plan = CopyPlan(source, Destinations(backends, 2, backend_field, config.mode), keep=True, mode=config.mode)
+        rows = None if config.mode == "decode" else scene["rows_in_all"]
+        plan.run(bs=bs, rows=rows)
+        reference.copy(source, expected, bs=bs, rows=rows)
         made: KernelConfig = plan.config
     else:
+        offsets = config.seqlen_offsets
+        facts: dict[str, Any] = {
+            "mode": config.mode,
+            "index_topk": config.index_topk,
+            "page_size": config.page_size,
+            "extent": config.extent,
+            "max_len": None,
+            "next_n": config.next_n,
+            "seqlen_offsets": offsets * config.num_backends if len(offsets) == 1 else offsets or None,
+            "index_kpool": config.index_kpool,
+            "page_fill": config.page_fill,
+        }
+        extends = scene["extends"] if config.extend == "variable" else None
         bound = make_plan(
             backends,
             pool,
-            mode=config.mode,
-            index_topk=config.index_topk,
-            page_size=config.page_size,
-            extent=config.extent,
-            max_len=None,
             seq_lens_dtype=scene["seq_lens"].dtype,
             req_pool_indices_dtype=scene["rows"].dtype,
+            extend=config.extend,
+            extend_seq_lens_dtype=scene["extends"].dtype,
+            checked=config.checked,
+            **facts,
         )
-        bound.run(scene["seq_lens"], scene["rows"])
-        reference.refresh(
-            expected,
-            scene["seq_lens"],
-            scene["rows"],
-            pool,
-            index_topk=config.index_topk,
-            page_size=config.page_size,
-            extent=config.extent,
-        )
+        bound.run(scene["seq_lens"], scene["rows"], extends)
+        if config.checked:
+            bound.check()
+        reference.refresh(expected, scene["seq_lens"], scene["rows"], pool, extend_seq_lens=extends, **facts)
         made = bound.config
     assert made == config.replace(target=device.type), f"{made} was bound instead of {config}"
     for index, (backend, wanted) in enumerate(zip(backends, expected, strict=True)):

@@ -38,6 +38,13 @@ SANITIZED = (
     "nsa-decode-3-page16",
     "nsa-precompute",
     "nsa-copy-3",
+    "nsa-copy-3-rows",
+    "nsa-target-verify-3",
+    "nsa-draft-extend-3-variable",
+    "nsa-decode-3-kpool",
+    "nsa-decode-3-checked",
+    "fa3-decode-3",
+    "flashmla-decode-3",
 )
 # batch, low and high length
 TIMED = {

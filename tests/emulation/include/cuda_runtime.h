@@ -141,6 +141,13 @@ inline unsigned __ballot_sync(unsigned mask, bool yes, int line = __builtin_LINE
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
+// Atomic, and no more than that: like CUDA's, it orders nothing else.
+template <typename T>
+T atomicCAS(T* address, T expected, T value) {
+  __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+
 // An ordinary read, so the sanitizers see it, of memory that nothing writes during the launch.
 template <typename T>
 T __ldg(const T* address, int line = __builtin_LINE()) {
