@@ -40,9 +40,11 @@ constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kBlocksPerSm = 8;
+constexpr int kResidentBlocks = 5;  // that a multiprocessor holds at once: what bounds the registers
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
@@ -248,23 +250,25 @@ __device__ __forceinline__ void write_page(const Params& p, std::int64_t row, in
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  copy_columns(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
   // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
-  // writing, and are asked for before the columns, so that one wait serves both.
+  // writing.
   const int begin = first > 0 ? first : 0;
   const int stop = first + kTileColumns < end ? first + kTileColumns : end;
   const int stop_page = (stop - 1) / kPageSize + 1;
   const int page = (begin + kPageSize - 1) / kPageSize + static_cast<int>(threadIdx.x) % kWarpSize;
-  Token token = 0;
-  if (page < stop_page) token = __ldg(source + static_cast<std::int64_t>(page) * kPageSize);
-  copy_columns(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
-  if (page < stop_page) write_page(p, row, page, token);
+  if (page < stop_page) {
+    write_page(p, row, page, __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
+  }
 }
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
-// Tiles begin at 16-byte boundaries of the destination row, which lie this many columns before column 0, at most 3.
-// All backends agree on it: a plan whose destinations don't is bound to a kernel with 4-byte stores.
+// Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
+// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a kernel with 4-byte
+// stores.
 __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
-  return words_past_boundary(p.page_indices[0].data + row * p.page_indices[0].row_stride);
+  const std::int32_t* begin = p.page_indices[0].data + row * p.page_indices[0].row_stride;
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
 }
 
 // The columns of a request that its length makes live.
@@ -278,71 +282,96 @@ __device__ __forceinline__ int live_columns(const Params& p, int request) {
 // requests are.
 __device__ void gather_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
-  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  const int slot = static_cast<int>(threadIdx.x);
+  const int lane = slot % kWarpSize;
+  const std::uint32_t blocks = gridDim.x - kLengthBlocks;
+  const std::uint32_t block = blockIdx.x - kLengthBlocks;
+  const std::uint32_t warps = blocks * kWarps;
+  const std::uint32_t warp = block * kWarps + threadIdx.x / kWarpSize;
+  if (batch_size == 0) return;
 
-  // So few requests that two rounds would do even if all were as long as the table is wide: a fixed part of the warps
-  // for each request saves the steps below, which a short refresh would notice.
-  if (batch_size > 0 && batch_size * (p.columns / kTileColumns + 1) <= 2 * static_cast<std::int64_t>(warps) &&
-      static_cast<std::uint32_t>(batch_size) <= warps) {
-    const std::uint32_t share = warps / static_cast<std::uint32_t>(batch_size);
-    const std::uint32_t turn = tile / static_cast<std::uint32_t>(batch_size);
-    if (turn >= share) return;  // a warp left over
-    const int request = static_cast<int>(tile % static_cast<std::uint32_t>(batch_size));
-    const std::int64_t pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
-    const int columns = live_columns(p, request);
-    if (columns == 0) return;  // nothing is live, though a tile may begin before column 0
-    int column = static_cast<int>(turn) * kTileColumns - row_lead(p, request);
-    for (; column < columns; column += static_cast<int>(share) * kTileColumns) {
-      copy_tile(p, request, pool_row, column, columns);
-    }
-    return;
+  // The tile in hand.
+  int request = 0;
+  std::int64_t pool_row = 0;
+  int column = 0;
+  int columns = 0;
+
+  // At first every request gets as many blocks as there are for each, so that no thread has to wait for other
+  // requests' lengths: for short requests that is all.
+  const std::uint32_t requests = static_cast<std::uint32_t>(batch_size);
+  const std::uint32_t share = blocks / requests;
+  const int share_columns = static_cast<int>(share) * kWarps * kTileColumns;
+  if (block < share * requests) {
+    request = static_cast<int>(block % requests);
+    pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
+    columns = live_columns(p, request);
+    const int turn = static_cast<int>(block / requests) * kWarps + slot / kWarpSize;
+    if (columns > 0) column = turn * kTileColumns - row_lead(p, request);
   }
+  // The rest of the longer requests is shared out among all warps, unless a few rounds do.
+  const bool few_rounds = p.columns <= 3 * static_cast<std::int64_t>(share_columns);
 
-  // Otherwise every block sums the tiles of a window of kThreads requests, and the warps of all blocks take the tiles
-  // in turn.
+  // For that, every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
   __shared__ std::int32_t live[kThreads];       // columns of a request
   __shared__ std::int64_t pool_rows[kThreads];
   static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
-  const int slot = static_cast<int>(threadIdx.x);
-  const int lane = slot % kWarpSize;
-  for (int first = 0; first < batch_size; first += kThreads) {
-    int columns = 0;
-    std::uint32_t tiles = 0;
-    const int request = first + slot;
-    if (request < batch_size) {
-      pool_rows[slot] = p.req_pool_indices[request * p.req_pool_indices_stride];
-      columns = live_columns(p, request);
-      if (columns > 0) tiles = static_cast<std::uint32_t>((columns + row_lead(p, request) - 1) / kTileColumns + 1);
+  int first = -kThreads;           // the window's first request: there is none yet
+  std::uint32_t window_tiles = 0;  // tiles of the window
+  std::uint32_t warp_end = 0;      // lane w: tiles up to and with warp w's requests
+  // The warps behind everybody's first block come first: short requests leave them nothing to do.
+  const std::uint32_t busy = share > 0 ? requests * kWarps : 0;
+  std::uint32_t tile = warp < busy ? warp + warps - busy : warp - busy;
+  while (true) {
+    if (column < columns) copy_tile(p, request, pool_row, column, columns);
+    if (few_rounds) {
+      column += share_columns;
+      if (column >= columns) return;
+      continue;
     }
-    const std::uint32_t in_warp = warp_running_sum(tiles);
-    tile_end[slot] = in_warp;
-    live[slot] = columns;
-    if (lane == kWarpSize - 1) warp_tiles[slot / kWarpSize] = in_warp;
-    __syncthreads();
-    // Lane w holds the tiles up to and with warp w's requests; the lanes after the last warp hold the window's sum.
-    const std::uint32_t warp_end = warp_running_sum(lane < kWarps ? warp_tiles[lane] : 0);
-    const std::uint32_t window_tiles = __shfl_sync(kFullMask, warp_end, kWarpSize - 1);
-    for (; tile < window_tiles; tile += warps) {
-      // Whose tile it is: how many warps, then how many of the next warp's requests, end at or before it.
-      const int group = __popc(__ballot_sync(kFullMask, warp_end <= tile));
-      const std::uint32_t before = __shfl_sync(kFullMask, warp_end, group > 0 ? group - 1 : 0);
-      const std::uint32_t in_group = tile - (group > 0 ? before : 0);
-      const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
-      const int found = group * kWarpSize + passed;
-      const std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
-      const int column = static_cast<int>(in_row) * kTileColumns - row_lead(p, first + found);
-      copy_tile(p, first + found, pool_rows[found], column, live[found]);
+    while (tile >= window_tiles) {
+      tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+      first += kThreads;
+      if (first >= batch_size) return;
+      const int asked = first + slot;
+      int asked_columns = 0;
+      int tiles = 0;
+      if (asked < batch_size) {
+        asked_columns = live_columns(p, asked);
+        if (asked_columns > 0) tiles = (asked_columns + row_lead(p, asked) - 1) / kTileColumns + 1;
+        tiles -= static_cast<int>(share) * kWarps;
+      }
+      // Nobody looks tiles up in the last window any more, and whether there are any in this one.
+      window_tiles = 0;
+      if (!__syncthreads_or(tiles > 0)) continue;
+      if (tiles > 0) pool_rows[slot] = p.req_pool_indices[asked * p.req_pool_indices_stride];
+      live[slot] = asked_columns;
+      const std::uint32_t in_warp = warp_running_sum(tiles > 0 ? static_cast<std::uint32_t>(tiles) : 0);
+      tile_end[slot] = in_warp;
+      if (lane == kWarpSize - 1) warp_tiles[slot / kWarpSize] = in_warp;
+      __syncthreads();
+      // The lanes after the last warp hold the window's sum.
+      warp_end = warp_running_sum(lane < kWarps ? warp_tiles[lane] : 0);
+      window_tiles = __shfl_sync(kFullMask, warp_end, kWarpSize - 1);
     }
-    tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
-    __syncthreads();       // the next window writes the shared arrays again
+    // Whose tile it is: how many warps, then how many of the next warp's requests, end at or before it.
+    const int group = __popc(__ballot_sync(kFullMask, warp_end <= tile));
+    const std::uint32_t before = __shfl_sync(kFullMask, warp_end, group > 0 ? group - 1 : 0);
+    const std::uint32_t in_group = tile - (group > 0 ? before : 0);
+    const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
+    const int found = group * kWarpSize + passed;
+    const int in_row = static_cast<int>(in_group - (passed > 0 ? tile_end[found - 1] : 0));
+    column = in_row * kTileColumns + share_columns - row_lead(p, first + found);
+    request = first + found;
+    pool_row = pool_rows[found];
+    columns = live[found];
+    tile += warps;
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     onelaunch_broadcast_decode_n3_2711713f8629a5f3(const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -357,7 +386,7 @@ __global__ void __launch_bounds__(kThreads)
 // As many blocks as the tables could need, up to what the device runs at once.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
-  tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
+  tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
   const std::int64_t most = p.sm_count * kBlocksPerSm;
   const std::int64_t blocks = wanted < most ? wanted : most;

@@ -43,6 +43,7 @@ constexpr int kBlocksPerSm = 8;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
@@ -248,30 +249,32 @@ __device__ __forceinline__ void write_page(const Params& p, std::int64_t row, in
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  copy_columns(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
   // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
-  // writing, and are asked for before the columns, so that one wait serves both.
+  // writing.
   const int begin = first > 0 ? first : 0;
   const int stop = first + kTileColumns < end ? first + kTileColumns : end;
   const int stop_page = (stop - 1) / kPageSize + 1;
   const int page = (begin + kPageSize - 1) / kPageSize + static_cast<int>(threadIdx.x) % kWarpSize;
-  Token token = 0;
-  if (page < stop_page) token = __ldg(source + static_cast<std::int64_t>(page) * kPageSize);
-  copy_columns(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
-  if (page < stop_page) write_page(p, row, page, token);
+  if (page < stop_page) {
+    write_page(p, row, page, __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
+  }
 }
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
-// Tiles begin at 16-byte boundaries of the destination row, which lie this many columns before column 0, at most 3.
-// All backends agree on it: a plan whose destinations don't is bound to a kernel with 4-byte stores.
+// Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
+// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a kernel with 4-byte
+// stores.
 __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
-  return words_past_boundary(p.page_indices[0].data + row * p.page_indices[0].row_stride);
+  const std::int32_t* begin = p.page_indices[0].data + row * p.page_indices[0].row_stride;
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
 }
 
 // Every row has max_len columns: the warps take tiles of equal rows in turn. 32 bits hold the count of tiles of any
 // table that fits a device.
 __device__ void gather_tables(const Params& p) {
   const int columns = static_cast<int>(p.columns);
-  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
+  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kTileAlignment - 2) / kTileColumns + 1);
   const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
   const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
   std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
@@ -299,7 +302,7 @@ __global__ void __launch_bounds__(kThreads)
 // As many blocks as the tables could need, up to what the device runs at once.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
-  tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
+  tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
   const std::int64_t most = p.sm_count * kBlocksPerSm;
   const std::int64_t blocks = wanted < most ? wanted : most;

@@ -36,6 +36,9 @@ CASES = (
     Case("exact", (1536, 1024, 1536), width=1536, pool_rows=2, token_phase=8, seed=2),
     Case("bounded", (40, 900, 1300, 750), width=1300, table_columns=1001, max_len=700, input_stride=3, seed=3),
     Case("narrow tables", (40, 900, 1300), width=1300, table_columns=770, seed=4),
+    # As many blocks as requests or more: each has its own, once or a few times over, and what is left is shared out.
+    Case("few rounds", (1401, 0), width=1401, token_phase=4, table_phase=12, seed=8),
+    Case("a rest to share", (2500, 90), width=2503, token_phase=12, table_phase=4, seed=9),
 )
 # Rows that lie more than 2^32 bytes apart, and elements from 2^31 on. ThreadSanitizer has no use for it, and the
 # shadow of so much memory is slow.

@@ -35,8 +35,10 @@ CHECKED = preset("nsa-decode-3-checked").replace(**_SMALL)
 LONG = Case("long", (1500, 3, 0, 1503, 700, 1503), width=1503, token_phase=4, table_phase=12, table_pad=2)
 # Rows that end before their memory does.
 SHORT = Case("short", (3, 1400, 0, 700, 30, 5, 9), width=1503, token_phase=4, table_phase=12, table_pad=2)
-# The same, few enough for each request to get warps of its own, with some left over.
-FEW = Case("few", (1400, 3, 0, 700), width=1503, token_phase=4, table_phase=12, table_pad=2)
+# So few that each gets a block of its own and does with it, with a block left over.
+FEW = Case("few", (1400, 0), width=1503, token_phase=4, table_phase=12, table_pad=2)
+# The same, but one so long that what is left of it is shared out.
+UNEVEN = Case("uneven", (3600, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
 # The last tile ends where the row and req_to_token do.
 EXACT = Case("exact", (1536, 1536), width=1536, token_phase=4, pool_rows=2)
 # More requests than threads: several windows, several chunks of the running sums.
@@ -135,8 +137,8 @@ MUTATIONS = [
         "a slow warp looks its tiles up in the next window",
         DECODE,
         MANY,
-        _barrier("gather_tables", 1),
-        r"\1",
+        r"if \(!__syncthreads_or\(tiles > 0\)\) continue;",
+        "",
         "thread",
         "thread",
     ),
@@ -228,8 +230,8 @@ MUTATIONS = [
         "all stores are done once a block: right, and slow",
         DECODE,
         LONG,
-        r"\(blockIdx\.x - kLengthBlocks\) \* kWarps \+ threadIdx",
-        "threadIdx",
+        r"std::uint32_t block = blockIdx\.x - kLengthBlocks;",
+        "std::uint32_t block = 0;",
         "thread",
         "thread",
     ),
@@ -258,8 +260,8 @@ MUTATIONS = [
         "its first page is overwritten",
         DECODE,
         FEW,
-        r"if \(columns == 0\) return;",
-        "",
+        r"if \(columns > 0\) column = turn",
+        "column = turn",
         "none",
         "mismatch",
     ),
@@ -268,8 +270,28 @@ MUTATIONS = [
         "two warps write the same tiles",
         DECODE,
         FEW,
-        r"if \(turn >= share\) return;",
-        "",
+        r"if \(block < share \* requests\)",
+        "if (true)",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "share out a tile too few of the rest",
+        "the end of a long row isn't written",
+        DECODE,
+        UNEVEN,
+        r"tiles -= static_cast<int>\(share\) \* kWarps;",
+        "tiles -= static_cast<int>(share) * kWarps + 1;",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "begin with the rest where a request's own blocks began",
+        "two warps write the same tiles",
+        DECODE,
+        UNEVEN,
+        r"in_row \* kTileColumns \+ share_columns",
+        "in_row * kTileColumns",
         "thread",
         "thread",
     ),
@@ -277,19 +299,19 @@ MUTATIONS = [
         "leave a shared array as it was",
         "shared memory holds garbage when a block starts",
         DECODE,
-        SHORT,
-        r"live\[slot\] = columns;",
+        MANY,
+        r"live\[slot\] = asked_columns;",
         "",
-        "none",
-        "mismatch",
+        "address",
+        "address",
     ),
     Mutation(
         "one tile short in rows of equal length",
         "the end of a row isn't written",
         FULL,
         LONG,
-        r"\(\(columns \+ kVectorWords - 2\) / kTileColumns \+ 1\)",
-        "((columns + kVectorWords - 2) / kTileColumns)",
+        r"\(\(columns \+ kTileAlignment - 2\) / kTileColumns \+ 1\)",
+        "((columns + kTileAlignment - 2) / kTileColumns)",
         "none",
         "mismatch",
     ),
@@ -462,7 +484,7 @@ MUTATIONS = [
         "misaligned addresses: the launch dies",
         DECODE,
         LONG,
-        r"return words_past_boundary\(p\.page_indices.*?;",
+        r"return static_cast<int>\(reinterpret_cast<std::uintptr_t>\(begin\)[^;]*;",
         "return 0;",
         "undefined",
         "undefined",
