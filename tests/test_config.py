@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, layout, preset
 from onelaunch.config import MAX_PARAM_WORDS, parse_settings
+from support import ALL_FIELDS
 
 LENGTHS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded")
 
@@ -50,7 +51,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 
 def base(**changes: Any) -> KernelConfig:
-    return KernelConfig(**{"num_backends": 3, "fields": tuple(FIELDS), **changes})
+    return KernelConfig(**{"num_backends": 3, "fields": ALL_FIELDS, **changes})
 
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -183,14 +184,14 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
             {"fields": ("page_indices",), "extent": "full", "seq_lens_dtype": "int32"},
             {"fields": ("page_indices",), "extent": "full", "seq_lens_dtype": "int64"},
         ),
-        ({"page_size": 1}, {"page_size": 1, "fields": tuple(n for n in FIELDS if n != "real_page_table")}),
+        ({"page_size": 1}, {"page_size": 1, "fields": tuple(n for n in ALL_FIELDS if n != "real_page_table")}),
         ({"operation": "copy", "extent": "live"}, {"operation": "copy", "extent": "full"}),
         ({"operation": "copy", "index_topk": 9, "page_size": 8}, {"operation": "copy"}),
         ({"operation": "copy", "seq_lens_dtype": "int32", "req_to_token_dtype": "int64"}, {"operation": "copy"}),
         ({"target": "cpu", "threads": 7, "blocks_per_sm": 3}, {"target": "cpu"}),
         ({"distinct": (("page_indices", 3),)}, {}),
-        ({"fields": tuple(reversed(FIELDS))}, {"fields": tuple(FIELDS)}),
-        ({"fields": list(FIELDS)}, {"fields": tuple(FIELDS)}),
+        ({"fields": tuple(reversed(ALL_FIELDS))}, {"fields": ALL_FIELDS}),
+        ({"fields": list(ALL_FIELDS)}, {"fields": ALL_FIELDS}),
         ({"next_n": 5}, {}),
         ({"extend": "variable"}, {}),
         ({"extend_seq_lens_dtype": "int32"}, {}),
@@ -250,7 +251,7 @@ def test_what_a_configuration_needs() -> None:
     assert not KernelConfig(fields=("page_indices",), extent="full").needs_lengths
     assert KernelConfig(fields=("page_indices",), extent="live").needs_lengths
     assert base().tables == ("page_indices", "real_page_table", "pooled_real_page_table")
-    assert base().vectors == tuple(n for n in FIELDS if FIELDS[n].kind != "table")
+    assert base().vectors == tuple(n for n in ALL_FIELDS if FIELDS[n].kind != "table")
     assert base(distinct=(("page_indices", 2),)).destinations("page_indices") == 2
     assert base(distinct=(("page_indices", 2),)).destinations("cache_seqlens") == 3
 
@@ -317,7 +318,7 @@ WRITTEN = {
     **PRESETS,
     **{f"other {name}": base(**{name: value}) for name, value in CHANGES.items()},
     **{f"other {name}": base(**facts) for name, facts in TOGETHER.items()},
-    "all shared": base(distinct=tuple((name, 1) for name in FIELDS)),
+    "all shared": base(distinct=tuple((name, 1) for name in ALL_FIELDS)),
     "one field": KernelConfig(fields=("cu_seqlens_k",)),
     "page 1": base(page_size=1),
 }

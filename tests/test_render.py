@@ -16,6 +16,7 @@ from onelaunch import FIELDS, PRESETS, KernelConfig, layout, render
 from onelaunch.cli.generate import check_folder, emitted, write_folder
 from onelaunch.cli.main import app
 from onelaunch.render import _shift, render_baseline, render_binding
+from support import ALL_FIELDS
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
@@ -23,12 +24,42 @@ GENERATED = ROOT / "generated"
 
 CONFIGS: dict[str, KernelConfig] = {
     **PRESETS,
-    **{f"only {name}": KernelConfig(num_backends=2, fields=(name,)) for name in FIELDS},
-    **{f"copy of {name}": KernelConfig(num_backends=2, fields=(name,), operation="copy") for name in FIELDS},
+    **{f"only {name}": KernelConfig(num_backends=2, fields=(name,)) for name in ALL_FIELDS},
+    **{f"copy of {name}": KernelConfig(num_backends=2, fields=(name,), operation="copy") for name in ALL_FIELDS},
     **{
-        f"without {name}": KernelConfig(num_backends=2, fields=tuple(f for f in FIELDS if f != name), extent=extent)
-        for name, extent in zip(FIELDS, ("live", "full") * 5, strict=False)
+        f"without {name}": KernelConfig(
+            num_backends=2, fields=tuple(f for f in ALL_FIELDS if f != name), extent=extent
+        )
+        for name, extent in zip(ALL_FIELDS, ("live", "full") * 5, strict=False)
     },
+    **{
+        f"schedules, {mode}, {per}, {'offsets' if offsets else 'one length'}": KernelConfig(
+            num_backends=2,
+            mode=mode,
+            next_n=3,
+            seqlen_offsets=offsets,
+            schedule_per=per,
+            fields=(*fields, "paged_mqa_schedule_metadata", "flashmla_metadata", "num_splits"),
+            checked=bool(offsets),
+        )
+        for mode, per, offsets, fields in (
+            ("decode", "request", (), ("page_indices",)),
+            ("decode", "request", (1, 2), ()),
+            ("target_verify", "request", (), ALL_FIELDS),
+            ("draft_extend", "row", (1, 2), ("cu_seqlens_k",)),
+        )
+    },
+    "schedule of the old kind": KernelConfig(
+        fields=("paged_mqa_schedule_metadata",), schedule_remainder="first", index_kpool=4
+    ),
+    "parts of the old kind": KernelConfig(fields=("flashmla_metadata",), flashmla_order="2025"),
+    "indices": KernelConfig(num_backends=2, fields=("kv_indices",)),
+    "indices, checked": KernelConfig(
+        num_backends=2, fields=("kv_indptr", "kv_indices"), seqlen_offsets=(1, 2), checked=True
+    ),
+    "indices beside a schedule": KernelConfig(
+        num_backends=2, fields=("kv_indices", "paged_mqa_schedule_metadata"), mode="target_verify", next_n=2
+    ),
     "page 48": KernelConfig(num_backends=2, page_size=48),
     "int64 tokens, 4 bytes": KernelConfig(req_to_token_dtype="int64", vector_bytes=4, extent="full"),
     **{
@@ -39,7 +70,7 @@ CONFIGS: dict[str, KernelConfig] = {
             extend=extend,
             extent=extent,
             vector_bytes=words,
-            fields=tuple(FIELDS),
+            fields=ALL_FIELDS,
             index_kpool=3,
         )
         for mode, extend in (("target_verify", "uniform"), ("draft_extend", "uniform"), ("draft_extend", "variable"))
@@ -49,7 +80,7 @@ CONFIGS: dict[str, KernelConfig] = {
     "variable, tables only": KernelConfig(mode="draft_extend", extend="variable", fields=("page_indices",)),
     "variable, one field": KernelConfig(mode="draft_extend", extend="variable", fields=("seqlens_expanded",)),
     "variable, checked": KernelConfig(
-        mode="draft_extend", extend="variable", fields=tuple(FIELDS), checked=True, page_size=3
+        mode="draft_extend", extend="variable", fields=ALL_FIELDS, checked=True, page_size=3
     ),
     "variable, filled": KernelConfig(
         mode="draft_extend", extend="variable", fields=("real_page_table",), page_fill=-1, checked=True
