@@ -177,7 +177,7 @@ __device__ void refresh_lengths(const Params& p, int b) {
 // ---- the tokens of all requests, one after the other -------------------------------------------------------------
 // Where a request's tokens go depends on the lengths of all requests before it. Every block adds those up for itself,
 // beside the tiles that it counts anyhow, and carries the sum from window to window: no block waits for another, and
-// the sum has no limit, 32-bit offsets or not. Nothing is written beyond the destinations' capacity.
+// the sum has no limit. Nothing is written beyond the destinations' capacity.
 
 // The tokens of a request, without what backends have more.
 __device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
@@ -185,14 +185,14 @@ __device__ __forceinline__ std::int32_t request_tokens(const Params& p, int requ
   return length > 0 ? length : 0;
 }
 
-// The tokens of a request that are read for a backend whose lengths have `offset` more.
-__device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t offset) {
-  const std::int64_t length = std::int64_t{tokens} + offset;
+// The tokens of a request that are read for a backend whose lengths have so many `more`.
+__device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t more) {
+  const std::int64_t length = std::int64_t{tokens} + more;
   return static_cast<int>(length < p.columns ? length : p.columns);
 }
 
-// One warp reads the columns [first, first + kTileColumns) of a row once, and writes them to every backend. `before` are
-// the tokens of the requests before.
+// One warp reads the columns [first, first + kTileColumns) of a row once, and writes them to every backend. There are
+// `before` tokens of the requests before.
 __device__ __forceinline__ void copy_indices(
     const Params& p, std::int64_t request, std::int64_t pool_row, std::int64_t before, std::int32_t tokens, int first) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -212,7 +212,8 @@ __device__ __forceinline__ void copy_indices(
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int column = first + lane + i * kWarpSize;
-      if (column < end_of_b && begin + column < p.kv_indices_capacity) p.kv_indices[b][begin + column] = words[i];
+      const std::int64_t at = begin + column;
+      if (column < end_of_b && at < p.kv_indices_capacity) p.kv_indices[b][at] = words[i];
     }
   }
 }

@@ -142,6 +142,11 @@ __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request)
   return length > 0 ? (length - 1) / kMlaBlock + 1 : 1;
 }
 
+// What a request costs in blocks, as long as no part begins within it.
+__device__ __forceinline__ std::uint64_t mla_cost(const Params& p, int request) {
+  return static_cast<std::uint64_t>(mla_blocks(p, request) + kMlaOverhead);
+}
+
 // FlashMLA's schedule. The parts take blocks of the requests one after the other, so one thread walks them: past all
 // requests of a chunk at once, or in steps that double while whole requests fit into a part. It notes where each part
 // begins; from that all threads derive the rest.
@@ -150,12 +155,11 @@ __device__ void schedule_flashmla(const Params& p) {
   const int parts = static_cast<int>(p.num_sm_parts);
   const int slot = static_cast<int>(threadIdx.x);
   std::uint64_t cost = 0;
-  for (int request = slot; request < batch_size; request += kThreads) {
-    cost += static_cast<std::uint64_t>(mla_blocks(p, request) + kMlaOverhead);
-  }
+  for (int request = slot; request < batch_size; request += kThreads) cost += mla_cost(p, request);
   std::uint64_t total;
   block_running_sum(cost, total);
-  const std::int64_t payload = static_cast<std::int64_t>((total + static_cast<std::uint64_t>(parts) - 1) / static_cast<std::uint64_t>(parts)) + kMlaOverhead;
+  const std::uint64_t share = (total + static_cast<std::uint64_t>(parts) - 1) / static_cast<std::uint64_t>(parts);
+  const std::int64_t payload = static_cast<std::int64_t>(share) + kMlaOverhead;
 
   __shared__ std::int64_t ends[kThreads];  // the cost of the requests up to and with one of the chunk
   __shared__ std::int32_t begin_request[kMaxSmParts], begin_block[kMaxSmParts];
@@ -176,7 +180,7 @@ __device__ void schedule_flashmla(const Params& p) {
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
     std::uint64_t chunk;
-    const std::uint64_t own = request < batch_size ? static_cast<std::uint64_t>(mla_blocks(p, request) + kMlaOverhead) : 0;
+    const std::uint64_t own = request < batch_size ? mla_cost(p, request) : 0;
     ends[slot] = static_cast<std::int64_t>(carry + block_running_sum(own, chunk));
     carry += chunk;
     __syncthreads();

@@ -234,13 +234,13 @@ class KernelConfig:
             )
         if "num_splits" in self.fields and "flashmla_metadata" not in self.fields:
             raise ConfigError(
-                "fields has num_splits without flashmla_metadata, whose rows say how many parts there are; ask for both."
+                "fields has num_splits without flashmla_metadata, whose rows are the parts that splits come from; name both."
             )
         if "paged_mqa_schedule_metadata" in self.fields and self.mode == "draft_extend" and self.extend == "variable":
             if self.schedule_per == "row":
                 raise ConfigError(
-                    "fields has paged_mqa_schedule_metadata, schedule_per is 'row' and extend is 'variable'; a schedule "
-                    "of rows is defined for next_n rows a request. Set extend='uniform'."
+                    "fields has paged_mqa_schedule_metadata, schedule_per is 'row' and extend is 'variable'; a "
+                    "schedule of rows is defined for next_n rows a request. Set extend='uniform'."
                 )
             if self.schedule_atoms == 0:
                 raise ConfigError(

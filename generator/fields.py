@@ -98,7 +98,9 @@ class MetadataBuffers:
     flashmla_metadata: Tensor | None = _field(
         "schedule", "[num_sm_parts, 8]", "where each part begins and ends, in requests and blocks of 64", "request"
     )
-    num_splits: Tensor | None = _field("splits", "[bs + 1]", "0, then the running sum of each request's splits", "request")
+    num_splits: Tensor | None = _field(
+        "splits", "[bs + 1]", "0, then the running sum of each request's splits", "request"
+    )
     kv_indptr: Tensor | None = _field(
         "cumulative", "[bs + 1]", "0, then the running sum of max(s, 0), in target_verify of max(s, 0) + n", "request"
     )

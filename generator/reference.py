@@ -135,14 +135,16 @@ def page_row(tokens: Tensor, page_size: int) -> Tensor:
     return torch.div(tokens[..., ::page_size], page_size, rounding_mode="floor").to(torch.int32)
 
 
-def paged_mqa_schedule(lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last") -> list[list[int]]:
+def paged_mqa_schedule(
+    lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last"
+) -> list[list[int]]:
     """DeepGEMM's schedule of paged MQA logits: where each multiprocessor begins, [num_sms + 1][2].
 
     An item of length l is ceil(l / 256) splits for each of its atoms, atom after atom, and the items follow one
     another. Multiprocessors get equal numbers of splits; some get one more, the last ones (DeepGEMM from 2026-06 on) or
     the first ones (before). An entry is the atom, counted over all items, and the split in it; the last entry is the
-    end, (items * atoms, 0). Where no split is left, which needs all lengths to be 0 if the remainder goes last, an entry
-    is the end too, or, if the remainder goes last, (the last item's first atom, 0), which consumers may look up.
+    end, (items * atoms, 0). Where no split is left, an entry is the end too; but if the remainder goes last, which
+    leaves none only where all lengths are 0, it is (the last item's first atom, 0), which consumers may look up.
 
     Args:
         lengths: one an item; below 0 counts as 0.

@@ -100,9 +100,8 @@ def render(config: KernelConfig) -> str:
         "uses_kpool": uses_kpool,
         "fills": config.page_fill is not None,
         "offences": [o for o in OFFENCES if o.applies(config)],
-        "has_requests_part": not copies and bool(
-            config.checked or any(added) or config.row_fields or uses_kpool or schedule_rows
-        ),
+        "has_requests_part": not copies
+        and bool(config.checked or any(added) or config.row_fields or uses_kpool or schedule_rows),
         "own_lengths": len(added) > 1 and bool(config.vectors),
         "own_schedules": len(added) > 1 and bool(config.schedules),
         "own_ends": len(added) > 1 and live,

@@ -93,7 +93,8 @@ def destination(
 ) -> Poisoned:
     """One backend with room for ``rows`` rows, ``requests`` requests (as many if None) and ``columns`` tokens.
 
-    ``shapes`` are those of schedules and indices. With page_size 1, real_page_table is page_indices itself, as engines have it.
+    ``shapes`` are those of schedules and indices. With page_size 1, real_page_table is page_indices itself, as engines
+    have it.
     """
     tensors: dict[str, Tensor] = {}
     storages: dict[str, Tensor] = {}

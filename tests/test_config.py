@@ -14,6 +14,7 @@ from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, layout, preset
 from onelaunch.config import MAX_PARAM_WORDS, parse_settings
 from support import ALL_FIELDS
 
+MQA = "paged_mqa_schedule_metadata"
 LENGTHS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded")
 
 # One change to each fact that shapes a kernel which has every field.
@@ -46,6 +47,10 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "extend_seq_lens_dtype": {"mode": "draft_extend", "extend": "variable", "extend_seq_lens_dtype": "int32"},
     "one offset": {"seqlen_offsets": (4,)},
     "page_fill": {"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1},
+    "schedule_remainder": {"fields": (MQA,), "schedule_remainder": "first"},
+    "schedule_per": {"fields": (MQA,), "mode": "target_verify", "schedule_per": "row"},
+    "schedule_atoms": {"fields": (MQA,), "schedule_atoms": 2},
+    "flashmla_order": {"fields": ("flashmla_metadata",), "flashmla_order": "2025"},
     "copied rows": {"operation": "copy", "mode": "target_verify"},
 }
 
@@ -419,7 +424,7 @@ def test_the_parameter_block(config: KernelConfig) -> None:
     assert len(set(names)) == len(names)
     assert set(config.fields) <= set(names)
     for name in config.fields:
-        assert words.count(name) == config.destinations(name) * (2 if name in config.tables else 1)
+        assert words.count(name) == config.destinations(name) * (2 if FIELDS[name].kind == "table" else 1)
 
 
 def test_a_dict_of_some_facts() -> None:

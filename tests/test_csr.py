@@ -172,7 +172,9 @@ def test_a_checked_plan_tells_what_does_not_fit(device: torch.device) -> None:
     plan = check(device, [70, 3, 0, 50], width=100, capacity=123, checked=True)
     plan.check()
     plan = check(device, [70, 3, 0, 50], width=100, capacity=122, checked=True)
-    with pytest.raises(ArgumentError, match="up to request 3 need 123 elements of kv_indices; the destinations have 122"):
+    with pytest.raises(
+        ArgumentError, match="up to request 3 need 123 elements of kv_indices; the destinations have 122"
+    ):
         plan.check()
     plan.check()
     plan = check(device, [70, 3], width=100, capacity=76, checked=True, seqlen_offsets=(1, 2))
@@ -214,7 +216,7 @@ def test_indices_have_no_dead_columns() -> None:
 
 def test_backends_of_other_capacities_are_refused() -> None:
     backends = [support.destination(BOTH, 3, 1, 64, shapes={"kv_indices": (n,)}) for n in (9, 8)]
-    with pytest.raises(ArgumentError, match="has 8 elements and .* has 9; all backends must have the same"):
+    with pytest.raises(ArgumentError, match=r"has 8 elements and .* has 9; all backends must have the same"):
         onelaunch.bind(support.buffers_of(backends), req_to_token=torch.zeros(2, 9, dtype=torch.int32))
     assert_untouched(backends)
 

@@ -264,7 +264,9 @@ class _Job:
         self.values["num_sms"] = [case.num_sms]
         self.values["num_sm_parts"] = [case.num_sm_parts]
         added = max(config.seqlen_offsets, default=0) + (config.next_n if config.mode == "target_verify" else 0)
-        self.tokens = [max(0, n) + added for n in torch.tensor(case.lengths, dtype=torch.int64).to(torch.int32).tolist()]
+        self.tokens = [
+            max(0, n) + added for n in torch.tensor(case.lengths, dtype=torch.int64).to(torch.int32).tolist()
+        ]
         self.capacity = min(sum(self.tokens), case.most_indices)
         self.values["kv_indices_capacity"] = [self.capacity]
         if config.operation == "copy":

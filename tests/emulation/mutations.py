@@ -859,7 +859,7 @@ MUTATIONS = [
         "memory behind the destination is overwritten",
         INDICES,
         FULL_INDICES,
-        r" && begin \+ column < p\.kv_indices_capacity",
+        r" && at < p\.kv_indices_capacity",
         "",
         "address",
         "address",
