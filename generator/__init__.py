@@ -36,6 +36,7 @@ from .groups import Groups, bind_groups
 from .loader import Kernel, freeze
 from .plan import Plan, bind
 from .render import render
+from .schedules import sparse_flashmla_metadata
 
 __version__ = "0.1.0"
 
@@ -67,5 +68,6 @@ __all__ = [
     "precompute_target_verify_metadata_cuda",
     "preset",
     "render",
+    "sparse_flashmla_metadata",
     "specialize",
 ]

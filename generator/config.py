@@ -22,6 +22,9 @@ Mode = Literal["decode", "target_verify", "draft_extend"]
 Extend = Literal["uniform", "variable"]
 IntDtype = Literal["int32", "int64"]
 Extent = Literal["live", "full"]
+Remainder = Literal["last", "first"]
+SchedulePer = Literal["request", "row"]
+FlashMLAOrder = Literal["2026", "2025"]
 Target = Literal["cuda", "cpu"]
 
 # Part of every key: raise it when a key's ingredients change meaning.
@@ -33,6 +36,8 @@ MAX_PARAM_WORDS = 32_764 // 8
 # Beyond any speculation, and small enough that a length and what is added to it meet in 32 bits.
 MAX_NEXT_N = 2**15
 MAX_SEQLEN_OFFSET = 2**15
+# More than any GPU has multiprocessors: a block keeps where every part begins.
+MAX_SM_PARTS = 512
 
 _LENGTHS_TOPK = ("nsa_cache_seqlens", "nsa_cu_seqlens_k")
 _POOLED = ("pooled_cache_seqlens", "pooled_real_page_table")
@@ -45,6 +50,10 @@ _SILENT = (
     "index_kpool",
     "page_fill",
     "checked",
+    "schedule_remainder",
+    "schedule_per",
+    "schedule_atoms",
+    "flashmla_order",
 )
 
 
@@ -83,6 +92,12 @@ class KernelConfig:
         unroll: 16-byte accesses a thread has in flight, 1 to 8.
         blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32.
         checked: the kernel checks what it reads (rows of the pool, lengths) and records the first offence.
+        schedule_remainder: which multiprocessors get one split more in paged_mqa_schedule_metadata, "last" (DeepGEMM
+            from 2026-06 on) or "first" (before).
+        schedule_per: what DeepGEMM's lengths are in target_verify and draft_extend: "request" for [bs, n], of which
+            only the last column counts (cache_seqlens), "row" for [R, 1] (seqlens_expanded).
+        schedule_atoms: query atoms of each request in that schedule; 0 for as many as next_n asks for, ceil(n / 2).
+        flashmla_order: the order of the fields in a row of flashmla_metadata, "2026" or "2025".
 
     Raises:
         ConfigError: a fact is outside what is allowed.
@@ -118,6 +133,10 @@ class KernelConfig:
     index_kpool: int = 1
     page_fill: Literal[-1] | None = None
     checked: bool = False
+    schedule_remainder: Remainder = "last"
+    schedule_per: SchedulePer = "request"
+    schedule_atoms: int = 0
+    flashmla_order: FlashMLAOrder = "2026"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -133,6 +152,9 @@ class KernelConfig:
             ("extend_seq_lens_dtype", get_args(IntDtype)),
             ("page_fill", (None, -1)),
             ("checked", (False, True)),
+            ("schedule_remainder", get_args(Remainder)),
+            ("schedule_per", get_args(SchedulePer)),
+            ("flashmla_order", get_args(FlashMLAOrder)),
         ):
             _one_of(name, getattr(self, name), choices)
         for name, low, high in (
@@ -144,6 +166,7 @@ class KernelConfig:
             ("blocks_per_sm", 1, 32),
             ("next_n", 1, MAX_NEXT_N),
             ("index_kpool", 1, 2**31 - 1),
+            ("schedule_atoms", 0, MAX_NEXT_N),
         ):
             _integer(name, getattr(self, name), low, high)
         if self.target == "cuda" and (self.threads < 32 or self.threads & (self.threads - 1)):
@@ -152,6 +175,7 @@ class KernelConfig:
                 "a block is made of whole warps."
             )
         self._check_fields()
+        self._check_combinations()
         self._check_offsets()
         self._neutralize()
         self._check_fill()
@@ -195,6 +219,35 @@ class KernelConfig:
             ),
         )
 
+    def _check_combinations(self) -> None:
+        derived = [name for name in self.fields if FIELDS[name].kind in ("schedule", "splits", "indices")]
+        if self.operation == "copy" and derived:
+            raise ConfigError(
+                f"fields has {derived[0]} and operation is 'copy'; schedules and kv_indices are computed by each "
+                "refresh, and not copied. Leave them out of the destinations."
+            )
+        tables = [name for name in self.fields if FIELDS[name].kind == "table"]
+        if "kv_indices" in self.fields and tables:
+            raise ConfigError(
+                f"fields has kv_indices and {tables[0]}; a kernel writes either tables or indices. Bind them to two "
+                "plans."
+            )
+        if "num_splits" in self.fields and "flashmla_metadata" not in self.fields:
+            raise ConfigError(
+                "fields has num_splits without flashmla_metadata, whose rows are the parts that splits come from; name both."
+            )
+        if "paged_mqa_schedule_metadata" in self.fields and self.mode == "draft_extend" and self.extend == "variable":
+            if self.schedule_per == "row":
+                raise ConfigError(
+                    "fields has paged_mqa_schedule_metadata, schedule_per is 'row' and extend is 'variable'; a "
+                    "schedule of rows is defined for next_n rows a request. Set extend='uniform'."
+                )
+            if self.schedule_atoms == 0:
+                raise ConfigError(
+                    "fields has paged_mqa_schedule_metadata, schedule_atoms is 0 and extend is 'variable'; the atoms "
+                    "follow from next_n rows a request only. Give their number."
+                )
+
     def _check_offsets(self) -> None:
         offsets = self.seqlen_offsets
         if isinstance(offsets, str) or not isinstance(offsets, Iterable):
@@ -233,7 +286,16 @@ class KernelConfig:
             _set(self, "req_to_token_dtype", "int32")
         if copies or not any(name in self.fields for name in _LENGTHS_TOPK):
             _set(self, "index_topk", 0)
-        if copies or not any(name in self.fields for name in (*_LENGTHS_TOPK, *_POOLED)):
+        scheduled = "paged_mqa_schedule_metadata" in self.fields
+        if not scheduled:
+            _set(self, "schedule_remainder", "last")
+        if not scheduled or self.mode == "decode":
+            _set(self, "schedule_per", "request")
+        if not scheduled or self.schedule_per == "row":
+            _set(self, "schedule_atoms", 0)
+        if "flashmla_metadata" not in self.fields:
+            _set(self, "flashmla_order", "2026")
+        if copies or not (scheduled or any(name in self.fields for name in (*_LENGTHS_TOPK, *_POOLED))):
             _set(self, "index_kpool", 1)
         if copies or not self.paged_tables:
             _set(self, "page_size", 1)
@@ -243,6 +305,8 @@ class KernelConfig:
             _set(self, "unroll", 1)
             _set(self, "blocks_per_sm", 1)
         elif not copies and "page_indices" not in self.fields:
+            if "kv_indices" in self.fields:
+                _set(self, "extent", "live")  # there are no columns that aren't live
             # Page numbers are picked one word in page_size: there is no 16-byte run to move.
             _set(self, "vector_bytes", 4)
         if not (self.mode == "draft_extend" and self.row_fields):
@@ -251,13 +315,15 @@ class KernelConfig:
             _set(self, "extend_seq_lens_dtype", "int64")
         if copies or self.mode == "decode" or self.extend == "variable":
             _set(self, "next_n", 1)
-        if self.mode == "draft_extend" and not self.row_fields:
+        if self.mode == "draft_extend" and not self.row_fields and not scheduled:
             _set(self, "next_n", 1)
+        if scheduled and self.schedule_atoms == self._atoms_of_next_n:
+            _set(self, "schedule_atoms", 0)
         if not self.needs_lengths:
             _set(self, "seqlen_offsets", ())
         elif len(self.seqlen_offsets) > 1:
             for name, count in self.distinct:
-                if name not in self.tables or count > 1:
+                if FIELDS[name].kind != "table" or count > 1:
                     raise ConfigError(
                         f"distinct[{name}] is {count} and seqlen_offsets is {self.seqlen_offsets}; backends whose "
                         "lengths differ share a table that all of them have, or nothing."
@@ -271,13 +337,27 @@ class KernelConfig:
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """The fields that are tables."""
-        return tuple(name for name in self.fields if FIELDS[name].kind == "table")
+        """The fields that are gathered from req_to_token."""
+        return tuple(name for name in self.fields if FIELDS[name].kind in ("table", "indices"))
 
     @property
     def vectors(self) -> tuple[str, ...]:
         """The fields that have one element a request, or one more (running sums)."""
-        return tuple(name for name in self.fields if FIELDS[name].kind != "table")
+        return tuple(name for name in self.fields if FIELDS[name].kind in ("lengths", "cumulative"))
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The schedules that blocks of their own compute, by the field that they are named after."""
+        return tuple(name for name in self.fields if FIELDS[name].kind == "schedule")
+
+    @property
+    def atoms(self) -> int:
+        """Query atoms of each item of DeepGEMM's schedule."""
+        return self.schedule_atoms or self._atoms_of_next_n
+
+    @property
+    def _atoms_of_next_n(self) -> int:
+        return 1 if self.schedule_per == "row" else (self.next_n + 1) // 2
 
     @property
     def row_fields(self) -> tuple[str, ...]:
@@ -287,12 +367,12 @@ class KernelConfig:
     @property
     def paged_tables(self) -> tuple[str, ...]:
         """The tables whose columns are pages, or pools of pages."""
-        return tuple(name for name in self.tables if name != "page_indices")
+        return tuple(name for name in self.tables if name not in ("page_indices", "kv_indices"))
 
     @property
     def needs_lengths(self) -> bool:
         """Whether the kernel reads seq_lens."""
-        return self.operation != "copy" and (bool(self.vectors) or self.extent == "live")
+        return self.operation != "copy" and (bool(self.vectors or self.schedules) or self.extent == "live")
 
     @property
     def warp_size(self) -> int:
@@ -474,13 +554,29 @@ PRESETS: dict[str, KernelConfig] = {
         num_backends=3, mode="draft_extend", extend="variable", fields=_WITH_EXPANDED
     ),
     "nsa-decode-3-kpool": KernelConfig(
-        num_backends=3, index_kpool=4, fields=tuple(name for name in FIELDS if name != "seqlens_expanded")
+        num_backends=3, index_kpool=4, fields=(*KernelConfig().fields, "pooled_cache_seqlens", "pooled_real_page_table")
     ),
     "nsa-decode-3-checked": KernelConfig(num_backends=3, checked=True),
     "fa3-decode-3": KernelConfig(
         num_backends=3, fields=("cache_seqlens", "cu_seqlens_k", "real_page_table"), seqlen_offsets=(1, 2, 3)
     ),
     "flashmla-decode-3": KernelConfig(num_backends=3, fields=("cache_seqlens", "real_page_table"), page_fill=-1),
+    "nsa-decode-3-schedule": KernelConfig(
+        num_backends=3, fields=(*KernelConfig().fields, "paged_mqa_schedule_metadata")
+    ),
+    "nsa-target-verify-3-schedule": KernelConfig(
+        num_backends=3,
+        mode="target_verify",
+        next_n=4,
+        schedule_per="row",
+        fields=(*_WITH_EXPANDED, "paged_mqa_schedule_metadata"),
+    ),
+    "flashmla-dense-decode-3": KernelConfig(
+        num_backends=3,
+        fields=("cache_seqlens", "real_page_table", "flashmla_metadata", "num_splits"),
+        page_fill=-1,
+    ),
+    "flashinfer-decode-3": KernelConfig(num_backends=3, fields=("kv_indptr", "kv_indices"), seqlen_offsets=(1, 2, 3)),
 }
 """The configurations that ship: their CUDA is in generated/, and each is compiled and run by the tests."""
 

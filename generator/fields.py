@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     # For annotations alone: what emits and loads kernels runs without torch.
     from torch import Tensor
 
-Kind = Literal["lengths", "cumulative", "table"]
+Kind = Literal["lengths", "cumulative", "table", "schedule", "splits", "indices"]
 Per = Literal["request", "row"]
 
 
@@ -31,7 +31,8 @@ class Field:
     Attributes:
         name: attribute of MetadataBuffers, and the spelling in the emitted CUDA.
         kind: "lengths" is int32 [rows], "cumulative" is int32 [rows + 1] and starts with 0, "table" is
-            int32 [rows, columns] with unit inner stride.
+            int32 [rows, columns] with unit inner stride. "schedule" is int32 [parts, words], contiguous, its size a
+            number of multiprocessors; "splits" is int32 [bs + 1] and comes with one; "indices" is int32 [capacity].
         shape: the shape for people, in decode, with bs requests.
         formula: what an element holds.
         per: whether its rows are requests, or the rows that a request has n or q of.
@@ -42,6 +43,21 @@ class Field:
     shape: str
     formula: str
     per: Per = "row"
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of its tensor."""
+        return 2 if self.kind in ("table", "schedule") else 1
+
+    @property
+    def extra(self) -> int:
+        """Elements that it has more than requests or rows: the 0 that running sums begin with."""
+        return int(self.kind in ("cumulative", "splits"))
+
+    @property
+    def sized_by_batch(self) -> bool:
+        """Whether its first dimension says how many requests or rows fit."""
+        return self.kind not in ("schedule", "indices")
 
     def shape_in(self, mode: str) -> str:
         """The shape in a forward mode, with bs requests and R rows."""
@@ -75,6 +91,21 @@ class MetadataBuffers:
     pooled_cache_seqlens: Tensor | None = _field("lengths", "[bs]", "floor(cache_seqlens / k)", "request")
     pooled_real_page_table: Tensor | None = _field(
         "table", "[bs, ceil(W / P / k)]", "floor(real_page_table[row, column * k] / k)"
+    )
+    paged_mqa_schedule_metadata: Tensor | None = _field(
+        "schedule", "[num_sms + 1, 2]", "where each multiprocessor begins: its query atom and split of 256", "request"
+    )
+    flashmla_metadata: Tensor | None = _field(
+        "schedule", "[num_sm_parts, 8]", "where each part begins and ends, in requests and blocks of 64", "request"
+    )
+    num_splits: Tensor | None = _field(
+        "splits", "[bs + 1]", "0, then the running sum of each request's splits", "request"
+    )
+    kv_indptr: Tensor | None = _field(
+        "cumulative", "[bs + 1]", "0, then the running sum of max(s, 0), in target_verify of max(s, 0) + n", "request"
+    )
+    kv_indices: Tensor | None = _field(
+        "indices", "[capacity]", "req_to_token[row, column] at kv_indptr[request] + column", "request"
     )
 
     def items(self) -> Iterator[tuple[Field, Tensor]]:

@@ -74,6 +74,12 @@ def members(config: KernelConfig) -> list[Member]:
             add("pool_rows", "int64", "rows of req_to_token")
     if config.page_fill is not None:
         add("real_page_table_width", "int64", "columns")
+    if "paged_mqa_schedule_metadata" in config.fields:
+        add("num_sms", "int64", "multiprocessors that DeepGEMM's schedule is for")
+    if "flashmla_metadata" in config.fields:
+        add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
+    if "kv_indices" in config.fields:
+        add("kv_indices_capacity", "int64", "elements")
     if config.tables and not copies:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")

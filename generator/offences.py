@@ -62,6 +62,12 @@ OFFENCES = tuple(
                 "extend_seq_lens add up to {value} rows at request {request}; the destinations have {limit}. "
                 "Bind larger buffers.",
             ),
+            (
+                "kIndicesBeyondCapacity",
+                lambda config: "kv_indices" in config.fields,
+                "seq_lens up to request {request} need {value} elements of kv_indices; the destinations have {limit}. "
+                "Bind larger buffers.",
+            ),
         ),
         start=1,
     )

@@ -25,7 +25,7 @@ from .checks import (
     check_tensor,
     dtype_name,
 )
-from .config import MAX_NEXT_N, MAX_SEQLEN_OFFSET, KernelConfig
+from .config import MAX_NEXT_N, MAX_SEQLEN_OFFSET, MAX_SM_PARTS, KernelConfig
 from .errors import ArgumentError, LaunchError
 from .fields import FIELDS, MetadataBuffers
 from .loader import Kernel
@@ -76,11 +76,14 @@ class Destinations:
         for index, backend in enumerate(backends):
             for name, tensor in _written(backend, index, page_size, name_of, mode).items():
                 field, label = FIELDS[name], name_of(index, name)
-                check_destination(label, tensor, dim=2 if field.kind == "table" else 1, device=self.device)
+                check_destination(label, tensor, dim=field.dim, device=self.device)
                 self.device = tensor.device
-                if field.kind == "cumulative" and tensor.numel() == 0:
+                if field.extra and tensor.numel() == 0:
                     raise ArgumentError(f"{label} is empty; it must have room for the first 0, shape [bs + 1].")
-                room[field.per].append((tensor.shape[0] - (field.kind == "cumulative"), label))
+                if field.kind == "schedule":
+                    _check_schedule(name, label, tensor)
+                if field.sized_by_batch:
+                    room[field.per].append((tensor.shape[0] - field.extra, label))
                 known = self.tensors.setdefault(name, [])
                 if not any(_same_memory(tensor, other) for other in known):
                     known.append(tensor)
@@ -110,17 +113,24 @@ class Destinations:
         Raises:
             ArgumentError: backends differ in it.
         """
+        return self._common(name, 1, "columns", "Slice them: table[:, :width].")
+
+    def length(self, name: str) -> int | None:
+        """The common length of a field whose first dimension isn't the batch, likewise."""
+        return self._common(name, 0, "rows" if FIELDS[name].dim == 2 else "elements", "Slice them: tensor[:length].")
+
+    def _common(self, name: str, dim: int, what: str, remedy: str) -> int | None:
         tensors = self.tensors.get(name)
         if not tensors:
             return None
         for tensor in tensors:
-            if tensor.shape[1] != tensors[0].shape[1]:
+            if tensor.shape[dim] != tensors[0].shape[dim]:
                 raise ArgumentError(
-                    f"{self.names[name, id(tensor)]} has {tensor.shape[1]} columns and "
-                    f"{self.names[name, id(tensors[0])]} has {tensors[0].shape[1]}; all backends must have the same. "
-                    "Slice them: table[:, :width]."
+                    f"{self.names[name, id(tensor)]} has {tensor.shape[dim]} {what} and "
+                    f"{self.names[name, id(tensors[0])]} has {tensors[0].shape[dim]}; all backends must have the same. "
+                    f"{remedy}"
                 )
-        return tensors[0].shape[1]
+        return tensors[0].shape[dim]
 
     def one_phase(self, name: str, *, rows_too: bool = False) -> bool:
         """Whether row r of every tensor lies equally far past a 16-byte boundary, for every r.
@@ -143,6 +153,8 @@ class Destinations:
 
     def words(self, name: str) -> list[int]:
         """The parameter words of a field."""
+        if FIELDS[name].kind == "schedule":  # contiguous: an address says it all
+            return [tensor.data_ptr() for tensor in self.tensors[name]]
         return [word for tensor in self.tensors[name] for word in _tensor_words(tensor)]
 
 
@@ -167,6 +179,17 @@ def _written(backend: MetadataBuffers, index: int, page_size: int, name_of: Name
             )
         del fields["real_page_table"]
     return fields
+
+
+def _check_schedule(name: str, label: str, tensor: Tensor) -> None:
+    words, low, most = (2, 2, MAX_BATCH) if name == "paged_mqa_schedule_metadata" else (8, 1, MAX_SM_PARTS)
+    rows = tensor.shape[0]
+    if tensor.shape[1] != words or not low <= rows <= most:
+        raise ArgumentError(
+            f"{label} has shape {tuple(tensor.shape)}; it must be {FIELDS[name].shape}, of {low} to {most} rows."
+        )
+    if not tensor.is_contiguous():
+        raise ArgumentError(f"{label} has strides {tensor.stride()}; a schedule must be contiguous.")
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -286,6 +309,9 @@ class Plan:
                 "pool_rows": [req_to_token.shape[0]],
                 "row_capacity": [self.row_capacity],
                 "real_page_table_width": [destinations.width("real_page_table") or 0],
+                "num_sms": [(destinations.length("paged_mqa_schedule_metadata") or 1) - 1],
+                "num_sm_parts": [destinations.length("flashmla_metadata") or 0],
+                "kv_indices_capacity": [destinations.length("kv_indices") or 0],
                 "offence": [0 if self._offence is None else self._offence.data_ptr()],
                 **{name: destinations.words(name) for name in config.fields},
             },
@@ -512,6 +538,10 @@ def bind(
     index_kpool: int = 1,
     page_fill: int | None = None,
     checked: bool = False,
+    schedule_remainder: str = "last",
+    schedule_per: str = "request",
+    schedule_atoms: int = 0,
+    flashmla_order: str = "2026",
 ) -> Plan:
     """Validates N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
 
@@ -539,6 +569,12 @@ def bind(
         index_kpool: k, tokens a pool: only complete pools are clamped at index_topk; of the pooled_* fields.
         page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
         checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
+        schedule_remainder: of paged_mqa_schedule_metadata, "last" for the convention that DeepGEMM has from 2026-06 on,
+            "first" for the one before.
+        schedule_per: whether DeepGEMM gets lengths of "request"s ([bs, n], cache_seqlens) or of "row"s ([R, 1],
+            seqlens_expanded) in target_verify and draft_extend.
+        schedule_atoms: query atoms a request has there; 0 for ceil(next_n / 2).
+        flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
@@ -561,6 +597,10 @@ def bind(
         index_kpool=index_kpool,
         page_fill=page_fill,
         checked=checked,
+        schedule_remainder=schedule_remainder,
+        schedule_per=schedule_per,
+        schedule_atoms=schedule_atoms,
+        flashmla_order=flashmla_order,
     )
 
 
@@ -582,6 +622,10 @@ def make_plan(
     index_kpool: int = 1,
     page_fill: int | None = None,
     checked: bool = False,
+    schedule_remainder: str = "last",
+    schedule_per: str = "request",
+    schedule_atoms: int = 0,
+    flashmla_order: str = "2026",
     name_of: NameOf = backend_field,
     topk_name: str = "index_topk",
     page_size_name: str = "page_size",
@@ -640,6 +684,10 @@ def make_plan(
             "index_kpool": index_kpool,
             "page_fill": page_fill,
             "checked": checked,
+            "schedule_remainder": schedule_remainder,
+            "schedule_per": schedule_per,
+            "schedule_atoms": schedule_atoms,
+            "flashmla_order": flashmla_order,
             **(launch_shape or {}),
         }
     )

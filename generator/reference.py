@@ -6,6 +6,8 @@ Written for clarity: whole-tensor operations, every row as wide as the longest. 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -133,6 +135,104 @@ def page_row(tokens: Tensor, page_size: int) -> Tensor:
     return torch.div(tokens[..., ::page_size], page_size, rounding_mode="floor").to(torch.int32)
 
 
+def paged_mqa_schedule(
+    lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last"
+) -> list[list[int]]:
+    """DeepGEMM's schedule of paged MQA logits: where each multiprocessor begins, [num_sms + 1][2].
+
+    An item of length l is ceil(l / 256) splits for each of its atoms, atom after atom, and the items follow one
+    another. Multiprocessors get equal numbers of splits; some get one more, the last ones (DeepGEMM from 2026-06 on) or
+    the first ones (before). An entry is the atom, counted over all items, and the split in it; the last entry is the
+    end, (items * atoms, 0). Where no split is left, an entry is the end too; but if the remainder goes last, which
+    leaves none only where all lengths are 0, it is (the last item's first atom, 0), which consumers may look up.
+
+    Args:
+        lengths: one an item; below 0 counts as 0.
+        num_sms: multiprocessors, 1 or more.
+        atoms: query atoms of an item.
+        remainder: "last" or "first".
+
+    Raises:
+        ValueError: an unknown remainder.
+    """
+    if remainder not in ("last", "first"):
+        raise ValueError(f"remainder is {remainder!r}; allowed: 'last', 'first'.")
+    splits = [-(-max(length, 0) // 256) for length in lengths]
+    ends = list(itertools.accumulate(n * atoms for n in splits))
+    end = [len(lengths) * atoms, 0]
+    beyond = [max(len(lengths) - 1, 0) * atoms, 0] if remainder == "last" else end
+    share, more = divmod(ends[-1] if ends else 0, num_sms)
+    entries, start = [], 0
+    for sm in range(num_sms):
+        item = bisect.bisect_right(ends, start)
+        if item < len(ends):
+            atom, split = divmod(start - ends[item] + splits[item] * atoms, splits[item])
+            entries.append([item * atoms + atom, split])
+        else:
+            entries.append(list(beyond))
+        start += share + (sm >= num_sms - more if remainder == "last" else sm < more)
+    return [*entries, end]
+
+
+def flashmla_schedule(
+    lengths: Sequence[int], num_sm_parts: int, *, order: str = "2026"
+) -> tuple[list[list[int]], list[int]]:
+    """FlashMLA's tile schedule: (metadata [num_sm_parts][8], num_splits [bs + 1]).
+
+    A request of length l is max(l - 1, 0) // 64 + 1 blocks, and costs 5 more in every part that has some of it. The
+    parts walk the requests in turn: a part takes what is left of a request if that fits into its payload, else as many
+    blocks as do, if any, and ends. num_splits is 0, then the running sum of the parts that share each request.
+
+    A row is in the order "2026": first request, last request, first block, block after the last, number of the first
+    request's splits before, whether the first and the last request are split, 0; or "2025": first request, first block,
+    last request, block after the last, splits before, 0, 0, 0. A part without work begins at the end and ends with the
+    last request; without any request its last request is -1 and its blocks are 0.
+
+    Args:
+        lengths: one a request.
+        num_sm_parts: parts, 1 or more.
+        order: "2026" or "2025".
+
+    Raises:
+        ValueError: an unknown order.
+    """
+    if order not in ("2026", "2025"):
+        raise ValueError(f"order is {order!r}; allowed: '2026', '2025'.")
+    overhead = 5
+    blocks = [max(length - 1, 0) // 64 + 1 for length in lengths]
+    payload = -(-sum(n + overhead for n in blocks) // num_sm_parts) + overhead
+    metadata, num_splits = [], [0]
+    request = block = split = 0
+    for _ in range(num_sm_parts):
+        first, first_block, first_split, remain = request, block, split, payload
+        while request < len(blocks):
+            left = blocks[request] - block
+            if remain < left + overhead:
+                if remain > overhead:
+                    block += remain - overhead
+                    split += 1
+                break
+            remain -= left + overhead
+            num_splits.append(num_splits[-1] + split + 1)
+            request, block, split = request + 1, 0, 0
+        last = request if block > 0 else request - 1
+        of_last = blocks[last] if last >= 0 else 0
+        stop_block = block if block > 0 else of_last
+        splits_first, splits_last = first_block != 0, stop_block != of_last
+        if first == last:
+            splits_first = splits_last = splits_first or splits_last
+        if order == "2026":
+            metadata.append([first, last, first_block, stop_block, first_split, int(splits_first), int(splits_last), 0])
+        else:
+            metadata.append([first, first_block, last, stop_block, first_split, 0, 0, 0])
+    return metadata, num_splits
+
+
+def kv_lengths(seq_lens: Tensor, added: int) -> Tensor:
+    """int [bs] -> int64 [bs]: the tokens that each request has in kv_indices, max(s, 0) + added."""
+    return seq_lens.to(torch.int32).clamp(min=0).to(torch.int64) + added
+
+
 def refresh(
     backends: Sequence[MetadataBuffers],
     seq_lens: Tensor,
@@ -149,6 +249,10 @@ def refresh(
     seqlen_offsets: Sequence[int] | None = None,
     index_kpool: int = 1,
     page_fill: int | None = None,
+    schedule_remainder: str = "last",
+    schedule_per: str = "request",
+    schedule_atoms: int = 0,
+    flashmla_order: str = "2026",
 ) -> None:
     """Refreshes the backends in place, and leaves every element alone that a kernel must leave alone.
 
@@ -162,9 +266,14 @@ def refresh(
         max_len: bound on the columns; None is the width of the narrowest table.
         seqlen_offsets: one offset a backend, added to its lengths; None is no offset.
         page_fill: written to the columns of real_page_table that aren't live, up to its width; None writes nothing.
+        schedule_remainder, schedule_per, schedule_atoms: of paged_mqa_schedule_metadata, see paged_mqa_schedule. With
+            "request" its items are the requests' cache_seqlens, of schedule_atoms atoms each, or ceil(next_n / 2) if
+            that is 0; with "row" the rows' seqlens_expanded, of one atom each. With pools of k tokens lengths are in
+            pools, max(floor(length / k), 1).
+        flashmla_order: of flashmla_metadata, which schedules the requests' cache_seqlens.
 
     Raises:
-        ValueError: an unknown mode or extent.
+        ValueError: an unknown mode, extent, remainder or order.
     """
     if extent not in ("live", "full"):
         raise ValueError(f"extent is {extent!r}; allowed: 'live', 'full'.")
@@ -182,6 +291,17 @@ def refresh(
             destination = getattr(buffers, name)
             if destination is not None:
                 destination[: value.numel()] = value
+        _schedule(
+            buffers,
+            values,
+            schedule_remainder,
+            "request" if mode == "decode" else schedule_per,
+            schedule_atoms or (next_n + 1) // 2,
+            flashmla_order,
+            index_kpool,
+        )
+        added = offset + (next_n if mode == "target_verify" else 0)
+        _csr(buffers, kv_lengths(seq_lens, added), req_pool_indices, req_to_token, max_len)
         columns = _columns(buffers, req_to_token, page_size, index_kpool, max_len)
         counts = torch.full_like(rows.live, columns) if extent == "full" else rows.live.clamp(0, columns)
         total = counts.numel()
@@ -205,6 +325,50 @@ def refresh(
             pools = pooled_page_table(page_row(tokens, page_size), index_kpool)
             where = written[:, ::page_size][:, ::index_kpool]
             _write(buffers.pooled_real_page_table[:total, : pools.shape[1]], pools, where)
+
+
+def _schedule(
+    buffers: MetadataBuffers,
+    values: dict[str, Tensor],
+    remainder: str,
+    per: str,
+    atoms: int,
+    order: str,
+    index_kpool: int,
+) -> None:
+    if buffers.paged_mqa_schedule_metadata is not None:
+        schedule = buffers.paged_mqa_schedule_metadata
+        items = values["cache_seqlens"]
+        if per == "row":
+            items, atoms = values["seqlens_expanded"], 1
+        if index_kpool > 1:
+            items = pooled_lengths(items, index_kpool).clamp(min=1)
+        entries = paged_mqa_schedule(items.tolist(), schedule.shape[0] - 1, atoms=atoms, remainder=remainder)
+        schedule.copy_(torch.tensor(entries, dtype=torch.int32))
+    if buffers.flashmla_metadata is not None:
+        cache = values["cache_seqlens"].tolist()
+        metadata, splits = flashmla_schedule(cache, buffers.flashmla_metadata.shape[0], order=order)
+        buffers.flashmla_metadata.copy_(torch.tensor(metadata, dtype=torch.int32))
+        if buffers.num_splits is not None:
+            buffers.num_splits[: len(splits)] = torch.tensor(splits, dtype=torch.int32)
+
+
+def _csr(
+    buffers: MetadataBuffers, tokens: Tensor, req_pool_indices: Tensor, req_to_token: Tensor, max_len: int | None
+) -> None:
+    """kv_indptr, and every request's tokens behind those of the requests before it, as far as kv_indices reaches."""
+    ends = torch.cumsum(tokens, dim=0)
+    if buffers.kv_indptr is not None:
+        buffers.kv_indptr[0] = 0
+        buffers.kv_indptr[1 : tokens.numel() + 1] = ends.to(torch.int32)
+    if buffers.kv_indices is None:
+        return
+    width = req_to_token.shape[1] if max_len is None else min(max_len, req_to_token.shape[1])
+    capacity = buffers.kv_indices.numel()
+    for row, count, end in zip(req_pool_indices.tolist(), tokens.tolist(), ends.tolist(), strict=True):
+        begin = end - count
+        written = max(min(count, width, capacity - begin), 0)
+        buffers.kv_indices[begin : begin + written] = req_to_token[row, :written].to(torch.int32)
 
 
 def _write(destination: Tensor, values: Tensor, where: Tensor) -> None:

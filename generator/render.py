@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from . import layout
-from .config import PRESETS, KernelConfig
+from .config import MAX_SM_PARTS, PRESETS, KernelConfig
 from .fields import FIELDS
 from .offences import OFFENCES
 
@@ -74,6 +74,15 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     row_vectors = [name for name in config.row_fields if name in config.vectors and not copies]
     uses_kpool = not copies and (config.index_kpool > 1 or any(name.startswith("pooled_") for name in config.fields))
     sums = any(FIELDS[name].kind == "cumulative" for name in config.fields)
+    csr = "kv_indices" in config.fields
+    scheduled = "paged_mqa_schedule_metadata" in config.fields
+    schedule_rows = scheduled and config.schedule_per == "row"
+    # Which running sums there are, and whether over blocks too. What positions follow from doesn't wrap.
+    block_sums = {}
+    if not copies and (sums or windows or variable):
+        block_sums["std::uint32_t"] = sums or variable or csr
+    if config.schedules or csr:
+        block_sums["std::uint64_t"] = True
     return {
         "config": config,
         "symbol": config.symbol,
@@ -91,21 +100,29 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "row_vectors": row_vectors,
         "variable": variable,
         "added": added,
-        "pooled": any(name.startswith("pooled_") for name in config.fields),
+        "pooled": any(name.startswith("pooled_") for name in config.fields) or (scheduled and config.index_kpool > 1),
         "pooled_pages": "pooled_real_page_table" in config.fields,
         "uses_kpool": uses_kpool,
         "fills": config.page_fill is not None,
         "offences": [o for o in OFFENCES if o.applies(config)],
-        "has_requests_part": not copies and bool(config.checked or any(added) or config.row_fields or uses_kpool),
+        "has_requests_part": not copies
+        and bool(config.checked or any(added) or config.row_fields or uses_kpool or schedule_rows),
         "own_lengths": len(added) > 1 and bool(config.vectors),
+        "own_schedules": len(added) > 1 and bool(config.schedules),
         "own_ends": len(added) > 1 and live,
         "own_pages": any(config.destinations(name) == config.num_backends for name in config.paged_tables),
         "live": live,
         "windows": windows,
         "tile_alignment": min(32, config.warp_size * 4 * config.unroll),
         "resident_blocks": _resident_blocks(config) if windows else 0,
-        "scans": not copies and (sums or windows or variable),
-        "block_sums": not copies and (sums or variable),
+        "scans": bool(block_sums),
+        "sum_types": list(block_sums),
+        "block_sums": block_sums,
+        "csr": csr,
+        "csr_most": "kLongestOffset" if len(added) > 1 else "kLengthOffset" if added[0] else "0",
+        "gather": "gather_indices" if csr else "gather_tables",
+        "schedule_rows": schedule_rows,
+        "max_sm_parts": MAX_SM_PARTS,
         "tile_columns": config.warp_size * 4 * config.unroll,
         "vectorized": config.vector_bytes == 16,
         "realigns": config.vector_bytes == 16 and (copies or config.req_to_token_dtype == "int32"),
@@ -175,9 +192,9 @@ def _resident_blocks(config: KernelConfig) -> int:
     """Blocks that a multiprocessor is to hold at once, 0 to leave it to the compiler.
 
     At 48 registers a thread five blocks of 256 fit instead of four, and that shows (tests/gpu/NOTES.md). More backends,
-    more rows or more accesses in flight would spill at that.
+    more rows, more accesses in flight, or the 64-bit positions of kv_indices would spill at that.
     """
-    if config.num_backends > 3 or config.next_n > 1 or config.unroll > 2:
+    if config.num_backends > 3 or config.next_n > 1 or config.unroll > 2 or "kv_indices" in config.fields:
         return 0
     return max(1, 1280 // config.threads) if config.target == "cuda" else 1
 

@@ -21,7 +21,8 @@ POISON = -559038737
 # Poisoned words on either side of a tensor; a multiple of four, so that an offset alone decides the 16-byte phase.
 GUARD = 32
 
-ALL_FIELDS = tuple(FIELDS)
+# What a batch alone gives a shape to. Schedules and kv_indices have tests of their own.
+ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("lengths", "cumulative", "table"))
 SIX_FIELDS = (
     "cache_seqlens",
     "cu_seqlens_k",
@@ -88,14 +89,16 @@ def destination(
     device: Any = "cpu",
     requests: int | None = None,
     index_kpool: int = 1,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Poisoned:
     """One backend with room for ``rows`` rows, ``requests`` requests (as many if None) and ``columns`` tokens.
 
-    With page_size 1, real_page_table is page_indices itself, as engines have it.
+    ``shapes`` are those of schedules and indices. With page_size 1, real_page_table is page_indices itself, as engines
+    have it.
     """
     tensors: dict[str, Tensor] = {}
     storages: dict[str, Tensor] = {}
-    for name in ALL_FIELDS:
+    for name in FIELDS:
         if name not in fields:
             continue
         kind = FIELDS[name].kind
@@ -107,8 +110,11 @@ def destination(
             width = page_columns(columns, tokens)
             stride = row_stride(width, strides) + extra_stride
             tensors[name], storages[name] = guarded(height, width, row_stride=stride, offset=offset, device=device)
+        elif kind in ("schedule", "indices"):
+            shape = (shapes or {})[name]
+            tensors[name], storages[name] = guarded(*shape, offset=offset, device=device)
         else:
-            count = height + (kind == "cumulative")
+            count = height + FIELDS[name].extra
             tensors[name], storages[name] = guarded(count, offset=offset, device=device)
     return Poisoned(MetadataBuffers(**tensors), storages)
 

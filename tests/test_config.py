@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, layout, preset
 from onelaunch.config import MAX_PARAM_WORDS, parse_settings
+from support import ALL_FIELDS
 
+MQA = "paged_mqa_schedule_metadata"
 LENGTHS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded")
 
 # One change to each fact that shapes a kernel which has every field.
@@ -45,12 +47,16 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "extend_seq_lens_dtype": {"mode": "draft_extend", "extend": "variable", "extend_seq_lens_dtype": "int32"},
     "one offset": {"seqlen_offsets": (4,)},
     "page_fill": {"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1},
+    "schedule_remainder": {"fields": (MQA,), "schedule_remainder": "first"},
+    "schedule_per": {"fields": (MQA,), "mode": "target_verify", "schedule_per": "row"},
+    "schedule_atoms": {"fields": (MQA,), "schedule_atoms": 2},
+    "flashmla_order": {"fields": ("flashmla_metadata",), "flashmla_order": "2025"},
     "copied rows": {"operation": "copy", "mode": "target_verify"},
 }
 
 
 def base(**changes: Any) -> KernelConfig:
-    return KernelConfig(**{"num_backends": 3, "fields": tuple(FIELDS), **changes})
+    return KernelConfig(**{"num_backends": 3, "fields": ALL_FIELDS, **changes})
 
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -183,14 +189,14 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
             {"fields": ("page_indices",), "extent": "full", "seq_lens_dtype": "int32"},
             {"fields": ("page_indices",), "extent": "full", "seq_lens_dtype": "int64"},
         ),
-        ({"page_size": 1}, {"page_size": 1, "fields": tuple(n for n in FIELDS if n != "real_page_table")}),
+        ({"page_size": 1}, {"page_size": 1, "fields": tuple(n for n in ALL_FIELDS if n != "real_page_table")}),
         ({"operation": "copy", "extent": "live"}, {"operation": "copy", "extent": "full"}),
         ({"operation": "copy", "index_topk": 9, "page_size": 8}, {"operation": "copy"}),
         ({"operation": "copy", "seq_lens_dtype": "int32", "req_to_token_dtype": "int64"}, {"operation": "copy"}),
         ({"target": "cpu", "threads": 7, "blocks_per_sm": 3}, {"target": "cpu"}),
         ({"distinct": (("page_indices", 3),)}, {}),
-        ({"fields": tuple(reversed(FIELDS))}, {"fields": tuple(FIELDS)}),
-        ({"fields": list(FIELDS)}, {"fields": tuple(FIELDS)}),
+        ({"fields": tuple(reversed(ALL_FIELDS))}, {"fields": ALL_FIELDS}),
+        ({"fields": list(ALL_FIELDS)}, {"fields": ALL_FIELDS}),
         ({"next_n": 5}, {}),
         ({"extend": "variable"}, {}),
         ({"extend_seq_lens_dtype": "int32"}, {}),
@@ -250,7 +256,7 @@ def test_what_a_configuration_needs() -> None:
     assert not KernelConfig(fields=("page_indices",), extent="full").needs_lengths
     assert KernelConfig(fields=("page_indices",), extent="live").needs_lengths
     assert base().tables == ("page_indices", "real_page_table", "pooled_real_page_table")
-    assert base().vectors == tuple(n for n in FIELDS if FIELDS[n].kind != "table")
+    assert base().vectors == tuple(n for n in ALL_FIELDS if FIELDS[n].kind != "table")
     assert base(distinct=(("page_indices", 2),)).destinations("page_indices") == 2
     assert base(distinct=(("page_indices", 2),)).destinations("cache_seqlens") == 3
 
@@ -317,7 +323,7 @@ WRITTEN = {
     **PRESETS,
     **{f"other {name}": base(**{name: value}) for name, value in CHANGES.items()},
     **{f"other {name}": base(**facts) for name, facts in TOGETHER.items()},
-    "all shared": base(distinct=tuple((name, 1) for name in FIELDS)),
+    "all shared": base(distinct=tuple((name, 1) for name in ALL_FIELDS)),
     "one field": KernelConfig(fields=("cu_seqlens_k",)),
     "page 1": base(page_size=1),
 }
@@ -418,7 +424,7 @@ def test_the_parameter_block(config: KernelConfig) -> None:
     assert len(set(names)) == len(names)
     assert set(config.fields) <= set(names)
     for name in config.fields:
-        assert words.count(name) == config.destinations(name) * (2 if name in config.tables else 1)
+        assert words.count(name) == config.destinations(name) * (2 if FIELDS[name].kind == "table" else 1)
 
 
 def test_a_dict_of_some_facts() -> None:

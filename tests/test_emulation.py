@@ -56,6 +56,9 @@ def all_cases(config: KernelConfig, *, far: bool = True) -> tuple[Case, ...]:
 SMALL = {"threads": 64, "blocks_per_sm": 2}
 TABLES = ("page_indices", "real_page_table")
 SEVEN = (*KernelConfig().fields, "seqlens_expanded")
+BY_BATCH = tuple(name for name, field in FIELDS.items() if field.kind in ("lengths", "cumulative", "table"))
+SCHEDULES = ("paged_mqa_schedule_metadata", "flashmla_metadata", "num_splits")
+CSR = ("kv_indptr", "kv_indices")
 EXTRAS = {
     "one-warp": KernelConfig(num_backends=2, threads=32, blocks_per_sm=4),
     "largest-block": KernelConfig(num_backends=2, threads=1024, blocks_per_sm=1),
@@ -109,10 +112,45 @@ EXTRAS = {
         **SMALL,
     ),
     "pools": KernelConfig(
-        num_backends=2, index_kpool=3, page_size=2, index_topk=100, fields=tuple(FIELDS), mode="draft_extend", **SMALL
+        num_backends=2, index_kpool=3, page_size=2, index_topk=100, fields=BY_BATCH, mode="draft_extend", **SMALL
     ),
     "pools-of-pages": KernelConfig(index_kpool=4, page_size=2, fields=("pooled_real_page_table",), **SMALL),
-    "copy-rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=tuple(FIELDS), **SMALL),
+    "schedules": KernelConfig(num_backends=2, fields=(*SEVEN, *SCHEDULES), schedule_remainder="first", **SMALL),
+    "schedules-alone": KernelConfig(
+        num_backends=3, fields=SCHEDULES, distinct=(("num_splits", 1),), flashmla_order="2025", threads=32
+    ),
+    "schedules-verify-checked": KernelConfig(
+        num_backends=2,
+        mode="target_verify",
+        next_n=5,
+        fields=("real_page_table", *SCHEDULES),
+        checked=True,
+        page_size=3,
+        **SMALL,
+    ),
+    "schedules-of-rows": KernelConfig(
+        mode="draft_extend", next_n=3, schedule_per="row", fields=("seqlens_expanded", *SCHEDULES), **SMALL
+    ),
+    "schedules-offsets-pools": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(9, 2, 500),
+        index_kpool=3,
+        mode="target_verify",
+        next_n=4,
+        fields=("cu_seqlens_k", *SCHEDULES),
+        threads=64,
+    ),
+    "indices": KernelConfig(num_backends=2, fields=CSR, **SMALL),
+    "indices-int64": KernelConfig(
+        num_backends=3, distinct=(("kv_indices", 2),), fields=("kv_indices",), req_to_token_dtype="int64", **SMALL
+    ),
+    "indices-checked": KernelConfig(
+        num_backends=2, seqlen_offsets=(3, 70), mode="target_verify", next_n=2, fields=CSR, checked=True, **SMALL
+    ),
+    "indices-beside": KernelConfig(
+        num_backends=2, seqlen_offsets=(7,), fields=("cu_seqlens_k", *CSR, *SCHEDULES), **SMALL
+    ),
+    "copy-rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=BY_BATCH, **SMALL),
     "copy-words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4, **SMALL),
     "copy-lengths": KernelConfig(operation="copy", num_backends=2, fields=("cu_seqlens_k",), threads=64),
 }
@@ -139,10 +177,9 @@ def launch(
     reason = harness.missing_runtime(sanitizer)
     if reason is not None:
         pytest.skip(reason)
-    # A block for the lengths, or one for each backend where they differ.
-    copies = max(1, len(config.seqlen_offsets)) + config.blocks_per_sm * max(
-        (case.sm_count for case in cases), default=1
-    )
+    # A block for the lengths and one for each schedule, or one for each backend where they differ.
+    each = (1 + len(config.schedules)) * max(1, len(config.seqlen_offsets))
+    copies = each + config.blocks_per_sm * max((case.sm_count for case in cases), default=1)
     program = harness.build(source, sanitizer, builds, copies=copies)
     return harness.run(program, config, cases, launches=launches)
 
@@ -187,8 +224,9 @@ def test_other_configurations(name: str, sanitizer: str, builds: Path) -> None:
         preset("nsa-target-verify-3").replace(checked=True, extent="full", **SMALL),
         EXTRAS["variable-checked"],
         KernelConfig(fields=("real_page_table",), page_fill=-1, checked=True, **SMALL),
+        EXTRAS["indices-checked"],
     ],
-    ids=["decode", "verify-full", "variable", "filled"],
+    ids=["decode", "verify-full", "variable", "filled", "indices"],
 )
 def test_a_row_that_is_not_in_the_pool(config: KernelConfig, builds: Path) -> None:
     cases = [

@@ -16,6 +16,7 @@ from torch import Tensor
 
 POISON = -858993460
 VECTORS = [name for name, field in FIELDS.items() if field.kind != "table"]
+DERIVED = [name for name, field in FIELDS.items() if field.kind in ("schedule", "splits", "indices")]
 
 # A new configuration builds a kernel, so an example can take a second.
 BUILDS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -50,7 +51,17 @@ def configurations(draw: st.DrawFn) -> KernelConfig:
         "index_kpool": draw(st.sampled_from([1, 1, 2, 3, 64])),
         "page_fill": draw(st.sampled_from([None, None, None, -1])),
         "checked": draw(st.booleans()),
+        "schedule_remainder": draw(st.sampled_from(["last", "first"])),
+        "schedule_per": draw(st.sampled_from(["request", "row"])),
+        "schedule_atoms": draw(st.integers(0, 3)),
+        "flashmla_order": draw(st.sampled_from(["2026", "2025"])),
     }
+    # What would be refused is left out, and most of it kept.
+    tables = [n for n in facts["fields"] if FIELDS[n].kind == "table"]
+    refused = DERIVED if facts["operation"] == "copy" else draw(st.sampled_from([["kv_indices"], tables]))
+    if "flashmla_metadata" not in facts["fields"]:
+        refused = [*refused, "num_splits"]
+    facts["fields"] = tuple(n for n in facts["fields"] if n not in refused) or ("cu_seqlens_k",)
     offsets = draw(st.sampled_from(["none", "none", "one", "each"]))
     if offsets != "none":
         number = st.integers(0, 9)
@@ -80,6 +91,11 @@ def scenes(draw: st.DrawFn) -> dict[str, Any]:
         "gap": draw(st.integers(0, 5)),
         "extends": draw(st.lists(st.integers(0, 5), min_size=bs, max_size=bs)),
         "seed": draw(st.integers(0, 99)),
+        "sizes": {
+            "paged_mqa_schedule_metadata": (draw(st.integers(1, 9)) + 1, 2),
+            "flashmla_metadata": (draw(st.integers(1, 9)), 8),
+            "kv_indices": (draw(st.integers(1, 300)),),
+        },
     }
 
 
@@ -99,6 +115,7 @@ def destinations(
     rows: int | None = None,
     kpool: int = 1,
     aligned: bool = False,
+    sizes: dict[str, tuple[int, ...]] | None = None,
 ) -> Any:
     """Poisoned backends with one request (and row) to spare; ``aligned`` makes every row stride a multiple of 4."""
     out = []
@@ -113,7 +130,8 @@ def destinations(
                 stride = columns + gap + step * b
                 made[name] = table(height + 1, columns, -(-stride // 4) * 4 if aligned else stride)
             else:
-                made[name] = torch.full((height + 1 + (kind == "cumulative"),), POISON, dtype=torch.int32)
+                vector = (height + 1 + FIELDS[name].extra,)
+                made[name] = torch.full((sizes or {}).get(name, vector), POISON, dtype=torch.int32)
         out.append(MetadataBuffers(**made))
     return out
 
@@ -141,6 +159,7 @@ def refresh(config: KernelConfig, scene: dict[str, Any], lengths: list[int], row
             rows=sum(rows_of) if config.mode != "decode" else None,
             kpool=config.index_kpool,
             aligned=config.vector_bytes == 16 and config.mode != "decode",
+            sizes=scene["sizes"],
         )
         return made
 
@@ -159,6 +178,10 @@ def refresh(config: KernelConfig, scene: dict[str, Any], lengths: list[int], row
         "seqlen_offsets": offsets,
         "index_kpool": config.index_kpool,
         "page_fill": config.page_fill,
+        "schedule_remainder": config.schedule_remainder,
+        "schedule_per": config.schedule_per,
+        "schedule_atoms": config.schedule_atoms,
+        "flashmla_order": config.flashmla_order,
     }
     made = make_plan(
         backends,
@@ -184,9 +207,11 @@ def refresh(config: KernelConfig, scene: dict[str, Any], lengths: list[int], row
         for (name, a), b in zip(words(got).items(), words(want).values(), strict=True):
             assert torch.equal(a, b), name
     if config.checked:
-        # Lengths beyond the tables are the only offence here.
+        # Lengths beyond the tables, or tokens beyond kv_indices, are the only offences here.
         longest = max(offsets or [0]) + (config.next_n if config.mode == "target_verify" else 0)
         beyond = config.needs_lengths and config.tables and any(n + longest > width for n in lengths)
+        room = scene["sizes"]["kv_indices"][0]
+        beyond = beyond or ("kv_indices" in config.fields and sum(lengths) + longest * len(lengths) > room)
         if beyond:
             with pytest.raises(ArgumentError, match="seq_lens"):
                 made.check()
@@ -228,6 +253,8 @@ BAD_FACTS = st.one_of(
     st.tuples(st.just("seqlen_offsets"), st.sampled_from([[1, 2], [-1], ["1"], "12", 3, [2**15 + 1]])),
     st.tuples(st.just("page_fill"), st.sampled_from([0, 1, -2, "-1", True])),
     st.tuples(st.just("checked"), st.sampled_from([0, 1, "true", None])),
+    st.tuples(st.sampled_from(["schedule_remainder", "schedule_per", "flashmla_order"]), st.text(max_size=6)),
+    st.tuples(st.just("schedule_atoms"), st.sampled_from([-1, 1.0, "2", None, True])),
     st.tuples(st.just("vector_bytes"), st.sampled_from([0, 1, 8, 32, "16"])),
     st.tuples(st.just("fields"), st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=3)),
     st.tuples(st.just("fields"), st.just([])),
@@ -264,6 +291,10 @@ BAD_CALLS = st.sampled_from(
         ("page_fill", 0),
         ("page_fill", -1),
         ("checked", 1),
+        ("schedule_remainder", "most"),
+        ("schedule_per", "block"),
+        ("schedule_atoms", -1),
+        ("flashmla_order", "2024"),
         ("seq_lens_dtype", torch.float32),
         ("req_pool_indices_dtype", torch.int16),
         ("req_to_token", torch.zeros(3, 40)),

@@ -240,6 +240,11 @@ def test_every_field_has_a_case() -> None:
         "seqlens_expanded",
         "pooled_cache_seqlens",
         "pooled_real_page_table",
+        "paged_mqa_schedule_metadata",
+        "flashmla_metadata",
+        "num_splits",
+        "kv_indptr",
+        "kv_indices",
     )
     assert {name: field.kind for name, field in FIELDS.items()} == {
         "cache_seqlens": "lengths",
@@ -251,11 +256,21 @@ def test_every_field_has_a_case() -> None:
         "seqlens_expanded": "lengths",
         "pooled_cache_seqlens": "lengths",
         "pooled_real_page_table": "table",
+        "paged_mqa_schedule_metadata": "schedule",
+        "flashmla_metadata": "schedule",
+        "num_splits": "splits",
+        "kv_indptr": "cumulative",
+        "kv_indices": "indices",
     }
     assert [name for name, field in FIELDS.items() if field.per == "request"] == [
         "cache_seqlens",
         "cu_seqlens_k",
         "pooled_cache_seqlens",
+        "paged_mqa_schedule_metadata",
+        "flashmla_metadata",
+        "num_splits",
+        "kv_indptr",
+        "kv_indices",
     ]
 
 

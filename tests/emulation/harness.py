@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import math
 import os
 import re
 import shutil
@@ -177,6 +179,8 @@ class Case:
         extends: rows of the requests in turn, over and over, where extend lengths vary.
         bad_pool_row: what the first request has for a row of req_to_token, if set; for checked kernels.
         sm_count: multiprocessors that the launch is told of.
+        num_sms, num_sm_parts: of the schedules.
+        most_indices: elements of kv_indices, if the requests need as many.
         seed: of the contents.
     """
 
@@ -196,6 +200,9 @@ class Case:
     extends: tuple[int, ...] = (2, 0, 1, 5, 0, -1)
     bad_pool_row: int | None = None
     sm_count: int = 1
+    num_sms: int = 7
+    num_sm_parts: int = 5
+    most_indices: int = 5_000
     seed: int = 0
 
 
@@ -254,6 +261,14 @@ class _Job:
         self.values["row_capacity"] = [self.rows + case.spare_rows]
         self.values["pool_rows"] = [case.pool_rows]
         self.values["real_page_table_width"] = [pages]
+        self.values["num_sms"] = [case.num_sms]
+        self.values["num_sm_parts"] = [case.num_sm_parts]
+        added = max(config.seqlen_offsets, default=0) + (config.next_n if config.mode == "target_verify" else 0)
+        self.tokens = [
+            max(0, n) + added for n in torch.tensor(case.lengths, dtype=torch.int64).to(torch.int32).tolist()
+        ]
+        self.capacity = min(sum(self.tokens), case.most_indices)
+        self.values["kv_indices_capacity"] = [self.capacity]
         if config.operation == "copy":
             self._copy()
         else:
@@ -315,10 +330,17 @@ class _Job:
                     buffer.expected = buffer.content.clone()
                     view = buffer.expected.as_strided(view.shape, view.stride())
                 else:
-                    count = rows + (FIELDS[name].kind == "cumulative")
-                    buffer = self._buffer(label, torch.full((count,), POISON, dtype=torch.int32), 4 * (d % 4))
+                    shape: tuple[int, ...] = (rows + FIELDS[name].extra,)
+                    if FIELDS[name].kind == "schedule":
+                        mqa = name == "paged_mqa_schedule_metadata"
+                        shape = (case.num_sms + 1, 2) if mqa else (case.num_sm_parts, 8)
+                    elif FIELDS[name].kind == "indices":
+                        shape = (self.capacity,)
+                    poison = torch.full((math.prod(shape),), POISON, dtype=torch.int32)
+                    buffer = self._buffer(label, poison, 4 * (d % 4))
                     self.values[name] += [buffer]
-                    buffer.expected = view = buffer.content.clone()
+                    buffer.expected = buffer.content.clone()
+                    view = buffer.expected.view(shape)
                 for b in range(config.num_backends):
                     if min(b, config.destinations(name) - 1) == d:
                         setattr(backends[b], name, view)
@@ -356,7 +378,7 @@ class _Job:
                 limits.append(self.columns["page_indices"])
             elif "real_page_table" in config.fields:
                 limits.append(self.columns["real_page_table"] * config.page_size)
-            else:
+            elif "pooled_real_page_table" in config.fields:
                 limits.append(self.columns["pooled_real_page_table"] * config.page_size * config.index_kpool)
             self.values["columns"] = [min(limits)]
         offsets = config.seqlen_offsets
@@ -375,6 +397,10 @@ class _Job:
             seqlen_offsets=offsets * config.num_backends if len(offsets) == 1 else offsets or None,
             index_kpool=config.index_kpool,
             page_fill=config.page_fill,
+            schedule_remainder=config.schedule_remainder,
+            schedule_per=config.schedule_per,
+            schedule_atoms=config.schedule_atoms,
+            flashmla_order=config.flashmla_order,
         )
         if config.checked:
             self._offences()
@@ -392,12 +418,19 @@ class _Job:
                 found.append([2, request, length, 0])
             if config.extend == "variable" and self.extends[request] < 0:
                 found.append([4, request, self.extends[request], self.values["row_capacity"][0]])
+        if "kv_indices" in config.fields:
+            needed = itertools.accumulate(self.tokens)
+            found += [[6, r, n, self.capacity] for r, n in enumerate(needed) if n > self.capacity]
         if case.bad_pool_row is not None:
             found.append([1, 0, case.bad_pool_row, case.pool_rows])
             rows = max(0, self.extends[0]) if config.extend == "variable" else config.next_n
             for buffer in self.buffers:
                 name, _, index = buffer.name.rstrip("]").partition("[")
-                if buffer.expected is not None and name in config.tables:
+                if buffer.expected is not None and name == "kv_indices":
+                    offsets = config.seqlen_offsets
+                    less = max(offsets) - offsets[int(index)] if len(offsets) > 1 else 0
+                    buffer.expected[: self.tokens[0] - less] = POISON
+                elif buffer.expected is not None and name in config.tables:
                     stride = self.values[name][2 * int(index) + 1]
                     assert isinstance(stride, int)
                     view = buffer.expected.as_strided((rows, self.columns[name]), (stride, 1))

@@ -30,6 +30,10 @@ OFFSETS = DECODE.replace(seqlen_offsets=(1, 80, 3))
 POOLS = preset("nsa-decode-3-kpool").replace(page_size=7, index_topk=512, **_SMALL)
 FILLED = preset("flashmla-decode-3").replace(**_SMALL)
 CHECKED = preset("nsa-decode-3-checked").replace(**_SMALL)
+MQA = KernelConfig(num_backends=2, fields=("paged_mqa_schedule_metadata",), threads=64)
+MLA = KernelConfig(num_backends=2, fields=("flashmla_metadata", "num_splits"), threads=64)
+INDICES = preset("flashinfer-decode-3").replace(**_SMALL)
+CHECKED_INDICES = INDICES.replace(checked=True)
 
 # Rows of several tiles, the last of them to the end of all memory, every phase of source and destination.
 LONG = Case("long", (1500, 3, 0, 1503, 700, 1503), width=1503, token_phase=4, table_phase=12, table_pad=2)
@@ -51,6 +55,10 @@ OFFENCES = Case("offences", (-1, 1400, 9000, 700, -5, 5, 9), width=1503)
 # Lengths that overflow when something is added.
 HUGE = Case("huge", (2**31 - 1, 5), width=90)
 # Elements from 2^31 on, so that rows are more than 32 bits apart, in elements too.
+# Several chunks of requests, of one split or block up to many.
+SCHEDULED = Case("scheduled", tuple((i * 977) % 5003 for i in range(150)), num_sms=40, num_sm_parts=11)
+# Too little room for the last requests' tokens.
+FULL_INDICES = Case("full indices", (300, 0, 600, 31, 600), width=610, most_indices=1000)
 FAR = Case("far", (600, 600, 600), width=600, pool_rows=3, sparse_stride=2**30 + 4)
 
 
@@ -733,6 +741,148 @@ MUTATIONS = [
         "if (page <= p.real_page_table_width)",
         "none",
         "emulation",
+    ),
+    # ---- schedules
+    Mutation(
+        "read the ends of a chunk before all are there",
+        "multiprocessors begin anywhere",
+        MQA,
+        SCHEDULED,
+        r"(ends\[slot\] = carry \+ block_running_sum\(own, chunk\);\n)    __syncthreads\(\);",
+        r"\1",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "give the splits that are left over to the first multiprocessors",
+        "a consumer of the other convention reads another request's blocks",
+        MQA,
+        SCHEDULED,
+        r"\(entry > even \? entry - even : 0\)",
+        "(entry < more ? entry : more)",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "let an empty schedule begin at the end",
+        "consumers look up the length of a request that isn't there",
+        MQA,
+        Case("all zero", (0, 0, 0)),
+        r"entry < num_sms && items > 0 \? items - 1 : items",
+        "items",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "leave out the last entry",
+        "the last multiprocessor has no end",
+        MQA,
+        SCHEDULED,
+        r"entry <= num_sms",
+        "entry < num_sms",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "take a whole request where only its blocks fit",
+        "a part gets more than its share",
+        MLA,
+        Case("equal", (64,) * 150, num_sm_parts=11),
+        r"ends\[at \+ step - 1\] <= limit",
+        "ends[at + step - 1] <= limit + kMlaOverhead",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "forget the cost of splitting",
+        "parts take blocks that they can't afford",
+        MLA,
+        SCHEDULED,
+        r"remain - kMlaOverhead\);",
+        "remain);",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "derive the parts before the walk is done",
+        "parts end where shared memory says by chance",
+        MLA,
+        SCHEDULED,
+        r"(next chunk's sum is done\n  \}\n)  __syncthreads\(\);",
+        r"\1",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "let every thread walk",
+        "all write where the parts begin",
+        MLA,
+        SCHEDULED,
+        r"slot == 0 && at < count",
+        "at < count",
+        "thread",
+        "thread",
+    ),
+    # ---- indices
+    Mutation(
+        "look tiles up before a window is complete",
+        "tiles go to the wrong request",
+        INDICES,
+        MANY,
+        _barrier("gather_indices", 0),
+        r"\1",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "forget the requests of earlier windows",
+        "tokens overwrite those of the first requests",
+        INDICES,
+        Case("many", tuple(range(170)), width=170, most_indices=20_000),
+        r"carry \+= tokens_of_window;",
+        "",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "forget that offsets add up",
+        "the backends of later steps lose tokens",
+        INDICES,
+        SHORT,
+        r"request \* length_offset\(b\)",
+        "length_offset(b)",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "trust the lengths",
+        "memory behind the destination is overwritten",
+        INDICES,
+        FULL_INDICES,
+        r" && at < p\.kv_indices_capacity",
+        "",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "add positions in 32 bits",
+        "a sum that wrapped overwrites the first requests' tokens",
+        INDICES,
+        Case("wrapped", (2**31 - 1, 2**31 - 1, 5, 70), width=90),
+        r"static_cast<std::int64_t>\(tokens_before\[found\]\)",
+        "static_cast<std::int32_t>(tokens_before[found])",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "tell nobody that the indices don't fit",
+        "the consumer reads what was there before",
+        CHECKED_INDICES,
+        FULL_INDICES,
+        r"needed > p\.kv_indices_capacity",
+        "false",
+        "none",
+        "mismatch",
     ),
     # ---- checks
     Mutation(

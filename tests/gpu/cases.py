@@ -14,6 +14,8 @@ from torch import Tensor
 
 POISON = -858993460
 
+# Too few indices for the largest batch, which then ends within a request.
+SIZES = {"paged_mqa_schedule_metadata": (133, 2), "flashmla_metadata": (132, 8), "kv_indices": (70_000,)}
 # Batch, table width: the widths give odd row strides, the batches cross a warp and a block.
 SHAPES = ((1, 130), (3, 1031), (33, 517), (257, 70), (300, 1291))
 
@@ -38,7 +40,8 @@ def build(config: KernelConfig, bs: int, width: int, device: torch.device, seed:
         kind = FIELDS[name].kind
         height = 2 + (rows_in_all if FIELDS[name].per == "row" else bs)
         if kind != "table":
-            return torch.full((height + (kind == "cumulative"),), POISON, dtype=torch.int32, device=device)
+            vector = (height + FIELDS[name].extra,)
+            return torch.full(SIZES.get(name, vector), POISON, dtype=torch.int32, device=device)
         tokens = {"page_indices": 1, "real_page_table": page}.get(name, page * config.index_kpool)
         columns = -(-width // tokens)
         # Backends of one phase have row strides that differ by 16 bytes; otherwise one word spoils it.
@@ -99,6 +102,10 @@ def run(config: KernelConfig, bs: int, width: int, device: torch.device) -> None
             "seqlen_offsets": offsets * config.num_backends if len(offsets) == 1 else offsets or None,
             "index_kpool": config.index_kpool,
             "page_fill": config.page_fill,
+            "schedule_remainder": config.schedule_remainder,
+            "schedule_per": config.schedule_per,
+            "schedule_atoms": config.schedule_atoms,
+            "flashmla_order": config.flashmla_order,
         }
         extends = scene["extends"] if config.extend == "variable" else None
         bound = make_plan(

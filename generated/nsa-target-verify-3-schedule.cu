@@ -1,0 +1,595 @@
+// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+//   onelaunch show nsa-target-verify-3-schedule
+//
+// configuration
+//   operation               precompute_and_broadcast
+//   mode                    target_verify
+//   num_backends            3
+//   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
+//                           real_page_table, seqlens_expanded, paged_mqa_schedule_metadata
+//   distinct                all
+//   seq_lens_dtype          int64
+//   req_pool_indices_dtype  int64
+//   req_to_token_dtype      int32
+//   index_topk              2048
+//   page_size               64
+//   extent                  live
+//   vector_bytes            16
+//   target                  cuda
+//   threads                 256
+//   unroll                  2
+//   blocks_per_sm           8
+//   next_n                  4
+//   schedule_per            row
+// key 718aae02c44a8ee70eb57130e542f3c75f1f71c3ad9b103f26f77208e83a09c6
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// ---- what this kernel is specialized to --------------------------------------------------------------------------
+constexpr int kBackends = 3;
+constexpr int kNextN = 4;  // rows of a request
+constexpr std::int32_t kLengthOffset = 4;  // what the backends' lengths have more than seq_lens
+constexpr std::int32_t kIndexTopk = 2048;
+constexpr int kPageSize = 64;  // tokens
+constexpr unsigned kSplit = 256;  // tokens
+constexpr unsigned kAtoms = 1;   // of an item
+using SeqLen = std::int64_t;
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr int kThreads = 256;  // a block
+constexpr int kWarpSize = 32;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kBlocksPerSm = 8;
+constexpr int kVectorWords = 4;  // a 16-byte access
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kTileAlignment = 32;  // words, a 128-byte line
+constexpr int kScheduleBlocks = 1;  // the first ones, a schedule each
+constexpr int kLengthBlocks = kScheduleBlocks + 1;  // and those that write lengths; the others write tables
+
+// ---- arguments ---------------------------------------------------------------------------------------------------
+struct Table {
+  std::int32_t* data;
+  std::int64_t row_stride;  // elements
+};
+
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
+// pointer table in device memory, nothing to copy before a launch.
+struct Params {
+  // set at each call
+  const SeqLen* seq_lens;  // [batch_size]
+  std::int64_t seq_lens_stride;  // elements
+  const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
+  std::int64_t req_pool_indices_stride;  // elements
+  std::int64_t batch_size;  // requests
+  std::int64_t columns;  // no column from here on is written
+  // set when a plan is bound
+  std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t num_sms;  // multiprocessors that DeepGEMM's schedule is for
+  const Token* req_to_token;  // [pool rows, req_to_token_width]
+  std::int64_t req_to_token_stride;  // elements from row to row
+  std::int64_t req_to_token_width;  // elements of a row that may be read
+  std::int32_t* cache_seqlens[kBackends];  // [bs]
+  std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
+  Table page_indices[kBackends];  // [R, W]
+  std::int32_t* nsa_cache_seqlens[kBackends];  // [R]
+  std::int32_t* nsa_cu_seqlens_k[kBackends];  // [R + 1]
+  Table real_page_table[kBackends];  // [R, ceil(W / P)]
+  std::int32_t* seqlens_expanded[kBackends];  // [R]
+  std::int32_t* paged_mqa_schedule_metadata[kBackends];  // [num_sms + 1, 2]
+};
+constexpr int kParamWords = 42;
+static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
+
+// ---- running sums ------------------------------------------------------------------------------------------------
+// Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+
+// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
+__device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
+// for any block of whole warps, whatever part of it holds requests.
+__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
+  __shared__ std::uint32_t warp_totals[kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const std::uint32_t in_warp = warp_running_sum(value);
+  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  __syncthreads();
+  std::uint32_t sum = 0;
+  std::uint32_t before = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = sum;
+    sum += warp_totals[w];
+  }
+  __syncthreads();  // the next sum writes warp_totals again
+  total = sum;
+  return before + in_warp;
+}
+
+// The same for what may not wrap.
+__device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const std::uint64_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+__device__ __forceinline__ std::uint64_t block_running_sum(std::uint64_t value, std::uint64_t& total) {
+  __shared__ std::uint64_t warp_totals[kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const std::uint64_t in_warp = warp_running_sum(value);
+  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  __syncthreads();
+  std::uint64_t sum = 0;
+  std::uint64_t before = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = sum;
+    sum += warp_totals[w];
+  }
+  __syncthreads();  // the next sum writes warp_totals again
+  total = sum;
+  return before + in_warp;
+}
+
+// ---- requests ----------------------------------------------------------------------------------------------------
+// The rows of a request, in the tables and in the fields with an element a row.
+struct Rows {
+  std::int64_t first, stop;
+};
+
+// Lengths wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+__device__ __forceinline__ std::int32_t longer(std::int32_t length, std::int32_t by) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(length) + static_cast<std::uint32_t>(by));
+}
+
+// The length that row `place` of a request sees: its last row sees all of it, each row before one token less. Never
+// below zero: a padding request has fewer tokens than rows, and consumers take the lengths for unsigned.
+__device__ __forceinline__ std::int32_t expanded_length(std::int32_t length, int rows, int place) {
+  const std::uint32_t unseen = static_cast<std::uint32_t>(rows - 1 - place);
+  const std::int32_t expanded = static_cast<std::int32_t>(static_cast<std::uint32_t>(length) - unseen);
+  return expanded > 0 ? expanded : 0;
+}
+
+// What sparse attention sees of a length.
+__device__ __forceinline__ std::int32_t nsa_length_of(std::int32_t length) {
+  return length < kIndexTopk ? length : kIndexTopk;
+}
+
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+__device__ void refresh_lengths(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  std::uint32_t cu_seqlens_k_carry = 0;
+  std::uint32_t nsa_cu_seqlens_k_carry = 0;
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int b = 0; b < kBackends; ++b) p.cu_seqlens_k[b][0] = 0;
+#pragma unroll
+    for (int b = 0; b < kBackends; ++b) p.nsa_cu_seqlens_k[b][0] = 0;
+  }
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+    const std::int32_t seq_len = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
+    const std::int32_t length = longer(seq_len, kLengthOffset);
+    const int rows = present ? kNextN : 0;
+    std::uint32_t nsa_lengths = 0;  // of all of the request's rows
+    for (int j = 0; j < rows; ++j) {
+      nsa_lengths += static_cast<std::uint32_t>(nsa_length_of(expanded_length(length, rows, j)));
+    }
+    std::uint32_t cu_seqlens_k_chunk;
+    const std::uint32_t cu_seqlens_k =
+        cu_seqlens_k_carry + block_running_sum(static_cast<std::uint32_t>(length), cu_seqlens_k_chunk);
+    cu_seqlens_k_carry += cu_seqlens_k_chunk;
+    std::uint32_t nsa_cu_seqlens_k_chunk;
+    const std::uint32_t nsa_cu_seqlens_k =
+        nsa_cu_seqlens_k_carry + block_running_sum(nsa_lengths, nsa_cu_seqlens_k_chunk);
+    nsa_cu_seqlens_k_carry += nsa_cu_seqlens_k_chunk;
+    if (present) {
+#pragma unroll
+      for (int b = 0; b < kBackends; ++b) p.cache_seqlens[b][request] = length;
+#pragma unroll
+      for (int b = 0; b < kBackends; ++b) {
+        p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
+      }
+      std::uint32_t nsa_sum = nsa_cu_seqlens_k - nsa_lengths;
+      const std::int64_t first_row = std::int64_t{request} * kNextN;
+      for (int j = 0; j < rows; ++j) {
+        const std::int64_t row = first_row + j;
+        const std::int32_t expanded = expanded_length(length, rows, j);
+        const std::int32_t nsa_length = nsa_length_of(expanded);
+#pragma unroll
+        for (int b = 0; b < kBackends; ++b) p.nsa_cache_seqlens[b][row] = nsa_length;
+#pragma unroll
+        for (int b = 0; b < kBackends; ++b) p.seqlens_expanded[b][row] = expanded;
+        nsa_sum += static_cast<std::uint32_t>(nsa_length);
+#pragma unroll
+        for (int b = 0; b < kBackends; ++b) p.nsa_cu_seqlens_k[b][row + 1] = static_cast<std::int32_t>(nsa_sum);
+      }
+    }
+  }
+}
+
+// ---- schedules ---------------------------------------------------------------------------------------------------
+// Blocks of their own compute them from seq_lens, however many requests there are: in chunks of kThreads.
+// What the consumer takes for a request's length.
+__device__ __forceinline__ std::int32_t scheduled_length(const Params& p, int request) {
+  return longer(static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]), kLengthOffset);
+}
+
+// The splits of one atom of an item, which is a row.
+__device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, std::int64_t item) {
+  const int request = static_cast<int>(item / kNextN);
+  const std::int32_t length =
+      expanded_length(scheduled_length(p, request), kNextN, static_cast<int>(item % kNextN));
+  return length > 0 ? (static_cast<std::uint32_t>(length) - 1) / kSplit + 1 : 0;
+}
+
+// DeepGEMM's schedule: equal numbers of splits for each multiprocessor, the last ones get those that are left over.
+__device__ void schedule_paged_mqa(const Params& p) {
+  const std::int64_t items = p.batch_size * kNextN;
+  const int slot = static_cast<int>(threadIdx.x);
+  std::uint64_t splits = 0;
+  for (std::int64_t item = slot; item < items; item += kThreads) splits += mqa_splits(p, item);
+  std::uint64_t total;
+  block_running_sum(splits, total);
+  total *= kAtoms;
+  const std::uint64_t num_sms = static_cast<std::uint64_t>(p.num_sms);
+  const std::uint64_t share = total / num_sms;
+  const std::uint64_t more = total % num_sms;
+
+  // A thread's entries, in order: each is written when the chunk comes that its first split lies in.
+  __shared__ std::uint64_t ends[kThreads];  // splits up to and with an item of the chunk
+  std::uint64_t entry = static_cast<std::uint64_t>(slot);
+  std::uint64_t carry = 0;
+  for (std::int64_t first = 0; first < items; first += kThreads) {
+    const std::int64_t item = first + slot;
+    std::uint64_t chunk;
+    const std::uint64_t own = item < items ? std::uint64_t{kAtoms} * mqa_splits(p, item) : 0;
+    ends[slot] = carry + block_running_sum(own, chunk);
+    __syncthreads();
+    for (; entry < num_sms; entry += kThreads) {
+      const std::uint64_t even = num_sms - more;  // the first that gets one more
+      const std::uint64_t start = entry * share + (entry > even ? entry - even : 0);
+      if (start >= carry + chunk) break;
+      int found = 0;  // the items of the chunk that end at or before it
+      for (int step = kThreads / 2; step > 0; step /= 2) {
+        if (ends[found + step - 1] <= start) found += step;
+      }
+      const std::uint64_t before = found > 0 ? ends[found - 1] : carry;
+      const std::int32_t atom = static_cast<std::int32_t>(first + found);
+      const std::int32_t split = static_cast<std::int32_t>(start - before);
+#pragma unroll
+      for (int b = 0; b < kBackends; ++b) {
+        p.paged_mqa_schedule_metadata[b][2 * entry] = atom;
+        p.paged_mqa_schedule_metadata[b][2 * entry + 1] = split;
+      }
+    }
+    carry += chunk;  // and nobody is at ends any more when the next chunk's sum is done
+  }
+  // Without any split all begin at the last item, which consumers may look up; the last entry is the end.
+  for (; entry <= num_sms; entry += kThreads) {
+    const std::int64_t item = entry < num_sms && items > 0 ? items - 1 : items;
+#pragma unroll
+    for (int b = 0; b < kBackends; ++b) {
+      p.paged_mqa_schedule_metadata[b][2 * entry] = static_cast<std::int32_t>(item * kAtoms);
+      p.paged_mqa_schedule_metadata[b][2 * entry + 1] = 0;
+    }
+  }
+}
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// The four words that begin `shift` words into low and high, for shift from 1 to 3. Selects instead of an indexed
+// array, which would live in local memory.
+__device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
+  if (shift & 2) {
+    low.x = low.z;
+    low.y = low.w;
+    low.z = high.x;
+    low.w = high.y;
+    high.x = high.z;
+  }
+  if (shift & 1) {
+    low.x = low.y;
+    low.y = low.z;
+    low.z = low.w;
+    low.w = high.x;
+  }
+  return low;
+}
+
+// How many words an address lies past a 16-byte boundary, 0 to 3.
+__device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
+}
+
+// One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
+// them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
+// `width` is how far the source row may be read.
+__device__ __forceinline__ void copy_columns(
+    const Params& p, Rows rows, const Token* source, int first, int end, int width) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
+  if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
+    const int column = first + lane * kVectorWords;
+    const int shift = words_past_boundary(source + first);  // the same in all lanes
+    const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
+    int4 words[kUnroll];
+    if (shift == 0) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) words[u] = __ldg(aligned + u * kWarpSize);
+    } else {
+      int4 high[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        words[u] = __ldg(aligned + u * kWarpSize);
+        high[u] = __ldg(aligned + u * kWarpSize + 1);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
+    }
+#pragma unroll
+    for (int b = 0; b < kBackends; ++b) {
+      for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+        int4* to = reinterpret_cast<int4*>(p.page_indices[b].data + row * p.page_indices[b].row_stride + column);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) to[u * kWarpSize] = words[u];
+      }
+    }
+    return;
+  }
+  // An edge of the row: single words, still one coalesced access a warp.
+  constexpr int kWords = kTileColumns / kWarpSize;
+  std::int32_t words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int column = first + lane + i * kWarpSize;
+    words[i] = column >= 0 && column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+  }
+#pragma unroll
+  for (int b = 0; b < kBackends; ++b) {
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int column = first + lane + i * kWarpSize;
+        if (column >= 0 && column < end) to[column] = words[i];
+      }
+    }
+  }
+}
+
+// The page of a token, rounded down for padding tokens below zero too.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  return static_cast<std::int32_t>(token >> 6);
+}
+
+__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token) {
+  const std::int32_t number = page_of(token);
+#pragma unroll
+  for (int b = 0; b < kBackends; ++b) {
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
+    }
+  }
+}
+
+// Everything that one tile of a request's row needs: `end` is the first column that isn't written.
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t request, std::int64_t pool_row, int first, int end) {
+  const Rows rows = {request * kNextN, (request + 1) * kNextN};
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  copy_columns(p, rows, source, first, end, static_cast<int>(p.req_to_token_width));
+  // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
+  // writing.
+  const int begin = first > 0 ? first : 0;
+  const int stop = first + kTileColumns < end ? first + kTileColumns : end;
+  const int stop_page = (stop - 1) / kPageSize + 1;
+  const int page = (begin + kPageSize - 1) / kPageSize + static_cast<int>(threadIdx.x) % kWarpSize;
+  if (page < stop_page) {
+    write_page(p, rows, page, __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
+  }
+}
+
+// ---- which warp takes which tile ---------------------------------------------------------------------------------
+// Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
+// column 0. Modulo 16 bytes all backends and all rows agree on it: a plan whose destinations don't is bound to a
+// kernel with 4-byte stores.
+__device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
+  const std::int32_t* begin = p.page_indices[0].data + row * p.page_indices[0].row_stride;
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
+}
+
+// The columns of a request that its length makes live.
+__device__ __forceinline__ int live_columns(const Params& p, int request) {
+  const std::int64_t seq_len = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
+  const std::int64_t length = seq_len + kLengthOffset;
+  const int columns = static_cast<int>(length < 0 ? 0 : length < p.columns ? length : p.columns);
+  return columns;
+}
+
+// The cost follows the live length, not the table's width, and no warp gets more than its share, however uneven the
+// requests are.
+__device__ void gather_tables(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int slot = static_cast<int>(threadIdx.x);
+  const int lane = slot % kWarpSize;
+  const std::uint32_t blocks = gridDim.x - kLengthBlocks;
+  const std::uint32_t block = blockIdx.x - kLengthBlocks;
+  const std::uint32_t warps = blocks * kWarps;
+  const std::uint32_t warp = block * kWarps + threadIdx.x / kWarpSize;
+  if (batch_size == 0) return;
+
+  // The tile in hand.
+  int request = 0;
+  std::int64_t pool_row = 0;
+  int column = 0;
+  int columns = 0;
+
+  // At first every request gets as many blocks as there are for each, so that no thread has to wait for other
+  // requests' lengths: for short requests that is all.
+  const std::uint32_t requests = static_cast<std::uint32_t>(batch_size);
+  const std::uint32_t share = blocks / requests;
+  const int share_columns = static_cast<int>(share) * kWarps * kTileColumns;
+  if (block < share * requests) {
+    request = static_cast<int>(block % requests);
+    pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
+    columns = live_columns(p, request);
+    const int turn = static_cast<int>(block / requests) * kWarps + slot / kWarpSize;
+    if (columns > 0) column = turn * kTileColumns - row_lead(p, request);
+  }
+  // The rest of the longer requests is shared out among all warps, unless a few rounds do.
+  const bool few_rounds = p.columns <= 3 * static_cast<std::int64_t>(share_columns);
+
+  // For that, every block sums the tiles of a window of kThreads requests. The warps of all blocks take them in turn.
+  __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
+  __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
+  __shared__ std::int32_t live[kThreads];       // columns of a request
+  __shared__ std::int64_t pool_rows[kThreads];
+  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  int first = -kThreads;           // the window's first request: there is none yet
+  std::uint32_t window_tiles = 0;  // tiles of the window
+  std::uint32_t warp_end = 0;      // lane w: tiles up to and with warp w's requests
+  // The warps behind everybody's first block come first: short requests leave them nothing to do.
+  const std::uint32_t busy = share > 0 ? requests * kWarps : 0;
+  std::uint32_t tile = warp < busy ? warp + warps - busy : warp - busy;
+  while (true) {
+    if (column < columns) copy_tile(p, request, pool_row, column, columns);
+    if (few_rounds) {
+      column += share_columns;
+      if (column >= columns) return;
+      continue;
+    }
+    while (tile >= window_tiles) {
+      tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+      first += kThreads;
+      if (first >= batch_size) return;
+      const int asked = first + slot;
+      int asked_columns = 0;
+      int tiles = 0;
+      if (asked < batch_size) {
+        asked_columns = live_columns(p, asked);
+        if (asked_columns > 0) tiles = (asked_columns + row_lead(p, asked) - 1) / kTileColumns + 1;
+        tiles -= static_cast<int>(share) * kWarps;
+      }
+      // Nobody looks tiles up in the last window any more, and whether there are any in this one.
+      window_tiles = 0;
+      if (!__syncthreads_or(tiles > 0)) continue;
+      if (tiles > 0) pool_rows[slot] = p.req_pool_indices[asked * p.req_pool_indices_stride];
+      live[slot] = asked_columns;
+      const std::uint32_t in_warp = warp_running_sum(tiles > 0 ? static_cast<std::uint32_t>(tiles) : 0);
+      tile_end[slot] = in_warp;
+      if (lane == kWarpSize - 1) warp_tiles[slot / kWarpSize] = in_warp;
+      __syncthreads();
+      // The lanes after the last warp hold the window's sum.
+      warp_end = warp_running_sum(lane < kWarps ? warp_tiles[lane] : 0);
+      window_tiles = __shfl_sync(kFullMask, warp_end, kWarpSize - 1);
+    }
+    // Whose tile it is: how many warps, then how many of the next warp's requests, end at or before it.
+    const int group = __popc(__ballot_sync(kFullMask, warp_end <= tile));
+    const std::uint32_t before = __shfl_sync(kFullMask, warp_end, group > 0 ? group - 1 : 0);
+    const std::uint32_t in_group = tile - (group > 0 ? before : 0);
+    const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
+    const int found = group * kWarpSize + passed;
+    const int in_row = static_cast<int>(in_group - (passed > 0 ? tile_end[found - 1] : 0));
+    column = in_row * kTileColumns + share_columns - row_lead(p, first + found);
+    request = first + found;
+    pool_row = pool_rows[found];
+    columns = live[found];
+    tile += warps;
+  }
+}
+
+// ---- the one launch ----------------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7(const __grid_constant__ Params p) {
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < 1) {
+    schedule_paged_mqa(p);
+  } else if (block < kLengthBlocks) {
+    refresh_lengths(p);
+  } else {
+    gather_tables(p);
+  }
+}
+
+}  // namespace
+
+// ---- host side ---------------------------------------------------------------------------------------------------
+// As many blocks as the tables could need, up to what the device runs at once.
+static unsigned grid_blocks(const Params& p) {
+  std::int64_t tiles = 0;
+  tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t most = p.sm_count * kBlocksPerSm;
+  const std::int64_t blocks = wanted < most ? wanted : most;
+  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+}
+
+// Runs `call` with the plan's device as the current one.
+template <typename Call>
+static cudaError_t on_device(std::int64_t device, const Call& call) {
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
+  error = cudaSetDevice(static_cast<int>(device));
+  if (error != cudaSuccess) return error;
+  error = call();
+  const cudaError_t restored = cudaSetDevice(current);
+  return error != cudaSuccess ? error : restored;
+}
+
+extern "C" {
+
+// Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
+int onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7_launch(const std::int64_t* words, void* stream) {
+  Params params;
+  std::memcpy(&params, words, sizeof(Params));
+  return on_device(params.device, [&] {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    config.blockDim = dim3(kThreads, 1, 1);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7, params);
+  });
+}
+
+// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
+// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+int onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7_prepare(std::int64_t device, std::int64_t* resources) {
+  return on_device(device, [&] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7);
+    resources[0] = attributes.numRegs;
+    resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
+    resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
+    return error;
+  });
+}
+
+const char* onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+}  // extern "C"
