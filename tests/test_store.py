@@ -899,23 +899,18 @@ def buffers(width: int = 4) -> MetadataBuffers:
     return MetadataBuffers(cache_seqlens=torch.zeros(width, dtype=torch.int32))
 
 
-class Refusing:
-    """A bound kernel whose launch the runtime refuses."""
-
-    def run(self, *words: int) -> None:
-        raise RuntimeError("cudaErrorUnknown (999)")
-
-    def stream(self) -> int:
-        return 0
-
-
 def test_a_launch_that_is_refused() -> None:
     table = torch.zeros(1, 1, dtype=torch.int32)
     plan = onelaunch.bind([buffers()], req_to_token=table)
     copier = CopyPlan(buffers(), Destinations([buffers()], 1, lambda index, name: name), keep=True)
     lengths, rows = torch.tensor([5, 6]), torch.tensor([0, 0])
-    for bound, call in ((plan, lambda: plan.run(lengths, rows)), (copier, lambda: copier.run(bs=2))):
-        bound._bound = Refusing()
+
+    def refuse(*words: int) -> None:
+        raise RuntimeError("cudaErrorUnknown (999)")
+
+    again = (plan, lambda: plan.run(lengths, rows))  # these tensors are known then
+    plan._launch = copier._bound.run = refuse
+    for bound, call in (again, again, (copier, lambda: copier.run(bs=2))):
         with pytest.raises(LaunchError, match=r"wasn't launched on cpu: cudaErrorUnknown \(999\)\.") as caught:
             call()
         assert bound.config.symbol in str(caught.value)
@@ -941,7 +936,7 @@ def test_the_table_of_plans_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(api, "_MAX_PLANS", 2)
     made = []
     for key in ("a", "b", "a", "c", "a", "b"):
-        api._remembered(key, lambda key=key: (made.append(key), key)[1])
+        api._remembered(key, lambda key=key: (made.append(key), key)[1], None, ())
     assert made == ["a", "b", "c", "b"], "a was used last when c came, so b went"
     assert list(api._plans) == ["a", "b"]
 
