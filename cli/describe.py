@@ -15,7 +15,16 @@ def describe(
     settings: Settings = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests.")] = 64,
     length: Annotated[int, typer.Option(min=0, help="Tokens of each request.")] = 8192,
-    width: Annotated[int | None, typer.Option(min=0, help="Columns of the tables; default: the length.")] = None,
+    width: Annotated[
+        int | None, typer.Option(min=0, help="Columns of the tables; default: the longest length, offsets included.")
+    ] = None,
+    rows: Annotated[
+        int, typer.Option(min=0, help="Rows of each request, where a call says how many (variable extends, copies).")
+    ] = 1,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page of what a copy copies.")] = 64,
+    num_sms: Annotated[
+        int | None, typer.Option(min=1, help="Multiprocessors that schedules are for; default: an H200's.")
+    ] = None,
     target: Target = None,
     as_json: Json = False,
 ) -> None:
@@ -38,14 +47,16 @@ def describe(
         found = kernel(config, settings, target, None)
         if found.config is None:
             raise ArgumentError(f"{found.name} doesn't say which configuration it is for; name a preset.")
-        return found, traffic(found.config, [length] * batch, width)
+        return found, traffic(
+            found.config, [length] * batch, width, rows=[rows] * batch, page_size=page_size, num_sms=num_sms
+        )
 
     found, moved = sentence(run)
-    facts = _facts(found, moved, batch, length, length if width is None else width)
+    facts = _facts(found, moved, batch, length)
     typer.echo(json.dumps(facts, indent=1) if as_json else _text(facts))
 
 
-def _facts(found: Any, moved: Any, batch: int, length: int, width: int) -> dict[str, Any]:
+def _facts(found: Any, moved: Any, batch: int, length: int) -> dict[str, Any]:
     from onelaunch.estimate import H200
     from onelaunch.fields import FIELDS
 
@@ -56,11 +67,12 @@ def _facts(found: Any, moved: Any, batch: int, length: int, width: int) -> dict[
         "configuration": found.config.to_dict(),
         "batch": batch,
         "length": length,
-        "width": width,
+        "width": moved.width,
+        "rows": moved.rows,
         "fields": [
             {
                 "name": each.field,
-                "shape": FIELDS[each.field].shape,
+                "shape": FIELDS[each.field].shape_in(found.config.mode),
                 "formula": FIELDS[each.field].formula if found.config.operation != "copy" else "copied",
                 "written": [round(count, 1) for count in each.shape],
                 "tensors": each.tensors,
@@ -86,7 +98,9 @@ def _text(facts: dict[str, Any]) -> str:
         f"{facts['name']}: {facts['symbol']}",
         f"{config['operation']}, {config['mode']}, {config['num_backends']} backends, extent {config['extent']}, "
         f"T = {config['index_topk']}, P = {config['page_size']}, target {config['target']}",
-        f"{facts['batch']} requests of s = {facts['length']} tokens, tables W = {facts['width']} columns wide",
+        f"{facts['batch']} requests of s = {facts['length']} tokens, "
+        + (f"R = {facts['rows']} rows, " if config["mode"] != "decode" else "")
+        + f"tables W = {facts['width']} columns wide",
         "",
     ]
     for row in rows:

@@ -216,22 +216,6 @@ def refresh_with_tensor_ops(
             destination[:bs, : source.shape[1]].copy_(source)
 
 
-def bytes_of_refresh(lengths: NDArray[np.int64], *, backends: int, page_size: int, extent: str, max_len: int) -> int:
-    """Bytes that one refresh has to write: the scalars, and the table columns that ``extent`` names.
-
-    Args:
-        lengths: int64 [bs], tokens, padding requests included.
-    """
-    import numpy as np
-
-    bs = len(lengths)
-    tokens = lengths if extent == "live" else np.full(bs, max_len)
-    columns = int(tokens.sum())
-    if page_size > 1:
-        columns += int((-(-tokens // page_size)).sum())
-    return 4 * backends * (2 * bs + 2 * (bs + 1) + columns)
-
-
 # ------------------------------------------------------------------------------------------------ checking
 
 
@@ -338,6 +322,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
     import torch
     from onelaunch import reference
     from onelaunch.cli.serving import ServingSimulation, Trace
+    from onelaunch.estimate import traffic
 
     for name, value in (
         ("--requests", options.requests),
@@ -439,13 +424,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         steps += 1
         batch_counts[step.requests] += 1
         np.add.at(length_counts, step.lengths[: step.requests], 1)
-        bytes_written += bytes_of_refresh(
-            step.lengths,
-            backends=options.backends,
-            page_size=options.page_size,
-            extent=options.extent.value,
-            max_len=step.max_len,
-        )
+        bytes_written += traffic(plan.config, step.lengths.tolist(), step.max_len).bytes_written
         if on_step:
             on_step(steps, simulation, len(trace))
     if device.type == "cuda":  # pragma: gpu

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import onelaunch
 import torch
-from onelaunch import MetadataBuffers, plan, reference
+from onelaunch import KernelConfig, MetadataBuffers, plan, reference
 from onelaunch.errors import ConfigError
+from onelaunch.estimate import traffic
 from torch import Tensor
 
 Extent = Literal["live", "full"]
@@ -177,12 +178,10 @@ class Scene:
         """The longest request, as far as the table is wide."""
         return min(max(self.lengths), self.width)
 
-    def bytes(self, extent: str = "live") -> int:
-        """Bytes that one refresh must move: the tables read once, everything written N times."""
-        bs = len(self.lengths)
-        columns = [min(length, self.width) if extent == "live" else self.width for length in self.lengths]
-        pages = 0 if self.page_size == 1 else sum(-(-c // self.page_size) for c in columns)
-        return 4 * (sum(columns) + self.backends * (sum(columns) + pages + 4 * bs + 2)) + 16 * bs
+    def bytes(self, extent: Extent = "live") -> int:
+        """Bytes that one refresh must move: what it reads once, everything written N times."""
+        config = KernelConfig(num_backends=self.backends, page_size=self.page_size, extent=extent)
+        return traffic(config, self.lengths, self.width).bytes
 
     def plans(self, extent: str = "live", **facts: Any) -> list[onelaunch.Plan]:
         """A plan a set. The facts are those of the launch shape."""

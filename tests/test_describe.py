@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import onelaunch
 import pytest
 import torch
-from onelaunch import FIELDS, ArgumentError, KernelConfig, preset
+from onelaunch import FIELDS, PRESETS, ArgumentError, KernelConfig, preset
 from onelaunch.cli.main import app
-from onelaunch.cli.measure import Scene
-from onelaunch.cli.replay import bytes_of_refresh
+from onelaunch.cli.scene import Scene
 from onelaunch.estimate import H200, traffic
-from support import POISON, buffers_of, destination, token_pool
+from support import ALL_FIELDS, POISON, buffers_of, destination, token_pool
 from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+import cases
 
 EVIDENCE = json.loads((Path(__file__).parent / "gpu" / "evidence.json").read_text(encoding="utf-8"))
 
@@ -26,42 +28,114 @@ def invoke(*words: str) -> Any:
     return CliRunner().invoke(app, ["describe", *words])
 
 
+@pytest.mark.parametrize(("bs", "width"), [(3, 131), (33, 517)])
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_a_refresh_of_a_preset_writes_is_what_it_says(name: str, bs: int, width: int) -> None:
+    config = PRESETS[name]
+    scene = cases.run(config, bs, width, torch.device("cpu"))
+    moved = traffic(
+        config,
+        scene["seq_lens"].tolist(),
+        width,
+        rows=scene["extends"].tolist(),
+        page_size=16,
+        num_sms=cases.SIZES["paged_mqa_schedule_metadata"][0] - 1,
+        num_sm_parts=cases.SIZES["flashmla_metadata"][0],
+    )
+    changed = {
+        field: sum(int((getattr(backend, field) != cases.POISON).sum()) for backend in scene["backends"])
+        for field in config.fields
+    }
+    assert {written.field: written.bytes for written in moved.written} == {f: 4 * n for f, n in changed.items()}
+    assert moved.bytes_written == 4 * sum(changed.values())
+    assert moved.rows == scene["rows_in_all"]
+    for written in moved.written:
+        assert written.tensors == config.num_backends
+        assert written.bytes == pytest.approx(4 * written.tensors * math.prod(written.shape))
+
+
 @pytest.mark.parametrize(
     ("extent", "fields", "page_size"),
     [
-        ("live", tuple(FIELDS), 16),
-        ("full", tuple(name for name in FIELDS if name != "seqlens_expanded"), 4),
+        ("live", ALL_FIELDS, 16),
+        ("full", tuple(name for name in ALL_FIELDS if name != "seqlens_expanded"), 4),
         ("live", ("cache_seqlens", "cu_seqlens_k", "real_page_table"), 8),
+        ("live", ("kv_indptr", "kv_indices"), 8),
     ],
 )
-def test_what_a_refresh_writes_is_what_it_says(extent: str, fields: tuple[str, ...], page_size: int) -> None:
-    lengths, width = [0, 1, 33, 64, 70], 64
-    backends = [destination(fields, 8, width, page_size) for _ in range(2)]
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"index_kpool": 2},
+        {"mode": "target_verify", "next_n": 3, "seqlen_offsets": (5, 5)},
+        {"mode": "draft_extend", "next_n": 2, "seqlen_offsets": (0, 7)},
+        {"mode": "draft_extend", "extend": "variable"},
+    ],
+    ids=("pools", "verify", "extend", "variable"),
+)
+def test_what_a_refresh_writes_is_what_it_says(
+    extent: str, fields: tuple[str, ...], page_size: int, facts: dict[str, Any]
+) -> None:
+    lengths, width, rows = [0, 1, 33, 64, 70], 64, [2, 0, 3, 1, 1]
+    facts = {"index_kpool": 1, **facts}
+    room = {"kv_indices": (300,)}
+    backends = [
+        destination(fields, 18, width, page_size, requests=8, index_kpool=facts["index_kpool"], shapes=room)
+        for _ in range(2)
+    ]
     plan = onelaunch.bind(
-        buffers_of(backends), req_to_token=token_pool(8, width), page_size=page_size, index_topk=32, extent=extent
+        buffers_of(backends),
+        req_to_token=token_pool(8, width),
+        page_size=page_size,
+        index_topk=32,
+        extent=extent,
+        **facts,
     )
-    plan.run(torch.tensor(lengths), torch.arange(5))
-    changed = sum(int((storage != POISON).sum()) for backend in backends for storage in backend.storages.values())
-    moved = traffic(plan.config, lengths, width)
-    assert moved.bytes_written == 4 * changed
+    variable = plan.config.extend == "variable"
+    plan.run(torch.tensor(lengths), torch.arange(5), torch.tensor(rows) if variable else None)
+    moved = traffic(plan.config, lengths, width, rows=rows)
+    assert tuple(written.field for written in moved.written) == plan.config.fields
     for written in moved.written:
-        assert written.tensors == 2
         own = sum(int((backend.storages[written.field] != POISON).sum()) for backend in backends)
-        assert written.bytes == 4 * own
-        assert written.bytes == 8 * np.prod(written.shape)
+        assert (written.tensors, written.bytes) == (2, 4 * own), written.field
 
 
-def test_it_agrees_with_the_replay_and_the_timings() -> None:
-    lengths, width = [5, 600, 1024], 1024
-    for extent in ("live", "full"):
-        config = preset("nsa-decode-3").replace(extent=extent)
-        moved = traffic(config, lengths, width)
-        facts: dict[str, Any] = {"backends": 3, "page_size": 64, "extent": extent, "max_len": width}
-        assert moved.bytes_written == bytes_of_refresh(np.array(lengths), **facts)
-        scene: Any = SimpleNamespace(lengths=lengths, width=width, backends=3, page_size=64)
-        assert moved.bytes_written + moved.bytes_read == Scene.bytes(scene, extent)
+def test_a_shared_table_is_written_as_far_as_the_longest_reaches() -> None:
+    backends = [destination(("cache_seqlens", "page_indices"), 4, 40, 64) for _ in range(3)]
+    for backend in backends[1:]:
+        backend.buffers.page_indices = backends[0].buffers.page_indices
+    plan = onelaunch.bind(buffers_of(backends), req_to_token=token_pool(4, 40), seqlen_offsets=(1, 9, 4))
+    plan.run(torch.tensor([3, 0, 35]), torch.arange(3))
+    moved = traffic(plan.config, [3, 0, 35], 40)
+    (table,) = (written for written in moved.written if written.field == "page_indices")
+    assert (table.tensors, table.bytes) == (1, 4 * (12 + 9 + 40))
+    assert table.bytes == 4 * int((backends[0].storages["page_indices"] != POISON).sum())
+    assert moved.bytes_read == 2 * 3 * 8 + 4 * (12 + 9 + 40), "each token is read once"
+
+
+def test_bytes_by_hand() -> None:
+    # Two lengths and two sums a request, two leading zeros; 130 tokens; 1 + 1 + 2 pages.
+    config = KernelConfig(num_backends=2)
+    assert traffic(config, [1, 64, 65]).bytes_written == 4 * 2 * (3 + 4 + 3 + 4 + 130 + 4)
+    assert traffic(config.replace(page_size=1), [1, 64, 65]).bytes_written == 4 * 2 * (3 + 4 + 3 + 4 + 130)
+    assert traffic(config.replace(extent="full"), [1, 64, 65]).bytes_written == 4 * 2 * (3 + 4 + 3 + 4 + 3 * 65 + 3 * 2)
+    verify = traffic(preset("nsa-target-verify-3").replace(num_backends=1), [60, 1])
+    assert verify.width == 64
+    assert verify.bytes_written == 4 * (2 + 3 + 4 * (64 + 5) + 8 + 9 + 4 * (1 + 1) + 8)
+    assert verify.bytes_read == 2 * 8 + 2 * 8 + 4 * (64 + 5), "a token is read once for all rows"
+    variable = traffic(preset("nsa-draft-extend-3-variable"), [60, 7], rows=[2, 0])
+    assert variable.bytes_read == 3 * 2 * 8 + 4 * 60, "of a request without rows no token is read"
+
+
+def test_it_agrees_with_the_timings() -> None:
     timed = traffic(preset("nsa-decode-3"), [8192] * 64)
-    assert timed.bytes_written + timed.bytes_read == EVIDENCE["timings"]["64 x 8192"]["bytes"]
+    assert timed.bytes == EVIDENCE["timings"]["64 x 8192"]["bytes"]
+    scene = Scene([5, 600, 1024], 3, 900, 64, 1, torch.device("cpu"))
+    assert scene.bytes() == traffic(preset("nsa-decode-3"), [5, 600, 1024], 900).bytes
+    scene = Scene([5, 600, 1024], 3, 900, 1, 1, torch.device("cpu"))
+    assert (
+        scene.bytes("full") == traffic(preset("nsa-decode-3-page1").replace(extent="full"), [5, 600, 1024], 900).bytes
+    )
 
 
 def test_shared_tables_other_dtypes_and_copies() -> None:
@@ -78,6 +152,8 @@ def test_shared_tables_other_dtypes_and_copies() -> None:
     for lengths, width in (([-1], None), ([1], -1)):
         with pytest.raises(ArgumentError, match="negative"):
             traffic(KernelConfig(), lengths, width)
+    with pytest.raises(ArgumentError, match="rows has 1 numbers and lengths has 2"):
+        traffic(preset("nsa-draft-extend-3-variable"), [1, 2], rows=[3])
 
 
 def test_the_estimate_is_near_what_was_measured() -> None:
@@ -100,6 +176,18 @@ def test_the_command_prints_every_field_and_the_sum() -> None:
     assert table["page_indices"].split()[-5:] == ["64", "x", "8192", "3", f"{4 * 3 * 64 * 8192:,}"]
     assert lines[-1].startswith(f"about 5.1 us on an {H200.name}")
     assert "an estimate" in lines[-1]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_command_says_what_is_counted_for_every_preset(name: str) -> None:
+    words = ("--batch", "3", "--length", "100", "--rows", "2", "--page-size", "16", "--num-sms", "11", "--json")
+    facts = json.loads(invoke(name, *words).stdout)
+    moved = traffic(PRESETS[name], [100] * 3, rows=[2] * 3, page_size=16, num_sms=11)
+    assert (facts["bytes_written"], facts["bytes_read"]) == (moved.bytes_written, moved.bytes_read)
+    assert (facts["rows"], facts["width"]) == (moved.rows, moved.width)
+    for field, written in zip(facts["fields"], moved.written, strict=True):
+        assert field["bytes"] == written.bytes
+        assert ("bs" in field["shape"]) <= (moved.rows == 3 or FIELDS[written.field].per == "request")
 
 
 def test_as_json_and_of_an_entry() -> None:

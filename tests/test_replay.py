@@ -19,7 +19,6 @@ from onelaunch.cli.replay import (
     Extent,
     ReplayOptions,
     Verify,
-    bytes_of_refresh,
     refresh_with_tensor_ops,
     replay,
     run_replay,
@@ -47,6 +46,10 @@ class CorruptingPlan:
     @property
     def launches(self) -> int:
         return int(self._plan.launches)
+
+    @property
+    def config(self) -> onelaunch.KernelConfig:
+        return self._plan.config  # type: ignore[no-any-return]
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         self._plan.run(*args, **kwargs)
@@ -225,17 +228,6 @@ def test_tensor_ops_do_the_same_refresh(bs: int) -> None:
             assert table[r].tolist() == live + [-7] * (333 - len(live))
             pages = [slot // 64 for slot in live[::64]]
             assert real[r].tolist() == pages + [-7] * (6 - len(pages))
-
-
-def test_bytes_of_refresh() -> None:
-    lengths = np.array([1, 64, 65])
-    # Two lengths and two sums a request, two leading zeros; 130 tokens; 1 + 1 + 2 pages.
-    live = bytes_of_refresh(lengths, backends=2, page_size=64, extent="live", max_len=65)
-    assert live == 4 * 2 * (3 + 4 + 3 + 4 + 130 + 4)
-    unpaged = bytes_of_refresh(lengths, backends=2, page_size=1, extent="live", max_len=65)
-    assert unpaged == 4 * 2 * (3 + 4 + 3 + 4 + 130)
-    full = bytes_of_refresh(lengths, backends=2, page_size=64, extent="full", max_len=65)
-    assert full == 4 * 2 * (3 + 4 + 3 + 4 + 3 * 65 + 3 * 2)
 
 
 @pytest.mark.parametrize("values", [[3], [1, 2], [5, 1, 9, 9, 2], list(range(1, 101)), [7] * 95 + [8] * 5])

@@ -72,8 +72,11 @@ def build(config: KernelConfig, bs: int, width: int, device: torch.device, seed:
     }
 
 
-def run(config: KernelConfig, bs: int, width: int, device: torch.device) -> None:
+def run(config: KernelConfig, bs: int, width: int, device: torch.device) -> dict[str, Any]:
     """Runs one configuration on one shape and compares every word.
+
+    Returns:
+        What build() made, refreshed.
 
     Raises:
         AssertionError: the plan isn't of this very configuration, or a word differs from the reference's.
@@ -132,6 +135,7 @@ def run(config: KernelConfig, bs: int, width: int, device: torch.device) -> None
                     f"bs {bs}, width {width}: backends[{index}].{field.name}{where} is {got[tuple(where)]}, "
                     f"the reference says {want[tuple(where)]}"
                 )
+    return scene
 
 
 def cases(names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
