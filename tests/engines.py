@@ -160,6 +160,23 @@ class MHAMetadata:
     swa_page_table: Any = None
 
 
+class FlashInferMultiStep:
+    """FlashInferMultiStepDraftBackend, TritonMultiStepDraftBackend: two tensors of a row a step for all batch sizes.
+
+    There is a row more than children, which nothing reads.
+    """
+
+    def __init__(self, pool: Tensor, *, steps: int = 4, max_bs: int = 4, topk: int = 1) -> None:
+        self.topk, self.speculative_num_steps, self.max_bs = topk, steps, max_bs
+        self.kv_indptr = new(steps, max_bs + 1, device=pool.device)
+        self.attn_backends = [SimpleNamespace(req_to_token=pool) for _ in range(steps - 1)]
+        self.req_to_token_pool = SimpleNamespace(req_to_token=pool)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        width = self.req_to_token_pool.req_to_token.shape[1]
+        self.cuda_graph_kv_indices = new(self.speculative_num_steps, max_bs * (width + 9), device=self.kv_indptr.device)
+
+
 class MHABackend:
     """FlashAttentionBackend or TRTLLMHAAttnBackend: a dictionary of captures a mode, a row of pages a request."""
 

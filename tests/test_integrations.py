@@ -16,7 +16,7 @@ import pytest
 import support
 import torch
 from onelaunch import ArgumentError, MetadataBuffers, reference
-from onelaunch.integrations import sglang, vllm
+from onelaunch.integrations import flashinfer, sglang, vllm
 from support import POISON
 from torch import Tensor
 
@@ -326,6 +326,175 @@ def test_a_block_table_that_is_the_source_is_not_written() -> None:
     assert torch.equal(table, before)
 
 
+# ------------------------------------------------------------------------------------------------ FlashInfer
+
+
+def csr_tensors(multi: engines.FlashInferMultiStep, step: int) -> dict[str, Tensor]:
+    return {"kv_indptr": multi.kv_indptr[step], "kv_indices": multi.cuda_graph_kv_indices[step]}
+
+
+def wrapper(bs: int, capacity: int, prefix: str = "_paged") -> SimpleNamespace:
+    names = (f"{prefix}_kv_indptr_buf", f"{prefix}_kv_indices_buf")
+    return SimpleNamespace(**dict(zip(names, (engines.new(bs + 1), engines.new(capacity)), strict=True)))
+
+
+def test_one_plan_refreshes_all_steps_of_flashinfer_for_every_batch_size(device: torch.device) -> None:
+    source = pool(device)
+    multi = engines.FlashInferMultiStep(source)
+    multi.init_cuda_graph_state(4, 4)
+    plan = flashinfer.bind_backends(multi)
+    for launches, bs in enumerate([4, 1, 3], start=1):
+        multi.kv_indptr.fill_(POISON)
+        multi.cuda_graph_kv_indices.fill_(POISON)
+        forward = engines.batch(source, LENGTHS[bs])
+        plan.run(forward.seq_lens, forward.req_pool_indices)
+        assert plan.launches == launches
+        assert_refreshed(forward, source, [csr_tensors(multi, i) for i in range(3)], seqlen_offsets=(1, 2, 3))
+        assert bool((multi.kv_indptr[3] == POISON).all()), "no backend reads the last row"
+        assert bool((multi.cuda_graph_kv_indices[3] == POISON).all())
+    assert plan.capacity == 4
+
+
+@pytest.mark.parametrize("prefix", ["_paged", ""])
+def test_wrappers_of_flashinfer(prefix: str) -> None:
+    source = pool()
+    forward = engines.batch(source, LENGTHS[4])
+    for offsets in ((0, 0), (1, 2)):
+        wrappers = [wrapper(4, 450, prefix) for _ in range(2)]
+        plan = flashinfer.bind_backends(wrappers, source, **({"seqlen_offsets": offsets} if any(offsets) else {}))
+        plan.run(forward.seq_lens, forward.req_pool_indices)
+        tensors = [dict(zip(("kv_indptr", "kv_indices"), vars(w).values(), strict=True)) for w in wrappers]
+        assert_refreshed(forward, source, tensors, seqlen_offsets=offsets)
+
+
+def test_what_flashinfers_helper_refuses() -> None:
+    source = pool()
+    multi = engines.FlashInferMultiStep(source)
+    with pytest.raises(ArgumentError, match=r"no attribute cuda_graph_kv_indices; .* after init_cuda_graph_state"):
+        flashinfer.bind_backends(multi)
+    multi.init_cuda_graph_state(4, 4)
+    flat = SimpleNamespace(**{**vars(multi), "kv_indptr": multi.kv_indptr[0]})
+    with pytest.raises(ArgumentError, match=r"kv_indptr is of shape \(5,\) and there are 3 attn_backends; it must be"):
+        flashinfer.bind_backends(flat)
+    listed = SimpleNamespace(**{**vars(multi), "cuda_graph_kv_indices": [1, 2, 3]})
+    with pytest.raises(ArgumentError, match="cuda_graph_kv_indices is a list and there are 3 attn_backends"):
+        flashinfer.bind_backends(listed)
+    few = SimpleNamespace(**{**vars(multi), "kv_indptr": multi.kv_indptr[:2]})
+    with pytest.raises(ArgumentError, match=r"kv_indptr is of shape \(2, 5\)"):
+        flashinfer.bind_backends(few)
+    with pytest.raises(ArgumentError, match="the backend's topk is 4; allowed: 0 and 1"):
+        flashinfer.bind_backends(engines.FlashInferMultiStep(source, topk=4))
+    del multi.req_to_token_pool
+    assert flashinfer.bind_backends(multi).config.num_backends == 3, "the children have the pool, too"
+    multi.attn_backends[0].req_to_token = None
+    with pytest.raises(ArgumentError, match=r"req_to_token is None. Pass req_to_token="):
+        flashinfer.bind_backends(multi)
+    with pytest.raises(ArgumentError, match=r"no attribute attn_backends; it is a object without attributes. Give"):
+        flashinfer.bind_backends(object(), source)
+    with pytest.raises(ArgumentError, match="req_to_token is None; wrappers don't have the pool"):
+        flashinfer.bind_backends([wrapper(4, 9)])
+    with pytest.raises(ArgumentError, match=r"buffer of kv_indptr is None. Make the wrapper with use_cuda_graph=True"):
+        flashinfer.buffers_from(SimpleNamespace(_paged_kv_indptr_buf=None, _paged_kv_indices_buf=None))
+    with pytest.raises(ArgumentError, match="no attribute _paged_kv_indptr_buf or _kv_indptr_buf; it is a object"):
+        flashinfer.buffers_from(object())
+    for tensors in ([multi.kv_indptr], [multi.cuda_graph_kv_indices]):
+        assert all(bool((tensor == POISON).all()) for tensor in tensors), "something was written"
+
+
+# ------------------------------------------------------------------------------------------------ schedules, extends
+
+
+@pytest.mark.parametrize("mode", ["decode", "target_verify", "draft_extend"])
+def test_schedules_of_deepgemm_are_refreshed_where_that_is_asked_for(device: torch.device, mode: str) -> None:
+    source = pool(device)
+    backend = engines.DSABackend(source, n=3)
+    backend.init_cuda_graph_state(max_bs=4, max_num_tokens=12)
+    backend.capture(4, mode)
+    metadata = backend.decode_cuda_graph_metadata[4]
+    forward = engines.batch(source, LENGTHS[4])
+    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
+    assert bool((metadata.paged_mqa_schedule_metadata == POISON).all()), "the engine's own, unless it is asked for"
+    sglang.Refresher(backend, schedules=True).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
+    tensors = dsa_tensors(metadata, mode=mode) | {"paged_mqa_schedule_metadata": metadata.paged_mqa_schedule_metadata}
+    facts: dict[str, Any] = {} if mode == "decode" else {"next_n": 3, "schedule_per": "row"}
+    assert_refreshed(forward, source, [tensors], mode=mode, **facts)
+
+
+def test_a_schedule_of_requests_needs_its_atoms() -> None:
+    source = pool()
+    backend = engines.DSABackend(source, n=4)
+    backend.sm100 = True
+    backend.init_cuda_graph_state(4, 16)
+    backend.capture(4, "target_verify")
+    with pytest.raises(ArgumentError, match=r"paged_mqa_ctx_lens_2d has shape \(4, 4\), .*Pass schedule_atoms="):
+        sglang.bind_backends(backend, 4, mode="target_verify", schedules=True)
+    facts: dict[str, Any] = {"schedules": True, "schedule_atoms": 4, "schedule_remainder": "first"}
+    plan = sglang.bind_backends(backend, 4, mode="target_verify", **facts)
+    assert (plan.config.schedule_per, plan.config.schedule_atoms) == ("request", 4)
+    forward = engines.batch(source, LENGTHS[4])
+    plan.run(forward.seq_lens, forward.req_pool_indices)
+    metadata = backend.decode_cuda_graph_metadata[4]
+    tensors = {"paged_mqa_schedule_metadata": metadata.paged_mqa_schedule_metadata}
+    del facts["schedules"]
+    assert_refreshed(forward, source, [tensors], mode="target_verify", next_n=4, **facts)
+
+
+def test_schedules_that_are_not_known_are_refused_and_those_that_are_not_there_left_out() -> None:
+    backend = engines.DSABackend(pool())
+    backend.dsa_index_kpool = 2
+    backend.init_cuda_graph_state(4, 16)
+    backend.capture(4, "target_verify")
+    with pytest.raises(ArgumentError, match="schedules is True and index_kpool is 2; DSA keeps a schedule of pools"):
+        sglang.bind_backends(backend, 4, schedules=True)
+    backend.dsa_index_kpool = 1
+    metadata = SimpleNamespace(**vars(backend.decode_cuda_graph_metadata[4]))
+    backend.decode_cuda_graph_metadata[4] = metadata
+    metadata.paged_mqa_ctx_lens_2d = metadata.paged_mqa_ctx_lens_2d.view(-1)
+    with pytest.raises(ArgumentError, match=r"paged_mqa_ctx_lens_2d isn't 2-D, .*Pass schedule_per="):
+        sglang.bind_backends(backend, 4, mode="target_verify", schedules=True)
+    plan = sglang.bind_backends(backend, 4, mode="target_verify", schedules=True, schedule_per="row")
+    assert plan.config.schedules == ("paged_mqa_schedule_metadata",)
+    metadata.paged_mqa_schedule_metadata = None
+    assert sglang.bind_backends(backend, 4, mode="target_verify", schedules=True).config.schedules == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype) -> None:
+    source = pool(device)
+    backend = engines.DSABackend(source, n=3)
+    backend.init_cuda_graph_state(max_bs=4, max_num_tokens=12)
+    backend.capture(4, "draft_extend")
+    metadata = backend.decode_cuda_graph_metadata[4]
+    forward = engines.batch(source, LENGTHS[4])
+    refresher = sglang.Refresher(backend)
+    plan = refresher.prepare(4, mode="draft_extend", extend_seq_lens_dtype=dtype)
+    for extends in ([3, 0, 2, 1], [1, 1, 0, 3]):
+        for tensor in dsa_tensors(metadata, mode="draft_extend").values():
+            tensor.fill_(POISON)
+        rows = torch.tensor([*extends, 77], dtype=dtype, device=device)
+        refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows, mode=engines.ForwardMode("DRAFT_EXTEND"))
+        tensors = dsa_tensors(metadata, mode="draft_extend")
+        assert_refreshed(forward, source, [tensors], mode="draft_extend", extend_seq_lens=torch.tensor(extends))
+    assert plan.launches == 2
+    refresher.run(4, forward.seq_lens, forward.req_pool_indices, mode="draft_extend")
+    assert len(refresher.plans) == 2, "the same number for all is another kernel"
+    with pytest.raises(ArgumentError, match="extend_seq_lens is a tensor and mode is 'decode'; it is for"):
+        refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows)
+    with pytest.raises(ArgumentError, match=r"extend_seq_lens is \(3,\) and bs is 4"):
+        refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows[:3], mode="draft_extend")
+
+
+def test_extend_lengths_are_nothing_to_tables_with_a_row_a_request() -> None:
+    source = pool()
+    backend = engines.MHABackend(source)
+    backend.init_cuda_graph_state(4, 4)
+    backend.capture(4, "draft_extend")
+    forward = engines.batch(source, LENGTHS[4])
+    extends = torch.tensor([1, 0, 2, 3])
+    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    assert_refreshed(forward, source, [mha_tensors(backend.draft_extend_metadata[4])], page_size=16)
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -527,10 +696,26 @@ def test_the_lines_for_vllm() -> None:
     assert rows.seq_lens.tolist() == [4, 5, 5, 6, 6, 7, POISON, POISON]
 
 
+def test_the_lines_for_flashinfer() -> None:
+    source = pool()
+    multi = engines.FlashInferMultiStep(source)
+    multi.init_cuda_graph_state(4, 4)
+    forward = engines.batch(source, LENGTHS[4])
+    wrappers = [wrapper(3, 500) for _ in range(2)]
+    first, second = lines_of(flashinfer)
+    exec(first, {"self": multi, "forward_batch": forward, "num_seqs": 3})
+    forward.batch_size = 3
+    assert_refreshed(forward, source, [csr_tensors(multi, i) for i in range(3)], seqlen_offsets=(1, 2, 3))
+    names = {"wrappers": wrappers, "req_to_token": source, "flashinfer": flashinfer}
+    exec(second, names | {"seq_lens": forward.seq_lens[:3], "req_pool_indices": forward.req_pool_indices[:3]})
+    tensors = [dict(zip(("kv_indptr", "kv_indices"), vars(w).values(), strict=True)) for w in wrappers]
+    assert_refreshed(forward, source, tensors, seqlen_offsets=(1, 2))
+
+
 def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> None:
     code = (
         "import sys, onelaunch; before = [m for m in sys.modules if m.startswith('onelaunch.integrations')];"
-        "import onelaunch.integrations.sglang, onelaunch.integrations.vllm;"
+        "import onelaunch.integrations.flashinfer, onelaunch.integrations.sglang, onelaunch.integrations.vllm;"
         "print(before, [m for m in ('sglang', 'vllm', 'flashinfer') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

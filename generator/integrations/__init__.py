@@ -4,4 +4,5 @@ No engine is imported. Each module's docstring has the lines that put onelaunch 
 
 * ``sglang``: DSA (once NSA), FA3, TRTLLM-MHA, FlashMLA and TRTLLM-MLA.
 * ``vllm``: block tables and lengths.
+* ``flashinfer``: kv_indptr and kv_indices, of SGLang's FlashInfer and Triton draft backends and of wrappers.
 """

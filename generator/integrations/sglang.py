@@ -18,8 +18,10 @@ DSA, draft steps. The children are refreshed at once, in place of one precomputa
         child._refresh_topk_v2_plan(metadata)
         child.forward_metadata = metadata
 
-The schedules that DSA's own functions make stay theirs, as do the write plans of k-pools. ``flashmla_metadata`` of the
-sparse kernel depends on the batch size alone, so it stays as capture left it.
+With ``Refresher(self, schedules=True)`` the launch makes DeepGEMM's schedules too, and the call of
+``_refresh_paged_mqa_schedule_metadata`` goes. The other schedules that DSA's own functions make stay theirs, as do the
+write plans of k-pools. ``flashmla_metadata`` of the sparse kernel depends on the batch size alone, so it stays as
+capture left it.
 
 DSA, verification and draft extension. ``forward_mode`` may be SGLang's enumeration or a name of bind()'s modes::
 
@@ -36,6 +38,8 @@ DSA, verification and draft extension. ``forward_mode`` may be SGLang's enumerat
     metadata.paged_mqa_ctx_lens_2d.copy_(lengths)  # for a verification on SM100; itself elsewhere
     self._refresh_topk_v2_plan(metadata)
     self.forward_metadata = metadata
+
+Where requests are extended by different numbers of tokens, ``run`` takes them as ``extend_seq_lens``.
 
 FA3 and TRTLLM-MHA, draft steps. Step i sees i + 1 tokens more, still in one launch with one gather::
 
@@ -112,10 +116,13 @@ _GRAPHS = {
     "draft_extend": "draft_extend_metadata",
 }
 _TABLE = "cuda_graph_kv_indices"  # FlashMLA's, [max_bs, blocks]
+_SCHEDULE = "paged_mqa_schedule_metadata"
 _VERSION = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
 
-def buffers_from(metadata: Any, *, page_size: int = 64, leave: Collection[str] = ()) -> MetadataBuffers:
+def buffers_from(
+    metadata: Any, *, page_size: int = 64, leave: Collection[str] = (), schedules: bool = False
+) -> MetadataBuffers:
     """The tensors of one of SGLang's metadata objects, by the names that onelaunch has for them.
 
     Args:
@@ -123,6 +130,7 @@ def buffers_from(metadata: Any, *, page_size: int = 64, leave: Collection[str] =
             FlashMLADecodeMetadata or TRTLLMMLADecodeMetadata. An attribute that is None is a field that is None.
         page_size: tokens a page. With 1, FA3's page_table holds tokens: it is page_indices.
         leave: names of tensors that the engine goes on refreshing, of those that onelaunch has no field for.
+        schedules: whether DSA's paged_mqa_schedule_metadata, if there is one, is refreshed too.
 
     Raises:
         ArgumentError: the object lacks an attribute, or has a tensor that onelaunch can't refresh.
@@ -140,6 +148,8 @@ def buffers_from(metadata: Any, *, page_size: int = 64, leave: Collection[str] =
         found[field.rstrip("?")] = read("metadata", metadata, aliases, _VERSION, **optional)
     if names is _MHA and page_size == 1:
         found["page_indices"] = found.pop("real_page_table")
+    if schedules and names is _DSA:
+        found[_SCHEDULE] = getattr(metadata, _SCHEDULE, None)
     return MetadataBuffers(**found)
 
 
@@ -245,6 +255,7 @@ def bind_backends(
     *,
     mode: Any = "decode",
     leave: Collection[str] = (),
+    schedules: bool = False,
     **facts: Any,
 ) -> Plan:
     """Binds what an SGLang backend captured for a batch size: all children of a multi-step one, or itself.
@@ -259,13 +270,16 @@ def bind_backends(
         req_to_token: int32 [pool rows, W]; None is the children's own.
         mode: SGLang's ForwardMode or a name of bind()'s modes.
         leave: see buffers_from.
+        schedules: whether to refresh DSA's paged_mqa_schedule_metadata, of multiprocessors that share splits of 256
+            tokens, as DeepGEMM's own function does. In target_verify and draft_extend it is of rows where the captured
+            paged_mqa_ctx_lens_2d has one column, else of requests; schedule_atoms must then be given.
         facts: arguments of onelaunch.bind, which go before what the children say. page_fill is -1 for block_kv_indices.
 
     Raises:
         ArgumentError: an attribute isn't there, or nothing was captured for ``bs``; and see onelaunch.bind.
     """
     mode = mode_of(mode)
-    return _bind(_captured(backend, bs, mode), has(backend, _STEPS), req_to_token, mode, leave, facts)
+    return _bind(_captured(backend, bs, mode), has(backend, _STEPS), req_to_token, mode, leave, schedules, facts)
 
 
 def _bind(
@@ -274,6 +288,7 @@ def _bind(
     req_to_token: Tensor | None,
     mode: str,
     leave: Collection[str],
+    schedules: bool,
     facts: Mapping[str, Any],
 ) -> Plan:
     child = captured[0].child
@@ -296,7 +311,7 @@ def _bind(
         )
     block_size = {"default": 64} if names is _MLA else {}
     page_size = fact("page_size", ("physical_page_size", "real_page_size", "page_size"), **block_size)
-    if mode == "decode":
+    if mode == "decode" or given.get("extend") == "variable":
         given.pop("next_n", None)
     else:
         fact("next_n", ("speculative_num_draft_tokens", "num_draft_tokens"))
@@ -304,8 +319,12 @@ def _bind(
         fact("index_topk", ("dsa_index_topk", "nsa_index_topk"))
         fact("index_kpool", ("dsa_index_kpool", "nsa_index_kpool"), default=1)
         given["mode"] = mode
+        if schedules and getattr(captured[0].metadata, _SCHEDULE, None) is not None:
+            _schedule_facts(captured[0].metadata, given)
     else:
         added = given.pop("next_n", 0)
+        for name in ("extend", "extend_seq_lens_dtype"):  # a row a request, however far it is extended
+            given.pop(name, None)
         if mode == "target_verify":
             given.setdefault("seqlen_offsets", [added] * len(captured))
         elif mode == "decode" and steps and names is _MHA:
@@ -315,8 +334,28 @@ def _bind(
             )
         if names is _MLA:
             given.setdefault("page_fill", -1)
-    buffers = [buffers_from(c.metadata, page_size=page_size, leave=leave) for c in captured]
+    buffers = [buffers_from(c.metadata, page_size=page_size, leave=leave, schedules=schedules) for c in captured]
     return bind(buffers, req_to_token=req_to_token, **given)
+
+
+def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
+    """What the lengths that DeepGEMM gets are of, from their shape."""
+    if given["index_kpool"] > 1:
+        raise ArgumentError(
+            f"schedules is True and index_kpool is {given['index_kpool']}; DSA keeps a schedule of pools apart, which "
+            "onelaunch doesn't know. Leave the schedules to the engine."
+        )
+    if given["mode"] == "decode" or "schedule_per" in given:
+        return
+    lengths = read("metadata", metadata, ("paged_mqa_ctx_lens_2d",), "Pass schedule_per=.")
+    if lengths is None or lengths.dim() != 2:
+        raise ArgumentError("metadata.paged_mqa_ctx_lens_2d isn't 2-D, so it doesn't say its rows. Pass schedule_per=.")
+    given["schedule_per"] = "row" if lengths.shape[1] == 1 else "request"
+    if lengths.shape[1] > 1 and "schedule_atoms" not in given:
+        raise ArgumentError(
+            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows a request; how many atoms "
+            "those are is DeepGEMM's matter. Pass schedule_atoms=, or leave the schedules to the engine."
+        )
 
 
 class _Bound(NamedTuple):
@@ -332,18 +371,25 @@ class Refresher:
     that was captured again, into other objects, gets a new plan.
 
     Args:
-        backend, req_to_token, leave, facts: see bind_backends.
+        backend, req_to_token, leave, schedules, facts: see bind_backends.
     """
 
     def __init__(
-        self, backend: Any, req_to_token: Tensor | None = None, *, leave: Collection[str] = (), **facts: Any
+        self,
+        backend: Any,
+        req_to_token: Tensor | None = None,
+        *,
+        leave: Collection[str] = (),
+        schedules: bool = False,
+        **facts: Any,
     ) -> None:
-        self._backend, self._pool, self._leave, self._facts = backend, req_to_token, leave, facts
+        self._backend, self._pool, self._leave, self._schedules = backend, req_to_token, leave, schedules
+        self._facts = facts
         self._bound: dict[tuple[Any, ...], _Bound] = {}
 
     @property
     def plans(self) -> dict[tuple[Any, ...], Plan]:
-        """The plans by (batch size, mode, dtype of seq_lens, dtype of req_pool_indices)."""
+        """The plans by (batch size, mode, dtypes of seq_lens, req_pool_indices and extend_seq_lens or None)."""
         return {key: bound.plan for key, bound in self._bound.items()}
 
     def prepare(
@@ -353,22 +399,34 @@ class Refresher:
         mode: Any = "decode",
         seq_lens_dtype: torch.dtype = torch.int64,
         req_pool_indices_dtype: torch.dtype = torch.int64,
+        extend_seq_lens_dtype: torch.dtype | None = None,
     ) -> Plan:
         """The plan of a captured batch size, made now if there is none. Must not be called inside a capture.
+
+        The dtypes are those of run()'s tensors; extend_seq_lens_dtype is None where run() gets no extend_seq_lens.
 
         Raises:
             ArgumentError: see bind_backends.
         """
-        return self._prepared((bs, mode_of(mode), seq_lens_dtype, req_pool_indices_dtype)).plan
+        key = (bs, mode_of(mode), seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype)
+        return self._prepared(key).plan
 
     def run(
-        self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, *, mode: Any = "decode"
+        self,
+        bs: int,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None = None,
+        *,
+        mode: Any = "decode",
     ) -> list[tuple[Any, Any]]:
         """Refreshes everything that was captured for a batch size: one launch on the current stream.
 
         Args:
             bs: the captured batch size.
             seq_lens, req_pool_indices: int32 or int64, bs elements or more, of which the first bs count.
+            extend_seq_lens: likewise, the tokens that draft_extend extends each request by; None for the same number.
+                What was captured has room for their sum, which the caller vouches for.
             mode: SGLang's ForwardMode or a name of bind()'s modes.
 
         Returns:
@@ -378,23 +436,36 @@ class Refresher:
             ArgumentError: see bind_backends and Plan.run; nothing was written.
             LaunchError: CUDA refused the launch.
         """
-        for name, tensor in (("seq_lens", seq_lens), ("req_pool_indices", req_pool_indices)):
+        tensors = {"seq_lens": seq_lens, "req_pool_indices": req_pool_indices}
+        if extend_seq_lens is not None:
+            tensors["extend_seq_lens"] = extend_seq_lens
+        for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.dim() != 1 or len(tensor) < bs:
                 shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ArgumentError(f"{name} is {shape} and bs is {bs}; it must be a tensor of {bs} elements or more.")
-        bound = self._prepared((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype))
+        extend_dtype = None if extend_seq_lens is None else extend_seq_lens.dtype
+        bound = self._prepared((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype, extend_dtype))
+        variable = extend_seq_lens is not None and bound.plan.config.extend == "variable"
         bound.plan.run(
             seq_lens if len(seq_lens) == bs else seq_lens[:bs],
             req_pool_indices if len(req_pool_indices) == bs else req_pool_indices[:bs],
+            extend_seq_lens[:bs] if variable else None,
         )
         return bound.pairs
 
     def _prepared(self, key: tuple[Any, ...]) -> _Bound:
-        bs, mode, seq_lens_dtype, pool_dtype = key
+        bs, mode, seq_lens_dtype, pool_dtype, extend_dtype = key
         bound = self._bound.get(key)
         if bound is None or not all(captured.current(bs) for captured in bound.captured):
             captured = _captured(self._backend, bs, mode)
             facts = {**self._facts, "seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": pool_dtype}
-            plan = _bind(captured, has(self._backend, _STEPS), self._pool, mode, self._leave, facts)
+            if extend_dtype is not None:
+                if mode != "draft_extend":
+                    raise ArgumentError(
+                        f"extend_seq_lens is a tensor and mode is {mode!r}; they are for 'draft_extend'."
+                    )
+                facts |= {"extend": "variable", "extend_seq_lens_dtype": extend_dtype}
+            several = has(self._backend, _STEPS)
+            plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
             bound = self._bound[key] = _Bound(plan, captured, [(c.child, c.metadata) for c in captured])
         return bound

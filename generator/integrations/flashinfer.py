@@ -1,0 +1,133 @@
+"""FlashInfer: kv_indptr and kv_indices of several draft steps or wrappers, refreshed by one launch.
+
+For pages of one token, as SGLang has them: kv_indices are rows of the KV cache, the tokens of a request behind those of
+the request before it. SGLang's multi-step draft backends of FlashInfer, FlashInfer MLA and Triton keep both for all
+captured batch sizes in two tensors with a row a step, so one plan serves them all. Step i sees i + 1 tokens more::
+
+    from onelaunch.integrations import flashinfer
+
+    # FlashInferMultiStepDraftBackend.init_cuda_graph_state, at its end
+    self.plan = flashinfer.bind_backends(self)
+
+    # common_template, for self.cuda_graph_kv_indices, in place of the call of generate_draft_decode_kv_indices
+    self.plan.run(forward_batch.seq_lens[:num_seqs], forward_batch.req_pool_indices[:num_seqs])
+
+Without SGLang, for wrappers that were made with ``use_cuda_graph=True``. Those of draft steps differ in their lengths,
+others in nothing::
+
+    # once for each batch size
+    plan = flashinfer.bind_backends(wrappers, req_to_token, seqlen_offsets=range(1, len(wrappers) + 1))
+
+    # each round, before the replay
+    plan.run(seq_lens, req_pool_indices)
+
+What FlashInfer plans on the host from a copy of kv_indptr (``plan``, or SGLang's ``fast_decode_plan``) is still to be
+called, with the same tensors, which it then doesn't copy. kv_last_page_len is 1 everywhere and never changes. Draft
+trees (a topk above 1) have a list of tokens for each branch, which onelaunch doesn't make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..fields import MetadataBuffers
+from ..plan import Plan, bind
+from .attributes import described, has, read
+
+_ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
+# The paged wrappers' names, then those of BatchMLAPagedAttentionWrapper.
+_INDPTR = ("_paged_kv_indptr_buf", "_kv_indptr_buf")
+_INDICES = ("_paged_kv_indices_buf", "_kv_indices_buf")
+
+
+def buffers_from(wrapper: Any) -> MetadataBuffers:
+    """The tensors of one of FlashInfer's wrappers that reads its indices from buffers: for CUDA graphs.
+
+    Args:
+        wrapper: BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper or
+            BatchMLAPagedAttentionWrapper, or an object with their attributes.
+
+    Raises:
+        ArgumentError: an attribute isn't there, or there is no buffer.
+    """
+    found = {
+        "kv_indptr": read("the wrapper", wrapper, _INDPTR, _ADVICE),
+        "kv_indices": read("the wrapper", wrapper, _INDICES, _ADVICE),
+    }
+    for name, tensor in found.items():
+        if tensor is None:
+            raise ArgumentError(f"the wrapper's buffer of {name} is None. Make the wrapper with use_cuda_graph=True.")
+    return MetadataBuffers(**found)
+
+
+def bind_backends(backend: Any, req_to_token: Tensor | None = None, **facts: Any) -> Plan:
+    """Binds the steps of one of SGLang's multi-step draft backends, or wrappers.
+
+    Args:
+        backend: a multi-step backend with attn_backends, and kv_indptr [steps, max_bs + 1] and cuda_graph_kv_indices
+            [steps, capacity], of whose rows the first len(attn_backends) are refreshed; or a list of wrappers.
+        req_to_token: int32 or int64 [pool rows, W]; None is the multi-step backend's own.
+        facts: arguments of onelaunch.bind, such as seq_lens_dtype. seqlen_offsets are 1, 2, ... for a multi-step
+            backend and none for wrappers, if not given.
+
+    Returns:
+        A plan; run() takes the lengths without the drafts' own tokens, and each request's row of the pool. Tokens
+        beyond the capacity aren't written.
+
+    Raises:
+        ArgumentError: an attribute isn't there or doesn't fit; see onelaunch.bind.
+    """
+    given = dict(facts)
+    if has(backend, ("attn_backends",)):
+        buffers = _steps(backend)
+        if req_to_token is None:
+            req_to_token = _pool(backend)
+        given.setdefault("seqlen_offsets", range(1, len(buffers) + 1))
+    elif isinstance(backend, Sequence) and not isinstance(backend, str):
+        buffers = [buffers_from(wrapper) for wrapper in backend]
+        if req_to_token is None:
+            raise ArgumentError("req_to_token is None; wrappers don't have the pool. Pass req_to_token=.")
+    else:
+        raise ArgumentError(
+            f"backend has no attribute attn_backends; it is {described(backend)}. Give a multi-step draft backend, or "
+            "a list of wrappers."
+        )
+    if given.get("seqlen_offsets") is not None:
+        given["seqlen_offsets"] = list(given["seqlen_offsets"])
+    return bind(buffers, req_to_token=req_to_token, **given)
+
+
+def _steps(backend: Any) -> list[MetadataBuffers]:
+    count = len(read("backend", backend, ("attn_backends",), _ADVICE))
+    branches = getattr(backend, "topk", None) or 1
+    if branches > 1:
+        raise ArgumentError(
+            f"the backend's topk is {branches}; allowed: 0 and 1. A draft tree has a list of tokens for each branch, "
+            "which onelaunch doesn't make."
+        )
+    rows = {}
+    for field, name in (("kv_indptr", "kv_indptr"), ("kv_indices", "cuda_graph_kv_indices")):
+        tensor = read("backend", backend, (name,), "Call it after init_cuda_graph_state.")
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.shape[0] < count:
+            what = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise ArgumentError(
+                f"backend.{name} is {what} and there are {count} attn_backends; it must be a tensor with a row a step. "
+                f"{_ADVICE}"
+            )
+        rows[field] = tensor
+    return [MetadataBuffers(**{field: tensor[step] for field, tensor in rows.items()}) for step in range(count)]
+
+
+def _pool(backend: Any) -> Tensor:
+    """req_to_token of the backend's pool, or of its first child."""
+    pool = getattr(backend, "req_to_token_pool", None)
+    if pool is None and backend.attn_backends:
+        pool = backend.attn_backends[0]
+    found: Tensor | None = read("the backend's pool", pool, ("req_to_token",), "Pass req_to_token=.")
+    if found is None:
+        raise ArgumentError("the backend's req_to_token is None. Pass req_to_token=.")
+    return found
