@@ -30,11 +30,13 @@ def build(
     jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Builds at once; memory bounds it too.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that one build may take; default 600.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Compile again what failed before.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compile configurations ahead of time into the cache. Several are built at once, in child processes.
 
     ONELAUNCH_JIT=error doesn't refuse this: it is for builds that a call would start. A build that takes too long is
-    ended and counts as failed; the next attempt compiles it again.
+    ended and counts as failed; the next attempt compiles it again. With --json standard output is one document, of
+    every build in the order asked for, at the end.
 
     \b
     Examples:
@@ -42,6 +44,7 @@ def build(
       onelaunch build --set num_backends=5 --target cpu
       onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
       onelaunch build --config kernels.toml --arch 90a,100a
+      onelaunch build nsa-decode-3 --arch 90a --json
     """
 
     def run() -> None:
@@ -62,9 +65,9 @@ def build(
             [job if job.archs or job.config.target == "cpu" else prebuild.Job(job.config, here()) for job in wanted]
         )
         if len(wanted) == 1 and timeout is None:
-            _here(wanted[0], retry)
+            _here(wanted[0], retry, as_json)
         else:
-            _in_children(wanted, jobs, timeout, retry)
+            _in_children(wanted, jobs, timeout, retry, as_json)
 
     sentence(run)
 
@@ -110,18 +113,29 @@ def explain(
         raise typer.Exit(1)
 
 
-def _here(job: Any, retry: bool) -> None:
+def _here(job: Any, retry: bool, as_json: bool) -> None:
     """One configuration needs no other process."""
     import onelaunch
-    from onelaunch import failures, loader
+    from onelaunch import failures, loader, prebuild
+    from onelaunch.errors import OnelaunchError
 
-    start = time.perf_counter()
+    start, before = time.perf_counter(), time.time()
     with _set({loader.POLICY_VARIABLE: "allow", **({failures.RETRY_VARIABLE: "1"} if retry else {})}):
-        kernel = onelaunch.specialize(job.config, job.archs)
-    typer.echo(_row(kernel.key, time.perf_counter() - start, job.config.symbol, str(kernel.path)))
+        try:
+            kernel = onelaunch.specialize(job.config, job.archs)
+        except OnelaunchError as error:
+            if as_json:
+                _document([prebuild.Done(job, "", "", time.perf_counter() - start, False, str(error))])
+            raise
+    built = prebuild.built_since(kernel.path, before)
+    done = prebuild.Done(job, kernel.key, str(kernel.path), time.perf_counter() - start, built, "")
+    if as_json:
+        _document([done])
+    else:
+        typer.echo(_row(done.key, done.seconds, job.config.symbol, done.path))
 
 
-def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, retry: bool) -> None:
+def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, retry: bool, as_json: bool) -> None:
     from onelaunch import prebuild
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -135,6 +149,8 @@ def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, ret
 
         def report(done: Any) -> None:
             progress.advance(task)
+            if as_json:
+                return
             text = done.error or done.path
             key = done.key if done.key else "failed"
             # Through the progress bar's console, which moves the bar out of the way.
@@ -145,12 +161,32 @@ def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, ret
         ended = prebuild.build_all(wanted, at_once, timeout or prebuild.DEFAULT_TIMEOUT_SECONDS, report, retry)
     failed = [done for done in ended if done.error]
     built = sum(done.built for done in ended)
-    typer.echo(
-        f"{built} built, {len(ended) - built - len(failed)} there before, {len(failed)} failed, in "
-        f"{time.perf_counter() - start:.1f} s, {at_once} at once"
-    )
+    if as_json:
+        _document(ended)
+    else:
+        typer.echo(
+            f"{built} built, {len(ended) - built - len(failed)} there before, {len(failed)} failed, in "
+            f"{time.perf_counter() - start:.1f} s, {at_once} at once"
+        )
     if failed:
         raise typer.Exit(2)
+
+
+def _document(ended: list[Any]) -> None:
+    kernels = [
+        {
+            "symbol": done.job.config.symbol,
+            "configuration": done.job.config.to_dict(),
+            "archs": list(done.job.archs or ()),
+            "key": done.key,
+            "path": done.path,
+            "seconds": round(done.seconds, 3),
+            "built": done.built,
+            "error": done.error,
+        }
+        for done in ended
+    ]
+    typer.echo(json.dumps({"kernels": kernels, "failed": sum(bool(done.error) for done in ended)}, indent=1))
 
 
 def _row(key: str, seconds: float, symbol: str, rest: str) -> str:

@@ -61,6 +61,11 @@ class Done:
     error: str
 
 
+def built_since(path: Path, before: float) -> bool:
+    """Whether the entry of a shared object was made at that time (as time.time gives it) or later."""
+    return path.parent.stat().st_mtime >= before
+
+
 def workers(jobs: int | None, count: int) -> int:
     """How many build at once: no more than asked for, than $MAX_JOBS, than processors, and than memory allows.
 
@@ -304,8 +309,7 @@ def _serve(lines: Iterator[str], answer: Callable[[Mapping[str, Any]], None]) ->
             archs = tuple(wanted["archs"]) if wanted["archs"] else None
             before = time.time()
             kernel = loader.load(config, archs)
-            built = kernel.path.parent.stat().st_mtime >= before
-            answer({"key": kernel.key, "path": str(kernel.path), "built": built})
+            answer({"key": kernel.key, "path": str(kernel.path), "built": built_since(kernel.path, before)})
         except OnelaunchError as error:
             answer({"error": str(error)})
 

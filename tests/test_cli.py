@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -211,6 +212,45 @@ def test_build_then_nothing_to_build(store: Store) -> None:
     second = invoke("build", "--set", SMALL, "--target", "cpu")
     assert second.exit_code == 0, second.output
     assert second.stdout.split()[-1] == str(entry.module_path)
+
+
+def test_build_as_json(store: Store, tmp_path: Path) -> None:
+    config = KernelConfig(fields=("cache_seqlens",), target="cpu")
+    other = KernelConfig(fields=("cu_seqlens_k",), target="cpu")
+    words = ("build", "--set", SMALL, "--target", "cpu", "--json")
+    first = json.loads(invoke(*words).stdout)
+    (entry,) = store.entries()
+    (kernel,) = first["kernels"]
+    assert kernel.pop("seconds") > 0
+    assert kernel == {
+        "symbol": config.symbol,
+        "configuration": config.to_dict(),
+        "archs": [],
+        "key": entry.key,
+        "path": str(entry.module_path),
+        "built": True,
+        "error": "",
+    }
+    loader._loaded.clear()
+    again = json.loads(invoke(*words).stdout)
+    assert (again["kernels"][0]["built"], again["failed"]) == (False, 0)
+    assert again["kernels"][0]["path"] == str(entry.module_path)
+    several = invoke(*words, "--set", other.settings())
+    assert several.exit_code == 0, several.output
+    document = json.loads(several.stdout)
+    assert [k["symbol"] for k in document["kernels"]] == [config.symbol, other.symbol]
+    assert [k["built"] for k in document["kernels"]] == [False, True]
+    broken = tmp_path / "c++"
+    broken.write_text('#!/bin/sh\ncase "$*" in *--version*) echo "c++ (X) 12.2.0";; *) exit 1;; esac\n')
+    broken.chmod(0o755)
+    more = KernelConfig(fields=("nsa_cache_seqlens",), target="cpu").settings()
+    for settings in ((more,), (more, f"{more},index_topk=3")):
+        flags = [word for text in settings for word in ("--set", text)]
+        result = invoke("build", *flags, "--target", "cpu", "--json", CXX=str(broken))
+        assert result.exit_code == 2
+        failed = json.loads(result.stdout)
+        assert failed["failed"] == len(failed["kernels"]) == len(settings)
+        assert all(k["error"].startswith("The kernel ") and k["key"] == k["path"] == "" for k in failed["kernels"])
 
 
 def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
