@@ -148,8 +148,8 @@ __device__ __forceinline__ std::uint64_t mla_cost(const Params& p, int request) 
 }
 
 // FlashMLA's schedule. The parts take blocks of the requests one after the other, so one thread walks them: past all
-// requests of a chunk at once, or in steps that double while whole requests fit into a part. It notes where each part
-// begins; from that all threads derive the rest.
+// requests of a chunk at once, or in steps that double while whole requests fit into a part: as many turns as there are
+// parts and chunks. It notes where each part begins; from that all threads derive the rest.
 __device__ void schedule_flashmla(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int parts = static_cast<int>(p.num_sm_parts);

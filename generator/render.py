@@ -118,6 +118,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "scans": bool(block_sums),
         "sum_types": list(block_sums),
         "block_sums": block_sums,
+        "counts_lengths": any(name != "kv_indptr" for name in config.vectors),
         "csr": csr,
         "csr_most": "kLongestOffset" if len(added) > 1 else "kLengthOffset" if added[0] else "0",
         "gather": "gather_indices" if csr else "gather_tables",
