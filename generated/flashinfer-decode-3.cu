@@ -159,8 +159,7 @@ __device__ void refresh_lengths(const Params& p, int b) {
     const std::uint32_t more = static_cast<std::uint32_t>(length_offset(b));
     const std::uint32_t kv_length = present ? static_cast<std::uint32_t>(seq_len > 0 ? seq_len : 0) + more : 0;
     std::uint32_t kv_indptr_chunk;
-    const std::uint32_t kv_indptr =
-        kv_indptr_carry + block_running_sum(kv_length, kv_indptr_chunk);
+    const std::uint32_t kv_indptr = kv_indptr_carry + block_running_sum(kv_length, kv_indptr_chunk);
     kv_indptr_carry += kv_indptr_chunk;
     if (present) {
       p.kv_indptr[b][request + 1] = static_cast<std::int32_t>(kv_indptr);
@@ -252,8 +251,9 @@ __device__ void gather_indices(const Params& p) {
       const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= tile));
       const int found = group * kWarpSize + passed;
       const std::uint32_t in_row = tile - (found > 0 ? tile_end[found - 1] : 0);
-      copy_indices(p, first + found, pool_rows[found], static_cast<std::int64_t>(tokens_before[found]),
-                   window_tokens[found], static_cast<int>(in_row) * kTileColumns);
+      const std::int64_t before = static_cast<std::int64_t>(tokens_before[found]);
+      const int column = static_cast<int>(in_row) * kTileColumns;
+      copy_indices(p, first + found, pool_rows[found], before, window_tokens[found], column);
     }
     tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
   }
