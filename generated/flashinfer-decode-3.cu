@@ -142,11 +142,6 @@ __device__ __forceinline__ std::int32_t length_offset(int b) {
   return offsets[b];
 }
 
-// Lengths wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
-__device__ __forceinline__ std::int32_t longer(std::int32_t length, std::int32_t by) {
-  return static_cast<std::int32_t>(static_cast<std::uint32_t>(length) + static_cast<std::uint32_t>(by));
-}
-
 // ---- lengths -----------------------------------------------------------------------------------------------------
 // One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
 __device__ void refresh_lengths(const Params& p, int b) {
@@ -160,13 +155,11 @@ __device__ void refresh_lengths(const Params& p, int b) {
     const bool present = request < batch_size;
     // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
     const std::int32_t seq_len = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
-    const std::int32_t length = longer(seq_len, length_offset(b));
     // A length below zero counts as no tokens, so that requests never overlap.
     const std::uint32_t more = static_cast<std::uint32_t>(length_offset(b));
     const std::uint32_t kv_length = present ? static_cast<std::uint32_t>(seq_len > 0 ? seq_len : 0) + more : 0;
     std::uint32_t kv_indptr_chunk;
-    const std::uint32_t kv_indptr =
-        kv_indptr_carry + block_running_sum(kv_length, kv_indptr_chunk);
+    const std::uint32_t kv_indptr = kv_indptr_carry + block_running_sum(kv_length, kv_indptr_chunk);
     kv_indptr_carry += kv_indptr_chunk;
     if (present) {
       p.kv_indptr[b][request + 1] = static_cast<std::int32_t>(kv_indptr);
@@ -258,8 +251,9 @@ __device__ void gather_indices(const Params& p) {
       const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= tile));
       const int found = group * kWarpSize + passed;
       const std::uint32_t in_row = tile - (found > 0 ? tile_end[found - 1] : 0);
-      copy_indices(p, first + found, pool_rows[found], static_cast<std::int64_t>(tokens_before[found]),
-                   window_tokens[found], static_cast<int>(in_row) * kTileColumns);
+      const std::int64_t before = static_cast<std::int64_t>(tokens_before[found]);
+      const int column = static_cast<int>(in_row) * kTileColumns;
+      copy_indices(p, first + found, pool_rows[found], before, window_tokens[found], column);
     }
     tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
   }

@@ -148,8 +148,8 @@ __device__ __forceinline__ std::uint64_t mla_cost(const Params& p, int request) 
 }
 
 // FlashMLA's schedule. The parts take blocks of the requests one after the other, so one thread walks them: past all
-// requests of a chunk at once, or in steps that double while whole requests fit into a part. It notes where each part
-// begins; from that all threads derive the rest.
+// requests of a chunk at once, or in steps that double while whole requests fit into a part: as many turns as there are
+// parts and chunks. It notes where each part begins; from that all threads derive the rest.
 __device__ void schedule_flashmla(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int parts = static_cast<int>(p.num_sm_parts);
@@ -229,14 +229,16 @@ __device__ void schedule_flashmla(const Params& p) {
     const bool first_is_split = begin_block[i] != 0;
     const bool last_is_split = stop != of_last;
     const bool one = begin_request[i] == last;
-    const std::int32_t row[8] = {
-        begin_request[i], last, begin_block[i], stop, begin_split[i], first_is_split || (one && last_is_split),
-        last_is_split || (one && first_is_split), 0};
+    const std::int32_t begins_split = first_is_split || (one && last_is_split);
+    const std::int32_t ends_split = last_is_split || (one && first_is_split);
+    const std::int32_t begin[3] = {begin_request[i], begin_block[i], begin_split[i]};
+    const std::int32_t row[8] = {begin[0], last, begin[1], stop, begin[2], begins_split, ends_split, 0};
 #pragma unroll
     for (int b = 0; b < kBackends; ++b) {
 #pragma unroll
       for (int w = 0; w < 8; ++w) p.flashmla_metadata[b][8 * i + w] = row[w];
-    }  }
+    }
+  }
 
   // A request has one split, and one more for each part that begins within it.
   for (int request = slot - 1; request < batch_size; request += kThreads) {

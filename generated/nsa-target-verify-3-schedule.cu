@@ -241,8 +241,8 @@ __device__ __forceinline__ std::int32_t scheduled_length(const Params& p, int re
 // The splits of one atom of an item, which is a row.
 __device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, std::int64_t item) {
   const int request = static_cast<int>(item / kNextN);
-  const std::int32_t length =
-      expanded_length(scheduled_length(p, request), kNextN, static_cast<int>(item % kNextN));
+  const std::int32_t longest = scheduled_length(p, request);
+  const std::int32_t length = expanded_length(longest, kNextN, static_cast<int>(item % kNextN));
   return length > 0 ? (static_cast<std::uint32_t>(length) - 1) / kSplit + 1 : 0;
 }
 

@@ -234,8 +234,7 @@ class KernelConfig:
             )
         if "num_splits" in self.fields and "flashmla_metadata" not in self.fields:
             raise ConfigError(
-                "fields has num_splits without flashmla_metadata, whose rows are the parts that splits come from; name "
-                "both."
+                "fields has num_splits without flashmla_metadata, whose rows say how many parts there are; name both."
             )
         if "paged_mqa_schedule_metadata" in self.fields and self.mode == "draft_extend" and self.extend == "variable":
             if self.schedule_per == "row":

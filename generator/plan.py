@@ -769,7 +769,7 @@ class CopyPlan:
                     "destinations."
                 )
             table = FIELDS[name].kind == "table"
-            check_destination(label, tensor, dim=2 if table else 1, device=self.device)
+            check_destination(label, tensor, dim=FIELDS[name].dim, device=self.device)
             sources[name] = tensor
             per = "request" if mode == "decode" else FIELDS[name].per
             held[per].append((tensor.shape[0] - (FIELDS[name].kind == "cumulative"), label))

@@ -118,6 +118,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "scans": bool(block_sums),
         "sum_types": list(block_sums),
         "block_sums": block_sums,
+        "counts_lengths": any(name != "kv_indptr" for name in config.vectors),
         "csr": csr,
         "csr_most": "kLongestOffset" if len(added) > 1 else "kLengthOffset" if added[0] else "0",
         "gather": "gather_indices" if csr else "gather_tables",
@@ -192,9 +193,10 @@ def _resident_blocks(config: KernelConfig) -> int:
     """Blocks that a multiprocessor is to hold at once, 0 to leave it to the compiler.
 
     At 48 registers a thread five blocks of 256 fit instead of four, and that shows (tests/gpu/NOTES.md). More backends,
-    more rows, more accesses in flight, or the 64-bit positions of kv_indices would spill at that.
+    more rows, lengths of their own, more accesses in flight, or the 64-bit positions of kv_indices would spill at that.
     """
-    if config.num_backends > 3 or config.next_n > 1 or config.unroll > 2 or "kv_indices" in config.fields:
+    several = config.num_backends > 3 or config.next_n > 1 or bool(config.seqlen_offsets)
+    if several or config.unroll > 2 or "kv_indices" in config.fields:
         return 0
     return max(1, 1280 // config.threads) if config.target == "cuda" else 1
 

@@ -136,6 +136,10 @@ def test_a_batch_of_many_windows_with_offsets(device: torch.device) -> None:
     check(device, lengths, width=160, n=3, seqlen_offsets=(1, 2, 3))
 
 
+def test_no_cap_on_the_batch(device: torch.device) -> None:
+    check(device, [i % 9 for i in range(65_536)], width=20, n=1)
+
+
 def test_backends_that_share_are_written_once(device: torch.device) -> None:
     plan = check(device, [70, 3, 0, 200], width=201, n=4, shared=True)
     assert plan.config.distinct == (("kv_indptr", 1), ("kv_indices", 1))

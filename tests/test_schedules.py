@@ -240,6 +240,11 @@ def test_a_schedule_that_backends_share_is_written_once(device: torch.device) ->
     assert plan.config.distinct == ((MQA, 1), ("flashmla_metadata", 1))
 
 
+def test_no_cap_on_the_batch(device: torch.device) -> None:
+    lengths = [(i * 7919) % 100_003 for i in range(65_536)]
+    check(device, lengths, fields=(MQA, "flashmla_metadata", "num_splits"), n=1)
+
+
 def test_a_plan_serves_every_batch(device: torch.device) -> None:
     fields = (MQA, "flashmla_metadata", "num_splits")
     shapes = {MQA: (9, 2), "flashmla_metadata": (8, 8)}

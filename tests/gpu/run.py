@@ -116,6 +116,12 @@ def sanitize(tool: str) -> dict[str, Any]:
     }
 
 
+def sanitizers() -> dict[str, Any]:
+    """Every tool, at the same time."""
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        return dict(zip(TOOLS, pool.map(sanitize, TOOLS), strict=True))
+
+
 def replay(trace: str) -> dict[str, Any]:
     """A serving trace, each step refreshed on the GPU."""
     command = [sys.executable, "-m", "onelaunch.cli.main", "replay", str(ROOT / "tests" / "data" / f"{trace}.csv")]
@@ -203,12 +209,17 @@ def main() -> int:
         "python": sys.version.split()[0],
         "kernels": fingerprints,
     }
-    evidence["timings"] = timings()
-    evidence["tests"] = tests()
-    with ThreadPoolExecutor(len(TOOLS)) as pool:
-        evidence["sanitizers"] = dict(zip(TOOLS, pool.map(sanitize, TOOLS), strict=True))
-    evidence["replays"] = {trace: replay(trace) for trace in TRACES}
-    evidence["soak"] = soaks(options.traces)
+    for part, run in (
+        ("timings", timings),
+        ("tests", tests),
+        ("sanitizers", sanitizers),
+        ("replays", lambda: {trace: replay(trace) for trace in TRACES}),
+        ("soak", lambda: soaks(options.traces)),
+    ):
+        evidence[part] = run()
+        # A run that is cut short keeps what it has, where nobody takes it for the evidence.
+        path.with_suffix(".partial.json").write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".partial.json").unlink()
     path.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
 
     print(f"\n{evidence['device']}, driver {evidence['driver']}, torch {evidence['torch']}")
