@@ -478,7 +478,7 @@ def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype
     assert plan.launches == 2
     refresher.run(4, forward.seq_lens, forward.req_pool_indices, mode="draft_extend")
     assert len(refresher.plans) == 2, "the same number for all is another kernel"
-    with pytest.raises(ArgumentError, match="extend_seq_lens is a tensor and mode is 'decode'; it is for"):
+    with pytest.raises(ArgumentError, match="extend_seq_lens is a tensor and mode is 'decode'; they are for"):
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows)
     with pytest.raises(ArgumentError, match=r"extend_seq_lens is \(3,\) and bs is 4"):
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows[:3], mode="draft_extend")

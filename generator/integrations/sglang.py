@@ -445,11 +445,11 @@ class Refresher:
                 raise ArgumentError(f"{name} is {shape} and bs is {bs}; it must be a tensor of {bs} elements or more.")
         extend_dtype = None if extend_seq_lens is None else extend_seq_lens.dtype
         bound = self._prepared((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype, extend_dtype))
-        variable = extend_seq_lens is not None and bound.plan.config.extend == "variable"
+        variable = bound.plan.config.extend == "variable"
         bound.plan.run(
             seq_lens if len(seq_lens) == bs else seq_lens[:bs],
             req_pool_indices if len(req_pool_indices) == bs else req_pool_indices[:bs],
-            extend_seq_lens[:bs] if variable else None,
+            extend_seq_lens[:bs] if extend_seq_lens is not None and variable else None,
         )
         return bound.pairs
 
