@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from onelaunch import FIELDS, PRESETS, KernelConfig, MetadataBuffers, bind, prebuild, reference, render
+from onelaunch import PRESETS, KernelConfig, MetadataBuffers, bind, prebuild, reference, render
 from onelaunch.cli.main import app
 from typer.testing import CliRunner
 
@@ -120,14 +120,15 @@ def test_every_command_is_understood_and_quick_ones_run(
         command = command.commands[name]
     if rest:
         command.make_context(words[1], list(rest))
+    # Tools are in other tests: machine code and what is built for a GPU need a toolkit.
     quick = words[1] in ("show", "describe", "diff", "list", "explain") or words[1:] == ["cache", "path"]
     if not quick or {"sass", "ptx", "resources"} & set(words):
         return
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, [word.replace("generate", "--help") for word in words[1:]])
+    done = CliRunner().invoke(app, [*words[1:], *(["--target", "cpu"] if words[1] == "explain" else [])])
     # 1 is an answer: they differ, or it isn't built.
     assert done.exit_code in ((0, 1) if words[1] in ("diff", "explain") else (0,)), done.output
-    assert done.output
+    assert done.output or list(tmp_path.rglob("*.cu"))
 
 
 def test_make_s_targets_are_there() -> None:
@@ -137,13 +138,9 @@ def test_make_s_targets_are_there() -> None:
 
 
 def test_variables_are_those_that_the_package_reads() -> None:
-    sources = [path for folder in ("generator", "cli", "tests") for path in (ROOT / folder).rglob("*.py")]
-    told = set(re.findall(r"ONELAUNCH_[A-Z_]+", README))
-    read: set[str] = set()
-    for path in sources:
-        found = set(re.findall(r'"(ONELAUNCH_[A-Z_]+)"', path.read_text(encoding="utf-8")))
-        read |= found if path.parts[-2] != "tests" else set()
-    assert told == read
+    sources = [path for folder in ("generator", "cli") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r'"(ONELAUNCH_[A-Z_]+)"', path.read_text(encoding="utf-8"))}
+    assert set(re.findall(r"ONELAUNCH_[A-Z_]+", README)) == read
 
 
 def test_names_are_there() -> None:
@@ -160,8 +157,6 @@ def test_names_are_there() -> None:
     told = {span for span in spans(README) if re.fullmatch(rf"({'|'.join(stems)})-[a-z0-9-]+", span)}
     assert told <= set(PRESETS)
     assert told
-    columns = re.findall(r"^\| fields \|(.*)\|$", README, re.M)
-    assert {name for row in columns for name in spans(row)} <= set(FIELDS)
 
 
 @pytest.mark.parametrize("name", TEXTS)
