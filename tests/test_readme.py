@@ -1,0 +1,253 @@
+"""What README.md, ARCHITECTURE.md and CONTRIBUTING.md show is run, and what they name is there.
+
+The Python of the README runs here, but for the lines of the engines' helpers, which tests/test_integrations.py runs on
+stand-ins. The diffs of ARCHITECTURE.md are applied to a copy of the package, and the Python below them runs on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from onelaunch import PRESETS, KernelConfig, MetadataBuffers, bind, prebuild, reference, render
+from onelaunch.cli.main import app
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+TEXTS = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+}
+README, ARCHITECTURE = TEXTS["README.md"], TEXTS["ARCHITECTURE.md"]
+ALL = "\n".join(TEXTS.values())
+# Made by the same run on a GPU; until it was, the README shows a picture that isn't there.
+PLOT, PLOTTED = ROOT / "tests" / "gpu" / "bench.png", ROOT / "tests" / "gpu" / "bench.json"
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def spans(text: str) -> list[str]:
+    """Inline code."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """The shell lines that call a program, in blocks and in inline code, without comments."""
+    lines = [line for block in blocks(text, "sh") for line in block.splitlines()] + spans(text)
+    split = [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+    return list({tuple(words): words for words in split}.values())
+
+
+# ------------------------------------------------------------------------------------------------ README
+
+
+def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
+    first, *others = blocks(README, "python")
+    assert len(first.splitlines()) <= 15
+    names: dict[str, Any] = {}
+    exec(first, names)
+    backends, source = names["backends"], names["req_to_token"]
+    inputs = (names["seq_lens"], names["req_pool_indices"], source)
+
+    def assert_refreshed(backends: list[MetadataBuffers], **facts: Any) -> None:
+        wanted = [MetadataBuffers(**{f.name: torch.zeros_like(t) for f, t in b.items()}) for b in backends]
+        reference.refresh(wanted, *inputs, **{"index_topk": 2048, "page_size": 64, "extent": "live", **facts})
+        for backend, want in zip(backends, wanted, strict=True):
+            for field, tensor in backend.items():
+                assert torch.equal(tensor, getattr(want, field.name)), field.name
+                tensor.zero_()
+
+    assert names["plan"].launches == 1
+    assert len(list(backends[2].items())) == 6
+    assert_refreshed(backends)
+    (lists,) = [block for block in others if "lists = " in block]
+    exec(lists, names)
+    assert_refreshed(backends, extent="full", max_len=4167)
+    (indices,) = [block for block in others if "kv_indices" in block]
+    exec(indices, names)
+    assert_refreshed(names["flat"], seqlen_offsets=(1, 2, 3))
+    rest = [block for block in others if block not in (lists, indices)]
+    assert len(rest) == 1, "the lines that tests/test_integrations.py runs, and none beside them"
+    assert rest[0].startswith("from onelaunch.integrations")
+
+
+def test_the_arguments_that_the_readme_tells_are_bind_s() -> None:
+    section = README.split("## Modes and lengths")[1].split("\n## ")[0]
+    told = [span for span in spans(section) if re.match(r"[a-z_]+=", span)]
+    assert len(told) >= 6
+    emitted = set()
+    for span in told:
+        facts = eval(f"dict({span})", {"n": 4, "k": 4})
+        assert set(facts) <= set(inspect.signature(bind).parameters), span
+        fields = ("cache_seqlens", "real_page_table", *(() if "page_fill" in facts else ("pooled_cache_seqlens",)))
+        config = KernelConfig(num_backends=3, fields=(*fields, *(() if "page_fill" in facts else ("page_indices",))))
+        emitted.add(render(config.replace(**facts)))
+    assert len(emitted) == len(told), "an argument changes nothing"
+
+
+def test_the_matrix_of_the_readme_is_read(tmp_path: Path) -> None:
+    (toml,) = blocks(README, "toml")
+    file = tmp_path / "kernels.toml"
+    file.write_text(toml, encoding="utf-8")
+    jobs = prebuild.read_matrix(file)
+    assert {(job.config.page_size, job.config.num_backends) for job in jobs} == {
+        (p, n) for p in (16, 64) for n in (1, 2, 3)
+    }
+    assert {job.archs for job in jobs} == {("90a", "100a")}
+
+
+@pytest.mark.parametrize("words", commands(ALL, "onelaunch"), ids=" ".join)
+def test_every_command_is_understood_and_quick_ones_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command: Any = typer.main.get_command(app)
+    rest = words[1:]
+    while hasattr(command, "commands"):
+        name, *rest = rest
+        assert name in command.commands, f"there is no verb {name}"
+        command = command.commands[name]
+    if rest:
+        command.make_context(words[1], list(rest))
+    # Tools are in other tests: machine code and what is built for a GPU need a toolkit.
+    quick = words[1] in ("show", "describe", "diff", "list", "explain") or words[1:] == ["cache", "path"]
+    if not quick or {"sass", "ptx", "resources"} & set(words):
+        return
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*words[1:], *(["--target", "cpu"] if words[1] == "explain" else [])])
+    # 1 is an answer: they differ, or it isn't built.
+    assert done.exit_code in ((0, 1) if words[1] in ("diff", "explain") else (0,)), done.output
+    assert done.output or list(tmp_path.rglob("*.cu"))
+
+
+def test_make_s_targets_are_there() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    told = [words[1] for words in commands(ALL, "make")]
+    assert {"demo", "test", "check", "gpu"} <= set(told) <= targets
+
+
+def test_variables_are_those_that_the_package_reads() -> None:
+    sources = [path for folder in ("generator", "cli") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r'"(ONELAUNCH_[A-Z_]+)"', path.read_text(encoding="utf-8"))}
+    assert set(re.findall(r"ONELAUNCH_[A-Z_]+", README)) == read
+
+
+def test_names_are_there() -> None:
+    paths = {span for span in spans(ALL) if re.fullmatch(r"onelaunch(\.\w+)+(\(.*\))?", span)}
+    assert len(paths) > 5
+    for path in paths:
+        first, *names = path.split("(")[0].split(".")
+        owner: Any = importlib.import_module(first)
+        for name in names:
+            if not hasattr(owner, name):
+                importlib.import_module(f"{owner.__name__}.{name}")
+            owner = getattr(owner, name)
+    stems = {re.split("-", name)[0] for name in PRESETS}
+    told = {span for span in spans(README) if re.fullmatch(rf"({'|'.join(stems)})-[a-z0-9-]+", span)}
+    assert told <= set(PRESETS)
+    assert told
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", TEXTS[name]) if "://" not in link]
+    missing = [link for link in links if not (ROOT / link).exists()]
+    if not PLOTTED.exists():
+        missing = [link for link in missing if ROOT / link != PLOT]
+    assert missing == []
+
+
+def test_the_readme_has_a_picture_of_the_flow_and_of_time() -> None:
+    assert len(blocks(README, "mermaid")) == 1
+    assert "](tests/gpu/bench.png)" in README
+    assert PLOT.exists() == PLOTTED.exists()
+
+
+# ------------------------------------------------------------------------------------------------ ARCHITECTURE
+
+
+def test_every_file_has_its_place_in_the_architecture() -> None:
+    rooms = ARCHITECTURE.split("## Rooms")[1].split("\n## ")[0]
+    files = [*(ROOT / "generator").rglob("*.py"), *(ROOT / "cli").glob("*.py")]
+    assert [path.name for path in files if path.name != "__init__.py" and f"`{path.name}`" not in rooms] == []
+    named = {span for span in spans(ARCHITECTURE) if re.fullmatch(r"[\w/]+\.py", span)}
+    there = {path.name for path in files} | {
+        f"tests/{p.relative_to(ROOT / 'tests')}" for p in (ROOT / "tests").rglob("*.py")
+    }
+    assert {name for name in named if name not in there and f"tests/{name}" not in there} == set()
+
+
+def applied(diff: str, root: Path) -> set[str]:
+    """Applies a diff whose hunks are found by their text, which must be there once. Returns the files."""
+    names = set()
+    for part in re.split(r"^--- .*\n", diff, flags=re.M)[1:]:
+        header, *hunks = re.split(r"^@@.*\n", part, flags=re.M)
+        name = header.removeprefix("+++ b/").strip()
+        names.add(name)
+        path = root / name
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for hunk in hunks:
+            lines = hunk.splitlines(keepends=True)
+            old = "".join(line[1:] for line in lines if line[0] in " -")
+            new = "".join(line[1:] for line in lines if line[0] in " +")
+            assert text.count(old) == 1 if old else not text, f"{name} doesn't have once:\n{old}"
+            text = text.replace(old, new, 1) if old else new
+        path.write_text(text, encoding="utf-8")
+    return names
+
+
+# Kernels that neither the new field nor the new engine is part of are emitted as before.
+UNCHANGED = """
+from pathlib import Path
+from onelaunch import PRESETS, render
+shipped = {path.stem: path.read_text(encoding="utf-8") for path in Path(GENERATED).glob("*.cu")}
+emitted = {name: render(config) for name, config in PRESETS.items()}
+assert {name: emitted[name] for name in shipped} == shipped
+print(sorted(set(emitted) - set(shipped)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("section", "files", "presets"),
+    [
+        (
+            "Adding a metadata field",
+            {"generator/fields.py", "templates/parts/lengths.cu.j2", "generator/reference.py"},
+            [],
+        ),
+        (
+            "Adding an engine",
+            {"generator/config.py", "generator/integrations/flashinfer.py"},
+            ["flashinfer-decode-2"],
+        ),
+    ],
+)
+def test_the_walks_of_the_architecture(section: str, files: set[str], presets: list[str], tmp_path: Path) -> None:
+    text = ARCHITECTURE.split(f"## {section}")[1].split("\n## ")[0]
+    (diff,), (code,) = blocks(text, "diff"), blocks(text, "python")
+    source, package = tmp_path / "source", tmp_path / "installed" / "onelaunch"
+    for folder in ("generator", "cli", "templates"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    assert applied(diff, source) == files
+    shutil.copytree(source / "generator", package)
+    for folder in ("cli", "templates"):
+        shutil.copytree(source / folder, package / folder)
+    script = tmp_path / "script.py"
+    script.write_text(f"GENERATED = {str(ROOT / 'generated')!r}\n{code}\n{UNCHANGED}", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(presets)
