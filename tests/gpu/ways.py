@@ -61,7 +61,7 @@ def schedules(scene: Scene) -> dict[str, list[Callable[[], object]]]:
     ):
         made = [
             [
-                {field: torch.zeros(shape, dtype=torch.int32, device="cuda") for field, shape in shapes.items()}
+                {field: torch.zeros(shape, dtype=torch.int32, device=scene.device) for field, shape in shapes.items()}
                 for _ in b
             ]
             for b in scene.buffers
