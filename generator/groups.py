@@ -1,7 +1,7 @@
 """Groups of backends, each refreshed by a launch on a stream of its own.
 
 One launch for all backends reads a request's tokens once and stores them N times; every group reads them again, and
-streams cost a fork and a join. So groups are expected to lose, and are here to be measured (``tests/gpu/groups.py``;
+streams cost a fork and a join. So groups are expected to lose, and are here to be measured (``tests/gpu/ways.py``;
 the figures are in ``tests/gpu/NOTES.md``), and for backends that one plan can't hold: with other fields, or more of
 them than the kernel's parameters.
 """

@@ -180,19 +180,21 @@ def main() -> int:
     parser.add_argument(
         "--traces", type=Path, default=ROOT / "tests" / "data" / "full", help="folder of the traces to soak with"
     )
-    parser.add_argument("--only", choices=["soak"], help="run this part alone and add it to the evidence there is")
+    parser.add_argument(
+        "--only", choices=["soak", "tests"], help="run this part alone and add it to the evidence there is"
+    )
     options = parser.parse_args()
     path: Path = options.path
     fingerprints = {name: fingerprint(config) for name, config in PRESETS.items()}
     os.environ.setdefault("ONELAUNCH_TEST_CACHE", tempfile.mkdtemp(prefix="onelaunch-gpu-"))
     os.environ["ONELAUNCH_CACHE_DIR"] = os.environ["ONELAUNCH_TEST_CACHE"]
-    if options.only == "soak":
+    if options.only:
         known: dict[str, Any] = json.loads((HERE / "evidence.json").read_text(encoding="utf-8"))
         if known["kernels"] != fingerprints:
             sys.exit("The kernels have changed since the evidence was taken. Run everything: make gpu")
-        known["soak"] = soaks(options.traces)
+        known[options.only] = soaks(options.traces) if options.only == "soak" else tests()
         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        return 1 if any(run["mismatches"] for run in known["soak"].values()) else 0
+        return 1 if known["tests"]["failed"] or any(run["mismatches"] for run in known["soak"].values()) else 0
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         capture_output=True,
