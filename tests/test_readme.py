@@ -228,8 +228,8 @@ print(sorted(set(emitted) - set(shipped)))
         ),
         (
             "Adding an engine",
-            {"generator/config.py", "generator/integrations/flashinfer.py"},
-            ["flashinfer-decode-2"],
+            {"generator/config.py", "generator/integrations/mine.py"},
+            ["mine-decode-2"],
         ),
     ],
 )
