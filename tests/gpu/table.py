@@ -24,6 +24,7 @@ def table(evidence: dict[str, Any]) -> str:
     for name, row in evidence["timings"].items():
         lines.append(f"| {name} | {row['refresh_us']:.2f} | {row['ideal_us']:.2f} | {row['ratio']:.2f} |")
     suite = evidence["tests"]
+    mended = f" ({len(suite['mended'])} passed when it was mended and run again)" if suite["mended"] else ""
     tools = ", ".join(evidence["sanitizers"])
     errors = sum(run["errors"] for run in evidence["sanitizers"].values())
     steps = sum(run["steps"] for run in evidence["replays"].values())
@@ -31,7 +32,7 @@ def table(evidence: dict[str, Any]) -> str:
     soak = evidence["soak"].values()
     lines += [
         "",
-        f"{suite['passed']} GPU tests passed, {suite['failed']} failed; compute-sanitizer ({tools}) "
+        f"{suite['passed']:,} GPU tests passed, {suite['failed']} failed{mended}; compute-sanitizer ({tools}) "
         f"found {errors} errors; {steps:,} steps of the two traces were replayed with {mismatches} mismatches. "
         f"A soak of {sum(run['finished'] for run in soak):,} requests in CUDA graphs, "
         f"{sum(run['checked_steps'] for run in soak):,} "
