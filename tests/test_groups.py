@@ -15,7 +15,7 @@ from support import SIX_FIELDS, Poisoned, assert_same, assert_untouched, buffers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-import groups as measured
+import ways as measured
 
 WIDTH, PAGE = 331, 16
 FACTS: dict[str, Any] = {"index_topk": 70, "page_size": PAGE}
