@@ -48,6 +48,7 @@ mutation: $(VENV)/.installed  ## mutation testing; tests/MUTATION.md has the sur
 
 gpu: $(VENV)/.installed  ## everything that needs a GPU; writes tests/gpu/evidence.json
 	$(BIN)/python tests/gpu/run.py
+	$(BIN)/onelaunch bench --series --json tests/gpu/bench.json --plot tests/gpu/bench.png
 	$(BIN)/python tests/gpu/table.py
 
 generate: $(VENV)/.installed  ## write the emitted CUDA of every preset
