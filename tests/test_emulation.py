@@ -215,7 +215,7 @@ def test_preset_is_clean(name: str, sanitizer: str, builds: Path) -> None:
     check(small, sanitizer, all_cases(small, far=far), builds, launches=((5, 64),))
 
 
-@pytest.mark.parametrize("sanitizer", ["none", "address+undefined", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address+undefined", "thread"])
 @pytest.mark.parametrize("name", EXTRAS)
 def test_other_configurations(name: str, sanitizer: str, builds: Path) -> None:
     config = EXTRAS[name]
