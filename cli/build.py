@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, architectures, chosen, sentence
+from .common import Arch, Json, Target, architectures, chosen, sentence
 
 
 def build(
@@ -25,8 +25,8 @@ def build(
         typer.Option("--set", help="Facts as key=value,…; over each preset. Repeated, one build each."),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A TOML file of [[build]] tables.")] = None,
-    target: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda.")] = None,
-    arch: Annotated[str | None, typer.Option(help="GPU architectures, such as 90a,100a.")] = None,
+    target: Target = None,
+    arch: Arch = None,
     jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Builds at once; memory bounds it too.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that one build may take; default 600.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Compile again what failed before.")] = False,
@@ -75,8 +75,8 @@ def build(
 def explain(
     config: Annotated[str | None, typer.Argument(help="A preset; without one, the defaults.")] = None,
     settings: Annotated[str | None, typer.Option("--set", help="Facts as key=value,…; over the preset.")] = None,
-    target: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda.")] = None,
-    arch: Annotated[str | None, typer.Option(help="GPU architectures, such as 90a,100a.")] = None,
+    target: Target = None,
+    arch: Arch = None,
     as_json: Json = False,
 ) -> None:
     """Say whether a configuration is in the cache; if not, what the nearest build has that differs. Exit code 1: miss.

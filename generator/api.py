@@ -29,7 +29,7 @@ class _Known(NamedTuple):
     """A plan that was made for these very tensors. Gone as soon as one of them is."""
 
     plan: Any
-    present: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]  # leaves out the fields that are None
+    present: Callable[[Sequence[Any]], tuple[Tensor, ...]]  # leaves out the fields that are None
     addresses: list[int]
     tensors: list[weakref.ref[Tensor]]
 
@@ -115,26 +115,16 @@ def fused_metadata_precompute_and_broadcast_cuda(
         "real_page_table": real_page_table_list,
         "seqlens_expanded": seqlens_expanded_list,
     }
+    tensors: list[Any] = [req_to_token]
     try:
-        tensors: tuple[Any, ...] | None = (
-            *(cache_seqlens_list or ()),
-            None,
-            *(cu_seqlens_k_list or ()),
-            None,
-            *(page_indices_list or ()),
-            None,
-            *(nsa_cache_seqlens_list or ()),
-            None,
-            *(nsa_cu_seqlens_k_list or ()),
-            None,
-            *(real_page_table_list or ()),
-            None,
-            *(seqlens_expanded_list or ()),
-        )
+        for given in lists.values():
+            tensors += given or ()
+            tensors.append(None)  # or tensors that are shared out in another way would look the same
+        told_apart = True
     except (TypeError, RuntimeError):
-        tensors = None  # no lists: what comes next says so
+        told_apart = False  # no lists: what comes next says so
     _refresh(
-        tensors,
+        tensors if told_apart else None,
         lambda: tuple(map(_identities, lists.values())),
         lambda: _backends(lists),
         lambda index, name: f"{name}_list[{index}]",
@@ -312,7 +302,7 @@ def _precompute(
         return out
     destination = out
     _refresh(
-        _fields_of(destination),
+        [req_to_token, *_fields_of(destination)],
         lambda: tuple(map(_identity, _fields_of(destination))),
         lambda: [destination],
         lambda index, name: f"out.{name}",
@@ -331,7 +321,7 @@ def _precompute(
 
 
 def _refresh(
-    tensors: tuple[Any, ...] | None,
+    tensors: Sequence[Any] | None,
     identities: Callable[[], tuple[Any, ...]],
     backends: Callable[[], list[MetadataBuffers]],
     name_of: plan.NameOf,
@@ -350,7 +340,7 @@ def _refresh(
     """Runs the plan of these tensors, bound at the first call.
 
     Args:
-        tensors: the destinations and, between them, None; None if there are no such things.
+        tensors: req_to_token and the destinations, None among them; None if there are no such things.
         identities: those of the destinations that ``backends`` makes.
         The others as in fused_metadata_precompute_and_broadcast_cuda.
     """
@@ -364,8 +354,6 @@ def _refresh(
         mode,
         next_n if type(next_n) is int else _number(next_n),
     )
-    if tensors is not None:
-        tensors = (req_to_token, *tensors)
     known = _recall(tensors, facts)
     if known is not None:
         known.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
@@ -568,7 +556,7 @@ def _number(value: Any) -> Any:
     return value if type(value) is int else (type(value), id(value))
 
 
-def _remembered(key: Any, make: Callable[[], _T], tensors: tuple[Any, ...] | None, facts: tuple[Any, ...]) -> _T:
+def _remembered(key: Any, make: Callable[[], _T], tensors: Sequence[Any] | None, facts: tuple[Any, ...]) -> _T:
     """The plan of a key, made at the first call and known by its tensors from then on."""
     try:
         made: _T | None = _plans.get(key)
@@ -585,7 +573,7 @@ def _remembered(key: Any, make: Callable[[], _T], tensors: tuple[Any, ...] | Non
     return made
 
 
-def _recall(tensors: tuple[Any, ...] | None, facts: tuple[Any, ...]) -> Any:
+def _recall(tensors: Sequence[Any] | None, facts: tuple[Any, ...]) -> Any:
     """The plan that was made for these very tensors, if they still lie where they lay."""
     if tensors is None:
         return None
@@ -598,7 +586,7 @@ def _recall(tensors: tuple[Any, ...] | None, facts: tuple[Any, ...]) -> Any:
     return None
 
 
-def _know(tensors: tuple[Any, ...] | None, facts: tuple[Any, ...], made: Any) -> None:
+def _know(tensors: Sequence[Any] | None, facts: tuple[Any, ...], made: Any) -> None:
     if tensors is None:
         return
     key = (facts, *map(id, tensors))

@@ -353,7 +353,7 @@ class Plan:
             )
         # The same tensors as at the last call, in the same place: the rest of what was checked can't have changed.
         seen = self._seen
-        if (
+        if not (
             seen is not None
             and seq_lens is seen[0]()
             and req_pool_indices is seen[1]()
@@ -362,12 +362,17 @@ class Plan:
             and (max_len, seq_lens.data_ptr(), req_pool_indices.data_ptr(), seq_lens.shape, req_pool_indices.shape)
             == seen[3]
         ):
-            try:
-                self._launch(*self._words, self._stream())
-            except RuntimeError as error:
-                raise self._refused(error) from error
-            self.launches += 1
-            return
+            self._settle(seq_lens, req_pool_indices, extend_seq_lens, max_len)
+        try:
+            self._launch(*self._words, self._stream())
+        except RuntimeError as error:
+            raise _refused(self, error) from error
+        self.launches += 1
+
+    def _settle(
+        self, seq_lens: Tensor, req_pool_indices: Tensor, extend_seq_lens: Tensor | None, max_len: int | None
+    ) -> None:
+        """Sets the words of a call of other tensors than the last one's, checked unless they lie as those did."""
         try:
             batch_size = seq_lens.numel()
             arguments = (
@@ -400,14 +405,6 @@ class Plan:
         if extend_seq_lens is None:
             place = (max_len, arguments[0], arguments[1], seq_lens.shape, req_pool_indices.shape)
             self._seen = (weakref.ref(seq_lens), weakref.ref(req_pool_indices), type(max_len), place)
-        try:
-            self._launch(*self._words, self._stream())
-        except RuntimeError as error:
-            raise self._refused(error) from error
-        self.launches += 1
-
-    def _refused(self, error: RuntimeError) -> LaunchError:
-        return LaunchError(f"{self.config.symbol} wasn't launched on {self.device}: {error}.")
 
     def admit(
         self,
@@ -513,6 +510,10 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.config.symbol}, device={self.device}, capacity={self.capacity})"
+
+
+def _refused(plan: Plan | CopyPlan, error: RuntimeError) -> LaunchError:
+    return LaunchError(f"{plan.config.symbol} wasn't launched on {plan.device}: {error}.")
 
 
 def backend_field(index: int, name: str) -> str:
@@ -842,7 +843,7 @@ class CopyPlan:
         try:
             self._bound.run(*self._words, self._bound.stream())
         except RuntimeError as error:
-            raise LaunchError(f"{self.config.symbol} wasn't launched on {self.device}: {error}.") from error
+            raise _refused(self, error) from error
         self.launches += 1
 
     def _check(self, bs: int | None, max_len: int | None, page_size: int | None, rows: int | None) -> list[int]:
