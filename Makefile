@@ -36,7 +36,7 @@ check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of t
 	$(BIN)/check-wheel-contents build/wheel/*.whl
 	$(BIN)/python tests/audit.py
 
-# Laid out as it is installed: mutmut finds a module's name by its path. With an hour's limit; mostly some minutes.
+# Laid out as it is installed: mutmut finds a module's name by its path. With an hour's limit; it takes half of it.
 mutation: $(VENV)/.installed  ## mutation testing; tests/MUTATION.md has the survivors
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
 	rm -rf build/mutation && mkdir -p build/mutation/src/onelaunch

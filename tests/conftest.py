@@ -18,12 +18,19 @@ CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 TEST_CACHE_VARIABLE = "ONELAUNCH_TEST_CACHE"
 NO_DEVICE = "there is no CUDA device"
 
+# Mutation testing names thousands of tests for each mutant. pytest would look up one after the other for seconds.
+MANY = 100
+
 _own_cache = pytest.StashKey[Path]()
+_wanted = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Names the cache before any worker starts: workers inherit the environment, so all of them share it."""
     os.environ.pop(loader.POLICY_VARIABLE, None)
+    if len(config.args) > MANY and all("::" in name for name in config.args):
+        config.stash[_wanted] = {name: place for place, name in enumerate(config.args)}
+        config.args = list(dict.fromkeys(name.split("::")[0] for name in config.args))
     if hasattr(config, "workerinput"):
         return
     named = os.environ.get(TEST_CACHE_VARIABLE)
@@ -41,7 +48,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.stash.get(_wanted, None)
+    if wanted is not None:
+        items[:] = sorted((item for item in items if item.nodeid in wanted), key=lambda item: wanted[item.nodeid])
     has_device = torch.cuda.is_available()
     missing: str | None = None
     if any(item.get_closest_marker("nvcc") for item in items):

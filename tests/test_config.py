@@ -225,6 +225,24 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
         ),
         ({"fields": LENGTHS, "index_kpool": 4}, {"fields": LENGTHS}),
         ({"operation": "copy", "index_kpool": 4}, {"operation": "copy"}),
+        ({"operation": "copy", "page_fill": -1}, {"operation": "copy"}),
+        ({"operation": "copy", "req_pool_indices_dtype": "int32"}, {"operation": "copy"}),
+        ({"schedule_remainder": "first"}, {}),
+        ({"schedule_atoms": 2}, {}),
+        ({"flashmla_order": "2025"}, {}),
+        ({"mode": "target_verify", "schedule_per": "row"}, {"mode": "target_verify"}),
+        ({"fields": (MQA,), "schedule_per": "row"}, {"fields": (MQA,)}),
+        ({"fields": (MQA,), "schedule_atoms": 1}, {"fields": (MQA,)}),
+        (
+            {"fields": (MQA,), "mode": "target_verify", "next_n": 4, "schedule_atoms": 2},
+            {"fields": (MQA,), "mode": "target_verify", "next_n": 4},
+        ),
+        (
+            {"fields": (MQA,), "mode": "target_verify", "next_n": 4, "schedule_per": "row", "schedule_atoms": 2},
+            {"fields": (MQA,), "mode": "target_verify", "next_n": 4, "schedule_per": "row"},
+        ),
+        ({"fields": ("kv_indices",), "extent": "full"}, {"fields": ("kv_indices",), "extent": "live"}),
+        ({"fields": ("kv_indices",), "page_size": 7, "vector_bytes": 4}, {"fields": ("kv_indices",)}),
         (
             {"distinct": (("real_page_table", 1), ("cache_seqlens", 2))},
             {"distinct": (("cache_seqlens", 2), ("real_page_table", 1))},
@@ -249,6 +267,46 @@ def test_facts_that_matter_are_not_neutralized() -> None:
     assert KernelConfig(fields=LENGTHS, seq_lens_dtype="int32").seq_lens_dtype == "int32"
     assert KernelConfig(operation="copy", page_size=1).fields == KernelConfig().fields, "a copy copies both tables"
     assert KernelConfig(operation="copy", vector_bytes=16).vector_bytes == 16
+    assert KernelConfig(fields=(MQA,), seq_lens_dtype="int32").seq_lens_dtype == "int32"
+    assert KernelConfig(fields=(MQA,), index_kpool=4).index_kpool == 4
+    assert KernelConfig(fields=("pooled_cache_seqlens",), index_kpool=4).index_kpool == 4
+    assert KernelConfig(fields=("pooled_real_page_table",), index_kpool=4, page_size=7).page_size == 7
+    assert KernelConfig(fields=("nsa_cache_seqlens",), index_topk=7).index_topk == 7
+    assert KernelConfig(fields=(MQA,), mode="draft_extend", next_n=4).next_n == 4
+    verify = KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_per="row", schedule_remainder="first")
+    assert (verify.schedule_per, verify.schedule_remainder, verify.next_n) == ("row", "first", 4)
+    assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_atoms=1).schedule_atoms == 1
+    assert KernelConfig(fields=(MQA,), seqlen_offsets=(3,)).seqlen_offsets == (3,)
+    several = KernelConfig(num_backends=2, seqlen_offsets=(1, 2), distinct=(("page_indices", 1),))
+    assert several.distinct == (("page_indices", 1),)
+    alike = KernelConfig(num_backends=2, seqlen_offsets=(5,), distinct=(("cache_seqlens", 1),))
+    assert (alike.distinct, alike.seqlen_offsets) == ((("cache_seqlens", 1),), (5,))
+
+
+@pytest.mark.parametrize(
+    ("facts", "neutral"),
+    [
+        ({"fields": LENGTHS}, {"index_topk": 0, "page_size": 1, "extent": "full", "vector_bytes": 4, "unroll": 1}),
+        ({"fields": LENGTHS, "blocks_per_sm": 3}, {"blocks_per_sm": 1}),
+        ({"operation": "copy"}, {"extent": "full", "index_topk": 0, "page_size": 1, "index_kpool": 1}),
+        ({"fields": ("real_page_table",)}, {"vector_bytes": 4, "unroll": 2, "blocks_per_sm": 8, "extent": "live"}),
+        ({"fields": ("kv_indices",)}, {"vector_bytes": 4, "page_size": 1, "extent": "live"}),
+        ({"mode": "decode", "next_n": 4}, {"next_n": 1}),
+        ({"mode": "draft_extend", "next_n": 4, "fields": LENGTHS[:2]}, {"next_n": 1, "mode": "draft_extend"}),
+        ({"target": "cpu"}, {"threads": 1, "blocks_per_sm": 1, "unroll": 2}),
+    ],
+    ids=str,
+)
+def test_what_neutral_values_are(facts: dict[str, Any], neutral: dict[str, Any]) -> None:
+    config = KernelConfig(**facts)
+    assert {name: getattr(config, name) for name in neutral} == neutral
+
+
+def test_atoms_of_a_schedule() -> None:
+    per_request = [KernelConfig(fields=(MQA,), mode="target_verify", next_n=n).atoms for n in (1, 2, 3, 4, 5)]
+    assert per_request == [1, 1, 2, 2, 3]
+    assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_per="row").atoms == 1
+    assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_atoms=3).atoms == 3
 
 
 def test_what_a_configuration_needs() -> None:
@@ -468,6 +526,67 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
         {"num_backends": 4100, "fields": ("cache_seqlens",)},
         f"num_backends is 4100 with 1 fields, which needs {8 * 4104} bytes of kernel parameters; "
         f"CUDA allows {8 * MAX_PARAM_WORDS}. Refresh the backends in several plans.",
+    ),
+    (
+        {"fields": ("page_indices", "page_indices")},
+        "fields is ('page_indices', 'page_indices'); name each field once.",
+    ),
+    (
+        {"operation": "copy", "fields": ("cache_seqlens", "kv_indices")},
+        "fields has kv_indices and operation is 'copy'; schedules and kv_indices are computed by each refresh, and not "
+        "copied. Leave them out of the destinations.",
+    ),
+    (
+        {"operation": "copy", "fields": ("flashmla_metadata", "num_splits")},
+        "fields has flashmla_metadata and operation is 'copy'; schedules and kv_indices are computed by each refresh, "
+        "and not copied. Leave them out of the destinations.",
+    ),
+    (
+        {"operation": "copy", "fields": ("cache_seqlens", "num_splits")},
+        "fields has num_splits and operation is 'copy'; schedules and kv_indices are computed by each refresh, and not "
+        "copied. Leave them out of the destinations.",
+    ),
+    (
+        {"fields": ("real_page_table", "kv_indices")},
+        "fields has kv_indices and real_page_table; a kernel writes either tables or indices. Bind them to two plans.",
+    ),
+    (
+        {"fields": ("cache_seqlens", "num_splits")},
+        "fields has num_splits without flashmla_metadata, whose rows say how many parts there are; name both.",
+    ),
+    (
+        {"mode": "draft_extend", "extend": "variable", "fields": ("seqlens_expanded", MQA), "schedule_per": "row"},
+        "fields has paged_mqa_schedule_metadata, schedule_per is 'row' and extend is 'variable'; a schedule of rows is "
+        "defined for next_n rows a request. Set extend='uniform'.",
+    ),
+    (
+        {"mode": "draft_extend", "extend": "variable", "fields": ("seqlens_expanded", MQA)},
+        "fields has paged_mqa_schedule_metadata, schedule_atoms is 0 and extend is 'variable'; the atoms follow from "
+        "next_n rows a request only. Give their number.",
+    ),
+    (
+        {"num_backends": 2, "seqlen_offsets": "12"},
+        "seqlen_offsets is '12'; it must be a tuple with one whole number a backend.",
+    ),
+    (
+        {"num_backends": 3, "seqlen_offsets": (1, 2)},
+        "seqlen_offsets has 2 numbers and num_backends is 3; give one a backend, one for all, or none.",
+    ),
+    ({"num_backends": 2, "seqlen_offsets": (0, -1)}, "seqlen_offsets[1] is -1; allowed: 0 to 32768."),
+    (
+        {"num_backends": 2, "seqlen_offsets": (1, 2), "distinct": (("cache_seqlens", 1),)},
+        "distinct[cache_seqlens] is 1 and seqlen_offsets is (1, 2); backends whose lengths differ share a table that "
+        "all of them have, or nothing.",
+    ),
+    (
+        {"page_fill": -1},
+        "page_fill is -1 with the tables page_indices, real_page_table and extent 'live'; it fills a real_page_table "
+        "that is the only table, of extent 'live'. Leave it None.",
+    ),
+    (
+        {"page_fill": -1, "fields": ("cache_seqlens",)},
+        "page_fill is -1 with the tables none and extent 'full'; it fills a real_page_table that is the only table, of "
+        "extent 'live'. Leave it None.",
     ),
 ]
 

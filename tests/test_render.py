@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from onelaunch import FIELDS, PRESETS, KernelConfig, layout, render
@@ -101,6 +102,12 @@ CONFIGS: dict[str, KernelConfig] = {
     "offsets, lengths only": KernelConfig(num_backends=40, seqlen_offsets=tuple(range(40)), fields=("cu_seqlens_k",)),
     "pools, pages only": KernelConfig(
         num_backends=2, index_kpool=4, fields=("real_page_table", "pooled_real_page_table"), checked=True
+    ),
+    "pools of two": KernelConfig(num_backends=2, index_kpool=2),
+    "schedule of pools of two": KernelConfig(fields=("paged_mqa_schedule_metadata",), index_kpool=2),
+    "two offsets": KernelConfig(num_backends=2, seqlen_offsets=(1, 2)),
+    "two offsets, pages only": KernelConfig(
+        num_backends=2, seqlen_offsets=(1, 2), fields=("cache_seqlens", "real_page_table")
     ),
     "shared": KernelConfig(
         num_backends=9, distinct=tuple((name, 1) for name in FIELDS if name in KernelConfig().fields)
@@ -308,6 +315,34 @@ def test_every_constant_and_function_is_used(config: KernelConfig) -> None:
         assert len(re.findall(rf"\b{name}\b", code)) > 1, name
 
 
+DEFINITIONS = re.compile(
+    r"constexpr [\w: ]+ (\w+)(?: =|\[)|^using (\w+) =|^struct (\w+)|"
+    r"__device__ (?:__forceinline__ )?(?:[\w:]+|\{\{.*?\}\}) (\w+)\(",
+    re.M,
+)
+
+
+def defined_in(code: str) -> set[str]:
+    return {name for names in DEFINITIONS.findall(code) for name in names if name}
+
+
+IN_TEMPLATES = set().union(
+    *(
+        defined_in(path.read_text(encoding="utf-8"))
+        for path in (ROOT / "templates" / "parts").glob("*.j2")
+        if path.name != "prelude_cpu.cu.j2"
+    )
+)
+
+
+@every_config
+def test_what_a_kernel_uses_it_defines(config: KernelConfig) -> None:
+    """Of the constants, types and functions that the templates have. The compilers say so too, and take longer."""
+    assert {"kBackends", "Token", "Params", "live_end", "block_running_sum"} <= IN_TEMPLATES
+    code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
+    assert IN_TEMPLATES & words(code) <= defined_in(code)
+
+
 # ------------------------------------------------------------------------------------------------- two targets
 
 
@@ -375,6 +410,11 @@ def test_generated_is_what_the_templates_emit() -> None:
     assert result.exit_code == 0, f"{result.stdout}\nRun: onelaunch generate"
     assert "up to date" in result.stdout
     assert sorted(path.name for path in GENERATED.iterdir()) == sorted(f"{name}.cu" for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_shipped_text_of_a_preset(name: str) -> None:
+    assert render(PRESETS[name]) == (GENERATED / f"{name}.cu").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("damage", ["a changed line", "a missing file", "a file too many"])
@@ -450,6 +490,55 @@ def test_the_baselines_of_the_timings() -> None:
     source, binding = render_baseline("empty", "nothing", (), 0)
     assert "void nothing()" in source
     assert binding == render_baseline("empty", "nothing", (), 1)[1]
+    # Of a configuration: its parameters and its facts, whichever words a call sets.
+    config = KernelConfig(num_backends=2, extent="full", vector_bytes=4, page_size=16)
+    source, binding = render_baseline("single_block", "rival", layout.call_words(config), config.param_words, config)
+    assert "void __launch_bounds__(kThreads) rival(const __grid_constant__ Params p)" in source
+    assert "constexpr int kPageSize = 16;" in source
+    assert f"constexpr int kParamWords = {config.param_words};" in source
+    assert config.symbol not in source + binding
+    assert "cudaLaunchKernelEx" in source
+    for word in layout.call_words(config):
+        assert word in binding
+
+
+@pytest.mark.parametrize(
+    ("facts", "blocks"),
+    [
+        ({}, 5),
+        ({"num_backends": 3}, 5),
+        ({"num_backends": 4}, None),
+        ({"unroll": 3}, None),
+        ({"mode": "target_verify", "next_n": 1, "num_backends": 2}, 5),
+        ({"mode": "target_verify", "next_n": 2}, None),
+        ({"seqlen_offsets": (1,)}, None),
+        ({"fields": ("kv_indices",)}, None),
+        ({"threads": 128}, 10),
+        ({"threads": 512}, 2),
+        ({"threads": 1024}, 1),
+        ({"extent": "full"}, None),
+    ],
+    ids=str,
+)
+def test_registers_are_bounded_where_more_blocks_fit_without_spilling(
+    facts: dict[str, Any], blocks: int | None
+) -> None:
+    source = render(KernelConfig(**facts))
+    found = re.search(r"kResidentBlocks = (\d+);", source)
+    assert (int(found[1]) if found else None) == blocks
+    assert ("__launch_bounds__(kThreads, kResidentBlocks)" in source) == (blocks is not None)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "most"), [((), "0"), ((7,), "kLengthOffset"), ((1, 2), "kLongestOffset"), ((5, 2, 3), "kLongestOffset")]
+)
+def test_indices_are_read_for_the_longest_backend(offsets: tuple[int, ...], most: str) -> None:
+    facts: dict[str, Any] = {"num_backends": max(2, len(offsets)), "seqlen_offsets": offsets}
+    source = render(KernelConfig(fields=("kv_indptr", "kv_indices"), **facts))
+    assert set(re.findall(r"read_columns\(p, tokens, (\w+)\)", source)) == {most}
+    assert ("kLongestOffset = " in source) == (len(offsets) > 1)
+    assert f"kLongestOffset = {max(offsets, default=0)};" in source or len(offsets) < 2
+    assert ("kLengthOffset = 7;" in source) == (offsets == (7,))
 
 
 def test_pages_are_shifted_out_only_where_they_are_a_power_of_two() -> None:
