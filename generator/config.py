@@ -561,6 +561,12 @@ PRESETS: dict[str, KernelConfig] = {
     "fa3-decode-3": KernelConfig(
         num_backends=3, fields=("cache_seqlens", "cu_seqlens_k", "real_page_table"), seqlen_offsets=(1, 2, 3)
     ),
+    "trtllm-mha-decode-3": KernelConfig(
+        num_backends=3,
+        fields=("cache_seqlens", "cu_seqlens_k", "real_page_table"),
+        seqlen_offsets=(1, 2, 3),
+        page_size=32,
+    ),
     "flashmla-decode-3": KernelConfig(num_backends=3, fields=("cache_seqlens", "real_page_table"), page_fill=-1),
     "nsa-decode-3-schedule": KernelConfig(
         num_backends=3, fields=(*KernelConfig().fields, "paged_mqa_schedule_metadata")
@@ -576,6 +582,13 @@ PRESETS: dict[str, KernelConfig] = {
         num_backends=3,
         fields=("cache_seqlens", "real_page_table", "flashmla_metadata", "num_splits"),
         page_fill=-1,
+    ),
+    "vllm-decode-3": KernelConfig(
+        num_backends=3,
+        fields=("cache_seqlens", "page_indices"),
+        seq_lens_dtype="int32",
+        seqlen_offsets=(1, 2, 3),
+        extent="full",
     ),
     "flashinfer-decode-3": KernelConfig(num_backends=3, fields=("kv_indptr", "kv_indices"), seqlen_offsets=(1, 2, 3)),
 }

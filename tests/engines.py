@@ -56,11 +56,20 @@ class DSABackend:
 
     sm100 = False
 
-    def __init__(self, pool: Tensor, *, page_size: int = 64, prefix: str = "dsa", step: int = 0, n: int = 4) -> None:
+    def __init__(
+        self,
+        pool: Tensor,
+        *,
+        page_size: int = 64,
+        prefix: str = "dsa",
+        step: int = 0,
+        n: int = 4,
+        index_topk: int = 70,
+    ) -> None:
         self.req_to_token, self.real_page_size, self.prefix = pool, page_size, prefix
         self.device, self.topk, self.speculative_step_id = pool.device, 1, step
         self.speculative_num_draft_tokens = n
-        setattr(self, f"{prefix}_index_topk", 70)
+        setattr(self, f"{prefix}_index_topk", index_topk)
         self.decode_cuda_graph_metadata: dict[Any, Any] = {}
         self.forward_metadata: Any = None
         self.calls: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -295,9 +296,8 @@ def test_the_key_is_the_same_in_every_process() -> None:
     """No hash randomization, no address and no time in it."""
     code = "from onelaunch import PRESETS; import json; print(json.dumps({n: c.key for n, c in PRESETS.items()}))"
     for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-        )
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert json.loads(done.stdout) == {name: config.key for name, config in PRESETS.items()}
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import engines
 import pytest
 import support
 import torch
-from onelaunch import ArgumentError, MetadataBuffers, reference
+from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, preset, reference
 from onelaunch.integrations import flashinfer, sglang, vllm
 from support import POISON
 from torch import Tensor
@@ -401,6 +402,69 @@ def test_what_flashinfers_helper_refuses() -> None:
         assert all(bool((tensor == POISON).all()) for tensor in tensors), "something was written"
 
 
+# ------------------------------------------------------------------------------------------------ presets
+
+
+def captured(multi: engines.MultiStep) -> engines.MultiStep:
+    multi.init_cuda_graph_state(max_bs=4)
+    multi.capture(4)
+    return multi
+
+
+def flashinfer_steps(source: Tensor) -> engines.FlashInferMultiStep:
+    multi = engines.FlashInferMultiStep(source)
+    multi.init_cuda_graph_state(4, 4)
+    return multi
+
+
+def vllm_steps(device: Any) -> list[SimpleNamespace]:
+    return [
+        SimpleNamespace(seq_lens=engines.new(7, device=device), block_table=engines.new(7, 21, device=device))
+        for _ in range(3)
+    ]
+
+
+# Three draft steps of each engine, by the preset that says what is bound for them.
+DRAFT_STEPS: dict[str, Callable[[Tensor], Plan]] = {
+    "nsa-decode-3": lambda source: sglang.bind_backends(captured(engines.dsa(source, index_topk=2048)), 4),
+    "nsa-decode-3-schedule": lambda source: sglang.bind_backends(
+        captured(engines.dsa(source, index_topk=2048)), 4, schedules=True
+    ),
+    "fa3-decode-3": lambda source: sglang.bind_backends(captured(engines.mha(source, page_size=64)), 4),
+    "trtllm-mha-decode-3": lambda source: sglang.bind_backends(captured(engines.mha(source, page_size=32)), 4),
+    "flashinfer-decode-3": lambda source: flashinfer.bind_backends(flashinfer_steps(source)),
+    "vllm-decode-3": lambda source: vllm.bind_backends(
+        vllm_steps(source.device),
+        support.token_pool(7, 21, strides="aligned", device=source.device),
+        seqlen_offsets=range(1, 4),
+    ),
+}
+
+
+def as_shipped(plan: Plan) -> KernelConfig:
+    """What a plan was bound to, with the presets' target and launch shape."""
+    shape = ("target", "threads", "unroll", "blocks_per_sm")
+    return plan.config.replace(**{name: getattr(KernelConfig(), name) for name in shape})
+
+
+@pytest.mark.parametrize("name", DRAFT_STEPS)
+def test_a_preset_is_what_its_engines_helper_binds(device: torch.device, name: str) -> None:
+    assert as_shipped(DRAFT_STEPS[name](pool(device))) == preset(name)
+
+
+def test_the_preset_of_flashmla_has_the_lengths_that_only_an_extension_keeps(device: torch.device) -> None:
+    source, shipped = pool(device), preset("flashmla-decode-3")
+    backend = engines.TRTLLMMLABackend(source, page_size=64)
+    backend.init_cuda_graph_state(4, 4)
+    backend.capture(4, "draft_extend")
+    extension = sglang.bind_backends(backend, 4, mode="draft_extend")
+    assert as_shipped(extension) == shipped.replace(num_backends=1)
+    # Draft steps read the batch's own lengths.
+    multi = engines.MultiStep([engines.FlashMLABackend(source) for _ in range(4)], 3)
+    steps = sglang.bind_backends(captured(multi), 4)
+    assert as_shipped(steps) == shipped.replace(fields=("real_page_table",))
+
+
 # ------------------------------------------------------------------------------------------------ schedules, extends
 
 
@@ -499,10 +563,7 @@ def test_extend_lengths_are_nothing_to_tables_with_a_row_a_request() -> None:
 
 
 def captured_dsa(**facts: Any) -> engines.MultiStep:
-    multi = engines.dsa(pool(), **facts)
-    multi.init_cuda_graph_state(max_bs=4)
-    multi.capture(4)
-    return multi
+    return captured(engines.dsa(pool(), **facts))
 
 
 def test_a_missing_attribute_of_the_metadata_is_named() -> None:

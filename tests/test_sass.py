@@ -17,6 +17,7 @@ REGISTERS = {
     "nsa-decode-3-full": 48,
     "nsa-copy-3": 48,
     "nsa-decode-3-unaligned": 48,
+    "vllm-decode-3": 32,
 }
 
 

@@ -1,0 +1,372 @@
+// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+//   onelaunch show trtllm-mha-decode-3
+//
+// configuration
+//   operation               precompute_and_broadcast
+//   mode                    decode
+//   num_backends            3
+//   fields                  cache_seqlens, cu_seqlens_k, real_page_table
+//   distinct                all
+//   seq_lens_dtype          int64
+//   req_pool_indices_dtype  int64
+//   req_to_token_dtype      int32
+//   index_topk              0
+//   page_size               32
+//   extent                  live
+//   vector_bytes            4
+//   target                  cuda
+//   threads                 256
+//   unroll                  2
+//   blocks_per_sm           8
+//   seqlen_offsets          1, 2, 3
+// key 8d61607edb52e989e6342c3faf6590daecd75e8f927486ef1e4c7284096f806d
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// ---- what this kernel is specialized to --------------------------------------------------------------------------
+constexpr int kBackends = 3;
+constexpr std::int32_t kShortestOffset = 1;  // the least that a backend's lengths have more than seq_lens
+constexpr std::int32_t kLongestOffset = 3;   // the most
+constexpr int kPageSize = 32;  // tokens
+using SeqLen = std::int64_t;
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr int kThreads = 256;  // a block
+constexpr int kWarpSize = 32;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kBlocksPerSm = 8;
+constexpr int kVectorWords = 4;  // a 16-byte access
+constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kLengthBlocks = kBackends;  // block b writes the lengths of backend b, the rest the tables
+
+// ---- arguments ---------------------------------------------------------------------------------------------------
+struct Table {
+  std::int32_t* data;
+  std::int64_t row_stride;  // elements
+};
+
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
+// pointer table in device memory, nothing to copy before a launch.
+struct Params {
+  // set at each call
+  const SeqLen* seq_lens;  // [batch_size]
+  std::int64_t seq_lens_stride;  // elements
+  const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
+  std::int64_t req_pool_indices_stride;  // elements
+  std::int64_t batch_size;  // requests
+  std::int64_t columns;  // no column from here on is written
+  // set when a plan is bound
+  std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // multiprocessors of the device
+  const Token* req_to_token;  // [pool rows, req_to_token_width]
+  std::int64_t req_to_token_stride;  // elements from row to row
+  std::int32_t* cache_seqlens[kBackends];  // [bs]
+  std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
+  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
+};
+constexpr int kParamWords = 22;
+static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
+
+// ---- running sums ------------------------------------------------------------------------------------------------
+// Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+
+// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
+__device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
+// for any block of whole warps, whatever part of it holds requests.
+__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
+  __shared__ std::uint32_t warp_totals[kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const std::uint32_t in_warp = warp_running_sum(value);
+  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  __syncthreads();
+  std::uint32_t sum = 0;
+  std::uint32_t before = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = sum;
+    sum += warp_totals[w];
+  }
+  __syncthreads();  // the next sum writes warp_totals again
+  total = sum;
+  return before + in_warp;
+}
+
+// ---- requests ----------------------------------------------------------------------------------------------------
+// What the lengths of backend b have more than seq_lens.
+__device__ __forceinline__ std::int32_t length_offset(int b) {
+  constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
+  return offsets[b];
+}
+
+// Lengths wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+__device__ __forceinline__ std::int32_t longer(std::int32_t length, std::int32_t by) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(length) + static_cast<std::uint32_t>(by));
+}
+
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+__device__ void refresh_lengths(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  std::uint32_t cu_seqlens_k_carry = 0;
+  if (threadIdx.x == 0) {
+    p.cu_seqlens_k[b][0] = 0;
+  }
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+    const std::int32_t seq_len = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
+    const std::int32_t length = longer(seq_len, length_offset(b));
+    std::uint32_t cu_seqlens_k_chunk;
+    const std::uint32_t cu_seqlens_k =
+        cu_seqlens_k_carry + block_running_sum(static_cast<std::uint32_t>(length), cu_seqlens_k_chunk);
+    cu_seqlens_k_carry += cu_seqlens_k_chunk;
+    if (present) {
+      p.cache_seqlens[b][request] = length;
+      p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
+    }
+  }
+}
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// The tokens that are live in a backend whose lengths have `offset` more than seq_lens. `reach` says it for all
+// backends: the tokens that are live in the longest, or so many more that they are live to the last column in all.
+__device__ __forceinline__ int live_end(const Params& p, int reach, std::int32_t offset) {
+  const int length = reach - (kLongestOffset - offset);
+  return length < 0 ? 0 : length < p.columns ? length : static_cast<int>(p.columns);
+}
+
+// Pages of a number of tokens, the last of them begun.
+__device__ __forceinline__ int pages_of(int tokens) {
+  return tokens / kPageSize + (tokens % kPageSize != 0);
+}
+
+// The page of a token, rounded down for padding tokens below zero too.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  return static_cast<std::int32_t>(token >> 5);
+}
+
+// One warp writes the pages [first, first + kTileColumns), as far as they lie in [0, end): the token that begins each
+// page is read once, and its page written to every backend.
+__device__ __forceinline__ void write_pages(
+    const Params& p, std::int64_t row, const Token* source, int first, int reach) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int end = pages_of(live_end(p, reach, kLongestOffset));
+  constexpr int kWords = kTileColumns / kWarpSize;
+  std::int32_t words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int page = first + lane + i * kWarpSize;
+    words[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : 0;
+  }
+#pragma unroll
+  for (int b = 0; b < kBackends; ++b) {
+    const int stop = pages_of(live_end(p, reach, length_offset(b)));
+    std::int32_t* to = p.real_page_table[b].data + row * p.real_page_table[b].row_stride;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int page = first + lane + i * kWarpSize;
+      if (page < stop) to[page] = words[i];
+    }
+  }
+}
+
+// Everything that one tile of a request's row needs: `reach` says how far each backend is written.
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, int reach) {
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  write_pages(p, row, source, first, reach);
+}
+
+// ---- which warp takes which tile ---------------------------------------------------------------------------------
+// How far a request's length makes the backends live, see live_end.
+__device__ __forceinline__ int live_reach(const Params& p, int request) {
+  const std::int64_t seq_len = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
+  const std::int64_t length = seq_len + kLongestOffset;
+  const std::int64_t most = p.columns + (kLongestOffset - kShortestOffset);
+  return static_cast<int>(length < 0 ? 0 : length < most ? length : most);
+}
+
+// The cost follows the live length, not the table's width, and no warp gets more than its share, however uneven the
+// requests are.
+__device__ void gather_tables(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int slot = static_cast<int>(threadIdx.x);
+  const int lane = slot % kWarpSize;
+  const std::uint32_t blocks = gridDim.x - kLengthBlocks;
+  const std::uint32_t block = blockIdx.x - kLengthBlocks;
+  const std::uint32_t warps = blocks * kWarps;
+  const std::uint32_t warp = block * kWarps + threadIdx.x / kWarpSize;
+  if (batch_size == 0) return;
+
+  // The tile in hand.
+  int request = 0;
+  std::int64_t pool_row = 0;
+  int column = 0;
+  int reach = 0;
+  int columns = 0;
+
+  // At first every request gets as many blocks as there are for each, so that no thread has to wait for other
+  // requests' lengths: for short requests that is all.
+  const std::uint32_t requests = static_cast<std::uint32_t>(batch_size);
+  const std::uint32_t share = blocks / requests;
+  const int share_columns = static_cast<int>(share) * kWarps * kTileColumns;
+  if (block < share * requests) {
+    request = static_cast<int>(block % requests);
+    pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
+    reach = live_reach(p, request);
+    columns = pages_of(live_end(p, reach, kLongestOffset));
+    const int turn = static_cast<int>(block / requests) * kWarps + slot / kWarpSize;
+    if (columns > 0) column = turn * kTileColumns;
+  }
+  // The rest of the longer requests is shared out among all warps, unless a few rounds do.
+  const bool few_rounds = (p.columns + kPageSize - 1) / kPageSize <= 3 * static_cast<std::int64_t>(share_columns);
+
+  // For that, every block sums the tiles of a window of kThreads requests. The warps of all blocks take them in turn.
+  __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
+  __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
+  __shared__ std::int32_t live[kThreads];       // how far a request reaches
+  __shared__ std::int64_t pool_rows[kThreads];
+  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  int first = -kThreads;           // the window's first request: there is none yet
+  std::uint32_t window_tiles = 0;  // tiles of the window
+  std::uint32_t warp_end = 0;      // lane w: tiles up to and with warp w's requests
+  // The warps behind everybody's first block come first: short requests leave them nothing to do.
+  const std::uint32_t busy = share > 0 ? requests * kWarps : 0;
+  std::uint32_t tile = warp < busy ? warp + warps - busy : warp - busy;
+  while (true) {
+    if (column < columns) copy_tile(p, request, pool_row, column, reach);
+    if (few_rounds) {
+      column += share_columns;
+      if (column >= columns) return;
+      continue;
+    }
+    while (tile >= window_tiles) {
+      tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+      first += kThreads;
+      if (first >= batch_size) return;
+      const int asked = first + slot;
+      int asked_reach = 0;
+      int asked_columns = 0;
+      int tiles = 0;
+      if (asked < batch_size) {
+        asked_reach = live_reach(p, asked);
+        asked_columns = pages_of(live_end(p, asked_reach, kLongestOffset));
+        if (asked_columns > 0) tiles = (asked_columns - 1) / kTileColumns + 1;
+        tiles -= static_cast<int>(share) * kWarps;
+      }
+      // Nobody looks tiles up in the last window any more, and whether there are any in this one.
+      window_tiles = 0;
+      if (!__syncthreads_or(tiles > 0)) continue;
+      if (tiles > 0) pool_rows[slot] = p.req_pool_indices[asked * p.req_pool_indices_stride];
+      live[slot] = asked_reach;
+      const std::uint32_t in_warp = warp_running_sum(tiles > 0 ? static_cast<std::uint32_t>(tiles) : 0);
+      tile_end[slot] = in_warp;
+      if (lane == kWarpSize - 1) warp_tiles[slot / kWarpSize] = in_warp;
+      __syncthreads();
+      // The lanes after the last warp hold the window's sum.
+      warp_end = warp_running_sum(lane < kWarps ? warp_tiles[lane] : 0);
+      window_tiles = __shfl_sync(kFullMask, warp_end, kWarpSize - 1);
+    }
+    // Whose tile it is: how many warps, then how many of the next warp's requests, end at or before it.
+    const int group = __popc(__ballot_sync(kFullMask, warp_end <= tile));
+    const std::uint32_t before = __shfl_sync(kFullMask, warp_end, group > 0 ? group - 1 : 0);
+    const std::uint32_t in_group = tile - (group > 0 ? before : 0);
+    const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
+    const int found = group * kWarpSize + passed;
+    const int in_row = static_cast<int>(in_group - (passed > 0 ? tile_end[found - 1] : 0));
+    column = in_row * kTileColumns + share_columns;
+    request = first + found;
+    pool_row = pool_rows[found];
+    reach = live[found];
+    columns = pages_of(live_end(p, reach, kLongestOffset));
+    tile += warps;
+  }
+}
+
+// ---- the one launch ----------------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_broadcast_decode_n3_8d61607edb52e989(const __grid_constant__ Params p) {
+  if (blockIdx.x < kLengthBlocks) {
+    refresh_lengths(p, static_cast<int>(blockIdx.x));
+  } else {
+    gather_tables(p);
+  }
+}
+
+}  // namespace
+
+// ---- host side ---------------------------------------------------------------------------------------------------
+// As many blocks as the tables could need, up to what the device runs at once.
+static unsigned grid_blocks(const Params& p) {
+  std::int64_t tiles = 0;
+  tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t most = p.sm_count * kBlocksPerSm;
+  const std::int64_t blocks = wanted < most ? wanted : most;
+  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+}
+
+// Runs `call` with the plan's device as the current one.
+template <typename Call>
+static cudaError_t on_device(std::int64_t device, const Call& call) {
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
+  error = cudaSetDevice(static_cast<int>(device));
+  if (error != cudaSuccess) return error;
+  error = call();
+  const cudaError_t restored = cudaSetDevice(current);
+  return error != cudaSuccess ? error : restored;
+}
+
+extern "C" {
+
+// Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
+int onelaunch_broadcast_decode_n3_8d61607edb52e989_launch(const std::int64_t* words, void* stream) {
+  Params params;
+  std::memcpy(&params, words, sizeof(Params));
+  return on_device(params.device, [&] {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    config.blockDim = dim3(kThreads, 1, 1);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_8d61607edb52e989, params);
+  });
+}
+
+// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
+// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+int onelaunch_broadcast_decode_n3_8d61607edb52e989_prepare(std::int64_t device, std::int64_t* resources) {
+  return on_device(device, [&] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_8d61607edb52e989);
+    resources[0] = attributes.numRegs;
+    resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
+    resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
+    return error;
+  });
+}
+
+const char* onelaunch_broadcast_decode_n3_8d61607edb52e989_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+}  // extern "C"

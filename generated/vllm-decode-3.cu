@@ -1,0 +1,279 @@
+// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+//   onelaunch show vllm-decode-3
+//
+// configuration
+//   operation               precompute_and_broadcast
+//   mode                    decode
+//   num_backends            3
+//   fields                  cache_seqlens, page_indices
+//   distinct                all
+//   seq_lens_dtype          int32
+//   req_pool_indices_dtype  int64
+//   req_to_token_dtype      int32
+//   index_topk              0
+//   page_size               1
+//   extent                  full
+//   vector_bytes            16
+//   target                  cuda
+//   threads                 256
+//   unroll                  2
+//   blocks_per_sm           8
+//   seqlen_offsets          1, 2, 3
+// key a9046a1c7deed1ce7db0eab23a3f4aa708a9c0843b24a5622583ec69a3746971
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// ---- what this kernel is specialized to --------------------------------------------------------------------------
+constexpr int kBackends = 3;
+using SeqLen = std::int32_t;
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr int kThreads = 256;  // a block
+constexpr int kWarpSize = 32;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kBlocksPerSm = 8;
+constexpr int kVectorWords = 4;  // a 16-byte access
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kTileAlignment = 32;  // words, a 128-byte line
+constexpr int kLengthBlocks = kBackends;  // block b writes the lengths of backend b, the rest the tables
+
+// ---- arguments ---------------------------------------------------------------------------------------------------
+struct Table {
+  std::int32_t* data;
+  std::int64_t row_stride;  // elements
+};
+
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
+// pointer table in device memory, nothing to copy before a launch.
+struct Params {
+  // set at each call
+  const SeqLen* seq_lens;  // [batch_size]
+  std::int64_t seq_lens_stride;  // elements
+  const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
+  std::int64_t req_pool_indices_stride;  // elements
+  std::int64_t batch_size;  // requests
+  std::int64_t columns;  // no column from here on is written
+  // set when a plan is bound
+  std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // multiprocessors of the device
+  const Token* req_to_token;  // [pool rows, req_to_token_width]
+  std::int64_t req_to_token_stride;  // elements from row to row
+  std::int64_t req_to_token_width;  // elements of a row that may be read
+  std::int32_t* cache_seqlens[kBackends];  // [bs]
+  Table page_indices[kBackends];  // [bs, W]
+};
+constexpr int kParamWords = 20;
+static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
+
+// ---- requests ----------------------------------------------------------------------------------------------------
+// What the lengths of backend b have more than seq_lens.
+__device__ __forceinline__ std::int32_t length_offset(int b) {
+  constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
+  return offsets[b];
+}
+
+// Lengths wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+__device__ __forceinline__ std::int32_t longer(std::int32_t length, std::int32_t by) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(length) + static_cast<std::uint32_t>(by));
+}
+
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+__device__ void refresh_lengths(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+    const std::int32_t seq_len = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
+    const std::int32_t length = longer(seq_len, length_offset(b));
+    if (present) {
+      p.cache_seqlens[b][request] = length;
+    }
+  }
+}
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// The four words that begin `shift` words into low and high, for shift from 1 to 3. Selects instead of an indexed
+// array, which would live in local memory.
+__device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
+  if (shift & 2) {
+    low.x = low.z;
+    low.y = low.w;
+    low.z = high.x;
+    low.w = high.y;
+    high.x = high.z;
+  }
+  if (shift & 1) {
+    low.x = low.y;
+    low.y = low.z;
+    low.z = low.w;
+    low.w = high.x;
+  }
+  return low;
+}
+
+// How many words an address lies past a 16-byte boundary, 0 to 3.
+__device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
+}
+
+// One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
+// them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
+// `width` is how far the source row may be read.
+__device__ __forceinline__ void copy_columns(
+    const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
+  if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
+    const int column = first + lane * kVectorWords;
+    const int shift = words_past_boundary(source + first);  // the same in all lanes
+    const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
+    int4 words[kUnroll];
+    if (shift == 0) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) words[u] = __ldg(aligned + u * kWarpSize);
+    } else {
+      int4 high[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        words[u] = __ldg(aligned + u * kWarpSize);
+        high[u] = __ldg(aligned + u * kWarpSize + 1);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
+    }
+#pragma unroll
+    for (int b = 0; b < kBackends; ++b) {
+      int4* to = reinterpret_cast<int4*>(p.page_indices[b].data + row * p.page_indices[b].row_stride + column);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) to[u * kWarpSize] = words[u];
+    }
+    return;
+  }
+  // An edge of the row: single words, still one coalesced access a warp.
+  constexpr int kWords = kTileColumns / kWarpSize;
+  std::int32_t words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int column = first + lane + i * kWarpSize;
+    words[i] = column >= 0 && column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+  }
+#pragma unroll
+  for (int b = 0; b < kBackends; ++b) {
+    std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int column = first + lane + i * kWarpSize;
+      if (column >= 0 && column < end) to[column] = words[i];
+    }
+  }
+}
+
+// Everything that one tile of a request's row needs: `end` is the first column that isn't written.
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  copy_columns(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
+}
+
+// ---- which warp takes which tile ---------------------------------------------------------------------------------
+// Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
+// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a
+// kernel with 4-byte stores.
+__device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
+  const std::int32_t* begin = p.page_indices[0].data + row * p.page_indices[0].row_stride;
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
+}
+
+// Every row has max_len columns: the warps take tiles of equal rows in turn. 32 bits hold the count of tiles of any
+// table that fits a device.
+__device__ void gather_tables(const Params& p) {
+  const int columns = static_cast<int>(p.columns);
+  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kTileAlignment - 2) / kTileColumns + 1);
+  const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
+  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
+  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  for (; tile < tiles; tile += warps) {
+    const std::int64_t row = tile / tiles_per_row;
+    const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns - row_lead(p, row);
+    if (column >= columns) continue;
+    copy_tile(p, row, p.req_pool_indices[row * p.req_pool_indices_stride], column, columns);
+  }
+}
+
+// ---- the one launch ----------------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_broadcast_decode_n3_a9046a1c7deed1ce(const __grid_constant__ Params p) {
+  if (blockIdx.x < kLengthBlocks) {
+    refresh_lengths(p, static_cast<int>(blockIdx.x));
+  } else {
+    gather_tables(p);
+  }
+}
+
+}  // namespace
+
+// ---- host side ---------------------------------------------------------------------------------------------------
+// As many blocks as the tables could need, up to what the device runs at once.
+static unsigned grid_blocks(const Params& p) {
+  std::int64_t tiles = 0;
+  tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t most = p.sm_count * kBlocksPerSm;
+  const std::int64_t blocks = wanted < most ? wanted : most;
+  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+}
+
+// Runs `call` with the plan's device as the current one.
+template <typename Call>
+static cudaError_t on_device(std::int64_t device, const Call& call) {
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
+  error = cudaSetDevice(static_cast<int>(device));
+  if (error != cudaSuccess) return error;
+  error = call();
+  const cudaError_t restored = cudaSetDevice(current);
+  return error != cudaSuccess ? error : restored;
+}
+
+extern "C" {
+
+// Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
+int onelaunch_broadcast_decode_n3_a9046a1c7deed1ce_launch(const std::int64_t* words, void* stream) {
+  Params params;
+  std::memcpy(&params, words, sizeof(Params));
+  return on_device(params.device, [&] {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    config.blockDim = dim3(kThreads, 1, 1);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_a9046a1c7deed1ce, params);
+  });
+}
+
+// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
+// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+int onelaunch_broadcast_decode_n3_a9046a1c7deed1ce_prepare(std::int64_t device, std::int64_t* resources) {
+  return on_device(device, [&] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_a9046a1c7deed1ce);
+    resources[0] = attributes.numRegs;
+    resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
+    resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
+    return error;
+  });
+}
+
+const char* onelaunch_broadcast_decode_n3_a9046a1c7deed1ce_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+}  // extern "C"
