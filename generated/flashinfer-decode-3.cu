@@ -17,9 +17,9 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           8
+//   blocks_per_sm           4
 //   seqlen_offsets          1, 2, 3
-// key a802470d56a769cec54507ca3d97c9bee459d99cd4db641c32b025e1985af7be
+// key a075ee26b7a2fbb36e3d13c9f37283476afc0a760bd6cb532a8e6304ed4ed7b7
 
 #include <cuda_runtime.h>
 
@@ -38,7 +38,7 @@ constexpr int kThreads = 256;  // a block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kBlocksPerSm = 8;
+constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -61,11 +61,11 @@ struct Params {
   std::int64_t batch_size;  // requests
   std::int64_t columns;  // no column from here on is written
   // set when a plan is bound
+  const Token* req_to_token;  // [pool rows, req_to_token_width]
+  std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int64_t kv_indices_capacity;  // elements
-  const Token* req_to_token;  // [pool rows, req_to_token_width]
-  std::int64_t req_to_token_stride;  // elements from row to row
   std::int32_t* kv_indptr[kBackends];  // [bs + 1]
   std::int32_t* kv_indices[kBackends];  // [capacity]
 };
@@ -77,7 +77,7 @@ static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must
 
 // The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
 __device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
@@ -90,9 +90,9 @@ __device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
 // for any block of whole warps, whatever part of it holds requests.
 __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
   __shared__ std::uint32_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const std::uint32_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint32_t sum = 0;
   std::uint32_t before = 0;
@@ -108,7 +108,7 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
 
 // The same for what may not wrap.
 __device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint64_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
@@ -119,9 +119,9 @@ __device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
 
 __device__ __forceinline__ std::uint64_t block_running_sum(std::uint64_t value, std::uint64_t& total) {
   __shared__ std::uint64_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const std::uint64_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint64_t sum = 0;
   std::uint64_t before = 0;
@@ -188,7 +188,7 @@ __device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens
 // `before` tokens of the requests before.
 __device__ __forceinline__ void copy_indices(
     const Params& p, std::int64_t request, std::int64_t pool_row, std::int64_t before, std::int32_t tokens, int first) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int end = read_columns(p, tokens, kLongestOffset);
   constexpr int kWords = kTileColumns / kWarpSize;
@@ -261,7 +261,7 @@ __device__ void gather_indices(const Params& p) {
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
-    onelaunch_broadcast_decode_n3_a802470d56a769ce(const __grid_constant__ Params p) {
+    onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3(const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p, static_cast<int>(blockIdx.x));
   } else {
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to what the device runs at once.
+// As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
@@ -298,7 +298,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_a802470d56a769ce_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -306,16 +306,16 @@ int onelaunch_broadcast_decode_n3_a802470d56a769ce_launch(const std::int64_t* wo
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_a802470d56a769ce, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_a802470d56a769ce_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_a802470d56a769ce);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -323,7 +323,7 @@ int onelaunch_broadcast_decode_n3_a802470d56a769ce_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_a802470d56a769ce_error(int code) {
+const char* onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

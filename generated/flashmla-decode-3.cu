@@ -17,9 +17,9 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           8
+//   blocks_per_sm           4
 //   page_fill               -1
-// key a57d8d17b4c57d9cc41f0c9e2e6688da3cf335e9d75af7bd9f93b511cceec0ef
+// key f00d1b3f32af9fdc712bd28609a81446530b04308fef7d7edf5cb8fe41ae999d
 
 #include <cuda_runtime.h>
 
@@ -38,7 +38,7 @@ using Token = std::int32_t;
 constexpr int kThreads = 256;  // a block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocksPerSm = 8;
+constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -61,13 +61,13 @@ struct Params {
   std::int64_t batch_size;  // requests
   std::int64_t columns;  // no column from here on is written
   // set when a plan is bound
+  const Token* req_to_token;  // [pool rows, req_to_token_width]
+  std::int64_t req_to_token_stride;  // elements from row to row
+  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int64_t real_page_table_width;  // columns
-  const Token* req_to_token;  // [pool rows, req_to_token_width]
-  std::int64_t req_to_token_stride;  // elements from row to row
   std::int32_t* cache_seqlens[kBackends];  // [bs]
-  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
 };
 constexpr int kParamWords = 20;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
@@ -98,7 +98,7 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
 // page is read once, and its page written to every backend.
 __device__ __forceinline__ void write_pages(
     const Params& p, std::int64_t row, const Token* source, int first, int end) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
 #pragma unroll
@@ -125,24 +125,32 @@ __device__ __forceinline__ void copy_tile(
 }
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
+// What the host works out for a launch: dividing by a number that isn't a constant takes a thread dozens of
+// instructions, one after the other.
+struct Split {
+  std::uint32_t tiles;  // of a row
+  std::uint64_t reciprocal;  // (2^64 - 1) / tiles
+};
+
 // The columns of a request that its length makes live, in pages.
-__device__ __forceinline__ int live_columns(const Params& p, int request) {
+__device__ __forceinline__ int live_columns(const Params& p, std::uint32_t request) {
   const std::int32_t length = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
-  const int columns = length < 0 ? 0 : length < p.columns ? length : static_cast<int>(p.columns);
+  const int most = static_cast<int>(p.columns);
+  const int columns = length < 0 ? 0 : length < most ? length : most;
   return columns / kPageSize + (columns % kPageSize != 0);
 }
 
 // Every row is written to its end: the warps take tiles of equal rows in turn. 32 bits hold the count of tiles of any
 // table that fits a device.
-__device__ void gather_tables(const Params& p) {
+__device__ void gather_tables(const Params& p, const Split& split) {
   const int columns = static_cast<int>(p.real_page_table_width);
-  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kTileColumns - 1) / kTileColumns);
-  const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
+  const std::uint32_t tiles = columns > 0 ? split.tiles * static_cast<std::uint32_t>(p.batch_size) : 0;
   const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
   std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
   for (; tile < tiles; tile += warps) {
-    const std::int64_t row = tile / tiles_per_row;
-    const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns;
+    const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
+    const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
+    const int column = static_cast<int>(in_row) * kTileColumns;
     if (column >= columns) continue;
     const int end = live_columns(p, static_cast<int>(row));
     copy_tile(p, row, p.req_pool_indices[row * p.req_pool_indices_stride], column, end);
@@ -150,26 +158,32 @@ __device__ void gather_tables(const Params& p) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
-    onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_f00d1b3f32af9fdc(
+    const __grid_constant__ Params p, const __grid_constant__ Split split) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
   } else {
-    gather_tables(p);
+    gather_tables(p, split);
   }
 }
 
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to what the device runs at once.
+// As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  const std::int64_t most = p.sm_count * kBlocksPerSm;
+  const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+}
+
+static Split split_of(const Params& p) {
+  const std::int64_t columns = p.real_page_table_width;
+  const std::int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+  return {static_cast<std::uint32_t>(tiles), ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1)};
 }
 
 // Runs `call` with the plan's device as the current one.
@@ -188,24 +202,26 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_f00d1b3f32af9fdc_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    const unsigned blocks = grid_blocks(params);
+    const Split split = split_of(params);
+    config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_f00d1b3f32af9fdc, params, split);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_f00d1b3f32af9fdc_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_f00d1b3f32af9fdc);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -213,7 +229,7 @@ int onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_a57d8d17b4c57d9c_error(int code) {
+const char* onelaunch_broadcast_decode_n3_f00d1b3f32af9fdc_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -17,9 +17,9 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           8
+//   blocks_per_sm           4
 //   page_fill               -1
-// key 444dd6c1fc0a681913a85ffdbce040ea87d11a9ac76bc789e247c9aeec408ffc
+// key 4be3d8949ccf458fe8ed507d84326b60128a4c4c94b150bd4ef33f323810f0dd
 
 #include <cuda_runtime.h>
 
@@ -42,7 +42,7 @@ constexpr int kThreads = 256;  // a block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kBlocksPerSm = 8;
+constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -66,14 +66,14 @@ struct Params {
   std::int64_t batch_size;  // requests
   std::int64_t columns;  // no column from here on is written
   // set when a plan is bound
+  const Token* req_to_token;  // [pool rows, req_to_token_width]
+  std::int64_t req_to_token_stride;  // elements from row to row
+  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int64_t real_page_table_width;  // columns
   std::int64_t num_sm_parts;  // parts of FlashMLA's schedule
-  const Token* req_to_token;  // [pool rows, req_to_token_width]
-  std::int64_t req_to_token_stride;  // elements from row to row
   std::int32_t* cache_seqlens[kBackends];  // [bs]
-  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
   std::int32_t* flashmla_metadata[kBackends];  // [num_sm_parts, 8]
   std::int32_t* num_splits[kBackends];  // [bs + 1]
 };
@@ -85,7 +85,7 @@ static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must
 
 // The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
 __device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint64_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
@@ -98,9 +98,9 @@ __device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
 // for any block of whole warps, whatever part of it holds requests.
 __device__ __forceinline__ std::uint64_t block_running_sum(std::uint64_t value, std::uint64_t& total) {
   __shared__ std::uint64_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const std::uint64_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint64_t sum = 0;
   std::uint64_t before = 0;
@@ -264,7 +264,7 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
 // page is read once, and its page written to every backend.
 __device__ __forceinline__ void write_pages(
     const Params& p, std::int64_t row, const Token* source, int first, int end) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
 #pragma unroll
@@ -291,24 +291,32 @@ __device__ __forceinline__ void copy_tile(
 }
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
+// What the host works out for a launch: dividing by a number that isn't a constant takes a thread dozens of
+// instructions, one after the other.
+struct Split {
+  std::uint32_t tiles;  // of a row
+  std::uint64_t reciprocal;  // (2^64 - 1) / tiles
+};
+
 // The columns of a request that its length makes live, in pages.
-__device__ __forceinline__ int live_columns(const Params& p, int request) {
+__device__ __forceinline__ int live_columns(const Params& p, std::uint32_t request) {
   const std::int32_t length = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
-  const int columns = length < 0 ? 0 : length < p.columns ? length : static_cast<int>(p.columns);
+  const int most = static_cast<int>(p.columns);
+  const int columns = length < 0 ? 0 : length < most ? length : most;
   return columns / kPageSize + (columns % kPageSize != 0);
 }
 
 // Every row is written to its end: the warps take tiles of equal rows in turn. 32 bits hold the count of tiles of any
 // table that fits a device.
-__device__ void gather_tables(const Params& p) {
+__device__ void gather_tables(const Params& p, const Split& split) {
   const int columns = static_cast<int>(p.real_page_table_width);
-  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kTileColumns - 1) / kTileColumns);
-  const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
+  const std::uint32_t tiles = columns > 0 ? split.tiles * static_cast<std::uint32_t>(p.batch_size) : 0;
   const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
   std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
   for (; tile < tiles; tile += warps) {
-    const std::int64_t row = tile / tiles_per_row;
-    const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns;
+    const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
+    const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
+    const int column = static_cast<int>(in_row) * kTileColumns;
     if (column >= columns) continue;
     const int end = live_columns(p, static_cast<int>(row));
     copy_tile(p, row, p.req_pool_indices[row * p.req_pool_indices_stride], column, end);
@@ -316,29 +324,35 @@ __device__ void gather_tables(const Params& p) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
-    onelaunch_broadcast_decode_n3_444dd6c1fc0a6819(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_4be3d8949ccf458f(
+    const __grid_constant__ Params p, const __grid_constant__ Split split) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < 1) {
     schedule_flashmla(p);
   } else if (block < kLengthBlocks) {
     refresh_lengths(p);
   } else {
-    gather_tables(p);
+    gather_tables(p, split);
   }
 }
 
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to what the device runs at once.
+// As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  const std::int64_t most = p.sm_count * kBlocksPerSm;
+  const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+}
+
+static Split split_of(const Params& p) {
+  const std::int64_t columns = p.real_page_table_width;
+  const std::int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+  return {static_cast<std::uint32_t>(tiles), ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1)};
 }
 
 // Runs `call` with the plan's device as the current one.
@@ -357,24 +371,26 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_444dd6c1fc0a6819_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_4be3d8949ccf458f_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    const unsigned blocks = grid_blocks(params);
+    const Split split = split_of(params);
+    config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_444dd6c1fc0a6819, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_4be3d8949ccf458f, params, split);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_444dd6c1fc0a6819_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_4be3d8949ccf458f_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_444dd6c1fc0a6819);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_4be3d8949ccf458f);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -382,7 +398,7 @@ int onelaunch_broadcast_decode_n3_444dd6c1fc0a6819_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_444dd6c1fc0a6819_error(int code) {
+const char* onelaunch_broadcast_decode_n3_4be3d8949ccf458f_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

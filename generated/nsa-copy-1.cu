@@ -18,8 +18,8 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           8
-// key b0bec2ca23e70e6f859b0d9df495706fa9ddb7aab3ad176359c603af58dfd32c
+//   blocks_per_sm           4
+// key cc6094fc4c8482bfdbbbe893095394c6cd67e6ccc734d3018d60cbbc6e6432f6
 
 #include <cuda_runtime.h>
 
@@ -33,7 +33,7 @@ constexpr int kBackends = 1;
 constexpr int kThreads = 256;  // a block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocksPerSm = 8;
+constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -52,20 +52,20 @@ struct Params {
   std::int64_t page_indices_columns;  // no column from here on is written
   std::int64_t real_page_table_columns;  // no column from here on is written
   // set when a plan is bound
+  Table from_page_indices;  // precomputed
+  Table page_indices[kBackends];  // [bs, W]
+  Table from_real_page_table;  // precomputed
+  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int32_t* from_cache_seqlens;  // precomputed
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* from_cu_seqlens_k;  // precomputed
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
-  Table from_page_indices;  // precomputed
-  Table page_indices[kBackends];  // [bs, W]
   std::int32_t* from_nsa_cache_seqlens;  // precomputed
   std::int32_t* nsa_cache_seqlens[kBackends];  // [bs]
   std::int32_t* from_nsa_cu_seqlens_k;  // precomputed
   std::int32_t* nsa_cu_seqlens_k[kBackends];  // [bs + 1]
-  Table from_real_page_table;  // precomputed
-  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
 };
 constexpr int kParamWords = 21;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
@@ -120,7 +120,7 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 // `width` is how far the source row may be read.
 __device__ __forceinline__ void copy_page_indices_columns(
     const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
     const int column = first + lane * kVectorWords;
@@ -151,18 +151,20 @@ __device__ __forceinline__ void copy_page_indices_columns(
   // An edge of the row: single words, still one coalesced access a warp.
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
+  // Compared without a sign, what lies before the row lies behind it too.
+  const unsigned column = static_cast<unsigned>(first + lane);
+  const std::int32_t* from = source + (first + lane);
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const int column = first + lane + i * kWarpSize;
-    words[i] = column >= 0 && column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
   for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride;
+    std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const int column = first + lane + i * kWarpSize;
-      if (column >= 0 && column < end) to[column] = words[i];
+      if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
 }
@@ -186,7 +188,7 @@ __device__ void copy_page_indices(const Params& p) {
 // `width` is how far the source row may be read.
 __device__ __forceinline__ void copy_real_page_table_columns(
     const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
     const int column = first + lane * kVectorWords;
@@ -217,18 +219,20 @@ __device__ __forceinline__ void copy_real_page_table_columns(
   // An edge of the row: single words, still one coalesced access a warp.
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
+  // Compared without a sign, what lies before the row lies behind it too.
+  const unsigned column = static_cast<unsigned>(first + lane);
+  const std::int32_t* from = source + (first + lane);
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const int column = first + lane + i * kWarpSize;
-    words[i] = column >= 0 && column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
   for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.real_page_table[b].data + row * p.real_page_table[b].row_stride;
+    std::int32_t* to = p.real_page_table[b].data + row * p.real_page_table[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const int column = first + lane + i * kWarpSize;
-      if (column >= 0 && column < end) to[column] = words[i];
+      if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
 }
@@ -249,7 +253,7 @@ __device__ void copy_real_page_table(const Params& p) {
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
-    onelaunch_copy_decode_n1_b0bec2ca23e70e6f(const __grid_constant__ Params p) {
+    onelaunch_copy_decode_n1_cc6094fc4c8482bf(const __grid_constant__ Params p) {
   copy_lengths(p);
   copy_page_indices(p);
   copy_real_page_table(p);
@@ -258,13 +262,13 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to what the device runs at once.
+// As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.page_indices_columns + kVectorWords - 2) / kTileColumns + 1);
   tiles += p.batch_size * ((p.real_page_table_columns + kVectorWords - 2) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  const std::int64_t most = p.sm_count * kBlocksPerSm;
+  const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>((blocks > 1 ? blocks : 1));
 }
@@ -285,7 +289,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_copy_decode_n1_b0bec2ca23e70e6f_launch(const std::int64_t* words, void* stream) {
+int onelaunch_copy_decode_n1_cc6094fc4c8482bf_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -293,16 +297,16 @@ int onelaunch_copy_decode_n1_b0bec2ca23e70e6f_launch(const std::int64_t* words, 
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_copy_decode_n1_b0bec2ca23e70e6f, params);
+    return cudaLaunchKernelEx(&config, onelaunch_copy_decode_n1_cc6094fc4c8482bf, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_copy_decode_n1_b0bec2ca23e70e6f_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_copy_decode_n1_cc6094fc4c8482bf_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_copy_decode_n1_b0bec2ca23e70e6f);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_copy_decode_n1_cc6094fc4c8482bf);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -310,7 +314,7 @@ int onelaunch_copy_decode_n1_b0bec2ca23e70e6f_prepare(std::int64_t device, std::
   });
 }
 
-const char* onelaunch_copy_decode_n1_b0bec2ca23e70e6f_error(int code) {
+const char* onelaunch_copy_decode_n1_cc6094fc4c8482bf_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -59,7 +59,7 @@ static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must
 
 // The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
 __device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
@@ -72,9 +72,9 @@ __device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
 // for any block of whole warps, whatever part of it holds requests.
 __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
   __shared__ std::uint32_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const std::uint32_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint32_t sum = 0;
   std::uint32_t before = 0;

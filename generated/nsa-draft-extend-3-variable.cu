@@ -18,9 +18,9 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           8
+//   blocks_per_sm           4
 //   extend                  variable
-// key 6b92cfc5e41331aa7649aaacced85cc3b85b79bc347a81b13a3c3687aa4a4341
+// key 0be158feb4e7a34111f0b0ca67bf4b11cba24da3cb1d684baea3d3a761b26b48
 
 #include <cuda_runtime.h>
 
@@ -41,8 +41,7 @@ constexpr int kThreads = 256;  // a block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kBlocksPerSm = 8;
-constexpr int kResidentBlocks = 5;  // that a multiprocessor holds at once: what bounds the registers
+constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -68,17 +67,17 @@ struct Params {
   std::int64_t batch_size;  // requests
   std::int64_t columns;  // no column from here on is written
   // set when a plan is bound
-  std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
+  Table page_indices[kBackends];  // [R, W]
+  Table real_page_table[kBackends];  // [R, ceil(W / P)]
+  std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // multiprocessors of the device
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
-  Table page_indices[kBackends];  // [R, W]
   std::int32_t* nsa_cache_seqlens[kBackends];  // [R]
   std::int32_t* nsa_cu_seqlens_k[kBackends];  // [R + 1]
-  Table real_page_table[kBackends];  // [R, ceil(W / P)]
   std::int32_t* seqlens_expanded[kBackends];  // [R]
 };
 constexpr int kParamWords = 40;
@@ -89,7 +88,7 @@ static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must
 
 // The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
 __device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
@@ -102,9 +101,9 @@ __device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
 // for any block of whole warps, whatever part of it holds requests.
 __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
   __shared__ std::uint32_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const std::uint32_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint32_t sum = 0;
   std::uint32_t before = 0;
@@ -232,7 +231,7 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 // `width` is how far the source row may be read.
 __device__ __forceinline__ void copy_columns(
     const Params& p, Rows rows, const Token* source, int first, int end, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
     const int column = first + lane * kVectorWords;
@@ -265,19 +264,21 @@ __device__ __forceinline__ void copy_columns(
   // An edge of the row: single words, still one coalesced access a warp.
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
+  // Compared without a sign, what lies before the row lies behind it too.
+  const unsigned column = static_cast<unsigned>(first + lane);
+  const Token* from = source + (first + lane);
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const int column = first + lane + i * kWarpSize;
-    words[i] = column >= 0 && column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
   for (int b = 0; b < kBackends; ++b) {
     for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride;
+      std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const int column = first + lane + i * kWarpSize;
-        if (column >= 0 && column < end) to[column] = words[i];
+        if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
       }
     }
   }
@@ -304,12 +305,12 @@ __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64
   copy_columns(p, rows, source, first, end, static_cast<int>(p.req_to_token_width));
   // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
   // writing.
-  const int begin = first > 0 ? first : 0;
-  const int stop = first + kTileColumns < end ? first + kTileColumns : end;
-  const int stop_page = (stop - 1) / kPageSize + 1;
-  const int page = (begin + kPageSize - 1) / kPageSize + static_cast<int>(threadIdx.x) % kWarpSize;
+  const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
+  const unsigned stop = static_cast<unsigned>(first + kTileColumns < end ? first + kTileColumns : end);
+  const unsigned stop_page = (stop - 1) / kPageSize + 1;
+  const unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
   if (page < stop_page) {
-    write_page(p, rows, page, __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
+    write_page(p, rows, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
   }
 }
 
@@ -323,9 +324,10 @@ __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
 }
 
 // The columns of a request that its length makes live.
-__device__ __forceinline__ int live_columns(const Params& p, int request) {
+__device__ __forceinline__ int live_columns(const Params& p, std::uint32_t request) {
   const std::int32_t length = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
-  const int columns = length < 0 ? 0 : length < p.columns ? length : static_cast<int>(p.columns);
+  const int most = static_cast<int>(p.columns);
+  const int columns = length < 0 ? 0 : length < most ? length : most;
   return columns;
 }
 
@@ -334,32 +336,22 @@ __device__ __forceinline__ int live_columns(const Params& p, int request) {
 __device__ void gather_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
-  const int lane = slot % kWarpSize;
-  const std::uint32_t blocks = gridDim.x - kLengthBlocks;
-  const std::uint32_t block = blockIdx.x - kLengthBlocks;
-  const std::uint32_t warps = blocks * kWarps;
-  const std::uint32_t warp = block * kWarps + threadIdx.x / kWarpSize;
-
-  // The tile in hand, for now of no columns.
-  Rows rows = {0, 0};
-  std::int64_t pool_row = 0;
-  int column = 0;
-  int columns = 0;
-
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
+  const std::uint32_t warp = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
   // Every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
-  __shared__ std::int32_t live[kThreads];       // columns of a request
+  __shared__ std::int32_t live[kThreads];  // columns of a request
   __shared__ std::int64_t pool_rows[kThreads];
   __shared__ Rows window_rows[kThreads];
   static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
-  int first = -kThreads;           // the window's first request: there is none yet
+  int first = -kThreads;  // the window's first request: there is none yet
   std::uint32_t window_tiles = 0;  // tiles of the window
-  std::uint32_t warp_end = 0;      // lane w: tiles up to and with warp w's requests
+  std::uint32_t warp_end = 0;  // lane w: tiles up to and with warp w's requests
   std::uint32_t tile = warp;
   std::uint32_t rows_carry = 0;
   while (true) {
-    if (first >= 0) copy_tile(p, rows, pool_row, column, columns);
     while (tile >= window_tiles) {
       tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
       first += kThreads;
@@ -396,18 +388,16 @@ __device__ void gather_tables(const Params& p) {
     const std::uint32_t in_group = tile - (group > 0 ? before : 0);
     const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
     const int found = group * kWarpSize + passed;
-    const int in_row = static_cast<int>(in_group - (passed > 0 ? tile_end[found - 1] : 0));
-    column = in_row * kTileColumns - row_lead(p, first + found);
-    rows = window_rows[found];
-    pool_row = pool_rows[found];
-    columns = live[found];
+    std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
+    const int column = static_cast<int>(in_row) * kTileColumns - row_lead(p, first + found);
+    copy_tile(p, window_rows[found], pool_rows[found], column, live[found]);
     tile += warps;
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    onelaunch_broadcast_draft_extend_n3_6b92cfc5e41331aa(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341(const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
   } else {
@@ -418,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to what the device runs at once.
+// As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
@@ -444,7 +434,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_draft_extend_n3_6b92cfc5e41331aa_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -452,16 +442,16 @@ int onelaunch_broadcast_draft_extend_n3_6b92cfc5e41331aa_launch(const std::int64
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_draft_extend_n3_6b92cfc5e41331aa, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_draft_extend_n3_6b92cfc5e41331aa_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_draft_extend_n3_6b92cfc5e41331aa);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -469,7 +459,7 @@ int onelaunch_broadcast_draft_extend_n3_6b92cfc5e41331aa_prepare(std::int64_t de
   });
 }
 
-const char* onelaunch_broadcast_draft_extend_n3_6b92cfc5e41331aa_error(int code) {
+const char* onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -18,10 +18,10 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           8
+//   blocks_per_sm           4
 //   next_n                  4
 //   schedule_per            row
-// key 718aae02c44a8ee70eb57130e542f3c75f1f71c3ad9b103f26f77208e83a09c6
+// key b5cf6d30e860b9c08d671110a3890c3ce35f6a9616cb43ed90ba0a3dc0982668
 
 #include <cuda_runtime.h>
 
@@ -45,10 +45,13 @@ constexpr int kThreads = 256;  // a block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kBlocksPerSm = 8;
+constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kOwnRounds = 2;  // in which a request's own blocks do it all; longer ones are shared out among all blocks
+constexpr int kFewRounds = 3;  // in which they do it all whatever the lengths, when they reach the end of the table
+constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // take neighbouring tiles where there is little to do
 constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kScheduleBlocks = 1;  // the first ones, a schedule each
 constexpr int kLengthBlocks = kScheduleBlocks + 1;  // and those that write lengths; the others write tables
@@ -70,18 +73,18 @@ struct Params {
   std::int64_t batch_size;  // requests
   std::int64_t columns;  // no column from here on is written
   // set when a plan is bound
-  std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
-  std::int64_t num_sms;  // multiprocessors that DeepGEMM's schedule is for
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
+  Table page_indices[kBackends];  // [R, W]
+  Table real_page_table[kBackends];  // [R, ceil(W / P)]
+  std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t num_sms;  // multiprocessors that DeepGEMM's schedule is for
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
-  Table page_indices[kBackends];  // [R, W]
   std::int32_t* nsa_cache_seqlens[kBackends];  // [R]
   std::int32_t* nsa_cu_seqlens_k[kBackends];  // [R + 1]
-  Table real_page_table[kBackends];  // [R, ceil(W / P)]
   std::int32_t* seqlens_expanded[kBackends];  // [R]
   std::int32_t* paged_mqa_schedule_metadata[kBackends];  // [num_sms + 1, 2]
 };
@@ -93,7 +96,7 @@ static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must
 
 // The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
 __device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
@@ -106,9 +109,9 @@ __device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
 // for any block of whole warps, whatever part of it holds requests.
 __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
   __shared__ std::uint32_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const std::uint32_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint32_t sum = 0;
   std::uint32_t before = 0;
@@ -124,7 +127,7 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
 
 // The same for what may not wrap.
 __device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const std::uint64_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
@@ -135,9 +138,9 @@ __device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
 
 __device__ __forceinline__ std::uint64_t block_running_sum(std::uint64_t value, std::uint64_t& total) {
   __shared__ std::uint64_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const std::uint64_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x) % kWarpSize == kWarpSize - 1) warp_totals[warp] = in_warp;
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
   std::uint64_t sum = 0;
   std::uint64_t before = 0;
@@ -329,7 +332,7 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 // `width` is how far the source row may be read.
 __device__ __forceinline__ void copy_columns(
     const Params& p, Rows rows, const Token* source, int first, int end, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
     const int column = first + lane * kVectorWords;
@@ -362,19 +365,21 @@ __device__ __forceinline__ void copy_columns(
   // An edge of the row: single words, still one coalesced access a warp.
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
+  // Compared without a sign, what lies before the row lies behind it too.
+  const unsigned column = static_cast<unsigned>(first + lane);
+  const Token* from = source + (first + lane);
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const int column = first + lane + i * kWarpSize;
-    words[i] = column >= 0 && column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
   for (int b = 0; b < kBackends; ++b) {
     for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride;
+      std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const int column = first + lane + i * kWarpSize;
-        if (column >= 0 && column < end) to[column] = words[i];
+        if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
       }
     }
   }
@@ -403,16 +408,24 @@ __device__ __forceinline__ void copy_tile(
   copy_columns(p, rows, source, first, end, static_cast<int>(p.req_to_token_width));
   // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
   // writing.
-  const int begin = first > 0 ? first : 0;
-  const int stop = first + kTileColumns < end ? first + kTileColumns : end;
-  const int stop_page = (stop - 1) / kPageSize + 1;
-  const int page = (begin + kPageSize - 1) / kPageSize + static_cast<int>(threadIdx.x) % kWarpSize;
+  const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
+  const unsigned stop = static_cast<unsigned>(first + kTileColumns < end ? first + kTileColumns : end);
+  const unsigned stop_page = (stop - 1) / kPageSize + 1;
+  const unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
   if (page < stop_page) {
-    write_page(p, rows, page, __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
+    write_page(p, rows, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
   }
 }
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
+// How a launch shares the requests out. The host works it out: dividing by a number that isn't a constant takes a
+// thread dozens of instructions, one after the other.
+struct Split {
+  std::uint32_t share;  // blocks that each request gets
+  std::uint32_t reciprocal;  // (2^32 - 1) / batch_size
+  std::uint32_t few_rounds;  // whether those blocks reach the end of the table in kFewRounds
+};
+
 // Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
 // column 0. Modulo 16 bytes all backends and all rows agree on it: a plan whose destinations don't is bound to a
 // kernel with 4-byte stores.
@@ -422,65 +435,35 @@ __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
 }
 
 // The columns of a request that its length makes live.
-__device__ __forceinline__ int live_columns(const Params& p, int request) {
+__device__ __forceinline__ int live_columns(const Params& p, std::uint32_t request) {
   const std::int64_t seq_len = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
   const std::int64_t length = seq_len + kLengthOffset;
   const int columns = static_cast<int>(length < 0 ? 0 : length < p.columns ? length : p.columns);
   return columns;
 }
 
-// The cost follows the live length, not the table's width, and no warp gets more than its share, however uneven the
-// requests are.
-__device__ void gather_tables(const Params& p) {
+// What is left of the requests that are too long for their own `share` blocks, shared out among all warps: none gets
+// more than its share, however uneven the requests are.
+__device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
-  const int lane = slot % kWarpSize;
-  const std::uint32_t blocks = gridDim.x - kLengthBlocks;
-  const std::uint32_t block = blockIdx.x - kLengthBlocks;
-  const std::uint32_t warps = blocks * kWarps;
-  const std::uint32_t warp = block * kWarps + threadIdx.x / kWarpSize;
-  if (batch_size == 0) return;
-
-  // The tile in hand.
-  int request = 0;
-  std::int64_t pool_row = 0;
-  int column = 0;
-  int columns = 0;
-
-  // At first every request gets as many blocks as there are for each, so that no thread has to wait for other
-  // requests' lengths: for short requests that is all.
-  const std::uint32_t requests = static_cast<std::uint32_t>(batch_size);
-  const std::uint32_t share = blocks / requests;
-  const int share_columns = static_cast<int>(share) * kWarps * kTileColumns;
-  if (block < share * requests) {
-    request = static_cast<int>(block % requests);
-    pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
-    columns = live_columns(p, request);
-    const int turn = static_cast<int>(block / requests) * kWarps + slot / kWarpSize;
-    if (columns > 0) column = turn * kTileColumns - row_lead(p, request);
-  }
-  // The rest of the longer requests is shared out among all warps, unless a few rounds do.
-  const bool few_rounds = p.columns <= 3 * static_cast<std::int64_t>(share_columns);
-
-  // For that, every block sums the tiles of a window of kThreads requests. The warps of all blocks take them in turn.
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
+  const std::uint32_t warp = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  // Every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
-  __shared__ std::int32_t live[kThreads];       // columns of a request
+  __shared__ std::int32_t live[kThreads];  // columns of a request
   __shared__ std::int64_t pool_rows[kThreads];
   static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
-  int first = -kThreads;           // the window's first request: there is none yet
+  int first = -kThreads;  // the window's first request: there is none yet
   std::uint32_t window_tiles = 0;  // tiles of the window
-  std::uint32_t warp_end = 0;      // lane w: tiles up to and with warp w's requests
+  std::uint32_t warp_end = 0;  // lane w: tiles up to and with warp w's requests
+  const int own_tiles = static_cast<int>(share) * kWarps;
   // The warps behind everybody's first block come first: short requests leave them nothing to do.
-  const std::uint32_t busy = share > 0 ? requests * kWarps : 0;
+  const std::uint32_t busy = share > 0 ? static_cast<std::uint32_t>(batch_size) * kWarps : 0;
   std::uint32_t tile = warp < busy ? warp + warps - busy : warp - busy;
   while (true) {
-    if (column < columns) copy_tile(p, request, pool_row, column, columns);
-    if (few_rounds) {
-      column += share_columns;
-      if (column >= columns) return;
-      continue;
-    }
     while (tile >= window_tiles) {
       tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
       first += kThreads;
@@ -491,7 +474,7 @@ __device__ void gather_tables(const Params& p) {
       if (asked < batch_size) {
         asked_columns = live_columns(p, asked);
         if (asked_columns > 0) tiles = (asked_columns + row_lead(p, asked) - 1) / kTileColumns + 1;
-        tiles -= static_cast<int>(share) * kWarps;
+        tiles = tiles > kOwnRounds * own_tiles ? tiles - own_tiles : 0;
       }
       // Nobody looks tiles up in the last window any more, and whether there are any in this one.
       window_tiles = 0;
@@ -512,32 +495,59 @@ __device__ void gather_tables(const Params& p) {
     const std::uint32_t in_group = tile - (group > 0 ? before : 0);
     const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
     const int found = group * kWarpSize + passed;
-    const int in_row = static_cast<int>(in_group - (passed > 0 ? tile_end[found - 1] : 0));
-    column = in_row * kTileColumns + share_columns - row_lead(p, first + found);
-    request = first + found;
-    pool_row = pool_rows[found];
-    columns = live[found];
+    std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
+    in_row += static_cast<std::uint32_t>(own_tiles);
+    const int column = static_cast<int>(in_row) * kTileColumns - row_lead(p, first + found);
+    copy_tile(p, first + found, pool_rows[found], column, live[found]);
     tile += warps;
   }
 }
 
+// The cost follows the live length, not the table's width. At first every request gets as many blocks as there are for
+// each, so that no thread waits for other requests' lengths: for short requests that is all. So little is to be done
+// then that every instruction before the first load shows.
+__device__ void gather_tables(const Params& p, const Split& split) {
+  const std::uint32_t requests = static_cast<std::uint32_t>(p.batch_size);
+  const std::uint32_t block = blockIdx.x - kLengthBlocks;
+  if (block < split.share * requests) {
+    const std::uint32_t turn = __umulhi(block + 1, split.reciprocal);  // block / requests
+    const std::uint32_t request = block - turn * requests;
+    const std::int64_t pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
+    int columns = live_columns(p, request);
+    if (pool_row < 0) columns = 0;  // there is none, but asking makes the compiler read it beside the length, not after
+    const std::uint32_t warp = threadIdx.x / kWarpSize;
+    std::uint32_t tile = turn * kWarps + warp;
+    // Few requests would keep few multiprocessors busy if a block took neighbouring tiles alone.
+    if (split.few_rounds) tile = (warp / kNearWarps * split.share + turn) * kNearWarps + warp % kNearWarps;
+    int column = static_cast<int>(tile) * kTileColumns - row_lead(p, request);
+    if (column < columns && columns > 0) copy_tile(p, request, pool_row, column, columns);
+    const int step = static_cast<int>(split.share * kWarps) * kTileColumns;
+    if (split.few_rounds || columns + row_lead(p, request) <= kOwnRounds * step) {
+      for (column += step; column < columns; column += step) {
+        copy_tile(p, request, pool_row, column, columns);
+      }
+    }
+  }
+  if (!split.few_rounds) gather_rest(p, split.share);
+}
+
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
-    onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0(
+    const __grid_constant__ Params p, const __grid_constant__ Split split) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < 1) {
     schedule_paged_mqa(p);
   } else if (block < kLengthBlocks) {
     refresh_lengths(p);
   } else {
-    gather_tables(p);
+    gather_tables(p, split);
   }
 }
 
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to what the device runs at once.
+// As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
@@ -545,6 +555,17 @@ static unsigned grid_blocks(const Params& p) {
   const std::int64_t most = p.sm_count * kBlocksPerSm;
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+}
+
+static Split split_of(const Params& p, unsigned blocks) {
+  const std::int64_t requests = p.batch_size > 0 ? p.batch_size : 1;
+  const std::int64_t share = (static_cast<std::int64_t>(blocks) - kLengthBlocks) / requests;
+  const std::int64_t columns = p.columns;
+  return {
+      static_cast<std::uint32_t>(share),
+      static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests),
+      columns <= kFewRounds * share * kWarps * kTileColumns,
+  };
 }
 
 // Runs `call` with the plan's device as the current one.
@@ -563,24 +584,26 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    const unsigned blocks = grid_blocks(params);
+    const Split split = split_of(params, blocks);
+    config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0, params, split);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -588,7 +611,7 @@ int onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7_prepare(std::int64_t d
   });
 }
 
-const char* onelaunch_broadcast_target_verify_n3_718aae02c44a8ee7_error(int code) {
+const char* onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -17,9 +17,9 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           8
+//   blocks_per_sm           4
 //   seqlen_offsets          1, 2, 3
-// key a9046a1c7deed1ce7db0eab23a3f4aa708a9c0843b24a5622583ec69a3746971
+// key d0ad8babdb176897aadc46b848c8df4feb3d1c767875afedd7409d8de1cf42ee
 
 #include <cuda_runtime.h>
 
@@ -36,7 +36,7 @@ using Token = std::int32_t;
 constexpr int kThreads = 256;  // a block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocksPerSm = 8;
+constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -60,13 +60,13 @@ struct Params {
   std::int64_t batch_size;  // requests
   std::int64_t columns;  // no column from here on is written
   // set when a plan is bound
-  std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
-  std::int32_t* cache_seqlens[kBackends];  // [bs]
   Table page_indices[kBackends];  // [bs, W]
+  std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // multiprocessors of the device
+  std::int32_t* cache_seqlens[kBackends];  // [bs]
 };
 constexpr int kParamWords = 20;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
@@ -129,7 +129,7 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 // `width` is how far the source row may be read.
 __device__ __forceinline__ void copy_columns(
     const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
     const int column = first + lane * kVectorWords;
@@ -160,18 +160,20 @@ __device__ __forceinline__ void copy_columns(
   // An edge of the row: single words, still one coalesced access a warp.
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
+  // Compared without a sign, what lies before the row lies behind it too.
+  const unsigned column = static_cast<unsigned>(first + lane);
+  const Token* from = source + (first + lane);
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const int column = first + lane + i * kWarpSize;
-    words[i] = column >= 0 && column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
   for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride;
+    std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const int column = first + lane + i * kWarpSize;
-      if (column >= 0 && column < end) to[column] = words[i];
+      if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
 }
@@ -184,6 +186,13 @@ __device__ __forceinline__ void copy_tile(
 }
 
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
+// What the host works out for a launch: dividing by a number that isn't a constant takes a thread dozens of
+// instructions, one after the other.
+struct Split {
+  std::uint32_t tiles;  // of a row
+  std::uint64_t reciprocal;  // (2^64 - 1) / tiles
+};
+
 // Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
 // column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a
 // kernel with 4-byte stores.
@@ -194,41 +203,47 @@ __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
 
 // Every row has max_len columns: the warps take tiles of equal rows in turn. 32 bits hold the count of tiles of any
 // table that fits a device.
-__device__ void gather_tables(const Params& p) {
+__device__ void gather_tables(const Params& p, const Split& split) {
   const int columns = static_cast<int>(p.columns);
-  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kTileAlignment - 2) / kTileColumns + 1);
-  const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.batch_size) : 0;
+  const std::uint32_t tiles = columns > 0 ? split.tiles * static_cast<std::uint32_t>(p.batch_size) : 0;
   const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
   std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
   for (; tile < tiles; tile += warps) {
-    const std::int64_t row = tile / tiles_per_row;
-    const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns - row_lead(p, row);
+    const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
+    const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
+    const int column = static_cast<int>(in_row) * kTileColumns - row_lead(p, row);
     if (column >= columns) continue;
     copy_tile(p, row, p.req_pool_indices[row * p.req_pool_indices_stride], column, columns);
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
-    onelaunch_broadcast_decode_n3_a9046a1c7deed1ce(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_d0ad8babdb176897(
+    const __grid_constant__ Params p, const __grid_constant__ Split split) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p, static_cast<int>(blockIdx.x));
   } else {
-    gather_tables(p);
+    gather_tables(p, split);
   }
 }
 
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to what the device runs at once.
+// As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  const std::int64_t most = p.sm_count * kBlocksPerSm;
+  const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+}
+
+static Split split_of(const Params& p) {
+  const std::int64_t columns = p.columns;
+  const std::int64_t tiles = (columns + kTileAlignment - 2) / kTileColumns + 1;
+  return {static_cast<std::uint32_t>(tiles), ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1)};
 }
 
 // Runs `call` with the plan's device as the current one.
@@ -247,24 +262,26 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_a9046a1c7deed1ce_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_d0ad8babdb176897_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    const unsigned blocks = grid_blocks(params);
+    const Split split = split_of(params);
+    config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_a9046a1c7deed1ce, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_d0ad8babdb176897, params, split);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_a9046a1c7deed1ce_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_d0ad8babdb176897_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_a9046a1c7deed1ce);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_d0ad8babdb176897);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -272,7 +289,7 @@ int onelaunch_broadcast_decode_n3_a9046a1c7deed1ce_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_a9046a1c7deed1ce_error(int code) {
+const char* onelaunch_broadcast_decode_n3_d0ad8babdb176897_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

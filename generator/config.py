@@ -90,7 +90,8 @@ class KernelConfig:
         target: "cuda", or "cpu" for the same kernel built by the host compiler.
         threads: threads a block, a power of two from 32 to 1024 (1 on the CPU target).
         unroll: 16-byte accesses a thread has in flight, 1 to 8.
-        blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32.
+        blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32; twice as many where all rows are
+            equally long (extent full, page_fill, copies).
         checked: the kernel checks what it reads (rows of the pool, lengths) and records the first offence.
         schedule_remainder: which multiprocessors get one split more in paged_mqa_schedule_metadata, "last" (DeepGEMM
             from 2026-06 on) or "first" (before).
@@ -125,7 +126,7 @@ class KernelConfig:
     target: Target = "cuda"
     threads: int = 256
     unroll: int = 2
-    blocks_per_sm: int = 8
+    blocks_per_sm: int = 4
     next_n: int = 1
     extend: Extend = "uniform"
     extend_seq_lens_dtype: IntDtype = "int64"

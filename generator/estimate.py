@@ -30,9 +30,9 @@ class Device:
     multiprocessors: int
 
 
-# From the timings in tests/gpu/evidence.json, calls in a CUDA graph: the floor is "1 x 4k" (39,376 bytes in 2.39 us),
-# the ceiling "128 x 32k" (51,404,064 bytes in 18.81 us, of which 2.39 are the floor).
-H200 = Device("NVIDIA H200", floor_us=2.39, bytes_per_us=51_404_064 / (18.81 - 2.39), multiprocessors=132)
+# From the timings in tests/gpu/evidence.json, calls in a CUDA graph: the floor is between "1 x 4k" (1.75 us) and
+# "8 x 8k" (2.10), the ceiling "128 x 32k" (51,404,064 bytes in 17.72 us, of which 1.92 are the floor).
+H200 = Device("NVIDIA H200", floor_us=1.92, bytes_per_us=51_404_064 / (17.72 - 1.92), multiprocessors=132)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Every word is 64 bits wide (a pointer, or a signed integer), so a block is an ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -63,6 +64,20 @@ def members(config: KernelConfig) -> list[Member]:
         add("rows", "int64", "rows of all requests", per_call=True)
     for name in column_limits(config):
         add(name, "int64", "no column from here on is written", per_call=True)
+    # What a thread needs before it can read its first token comes first, and lies in few cache lines.
+    if config.tables and not copies:
+        add("req_to_token", "token", "[pool rows, req_to_token_width]")
+        add("req_to_token_stride", "int64", "elements from row to row")
+        if config.vector_bytes == 16 and config.req_to_token_dtype == "int32":
+            add("req_to_token_width", "int64", "elements of a row that may be read")
+
+    def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
+        for name in names:
+            if copies:
+                add(f"from_{name}", kind, "precomputed")
+            add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
+
+    add_fields("table", [name for name in config.fields if FIELDS[name].kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
         add("sm_count", "int64", "multiprocessors of the device")
@@ -80,16 +95,7 @@ def members(config: KernelConfig) -> list[Member]:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
     if "kv_indices" in config.fields:
         add("kv_indices_capacity", "int64", "elements")
-    if config.tables and not copies:
-        add("req_to_token", "token", "[pool rows, req_to_token_width]")
-        add("req_to_token_stride", "int64", "elements from row to row")
-        if config.vector_bytes == 16 and config.req_to_token_dtype == "int32":
-            add("req_to_token_width", "int64", "elements of a row that may be read")
-    for name in config.fields:
-        kind: Literal["table", "int32"] = "table" if FIELDS[name].kind == "table" else "int32"
-        if copies:
-            add(f"from_{name}", kind, "precomputed")
-        add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
+    add_fields("int32", [name for name in config.fields if FIELDS[name].kind != "table"])
     return out
 
 

@@ -75,6 +75,11 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     uses_kpool = not copies and (config.index_kpool > 1 or any(name.startswith("pooled_") for name in config.fields))
     sums = any(FIELDS[name].kind == "cumulative" for name in config.fields)
     csr = "kv_indices" in config.fields
+    pages = bool(config.paged_tables) and not copies
+    tile_columns = config.warp_size * 4 * config.unroll
+    # A tile may have more pages than a warp has lanes.
+    several_pages = tile_columns > config.warp_size * config.page_size
+    splits = bool(config.tables) and not copies and not csr and not variable
     scheduled = "paged_mqa_schedule_metadata" in config.fields
     schedule_rows = scheduled and config.schedule_per == "row"
     # Which running sums there are, and whether over blocks too. What positions follow from doesn't wrap.
@@ -94,7 +99,9 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "copies": copies,
         "gathers": bool(config.tables) and not copies,
         "wide": wide,
-        "pages": bool(config.paged_tables) and not copies,
+        "pages": pages,
+        "several_pages": several_pages,
+        "splits": splits,
         "page_shift": _shift(config.page_size),
         "several_rows": not copies and bool(config.row_fields),
         "row_vectors": row_vectors,
@@ -113,8 +120,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "own_pages": any(config.destinations(name) == config.num_backends for name in config.paged_tables),
         "live": live,
         "windows": windows,
-        "tile_alignment": min(32, config.warp_size * 4 * config.unroll),
-        "resident_blocks": _resident_blocks(config) if windows else 0,
+        "tile_alignment": min(32, tile_columns),
         "scans": bool(block_sums),
         "sum_types": list(block_sums),
         "block_sums": block_sums,
@@ -124,7 +130,6 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "gather": "gather_indices" if csr else "gather_tables",
         "schedule_rows": schedule_rows,
         "max_sm_parts": MAX_SM_PARTS,
-        "tile_columns": config.warp_size * 4 * config.unroll,
         "vectorized": config.vector_bytes == 16,
         "realigns": config.vector_bytes == 16 and (copies or config.req_to_token_dtype == "int32"),
         "uses_topk": not copies and any(name.startswith("nsa_") for name in config.fields),
@@ -187,18 +192,6 @@ def _copied(config: KernelConfig) -> list[dict[str, Any]]:
         group = groups[-1 if name in config.row_fields else 0]
         group["lengths" if FIELDS[name].kind == "lengths" else "sums"].append(name)
     return [group for group in groups if group["lengths"] or group["sums"]]
-
-
-def _resident_blocks(config: KernelConfig) -> int:
-    """Blocks that a multiprocessor is to hold at once, 0 to leave it to the compiler.
-
-    At 48 registers a thread five blocks of 256 fit instead of four, and that shows (tests/gpu/NOTES.md). More backends,
-    more rows, lengths of their own, more accesses in flight, or the 64-bit positions of kv_indices would spill at that.
-    """
-    several = config.num_backends > 3 or config.next_n > 1 or bool(config.seqlen_offsets)
-    if several or config.unroll > 2 or "kv_indices" in config.fields:
-        return 0
-    return max(1, 1280 // config.threads) if config.target == "cuda" else 1
 
 
 def _facts(config: KernelConfig) -> list[tuple[str, str]]:

@@ -38,6 +38,7 @@ CASES = (
     Case("narrow tables", (40, 900, 1300), width=1300, table_columns=770, seed=4),
     # As many blocks as requests or more: each has its own, once or a few times over, and what is left is shared out.
     Case("few rounds", (1401, 0), width=1401, token_phase=4, table_phase=12, seed=8),
+    Case("one long request", (1402,), width=1403, token_phase=4, table_phase=12, seed=10),
     Case("a rest to share", (2500, 90), width=2503, token_phase=12, table_phase=4, seed=9),
 )
 # Rows that lie more than 2^32 bytes apart, and elements from 2^31 on. ThreadSanitizer has no use for it, and the
@@ -61,6 +62,7 @@ SCHEDULES = ("paged_mqa_schedule_metadata", "flashmla_metadata", "num_splits")
 CSR = ("kv_indptr", "kv_indices")
 EXTRAS = {
     "one-warp": KernelConfig(num_backends=2, threads=32, blocks_per_sm=4),
+    "four-warps": KernelConfig(num_backends=2, threads=128),
     "largest-block": KernelConfig(num_backends=2, threads=1024, blocks_per_sm=1),
     "unroll-1": KernelConfig(num_backends=2, unroll=1, **SMALL),
     "unroll-8": KernelConfig(num_backends=2, unroll=8, **SMALL),
@@ -179,7 +181,7 @@ def launch(
         pytest.skip(reason)
     # A block for the lengths and one for each schedule, or one for each backend where they differ.
     each = (1 + len(config.schedules)) * max(1, len(config.seqlen_offsets))
-    copies = each + config.blocks_per_sm * max((case.sm_count for case in cases), default=1)
+    copies = each + 2 * config.blocks_per_sm * max((case.sm_count for case in cases), default=1)
     program = harness.build(source, sanitizer, builds, copies=copies)
     return harness.run(program, config, cases, launches=launches)
 

@@ -346,13 +346,10 @@ def test_what_a_kernel_uses_it_defines(config: KernelConfig) -> None:
 # ------------------------------------------------------------------------------------------------- two targets
 
 
-RESIDENT = "  // that a multiprocessor holds at once: what bounds the registers"
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> None:
     """These lines differ, and no others: the launch shape, and what one thread a block needn't exchange."""
-    lane = "  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;"
+    lane = "  const int lane = static_cast<int>(threadIdx.x % kWarpSize);"
     shuffle = [
         "#pragma unroll",
         "  for (int distance = 1; distance < kWarpSize; distance *= 2) {",
@@ -368,7 +365,6 @@ def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> No
         f"constexpr int kBlocksPerSm = {config.blocks_per_sm};",
         "constexpr unsigned kFullMask = 0xffffffffu;",
         "constexpr int kTileAlignment = 32;  // words, a 128-byte line",
-        f"constexpr int kResidentBlocks = {max(1, 1280 // config.threads)};" + RESIDENT,
         lane,
         *shuffle,
     }
@@ -377,7 +373,6 @@ def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> No
         "constexpr int kWarpSize = 1;",
         "constexpr int kBlocksPerSm = 1;",
         f"constexpr int kTileAlignment = {min(32, 4 * config.unroll)};  // words",
-        "constexpr int kResidentBlocks = 1;" + RESIDENT,
         "  warp_totals[warp] = value;",
     }
     cuda = below_the_prelude(config)

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 DEVICE = "NVIDIA H200"
 CONFIG = KernelConfig(num_backends=3)
 SHAPE = {"threads": 512, "unroll": 4, "blocks_per_sm": 4}
-USUAL = {"threads": 256, "unroll": 2, "blocks_per_sm": 8}
+USUAL = {"threads": 256, "unroll": 2, "blocks_per_sm": 4}
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from .harness import Case
 # of 512 columns.
 _SMALL = {"threads": 64, "blocks_per_sm": 3, "unroll": 4}
 DECODE = preset("nsa-decode-3").replace(**_SMALL)
+# Tiles of 256 columns, which neighbouring warps of few requests take two by two.
+WARPS = preset("nsa-decode-3").replace(threads=128, blocks_per_sm=4)
 FULL = preset("nsa-decode-3-full").replace(**_SMALL)
 PAGES_ONLY = preset("nsa-decode-3-pages-only").replace(**_SMALL)
 ODD_PAGES = DECODE.replace(page_size=7)
@@ -43,6 +45,12 @@ SHORT = Case("short", (3, 1400, 0, 700, 30, 5, 9), width=1503, token_phase=4, ta
 FEW = Case("few", (1400, 0), width=1503, token_phase=4, table_phase=12, table_pad=2)
 # The same, but one so long that what is left of it is shared out.
 UNEVEN = Case("uneven", (3600, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
+# So long that its own blocks take two rounds, the second one not to its end; and up to where the second one ends.
+TWO_ROUNDS = Case("two rounds", (1800, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
+JUST_TWO_ROUNDS = Case("just two rounds", (2048, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
+# One for several blocks of several warps, and a few for as many.
+ONE = Case("one", (1400,), width=1503, token_phase=4, table_phase=12, table_pad=2)
+SHARED = Case("shared", (1400, 700), width=2503, token_phase=4, table_phase=12, table_pad=2)
 # The last tile ends where the row and req_to_token do.
 EXACT = Case("exact", (1536, 1536), width=1536, token_phase=4, pool_rows=2)
 # More requests than threads: several windows, several chunks of the running sums.
@@ -135,7 +143,7 @@ MUTATIONS = [
         "tiles go to the wrong request",
         DECODE,
         MANY,
-        _barrier("gather_tables", 0),
+        _barrier("gather_rest", 0),
         r"\1",
         "thread",
         "thread",
@@ -237,7 +245,7 @@ MUTATIONS = [
         "every block takes the same tiles",
         "all stores are done once a block: right, and slow",
         DECODE,
-        LONG,
+        FEW,
         r"std::uint32_t block = blockIdx\.x - kLengthBlocks;",
         "std::uint32_t block = 0;",
         "thread",
@@ -265,20 +273,20 @@ MUTATIONS = [
     ),
     Mutation(
         "give a tile to a request that has no columns",
-        "its first page is overwritten",
+        "pages before its first token are looked for, and written",
         DECODE,
         FEW,
-        r"if \(columns > 0\) column = turn",
-        "column = turn",
+        r"column < columns && columns > 0",
+        "column < columns",
         "none",
-        "mismatch",
+        "emulation",
     ),
     Mutation(
         "let the warps that are left over help along",
         "two warps write the same tiles",
         DECODE,
         FEW,
-        r"if \(block < share \* requests\)",
+        r"if \(block < split\.share \* requests\)",
         "if (true)",
         "thread",
         "thread",
@@ -288,8 +296,8 @@ MUTATIONS = [
         "the end of a long row isn't written",
         DECODE,
         UNEVEN,
-        r"tiles -= static_cast<int>\(share\) \* kWarps;",
-        "tiles -= static_cast<int>(share) * kWarps + 1;",
+        r"tiles - own_tiles : 0",
+        "tiles - own_tiles - 1 : 0",
         "none",
         "mismatch",
     ),
@@ -298,10 +306,70 @@ MUTATIONS = [
         "two warps write the same tiles",
         DECODE,
         UNEVEN,
-        r"in_row \* kTileColumns \+ share_columns",
-        "in_row * kTileColumns",
+        r"in_row \+= static_cast<std::uint32_t>\(own_tiles\);",
+        "",
         "thread",
         "thread",
+    ),
+    Mutation(
+        "share out what a request's own blocks do",
+        "two warps write the same tiles",
+        DECODE,
+        TWO_ROUNDS,
+        r"tiles > kOwnRounds \* own_tiles",
+        "tiles > own_tiles",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "leave a request's second round to all blocks, which leave it to the request's own",
+        "the end of a row isn't written",
+        DECODE,
+        TWO_ROUNDS,
+        r"columns \+ row_lead\(p, request\) <= kOwnRounds \* step",
+        "false",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "forget how far before its row a tile begins when rounds are counted",
+        "two warps write the same tiles",
+        DECODE,
+        JUST_TWO_ROUNDS,
+        r"columns \+ row_lead\(p, request\) <= kOwnRounds",
+        "columns <= kOwnRounds",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "take near tiles from the wrong block",
+        "two warps write the same tiles",
+        WARPS,
+        ONE,
+        r"\(warp / kNearWarps \* split\.share \+ turn\)",
+        "(warp / kNearWarps + turn)",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "divide blocks by requests without the one more",
+        "a block looks for a request behind the last",
+        WARPS,
+        SHARED,
+        r"__umulhi\(block \+ 1,",
+        "__umulhi(block,",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "divide tiles by a row's without the one more",
+        "a row's first tile goes to the row before",
+        FULL,
+        LONG,
+        r"std::uint64_t\{tile\} \+ 1",
+        "std::uint64_t{tile}",
+        "none",
+        "mismatch",
     ),
     Mutation(
         "leave a shared array as it was",
@@ -318,8 +386,8 @@ MUTATIONS = [
         "the end of a row isn't written",
         FULL,
         LONG,
-        r"\(\(columns \+ kTileAlignment - 2\) / kTileColumns \+ 1\)",
-        "((columns + kTileAlignment - 2) / kTileColumns)",
+        r"\(columns \+ kTileAlignment - 2\) / kTileColumns \+ 1;",
+        "(columns + kTileAlignment - 2) / kTileColumns;",
         "none",
         "mismatch",
     ),
@@ -329,8 +397,8 @@ MUTATIONS = [
         "the column behind the live ones is overwritten",
         DECODE,
         SHORT,
-        r"if \(column >= 0 && column < end\) to",
-        "if (column >= 0 && column <= end) to",
+        r"if \(column \+ i \* kWarpSize < static_cast<unsigned>\(end\)\) to",
+        "if (column + i * kWarpSize <= static_cast<unsigned>(end)) to",
         "none",
         "mismatch",
     ),
@@ -339,8 +407,8 @@ MUTATIONS = [
         "reads behind the token table",
         DECODE,
         LONG,
-        r"(= column >= 0 && column) < (end \?)",
-        r"\1 <= \2",
+        r"(inside = column \+ i \* kWarpSize) <",
+        r"\1 <=",
         "address",
         "address",
     ),
@@ -349,8 +417,8 @@ MUTATIONS = [
         "reads before the token table, writes into the row before",
         DECODE,
         LONG,
-        r"column >= 0 && column < end",
-        "column < end",
+        r"column \+ i \* kWarpSize < static_cast<unsigned>\(end\)",
+        "static_cast<int>(column + i * kWarpSize) < end",
         "address",
         "address",
     ),
@@ -663,8 +731,8 @@ MUTATIONS = [
         "shorter backends are overwritten behind their live columns",
         OFFSETS,
         SHORT,
-        r"column < stop\)",
-        "column < end)",
+        r"static_cast<unsigned>\(stop\)",
+        "static_cast<unsigned>(end)",
         "none",
         "mismatch",
     ),

@@ -218,6 +218,7 @@ def main() -> int:
         text=True,
         check=False,
     )
+    partial = path.with_suffix(".partial.json")
     evidence: dict[str, Any] = {
         "onelaunch": __version__,
         "device": torch.cuda.get_device_name(),
@@ -228,6 +229,11 @@ def main() -> int:
         "python": sys.version.split()[0],
         "kernels": fingerprints,
     }
+    if partial.exists():
+        begun: dict[str, Any] = json.loads(partial.read_text(encoding="utf-8"))
+        if all(begun[name] == evidence[name] for name in ("kernels", "device", "driver", "torch", "cuda")):
+            evidence = begun
+            print(f"going on where {partial.name} ends", flush=True)
     for part, run in (
         ("timings", timings),
         ("tests", lambda: tests([])),
@@ -235,10 +241,11 @@ def main() -> int:
         ("replays", lambda: {trace: replay(trace) for trace in TRACES}),
         ("soak", lambda: soaks(options.traces)),
     ):
-        evidence[part] = run()
-        # A run that is cut short keeps what it has, where nobody takes it for the evidence.
-        path.with_suffix(".partial.json").write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".partial.json").unlink()
+        if part not in evidence:
+            evidence[part] = run()
+        # A run that is cut short keeps what it has, where nobody takes it for the evidence, and the next one goes on.
+        partial.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+    partial.unlink()
     path.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
 
     print(f"\n{evidence['device']}, driver {evidence['driver']}, torch {evidence['torch']}")

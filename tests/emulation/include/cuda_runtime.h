@@ -141,6 +141,13 @@ inline unsigned __ballot_sync(unsigned mask, bool yes, int line = __builtin_LINE
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
+}
+inline std::uint64_t __umul64hi(std::uint64_t a, std::uint64_t b) {
+  return static_cast<std::uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
 // Atomic, and no more than that: like CUDA's, it orders nothing else.
 template <typename T>
 T atomicCAS(T* address, T expected, T value) {
