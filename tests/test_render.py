@@ -498,30 +498,43 @@ def test_the_baselines_of_the_timings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "blocks"),
+    ("facts", "split"),
     [
-        ({}, 5),
-        ({"num_backends": 3}, 5),
-        ({"num_backends": 4}, None),
-        ({"unroll": 3}, None),
-        ({"mode": "target_verify", "next_n": 1, "num_backends": 2}, 5),
-        ({"mode": "target_verify", "next_n": 2}, None),
-        ({"seqlen_offsets": (1,)}, None),
+        ({}, "few_rounds"),
+        ({"mode": "target_verify", "next_n": 2}, "few_rounds"),
+        ({"seqlen_offsets": (1, 2), "num_backends": 2}, "few_rounds"),
+        ({"extent": "full"}, "tiles"),
+        ({"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1}, "tiles"),
+        ({"fields": ("seqlens_expanded", "page_indices"), "mode": "draft_extend", "extend": "variable"}, None),
         ({"fields": ("kv_indices",)}, None),
-        ({"threads": 128}, 10),
-        ({"threads": 512}, 2),
-        ({"threads": 1024}, 1),
-        ({"extent": "full"}, None),
+        ({"operation": "copy"}, None),
+        ({"fields": ("cache_seqlens",)}, None),
     ],
     ids=str,
 )
-def test_registers_are_bounded_where_more_blocks_fit_without_spilling(
-    facts: dict[str, Any], blocks: int | None
-) -> None:
+def test_the_host_divides_where_threads_would_have_to(facts: dict[str, Any], split: str | None) -> None:
+    """Blocks among requests where lengths count, tiles among rows where all are equal; else nothing is divided."""
     source = render(KernelConfig(**facts))
-    found = re.search(r"kResidentBlocks = (\d+);", source)
-    assert (int(found[1]) if found else None) == blocks
-    assert ("__launch_bounds__(kThreads, kResidentBlocks)" in source) == (blocks is not None)
+    assert ("std::uint32_t few_rounds;" in source) == (split == "few_rounds")
+    assert ("std::uint32_t tiles;  // of a row" in source) == (split == "tiles")
+    assert ("split_of(params" in source) == (split is not None)
+    assert ("const __grid_constant__ Split split" in source) == (split is not None)
+
+
+@pytest.mark.parametrize(
+    ("facts", "twice"),
+    [
+        ({}, False),
+        ({"extent": "full"}, True),
+        ({"operation": "copy"}, True),
+        ({"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1}, True),
+        ({"fields": ("kv_indices",)}, False),
+        ({"fields": ("seqlens_expanded", "page_indices"), "mode": "draft_extend", "extend": "variable"}, False),
+    ],
+    ids=str,
+)
+def test_equal_rows_get_twice_the_blocks(facts: dict[str, Any], twice: bool) -> None:
+    assert ("p.sm_count * kBlocksPerSm * 2;" in render(KernelConfig(**facts))) == twice
 
 
 @pytest.mark.parametrize(
@@ -545,4 +558,4 @@ def test_pages_are_shifted_out_only_where_they_are_a_power_of_two() -> None:
 def test_a_tile_whose_pages_outnumber_a_warp_is_looped_over(unroll: int, one_pass: int) -> None:
     for page_size, once in ((one_pass - 1, False), (one_pass, True)):
         source = render(KernelConfig(unroll=unroll, page_size=page_size))
-        assert ("  const int page = (begin" in source) == once
+        assert ("  const unsigned page = (begin" in source) == once
