@@ -289,7 +289,7 @@ def test_facts_that_matter_are_not_neutralized() -> None:
         ({"fields": LENGTHS}, {"index_topk": 0, "page_size": 1, "extent": "full", "vector_bytes": 4, "unroll": 1}),
         ({"fields": LENGTHS, "blocks_per_sm": 3}, {"blocks_per_sm": 1}),
         ({"operation": "copy"}, {"extent": "full", "index_topk": 0, "page_size": 1, "index_kpool": 1}),
-        ({"fields": ("real_page_table",)}, {"vector_bytes": 4, "unroll": 2, "blocks_per_sm": 8, "extent": "live"}),
+        ({"fields": ("real_page_table",)}, {"vector_bytes": 4, "unroll": 2, "blocks_per_sm": 4, "extent": "live"}),
         ({"fields": ("kv_indices",)}, {"vector_bytes": 4, "page_size": 1, "extent": "live"}),
         ({"mode": "decode", "next_n": 4}, {"next_n": 1}),
         ({"mode": "draft_extend", "next_n": 4, "fields": LENGTHS[:2]}, {"next_n": 1, "mode": "draft_extend"}),
