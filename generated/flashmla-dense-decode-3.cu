@@ -318,14 +318,15 @@ __device__ void gather_tables(const Params& p, const Split& split) {
     const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
     const int column = static_cast<int>(in_row) * kTileColumns;
     if (column >= columns) continue;
+    const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
     const int end = live_columns(p, static_cast<int>(row));
-    copy_tile(p, row, p.req_pool_indices[row * p.req_pool_indices_stride], column, end);
+    copy_tile(p, row, pool_row, column, end);
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_4be3d8949ccf458f(
-    const __grid_constant__ Params p, const __grid_constant__ Split split) {
+    const __grid_constant__ Split split, const __grid_constant__ Params p) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < 1) {
     schedule_flashmla(p);
@@ -381,7 +382,7 @@ int onelaunch_broadcast_decode_n3_4be3d8949ccf458f_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_4be3d8949ccf458f, params, split);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_4be3d8949ccf458f, split, params);
   });
 }
 

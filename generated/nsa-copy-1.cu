@@ -91,7 +91,7 @@ __device__ void copy_lengths(const Params& p) {
   }
 }
 
-// The four words that begin `shift` words into low and high, for shift from 1 to 3. Selects instead of an indexed
+// The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
 // array, which would live in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   if (shift & 2) {
@@ -127,19 +127,14 @@ __device__ __forceinline__ void copy_page_indices_columns(
     const int shift = words_past_boundary(source + first);  // the same in all lanes
     const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
     int4 words[kUnroll];
-    if (shift == 0) {
+    int4 high[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) words[u] = __ldg(aligned + u * kWarpSize);
-    } else {
-      int4 high[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        words[u] = __ldg(aligned + u * kWarpSize);
-        high[u] = __ldg(aligned + u * kWarpSize + 1);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
+    for (int u = 0; u < kUnroll; ++u) {
+      words[u] = __ldg(aligned + u * kWarpSize);
+      high[u] = __ldg(aligned + u * kWarpSize + 1);
     }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
 #pragma unroll
     for (int b = 0; b < kBackends; ++b) {
       int4* to = reinterpret_cast<int4*>(p.page_indices[b].data + row * p.page_indices[b].row_stride + column);
@@ -195,19 +190,14 @@ __device__ __forceinline__ void copy_real_page_table_columns(
     const int shift = words_past_boundary(source + first);  // the same in all lanes
     const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
     int4 words[kUnroll];
-    if (shift == 0) {
+    int4 high[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) words[u] = __ldg(aligned + u * kWarpSize);
-    } else {
-      int4 high[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        words[u] = __ldg(aligned + u * kWarpSize);
-        high[u] = __ldg(aligned + u * kWarpSize + 1);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
+    for (int u = 0; u < kUnroll; ++u) {
+      words[u] = __ldg(aligned + u * kWarpSize);
+      high[u] = __ldg(aligned + u * kWarpSize + 1);
     }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
 #pragma unroll
     for (int b = 0; b < kBackends; ++b) {
       int4* to = reinterpret_cast<int4*>(p.real_page_table[b].data + row * p.real_page_table[b].row_stride + column);

@@ -43,6 +43,9 @@ constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kWideTiles = 2;  // that a warp takes at once in large tables
+constexpr int kWideFrom = 24;  // tiles a multiprocessor
+constexpr int kResidentThreads = 1024;  // of a multiprocessor, so many as get 64 registers each
 constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
 
@@ -156,7 +159,7 @@ __device__ void refresh_lengths(const Params& p) {
 }
 
 // ---- one tile of a table row -------------------------------------------------------------------------------------
-// The four words that begin `shift` words into low and high, for shift from 1 to 3. Selects instead of an indexed
+// The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
 // array, which would live in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   if (shift & 2) {
@@ -175,46 +178,85 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
+// One of four words, without an indexed array either.
+__device__ __forceinline__ std::int32_t word_of(int4 words, int number) {
+  const std::int32_t even = number & 2 ? words.z : words.x;
+  const std::int32_t odd = number & 2 ? words.w : words.y;
+  return number & 1 ? odd : even;
+}
+
 // How many words an address lies past a 16-byte boundary, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
 
-// One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
-// them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
+// The page of a token, rounded down for padding tokens below zero too.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  return static_cast<std::int32_t>(token >> 6);
+}
+
+__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token) {
+  const std::int32_t number = page_of(token);
+#pragma unroll
+  for (int b = 0; b < kBackends; ++b) {
+    p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
+  }
+}
+
+// Writes the pages that begin in a tile which lies inside the row, from the registers that hold its tokens.
+template <int kAccesses>
+__device__ __forceinline__ void write_held_pages(
+    const Params& p, std::int64_t row, const int4 (&words)[kAccesses], int first) {
+  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that one access of the warp reads
+  constexpr int kPages = kGroup / kPageSize;  // that begin in each group, at the same places
+  static_assert(kGroup % kPageSize == 0 && kPageSize % kVectorWords == 0 && kAccesses * kPages <= kWarpSize);
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
+  const int holder = (before + lane % kPages * kPageSize) / kVectorWords;
+  std::int32_t token = 0;
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
+    if (lane / kPages == u) token = found;
+  }
+  if (lane < kAccesses * kPages) write_page(p, row, (first + before) / kPageSize + lane, token);
+}
+
+// One warp reads kTiles tiles of a row once, from column `first` on as far as they lie in [0, end), and writes them to
+// every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
 // `width` is how far the source row may be read.
-__device__ __forceinline__ void copy_columns(
+// Returns whether it wrote the pages that begin there, too.
+template <int kTiles>
+__device__ __forceinline__ bool copy_columns(
     const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
+  constexpr int kAccesses = kTiles * kUnroll;
+  constexpr int kColumns = kTiles * kTileColumns;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
-  if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
+  if (first >= kVectorWords && first + kColumns <= end && first + kColumns + kVectorWords <= width) {
     const int column = first + lane * kVectorWords;
     const int shift = words_past_boundary(source + first);  // the same in all lanes
     const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
-    int4 words[kUnroll];
-    if (shift == 0) {
+    int4 words[kAccesses];
+    int4 high[kAccesses];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) words[u] = __ldg(aligned + u * kWarpSize);
-    } else {
-      int4 high[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        words[u] = __ldg(aligned + u * kWarpSize);
-        high[u] = __ldg(aligned + u * kWarpSize + 1);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
+    for (int u = 0; u < kAccesses; ++u) {
+      words[u] = __ldg(aligned + u * kWarpSize);
+      high[u] = __ldg(aligned + u * kWarpSize + 1);
     }
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
 #pragma unroll
     for (int b = 0; b < kBackends; ++b) {
       int4* to = reinterpret_cast<int4*>(p.page_indices[b].data + row * p.page_indices[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) to[u * kWarpSize] = words[u];
+      for (int u = 0; u < kAccesses; ++u) to[u * kWarpSize] = words[u];
     }
-    return;
+    write_held_pages(p, row, words, first);
+    return true;
   }
   // An edge of the row: single words, still one coalesced access a warp.
-  constexpr int kWords = kTileColumns / kWarpSize;
+  constexpr int kWords = kColumns / kWarpSize;
   std::int32_t words[kWords];
   // Compared without a sign, what lies before the row lies behind it too.
   const unsigned column = static_cast<unsigned>(first + lane);
@@ -232,30 +274,20 @@ __device__ __forceinline__ void copy_columns(
       if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
-}
-
-// The page of a token, rounded down for padding tokens below zero too.
-__device__ __forceinline__ std::int32_t page_of(Token token) {
-  return static_cast<std::int32_t>(token >> 6);
-}
-
-__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token) {
-  const std::int32_t number = page_of(token);
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
-  }
+  return false;
 }
 
 // Everything that one tile of a request's row needs: `end` is the first column that isn't written.
+template <int kTiles>
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
+  constexpr int kColumns = kTiles * kTileColumns;
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
+  if (copy_columns<kTiles>(p, row, source, first, end, static_cast<int>(p.req_to_token_width))) return;
   // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
   // writing.
   const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
-  const unsigned stop = static_cast<unsigned>(first + kTileColumns < end ? first + kTileColumns : end);
+  const unsigned stop = static_cast<unsigned>(first + kColumns < end ? first + kColumns : end);
   const unsigned stop_page = (stop - 1) / kPageSize + 1;
   const unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
   if (page < stop_page) {
@@ -268,6 +300,7 @@ __device__ __forceinline__ void copy_tile(
 // instructions, one after the other.
 struct Split {
   std::uint32_t tiles;  // of a row
+  std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
@@ -289,15 +322,20 @@ __device__ void gather_tables(const Params& p, const Split& split) {
   for (; tile < tiles; tile += warps) {
     const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
     const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
-    const int column = static_cast<int>(in_row) * kTileColumns - row_lead(p, row);
+    const int column = static_cast<int>(in_row) * split.tile_columns - row_lead(p, row);
     if (column >= columns) continue;
-    copy_tile(p, row, p.req_pool_indices[row * p.req_pool_indices_stride], column, columns);
+    const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
+    if (split.tile_columns > kTileColumns) {
+      copy_tile<kWideTiles>(p, row, pool_row, column, columns);
+    } else {
+      copy_tile<1>(p, row, pool_row, column, columns);
+    }
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_201917419195ad44(
-    const __grid_constant__ Params p, const __grid_constant__ Split split) {
+__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads) onelaunch_broadcast_decode_n3_201917419195ad44(
+    const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
   } else {
@@ -308,10 +346,16 @@ __global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_201917
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
+// The columns that a warp takes at once: more where there are enough for all warps.
+static std::int64_t columns_at_once(const Params& p) {
+  const bool wide = p.batch_size * p.columns >= p.sm_count * kWideFrom * kTileColumns;
+  return wide ? kWideTiles * kTileColumns : kTileColumns;
+}
+
 // As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
-  tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
+  tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / columns_at_once(p) + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
   const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
   const std::int64_t blocks = wanted < most ? wanted : most;
@@ -320,8 +364,13 @@ static unsigned grid_blocks(const Params& p) {
 
 static Split split_of(const Params& p) {
   const std::int64_t columns = p.columns;
-  const std::int64_t tiles = (columns + kTileAlignment - 2) / kTileColumns + 1;
-  return {static_cast<std::uint32_t>(tiles), ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1)};
+  const std::int64_t tile_columns = columns_at_once(p);
+  const std::int64_t tiles = (columns + kTileAlignment - 2) / tile_columns + 1;
+  return {
+      static_cast<std::uint32_t>(tiles),
+      static_cast<std::int32_t>(tile_columns),
+      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
+  };
 }
 
 // Runs `call` with the plan's device as the current one.
@@ -350,7 +399,7 @@ int onelaunch_broadcast_decode_n3_201917419195ad44_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_201917419195ad44, params, split);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_201917419195ad44, split, params);
   });
 }
 

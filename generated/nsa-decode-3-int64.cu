@@ -46,6 +46,7 @@ constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's 
 constexpr int kOwnRounds = 2;  // in which a request's own blocks do it all; longer ones are shared out among all blocks
 constexpr int kFewRounds = 3;  // in which they do it all whatever the lengths, when they reach the end of the table
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // take neighbouring tiles where there is little to do
+constexpr std::uint32_t kManyBlocks = 8;  // of a request: half of them are enough for what is left of longer ones
 constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
 
@@ -158,6 +159,19 @@ __device__ void refresh_lengths(const Params& p) {
 }
 
 // ---- one tile of a table row -------------------------------------------------------------------------------------
+// The page of a token, rounded down for padding tokens below zero too.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  return static_cast<std::int32_t>(token >> 6);
+}
+
+__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token) {
+  const std::int32_t number = page_of(token);
+#pragma unroll
+  for (int b = 0; b < kBackends; ++b) {
+    p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
+  }
+}
+
 // One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
 // them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
 __device__ __forceinline__ void copy_columns(
@@ -203,19 +217,6 @@ __device__ __forceinline__ void copy_columns(
   }
 }
 
-// The page of a token, rounded down for padding tokens below zero too.
-__device__ __forceinline__ std::int32_t page_of(Token token) {
-  return static_cast<std::int32_t>(token >> 6);
-}
-
-__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token) {
-  const std::int32_t number = page_of(token);
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
-  }
-}
-
 // Everything that one tile of a request's row needs: `end` is the first column that isn't written.
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
@@ -235,9 +236,12 @@ __device__ __forceinline__ void copy_tile(
 // ---- which warp takes which tile ---------------------------------------------------------------------------------
 // How a launch shares the requests out. The host works it out: dividing by a number that isn't a constant takes a
 // thread dozens of instructions, one after the other.
+// It is the kernel's first parameter, so that what a thread needs before its first load lies in one line of the
+// constant cache.
 struct Split {
   std::uint32_t share;  // blocks that each request gets
-  std::uint32_t reciprocal;  // (2^32 - 1) / batch_size
+  std::uint32_t reciprocal;  // (2^32 - 1) / requests
+  std::uint32_t requests;
   std::uint32_t few_rounds;  // whether those blocks reach the end of the table in kFewRounds
 };
 
@@ -258,13 +262,13 @@ __device__ __forceinline__ int live_columns(const Params& p, std::uint32_t reque
 }
 
 // What is left of the requests that are too long for their own `share` blocks, shared out among all warps: none gets
-// more than its share, however uneven the requests are.
-__device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share) {
+// more than its share, however uneven the requests are. The first `skipped` blocks of the tables have no part in it.
+__device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share, std::uint32_t skipped) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
-  const std::uint32_t warp = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  const std::uint32_t warps = (gridDim.x - kLengthBlocks - skipped) * kWarps;
+  const std::uint32_t warp = (blockIdx.x - kLengthBlocks - skipped) * kWarps + threadIdx.x / kWarpSize;
   // Every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
@@ -276,7 +280,7 @@ __device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share
   std::uint32_t warp_end = 0;  // lane w: tiles up to and with warp w's requests
   const int own_tiles = static_cast<int>(share) * kWarps;
   // The warps behind everybody's first block come first: short requests leave them nothing to do.
-  const std::uint32_t busy = share > 0 ? static_cast<std::uint32_t>(batch_size) * kWarps : 0;
+  const std::uint32_t busy = share > 0 && skipped == 0 ? static_cast<std::uint32_t>(batch_size) * kWarps : 0;
   std::uint32_t tile = warp < busy ? warp + warps - busy : warp - busy;
   while (true) {
     while (tile >= window_tiles) {
@@ -322,7 +326,7 @@ __device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share
 // each, so that no thread waits for other requests' lengths: for short requests that is all. So little is to be done
 // then that every instruction before the first load shows.
 __device__ void gather_tables(const Params& p, const Split& split) {
-  const std::uint32_t requests = static_cast<std::uint32_t>(p.batch_size);
+  const std::uint32_t requests = split.requests;
   const std::uint32_t block = blockIdx.x - kLengthBlocks;
   if (block < split.share * requests) {
     const std::uint32_t turn = __umulhi(block + 1, split.reciprocal);  // block / requests
@@ -343,12 +347,15 @@ __device__ void gather_tables(const Params& p, const Split& split) {
       }
     }
   }
-  if (!split.few_rounds) gather_rest(p, split.share);
+  if (split.few_rounds) return;
+  // The first blocks have the most to do, so where there are enough others they don't even ask what is left.
+  const std::uint32_t skipped = split.share < kManyBlocks ? 0 : split.share / 2 * requests;
+  if (block >= skipped) gather_rest(p, split.share, skipped);
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_c20dc8e007b500b9(
-    const __grid_constant__ Params p, const __grid_constant__ Split split) {
+    const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
   } else {
@@ -376,6 +383,7 @@ static Split split_of(const Params& p, unsigned blocks) {
   return {
       static_cast<std::uint32_t>(share),
       static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests),
+      static_cast<std::uint32_t>(p.batch_size),
       columns <= kFewRounds * share * kWarps * kTileColumns,
   };
 }
@@ -406,7 +414,7 @@ int onelaunch_broadcast_decode_n3_c20dc8e007b500b9_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_c20dc8e007b500b9, params, split);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_c20dc8e007b500b9, split, params);
   });
 }
 

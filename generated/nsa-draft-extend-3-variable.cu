@@ -202,7 +202,7 @@ __device__ void refresh_lengths(const Params& p) {
 }
 
 // ---- one tile of a table row -------------------------------------------------------------------------------------
-// The four words that begin `shift` words into low and high, for shift from 1 to 3. Selects instead of an indexed
+// The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
 // array, which would live in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   if (shift & 2) {
@@ -226,6 +226,21 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
 
+// The page of a token, rounded down for padding tokens below zero too.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  return static_cast<std::int32_t>(token >> 6);
+}
+
+__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token) {
+  const std::int32_t number = page_of(token);
+#pragma unroll
+  for (int b = 0; b < kBackends; ++b) {
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
+    }
+  }
+}
+
 // One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
 // them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
 // `width` is how far the source row may be read.
@@ -238,19 +253,14 @@ __device__ __forceinline__ void copy_columns(
     const int shift = words_past_boundary(source + first);  // the same in all lanes
     const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
     int4 words[kUnroll];
-    if (shift == 0) {
+    int4 high[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) words[u] = __ldg(aligned + u * kWarpSize);
-    } else {
-      int4 high[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        words[u] = __ldg(aligned + u * kWarpSize);
-        high[u] = __ldg(aligned + u * kWarpSize + 1);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
+    for (int u = 0; u < kUnroll; ++u) {
+      words[u] = __ldg(aligned + u * kWarpSize);
+      high[u] = __ldg(aligned + u * kWarpSize + 1);
     }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
 #pragma unroll
     for (int b = 0; b < kBackends; ++b) {
       for (std::int64_t row = rows.first; row < rows.stop; ++row) {
@@ -280,21 +290,6 @@ __device__ __forceinline__ void copy_columns(
       for (int i = 0; i < kWords; ++i) {
         if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
       }
-    }
-  }
-}
-
-// The page of a token, rounded down for padding tokens below zero too.
-__device__ __forceinline__ std::int32_t page_of(Token token) {
-  return static_cast<std::int32_t>(token >> 6);
-}
-
-__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token) {
-  const std::int32_t number = page_of(token);
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
     }
   }
 }

@@ -76,10 +76,24 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     sums = any(FIELDS[name].kind == "cumulative" for name in config.fields)
     csr = "kv_indices" in config.fields
     pages = bool(config.paged_tables) and not copies
-    tile_columns = config.warp_size * 4 * config.unroll
-    # A tile may have more pages than a warp has lanes.
-    several_pages = tile_columns > config.warp_size * config.page_size
     splits = bool(config.tables) and not copies and not csr and not variable
+    # Tiles that a warp takes at once in large tables, 0 where it never takes more than one: where lengths differ, the
+    # code for it costs short refreshes more than it gains in long ones (tests/gpu/NOTES.md).
+    wide_tiles = 2 if splits and not windows and wide and config.vector_bytes == 16 else 0
+    tile_columns = config.warp_size * 4 * config.unroll
+    most_columns = tile_columns * (wide_tiles or 1)
+    # They may have more pages than a warp has lanes.
+    several_pages = most_columns > config.warp_size * config.page_size
+    # Registers that hold tokens hold those that begin pages, in lanes that a shuffle can name.
+    pages_from_registers = (
+        bool(wide_tiles)
+        and pages
+        and config.req_to_token_dtype == "int32"
+        and config.warp_size > 1
+        and config.page_size % 4 == 0
+        and config.warp_size * 4 % config.page_size == 0
+        and not several_pages
+    )
     scheduled = "paged_mqa_schedule_metadata" in config.fields
     schedule_rows = scheduled and config.schedule_per == "row"
     # Which running sums there are, and whether over blocks too. What positions follow from doesn't wrap.
@@ -101,6 +115,8 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "wide": wide,
         "pages": pages,
         "several_pages": several_pages,
+        "wide_tiles": wide_tiles,
+        "pages_from_registers": pages_from_registers,
         "splits": splits,
         "page_shift": _shift(config.page_size),
         "several_rows": not copies and bool(config.row_fields),

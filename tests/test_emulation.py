@@ -40,6 +40,7 @@ CASES = (
     Case("few rounds", (1401, 0), width=1401, token_phase=4, table_phase=12, seed=8),
     Case("one long request", (1402,), width=1403, token_phase=4, table_phase=12, seed=10),
     Case("a rest to share", (2500, 90), width=2503, token_phase=12, table_phase=4, seed=9),
+    Case("a rest for half the blocks", (7000,), width=7003, token_phase=4, table_phase=12, seed=11),
 )
 # Rows that lie more than 2^32 bytes apart, and elements from 2^31 on. ThreadSanitizer has no use for it, and the
 # shadow of so much memory is slow.
@@ -65,6 +66,8 @@ EXTRAS = {
     "four-warps": KernelConfig(num_backends=2, threads=128),
     "largest-block": KernelConfig(num_backends=2, threads=1024, blocks_per_sm=1),
     "unroll-1": KernelConfig(num_backends=2, unroll=1, **SMALL),
+    "many-blocks": KernelConfig(num_backends=2, threads=64, unroll=1, blocks_per_sm=8),
+    "full-unroll-1": KernelConfig(num_backends=2, extent="full", unroll=1, page_size=16, **SMALL),
     "unroll-8": KernelConfig(num_backends=2, unroll=8, **SMALL),
     "odd-pages": KernelConfig(num_backends=2, page_size=7, **SMALL),
     "odd-pages-int64": KernelConfig(page_size=7, req_to_token_dtype="int64", extent="full", **SMALL),

@@ -20,6 +20,9 @@ DECODE = preset("nsa-decode-3").replace(**_SMALL)
 # Tiles of 256 columns, which neighbouring warps of few requests take two by two.
 WARPS = preset("nsa-decode-3").replace(threads=128, blocks_per_sm=4)
 FULL = preset("nsa-decode-3-full").replace(**_SMALL)
+# Tiles of 128 columns: so small that a warp takes two at once, or that a request has many blocks.
+WIDE = preset("nsa-decode-3-full").replace(threads=64, blocks_per_sm=3, unroll=1)
+BLOCKS = preset("nsa-decode-3").replace(threads=64, blocks_per_sm=8, unroll=1)
 PAGES_ONLY = preset("nsa-decode-3-pages-only").replace(**_SMALL)
 ODD_PAGES = DECODE.replace(page_size=7)
 INT64 = preset("nsa-decode-3-int64").replace(**_SMALL)
@@ -48,6 +51,8 @@ UNEVEN = Case("uneven", (3600, 100), width=3603, token_phase=4, table_phase=12, 
 # So long that its own blocks take two rounds, the second one not to its end; and up to where the second one ends.
 TWO_ROUNDS = Case("two rounds", (1800, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
 JUST_TWO_ROUNDS = Case("just two rounds", (2048, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
+# So long that the last half of its eight blocks of two warps shares out what is left.
+HALF = Case("half", (7000,), width=7003, token_phase=4, table_phase=12, table_pad=2)
 # One for several blocks of several warps, and a few for as many.
 ONE = Case("one", (1400,), width=1503, token_phase=4, table_phase=12, table_pad=2)
 SHARED = Case("shared", (1400, 700), width=2503, token_phase=4, table_phase=12, table_pad=2)
@@ -386,10 +391,60 @@ MUTATIONS = [
         "the end of a row isn't written",
         FULL,
         LONG,
-        r"\(columns \+ kTileAlignment - 2\) / kTileColumns \+ 1;",
-        "(columns + kTileAlignment - 2) / kTileColumns;",
+        r"\(columns \+ kTileAlignment - 2\) / tile_columns \+ 1;",
+        "(columns + kTileAlignment - 2) / tile_columns;",
         "none",
         "mismatch",
+    ),
+    Mutation(
+        "take one tile where two are counted",
+        "half of every row isn't written",
+        WIDE,
+        LONG,
+        r"copy_tile<kWideTiles>",
+        "copy_tile<1>",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "look for a page's token in the lanes of another page",
+        "page numbers of other tokens",
+        WIDE,
+        LONG,
+        r"lane % kPages \* kPageSize",
+        "lane / kPages * kPageSize",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "take the first of four words for the one that begins a page",
+        "page numbers of other tokens, where rows begin anywhere",
+        WIDE,
+        LONG,
+        r"before % kVectorWords\), holder",
+        "0), holder",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "count the blocks that don't share in what is left",
+        "tiles of a long row aren't written",
+        BLOCKS,
+        HALF,
+        r"gridDim\.x - kLengthBlocks - skipped",
+        "gridDim.x - kLengthBlocks",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "let all blocks share in what half of them do",
+        "two warps write the same tiles",
+        BLOCKS,
+        HALF,
+        r"if \(block >= skipped\)",
+        "if (true)",
+        "thread",
+        "thread",
     ),
     # ---- bounds
     Mutation(
