@@ -222,9 +222,10 @@ def refresh_with_tensor_ops(
 class Checker:
     """Compares what a refresh wrote with what the reference writes, over the whole buffers.
 
-    Before a checked step the destinations are filled with a value that no refresh writes and copied into
-    shadow buffers. The reference then refreshes the shadows. Filled anew each time, because tables change
-    little from step to step: an element that the plan forgot would otherwise still hold the right value.
+    Before a checked step the destinations are filled with a value that no refresh writes, and so are shadow
+    buffers, which the reference then refreshes: one backend's, as all backends get the same. Filled anew each
+    time, because tables change little from step to step: an element that the plan forgot would otherwise still
+    hold the right value.
 
     Attributes:
         steps, elements: what was checked.
@@ -233,11 +234,11 @@ class Checker:
     """
 
     def __init__(self, real: list[MetadataBuffers], refresh: Callable[[list[MetadataBuffers]], None]) -> None:
-        """``refresh`` applies the reference for the current step to the buffers it is given."""
+        """``real`` are of one shape; ``refresh`` applies the reference for the current step to what it is given."""
         import torch
 
         self._real = real
-        self._shadow = [_like(buffers, torch.empty_like) for buffers in real]
+        self._shadow = _like(real[0], torch.empty_like)
         self._refresh = refresh
         self.steps = 0
         self.elements = 0
@@ -245,22 +246,21 @@ class Checker:
         self.first: Offence | None = None
 
     def before(self, step: int) -> None:
-        """Prepare the destinations, and the shadows with what they must hold after ``step``."""
+        """Prepare the destinations, and the shadow with what each of them must hold after ``step``."""
         # Negative, so neither a length nor a slot; another one each time, so that nothing old passes for it.
         poison = -1 - step % 2**30
-        for real, shadow in zip(self._real, self._shadow, strict=True):
-            for (_, destination), (_, copy) in zip(real.items(), shadow.items(), strict=True):
-                destination.fill_(poison)
-                copy.copy_(destination)
-        self._refresh(self._shadow)
+        for buffers in (*self._real, self._shadow):
+            for _, tensor in buffers.items():
+                tensor.fill_(poison)
+        self._refresh([self._shadow])
 
     def after(self, step: int) -> None:
         """Compare."""
         import torch
 
         self.steps += 1
-        for backend, (real, shadow) in enumerate(zip(self._real, self._shadow, strict=True)):
-            for (field, got), (_, expected) in zip(real.items(), shadow.items(), strict=True):
+        for backend, real in enumerate(self._real):
+            for (field, got), (_, expected) in zip(real.items(), self._shadow.items(), strict=True):
                 self.elements += got.numel()
                 if torch.equal(got, expected):
                     continue

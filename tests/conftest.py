@@ -28,6 +28,10 @@ _wanted = pytest.StashKey[dict[str, int]]()
 def pytest_configure(config: pytest.Config) -> None:
     """Names the cache before any worker starts: workers inherit the environment, so all of them share it."""
     os.environ.pop(loader.POLICY_VARIABLE, None)
+    # The tests' tensors are small: with more threads than one, of this process or a child's, most of the time goes into
+    # waiting for one another, which takes the cores from the other workers.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     if len(config.args) > MANY and all("::" in name for name in config.args):
         config.stash[_wanted] = {name: place for place, name in enumerate(config.args)}
         config.args = list(dict.fromkeys(name.split("::")[0] for name in config.args))

@@ -195,8 +195,8 @@ def check(config: KernelConfig, sanitizer: str, cases: tuple[Case, ...], builds:
 
 
 # ---- what ships ------------------------------------------------------------------------------------------------------
-# One preset of each kind of kernel. Blocks of the shipped size are slow to run on threads, and what a sanitizer sees in
-# them is what it sees in small ones: every preset runs with those.
+# One preset of each kind of kernel. Blocks of the shipped size take the sanitizers long, and what these see in them is
+# what they see in small ones: every preset runs with those.
 OF_EACH_KIND = ("nsa-decode-3", "nsa-decode-3-full", "nsa-decode-3-pages-only", "nsa-copy-3", "nsa-target-verify-3")
 
 
@@ -210,8 +210,8 @@ def test_preset_agrees_with_the_reference(name: str, builds: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("sanitizer", ["address+undefined", "thread"])
 def test_preset_is_clean(name: str, sanitizer: str, builds: Path) -> None:
-    # Threads cost the sanitizers dearly: the preset's own blocks see little, smaller ones see every case. Once each:
-    # what ThreadSanitizer reports doesn't depend on how the blocks happened to run (test_prelude).
+    # Threads cost ThreadSanitizer dearly: the preset's own blocks see little, smaller ones see every case. Once each:
+    # what it reports doesn't depend on how the blocks happened to run (test_prelude).
     config = preset(name)
     far = sanitizer != "thread"
     if name in OF_EACH_KIND:

@@ -2,26 +2,25 @@
 //
 //   driver <job> <results>
 //
+// A CUDA thread is a fiber: it runs until it waits for others, and then one of those that can go on does, drawn by the
+// seed, which thus repeats a run to the letter. A fiber is a thread like any other to ThreadSanitizer, and costs a
+// hundredth of one. A kernel that spins until another thread has done something would hang: only who waits lets go.
+//
 // This file is compiled without instrumentation, whatever the sanitizer: how it hands values from thread to thread is
 // invisible, and what CUDA does order is told to ThreadSanitizer in words (tsan_release, tsan_acquire). So two accesses
 // that CUDA leaves unordered are a race in its eyes, however the threads happened to run, even when their blocks ran
 // one after the other.
 #include <cuda_runtime.h>
 
-#include <linux/futex.h>
-#include <pthread.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
 #include <climits>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <map>
 #include <memory>
 #include <random>
@@ -32,6 +31,11 @@
 extern "C" {
 __attribute__((weak)) void __tsan_acquire(void* address);
 __attribute__((weak)) void __tsan_release(void* address);
+__attribute__((weak)) void* __tsan_get_current_fiber();
+__attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
+__attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void** kept, const void* bottom, std::size_t bytes);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* kept, const void** bottom, std::size_t* bytes);
 __attribute__((weak)) void __asan_poison_memory_region(const volatile void* address, std::size_t bytes);
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* address, std::size_t bytes);
 }
@@ -51,7 +55,7 @@ EMULATION_COPIES(X)
 #undef X
 }
 
-__thread uint3 threadIdx, blockIdx, blockDim, gridDim;
+uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 namespace {
@@ -78,7 +82,6 @@ const std::vector<Copy>& copies() {
 }
 
 constexpr int kExitCode = 70;      // of fail()
-constexpr int kPatienceSeconds = 60;  // for threads that wait for others that never come
 constexpr std::size_t kStackBytes = 256 * 1024;
 
 void tsan_release(void* address) {
@@ -88,40 +91,71 @@ void tsan_acquire(void* address) {
   if (__tsan_acquire != nullptr) __tsan_acquire(address);
 }
 
-// ---- waiting, unseen by the sanitizers -----------------------------------------------------------------------------
-using Word = std::atomic<std::uint32_t>;
-
-// Returns false when the patience ran out.
-bool futex_wait(Word& word, std::uint32_t seen) {
-  timespec patience{kPatienceSeconds, 0};
-  while (word.load(std::memory_order_acquire) == seen) {
-    errno = 0;
-    syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, &patience, nullptr, 0);
-    if (errno == ETIMEDOUT) return word.load(std::memory_order_acquire) != seen;
-  }
-  return true;
-}
-void futex_wake(Word& word) { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
-
-// A mutex that ThreadSanitizer doesn't see, as it would take its order for the program's.
-class Lock {
- public:
-  void lock() {
-    std::uint32_t free = 0;
-    if (state_.compare_exchange_strong(free, 1, std::memory_order_acquire)) return;
-    while (state_.exchange(2, std::memory_order_acquire) != 0) {
-      syscall(SYS_futex, &state_, FUTEX_WAIT_PRIVATE, 2, nullptr, nullptr, 0);
-    }
-  }
-  void unlock() {
-    if (state_.exchange(0, std::memory_order_release) == 2) {
-      syscall(SYS_futex, &state_, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
-    }
-  }
-
- private:
-  Word state_{0};
+// ---- fibers --------------------------------------------------------------------------------------------------------
+struct Context {
+  void* place[5];  // for __builtin_setjmp
+  ucontext_t begin;  // where it begins
+  bool begun = true;
+  unsigned char* stack = nullptr;  // its lowest byte; of main's, AddressSanitizer knows it
+  std::size_t stack_bytes = 0;
+  void* tsan = nullptr;
+  void* asan = nullptr;
 };
+Context program;  // main
+Context* current = &program;
+
+// Not setjmp, longjmp and swapcontext: sanitizers have their own, which take it that frames are left for good.
+__attribute__((noinline)) void jump(Context& to) { __builtin_longjmp(to.place, 1); }
+
+__attribute__((noinline)) void jump(Context& from, Context& to) {
+  if (__builtin_setjmp(from.place) != 0) return;
+  if (to.begun) jump(to);
+  to.begun = true;
+  setcontext(&to.begin);
+  fail("a thread can't begin");
+}
+
+void arrive() {
+  if (__sanitizer_finish_switch_fiber == nullptr) return;
+  const void* stack = nullptr;
+  std::size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(current->asan, &stack, &bytes);
+  if (program.stack == nullptr) {  // the first switch of all comes from there
+    program.stack = static_cast<unsigned char*>(const_cast<void*>(stack));
+    program.stack_bytes = bytes;
+  }
+}
+
+void switch_to(Context& to) {
+  Context& from = *current;
+  if (&from == &to) return;
+  if (__sanitizer_start_switch_fiber != nullptr) __sanitizer_start_switch_fiber(&from.asan, to.stack, to.stack_bytes);
+  if (__tsan_switch_to_fiber != nullptr) __tsan_switch_to_fiber(to.tsan, 1);  // 1: which orders nothing
+  current = &to;
+  jump(from, to);
+  arrive();
+}
+
+struct Fiber {
+  unsigned char* stack;
+  void* tsan;
+};
+
+// Fibers are used again by the next launch, which comes after all that they did in this one. Not by the same launch: to
+// ThreadSanitizer the two threads would be one.
+const Fiber& fiber(std::size_t number) {
+  static std::vector<Fiber> fibers;
+  while (number >= fibers.size()) {
+    // Below the stack is a page that nobody may touch.
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* at = mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (at == MAP_FAILED || mprotect(at, page, PROT_NONE) != 0) fail("no memory for a thread");
+    void* tsan = __tsan_create_fiber != nullptr ? __tsan_create_fiber(0) : nullptr;
+    fibers.push_back({static_cast<unsigned char*>(at) + page, tsan});
+  }
+  return fibers[number];
+}
 
 // ---- a block and its threads ---------------------------------------------------------------------------------------
 // Lanes that meet under one mask. Two turns of values: nobody can be two turns ahead, as every turn needs all lanes.
@@ -129,7 +163,7 @@ struct Meeting {
   const char* operation = nullptr;
   int line = 0;
   unsigned arrived = 0;
-  Word turn{0};
+  unsigned turn = 0;
   Lanes lanes[2] = {};
   char order[2] = {};  // addresses to tell ThreadSanitizer about, one a turn for the same reason
 };
@@ -143,6 +177,7 @@ struct Grid;
 struct Block;
 
 struct Thread {
+  Context context;
   Block* block;
   unsigned index;
   const char* waits = nullptr;  // where
@@ -155,29 +190,26 @@ struct Block {
   const Launch* launch;
   unsigned index;
   unsigned count;  // threads
-  Lock lock;
   unsigned arrived = 0;  // at the barrier
   unsigned waiting = 0;  // at the barrier or for other lanes
   unsigned gone = 0;
   int line = 0;  // of the barrier
   bool votes[2] = {};  // whether any thread voted yes, at this turn's barrier and at the last one's
-  Word turn{0};
+  unsigned turn = 0;
   char order[2] = {};
   std::vector<Thread> threads;
   std::vector<Warp> warps;
 };
 
-// Counts of the whole grid.
 struct Grid {
-  Word finished{0};  // blocks
-  char order = 0;
+  std::mt19937_64* random;
+  std::vector<Thread*> ready;  // threads that can go on; as large from the start as it gets, see run_grid
+  std::size_t threads = 0;  // of the blocks that were started
+  unsigned finished = 0;  // blocks
+  char begin = 0, end = 0;  // addresses to tell ThreadSanitizer about
 };
 
-// Launches that are over. ThreadSanitizer gives a new thread the number of one that has exited and then takes the two
-// for one thread, so under it no thread exits before its grid is done.
-Word launches_over{0};
-
-thread_local Thread* self = nullptr;
+Thread* self = nullptr;
 std::string context = "before the first launch";
 
 std::string waiting_threads(const Block& block) {
@@ -202,15 +234,41 @@ void check_progress(const Block& block) {
   }
 }
 
-void wait(Block& block, Word& turn, std::uint32_t seen) {
-  if (!futex_wait(turn, seen)) {
-    fail("thread %u waited %d seconds:%s", self->index, kPatienceSeconds, waiting_threads(block).c_str());
+// Runs one of the threads that can go on, whichever the seed draws; main if none can.
+void run_any(Grid& grid) {
+  if (grid.ready.empty()) return switch_to(program);
+  std::swap(grid.ready[(*grid.random)() % grid.ready.size()], grid.ready.back());
+  self = grid.ready.back();
+  grid.ready.pop_back();
+  threadIdx = {self->index, 0, 0};
+  blockIdx = {self->block->index, 0, 0};
+  blockDim = {self->block->count, 1, 1};
+  gridDim = {self->block->launch->grid.x, 1, 1};
+  switch_to(self->context);
+}
+
+// The calling thread waits.
+void wait(Block& block) {
+  ++block.waiting;
+  check_progress(block);
+  run_any(*block.grid);
+}
+
+// The calling thread is the last that `count` threads from `first` on waited for, those with a bit in `mask` if there is
+// one: all of them can go on, in any order.
+void wake(Block& block, unsigned first, unsigned count, unsigned mask = 0) {
+  for (unsigned i = 0; i < count; ++i) {
+    if (mask != 0 && (mask >> i & 1u) == 0) continue;
+    Thread& thread = block.threads[first + i];
+    thread.waits = nullptr;
+    block.grid->ready.push_back(&thread);
+    --block.waiting;
   }
-  self->waits = nullptr;
+  ++block.waiting;  // the caller wasn't counted
+  run_any(*block.grid);
 }
 
 void leave(Block& block) {
-  block.lock.lock();
   if (block.arrived > 0) {
     fail("thread %u leaves the kernel while others wait at a barrier:%s", self->index, waiting_threads(block).c_str());
   }
@@ -223,53 +281,43 @@ void leave(Block& block) {
   }
   ++block.gone;
   check_progress(block);
-  const bool last = block.gone == block.count;
   Grid& grid = *block.grid;
-  tsan_release(&grid.order);
-  block.lock.unlock();
-  if (last) {
-    grid.finished.fetch_add(1, std::memory_order_acq_rel);
-    futex_wake(grid.finished);
-  }
+  tsan_release(&grid.end);
+  if (block.gone < block.count) run_any(grid);
+  ++grid.finished;
+  switch_to(program);  // which may have another block to start
 }
 
-void* enter(void* argument) {
-  self = static_cast<Thread*>(argument);
+void enter() {
+  arrive();
   Block& block = *self->block;
-  threadIdx = {self->index, 0, 0};
-  blockIdx = {block.index, 0, 0};
-  blockDim = {block.launch->block.x, 1, 1};
-  gridDim = {block.launch->grid.x, 1, 1};
-  const std::uint32_t over = launches_over.load(std::memory_order_acquire);
+  tsan_acquire(&block.grid->begin);
   block.launch->thread();
   leave(block);
-  if (__tsan_release != nullptr) {
-    while (!futex_wait(launches_over, over)) {
-    }
-  }
-  return nullptr;
 }
 
-void start(Block& block, std::mt19937_64& random) {
+void start(Block& block) {
+  Grid& grid = *block.grid;
   block.threads.resize(block.count);
   block.warps.resize((block.count + kWarp - 1) / kWarp);
   if (block.count % kWarp != 0) block.warps.back().gone = ~0u << block.count % kWarp;
-  std::vector<unsigned> order(block.count);
   for (unsigned i = 0; i < block.count; ++i) {
-    block.threads[i].block = &block;
-    block.threads[i].index = order[i] = i;
+    Thread& thread = block.threads[i];
+    thread.block = &block;
+    thread.index = i;
+    Context& own = thread.context;
+    const Fiber& use = fiber(grid.threads++);
+    own.stack = use.stack;
+    own.tsan = use.tsan;
+    own.stack_bytes = kStackBytes;
+    own.begun = false;
+    getcontext(&own.begin);
+    own.begin.uc_stack.ss_sp = own.stack;
+    own.begin.uc_stack.ss_size = own.stack_bytes;
+    own.begin.uc_link = nullptr;
+    makecontext(&own.begin, enter, 0);
+    grid.ready.push_back(&thread);
   }
-  std::shuffle(order.begin(), order.end(), random);
-  pthread_attr_t attributes;
-  pthread_attr_init(&attributes);
-  pthread_attr_setstacksize(&attributes, kStackBytes);
-  // Detached: a join would order this block before the next one.
-  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-  for (unsigned i : order) {
-    pthread_t thread;
-    if (pthread_create(&thread, &attributes, enter, &block.threads[i]) != 0) fail("no more threads");
-  }
-  pthread_attr_destroy(&attributes);
 }
 
 // ---- one launch ----------------------------------------------------------------------------------------------------
@@ -292,14 +340,18 @@ void run_grid(const std::vector<Recorded>& launches, std::mt19937_64& random, un
   for (unsigned i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random);
   Grid grid;
+  grid.random = &random;
+  // A vector that grows moves its contents, which ThreadSanitizer sees.
+  grid.ready.reserve(std::size_t{blocks} * launches[0].launch.block.x);
   std::vector<std::unique_ptr<Block>> running(blocks);
-  for (unsigned started = 0; started < blocks; ++started) {
-    std::uint32_t finished;
-    while (started - (finished = grid.finished.load(std::memory_order_acquire)) >= together) {
-      if (!futex_wait(grid.finished, finished)) fail("the blocks took too long");
+  tsan_release(&grid.begin);
+  for (unsigned started = 0; grid.finished < blocks;) {
+    if (started == blocks || started - grid.finished >= together) {
+      run_any(grid);
+      continue;
     }
     auto block = std::make_unique<Block>();
-    const unsigned index = order[started];
+    const unsigned index = order[started++];
     block->grid = &grid;
     block->copy = &copies()[index];
     block->launch = &launches[index].launch;
@@ -308,16 +360,11 @@ void run_grid(const std::vector<Recorded>& launches, std::mt19937_64& random, un
     for (unsigned char* at = block->copy->shared; at < block->copy->shared_end; ++at) {
       *at = static_cast<unsigned char>(random());
     }
+    start(*block);
     running[index] = std::move(block);
-    start(*running[index], random);
   }
-  std::uint32_t finished;
-  while ((finished = grid.finished.load(std::memory_order_acquire)) < blocks) {
-    if (!futex_wait(grid.finished, finished)) fail("the blocks took too long");
-  }
-  tsan_acquire(&grid.order);
-  launches_over.fetch_add(1, std::memory_order_acq_rel);
-  futex_wake(launches_over);
+  self = nullptr;
+  tsan_acquire(&grid.end);
 }
 
 // ---- jobs ----------------------------------------------------------------------------------------------------------
@@ -513,8 +560,6 @@ void run_launch(Case& c, std::uint64_t seed, unsigned together, std::FILE* resul
 
 // ---- what the prelude declares -------------------------------------------------------------------------------------
 void fail(const char* format, ...) {
-  static Lock one;  // the first to fail tells
-  one.lock();
   std::fprintf(stderr, "emulation error: %s", context.c_str());
   if (self != nullptr) std::fprintf(stderr, ", block %u, thread %u", self->block->index, self->index);
   std::fprintf(stderr, ": ");
@@ -531,9 +576,8 @@ int lane() { return static_cast<int>(self->index % kWarp); }
 
 bool barrier(int line, bool yes) {
   Block& block = *self->block;
-  const std::uint32_t turn = block.turn.load(std::memory_order_acquire);  // can't change before this thread arrives
+  const unsigned turn = block.turn;  // can't change before this thread arrives
   tsan_release(&block.order[turn % 2]);
-  block.lock.lock();
   self->waits = "__syncthreads";
   self->line = line;
   if (block.gone > 0) {
@@ -546,18 +590,12 @@ bool barrier(int line, bool yes) {
     fail("threads of a block wait at different barriers:%s", waiting_threads(block).c_str());
   }
   block.votes[turn % 2] |= yes;
-  if (++block.arrived == block.count) {
-    block.waiting -= block.arrived - 1;
-    block.arrived = 0;
-    self->waits = nullptr;
-    block.turn.store(turn + 1, std::memory_order_release);
-    block.lock.unlock();
-    futex_wake(block.turn);
+  if (++block.arrived < block.count) {
+    wait(block);
   } else {
-    ++block.waiting;
-    check_progress(block);
-    block.lock.unlock();
-    wait(block, block.turn, turn);
+    block.arrived = 0;
+    ++block.turn;
+    wake(block, 0, block.count);
   }
   tsan_acquire(&block.order[turn % 2]);
   return block.votes[turn % 2];
@@ -566,7 +604,6 @@ bool barrier(int line, bool yes) {
 Lanes exchange(const char* operation, int line, unsigned mask, std::uint64_t value, bool orders) {
   Block& block = *self->block;
   const unsigned bit = 1u << lane();
-  block.lock.lock();
   self->waits = operation;
   self->line = line;
   if ((mask & bit) == 0) fail("%s, line %d: the mask 0x%08x lacks the calling lane %d", operation, line, mask, lane());
@@ -587,23 +624,17 @@ Lanes exchange(const char* operation, int line, unsigned mask, std::uint64_t val
   } else if (meeting.line != line || std::strcmp(meeting.operation, operation) != 0) {
     fail("lanes of a warp are at %s, line %d, and at %s, line %d", operation, line, meeting.operation, meeting.line);
   }
-  const std::uint32_t turn = meeting.turn.load(std::memory_order_acquire);
+  const unsigned turn = meeting.turn;
   if (orders) tsan_release(&meeting.order[turn % 2]);
   Lanes& lanes = meeting.lanes[turn % 2];
   lanes.value[lane()] = value;
   meeting.arrived |= bit;
-  if (meeting.arrived == mask) {
-    block.waiting -= static_cast<unsigned>(__builtin_popcount(mask)) - 1;
-    meeting.arrived = 0;
-    self->waits = nullptr;
-    meeting.turn.store(turn + 1, std::memory_order_release);
-    block.lock.unlock();
-    futex_wake(meeting.turn);
+  if (meeting.arrived != mask) {
+    wait(block);
   } else {
-    ++block.waiting;
-    check_progress(block);
-    block.lock.unlock();
-    wait(block, meeting.turn, turn);
+    meeting.arrived = 0;
+    ++meeting.turn;
+    wake(block, self->index / kWarp * kWarp, kWarp, mask);
   }
   if (orders) tsan_acquire(&meeting.order[turn % 2]);
   return lanes;
@@ -650,6 +681,7 @@ int main(int argc, char** argv) {
     if (resource < 0) fail("prepare left a resource unset");
   }
   if (copies()[0].prepare(kDevices, resources) != cudaErrorInvalidDevice) fail("prepare hid an invalid device");
+  if (__tsan_get_current_fiber != nullptr) program.tsan = __tsan_get_current_fiber();
   std::FILE* job_file = std::fopen(argv[1], "rb");
   std::FILE* results = std::fopen(argv[2], "wb");
   if (job_file == nullptr || results == nullptr) fail("the job or the results can't be opened");

@@ -35,14 +35,14 @@ FLAGS = [
     "-g1",
     "-fno-omit-frame-pointer",
     "-fno-strict-aliasing",  # int4 accesses to int32 memory are fine for a device compiler
-    "-pthread",
 ]
 SANITIZERS: dict[str, list[str]] = {
     "none": [],
     "thread": ["-fsanitize=thread"],
     # Variables in a section of their own, as the shared ones are, go unchecked unless it is named.
     "address": ["-fsanitize=address", "-fsanitize-sections=emulated_shared"],
-    "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    # Its checks are made of the source as it is written. To optimize them takes the compiler longer than all the rest.
+    "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-O0"],
 }
 SANITIZERS["address+undefined"] = SANITIZERS["address"] + SANITIZERS["undefined"]
 OPTIONS = {
@@ -81,11 +81,11 @@ def build(source: str, sanitizer: str, directory: Path, *, copies: int) -> Path:
     with FileLock(directory / f"{digest}.lock"):
         if program.exists():
             return program
-        driver = _driver(directory)
+        driver, prelude = _driver(directory), _prelude(directory, flags)
         with tempfile.TemporaryDirectory(dir=directory) as name:
             folder = Path(name)
             (folder / "kernel.cu").write_text(source, encoding="utf-8")
-            _tool([COMPILER, "-x", "c++", *flags, f"-I{HERE / 'include'}", "-c", "kernel.cu", "-o", "kernel.o"], folder)
+            _tool([COMPILER, "-x", "c++", *flags, f"-I{prelude}", "-c", "kernel.cu", "-o", "kernel.o"], folder)
             objects = []
             for k in range(copies):
                 objects.append(f"kernel_{k}.o")
@@ -104,13 +104,30 @@ def _driver(directory: Path) -> Path:
     with FileLock(directory / f"driver-{digest}.lock"):
         if not compiled.exists():
             partial = compiled.with_suffix(".partial")
-            flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"]
+            flags = ["-std=c++17", "-O2", "-g1", "-Wall", "-Wextra"]
             _tool(
                 [COMPILER, *flags, f"-I{HERE / 'include'}", "-c", str(HERE / "driver.cpp"), "-o", str(partial)],
                 directory,
             )
             os.replace(partial, compiled)
     return compiled
+
+
+def _prelude(directory: Path, flags: list[str]) -> Path:
+    """A folder with the prelude, precompiled: most of the time of a small kernel goes into the headers."""
+    digest = _digest(*flags)
+    folder = directory / f"prelude-{digest}"
+    with FileLock(directory / f"prelude-{digest}.lock"):
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            partial.mkdir(exist_ok=True)
+            shutil.copy(HERE / "include" / "cuda_runtime.h", partial)
+            # Not as the main file, in which #pragma once has a warning.
+            (partial / "whole.h").write_text("#include <cuda_runtime.h>\n", encoding="utf-8")
+            output = ["-o", str(partial / "cuda_runtime.h.gch")]
+            _tool([COMPILER, "-x", "c++-header", *flags, f"-I{HERE / 'include'}", "whole.h", *output], partial)
+            os.replace(partial, folder)
+    return folder
 
 
 def _digest(*parts: str) -> str:

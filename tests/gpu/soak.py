@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ INDEX_TOPK = 2048
 
 def soak(
     trace: Path,
-    backends: int,
+    backends: int | Sequence[int],
     device: torch.device,
     *,
     max_batch: int,
@@ -36,6 +37,7 @@ def soak(
     """Serves a whole trace as fast as its steps go, and checks every destination of every ``check_every``-th step.
 
     Args:
+        backends: how many, or how many each of several plans has; these all refresh at every step.
         max_batch: requests at once; requests are admitted as soon as there is room, whenever they arrived.
         context_len: longer prompts are clipped to it.
         max_steps: stop early.
@@ -43,12 +45,13 @@ def soak(
     Returns:
         Counts, the first wrong element if there is one, and how much memory was added after the first tenth.
     """
+    counts = [backends] if isinstance(backends, int) else backends
     random = np.random.default_rng(seed)
     simulation = ServingSimulation(
         Trace.load(trace),
         max_batch=max_batch,
         context_len=context_len,
-        num_backends=backends,
+        num_backends=max(counts),
         page_size=PAGE_SIZE,
         step_ms=1e6,
         preempt_probability=0.002,
@@ -56,8 +59,8 @@ def soak(
         device=device,
     )
     pool = simulation.req_to_token
-    targets = [_allocate(max_batch, pool.shape[1], PAGE_SIZE, device) for _ in range(backends)]
-    plan = onelaunch.bind(targets, req_to_token=pool, index_topk=INDEX_TOPK, page_size=PAGE_SIZE)
+    targets = [[_allocate(max_batch, pool.shape[1], PAGE_SIZE, device) for _ in range(count)] for count in counts]
+    plans = [onelaunch.bind(t, req_to_token=pool, index_topk=INDEX_TOPK, page_size=PAGE_SIZE) for t in targets]
     # Graphs read their inputs here; on the CPU a plan does.
     seq_lens = torch.ones(max_batch, dtype=torch.int64, device=device)
     rows = torch.zeros(max_batch, dtype=torch.int64, device=device)
@@ -66,7 +69,8 @@ def soak(
         for size in (size for size in CAPTURED if size <= max_batch):
             graphs[size] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graphs[size]):
-                plan.run(seq_lens[:size], rows[:size])
+                for plan in plans:
+                    plan.run(seq_lens[:size], rows[:size])
     size = 0
 
     def refresh_reference(shadow: list[MetadataBuffers]) -> None:
@@ -80,7 +84,8 @@ def soak(
             extent="live",
         )
 
-    checker = Checker(targets, refresh_reference)
+    # What is right doesn't depend on the number of backends, so it is worked out once for all of them.
+    checker = Checker([buffers for each in targets for buffers in each], refresh_reference)
     steps = 0
     sizes: set[int] = set()
     start = time.perf_counter()
@@ -100,7 +105,8 @@ def soak(
         if graphs:
             graphs[size].replay()
         else:
-            plan.run(seq_lens[:size], rows[:size])
+            for plan in plans:
+                plan.run(seq_lens[:size], rows[:size])
         if checked:
             checker.after(steps)
         steps += 1

@@ -1,7 +1,7 @@
 // The emulation prelude: the CUDA names that emitted kernels use, for a host compiler. It is found in place of CUDA's
 // own <cuda_runtime.h>, so the emitted source is compiled as it is. driver.cpp runs what is declared here.
 //
-// Every CUDA thread is an operating-system thread. What CUDA orders is ordered here and no more: __syncthreads and
+// Every CUDA thread is a thread of its own to the sanitizers. What CUDA orders is ordered here and no more: __syncthreads and
 // __syncwarp are visible to ThreadSanitizer, while shuffles and votes, which imply no memory barrier on a GPU, exchange
 // their values behind its back. An intrinsic that isn't here doesn't compile, which is the point: add it with its
 // checks, and a case that fails without it to mutations.py.
@@ -105,8 +105,8 @@ inline unsigned vote(const char* operation, int line, unsigned mask, bool yes) {
 #define __shared__ __attribute__((section("emulated_shared"))) static
 
 // ---- built-in variables and vector types ---------------------------------------------------------------------------
-// Set for each thread before it enters the kernel.
-extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
+// The driver sets them whenever it lets another thread run, which it only does inside of what it provides.
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct alignas(16) int4 {
   int x, y, z, w;
