@@ -21,6 +21,9 @@ NO_DEVICE = "there is no CUDA device"
 # Mutation testing names thousands of tests for each mutant. pytest would look up one after the other for seconds.
 MANY = 100
 
+# Begun first: what takes a minute at the end of a run leaves the other workers without work.
+LONG = ("tests/test_soak.py",)
+
 _own_cache = pytest.StashKey[Path]()
 _wanted = pytest.StashKey[dict[str, int]]()
 
@@ -56,6 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = config.stash.get(_wanted, None)
     if wanted is not None:
         items[:] = sorted((item for item in items if item.nodeid in wanted), key=lambda item: wanted[item.nodeid])
+    else:
+        items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     has_device = torch.cuda.is_available()
     missing: str | None = None
     if any(item.get_closest_marker("nvcc") for item in items):
@@ -89,6 +94,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each target in turn, with the index that the tensors' device has."""
     return torch.device("cuda", torch.cuda.current_device()) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers, for what is made once in a session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

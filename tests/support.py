@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from onelaunch import FIELDS, KernelConfig, MetadataBuffers, reference, render, toolchain
 from onelaunch import compile as compiler
 from torch import Tensor
@@ -311,21 +313,33 @@ def case_name(case: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------ compilers
 
 
-def ptxas_report(config: KernelConfig, folder: Path, arch: str = "90a") -> dict[str, int]:
+def ptxas_report(config: KernelConfig, shared: Path, arch: str = "90a") -> tuple[dict[str, int], Path]:
     """What ptxas says about a kernel that is compiled with the product's flags and every warning an error.
 
     Returns:
-        registers, and bytes of stack, spill_stores, spill_loads and local memory.
+        registers, and bytes of stack, spill_stores, spill_loads and local memory; and the object file. Both are made
+        once for all that have the folder ``shared``.
     """
+    folder = shared / f"ptxas-{config.symbol}-{arch}"
+    kept, module = folder / "report.json", folder / "kernel.o"
+    with FileLock(f"{folder}.lock"):
+        if not kept.exists():
+            folder.mkdir(exist_ok=True)
+            report = _ptxas_report(config, module, arch)
+            kept.write_text(json.dumps(report), encoding="utf-8")
+        return json.loads(kept.read_text(encoding="utf-8")), module
+
+
+def _ptxas_report(config: KernelConfig, module: Path, arch: str) -> dict[str, int]:
     toolkit, compiler_found, _ = toolchain.preflight_cuda()
-    source = folder / f"{config.symbol}.cu"
+    source = module.with_name(f"{config.symbol}.cu")
     source.write_text(render(config), encoding="utf-8")
     command: list[str | Path] = [
         toolkit.nvcc,
         "-c",
         source,
         "-o",
-        folder / "kernel.o",
+        module,
         "-ccbin",
         compiler_found.path,
         *compiler.CUDA_FLAGS,

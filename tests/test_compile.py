@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +101,8 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.nvcc
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_compile_for_sm_90a_without_a_warning_or_a_spill(name: str, tmp_path: Path) -> None:
-    report = support.ptxas_report(PRESETS[name], tmp_path)
+def test_presets_compile_for_sm_90a_without_a_warning_or_a_spill(name: str, shared: Path) -> None:
+    report, _ = support.ptxas_report(PRESETS[name], shared)
     assert {k: v for k, v in report.items() if k != "registers"} == {
         "stack": 0,
         "spill_stores": 0,
@@ -334,10 +336,27 @@ def test_a_build_leaves_the_process_as_it_was(store: Store) -> None:
 # --------------------------------------------------------------------------------------------- another process
 
 
-def test_a_second_process_loads_without_building(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Used:
+    """A cache that one process has built in, what that printed, and its stderr."""
+
+    folder: Path
+    first: dict[str, Any]
+    said: str
+
+    def copy(self, folder: Path) -> Path:
+        return Path(shutil.copytree(self.folder, folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Used:
+    folder = tmp_path_factory.mktemp("used") / "cache"
+    return Used(folder, *use(folder))
+
+
+def test_a_second_process_loads_without_building(used: Used) -> None:
     """It imports neither torch's extension builder nor jinja2, and says nothing."""
-    cache = tmp_path / "cache"
-    first, said = use(cache)
+    cache, first, said = used.folder, used.first, used.said
     assert first["out"] == [5, 6, -1, -1]
     assert "torch.utils.cpp_extension" in first["modules"]
     notices = [line for line in said.splitlines() if line.startswith("onelaunch:")]
@@ -354,13 +373,12 @@ def test_a_second_process_loads_without_building(tmp_path: Path) -> None:
     assert use(cache, ONELAUNCH_JIT="error")[0]["out"] == [5, 6, -1, -1]
 
 
-def test_a_process_with_another_compiler_asks_again(tmp_path: Path) -> None:
+def test_a_process_with_another_compiler_asks_again(used: Used, tmp_path: Path) -> None:
     """The index holds for the compilers it was made with; another environment finds the entry by its content."""
-    cache, folder = tmp_path / "cache", tmp_path / "bin"
+    folder = tmp_path / "bin"
     folder.mkdir()
-    first, _ = use(cache)
-    second, said = use(cache, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
-    assert second["key"] == first["key"]
+    second, said = use(used.copy(tmp_path), PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
+    assert second["key"] == used.first["key"]
     assert "building" not in said
 
 
@@ -403,10 +421,9 @@ def test_a_damaged_entry_is_set_aside_and_built_again(store: Store, builds: list
     assert len(builds) == 2
 
 
-def test_a_truncated_object_doesnt_bring_a_process_down(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    first, _ = use(cache)
-    DAMAGES["truncated"](Path(first["path"]))
+def test_a_truncated_object_doesnt_bring_a_process_down(used: Used, tmp_path: Path) -> None:
+    cache = used.copy(tmp_path)
+    DAMAGES["truncated"](cache / Path(used.first["path"]).relative_to(used.folder))
     second, said = use(cache)
     assert second["out"] == [5, 6, -1, -1]
     assert [w for w in second["warnings"] if "is damaged" in w], second["warnings"]

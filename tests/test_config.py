@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, layout, preset
 from onelaunch.config import MAX_PARAM_WORDS, parse_settings
+from processes import light_package
 from support import ALL_FIELDS
 
 MQA = "paged_mqa_schedule_metadata"
@@ -351,11 +353,13 @@ def test_symbols_name_what_they_are() -> None:
     assert len({config.symbol for config in PRESETS.values()}) == len(PRESETS)
 
 
-def test_the_key_is_the_same_in_every_process() -> None:
+def test_the_key_is_the_same_in_every_process(tmp_path: Path) -> None:
     """No hash randomization, no address and no time in it."""
-    code = "from onelaunch import PRESETS; import json; print(json.dumps({n: c.key for n, c in PRESETS.items()}))"
+    code = (
+        "from onelaunch.config import PRESETS; import json; print(json.dumps({n: c.key for n, c in PRESETS.items()}))"
+    )
     for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(light_package(tmp_path))}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert json.loads(done.stdout) == {name: config.key for name, config in PRESETS.items()}
 

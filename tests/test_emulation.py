@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 import pytest
@@ -162,10 +161,9 @@ EXTRAS = {
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The session's programs, one folder for all of its processes."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulation"
+def builds(shared: Path) -> Path:
+    """The session's programs."""
+    folder = shared / "emulation"
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -526,9 +526,9 @@ def test_fields_of_different_ages(device: torch.device) -> None:
     [KernelConfig(num_backends=9), KernelConfig(num_backends=64, extent="full"), KernelConfig(operation="copy")],
     ids=["9", "64 full", "copy"],
 )
-def test_pointer_arrays_in_local_memory(config: KernelConfig, tmp_path: Path) -> None:
+def test_pointer_arrays_in_local_memory(config: KernelConfig, shared: Path) -> None:
     """An array of pointers passed by value and indexed at run time was copied to the stack: 176 bytes of it."""
-    report = support.ptxas_report(config, tmp_path)
+    report, _ = support.ptxas_report(config, shared)
     assert report["stack"] == 0
     assert report["local"] == 0
 

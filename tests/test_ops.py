@@ -16,8 +16,6 @@ import torch
 from onelaunch import ArgumentError, MetadataBuffers, api, ops
 from support import SIX_FIELDS, Poisoned, assert_same, assert_untouched
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
-from torch._dynamo.utils import counters
 
 OPS = torch.ops.onelaunch
 WIDTH, TOPK = 141, 100
@@ -29,6 +27,10 @@ ALLOCATED = (*SIX_FIELDS, "seqlens_expanded")
 
 @pytest.fixture(autouse=True)
 def _no_graph_is_left_behind() -> None:
+    # Here and not above, as it takes seconds: every worker reads this file, and few run what is in it.
+    import torch._dynamo.testing
+    from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     counters.clear()
 
@@ -220,7 +222,7 @@ def test_precompute_and_copy_are_part_of_the_graph(given: bool, page_size: int, 
 
 
 def test_a_batch_and_a_bound_that_change_take_one_more_graph(device: torch.device) -> None:
-    counter = CompileCounter()
+    counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(broadcast, backend=counter, fullgraph=True)
     for bs, max_len in ((5, 130), (4, 131), (3, 132), (2, 133), (5, 140)):
         case = make(device)
@@ -232,11 +234,15 @@ def test_a_batch_and_a_bound_that_change_take_one_more_graph(device: torch.devic
 
 def test_inductor_writes_to_the_destinations_themselves(device: torch.device) -> None:
     """Not to copies that it copies back, which would cost more than the launch: an eager call finds the same plan."""
+    import torch._inductor.config
+
     case = make(device)
     api._plans.clear()
     api._known.clear()
     compiled = torch.compile(broadcast, backend="inductor", fullgraph=True)
-    compiled(case.lists(), *case.inputs, **case.numbers, max_len=130)
+    # One, which is this process: others would first import torch, for the little that there is to compile.
+    with torch._inductor.config.patch(compile_threads=1):
+        compiled(case.lists(), *case.inputs, **case.numbers, max_len=130)
     assert_same(case.backends, case.expected("live", 130, more=1))
     (made,) = api._plans
     broadcast(case.lists(), *case.inputs, **case.numbers, max_len=130)
@@ -270,7 +276,7 @@ def test_a_plan_runs_between_two_graphs(device: torch.device) -> None:
         assert destination is not None
         return destination[:5] * 2 + seq_lens
 
-    compiled = torch.compile(step, backend=(counter := CompileCounter()))
+    compiled = torch.compile(step, backend=(counter := torch._dynamo.testing.CompileCounter()))
     for launches in range(1, 13):
         case.seq_lens = (case.seq_lens + 7 * launches) % WIDTH
         out = compiled(case.seq_lens)
@@ -278,7 +284,8 @@ def test_a_plan_runs_between_two_graphs(device: torch.device) -> None:
         assert torch.equal(out, (case.seq_lens + 1) * 2 + case.seq_lens)
     assert_same(case.backends[1:], case.backends[0].buffers)
     assert counter.frame_count == 2
-    assert [reason for reason in counters["graph_break"] if "Plan.run can't be in a graph" in reason]
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert [reason for reason in breaks if "Plan.run can't be in a graph" in reason]
 
 
 def test_a_plan_in_a_full_graph_is_refused_with_what_to_do() -> None:

@@ -41,12 +41,12 @@ def wide(found: Counter[str], access: str) -> int:
 
 @pytest.mark.nvcc
 @pytest.mark.parametrize("name", REGISTERS)
-def test_the_vector_path_of_a_preset(name: str, tmp_path: Path) -> None:
+def test_the_vector_path_of_a_preset(name: str, shared: Path) -> None:
     config = PRESETS[name]
-    report = support.ptxas_report(config, tmp_path)
+    report, module = support.ptxas_report(config, shared)
     assert report["spill_stores"] == report["spill_loads"] == report["local"] == report["stack"] == 0
     assert report["registers"] <= REGISTERS[name]
-    found = instructions(tmp_path / "kernel.o")
+    found = instructions(module)
     # Local memory is where spills, and arrays that are indexed by what only runs know, would be.
     assert not [instruction for instruction in found if re.match(r"(LDL|STL)\b", instruction)]
     if config.vector_bytes == 4:
