@@ -36,6 +36,7 @@ using SeqLen = std::int64_t;
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kThreads = 256;  // a block
+constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
@@ -45,7 +46,6 @@ constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
 constexpr int kWideTiles = 2;  // that a warp takes at once in large tables
 constexpr int kWideFrom = 24;  // tiles a multiprocessor
-constexpr int kResidentThreads = 1024;  // of a multiprocessor, so many as get 64 registers each
 constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
 
@@ -334,7 +334,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads) onelaunch_broadcast_decode_n3_201917419195ad44(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_201917419195ad44(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);

@@ -34,6 +34,7 @@ using SeqLen = std::int64_t;
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kThreads = 256;  // a block
+constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
@@ -358,7 +359,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_9aafd71220d2762b(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_9aafd71220d2762b(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);

@@ -38,6 +38,7 @@ using ExtendLen = std::int64_t;
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kThreads = 256;  // a block
+constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
@@ -391,7 +392,7 @@ __device__ void gather_tables(const Params& p) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341(const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);

@@ -37,6 +37,7 @@ using SeqLen = std::int64_t;
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kThreads = 256;  // a block
+constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
@@ -113,9 +114,9 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
 }
 
 // ---- requests ----------------------------------------------------------------------------------------------------
-// What the lengths of backend b have more than seq_lens.
+// What the lengths of backend b have more than seq_lens. Static, or an array that a block indexes would be on its stack.
 __device__ __forceinline__ std::int32_t length_offset(int b) {
-  constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
+  static constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
   return offsets[b];
 }
 
@@ -315,7 +316,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads) onelaunch_broadcast_decode_n3_b4cc8313d71d2eea(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_b4cc8313d71d2eea(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p, static_cast<int>(blockIdx.x));

@@ -34,6 +34,7 @@ using SeqLen = std::int32_t;
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kThreads = 256;  // a block
+constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerSm = 4;
@@ -42,7 +43,6 @@ constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
 constexpr int kWideTiles = 2;  // that a warp takes at once in large tables
 constexpr int kWideFrom = 24;  // tiles a multiprocessor
-constexpr int kResidentThreads = 1024;  // of a multiprocessor, so many as get 64 registers each
 constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = kBackends;  // block b writes the lengths of backend b, the rest the tables
 
@@ -75,9 +75,9 @@ constexpr int kParamWords = 20;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
 // ---- requests ----------------------------------------------------------------------------------------------------
-// What the lengths of backend b have more than seq_lens.
+// What the lengths of backend b have more than seq_lens. Static, or an array that a block indexes would be on its stack.
 __device__ __forceinline__ std::int32_t length_offset(int b) {
-  constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
+  static constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
   return offsets[b];
 }
 
@@ -226,7 +226,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads) onelaunch_broadcast_decode_n3_d0ad8babdb176897(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_d0ad8babdb176897(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p, static_cast<int>(blockIdx.x));

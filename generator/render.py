@@ -116,6 +116,8 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "pages": pages,
         "several_pages": several_pages,
         "wide_tiles": wide_tiles,
+        # Left to itself, ptxas spills a register of some kernels for blocks that the grid doesn't have.
+        "resident_blocks": 1024 // config.threads if config.target == "cuda" and (splits or windows) and not csr else 0,
         "pages_from_registers": pages_from_registers,
         "splits": splits,
         "page_shift": _shift(config.page_size),

@@ -313,24 +313,25 @@ def case_name(case: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------ compilers
 
 
-def ptxas_report(config: KernelConfig, shared: Path, arch: str = "90a") -> tuple[dict[str, int], Path]:
+def ptxas_reports(
+    config: KernelConfig, shared: Path, archs: Sequence[str] = ("90a",)
+) -> tuple[dict[str, dict[str, int]], Path]:
     """What ptxas says about a kernel that is compiled with the product's flags and every warning an error.
 
     Returns:
-        registers, and bytes of stack, spill_stores, spill_loads and local memory; and the object file. Both are made
-        once for all that have the folder ``shared``.
+        for each architecture registers, and bytes of stack, spill_stores, spill_loads and local memory; and the object
+        file. All is made once for all that have the folder ``shared``.
     """
-    folder = shared / f"ptxas-{config.symbol}-{arch}"
+    folder = shared / f"ptxas-{config.symbol}-{'-'.join(archs)}"
     kept, module = folder / "report.json", folder / "kernel.o"
     with FileLock(f"{folder}.lock"):
         if not kept.exists():
             folder.mkdir(exist_ok=True)
-            report = _ptxas_report(config, module, arch)
-            kept.write_text(json.dumps(report), encoding="utf-8")
+            kept.write_text(json.dumps(_ptxas_reports(config, module, archs)), encoding="utf-8")
         return json.loads(kept.read_text(encoding="utf-8")), module
 
 
-def _ptxas_report(config: KernelConfig, module: Path, arch: str) -> dict[str, int]:
+def _ptxas_reports(config: KernelConfig, module: Path, archs: Sequence[str]) -> dict[str, dict[str, int]]:
     toolkit, compiler_found, _ = toolchain.preflight_cuda()
     source = module.with_name(f"{config.symbol}.cu")
     source.write_text(render(config), encoding="utf-8")
@@ -343,7 +344,7 @@ def _ptxas_report(config: KernelConfig, module: Path, arch: str) -> dict[str, in
         "-ccbin",
         compiler_found.path,
         *compiler.CUDA_FLAGS,
-        *toolchain.gencode_flags((arch,), toolkit),
+        *toolchain.gencode_flags(archs, toolkit),
         "-Werror=all-warnings",
         "-Xcompiler=-Wall,-Wextra,-Werror",
         "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
@@ -352,15 +353,20 @@ def _ptxas_report(config: KernelConfig, module: Path, arch: str) -> dict[str, in
     text = done.stdout + done.stderr
     assert done.returncode == 0, text
     assert "warning" not in text.lower(), text
-    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    registers = re.search(r"Used (\d+) registers", text)
-    assert frame is not None, text
-    assert registers is not None, text
-    local = re.search(r"(\d+) bytes lmem", text)
-    return {
-        "registers": int(registers[1]),
-        "stack": int(frame[1]),
-        "spill_stores": int(frame[2]),
-        "spill_loads": int(frame[3]),
-        "local": int(local[1]) if local else 0,
-    }
+    _, *parts = re.split(r"Compiling entry function '\w+' for 'sm_(\w+)'", text)
+    reports = {}
+    for arch, told in zip(parts[::2], parts[1::2], strict=True):
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told)
+        registers = re.search(r"Used (\d+) registers", told)
+        assert frame is not None, text
+        assert registers is not None, text
+        local = re.search(r"(\d+) bytes lmem", told)
+        reports[arch] = {
+            "registers": int(registers[1]),
+            "stack": int(frame[1]),
+            "spill_stores": int(frame[2]),
+            "spill_loads": int(frame[3]),
+            "local": int(local[1]) if local else 0,
+        }
+    assert reports.keys() == set(archs), text
+    return reports

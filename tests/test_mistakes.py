@@ -528,9 +528,9 @@ def test_fields_of_different_ages(device: torch.device) -> None:
 )
 def test_pointer_arrays_in_local_memory(config: KernelConfig, shared: Path) -> None:
     """An array of pointers passed by value and indexed at run time was copied to the stack: 176 bytes of it."""
-    report, _ = support.ptxas_report(config, shared)
-    assert report["stack"] == 0
-    assert report["local"] == 0
+    reports, _ = support.ptxas_reports(config, shared)
+    assert reports["90a"]["stack"] == 0
+    assert reports["90a"]["local"] == 0
 
 
 def test_batch_size_as_a_compile_time_constant(device: torch.device, capfd: pytest.CaptureFixture[str]) -> None:

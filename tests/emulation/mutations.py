@@ -436,16 +436,6 @@ MUTATIONS = [
         "none",
         "mismatch",
     ),
-    Mutation(
-        "let all blocks share in what half of them do",
-        "two warps write the same tiles",
-        BLOCKS,
-        HALF,
-        r"if \(block >= skipped\)",
-        "if (true)",
-        "thread",
-        "thread",
-    ),
     # ---- bounds
     Mutation(
         "shift a bound by one: the end of a row's stores",
