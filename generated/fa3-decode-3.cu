@@ -114,7 +114,7 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
 }
 
 // ---- requests ----------------------------------------------------------------------------------------------------
-// What the lengths of backend b have more than seq_lens. Static, or an array that a block indexes would be on its stack.
+// What the lengths of backend b have more than seq_lens. Static: an array that a block indexes would be on its stack.
 __device__ __forceinline__ std::int32_t length_offset(int b) {
   static constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
   return offsets[b];

@@ -207,19 +207,21 @@ __device__ __forceinline__ void write_page(const Params& p, std::int64_t row, in
 template <int kAccesses>
 __device__ __forceinline__ void write_held_pages(
     const Params& p, std::int64_t row, const int4 (&words)[kAccesses], int first) {
-  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that one access of the warp reads
-  constexpr int kPages = kGroup / kPageSize;  // that begin in each group, at the same places
-  static_assert(kGroup % kPageSize == 0 && kPageSize % kVectorWords == 0 && kAccesses * kPages <= kWarpSize);
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that the warp holds in each of its words
+  static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
   const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
-  const int holder = (before + lane % kPages * kPageSize) / kVectorWords;
+  // Where in the tile the page begins that this lane writes, and which lane holds its token.
+  const int column = before + static_cast<int>(threadIdx.x % kWarpSize) * kPageSize;
+  const int holder = column / kVectorWords % kWarpSize;
   std::int32_t token = 0;
 #pragma unroll
   for (int u = 0; u < kAccesses; ++u) {
     const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
-    if (lane / kPages == u) token = found;
+    if (column / kGroup == u) token = found;
   }
-  if (lane < kAccesses * kPages) write_page(p, row, (first + before) / kPageSize + lane, token);
+  if (column < kAccesses * kGroup) {
+    write_page(p, row, (first + column) / kPageSize, token);
+  }
 }
 
 // One warp reads kTiles tiles of a row once, from column `first` on as far as they lie in [0, end), and writes them to

@@ -75,7 +75,7 @@ constexpr int kParamWords = 20;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
 // ---- requests ----------------------------------------------------------------------------------------------------
-// What the lengths of backend b have more than seq_lens. Static, or an array that a block indexes would be on its stack.
+// What the lengths of backend b have more than seq_lens. Static: an array that a block indexes would be on its stack.
 __device__ __forceinline__ std::int32_t length_offset(int b) {
   static constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
   return offsets[b];

@@ -84,14 +84,13 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     most_columns = tile_columns * (wide_tiles or 1)
     # They may have more pages than a warp has lanes.
     several_pages = most_columns > config.warp_size * config.page_size
-    # Registers that hold tokens hold those that begin pages, in lanes that a shuffle can name.
+    # Registers that hold tokens hold those that begin pages, each the same word of four.
     pages_from_registers = (
         bool(wide_tiles)
         and pages
         and config.req_to_token_dtype == "int32"
-        and config.warp_size > 1
         and config.page_size % 4 == 0
-        and config.warp_size * 4 % config.page_size == 0
+        and _shift(config.page_size) is not None
         and not several_pages
     )
     scheduled = "paged_mqa_schedule_metadata" in config.fields
@@ -117,7 +116,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "several_pages": several_pages,
         "wide_tiles": wide_tiles,
         # Left to itself, ptxas spills a register of some kernels for blocks that the grid doesn't have.
-        "resident_blocks": 1024 // config.threads if config.target == "cuda" and (splits or windows) and not csr else 0,
+        "resident_blocks": 1024 // config.threads if (splits or windows) and not csr else 0,
         "pages_from_registers": pages_from_registers,
         "splits": splits,
         "page_shift": _shift(config.page_size),

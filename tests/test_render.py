@@ -365,6 +365,7 @@ def test_what_a_kernel_uses_it_defines(config: KernelConfig) -> None:
 def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> None:
     """These lines differ, and no others: the launch shape, and what one thread a block needn't exchange."""
     lane = "  const int lane = static_cast<int>(threadIdx.x % kWarpSize);"
+    resident = ";  // of a multiprocessor at least: 64 registers a thread"
     shuffle = [
         "#pragma unroll",
         "  for (int distance = 1; distance < kWarpSize; distance *= 2) {",
@@ -378,6 +379,7 @@ def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> No
         f"constexpr int kThreads = {config.threads};  // a block",
         "constexpr int kWarpSize = 32;",
         f"constexpr int kBlocksPerSm = {config.blocks_per_sm};",
+        f"constexpr int kResidentBlocks = {1024 // config.threads}{resident}",
         "constexpr unsigned kFullMask = 0xffffffffu;",
         "constexpr int kTileAlignment = 32;  // words, a 128-byte line",
         lane,
@@ -387,6 +389,7 @@ def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> No
         "constexpr int kThreads = 1;  // a block",
         "constexpr int kWarpSize = 1;",
         "constexpr int kBlocksPerSm = 1;",
+        f"constexpr int kResidentBlocks = 1024{resident}",
         f"constexpr int kTileAlignment = {min(32, 4 * config.unroll)};  // words",
         "  warp_totals[warp] = value;",
     }
