@@ -905,11 +905,11 @@ def test_a_launch_that_is_refused() -> None:
     copier = CopyPlan(buffers(), Destinations([buffers()], 1, lambda index, name: name), keep=True)
     lengths, rows = torch.tensor([5, 6]), torch.tensor([0, 0])
 
-    def refuse(*words: int) -> None:
+    def refuse(*arguments: object) -> None:
         raise RuntimeError("cudaErrorUnknown (999)")
 
     again = (plan, lambda: plan.run(lengths, rows))  # these tensors are known then
-    plan._launch = copier._bound.run = refuse
+    plan._run = copier._run = refuse
     for bound, call in (again, again, (copier, lambda: copier.run(bs=2))):
         with pytest.raises(LaunchError, match=r"wasn't launched on cpu: cudaErrorUnknown \(999\)\.") as caught:
             call()
