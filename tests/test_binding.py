@@ -220,6 +220,118 @@ def test_a_tensor_without_memory_is_refused(asked: Asked, out: Tensor, device: t
     assert out.tolist() == [-7] * 8
 
 
+# ------------------------------------------------------------------------------------------------ telling apart
+
+
+@pytest.fixture
+def tell(asked: Asked) -> Callable[..., bytes | None]:
+    told: Callable[..., bytes | None] = asked.plan.kernel.module.tell
+    return lambda *arguments: told(None, *arguments)
+
+
+def test_what_is_told_apart(tell: Callable[..., bytes | None], device: torch.device) -> None:
+    memory = torch.zeros(64, dtype=torch.int32, device=device)
+    a, b = memory[:8], memory[8:16]
+    different = [
+        (a,),
+        (b,),
+        (memory[:9],),
+        (memory[:16:2],),
+        (memory[:8].view(torch.float32),),
+        (memory[:16].view(torch.int64),),
+        (memory[:8].view(2, 4),),
+        (memory[:16].view(2, 8)[:, :4],),
+        (memory[:8].view(4, 2),),
+        (memory[:8].view(2, 4).T,),
+        (memory[0],),
+        (a, None),
+        (None, a),
+        ([a],),
+        ([a], None),
+        ([a, b],),
+        ([a], [b]),
+        ([], [a, b]),
+        ([a, b], []),
+        ([None],),
+        (None,),
+        (),
+        (0,),
+        (1,),
+        (2**40,),
+        (-1,),
+        (0, 0),
+        ([0],),
+        ([a] * 300,),
+        ([a] * 299, a),
+    ]
+    told = [tell(*arguments) for arguments in different]
+    assert None not in told
+    assert len(set(told)) == len(different)
+    again = [tell(*[item[:] if isinstance(item, list) else item for item in arguments]) for arguments in different]
+    assert again == told
+    assert tell([a, b], (a, b), memory[:8]) == tell((a, b), [a, b], a)
+    assert tell(Number(7)) == tell(7)
+
+
+def test_what_was_told_last(asked: Asked, device: torch.device) -> None:
+    """The very object comes back, which Python finds in a table by its identity."""
+    tell = asked.plan.kernel.module.tell
+    a = torch.zeros(8, dtype=torch.int32, device=device)
+    last = tell(None, [a], 3)
+    assert tell(last, [a[:]], 3) is last
+    assert tell(last, [a], 4) not in (last, None)
+    assert tell(last, [a], 3, None) not in (last, None)
+    assert tell(last, [a], 3.0) is None
+    for other in (0, "text", last[:-8], b""):
+        assert tell(other, [a], 3) == last
+    with pytest.raises(TypeError, match="tell takes"):
+        tell()
+    check_references([last, a, Tensor], lambda: [tell(last, [a], 3), tell(None, [a], 3), tell(last, [a], 4)])
+
+
+class Endless:
+    """A sequence that lies about its length."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        if index:
+            raise IndexError
+        return index
+
+
+class Refuses(Endless):
+    def __len__(self) -> int:
+        raise RuntimeError
+
+
+def test_what_cannot_be_told(tell: Callable[..., bytes | None], device: torch.device) -> None:
+    good = torch.zeros(8, dtype=torch.int32, device=device)
+    for bad in (
+        True,
+        16.0,
+        "text",
+        {good: good},
+        {good},
+        object(),
+        2**70,
+        [[good]],
+        [good, True],
+        good.to_sparse(),
+        good.to("meta"),
+        good.view(2, 2, 2),
+        Endless(),
+        Refuses(),
+        torch.float32,
+        good.cpu().numpy(),
+    ):
+        assert tell(good, bad) is None
+        assert tell([bad]) is None
+    check_references([good, Tensor], lambda: tell(good, [good] * 200, (good, None), [good, "text"]))
+    check_references([good, Tensor], lambda: tell(good, [good] * 200, (good, None), 2**40, Endless()))
+
+
 # ------------------------------------------------------------------------------------------------ references
 
 
@@ -264,6 +376,23 @@ def check_references(things: list[Any], call: Callable[[], object]) -> None:
     gc.collect()
     assert refcounts(things) == before
     assert sys.getallocatedblocks() - blocks < 500
+
+
+def test_references_of_the_functions_that_take_lists(device: torch.device) -> None:
+    new = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=device)  # noqa: E731
+    pool, table = new(8, 64), new(8, 64)
+    lists = [[new(8)], [new(9)], [table], None, None, None]
+    buffers, target = MetadataBuffers(page_indices=table), MetadataBuffers(page_indices=new(8, 64))
+    lengths, rows = inputs(device, 3, 4)
+    numbers = {"max_len": 64, "nsa_index_topk": 300, "real_page_size": 300}
+
+    def call() -> None:
+        onelaunch.fused_metadata_precompute_and_broadcast_cuda(lengths, rows, pool, *lists, **numbers)
+        onelaunch.precompute_decode_metadata_cuda(lengths, rows, pool, **numbers, out=buffers)
+        onelaunch.fused_metadata_copy_cuda(buffers, [target], bs=2)
+
+    tensors = [lengths, rows, pool, table, *[t for given in lists for t in given or ()]]
+    check_references([*tensors, *lists, buffers, target, numbers, Tensor], call)
 
 
 def test_references_of_calls(asked: Asked, device: torch.device) -> None:
