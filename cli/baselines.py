@@ -132,7 +132,7 @@ def _bound_calls(
 
     def call(number: int) -> Call:
         seq_lens, rows, pool = scene.inputs[number]
-        run = module.bind(words(pool, scene.buffers[number])).run
+        run = module.bind(words(pool, scene.buffers[number])).launch
         first = [seq_lens.data_ptr(), 1, rows.data_ptr(), 1, seq_lens.numel(), columns]
         return lambda: run(*first, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
 
@@ -244,7 +244,7 @@ def runtime_source(config: KernelConfig) -> str:
 
 
 def _empty(scene: Scene, case: Case) -> list[list[Call]]:
-    run = kernel("empty", target_of(scene.device)).bind([0]).run
+    run = kernel("empty", target_of(scene.device)).bind([0]).launch
     index, cuda = scene.device.index or 0, scene.device.type == "cuda"
     return [[lambda: run(torch._C._cuda_getCurrentRawStream(index) if cuda else 0)] * scene.sets]
 
@@ -262,7 +262,7 @@ def ideal_calls(scene: Scene, extent: str = "live", unroll: int = 4) -> list[Cal
 
     def call(number: int) -> Call:
         wide = [b.page_indices.data_ptr() for b in scene.buffers[number] if b.page_indices is not None]
-        run = module.bind([scene.inputs[number][2].data_ptr(), *wide]).run
+        run = module.bind([scene.inputs[number][2].data_ptr(), *wide]).launch
         return lambda: run(words // 4, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
 
     return [call(number) for number in range(scene.sets)]

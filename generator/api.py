@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,25 +16,63 @@ from .config import MAX_NEXT_N, KernelConfig
 from .errors import ArgumentError
 from .fields import FIELDS, MetadataBuffers
 
-_T = TypeVar("_T")
 _MAX_PLANS = 256
-# Plans by what they are specialized and bound to. They hold addresses only: whoever calls with a tensor keeps it alive.
-_plans: OrderedDict[Any, Any] = OrderedDict()
-_fields_of = attrgetter(*FIELDS)
+# attrgetter looks each name up anew; a function's bytecode remembers where it was.
+_fields_of: Callable[[MetadataBuffers], tuple[Tensor | None, ...]] = eval(
+    f"lambda buffers: ({', '.join(f'buffers.{name}' for name in FIELDS)})"
+)
+# The fields of the lists that fused_metadata_precompute_and_broadcast_cuda takes.
+LISTS = (
+    "cache_seqlens",
+    "cu_seqlens_k",
+    "page_indices",
+    "nsa_cache_seqlens",
+    "nsa_cu_seqlens_k",
+    "real_page_table",
+    "seqlens_expanded",
+)
 
 
-class _Known(NamedTuple):
-    """A plan that was made for these very tensors. Gone as soon as one of them is."""
+class _Plans:
+    """Plans of the same facts (dtypes, extent, mode) by what a binding tells of the arguments that they are bound to.
 
-    plan: Any
-    present: Callable[[Sequence[Any]], tuple[Tensor, ...]]  # leaves out the fields that are None
-    addresses: list[int]
-    tensors: list[weakref.ref[Tensor]]
+    That is the address, shape, strides, dtype and device of every tensor, so a tensor that changed in place, or that
+    took another's place, is another argument. Plans hold addresses only: whoever calls with a tensor keeps it alive.
+
+    Args:
+        tell: tell(last, arguments...) of a kernel's binding; any of them tells the same.
+    """
+
+    def __init__(self, tell: Callable[..., bytes | None]) -> None:
+        self._tell = tell
+        # Most calls repeat the last one. A pair, which other threads see change as a whole.
+        self._last: tuple[bytes | None, Any] = (None, None)
+        self._plans: OrderedDict[bytes, Any] = OrderedDict()
+
+    def find(self, arguments: tuple[Any, ...]) -> Any:
+        """The plan that was kept for these arguments, or None."""
+        last, known = self._last
+        told = self._tell(last, *arguments)
+        if told is None:
+            return None  # nothing that the checks accept
+        if told is not last:
+            known = self._plans.get(told)
+            if known is not None:
+                self._plans.move_to_end(told)
+                self._last = told, known
+        return known
+
+    def keep(self, arguments: tuple[Any, ...], made: Any) -> None:
+        """Keeps a plan, and lets the one go that wasn't used for longest."""
+        told = self._tell(None, *arguments)
+        if told is not None:
+            self._plans[told] = made
+            self._last = told, made
+            if len(self._plans) > _MAX_PLANS:
+                self._plans.popitem(last=False)
 
 
-# The same plans by the tensors themselves, for callers that pass the same ones again: telling tensors apart by what
-# they are takes longer than the launch. A tensor whose shape or strides are changed in place isn't noticed here.
-_known: dict[Any, _Known] = {}
+_plans: dict[tuple[Any, ...], _Plans] = {}
 
 
 def fused_metadata_precompute_and_broadcast_cuda(
@@ -106,38 +142,28 @@ def fused_metadata_precompute_and_broadcast_cuda(
             seqlens_expanded_list=seqlens_expanded_list,
         )
         return
-    lists = {
-        "cache_seqlens": cache_seqlens_list,
-        "cu_seqlens_k": cu_seqlens_k_list,
-        "page_indices": page_indices_list,
-        "nsa_cache_seqlens": nsa_cache_seqlens_list,
-        "nsa_cu_seqlens_k": nsa_cu_seqlens_k_list,
-        "real_page_table": real_page_table_list,
-        "seqlens_expanded": seqlens_expanded_list,
-    }
-    tensors: list[Any] = [req_to_token]
-    try:
-        for given in lists.values():
-            tensors += given or ()
-            tensors.append(None)  # or tensors that are shared out in another way would look the same
-        told_apart = True
-    except (TypeError, RuntimeError):
-        told_apart = False  # no lists: what comes next says so
+    lists = (  # in the order of LISTS
+        cache_seqlens_list,
+        cu_seqlens_k_list,
+        page_indices_list,
+        nsa_cache_seqlens_list,
+        nsa_cu_seqlens_k_list,
+        real_page_table_list,
+        seqlens_expanded_list,
+    )
     _refresh(
-        tensors if told_apart else None,
-        lambda: tuple(map(_identities, lists.values())),
-        lambda: _backends(lists),
-        lambda index, name: f"{name}_list[{index}]",
+        lists,
+        _backends,
         seq_lens,
         req_pool_indices,
         req_to_token,
         extend_seq_lens,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        extent=extent,
-        mode=mode,
-        next_n=next_n,
+        max_len,
+        nsa_index_topk,
+        real_page_size,
+        extent,
+        mode,
+        next_n,
     )
 
 
@@ -300,36 +326,30 @@ def _precompute(
             extend_seq_lens=extend_seq_lens,
         )
         return out
-    destination = out
     _refresh(
-        [req_to_token, *_fields_of(destination)],
-        lambda: tuple(map(_identity, _fields_of(destination))),
-        lambda: [destination],
-        lambda index, name: f"out.{name}",
+        (_fields_of(out),),
+        _out,
         seq_lens,
         req_pool_indices,
         req_to_token,
         extend_seq_lens,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        extent="full",
-        mode=mode,
-        next_n=next_n,
+        max_len,
+        nsa_index_topk,
+        real_page_size,
+        "full",
+        mode,
+        next_n,
     )
     return out
 
 
 def _refresh(
-    tensors: Sequence[Any] | None,
-    identities: Callable[[], tuple[Any, ...]],
-    backends: Callable[[], list[MetadataBuffers]],
-    name_of: plan.NameOf,
+    destinations: tuple[Any, ...],
+    backends: Callable[[tuple[Any, ...]], tuple[list[MetadataBuffers], plan.NameOf]],
     seq_lens: Tensor,
     req_pool_indices: Tensor,
     req_to_token: Tensor,
     extend_seq_lens: Tensor | None,
-    *,
     max_len: int,
     nsa_index_topk: int,
     real_page_size: int,
@@ -340,27 +360,19 @@ def _refresh(
     """Runs the plan of these tensors, bound at the first call.
 
     Args:
-        tensors: req_to_token and the destinations, None among them; None if there are no such things.
-        identities: those of the destinations that ``backends`` makes.
+        destinations: what ``backends`` makes the buffers and their names of.
         The others as in fused_metadata_precompute_and_broadcast_cuda.
     """
+    arguments = (nsa_index_topk, real_page_size, next_n, req_to_token, *destinations)
     facts = (
         getattr(seq_lens, "dtype", None),
         getattr(req_pool_indices, "dtype", None),
         None if extend_seq_lens is None else getattr(extend_seq_lens, "dtype", None),
-        nsa_index_topk if type(nsa_index_topk) is int else _number(nsa_index_topk),
-        real_page_size if type(real_page_size) is int else _number(real_page_size),
         extent,
         mode,
-        next_n if type(next_n) is int else _number(next_n),
     )
-    known = _recall(tensors, facts)
-    if known is not None:
-        known.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
-        return
-    key = (_identity(req_to_token), identities(), *facts)
-
-    def make() -> plan.Plan:
+    known = _recall(facts, arguments)
+    if known is None:
         check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
         check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)
         extends: dict[str, Any] = {}
@@ -369,8 +381,9 @@ def _refresh(
             if mode != "draft_extend":
                 raise ArgumentError(f"extend_seq_lens is a tensor and mode is {mode!r}; they are for 'draft_extend'.")
             extends = {"extend": "variable", "extend_seq_lens_dtype": extend_seq_lens.dtype}
-        return plan.make_plan(
-            backends(),
+        buffers, name_of = backends(destinations)
+        known = plan.make_plan(
+            buffers,
             req_to_token,
             mode=mode,
             index_topk=nsa_index_topk,
@@ -386,8 +399,8 @@ def _refresh(
             keep=False,
             **extends,
         )
-
-    _remembered(key, make, tensors, facts).run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
+        _remember(facts, arguments, known)
+    known.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 
 
 def fused_metadata_copy_cuda(
@@ -421,22 +434,19 @@ def fused_metadata_copy_cuda(
         ArgumentError: an argument doesn't fit; nothing was written.
     """
     one = isinstance(destinations, MetadataBuffers)
-    facts = ("copy", one, mode)
-    tensors: tuple[Any, ...] | None = None
+    targets: Any = (destinations,) if one else destinations
     if not is_dynamo_compiling():
+        facts = (one, mode)
         try:
-            tensors = _fields_of(precomputed)
-            for buffers in (destinations,) if one else destinations:  # type: ignore[union-attr]
-                tensors += _fields_of(buffers)
+            arguments = (_fields_of(precomputed), *map(_fields_of, targets))
         except (AttributeError, TypeError):
-            tensors = None  # no buffers: what comes next says so
-    known = _recall(tensors, facts)
-    if known is not None:
-        known.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=_rows_of(bs, mode, next_n, rows))
-        return
+            arguments = ()  # no buffers: what comes next says so
+        known = _recall(facts, arguments)
+        if known is not None:
+            known.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=_rows_of(bs, mode, next_n, rows))
+            return
     if not isinstance(precomputed, MetadataBuffers):
         raise ArgumentError(f"precomputed is a {type(precomputed).__name__}; it must be a MetadataBuffers.")
-    targets = [destinations] if isinstance(destinations, MetadataBuffers) else destinations
     if not isinstance(targets, Sequence) or not all(isinstance(target, MetadataBuffers) for target in targets):
         raise ArgumentError(f"destinations is {targets!r}; it must be a MetadataBuffers or a list of them.")
     if not targets:
@@ -454,17 +464,15 @@ def fused_metadata_copy_cuda(
         )
         return
     rows = _rows_of(bs, mode, next_n, rows)
-    key = (*facts, tuple(tuple(map(_identity, _fields_of(b))) for b in (precomputed, *targets)))
 
-    def make() -> plan.CopyPlan:
-        def name_of(index: int, name: str) -> str:
-            return f"destinations.{name}" if one else f"destinations[{index}].{name}"
+    def name_of(index: int, name: str) -> str:
+        return f"destinations.{name}" if one else f"destinations[{index}].{name}"
 
-        shared = precomputed.real_page_table is not None and precomputed.real_page_table is precomputed.page_indices
-        page_size = 1 if shared else 2
-        return plan.CopyPlan(precomputed, plan.Destinations(targets, page_size, name_of, mode), keep=False, mode=mode)
-
-    _remembered(key, make, tensors, facts).run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
+    shared = precomputed.real_page_table is not None and precomputed.real_page_table is precomputed.page_indices
+    page_size = 1 if shared else 2
+    made = plan.CopyPlan(precomputed, plan.Destinations(targets, page_size, name_of, mode), keep=False, mode=mode)
+    _remember(facts, arguments, made)
+    made.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
 
 
 def _rows_of(bs: int | None, mode: str, next_n: int | None, rows: int | None) -> int | None:
@@ -498,9 +506,15 @@ def specialize(config: KernelConfig, arch: str | Sequence[str] | None = None) ->
     return loader.load(config, (arch,) if isinstance(arch, str) else arch)
 
 
-def _backends(lists: dict[str, Sequence[Tensor] | None]) -> list[MetadataBuffers]:
+def _out(destinations: tuple[Any, ...]) -> tuple[list[MetadataBuffers], plan.NameOf]:
+    """The one backend that precompute functions write to, and the names of its fields in messages."""
+    return [MetadataBuffers(*destinations[0])], lambda index, name: f"out.{name}"
+
+
+def _backends(lists: tuple[Any, ...]) -> tuple[list[MetadataBuffers], plan.NameOf]:
+    """The backends of lists in the order of LISTS, and the names of their fields in messages."""
     given: dict[str, Sequence[Tensor]] = {}
-    for name, tensors in lists.items():
+    for name, tensors in zip(LISTS, lists, strict=True):
         if tensors is None:
             continue
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
@@ -518,7 +532,11 @@ def _backends(lists: dict[str, Sequence[Tensor] | None]) -> list[MetadataBuffers
         for index, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise ArgumentError(f"{name}_list[{index}] is a {type(tensor).__name__}; it must be a torch.Tensor.")
-    return [MetadataBuffers(**{name: tensors[i] for name, tensors in given.items()}) for i in range(len(given[first]))]
+    backends = [
+        MetadataBuffers(**{name: tensors[index] for name, tensors in given.items()})
+        for index in range(len(given[first]))
+    ]
+    return backends, lambda index, name: f"{name}_list[{index}]"
 
 
 def _allocate(bs: int, rows: int, max_len: int, page_size: int, device: torch.device, mode: str) -> MetadataBuffers:
@@ -537,72 +555,20 @@ def _allocate(bs: int, rows: int, max_len: int, page_size: int, device: torch.de
     )
 
 
-def _identity(tensor: Any) -> Any:
-    """What a plan depends on in a tensor. Anything else is kept as it is, for the checks to refuse."""
-    if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-        return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    return None if tensor is None else id(tensor)
-
-
-def _identities(tensors: Any) -> Any:
+def _recall(facts: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+    """The plan of these facts and arguments, or None."""
     try:
-        return tuple(map(_identity, tensors))
-    except TypeError:
-        return None if tensors is None else id(tensors)
-
-
-def _number(value: Any) -> Any:
-    """A number that a plan depends on. True and 16.0 must not find the plan of 1 and 16, which was checked."""
-    return value if type(value) is int else (type(value), id(value))
-
-
-def _remembered(key: Any, make: Callable[[], _T], tensors: Sequence[Any] | None, facts: tuple[Any, ...]) -> _T:
-    """The plan of a key, made at the first call and known by its tensors from then on."""
-    try:
-        made: _T | None = _plans.get(key)
-    except TypeError:  # something in it can't be hashed, so it is nothing that the checks accept
-        return make()
-    if made is None:
-        made = make()
-        _plans[key] = made
-        if len(_plans) > _MAX_PLANS:
-            _plans.popitem(last=False)
-        _know(tensors, facts, made)
-    else:
-        _plans.move_to_end(key)
-    return made
-
-
-def _recall(tensors: Sequence[Any] | None, facts: tuple[Any, ...]) -> Any:
-    """The plan that was made for these very tensors, if they still lie where they lay."""
-    if tensors is None:
+        plans = _plans.get(facts)
+    except TypeError:  # one of them can't be hashed, so it is nothing that the checks accept
         return None
-    try:
-        known = _known.get((facts, *map(id, tensors)))
-    except TypeError:
-        return None
-    if known is not None and list(map(Tensor.data_ptr, known.present(tensors))) == known.addresses:
-        return known.plan
-    return None
+    return None if plans is None else plans.find(arguments)
 
 
-def _know(tensors: Sequence[Any] | None, facts: tuple[Any, ...], made: Any) -> None:
-    if tensors is None:
-        return
-    key = (facts, *map(id, tensors))
-
-    def forget(_: weakref.ref[Tensor]) -> None:
-        _known.pop(key, None)  # its number may be another tensor's from now on
-
-    there = [place for place, tensor in enumerate(tensors) if tensor is not None]
-    if len(there) < 2:
-        return  # itemgetter gives no tuple then, and so small a plan needs no help
-    present = itemgetter(*there)
-    _known[key] = _Known(
-        made, present, list(map(Tensor.data_ptr, present(tensors))), [weakref.ref(t, forget) for t in present(tensors)]
-    )
-    if len(_known) > _MAX_PLANS:
-        del _known[next(iter(_known))]
+def _remember(facts: tuple[Any, ...], arguments: tuple[Any, ...], made: Any) -> None:
+    plans = _plans.get(facts)
+    if plans is None:
+        plans = _plans[facts] = _Plans(made.kernel.module.tell)
+    plans.keep(arguments, made)
 
 
 ops.register(fused_metadata_precompute_and_broadcast_cuda, _precompute, fused_metadata_copy_cuda)

@@ -107,10 +107,21 @@ class Region:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Region:
-        """The region of a tensor with non-negative strides and unit inner stride."""
-        start, size = tensor.data_ptr(), tensor.element_size()
+        """The region of a tensor with non-negative strides and unit inner stride.
+
+        Raises:
+            ArgumentError: it has no memory, as a FakeTensor or another subclass that only stands for a tensor.
+        """
+        try:
+            start, size = tensor.data_ptr(), tensor.element_size()
+        except RuntimeError:
+            start, size = 0, 0
         if tensor.numel() == 0:
             return cls(name, start, start, 0, 0)
+        if start == 0:
+            raise ArgumentError(
+                f"{name} is a {type(tensor).__name__} without memory that a kernel could read; pass a tensor with data."
+            )
         last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         rows = tensor.dim() == 2 and tensor.shape[0] > 1
         return cls(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -201,7 +199,14 @@ def _tensor_words(tensor: Tensor) -> list[int]:
 
 
 class BoundKernel:
-    """A loaded kernel with its constant parameter words set, and the launch."""
+    """A loaded kernel with its constant parameter words set.
+
+    Attributes:
+        kernel: the kernel.
+        run: run(owner, arguments...): one launch on the device's current stream. Where the arguments (tensors, ints
+            and None) aren't those of the last call, owner._check(arguments...) refuses them or returns the words.
+        launch: launch(words..., stream): the bare launch, for measurements.
+    """
 
     def __init__(self, config: KernelConfig, device: torch.device, values: dict[str, list[int]]) -> None:
         start = time.perf_counter()
@@ -227,19 +232,16 @@ class BoundKernel:
                 f"{config.symbol} can't be loaded on {device}: {error}. It was built for "
                 f"{', '.join('sm_' + arch for arch in self.kernel.archs) or 'the CPU'}."
             ) from error
-        self._plan = self.kernel.module.bind(words)
-        self.run = _traced(self._plan.run, config.symbol)
-        # The current stream of the device, 0 on the CPU.
-        self.stream: Callable[[], int] = (
-            functools.partial(torch._C._cuda_getCurrentRawStream, self.index) if device.type == "cuda" else int
-        )
+        self.kernel.module.reads(Tensor)
+        self._plan = self.kernel.module.bind(words, self.index if device.type == "cuda" else -1)
+        self.run, self.launch = _traced(self._plan.run, config.symbol), self._plan.launch
         outcome = "hit" if self.kernel.since < start else "miss"
         mark = "edited by hand" if self.kernel.edited else ""
         log.event("bind", config.symbol, self.kernel.key, outcome, time.perf_counter() - start, f"on {device}", mark)
 
 
 def _traced(run: Callable[..., None], name: str) -> Callable[..., None]:
-    """The launch itself; with $ONELAUNCH_NVTX=1 in an NVTX range, which is chosen here and not tested at each call."""
+    """The call itself; with $ONELAUNCH_NVTX=1 in an NVTX range, which is chosen here and not tested at each call."""
     if os.environ.get(NVTX_VARIABLE, "") in ("", "0"):
         return run
     nvtx: Any = torch.cuda.nvtx  # its functions have no annotations
@@ -251,10 +253,10 @@ def _traced(run: Callable[..., None], name: str) -> Callable[..., None]:
         warn_once(f"{NVTX_VARIABLE} is set, but this torch has no NVTX ({error}); there are no ranges.")
         return run
 
-    def ranged(*words: int) -> None:
+    def ranged(*arguments: Any) -> None:
         push(name)
         try:
-            run(*words)
+            run(*arguments)
         finally:
             pop()
 
@@ -317,10 +319,7 @@ class Plan:
             },
         )
         self.kernel: Kernel = self._bound.kernel
-        self._checked: tuple[Any, ...] = ()
-        self._seen: tuple[Any, ...] | None = None
-        self._words: list[int] = []
-        self._launch, self._stream = self._bound.run, self._bound.stream
+        self._run = self._bound.run
 
     def run(
         self,
@@ -351,60 +350,11 @@ class Plan:
             torch._dynamo.skip_frame(
                 msg="Plan.run can't be in a graph. fused_metadata_precompute_and_broadcast_cuda can, see onelaunch.ops."
             )
-        # The same tensors as at the last call, in the same place: the rest of what was checked can't have changed.
-        seen = self._seen
-        if not (
-            seen is not None
-            and seq_lens is seen[0]()
-            and req_pool_indices is seen[1]()
-            and extend_seq_lens is None
-            and type(max_len) is seen[2]
-            and (max_len, seq_lens.data_ptr(), req_pool_indices.data_ptr(), seq_lens.shape, req_pool_indices.shape)
-            == seen[3]
-        ):
-            self._settle(seq_lens, req_pool_indices, extend_seq_lens, max_len)
         try:
-            self._launch(*self._words, self._stream())
+            self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len)
         except RuntimeError as error:
             raise _refused(self, error) from error
         self.launches += 1
-
-    def _settle(
-        self, seq_lens: Tensor, req_pool_indices: Tensor, extend_seq_lens: Tensor | None, max_len: int | None
-    ) -> None:
-        """Sets the words of a call of other tensors than the last one's, checked unless they lie as those did."""
-        try:
-            batch_size = seq_lens.numel()
-            arguments = (
-                seq_lens.data_ptr(),
-                req_pool_indices.data_ptr(),
-                batch_size,
-                req_pool_indices.numel(),
-                seq_lens.stride(),
-                req_pool_indices.stride(),
-                seq_lens.dtype,
-                req_pool_indices.dtype,
-                type(max_len),  # or 16.0 would pass for a 16 that was checked before
-                max_len,
-                extend_seq_lens
-                if extend_seq_lens is None
-                else (
-                    extend_seq_lens.data_ptr(),
-                    extend_seq_lens.numel(),
-                    extend_seq_lens.stride(),
-                    extend_seq_lens.dtype,
-                ),
-            )
-        except (AttributeError, RuntimeError):
-            self._check(seq_lens, req_pool_indices, extend_seq_lens, 0, max_len)  # says which is no strided tensor
-            raise
-        if arguments != self._checked:
-            self._words = self._check(seq_lens, req_pool_indices, extend_seq_lens, batch_size, max_len)
-            self._checked = arguments
-        self._seen = None
-        if extend_seq_lens is None:
-            place = (max_len, arguments[0], arguments[1], seq_lens.shape, req_pool_indices.shape)
-            self._seen = (weakref.ref(seq_lens), weakref.ref(req_pool_indices), type(max_len), place)
 
     def admit(
         self,
@@ -419,18 +369,16 @@ class Plan:
         Raises:
             ArgumentError: a tensor doesn't fit.
         """
-        batch_size = seq_lens.numel() if isinstance(seq_lens, Tensor) else 0
-        self._check(seq_lens, req_pool_indices, extend_seq_lens, batch_size, max_len)
+        self._check(seq_lens, req_pool_indices, extend_seq_lens, max_len)
 
     def _check(
         self,
         seq_lens: Tensor,
         req_pool_indices: Tensor,
         extend_seq_lens: Tensor | None,
-        batch_size: int,
         max_len: int | None,
     ) -> list[int]:
-        """The words of a call whose arguments differ from the last one's."""
+        """The words of a call whose arguments differ from the last one's; the binding asks for them."""
         inputs = [
             ("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths),
             ("req_pool_indices", req_pool_indices, self._pool_dtype, self._gathers),
@@ -458,6 +406,7 @@ class Plan:
                         f"{name} overlaps {destination.name} in memory; the kernel would read what it is writing. "
                         "Pass a copy (note that .to(torch.int32) returns the same tensor if it is int32 already)."
                     )
+        batch_size = seq_lens.numel()
         for name, tensor, _, _ in inputs[1:]:
             if tensor.numel() != batch_size:
                 raise ArgumentError(
@@ -754,9 +703,6 @@ class CopyPlan:
     ) -> None:
         assert destinations.device is not None
         self.device = destinations.device
-        self._call: tuple[Any, ...] | None = None
-        self._words: list[int] = []
-        self._kinds: tuple[type, ...] = ()
         self.launches = 0
         held: dict[str, list[tuple[int, str]]] = {"request": [], "row": []}
         sources: dict[str, Tensor] = {}
@@ -814,6 +760,7 @@ class CopyPlan:
             },
         )
         self.kernel: Kernel = self._bound.kernel
+        self._run = self._bound.run
 
     def run(
         self,
@@ -835,19 +782,14 @@ class CopyPlan:
             ArgumentError: a number doesn't fit; nothing was written.
             LaunchError: CUDA refused the launch.
         """
-        call = (bs, max_len, page_size, rows)
-        kinds = tuple(map(type, call))  # or 16.0 would pass for a 16 that was checked before
-        if call != self._call or kinds != self._kinds:
-            self._words = self._check(bs, max_len, page_size, rows)
-            self._call, self._kinds = call, kinds
         try:
-            self._bound.run(*self._words, self._bound.stream())
+            self._run(self, bs, max_len, page_size, rows)
         except RuntimeError as error:
             raise _refused(self, error) from error
         self.launches += 1
 
     def _check(self, bs: int | None, max_len: int | None, page_size: int | None, rows: int | None) -> list[int]:
-        """The words of a call whose numbers differ from the last one's."""
+        """The words of a call whose numbers differ from the last one's; the binding asks for them."""
         if page_size is not None:
             check_int("real_page_size", page_size, 1, 2**31 - 1)
         bs = self._requests if bs is None else check_int("bs", bs, 0, None)

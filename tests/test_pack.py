@@ -89,7 +89,7 @@ print(json.dumps({{"version": sys.version_info[:2], "words": list(words), "call"
 call = list(layout.call_words(config))
 rest = [out.buffer_info()[0] if "cache_seqlens" in name else known.get(name, 0) for name in words if name not in call]
 plan = kernel.module.bind(rest)
-plan.run(*[known.get(name, 0) for name in call], 0)
+plan.launch(*[known.get(name, 0) for name in call], 0)
 print(json.dumps(list(out)))
 """
     done = subprocess.run(

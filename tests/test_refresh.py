@@ -520,6 +520,47 @@ def test_precompute_allocates_exact_shapes(device: torch.device, page_size: int)
             assert torch.equal(getattr(made, field.name).cpu(), tensor), field.name
 
 
+def test_a_destination_that_changed_in_place_is_noticed(device: torch.device) -> None:
+    """The functions find their plan by what the tensors are at each call, whichever objects they are."""
+    pool = support.token_pool(POOL_ROWS, 300, device=device)
+    seq_lens, rows = inputs_for(3, 100, 64, "plain", device)
+    memory = torch.full((8 * 300,), POISON, dtype=torch.int32, device=device)
+    table, copied = memory[: 4 * 300].view(4, 300), torch.full((4, 300), POISON, dtype=torch.int32, device=device)
+    numbers = {"nsa_index_topk": 100, "real_page_size": 64, "max_len": 100}
+    for size, stride in (((4, 300), (300, 1)), ((4, 100), (300, 1)), ((4, 100), (100, 1)), ((3, 100), (250, 1))):
+        table.as_strided_(size, stride)
+        copied.as_strided_(size, stride)
+        expected = reference_table(seq_lens, rows, pool)
+        for call in (
+            lambda: onelaunch.fused_metadata_precompute_and_broadcast_cuda(
+                seq_lens, rows, pool, None, None, [table], None, None, **numbers
+            ),
+            lambda: onelaunch.precompute_decode_metadata_cuda(
+                seq_lens, rows, pool, out=MetadataBuffers(page_indices=table), **numbers
+            ),
+        ):
+            memory.fill_(POISON)
+            call()
+            assert torch.equal(table[:3, :100].cpu(), expected)
+            assert int((memory != POISON).sum()) == 300
+        onelaunch.fused_metadata_copy_cuda(
+            MetadataBuffers(page_indices=table), MetadataBuffers(page_indices=copied), bs=3, max_len=100
+        )
+        assert torch.equal(copied[:3, :100].cpu(), expected)
+    table.resize_(4, 99)
+    memory.fill_(POISON)
+    with pytest.raises(onelaunch.ArgumentError, match="max_len is 100"):
+        onelaunch.fused_metadata_precompute_and_broadcast_cuda(
+            seq_lens, rows, pool, None, None, [table], None, None, **numbers
+        )
+    assert (memory == POISON).all()
+
+
+def reference_table(seq_lens: Tensor, rows: Tensor, pool: Tensor) -> Tensor:
+    """The first 100 columns of the requests' rows, which extent "full" writes."""
+    return pool.cpu()[rows.cpu().long(), :100].clone()
+
+
 def test_precompute_into_given_buffers(device: torch.device) -> None:
     pool = support.token_pool(POOL_ROWS, 300, device=device)
     seq_lens, rows = inputs_for(20, 200, 16, "plain", device)

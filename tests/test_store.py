@@ -905,11 +905,11 @@ def test_a_launch_that_is_refused() -> None:
     copier = CopyPlan(buffers(), Destinations([buffers()], 1, lambda index, name: name), keep=True)
     lengths, rows = torch.tensor([5, 6]), torch.tensor([0, 0])
 
-    def refuse(*words: int) -> None:
+    def refuse(*arguments: object) -> None:
         raise RuntimeError("cudaErrorUnknown (999)")
 
     again = (plan, lambda: plan.run(lengths, rows))  # these tensors are known then
-    plan._launch = copier._bound.run = refuse
+    plan._run = copier._run = refuse
     for bound, call in (again, again, (copier, lambda: copier.run(bs=2))):
         with pytest.raises(LaunchError, match=r"wasn't launched on cpu: cudaErrorUnknown \(999\)\.") as caught:
             call()
@@ -934,11 +934,16 @@ def test_a_plan_says_what_it_is() -> None:
 
 def test_the_table_of_plans_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_MAX_PLANS", 2)
+    source = buffers()
+    targets = {name: buffers() for name in "abc"}
     made = []
-    for key in ("a", "b", "a", "c", "a", "b"):
-        api._remembered(key, lambda key=key: (made.append(key), key)[1], None, ())
+    real = api.plan.CopyPlan
+    monkeypatch.setattr(api.plan, "CopyPlan", lambda *args, **kwargs: (made.append(name), real(*args, **kwargs))[1])
+    for name in ("a", "b", "a", "c", "a", "b"):
+        onelaunch.fused_metadata_copy_cuda(source, targets[name])
     assert made == ["a", "b", "c", "b"], "a was used last when c came, so b went"
-    assert list(api._plans) == ["a", "b"]
+    (plans,) = api._plans.values()
+    assert len(plans._plans) == 2
 
 
 def test_a_row_that_grows_past_the_table() -> None:

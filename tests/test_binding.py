@@ -1,0 +1,432 @@
+"""The binding: what a call remembers of its arguments, what it asks again for, and that no reference is lost."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import onelaunch
+import pytest
+import torch
+from onelaunch import ArgumentError, MetadataBuffers
+from onelaunch.plan import Plan
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+
+class Number(int):
+    """An int that isn't exactly one."""
+
+
+class Asked:
+    """Stands for a plan: counts how often the binding asks for the words, which are those of the real one."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.times = plan, 0
+
+    def _check(self, *arguments: Any) -> list[int]:
+        self.times += 1
+        return self.plan._check(*arguments)
+
+    def run(self, *arguments: Any) -> int:
+        """How often it asked in this call."""
+        before = self.times
+        self.plan._bound.run(self, *arguments)
+        return self.times - before
+
+
+@pytest.fixture
+def out(device: torch.device) -> Tensor:
+    return torch.full((8,), -7, dtype=torch.int32, device=device)
+
+
+@pytest.fixture
+def asked(out: Tensor, device: torch.device) -> Asked:
+    pool = torch.zeros((8, 64), dtype=torch.int32, device=device)
+    table = torch.zeros((8, 64), dtype=torch.int32, device=device)
+    return Asked(onelaunch.bind([MetadataBuffers(cache_seqlens=out, page_indices=table)], req_to_token=pool))
+
+
+def inputs(device: torch.device, *lengths: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor(lengths, device=device), torch.arange(len(lengths), device=device)
+
+
+# ------------------------------------------------------------------------------------------------ the last call
+
+
+def test_what_is_the_same_is_checked_once(asked: Asked, out: Tensor, device: torch.device) -> None:
+    lengths, rows = inputs(device, 3, 4, 5)
+    assert [asked.run(lengths, rows, None, None) for _ in range(3)] == [1, 0, 0]
+    # Another object for the same memory: engines slice their buffers anew at each step.
+    assert asked.run(lengths[:], rows.view(3), None, None) == 0
+    lengths += 1
+    assert asked.run(lengths, rows, None, None) == 0
+    assert out.tolist() == [4, 5, 6, -7, -7, -7, -7, -7]
+
+
+def resized(lengths: Tensor, rows: Tensor) -> None:
+    lengths.resize_(2)
+    rows.resize_(2)
+
+
+def moved(lengths: Tensor, rows: Tensor) -> None:
+    lengths.set_(lengths.flip(0))
+
+
+def stretched(lengths: Tensor, rows: Tensor) -> None:
+    lengths.as_strided_((4,), (0,))
+
+
+def offset(lengths: Tensor, rows: Tensor) -> None:
+    lengths.as_strided_((3,), (1,), 1)
+    rows.resize_(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [(resized, [3, 4]), (moved, [6, 5, 4, 3]), (stretched, [3, 3, 3, 3]), (offset, [4, 5, 6])],
+)
+def test_a_tensor_that_changed_in_place_is_noticed(
+    asked: Asked, out: Tensor, device: torch.device, change: Callable[[Tensor, Tensor], None], wanted: list[int]
+) -> None:
+    lengths, rows = inputs(device, 3, 4, 5, 6)
+    asked.run(lengths, rows, None, None)
+    out.fill_(-7)
+    change(lengths, rows)
+    assert asked.run(lengths, rows, None, None) == 1
+    assert out.tolist() == wanted + [-7] * (8 - len(wanted))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.unsqueeze_(0), lambda t: t.resize_(4, 1), lambda t: t.resize_(0)])
+def test_a_shape_that_changed_in_place_is_refused(
+    asked: Asked, out: Tensor, device: torch.device, change: Callable[[Tensor], Tensor]
+) -> None:
+    lengths, rows = inputs(device, 3, 4, 5, 6)
+    asked.run(lengths, rows, None, None)
+    out.fill_(-7)
+    change(rows)
+    for _ in range(2):
+        with pytest.raises(ArgumentError):
+            asked.run(lengths, rows, None, None)
+    assert out.tolist() == [-7] * 8
+
+
+def test_the_same_memory_of_another_dtype_is_refused(asked: Asked, out: Tensor, device: torch.device) -> None:
+    lengths, rows = inputs(device, 3, 4, 5, 6)
+    asked.run(lengths, rows, None, None)
+    out.fill_(-7)
+    for other in (lengths.view(torch.float64), lengths.view(torch.int32)[:4], lengths.view(torch.uint64)):
+        with pytest.raises(ArgumentError, match=r"seq_lens has dtype"):
+            asked.run(other, rows, None, None)
+    assert out.tolist() == [-7] * 8
+
+
+def test_a_tensor_in_the_place_of_one_that_died(asked: Asked, out: Tensor, device: torch.device) -> None:
+    """Its object and its memory are likely to be those of the dead one; what it is counts, not where it lies."""
+    _, rows = inputs(device, 0, 0, 0, 0)
+    for step in range(200):
+        lengths = torch.full((4 - step % 3,), step, dtype=torch.int64, device=device)
+        out.fill_(-7)
+        asked.run(lengths, rows[: len(lengths)], None, None)
+        assert out.tolist() == [step] * len(lengths) + [-7] * (8 - len(lengths))
+        del lengths
+    lengths = torch.zeros(4, dtype=torch.int64, device=device)
+    asked.run(lengths, rows, None, None)
+    del lengths
+    with pytest.raises(ArgumentError, match="float64"):
+        asked.run(torch.zeros(4, dtype=torch.float64, device=device), rows, None, None)
+
+
+@pytest.mark.parametrize("bad", [True, 16.0, "16", [16], torch.tensor(16), 2**70, -(2**70)])
+def test_a_number_that_only_looks_like_the_last_one(asked: Asked, device: torch.device, bad: Any) -> None:
+    lengths, rows = inputs(device, 3, 4)
+    for good in (1, 16):
+        asked.run(lengths, rows, None, good)
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match="max_len is"):
+                asked.run(lengths, rows, None, bad)
+        assert asked.run(lengths, rows, None, good) == 0
+        assert asked.run(lengths, rows, None, Number(good)) == 0
+
+
+def test_a_refused_call_leaves_the_last_one(asked: Asked, out: Tensor, device: torch.device) -> None:
+    lengths, rows = inputs(device, 3, 4)
+    asked.run(lengths, rows, None, None)
+    with pytest.raises(ArgumentError):
+        asked.run(lengths, rows[:1], None, None)
+    out.fill_(-7)
+    assert asked.run(lengths, rows, None, None) == 0
+    assert out.tolist()[:3] == [3, 4, -7]
+
+
+def test_words_that_are_wrong_change_nothing(asked: Asked, out: Tensor, device: torch.device) -> None:
+    lengths, rows = inputs(device, 3, 4)
+    asked.run(lengths, rows, None, None)
+
+    class Wrong:
+        def __init__(self, words: Any) -> None:
+            self._check = lambda *arguments: words
+
+    few = asked.plan._check(lengths, rows, None, None)
+    out.fill_(-7)
+    for words, error in (
+        (few[:-1], TypeError),
+        (7, TypeError),
+        ([0] * 5 + ["1"], TypeError),
+        ([2**70] * 6, OverflowError),
+    ):
+        with pytest.raises(error):
+            asked.plan._bound.run(Wrong(words), lengths[:1], rows[:1], None, None)
+    with pytest.raises(AttributeError, match="_check"):
+        asked.plan._bound.run(object(), lengths[:1], rows[:1], None, None)
+    for count in (0, 6):
+        with pytest.raises(TypeError, match="run takes an owner and up to 4 arguments"):
+            asked.plan._bound.run(*[None] * count)
+    assert out.tolist() == [-7] * 8
+    assert asked.run(lengths, rows, None, None) == 0
+    assert out.tolist()[:3] == [3, 4, -7]
+
+
+def test_a_bare_launch_is_forgotten(asked: Asked, out: Tensor, device: torch.device) -> None:
+    """Its words replace those of the last call."""
+    lengths, rows = inputs(device, 3, 4)
+    asked.run(lengths, rows, None, None)
+    asked.plan._bound.launch(*asked.plan._check(lengths[:1], rows[:1], None, None), 0)
+    out.fill_(-7)
+    assert asked.run(lengths, rows, None, None) == 1
+    assert out.tolist()[:3] == [3, 4, -7]
+
+
+def test_a_subclass_of_tensor_is_read_like_one(asked: Asked, out: Tensor, device: torch.device) -> None:
+    class Mine(Tensor):
+        pass
+
+    lengths, rows = inputs(device, 3, 4)
+    assert [asked.run(lengths.as_subclass(Mine), rows, None, None) for _ in range(2)] == [1, 0]
+    assert out.tolist()[:3] == [3, 4, -7]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_tensor_without_memory_is_refused(asked: Asked, out: Tensor, device: torch.device) -> None:
+    _, rows = inputs(device, 3, 4)
+    with FakeTensorMode():
+        fake = torch.zeros(2, dtype=torch.int64, device=device)
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="seq_lens is a FakeTensor without memory"):
+            asked.run(fake, rows, None, None)
+    assert out.tolist() == [-7] * 8
+
+
+# ------------------------------------------------------------------------------------------------ telling apart
+
+
+@pytest.fixture
+def tell(asked: Asked) -> Callable[..., bytes | None]:
+    told: Callable[..., bytes | None] = asked.plan.kernel.module.tell
+    return lambda *arguments: told(None, *arguments)
+
+
+def test_what_is_told_apart(tell: Callable[..., bytes | None], device: torch.device) -> None:
+    memory = torch.zeros(64, dtype=torch.int32, device=device)
+    a, b = memory[:8], memory[8:16]
+    different = [
+        (a,),
+        (b,),
+        (memory[:9],),
+        (memory[:16:2],),
+        (memory[:8].view(torch.float32),),
+        (memory[:16].view(torch.int64),),
+        (memory[:8].view(2, 4),),
+        (memory[:16].view(2, 8)[:, :4],),
+        (memory[:8].view(4, 2),),
+        (memory[:8].view(2, 4).T,),
+        (memory[0],),
+        (a, None),
+        (None, a),
+        ([a],),
+        ([a], None),
+        ([a, b],),
+        ([a], [b]),
+        ([], [a, b]),
+        ([a, b], []),
+        ([None],),
+        (None,),
+        (),
+        (0,),
+        (1,),
+        (2**40,),
+        (-1,),
+        (0, 0),
+        ([0],),
+        ([a] * 300,),
+        ([a] * 299, a),
+    ]
+    told = [tell(*arguments) for arguments in different]
+    assert None not in told
+    assert len(set(told)) == len(different)
+    again = [tell(*[item[:] if isinstance(item, list) else item for item in arguments]) for arguments in different]
+    assert again == told
+    assert tell([a, b], (a, b), memory[:8]) == tell((a, b), [a, b], a)
+    assert tell(Number(7)) == tell(7)
+
+
+def test_what_was_told_last(asked: Asked, device: torch.device) -> None:
+    """The very object comes back, which Python finds in a table by its identity."""
+    tell = asked.plan.kernel.module.tell
+    a = torch.zeros(8, dtype=torch.int32, device=device)
+    last = tell(None, [a], 3)
+    assert tell(last, [a[:]], 3) is last
+    assert tell(last, [a], 4) not in (last, None)
+    assert tell(last, [a], 3, None) not in (last, None)
+    assert tell(last, [a], 3.0) is None
+    for other in (0, "text", last[:-8], b""):
+        assert tell(other, [a], 3) == last
+    with pytest.raises(TypeError, match="tell takes"):
+        tell()
+    check_references([last, a, Tensor], lambda: [tell(last, [a], 3), tell(None, [a], 3), tell(last, [a], 4)])
+
+
+class Endless:
+    """A sequence that lies about its length."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        if index:
+            raise IndexError
+        return index
+
+
+class Refuses(Endless):
+    def __len__(self) -> int:
+        raise RuntimeError
+
+
+def test_what_cannot_be_told(tell: Callable[..., bytes | None], device: torch.device) -> None:
+    good = torch.zeros(8, dtype=torch.int32, device=device)
+    for bad in (
+        True,
+        16.0,
+        "text",
+        {good: good},
+        {good},
+        object(),
+        2**70,
+        [[good]],
+        [good, True],
+        good.to_sparse(),
+        good.to("meta"),
+        good.view(2, 2, 2),
+        Endless(),
+        Refuses(),
+        torch.float32,
+        good.cpu().numpy(),
+    ):
+        assert tell(good, bad) is None
+        assert tell([bad]) is None
+    check_references([good, Tensor], lambda: tell(good, [good] * 200, (good, None), [good, "text"]))
+    check_references([good, Tensor], lambda: tell(good, [good] * 200, (good, None), 2**40, Endless()))
+
+
+# ------------------------------------------------------------------------------------------------ references
+
+
+def test_inputs_are_not_kept_alive(asked: Asked, device: torch.device) -> None:
+    lengths, rows = inputs(device, 3, 4)
+    asked.plan.run(lengths, rows)
+    seen = weakref.ref(lengths), weakref.ref(rows)
+    gc.disable()
+    try:
+        del lengths, rows
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_plan_goes_with_its_last_reference(device: torch.device) -> None:
+    """And the memory of the destinations with it: no cycle waits for the collector."""
+    out = torch.zeros(4, dtype=torch.int32, device=device)
+    plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros_like(out)[None])
+    plan.run(*inputs(device, 1, 2))
+    seen = weakref.ref(plan), weakref.ref(out)
+    gc.disable()
+    try:
+        del plan, out
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+def refcounts(things: list[Any]) -> list[int]:
+    return [sys.getrefcount(thing) for thing in things]
+
+
+def check_references(things: list[Any], call: Callable[[], object]) -> None:
+    """After many calls every reference count is what it was, and so is the number of blocks of memory."""
+    for _ in range(10):
+        call()
+    gc.collect()
+    before, blocks = refcounts(things), sys.getallocatedblocks()
+    for _ in range(3_000):
+        call()
+    gc.collect()
+    assert refcounts(things) == before
+    assert sys.getallocatedblocks() - blocks < 500
+
+
+def test_references_of_the_functions_that_take_lists(device: torch.device) -> None:
+    new = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=device)  # noqa: E731
+    pool, table = new(8, 64), new(8, 64)
+    lists = [[new(8)], [new(9)], [table], None, None, None]
+    buffers, target = MetadataBuffers(page_indices=table), MetadataBuffers(page_indices=new(8, 64))
+    lengths, rows = inputs(device, 3, 4)
+    numbers = {"max_len": 64, "nsa_index_topk": 300, "real_page_size": 300}
+
+    def call() -> None:
+        onelaunch.fused_metadata_precompute_and_broadcast_cuda(lengths, rows, pool, *lists, **numbers)
+        onelaunch.precompute_decode_metadata_cuda(lengths, rows, pool, **numbers, out=buffers)
+        onelaunch.fused_metadata_copy_cuda(buffers, [target], bs=2)
+
+    tensors = [lengths, rows, pool, table, *[t for given in lists for t in given or ()]]
+    check_references([*tensors, *lists, buffers, target, numbers, Tensor], call)
+
+
+def test_references_of_calls(asked: Asked, device: torch.device) -> None:
+    lengths, rows = inputs(device, 30_000, 40_000)  # numbers that are objects of their own
+    number = 2**40
+    plan = asked.plan
+    things = [lengths, rows, number, plan, Tensor, plan._bound, plan._bound._plan]
+    check_references(things, lambda: plan.run(lengths, rows))
+    turns = iter(range(10**9))
+    check_references(things, lambda: plan.run(lengths, rows, max_len=next(turns) % 2))  # checked each time
+
+    def refused(*arguments: Any) -> None:
+        with pytest.raises((ArgumentError, TypeError, OverflowError)):
+            plan.run(*arguments, max_len=number)
+
+    check_references(things, lambda: refused(lengths, rows))
+    check_references(things, lambda: refused(lengths, number))
+    check_references(things, lambda: refused(rows.to_sparse(), rows))
+
+    class Wrong:
+        words: Any = [number] * 5
+
+        def _check(self, *arguments: Any) -> Any:
+            return self.words
+
+    def wrong(owner: object) -> None:
+        with pytest.raises((TypeError, AttributeError)):
+            plan._bound.run(owner, lengths, rows, None, number)
+
+    owner = Wrong()
+    for words in ([number] * 5, [number] * 5 + ["1"], number):
+        owner.words = words
+        check_references([*things, owner, words], lambda: wrong(owner))
+    check_references(things, lambda: wrong(number))
+    words = plan._check(lengths, rows, None, None)
+    check_references([*things, *words], lambda: plan._bound.launch(*words, 0))
+    check_references([*things, Tensor], lambda: plan.kernel.module.reads(Tensor))
