@@ -1,4 +1,4 @@
-// Runs an emitted kernel on host threads: reads a job, launches it on the job's buffers, writes the buffers back.
+// Runs an emitted kernel on fibers: reads a job, launches it on the job's buffers, writes the buffers back.
 //
 //   driver <job> <results>
 //
@@ -254,8 +254,8 @@ void wait(Block& block) {
   run_any(*block.grid);
 }
 
-// The calling thread is the last that `count` threads from `first` on waited for, those with a bit in `mask` if there is
-// one: all of them can go on, in any order.
+// The calling thread came last: `count` threads from `first` on, or those of them in `mask` if there is one, can go on,
+// in any order.
 void wake(Block& block, unsigned first, unsigned count, unsigned mask = 0) {
   for (unsigned i = 0; i < count; ++i) {
     if (mask != 0 && (mask >> i & 1u) == 0) continue;

@@ -1,9 +1,9 @@
 // The emulation prelude: the CUDA names that emitted kernels use, for a host compiler. It is found in place of CUDA's
 // own <cuda_runtime.h>, so the emitted source is compiled as it is. driver.cpp runs what is declared here.
 //
-// Every CUDA thread is a thread of its own to the sanitizers. What CUDA orders is ordered here and no more: __syncthreads and
-// __syncwarp are visible to ThreadSanitizer, while shuffles and votes, which imply no memory barrier on a GPU, exchange
-// their values behind its back. An intrinsic that isn't here doesn't compile, which is the point: add it with its
+// Every CUDA thread is a thread of its own to the sanitizers. What CUDA orders is ordered here and no more: __syncthreads
+// and __syncwarp are visible to ThreadSanitizer, while shuffles and votes, which imply no memory barrier on a GPU,
+// exchange their values behind its back. An intrinsic that isn't here doesn't compile, which is the point: add it with its
 // checks, and a case that fails without it to mutations.py.
 #pragma once
 
