@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.testing
 from onelaunch import api, loader, toolchain
 from onelaunch.errors import ToolchainError
 
@@ -23,6 +25,10 @@ MANY = 100
 
 # Begun first: what takes a minute at the end of a run leaves the other workers without work.
 LONG = ("tests/test_soak.py",)
+
+# A process has one command line. typer's tests put it together for every call, and that takes longer than most calls.
+if hasattr(typer.testing, "_get_command"):
+    typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 _own_cache = pytest.StashKey[Path]()
 _wanted = pytest.StashKey[dict[str, int]]()
