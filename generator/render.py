@@ -90,6 +90,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         and pages
         and config.req_to_token_dtype == "int32"
         and config.page_size % 4 == 0
+        and config.page_size <= 1024
         and _shift(config.page_size) is not None
         and not several_pages
     )
