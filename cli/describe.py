@@ -23,7 +23,7 @@ def describe(
     ] = 1,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens a page of what a copy copies.")] = 64,
     num_sms: Annotated[
-        int | None, typer.Option(min=1, help="Multiprocessors that schedules are for; default: an H200's.")
+        int | None, typer.Option(min=1, help="Multiprocessors that schedules are for; default: an H100's.")
     ] = None,
     target: Target = None,
     as_json: Json = False,
@@ -57,7 +57,7 @@ def describe(
 
 
 def _facts(found: Any, moved: Any, batch: int, length: int) -> dict[str, Any]:
-    from onelaunch.estimate import H200
+    from onelaunch.estimate import H100
     from onelaunch.fields import FIELDS
 
     return {
@@ -82,7 +82,7 @@ def _facts(found: Any, moved: Any, batch: int, length: int) -> dict[str, Any]:
         ],
         "bytes_read": moved.bytes_read,
         "bytes_written": moved.bytes_written,
-        "estimate": {"microseconds": round(moved.microseconds(), 2), "device": H200.name},
+        "estimate": {"microseconds": round(moved.microseconds(), 2), "device": H100.name},
     }
 
 

@@ -30,9 +30,9 @@ class Device:
     multiprocessors: int
 
 
-# From the timings in tests/gpu/evidence.json, calls in a CUDA graph: the floor is between "1 x 4k" (1.75 us) and
-# "8 x 8k" (2.10), the ceiling "128 x 32k" (51,404,064 bytes in 17.72 us, of which 1.92 are the floor).
-H200 = Device("NVIDIA H200", floor_us=1.92, bytes_per_us=51_404_064 / (17.72 - 1.92), multiprocessors=132)
+# From the timings in tests/gpu/evidence.json, calls in a CUDA graph: the floor is between "1 x 4k" (1.78 us) and
+# "8 x 8k" (2.12), the ceiling "128 x 32k" (51,404,064 bytes in 24.94 us, of which 1.95 are the floor).
+H100 = Device("NVIDIA H100 80GB HBM3", floor_us=1.95, bytes_per_us=51_404_064 / (24.94 - 1.95), multiprocessors=132)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Traffic:
         """Bytes read and written."""
         return self.bytes_read + self.bytes_written
 
-    def microseconds(self, device: Device = H200) -> float:
+    def microseconds(self, device: Device = H100) -> float:
         """An estimate of the time on a device: the floor, and the bytes at the rate of a large refresh.
 
         Within 20 % of what was measured where the rate decides or nothing does; in between the truth is a little more.
@@ -107,14 +107,14 @@ def traffic(
         rows: rows of each request where the configuration doesn't say how many, in a draft_extend of variable extend
             lengths and in a copy of several rows; None is one each.
         page_size, index_kpool: of the tables that a copy copies; a copy's configuration doesn't say.
-        num_sms: multiprocessors of paged_mqa_schedule_metadata; None is what H200 has.
+        num_sms: multiprocessors of paged_mqa_schedule_metadata; None is what H100 has.
         num_sm_parts: rows of flashmla_metadata; None is num_sms. kv_indices has room for all tokens.
 
     Raises:
         ArgumentError: a number is negative, or rows are not one number a request.
     """
     copies = config.operation == "copy"
-    num_sms = H200.multiprocessors if num_sms is None else num_sms
+    num_sms = H100.multiprocessors if num_sms is None else num_sms
     offsets = config.seqlen_offsets or (0,)
     verified = config.next_n if config.mode == "target_verify" and not copies else 0
     if width is None:

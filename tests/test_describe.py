@@ -14,7 +14,7 @@ import torch
 from onelaunch import FIELDS, PRESETS, ArgumentError, KernelConfig, preset
 from onelaunch.cli.main import app
 from onelaunch.cli.scene import Scene
-from onelaunch.estimate import H200, traffic
+from onelaunch.estimate import H100, traffic
 from support import ALL_FIELDS, POISON, buffers_of, destination, token_pool
 from typer.testing import CliRunner
 
@@ -158,9 +158,9 @@ def test_shared_tables_other_dtypes_and_copies() -> None:
 
 def test_the_estimate_is_near_what_was_measured() -> None:
     """Of every shape in the evidence; a kernel that changed its speed needs other constants, and says so here."""
-    assert EVIDENCE["device"] == H200.name
+    assert EVIDENCE["device"] == H100.name
     for shape, timing in EVIDENCE["timings"].items():
-        estimate = H200.floor_us + timing["bytes"] / H200.bytes_per_us
+        estimate = H100.floor_us + timing["bytes"] / H100.bytes_per_us
         assert abs(estimate / timing["refresh_us"] - 1) < 0.2, (shape, estimate, timing["refresh_us"])
 
 
@@ -174,7 +174,7 @@ def test_the_command_prints_every_field_and_the_sum() -> None:
         assert FIELDS[name].shape in line
         assert FIELDS[name].formula in line
     assert table["page_indices"].split()[-5:] == ["64", "x", "8192", "3", f"{4 * 3 * 64 * 8192:,}"]
-    assert lines[-1].startswith(f"about 4.5 us on an {H200.name}")
+    assert lines[-1].startswith(f"about 5.8 us on an {H100.name}")
     assert "an estimate" in lines[-1]
 
 
