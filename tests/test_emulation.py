@@ -175,6 +175,7 @@ def launch(
     cases: tuple[Case, ...],
     builds: Path,
     launches: tuple[tuple[int, int], ...] = ((1, 1), (2, 64)),
+    lines: bool = False,
 ) -> Outcome:
     """Builds and runs: by default blocks one after the other, then all at the same time."""
     reason = harness.missing_runtime(sanitizer)
@@ -183,12 +184,14 @@ def launch(
     # A block for the lengths and one for each schedule, or one for each backend where they differ.
     each = (1 + len(config.schedules)) * max(1, len(config.seqlen_offsets))
     copies = each + 2 * config.blocks_per_sm * max((case.sm_count for case in cases), default=1)
-    program = harness.build(source, sanitizer, builds, copies=copies)
+    program = harness.build(source, sanitizer, builds, copies=copies, lines=lines)
     return harness.run(program, config, cases, launches=launches)
 
 
 def check(config: KernelConfig, sanitizer: str, cases: tuple[Case, ...], builds: Path, **options: object) -> None:
     outcome = launch(render(config), config, sanitizer, cases, builds, **options)  # type: ignore[arg-type]
+    if outcome.caught is not None:  # once more, for a report with the lines
+        outcome = launch(render(config), config, sanitizer, cases, builds, lines=True, **options)  # type: ignore[arg-type]
     assert outcome.caught is None, f"{config.settings()} under {sanitizer}: {outcome.caught}\n{outcome.text}"
 
 

@@ -32,7 +32,6 @@ COMPILER = "g++"
 FLAGS = [
     "-std=c++17",
     "-O1",
-    "-g1",
     "-fno-omit-frame-pointer",
     "-fno-strict-aliasing",  # int4 accesses to int32 memory are fine for a device compiler
 ]
@@ -60,7 +59,7 @@ class CompileError(Exception):
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
-def build(source: str, sanitizer: str, directory: Path, *, copies: int) -> Path:
+def build(source: str, sanitizer: str, directory: Path, *, copies: int, lines: bool = False) -> Path:
     """The program for an emitted source, built once for all processes that share ``directory``.
 
     Args:
@@ -68,6 +67,7 @@ def build(source: str, sanitizer: str, directory: Path, *, copies: int) -> Path:
         sanitizer: a key of SANITIZERS.
         copies: how many blocks a grid may have, up to 33. ``__shared__`` variables are static, so each block of a grid
             runs on its own copy of the object file, with its symbols renamed.
+        lines: let reports name lines of the source, which takes the compiler half as long again.
 
     Raises:
         CompileError: the source doesn't compile.
@@ -75,7 +75,7 @@ def build(source: str, sanitizer: str, directory: Path, *, copies: int) -> Path:
     symbol = re.findall(r"^int (\w+)_launch\(", source, re.MULTILINE)
     if len(symbol) != 1:
         raise CompileError(f"expected one launch function in the source, found {symbol}")
-    flags = [*FLAGS, *SANITIZERS[sanitizer]]
+    flags = [*FLAGS, *SANITIZERS[sanitizer], *(["-g1"] if lines else [])]
     digest = _digest(source, *flags, str(copies))
     program = directory / f"emulation-{digest}"
     with FileLock(directory / f"{digest}.lock"):
