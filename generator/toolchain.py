@@ -48,7 +48,7 @@ class HostCompiler:
 
     Attributes:
         path: absolute path, symbolic links kept: clang++ and ccache's links go by the name they are called.
-        version: first line of ``--version``, the identity that goes into cache keys.
+        version: first line of ``--version`` without the program's name, the identity that goes into cache keys.
         origin: where it was found, and which setting of the environment had to be skipped for it.
         flags: what $CXX says after the compiler's name, such as ("--sysroot=/x",).
     """
@@ -249,7 +249,7 @@ def describe(device: int | None = None) -> list[tuple[str, str, str]]:
         return names
 
     toolkit = add("CUDA toolkit", find_toolkit, lambda t: (f"{t.home} ({t.version})", t.origin))
-    compiler = add("host compiler", find_host_compiler, lambda c: (f"{c.path} ({c.version})", c.origin))
+    compiler = add("host compiler", find_host_compiler, lambda c: (f"{c.path} {c.version}", c.origin))
     if toolkit and compiler:
         check, header = (
             functools.partial(check_pair, toolkit, compiler),
@@ -337,7 +337,8 @@ def _compiler(environment: tuple[str | None, ...]) -> HostCompiler:
         if not words:
             raise _Rejected("it names no compiler")
         path = _program(words[0])
-        version = _version_of(path).splitlines()[0]
+        # GCC's answer begins with the name that it was called by, and isn't another compiler by another name.
+        version = re.sub(r"^\S+ (?=\(.*\) \d)", "", _version_of(path).splitlines()[0])
         return HostCompiler(path, version, origin, tuple(words[1:]))
 
     places = [(f"{name} on PATH", name) for name in ("c++", "g++", "clang++")]

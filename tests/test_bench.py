@@ -139,13 +139,14 @@ def test_the_single_block_sums_right_whatever_the_batch(tmp_path: Path) -> None:
     assert outcome.caught is None, outcome
 
 
-INTERPRETED = """
+CHECKED = """
+import sys
 import torch
 from onelaunch.cli import triton_refresh
 from onelaunch.cli.baselines import IMPLEMENTATIONS
 from onelaunch.cli.scene import Case, Scene
 for case in (Case(6, 999, 2, 1031), Case(258, 9, 1, 37, 16, "full"), Case(1, 600, 1, 601, 1)):
-    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, torch.device("cpu"))
+    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, torch.device(sys.argv[1]))
     for calls in IMPLEMENTATIONS["triton"].calls(scene, case)[::2]:
         print(IMPLEMENTATIONS["triton"].check(scene, case, calls[0], 0) or "right")
 """
@@ -154,9 +155,11 @@ NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reaso
 
 @NO_TRITON
 def test_the_triton_kernel_is_right_for_any_batch(tmp_path: Path) -> None:
-    # In a process of its own: that it is interpreted is decided before it is imported.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    # In a process of its own: whether it is interpreted, as without a GPU, is decided before it is imported.
+    gpu = torch.cuda.is_available()
+    environment = {**os.environ, "TRITON_INTERPRET": "0" if gpu else "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", CHECKED, "cuda" if gpu else "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["right"] * 6, done.stderr
 
 

@@ -19,7 +19,7 @@
                                                            test_pack.test_misfits; bind loads on the device at once,
                                                            and its error names both architectures
  F9    no GPU at build time                                test_toolchain.test_no_gpu_is_asked_without_a_device,
-                                                           test_compile.test_presets_compile_for_sm_90a_...
+                                                           test_sass.test_the_machine_code_of_a_preset
  F10   nvcc, gcc and torch don't fit                       test_toolchain.test_pair_follows_the_toolkits_own_header;
                                                            static cudart makes torch's CUDA irrelevant
  F11   ninja or toolkit not found                          test_toolchain.test_ninja_of_the_package_then_beside_...,

@@ -73,6 +73,11 @@ def test_every_preset_is_looked_at() -> None:
     assert REGISTERS.keys() == PRESETS.keys()
 
 
+def _unrolled(destinations: int) -> int:
+    """How often a loop over them is written out."""
+    return destinations if destinations <= 8 else 1
+
+
 @pytest.mark.nvcc
 @pytest.mark.parametrize("name", REGISTERS)
 def test_the_machine_code_of_a_preset(name: str, shared: Path) -> None:
@@ -92,7 +97,7 @@ def test_the_machine_code_of_a_preset(name: str, shared: Path) -> None:
     # many for each of the tiles that a warp takes at once in large tables.
     copied = config.tables if config.operation == "copy" else ["page_indices"]
     times = 3 if config.operation != "copy" and config.extent == "full" else 1
-    stores = sum(min(config.destinations(table), 8) for table in copied) * config.unroll * times
+    stores = sum(_unrolled(config.destinations(table)) for table in copied) * config.unroll * times
     assert wide(found, "STG") >= stores
     if config.req_to_token_dtype == "int32":
         # Reads are twice that wide: rows begin anywhere, and four words are selected from eight.

@@ -276,7 +276,7 @@ def test_compilers_on_path_in_order(tmp_path: Path) -> None:
     compiler(tmp_path / "bin" / "clang++", "clang version 18.1.3")
     compiler(tmp_path / "bin" / "g++")
     found = toolchain.find_host_compiler()
-    assert found == toolchain.HostCompiler(tmp_path / "bin" / "c++", GCC_12, "c++ on PATH")
+    assert found == toolchain.HostCompiler(tmp_path / "bin" / "c++", GCC_12.removeprefix("g++ "), "c++ on PATH")
     for name, following in (("c++", "g++"), ("g++", "clang++")):
         (tmp_path / "bin" / name).unlink()
         toolchain.reset()
@@ -299,7 +299,7 @@ def test_cxx_with_launcher_and_flags(
     path = compiler(tmp_path / "bin" / "my++", "my++ (Mine) 13.1.0")
     monkeypatch.setenv("CXX", command)
     found = toolchain.find_host_compiler()
-    assert (found.path, found.version, found.flags) == (path, "my++ (Mine) 13.1.0", flags)
+    assert (found.path, found.version, found.flags) == (path, "(Mine) 13.1.0", flags)
     assert found.origin == f"CXX={command!r} in the environment"
 
 
@@ -461,7 +461,7 @@ def test_describe_turns_failures_into_rows(tmp_path: Path, monkeypatch: pytest.M
     rows = {tool: (value, where) for tool, value, where in toolchain.describe()}
     assert rows["CUDA toolkit"][0] == rows["ninja"][0] == toolchain.NOT_USABLE
     assert "Tried:" in rows["CUDA toolkit"][1]
-    assert rows["host compiler"] == (f"{tmp_path}/bin/c++ ({GCC_12})", "c++ on PATH")
+    assert rows["host compiler"] == (f"{tmp_path}/bin/c++ (GCC) 12.2.0", "c++ on PATH")
     assert rows["architectures"] == ("120a", "ONELAUNCH_CUDA_ARCH in the environment")
     home = toolkit(tmp_path / "local" / "cuda")
     compiler(tmp_path / "bin" / "c++", "g++ (GCC) 15.1.0")
@@ -542,3 +542,13 @@ def test_real_nvcc_knows_the_default_architecture(monkeypatch: pytest.MonkeyPatc
     found = toolchain.find_toolkit()
     with pytest.raises(ToolchainError, match=r"supports .*\b90a\b"):
         toolchain.gencode_flags(["35"], found)
+
+
+def test_a_compiler_by_another_name_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GCC's first line begins with the name that it is called by: c++ and g++ would have had keys of their own."""
+    versions = set()
+    for name in ("c++", "g++-12", "x86_64-linux-gnu-g++"):
+        script(tmp_path / name, f"echo '{name} (Debian 12.2.0-14+deb12u1) 12.2.0'\necho 'Copyright (C) 2022'")
+        monkeypatch.setenv("CXX", str(tmp_path / name))
+        versions.add(toolchain.find_host_compiler().version)
+    assert versions == {"(Debian 12.2.0-14+deb12u1) 12.2.0"}
