@@ -31,7 +31,8 @@ def list_kernels(as_json: Json = False) -> None:
         kernels: list[dict[str, Any]] = []
         for name, config in PRESETS.items():
             # The CPU target of a preset is another configuration.
-            own = [row for row in builds if row["symbol"] in (config.symbol, config.replace(target="cpu").symbol)]
+            symbols = config.symbol, config.replace(target="cpu").symbol
+            own = [row for row in builds if row["symbol"] in symbols]
             kernels.append({"preset": name, "symbol": config.symbol, "builds": own})
         known = [row["key"] for kernel in kernels for row in kernel["builds"]]
         return {"presets": kernels, "others": [row for row in builds if row["key"] not in known]}
