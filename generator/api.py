@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +13,9 @@ from . import loader, ops, plan
 from .checks import INT_DTYPES, MAX_BATCH, check_int, check_tensor
 from .config import MAX_NEXT_N, KernelConfig
 from .errors import ArgumentError
-from .fields import FIELDS, MetadataBuffers
+from .fields import MetadataBuffers
 
 _MAX_PLANS = 256
-# attrgetter looks each name up anew; a function's bytecode remembers where it was.
-_fields_of: Callable[[MetadataBuffers], tuple[Tensor | None, ...]] = eval(
-    f"lambda buffers: ({', '.join(f'buffers.{name}' for name in FIELDS)})"
-)
 # The fields of the lists that fused_metadata_precompute_and_broadcast_cuda takes.
 LISTS = (
     "cache_seqlens",
@@ -34,45 +29,34 @@ LISTS = (
 
 
 class _Plans:
-    """Plans of the same facts (dtypes, extent, mode) by what a binding tells of the arguments that they are bound to.
+    """Plans by what a binding tells of the arguments that they were made for.
 
-    That is the address, shape, strides, dtype and device of every tensor, so a tensor that changed in place, or that
-    took another's place, is another argument. Plans hold addresses only: whoever calls with a tensor keeps it alive.
+    Of a tensor that is the address, shape, strides, dtype and device, so one that changed in place, or that took
+    another's place, is another argument. Plans hold addresses only: whoever calls with a tensor keeps it alive.
 
-    Args:
-        tell: tell(last, arguments...) of a kernel's binding; any of them tells the same.
+    Attributes:
+        find: find(arguments...): the plan that was kept for equal arguments, or None.
     """
 
-    def __init__(self, tell: Callable[..., bytes | None]) -> None:
-        self._tell = tell
-        # Most calls repeat the last one. A pair, which other threads see change as a whole.
-        self._last: tuple[bytes | None, Any] = (None, None)
-        self._plans: OrderedDict[bytes, Any] = OrderedDict()
+    find: Callable[..., Any]
 
-    def find(self, arguments: tuple[Any, ...]) -> Any:
-        """The plan that was kept for these arguments, or None."""
-        last, known = self._last
-        told = self._tell(last, *arguments)
-        if told is None:
-            return None  # nothing that the checks accept
-        if told is not last:
-            known = self._plans.get(told)
-            if known is not None:
-                self._plans.move_to_end(told)
-                self._last = told, known
-        return known
+    def __init__(self) -> None:
+        self.clear()
 
-    def keep(self, arguments: tuple[Any, ...], made: Any) -> None:
+    def clear(self) -> None:
+        """Forgets all plans."""
+        self._memo: Any = None  # of the binding of a kernel; any of them tells the same
+        self.find = lambda *arguments: None
+
+    def keep(self, made: Any, *arguments: Any) -> None:
         """Keeps a plan, and lets the one go that wasn't used for longest."""
-        told = self._tell(None, *arguments)
-        if told is not None:
-            self._plans[told] = made
-            self._last = told, made
-            if len(self._plans) > _MAX_PLANS:
-                self._plans.popitem(last=False)
+        if self._memo is None:
+            self._memo = made.kernel.module.memo(_MAX_PLANS)
+            self.find = self._memo.find
+        self._memo.keep(made, *arguments)
 
 
-_plans: dict[tuple[Any, ...], _Plans] = {}
+_refreshes, _copies = _Plans(), _Plans()
 
 
 def fused_metadata_precompute_and_broadcast_cuda(
@@ -193,15 +177,7 @@ def precompute_decode_metadata_cuda(
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
     """
-    return _precompute(
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        out=out,
-    )
+    return _precompute(seq_lens, req_pool_indices, req_to_token, max_len, nsa_index_topk, real_page_size, out)
 
 
 def precompute_target_verify_metadata_cuda(
@@ -231,10 +207,10 @@ def precompute_target_verify_metadata_cuda(
         seq_lens,
         req_pool_indices,
         req_to_token,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        out=out,
+        max_len,
+        nsa_index_topk,
+        real_page_size,
+        out,
         mode="target_verify",
         next_n=next_n,
     )
@@ -271,10 +247,10 @@ def precompute_draft_extend_metadata_cuda(
         seq_lens,
         req_pool_indices,
         req_to_token,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        out=out,
+        max_len,
+        nsa_index_topk,
+        real_page_size,
+        out,
         mode="draft_extend",
         next_n=next_n,
         extend_seq_lens=extend_seq_lens,
@@ -286,7 +262,6 @@ def _precompute(
     seq_lens: Tensor,
     req_pool_indices: Tensor,
     req_to_token: Tensor,
-    *,
     max_len: int,
     nsa_index_topk: int,
     real_page_size: int,
@@ -327,7 +302,7 @@ def _precompute(
         )
         return out
     _refresh(
-        (_fields_of(out),),
+        (out,),
         _out,
         seq_lens,
         req_pool_indices,
@@ -363,15 +338,22 @@ def _refresh(
         destinations: what ``backends`` makes the buffers and their names of.
         The others as in fused_metadata_precompute_and_broadcast_cuda.
     """
-    arguments = (nsa_index_topk, real_page_size, next_n, req_to_token, *destinations)
-    facts = (
-        getattr(seq_lens, "dtype", None),
-        getattr(req_pool_indices, "dtype", None),
-        None if extend_seq_lens is None else getattr(extend_seq_lens, "dtype", None),
-        extent,
-        mode,
-    )
-    known = _recall(facts, arguments)
+    try:
+        arguments: tuple[Any, ...] = (
+            seq_lens.dtype,
+            req_pool_indices.dtype,
+            None if extend_seq_lens is None else extend_seq_lens.dtype,
+            extent,
+            mode,
+            nsa_index_topk,
+            real_page_size,
+            next_n,
+            req_to_token,
+            destinations,
+        )
+        known = _refreshes.find(*arguments)
+    except AttributeError:  # one is no tensor: what comes next says so
+        arguments, known = (), None
     if known is None:
         check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
         check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)
@@ -399,7 +381,7 @@ def _refresh(
             keep=False,
             **extends,
         )
-        _remember(facts, arguments, known)
+        _refreshes.keep(known, *arguments)
     known.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 
 
@@ -433,20 +415,16 @@ def fused_metadata_copy_cuda(
     Raises:
         ArgumentError: an argument doesn't fit; nothing was written.
     """
-    one = isinstance(destinations, MetadataBuffers)
-    targets: Any = (destinations,) if one else destinations
     if not is_dynamo_compiling():
-        facts = (one, mode)
-        try:
-            arguments = (_fields_of(precomputed), *map(_fields_of, targets))
-        except (AttributeError, TypeError):
-            arguments = ()  # no buffers: what comes next says so
-        known = _recall(facts, arguments)
+        known = _copies.find(mode, precomputed, destinations)
         if known is not None:
-            known.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=_rows_of(bs, mode, next_n, rows))
+            if mode != "decode" or next_n is not None or rows is not None:
+                rows = _rows_of(bs, mode, next_n, rows)
+            known.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
             return
     if not isinstance(precomputed, MetadataBuffers):
         raise ArgumentError(f"precomputed is a {type(precomputed).__name__}; it must be a MetadataBuffers.")
+    targets: Any = (destinations,) if isinstance(destinations, MetadataBuffers) else destinations
     if not isinstance(targets, Sequence) or not all(isinstance(target, MetadataBuffers) for target in targets):
         raise ArgumentError(f"destinations is {targets!r}; it must be a MetadataBuffers or a list of them.")
     if not targets:
@@ -464,15 +442,20 @@ def fused_metadata_copy_cuda(
         )
         return
     rows = _rows_of(bs, mode, next_n, rows)
-
-    def name_of(index: int, name: str) -> str:
-        return f"destinations.{name}" if one else f"destinations[{index}].{name}"
-
     shared = precomputed.real_page_table is not None and precomputed.real_page_table is precomputed.page_indices
     page_size = 1 if shared else 2
+    name_of = _destination if targets is destinations else _single_destination
     made = plan.CopyPlan(precomputed, plan.Destinations(targets, page_size, name_of, mode), keep=False, mode=mode)
-    _remember(facts, arguments, made)
+    _copies.keep(made, mode, precomputed, destinations)
     made.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
+
+
+def _destination(index: int, name: str) -> str:
+    return f"destinations[{index}].{name}"
+
+
+def _single_destination(index: int, name: str) -> str:
+    return f"destinations.{name}"
 
 
 def _rows_of(bs: int | None, mode: str, next_n: int | None, rows: int | None) -> int | None:
@@ -508,7 +491,7 @@ def specialize(config: KernelConfig, arch: str | Sequence[str] | None = None) ->
 
 def _out(destinations: tuple[Any, ...]) -> tuple[list[MetadataBuffers], plan.NameOf]:
     """The one backend that precompute functions write to, and the names of its fields in messages."""
-    return [MetadataBuffers(*destinations[0])], lambda index, name: f"out.{name}"
+    return [destinations[0]], lambda index, name: f"out.{name}"
 
 
 def _backends(lists: tuple[Any, ...]) -> tuple[list[MetadataBuffers], plan.NameOf]:
@@ -553,22 +536,6 @@ def _allocate(bs: int, rows: int, max_len: int, page_size: int, device: torch.de
         real_page_table=table if page_size == 1 else new(rows, -(-max_len // page_size)),
         seqlens_expanded=cache if mode == "decode" else new(rows),
     )
-
-
-def _recall(facts: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
-    """The plan of these facts and arguments, or None."""
-    try:
-        plans = _plans.get(facts)
-    except TypeError:  # one of them can't be hashed, so it is nothing that the checks accept
-        return None
-    return None if plans is None else plans.find(arguments)
-
-
-def _remember(facts: tuple[Any, ...], arguments: tuple[Any, ...], made: Any) -> None:
-    plans = _plans.get(facts)
-    if plans is None:
-        plans = _plans[facts] = _Plans(made.kernel.module.tell)
-    plans.keep(arguments, made)
 
 
 ops.register(fused_metadata_precompute_and_broadcast_cuda, _precompute, fused_metadata_copy_cuda)

@@ -232,7 +232,7 @@ class BoundKernel:
                 f"{config.symbol} can't be loaded on {device}: {error}. It was built for "
                 f"{', '.join('sm_' + arch for arch in self.kernel.archs) or 'the CPU'}."
             ) from error
-        self.kernel.module.reads(Tensor)
+        self.kernel.module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
         self._plan = self.kernel.module.bind(words, self.index if device.type == "cuda" else -1)
         self.run, self.launch = _traced(self._plan.run, config.symbol), self._plan.launch
         outcome = "hit" if self.kernel.since < start else "miss"

@@ -117,4 +117,5 @@ def _no_policy_is_left_behind() -> Iterator[None]:
     frozen = loader._frozen
     yield
     loader._frozen = frozen
-    api._plans.clear()
+    for plans in (api._refreshes, api._copies):
+        plans.clear()

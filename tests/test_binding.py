@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import onelaunch
 import pytest
 import torch
 from onelaunch import ArgumentError, MetadataBuffers
+from onelaunch.fields import FIELDS
 from onelaunch.plan import Plan
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -224,12 +227,35 @@ def test_a_tensor_without_memory_is_refused(asked: Asked, out: Tensor, device: t
 
 
 @pytest.fixture
-def tell(asked: Asked) -> Callable[..., bytes | None]:
-    told: Callable[..., bytes | None] = asked.plan.kernel.module.tell
-    return lambda *arguments: told(None, *arguments)
+def module(asked: Asked) -> ModuleType:
+    return asked.plan.kernel.module
 
 
-def test_what_is_told_apart(tell: Callable[..., bytes | None], device: torch.device) -> None:
+@pytest.fixture
+def told_alike(module: ModuleType) -> Callable[[Sequence[Any], Sequence[Any]], bool]:
+    """Whether what is kept for the first arguments is found for the second ones."""
+
+    def alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
+        memo = module.memo(1)
+        memo.keep("kept", *first)
+        return bool(memo.find(*second) == "kept")
+
+    return alike
+
+
+Alike = Callable[[Sequence[Any], Sequence[Any]], bool]
+
+
+def moved_alone(table: Tensor) -> Tensor:
+    table.data = torch.zeros_like(table)
+    return table
+
+
+class Named(MetadataBuffers):
+    """A class of buffers of somebody's own."""
+
+
+def test_what_is_told_apart(module: ModuleType, told_alike: Alike, device: torch.device) -> None:
     memory = torch.zeros(64, dtype=torch.int32, device=device)
     a, b = memory[:8], memory[8:16]
     different = [
@@ -250,6 +276,8 @@ def test_what_is_told_apart(tell: Callable[..., bytes | None], device: torch.dev
         ([a], None),
         ([a, b],),
         ([a], [b]),
+        ([[a], [b]],),
+        ([[a, b]],),
         ([], [a, b]),
         ([a, b], []),
         ([None],),
@@ -263,30 +291,133 @@ def test_what_is_told_apart(tell: Callable[..., bytes | None], device: torch.dev
         ([0],),
         ([a] * 300,),
         ([a] * 299, a),
+        ("",),
+        ("\0",),
+        ("decode",),
+        ("decodf",),
+        ("target_verify",),
+        ("target_verifz",),
+        (["decode"],),
+        (torch.int32,),
+        (torch.int64,),
+        (MetadataBuffers(),),
+        ([MetadataBuffers()],),
+        ([MetadataBuffers()] * 2,),
+        (MetadataBuffers(a),),
+        (MetadataBuffers(b),),
+        (MetadataBuffers(None, a),),
+        (MetadataBuffers(kv_indices=a),),
+        ([a] + [None] * (len(FIELDS) - 1),),
     ]
-    told = [tell(*arguments) for arguments in different]
-    assert None not in told
-    assert len(set(told)) == len(different)
-    again = [tell(*[item[:] if isinstance(item, list) else item for item in arguments]) for arguments in different]
-    assert again == told
-    assert tell([a, b], (a, b), memory[:8]) == tell((a, b), [a, b], a)
-    assert tell(Number(7)) == tell(7)
+    memo = module.memo(len(different))
+    for number, arguments in enumerate(different):
+        assert memo.find(*arguments) is None
+        memo.keep(number, *arguments)
+    again = [[item[:] if isinstance(item, list) else item for item in arguments] for arguments in different]
+    assert [memo.find(*arguments) for arguments in again] == list(range(len(different)))
+    assert told_alike(([a, b], (a, b), memory[:8]), ((a, b), [a, b], a))
+    assert told_alike((Number(7),), (7,))
 
 
-def test_what_was_told_last(asked: Asked, device: torch.device) -> None:
-    """The very object comes back, which Python finds in a table by its identity."""
-    tell = asked.plan.kernel.module.tell
-    a = torch.zeros(8, dtype=torch.int32, device=device)
-    last = tell(None, [a], 3)
-    assert tell(last, [a[:]], 3) is last
-    assert tell(last, [a], 4) not in (last, None)
-    assert tell(last, [a], 3, None) not in (last, None)
-    assert tell(last, [a], 3.0) is None
-    for other in (0, "text", last[:-8], b""):
-        assert tell(other, [a], 3) == last
-    with pytest.raises(TypeError, match="tell takes"):
-        tell()
-    check_references([last, a, Tensor], lambda: [tell(last, [a], 3), tell(None, [a], 3), tell(last, [a], 4)])
+def test_buffers_are_told_by_their_fields(told_alike: Alike, device: torch.device) -> None:
+    a, b, c = torch.zeros((3, 8), dtype=torch.int32, device=device)
+    buffers = MetadataBuffers(cache_seqlens=a, kv_indices=b)
+
+    def odd(change: Callable[[MetadataBuffers], object]) -> MetadataBuffers:
+        made = MetadataBuffers(cache_seqlens=a, kv_indices=b)
+        change(made)
+        return made
+
+    for same in (
+        MetadataBuffers(cache_seqlens=a[:], kv_indices=b),
+        Named(cache_seqlens=a, kv_indices=b),
+        copy.copy(buffers),
+        odd(lambda it: setattr(it, "note", "mine")),
+        odd(lambda it: delattr(it, "page_indices")),  # then it is the default
+        odd(lambda it: (delattr(it, "cache_seqlens"), setattr(it, "cache_seqlens", a))),  # behind the others
+        odd(lambda it: setattr(it, "__dict__", {"kv_indices": b, "cache_seqlens": a})),
+    ):
+        assert told_alike([buffers], [same])
+        assert told_alike([same], [buffers])
+    for other in (
+        odd(lambda it: setattr(it, "kv_indices", c)),
+        odd(lambda it: vars(it).update(cache_seqlens=c)),
+        odd(lambda it: setattr(it, "cu_seqlens_k", c)),
+        odd(lambda it: (delattr(it, "cache_seqlens"), setattr(it, "cache_seqlens", c))),
+        odd(lambda it: setattr(it, "kv_indices", "text")),
+        odd(lambda it: setattr(it, "kv_indices", [b])),
+        Named(cache_seqlens=a, kv_indices=c),
+        Named(cache_seqlens=a, kv_indices=object()),
+    ):
+        assert not told_alike([buffers], [other])
+        assert not told_alike([other], [buffers])
+
+
+@pytest.mark.parametrize(
+    "change", [moved_alone, lambda t: t.resize_(1, 4), lambda t: t.squeeze_(0).resize_(8), lambda t: t.t_()]
+)
+def test_a_destination_that_changed_in_place_is_told(
+    module: ModuleType, device: torch.device, change: Callable[[Tensor], Tensor]
+) -> None:
+    """In whatever it lies: it is another argument, and is what it was when it is changed back."""
+    table = torch.zeros((2, 4), dtype=torch.int32, device=device)
+    lies_in = (table, [table], ([table], None), MetadataBuffers(page_indices=table), [Named(page_indices=table)])
+    memos = [module.memo(1) for _ in lies_in]
+    for memo, argument in zip(memos, lies_in, strict=True):
+        memo.keep("kept", argument)
+    shape, stride, before = table.shape, table.stride(), table.untyped_storage()
+    change(table)
+    assert [memo.find(argument) for memo, argument in zip(memos, lies_in, strict=True)] == [None] * len(memos)
+    table.set_(before, 0, shape, stride)
+    assert [memo.find(argument) for memo, argument in zip(memos, lies_in, strict=True)] == ["kept"] * len(memos)
+
+
+def test_what_was_not_used_for_longest_goes(module: ModuleType) -> None:
+    memo = module.memo(3)
+    kept = [object() for _ in range(5)]
+    for number in range(3):
+        memo.keep(kept[number], number)
+    assert memo.find(0) is kept[0]
+    memo.keep(kept[3], 3)
+    assert [memo.find(number) for number in range(4)] == [kept[0], None, kept[2], kept[3]]
+    memo.keep(kept[4], 2)  # what is kept later is found first
+    assert memo.find(2) is kept[4]
+    before = refcounts(kept)
+    del memo
+    assert [now - then for now, then in zip(refcounts(kept), before, strict=True)] == [0, 0, -1, -1, -1]
+
+
+class Keeps:
+    """Calls back when it goes."""
+
+    def __init__(self, memo: Any) -> None:
+        self.memo = memo
+
+    def __del__(self) -> None:
+        self.memo.keep("by the one that went", "again")
+
+
+def test_one_that_goes_may_call_back(module: ModuleType) -> None:
+    memo = module.memo(1)
+    memo.keep(Keeps(memo), 1)
+    memo.keep("last", 2)
+    assert (memo.find(1), memo.find(2), memo.find("again")) == (None, None, "by the one that went")
+
+
+def test_what_is_wrong_with_a_memo_is_said(module: ModuleType) -> None:
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=f"one object or more, not {bad}"):
+            module.memo(bad)
+    with pytest.raises(TypeError):
+        module.memo("many")
+    with pytest.raises(TypeError, match="keep takes an object and arguments"):
+        module.memo(1).keep()
+    with pytest.raises(TypeError, match="cannot create"):
+        type(module.memo(1))()
+    good = (Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
+    for wrong in (good[:3], (*good, 1), (*good[:3], list(FIELDS)), (*good[:2], "text", good[3])):
+        with pytest.raises(TypeError, match="three classes and a tuple of names"):
+            module.reads(*wrong)
 
 
 class Endless:
@@ -306,30 +437,57 @@ class Refuses(Endless):
         raise RuntimeError
 
 
-def test_what_cannot_be_told(tell: Callable[..., bytes | None], device: torch.device) -> None:
+def test_what_cannot_be_told(module: ModuleType, device: torch.device) -> None:
+    memo = module.memo(9)
     good = torch.zeros(8, dtype=torch.int32, device=device)
     for bad in (
         True,
         16.0,
-        "text",
+        "a name that is longer than any that a mode has",
+        "\ud800",
         {good: good},
         {good},
         object(),
         2**70,
-        [[good]],
+        [[[good]]],
         [good, True],
+        [MetadataBuffers(object())],
         good.to_sparse(),
         good.to("meta"),
         good.view(2, 2, 2),
         Endless(),
         Refuses(),
-        torch.float32,
+        Tensor,
         good.cpu().numpy(),
     ):
-        assert tell(good, bad) is None
-        assert tell([bad]) is None
-    check_references([good, Tensor], lambda: tell(good, [good] * 200, (good, None), [good, "text"]))
-    check_references([good, Tensor], lambda: tell(good, [good] * 200, (good, None), 2**40, Endless()))
+        memo.keep("kept", bad)
+        assert memo.find(bad) is None
+        memo.keep("kept", good, [bad])
+        assert memo.find(good, [bad]) is None
+
+
+def test_references_of_a_memo(module: ModuleType, device: torch.device) -> None:
+    good = torch.zeros(8, dtype=torch.int32, device=device)
+    buffers, named, kept, memo = MetadataBuffers(good), Named(good), object(), module.memo(2)
+    things = [good, buffers, named, kept, memo, Tensor, torch.int32, 2**40, MetadataBuffers, type(memo), *FIELDS]
+    odd = MetadataBuffers(good)
+    odd.kv_indices = object()
+    for arguments in (
+        ([good] * 200, (good, None), torch.int32, "text"),
+        ([buffers, named], buffers, 2**40),
+        ([buffers, odd], odd),
+        (good, [good, True]),
+        (good, Endless()),
+    ):
+        memo.keep(kept, *arguments)
+        check_references([*things, odd], lambda arguments=arguments: memo.find(*arguments))
+    turns = iter(range(10**9))
+    memo = module.memo(2)
+    for _ in range(2):
+        memo.keep(kept, good, next(turns))
+    check_references(things[:4], lambda: memo.keep(kept, good, next(turns), "a" * 40, [good] * 200))
+    check_references(things[:4], lambda: module.memo(3).keep(kept, good, buffers))
+    check_references(things, lambda: module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS)))
 
 
 # ------------------------------------------------------------------------------------------------ references
@@ -429,4 +587,3 @@ def test_references_of_calls(asked: Asked, device: torch.device) -> None:
     check_references(things, lambda: wrong(number))
     words = plan._check(lengths, rows, None, None)
     check_references([*things, *words], lambda: plan._bound.launch(*words, 0))
-    check_references([*things, Tensor], lambda: plan.kernel.module.reads(Tensor))

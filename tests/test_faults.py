@@ -75,7 +75,7 @@ def assert_usable(store: Store) -> loader.Kernel:
     assert leftovers(store) == []
     for _ in range(2):
         loader._loaded.clear()
-        onelaunch.api._plans.clear()
+        onelaunch.api._refreshes.clear()
         out = torch.full((4,), -1, dtype=torch.int32)
         plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
         plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))

@@ -942,8 +942,6 @@ def test_the_table_of_plans_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) 
     for name in ("a", "b", "a", "c", "a", "b"):
         onelaunch.fused_metadata_copy_cuda(source, targets[name])
     assert made == ["a", "b", "c", "b"], "a was used last when c came, so b went"
-    (plans,) = api._plans.values()
-    assert len(plans._plans) == 2
 
 
 def test_a_row_that_grows_past_the_table() -> None:
