@@ -232,7 +232,13 @@ class BoundKernel:
                 f"{config.symbol} can't be loaded on {device}: {error}. It was built for "
                 f"{', '.join('sm_' + arch for arch in self.kernel.archs) or 'the CPU'}."
             ) from error
-        self.kernel.module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
+        try:
+            self.kernel.module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
+        except (AttributeError, RuntimeError) as error:  # no such functions, or of another DLPack
+            raise LaunchError(
+                f"{config.symbol} can't read the tensors of torch {torch.__version__}: {error}. It needs "
+                "torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1: install torch 2.11 or later."
+            ) from error
         self._plan = self.kernel.module.bind(words, self.index if device.type == "cuda" else -1)
         self.run, self.launch = _traced(self._plan.run, config.symbol), self._plan.launch
         outcome = "hit" if self.kernel.since < start else "miss"

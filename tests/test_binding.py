@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import sys
 import weakref
@@ -13,7 +14,7 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from onelaunch import ArgumentError, MetadataBuffers
+from onelaunch import ArgumentError, LaunchError, MetadataBuffers
 from onelaunch.fields import FIELDS
 from onelaunch.plan import Plan
 from torch import Tensor
@@ -251,6 +252,18 @@ def moved_alone(table: Tensor) -> Tensor:
     return table
 
 
+_versions = (ctypes.c_uint32 * 32)()
+
+
+def capsule(version: int) -> object:
+    """What a class of tensors offers by that version of DLPack."""
+    _versions[0] = version
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    made: object = new(ctypes.addressof(_versions), b"dlpack_exchange_api", None)
+    return made
+
+
 class Named(MetadataBuffers):
     """A class of buffers of somebody's own."""
 
@@ -418,6 +431,23 @@ def test_what_is_wrong_with_a_memo_is_said(module: ModuleType) -> None:
     for wrong in (good[:3], (*good, 1), (*good[:3], list(FIELDS)), (*good[:2], "text", good[3])):
         with pytest.raises(TypeError, match="three classes and a tuple of names"):
             module.reads(*wrong)
+
+
+def test_a_torch_whose_tensors_cannot_be_read_is_named(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.11 they have no C functions by the DLPack standard."""
+    backends, pool = [MetadataBuffers(cache_seqlens=torch.zeros(8, dtype=torch.int32))], torch.zeros((8, 64)).int()
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cpu")
+    for change in (
+        lambda: monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", capsule(2)),
+        lambda: monkeypatch.delattr(Tensor, "__dlpack_c_exchange_api__"),
+    ):
+        change()
+        with pytest.raises(
+            LaunchError,
+            match=r"^onelaunch_\w+ can't read the tensors of torch 2\.10\.0\+cpu: .*(no attribute|has version 2).*\. "
+            r"It needs torch\.Tensor\.__dlpack_c_exchange_api__ of DLPack 1: install torch 2\.11 or later\.$",
+        ):
+            onelaunch.bind(backends, req_to_token=pool)
 
 
 class Endless:
