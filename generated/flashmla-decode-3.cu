@@ -43,6 +43,7 @@ constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kSpreadTiles = 16;  // a multiprocessor: with fewer half of each block's warps take them
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
@@ -130,6 +131,7 @@ __device__ __forceinline__ void copy_tile(
 // instructions, one after the other.
 struct Split {
   std::uint32_t tiles;  // of a row
+  std::uint32_t warps;  // of a block that take tiles
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
@@ -146,8 +148,10 @@ __device__ __forceinline__ int live_columns(const Params& p, std::uint32_t reque
 __device__ void gather_tables(const Params& p, const Split& split) {
   const int columns = static_cast<int>(p.real_page_table_width);
   const std::uint32_t tiles = columns > 0 ? split.tiles * static_cast<std::uint32_t>(p.batch_size) : 0;
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
-  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  const std::uint32_t warp = threadIdx.x / kWarpSize;
+  if (warp >= split.warps) return;
+  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * split.warps;
+  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
   for (; tile < tiles; tile += warps) {
     const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
     const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
@@ -172,20 +176,32 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
+static std::int64_t row_tiles(const Params& p) {
+  const std::int64_t columns = p.real_page_table_width;
+  return (columns + kTileColumns - 1) / kTileColumns;
+}
+
+// The warps of a block that take tiles. Where there are few, half of them, so that twice as many blocks take part.
+static std::int64_t block_warps(const Params& p) {
+  return p.batch_size * row_tiles(p) < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+}
+
 // As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
-  std::int64_t tiles = 0;
-  tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
-  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t warps = block_warps(p);
+  const std::int64_t wanted = (p.batch_size * row_tiles(p) + warps - 1) / warps;
   const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
 }
 
 static Split split_of(const Params& p) {
-  const std::int64_t columns = p.real_page_table_width;
-  const std::int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
-  return {static_cast<std::uint32_t>(tiles), ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1)};
+  const std::int64_t tiles = row_tiles(p);
+  return {
+      static_cast<std::uint32_t>(tiles),
+      static_cast<std::uint32_t>(block_warps(p)),
+      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
+  };
 }
 
 // Runs `call` with the plan's device as the current one.

@@ -110,7 +110,18 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
-// How many words an address lies past a 16-byte boundary, 0 to 3.
+// An address that words are read from by their distance. Left to itself the compiler works out one for each word.
+__device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+
+// The 16-byte boundary at or before an address.
+__device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
+  return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
+}
+
+// How many words an address lies past it, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
@@ -121,17 +132,20 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 __device__ __forceinline__ void copy_page_indices_columns(
     const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
-  if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
-    const int column = first + lane * kVectorWords;
-    const int shift = words_past_boundary(source + first);  // the same in all lanes
-    const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
+  const int column = first + lane * kVectorWords;
+  const int shift = words_past_boundary(source + column);  // the same in all lanes
+  // Inside the row, with room for the words that realigning reads on either side, if it has to: 16-byte accesses
+  // throughout.
+  const int behind = shift > 0 ? kVectorWords - shift : 0;
+  if (first >= shift && first + kTileColumns <= end && first + kTileColumns + behind <= width) {
+    const int next = shift > 0 ? 1 : 0;
+    const int4* aligned = boundary_before(source + column);
     int4 words[kUnroll];
     int4 high[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       words[u] = __ldg(aligned + u * kWarpSize);
-      high[u] = __ldg(aligned + u * kWarpSize + 1);
+      high[u] = __ldg(aligned + u * kWarpSize + next);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
@@ -147,11 +161,11 @@ __device__ __forceinline__ void copy_page_indices_columns(
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
   // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned column = static_cast<unsigned>(first + lane);
-  const std::int32_t* from = source + (first + lane);
+  const unsigned edge = static_cast<unsigned>(first + lane);
+  const std::int32_t* from = kept(source + (first + lane));
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
     words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
@@ -159,7 +173,7 @@ __device__ __forceinline__ void copy_page_indices_columns(
     std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
+      if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
 }
@@ -184,17 +198,20 @@ __device__ void copy_page_indices(const Params& p) {
 __device__ __forceinline__ void copy_real_page_table_columns(
     const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
-  if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
-    const int column = first + lane * kVectorWords;
-    const int shift = words_past_boundary(source + first);  // the same in all lanes
-    const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
+  const int column = first + lane * kVectorWords;
+  const int shift = words_past_boundary(source + column);  // the same in all lanes
+  // Inside the row, with room for the words that realigning reads on either side, if it has to: 16-byte accesses
+  // throughout.
+  const int behind = shift > 0 ? kVectorWords - shift : 0;
+  if (first >= shift && first + kTileColumns <= end && first + kTileColumns + behind <= width) {
+    const int next = shift > 0 ? 1 : 0;
+    const int4* aligned = boundary_before(source + column);
     int4 words[kUnroll];
     int4 high[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       words[u] = __ldg(aligned + u * kWarpSize);
-      high[u] = __ldg(aligned + u * kWarpSize + 1);
+      high[u] = __ldg(aligned + u * kWarpSize + next);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
@@ -210,11 +227,11 @@ __device__ __forceinline__ void copy_real_page_table_columns(
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
   // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned column = static_cast<unsigned>(first + lane);
-  const std::int32_t* from = source + (first + lane);
+  const unsigned edge = static_cast<unsigned>(first + lane);
+  const std::int32_t* from = kept(source + (first + lane));
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
     words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
@@ -222,7 +239,7 @@ __device__ __forceinline__ void copy_real_page_table_columns(
     std::int32_t* to = p.real_page_table[b].data + row * p.real_page_table[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
+      if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
 }

@@ -45,7 +45,8 @@ constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
 constexpr int kWideTiles = 2;  // that a warp takes at once in large tables
-constexpr int kWideFrom = 24;  // tiles a multiprocessor
+constexpr int kWideFrom = 12;  // tiles a multiprocessor
+constexpr int kSpreadTiles = 16;  // a multiprocessor: with fewer half of each block's warps take them
 constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
 
@@ -185,7 +186,18 @@ __device__ __forceinline__ std::int32_t word_of(int4 words, int number) {
   return number & 1 ? odd : even;
 }
 
-// How many words an address lies past a 16-byte boundary, 0 to 3.
+// An address that words are read from by their distance. Left to itself the compiler works out one for each word.
+__device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+
+// The 16-byte boundary at or before an address.
+__device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
+  return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
+}
+
+// How many words an address lies past it, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
@@ -234,17 +246,20 @@ __device__ __forceinline__ bool copy_columns(
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
-  if (first >= kVectorWords && first + kColumns <= end && first + kColumns + kVectorWords <= width) {
-    const int column = first + lane * kVectorWords;
-    const int shift = words_past_boundary(source + first);  // the same in all lanes
-    const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
+  const int column = first + lane * kVectorWords;
+  const int shift = words_past_boundary(source + column);  // the same in all lanes
+  // Inside the row, with room for the words that realigning reads on either side, if it has to: 16-byte accesses
+  // throughout.
+  const int behind = shift > 0 ? kVectorWords - shift : 0;
+  if (first >= shift && first + kColumns <= end && first + kColumns + behind <= width) {
+    const int next = shift > 0 ? 1 : 0;
+    const int4* aligned = boundary_before(source + column);
     int4 words[kAccesses];
     int4 high[kAccesses];
 #pragma unroll
     for (int u = 0; u < kAccesses; ++u) {
       words[u] = __ldg(aligned + u * kWarpSize);
-      high[u] = __ldg(aligned + u * kWarpSize + 1);
+      high[u] = __ldg(aligned + u * kWarpSize + next);
     }
 #pragma unroll
     for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
@@ -261,11 +276,11 @@ __device__ __forceinline__ bool copy_columns(
   constexpr int kWords = kColumns / kWarpSize;
   std::int32_t words[kWords];
   // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned column = static_cast<unsigned>(first + lane);
-  const Token* from = source + (first + lane);
+  const unsigned edge = static_cast<unsigned>(first + lane);
+  const Token* from = kept(source + (first + lane));
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
     words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
@@ -273,7 +288,7 @@ __device__ __forceinline__ bool copy_columns(
     std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
+      if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
   return false;
@@ -303,6 +318,7 @@ __device__ __forceinline__ void copy_tile(
 struct Split {
   std::uint32_t tiles;  // of a row
   std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
+  std::uint32_t warps;  // of a block that take tiles
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
@@ -319,8 +335,10 @@ __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
 __device__ void gather_tables(const Params& p, const Split& split) {
   const int columns = static_cast<int>(p.columns);
   const std::uint32_t tiles = columns > 0 ? split.tiles * static_cast<std::uint32_t>(p.batch_size) : 0;
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
-  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  const std::uint32_t warp = threadIdx.x / kWarpSize;
+  if (warp >= split.warps) return;
+  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * split.warps;
+  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
   for (; tile < tiles; tile += warps) {
     const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
     const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
@@ -354,23 +372,36 @@ static std::int64_t columns_at_once(const Params& p) {
   return wide ? kWideTiles * kTileColumns : kTileColumns;
 }
 
+static std::int64_t row_tiles(const Params& p) {
+  const std::int64_t columns = p.columns;
+  // Rows that all begin at a boundary have no lead.
+  const Table& table = p.page_indices[0];
+  const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
+  const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
+  const bool aligned = begin % kTileAlignment == 0 && stride % kTileAlignment == 0;
+  return (columns + (aligned ? 0 : kTileAlignment - 1) - 1) / columns_at_once(p) + 1;
+}
+
+// The warps of a block that take tiles. Where there are few, half of them, so that twice as many blocks take part.
+static std::int64_t block_warps(const Params& p) {
+  return p.batch_size * row_tiles(p) < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+}
+
 // As many blocks as the tables could need, up to a number that suits the device.
 static unsigned grid_blocks(const Params& p) {
-  std::int64_t tiles = 0;
-  tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / columns_at_once(p) + 1);
-  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t warps = block_warps(p);
+  const std::int64_t wanted = (p.batch_size * row_tiles(p) + warps - 1) / warps;
   const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
 }
 
 static Split split_of(const Params& p) {
-  const std::int64_t columns = p.columns;
-  const std::int64_t tile_columns = columns_at_once(p);
-  const std::int64_t tiles = (columns + kTileAlignment - 2) / tile_columns + 1;
+  const std::int64_t tiles = row_tiles(p);
   return {
       static_cast<std::uint32_t>(tiles),
-      static_cast<std::int32_t>(tile_columns),
+      static_cast<std::int32_t>(columns_at_once(p)),
+      static_cast<std::uint32_t>(block_warps(p)),
       ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
   };
 }

@@ -289,9 +289,9 @@ __device__ void gather_tables(const Params& p, const Split& split) {
     std::uint32_t tile = turn * kWarps + warp;
     // Few requests would keep few multiprocessors busy if a block took neighbouring tiles alone.
     if (split.few_rounds) tile = (warp / kNearWarps * split.share + turn) * kNearWarps + warp % kNearWarps;
+    const int step = static_cast<int>(split.share * kWarps) * kTileColumns;
     int column = static_cast<int>(tile) * kTileColumns;
     if (column < columns) copy_tile(p, request, pool_row, column, columns);
-    const int step = static_cast<int>(split.share * kWarps) * kTileColumns;
     if (split.few_rounds || columns <= kOwnRounds * step) {
       for (column += step; column < columns; column += step) {
         copy_tile(p, request, pool_row, column, columns);
@@ -321,7 +321,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
-  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  // With little to do a block has tiles for kNearWarps alone, and more multiprocessors take part.
+  const std::int64_t spread = (tiles + kNearWarps - 1) / kNearWarps;
+  if (wanted < p.sm_count) wanted = spread < p.sm_count ? spread : p.sm_count;
   const std::int64_t most = p.sm_count * kBlocksPerSm;
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));

@@ -44,6 +44,7 @@ constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kWideTiles = 2;  // that a warp takes at once of long requests
 constexpr int kOwnRounds = 2;  // in which a request's own blocks do it all; longer ones are shared out among all blocks
 constexpr int kFewRounds = 3;  // in which they do it all whatever the lengths, when they reach the end of the table
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // take neighbouring tiles where there is little to do
@@ -180,7 +181,18 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
-// How many words an address lies past a 16-byte boundary, 0 to 3.
+// An address that words are read from by their distance. Left to itself the compiler works out one for each word.
+__device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+
+// The 16-byte boundary at or before an address.
+__device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
+  return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
+}
+
+// How many words an address lies past it, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
@@ -198,43 +210,46 @@ __device__ __forceinline__ void write_page(const Params& p, std::int64_t row, in
   }
 }
 
-// One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
-// them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
+// One warp reads kTiles tiles of a row once, from column `first` on as far as they lie in [0, end), and writes them to
+// every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
 // `width` is how far the source row may be read.
+template <int kTiles>
 __device__ __forceinline__ void copy_columns(
     const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
+  constexpr int kAccesses = kTiles * kUnroll;
+  constexpr int kColumns = kTiles * kTileColumns;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
-  if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
+  if (first >= kVectorWords && first + kColumns <= end && first + kColumns + kVectorWords <= width) {
     const int column = first + lane * kVectorWords;
-    const int shift = words_past_boundary(source + first);  // the same in all lanes
-    const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
-    int4 words[kUnroll];
-    int4 high[kUnroll];
+    const int shift = words_past_boundary(source + column);  // the same in all lanes
+    const int4* aligned = boundary_before(source + column);
+    int4 words[kAccesses];
+    int4 high[kAccesses];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kAccesses; ++u) {
       words[u] = __ldg(aligned + u * kWarpSize);
       high[u] = __ldg(aligned + u * kWarpSize + 1);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
+    for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
 #pragma unroll 1
     for (int b = 0; b < kBackends; ++b) {
       int4* to = reinterpret_cast<int4*>(p.page_indices[b].data + row * p.page_indices[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) to[u * kWarpSize] = words[u];
+      for (int u = 0; u < kAccesses; ++u) to[u * kWarpSize] = words[u];
     }
     return;
   }
   // An edge of the row: single words, still one coalesced access a warp.
-  constexpr int kWords = kTileColumns / kWarpSize;
+  constexpr int kWords = kColumns / kWarpSize;
   std::int32_t words[kWords];
   // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned column = static_cast<unsigned>(first + lane);
-  const Token* from = source + (first + lane);
+  const unsigned edge = static_cast<unsigned>(first + lane);
+  const Token* from = kept(source + (first + lane));
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
     words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll 1
@@ -242,20 +257,22 @@ __device__ __forceinline__ void copy_columns(
     std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
+      if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
 }
 
 // Everything that one tile of a request's row needs: `end` is the first column that isn't written.
+template <int kTiles>
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
+  constexpr int kColumns = kTiles * kTileColumns;
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
+  copy_columns<kTiles>(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
   // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
   // writing.
   const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
-  const unsigned stop = static_cast<unsigned>(first + kTileColumns < end ? first + kTileColumns : end);
+  const unsigned stop = static_cast<unsigned>(first + kColumns < end ? first + kColumns : end);
   const unsigned stop_page = (stop - 1) / kPageSize + 1;
   const unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
   if (page < stop_page) {
@@ -272,6 +289,7 @@ struct Split {
   std::uint32_t share;  // blocks that each request gets
   std::uint32_t reciprocal;  // (2^32 - 1) / requests
   std::uint32_t requests;
+  std::int32_t wide_from;  // columns of a request beyond which a warp takes kWideTiles at once
   std::uint32_t few_rounds;  // whether those blocks reach the end of the table in kFewRounds
 };
 
@@ -347,7 +365,7 @@ __device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share
     std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
     in_row += static_cast<std::uint32_t>(own_tiles);
     const int column = static_cast<int>(in_row) * kTileColumns - row_lead(p, first + found);
-    copy_tile(p, first + found, pool_rows[found], column, live[found]);
+    copy_tile<1>(p, first + found, pool_rows[found], column, live[found]);
     tile += warps;
   }
 }
@@ -368,12 +386,22 @@ __device__ void gather_tables(const Params& p, const Split& split) {
     std::uint32_t tile = turn * kWarps + warp;
     // Few requests would keep few multiprocessors busy if a block took neighbouring tiles alone.
     if (split.few_rounds) tile = (warp / kNearWarps * split.share + turn) * kNearWarps + warp % kNearWarps;
-    int column = static_cast<int>(tile) * kTileColumns - row_lead(p, request);
-    if (column < columns && columns > 0) copy_tile(p, request, pool_row, column, columns);
+    const int lead = row_lead(p, request);
     const int step = static_cast<int>(split.share * kWarps) * kTileColumns;
-    if (split.few_rounds || columns + row_lead(p, request) <= kOwnRounds * step) {
+    if (columns + lead > split.wide_from) {
+      int column = kWideTiles * static_cast<int>(tile) * kTileColumns - lead;
+      for (; column < columns; column += kWideTiles * step) {
+        copy_tile<kWideTiles>(p, request, pool_row, column, columns);
+      }
+      return;
+    }
+    int column = static_cast<int>(tile) * kTileColumns - lead;
+    if (column < columns && columns > 0) copy_tile<1>(p, request, pool_row, column, columns);
+    if (split.few_rounds) return;
+    if (columns + lead <= kOwnRounds * step) {
+#pragma unroll 1
       for (column += step; column < columns; column += step) {
-        copy_tile(p, request, pool_row, column, columns);
+        copy_tile<1>(p, request, pool_row, column, columns);
       }
     }
   }
@@ -400,7 +428,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 static unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
-  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  // With little to do a block has tiles for kNearWarps alone, and more multiprocessors take part.
+  const std::int64_t spread = (tiles + kNearWarps - 1) / kNearWarps;
+  if (wanted < p.sm_count) wanted = spread < p.sm_count ? spread : p.sm_count;
   const std::int64_t most = p.sm_count * kBlocksPerSm;
   const std::int64_t blocks = wanted < most ? wanted : most;
   return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
@@ -410,11 +441,14 @@ static Split split_of(const Params& p, unsigned blocks) {
   const std::int64_t requests = p.batch_size > 0 ? p.batch_size : 1;
   const std::int64_t share = (static_cast<std::int64_t>(blocks) - kLengthBlocks) / requests;
   const std::int64_t columns = p.columns;
+  const std::int64_t round = share * kWarps * kTileColumns;  // columns
+  const bool few_rounds = columns <= kFewRounds * round;
   return {
       static_cast<std::uint32_t>(share),
       static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests),
       static_cast<std::uint32_t>(p.batch_size),
-      columns <= kFewRounds * share * kWarps * kTileColumns,
+      static_cast<std::int32_t>(few_rounds ? round : 0x7fffffff),
+      few_rounds,
   };
 }
 

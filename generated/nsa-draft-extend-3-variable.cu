@@ -222,7 +222,18 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
-// How many words an address lies past a 16-byte boundary, 0 to 3.
+// An address that words are read from by their distance. Left to itself the compiler works out one for each word.
+__device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+
+// The 16-byte boundary at or before an address.
+__device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
+  return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
+}
+
+// How many words an address lies past it, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
@@ -251,8 +262,8 @@ __device__ __forceinline__ void copy_columns(
   // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
   if (first >= kVectorWords && first + kTileColumns <= end && first + kTileColumns + kVectorWords <= width) {
     const int column = first + lane * kVectorWords;
-    const int shift = words_past_boundary(source + first);  // the same in all lanes
-    const int4* aligned = reinterpret_cast<const int4*>(source + column - shift);
+    const int shift = words_past_boundary(source + column);  // the same in all lanes
+    const int4* aligned = boundary_before(source + column);
     int4 words[kUnroll];
     int4 high[kUnroll];
 #pragma unroll
@@ -276,11 +287,11 @@ __device__ __forceinline__ void copy_columns(
   constexpr int kWords = kTileColumns / kWarpSize;
   std::int32_t words[kWords];
   // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned column = static_cast<unsigned>(first + lane);
-  const Token* from = source + (first + lane);
+  const unsigned edge = static_cast<unsigned>(first + lane);
+  const Token* from = kept(source + (first + lane));
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
     words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
   }
 #pragma unroll
@@ -289,7 +300,7 @@ __device__ __forceinline__ void copy_columns(
       std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        if (column + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
+        if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
       }
     }
   }

@@ -77,9 +77,8 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     csr = "kv_indices" in config.fields
     pages = bool(config.paged_tables) and not copies
     splits = bool(config.tables) and not copies and not csr and not variable
-    # Tiles that a warp takes at once in large tables, 0 where it never takes more than one: where lengths differ, the
-    # code for it costs short refreshes more than it gains in long ones (tests/gpu/NOTES.md).
-    wide_tiles = 2 if splits and not windows and wide and config.vector_bytes == 16 else 0
+    # Tiles that a warp takes at once, in large tables and of long requests; 0 where it never takes more than one.
+    wide_tiles = 2 if splits and wide and config.vector_bytes == 16 else 0
     tile_columns = config.warp_size * 4 * config.unroll
     most_columns = tile_columns * (wide_tiles or 1)
     # They may have more pages than a warp has lanes.
@@ -87,6 +86,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     # Registers that hold tokens hold those that begin pages, each the same word of four.
     pages_from_registers = (
         bool(wide_tiles)
+        and not windows  # where lengths differ it costs more than it gains (tests/gpu/NOTES.md)
         and pages
         and config.req_to_token_dtype == "int32"
         and config.page_size % 4 == 0

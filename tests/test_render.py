@@ -383,6 +383,7 @@ def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> No
         f"constexpr int kResidentBlocks = {1024 // config.threads}{resident}",
         "constexpr unsigned kFullMask = 0xffffffffu;",
         "constexpr int kTileAlignment = 32;  // words, a 128-byte line",
+        '  asm("" : "+l"(address));',
         lane,
         *shuffle,
     }
@@ -574,7 +575,8 @@ def test_pages_are_shifted_out_only_where_they_are_a_power_of_two() -> None:
     assert [_shift(size) for size in (3, 6, 48, 2**31 - 1)] == [None] * 4
 
 
-@pytest.mark.parametrize(("unroll", "one_pass"), [(1, 4), (2, 8), (4, 16), (8, 32)])
+# A warp takes up to two tiles at once.
+@pytest.mark.parametrize(("unroll", "one_pass"), [(1, 8), (2, 16), (4, 32), (8, 64)])
 def test_a_tile_whose_pages_outnumber_a_warp_is_looped_over(unroll: int, one_pass: int) -> None:
     for page_size, once in ((one_pass - 1, False), (one_pass, True)):
         source = render(KernelConfig(unroll=unroll, page_size=page_size))
