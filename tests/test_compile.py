@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import onelaunch
 import pytest
 import support
@@ -67,15 +68,8 @@ print(json.dumps({
 
 def use(cache: Path, **environment: str) -> tuple[dict[str, Any], str]:
     """USE in a process of its own: what it printed, and its stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", USE],
-        env={**os.environ, "ONELAUNCH_CACHE_DIR": str(cache), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    out, err = forked.Child(USE, {**os.environ, "ONELAUNCH_CACHE_DIR": str(cache), **environment}).finish()
+    return json.loads(out), err
 
 
 @pytest.fixture
@@ -517,16 +511,11 @@ def test_eight_threads_that_ask_at_once_get_one_build(store: Store, builds: list
 
 def test_processes_that_ask_at_once_get_one_build(tmp_path: Path) -> None:
     environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")}
-    started = [
-        subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(3)
-    ]
     said = []
-    for process in started:
-        out, err = process.communicate()
-        assert process.returncode == 0, err
+    for child in [forked.Child(USE, environment) for _ in range(3)]:
+        out, err = child.finish()
         assert json.loads(out)["out"] == [5, 6, -1, -1]
-        said.append(err.decode().count("onelaunch: building"))
+        said.append(err.count("onelaunch: building"))
     assert sorted(said) == [0, 0, 1]
 
 

@@ -17,7 +17,7 @@ import soak  # noqa: E402
 @pytest.mark.parametrize("name", ["azure_2023_conversation", "mooncake_conversation"])
 def test_serving_under_load(name: str) -> None:
     trace = HERE / "data" / "full" / f"{name}.csv"
-    done = soak.soak(trace, (3, 7), torch.device("cpu"), max_batch=256, context_len=2048)
+    done = soak.soak(trace, (1, 3), torch.device("cpu"), max_batch=256, context_len=1536)
     assert done["mismatches"] == 0, done["first_offence"]
     assert done["checked_steps"] == done["steps"]
     assert done["finished"] == len(Trace.load(trace))
