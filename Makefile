@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # 14 would only wait for the GPU that all of them share.
 WORKERS ?= $(shell $(BIN)/python -c 'import os; print(max(1, min(14, len(os.sched_getaffinity(0)), \
   os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 31)))')
+# Images for containers set it, and then every process compiles the thousand modules of torch again.
+unexport PYTHONDONTWRITEBYTECODE
 TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversation.csv
 
 .PHONY: demo test check mutation gpu generate wheel clean

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import headers
 import pytest
 import torch
 import typer.testing
@@ -30,12 +31,12 @@ LONG = ("tests/test_soak.py",)
 if hasattr(typer.testing, "_get_command"):
     typer.testing._get_command = functools.cache(typer.testing._get_command)
 
-_own_cache = pytest.StashKey[Path]()
+_own_folder = pytest.StashKey[Path]()
 _wanted = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Names the cache before any worker starts: workers inherit the environment, so all of them share it."""
+    """Names cache and compiler before any worker starts: workers inherit the environment, so all of them share both."""
     os.environ.pop(loader.POLICY_VARIABLE, None)
     # The tests' tensors are small: with more threads than one, of this process or a child's, most of the time goes into
     # waiting for one another, which takes the cores from the other workers.
@@ -46,17 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = list(dict.fromkeys(name.split("::")[0] for name in config.args))
     if hasattr(config, "workerinput"):
         return
-    named = os.environ.get(TEST_CACHE_VARIABLE)
-    if named:
-        Path(named).mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.environ[CACHE_VARIABLE] = str(Path(named).resolve())
-    else:
-        config.stash[_own_cache] = Path(tempfile.mkdtemp(prefix="onelaunch-tests-"))
-        os.environ[CACHE_VARIABLE] = str(config.stash[_own_cache])
+    own = config.stash[_own_folder] = Path(tempfile.mkdtemp(prefix="onelaunch-tests-"))
+    cache = Path(os.environ.get(TEST_CACHE_VARIABLE) or own / "cache").resolve()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ[CACHE_VARIABLE] = str(cache)
+    compiler = headers.precompiled(own)
+    if compiler is not None:
+        os.environ["CXX"] = compiler
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    folder = config.stash.get(_own_cache, None)
+    folder = config.stash.get(_own_folder, None)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import onelaunch
 import pytest
 import support
@@ -28,6 +29,7 @@ from onelaunch import (
     KernelConfig,
     StoreError,
     ToolchainError,
+    layout,
     loader,
     render,
     toolchain,
@@ -66,15 +68,8 @@ print(json.dumps({
 
 def use(cache: Path, **environment: str) -> tuple[dict[str, Any], str]:
     """USE in a process of its own: what it printed, and its stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", USE],
-        env={**os.environ, "ONELAUNCH_CACHE_DIR": str(cache), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    out, err = forked.Child(USE, {**os.environ, "ONELAUNCH_CACHE_DIR": str(cache), **environment}).finish()
+    return json.loads(out), err
 
 
 @pytest.fixture
@@ -111,23 +106,33 @@ STRICT_CPU = {
 
 @pytest.mark.parametrize("name", STRICT_CPU)
 def test_the_cpu_target_compiles_without_a_warning(name: str, tmp_path: Path) -> None:
-    """The emitted source and the binding, with the product's flags and every warning an error."""
-    config = STRICT_CPU[name].replace(target="cpu")
+    """The emitted source, with the product's flags and every warning an error."""
+    assert_strict(render(STRICT_CPU[name].replace(target="cpu")), tmp_path)
+
+
+def test_the_binding_compiles_without_a_warning(tmp_path: Path) -> None:
+    """One of each kind: they differ by names, by the number of words, and by the words that a call sets."""
+    kinds = {tuple(layout.call_words(config)): config for config in STRICT_CPU.values()}
+    assert len(kinds) > 3
+    for config in kinds.values():
+        assert_strict(RENDER.render_binding(config.replace(target="cpu"), "a_module"), tmp_path)
+
+
+def assert_strict(text: str, folder: Path) -> None:
     found = toolchain.find_host_compiler()
-    for file, text in (("kernel", render(config)), ("binding", RENDER.render_binding(config, "a_module"))):
-        source = tmp_path / f"{file}.cpp"
-        source.write_text(text, encoding="utf-8")
-        # load_inline prepends nothing, but the pragmas of the CUDA compiler are unknown to the host's.
-        flags = [*found.flags, *compiler.HOST_FLAGS, "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-        flags += [f"-isystem{sysconfig.get_path('include')}"]
-        done = subprocess.run(
-            [str(found.path), "-c", str(source), "-o", str(tmp_path / f"{file}.o"), *flags],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+    source = folder / "source.cpp"
+    source.write_text(text, encoding="utf-8")
+    # load_inline prepends nothing, but the pragmas of the CUDA compiler are unknown to the host's.
+    flags = [*found.flags, *compiler.HOST_FLAGS, "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [f"-isystem{sysconfig.get_path('include')}"]
+    done = subprocess.run(
+        [str(found.path), "-c", str(source), "-o", str(folder / "source.o"), *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 # ------------------------------------------------------------------------------------------------- the object
@@ -184,10 +189,12 @@ def test_torch_has_no_part_in_the_build(store: Store) -> None:
 # ----------------------------------------------------------------------------------------------------- the key
 
 
-def test_two_stores_have_one_key(tmp_path: Path) -> None:
-    """Neither the folder nor the time is part of it."""
+def test_two_stores_have_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the folder nor the time is part of it, nor whether the compiler has the headers precompiled."""
     a, b = Store(tmp_path / "a"), Store(tmp_path / "some" / "other" / "folder")
-    first, second = loader.load(SMALL, store=a), loader.load(SMALL, store=b)
+    first = loader.load(SMALL, store=a)
+    monkeypatch.delenv("CXX", raising=False)
+    second = loader.load(SMALL, store=b)
     assert first.key == second.key
     assert first.path.relative_to(a.root) == second.path.relative_to(b.root)
     # The object itself is the same too, as is what is kept of the sources.
@@ -504,16 +511,11 @@ def test_eight_threads_that_ask_at_once_get_one_build(store: Store, builds: list
 
 def test_processes_that_ask_at_once_get_one_build(tmp_path: Path) -> None:
     environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")}
-    started = [
-        subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(3)
-    ]
     said = []
-    for process in started:
-        out, err = process.communicate()
-        assert process.returncode == 0, err
+    for child in [forked.Child(USE, environment) for _ in range(3)]:
+        out, err = child.finish()
         assert json.loads(out)["out"] == [5, 6, -1, -1]
-        said.append(err.decode().count("onelaunch: building"))
+        said.append(err.count("onelaunch: building"))
     assert sorted(said) == [0, 0, 1]
 
 

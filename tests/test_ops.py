@@ -239,8 +239,9 @@ def test_inductor_writes_to_the_destinations_themselves(device: torch.device, mo
     case = make(device)
     api._refreshes.clear()
     compiled = torch.compile(broadcast, backend="inductor", fullgraph=True)
-    # One, which is this process: others would first import torch, for the little that there is to compile.
-    with torch._inductor.config.patch(compile_threads=1):
+    # One thread, which is this process: others would first import torch, for the little that there is to compile. And
+    # for that little it would take half a minute to precompile torch's headers.
+    with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
         compiled(case.lists(), *case.inputs, **case.numbers, max_len=130)
     assert_same(case.backends, case.expected("live", 130, more=1))
     monkeypatch.setattr(api.plan, "make_plan", lambda *args, **kwargs: pytest.fail("it made another plan"))

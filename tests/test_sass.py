@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from collections import Counter
@@ -47,8 +48,9 @@ REGISTERS = {
 }
 
 
-def instructions(module: Path) -> Counter[str]:
-    """How often each instruction, with its modifiers, is in an object file's SASS for sm_90a."""
+@functools.cache
+def instructions(module: Path) -> dict[str, Counter[str]]:
+    """By function how often each instruction, with its modifiers, is in an object file's SASS for sm_90a."""
     program = binary.find_cuobjdump(toolchain.find_toolkit().home)
     assert program is not None, "neither the toolkit nor triton brings cuobjdump"
     # cuobjdump runs the nvdisasm that it finds on PATH.
@@ -59,9 +61,13 @@ def instructions(module: Path) -> Counter[str]:
         check=True,
         env={"PATH": str(program.parent)},
     )
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", done.stdout, re.MULTILINE)
-    assert "EXIT" in found, done.stdout + done.stderr
-    return Counter(found)
+    _, *parts = re.split(r"^\s+Function : (\w+)$", done.stdout, flags=re.MULTILINE)
+    found = {
+        function: Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", code, re.MULTILINE))
+        for function, code in zip(parts[::2], parts[1::2], strict=True)
+    }
+    assert all("EXIT" in counts for counts in found.values()), done.stdout + done.stderr
+    return found
 
 
 def wide(found: Counter[str], access: str) -> int:
@@ -82,12 +88,13 @@ def _unrolled(destinations: int) -> int:
 @pytest.mark.parametrize("name", REGISTERS)
 def test_the_machine_code_of_a_preset(name: str, shared: Path) -> None:
     config = PRESETS[name]
-    reports, module = support.ptxas_reports(config, shared, ARCHS)
+    all_reports, module = support.ptxas_reports([PRESETS[preset] for preset in REGISTERS], shared, ARCHS)
+    reports = all_reports[config.symbol]
     nothing = {"stack": 0, "spill_stores": 0, "spill_loads": 0, "local": 0}
     for arch, report in reports.items():
         assert {fact: report[fact] for fact in nothing} == nothing, arch
     assert reports["90a"]["registers"] <= REGISTERS[name]
-    found = instructions(module)
+    (found,) = (counts for function, counts in instructions(module).items() if config.symbol in function)
     # Local memory is where spills, and arrays that are indexed by what only runs know, would be.
     assert not [instruction for instruction in found if re.match(r"(LDL|STL)\b", instruction)]
     if config.vector_bytes == 4 or not config.tables:

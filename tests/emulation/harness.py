@@ -92,7 +92,7 @@ def build(source: str, sanitizer: str, directory: Path, *, copies: int, lines: b
                 renames = [f"--redefine-sym={symbol[0]}_{f}=emulated_{f}_{k}" for f in ("launch", "prepare", "error")]
                 section = f"--rename-section=emulated_shared=emulated_shared_{k}"
                 _tool(["objcopy", *renames, section, "kernel.o", objects[-1]], folder)
-            _tool([COMPILER, *flags, str(driver), *objects, "-o", "program"], folder)
+            _tool([COMPILER, *flags, *_linker(), str(driver), *objects, "-o", "program"], folder)
             os.replace(folder / "program", program)
     return program
 
@@ -142,6 +142,12 @@ def _digest(*parts: str) -> str:
 @functools.cache
 def _compiler_version() -> str:
     return subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _linker() -> list[str]:
+    """The faster of binutils' linkers, where there are two."""
+    return ["-fuse-ld=gold"] if shutil.which("ld.gold") else []
 
 
 def _tool(command: list[str], folder: Path) -> None:

@@ -1,0 +1,44 @@
+"""A compiler for the tests' hundreds of builds: half of what one takes are the same few headers, here precompiled."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from onelaunch import KernelConfig, render, toolchain
+from onelaunch import compile as compiler
+from onelaunch.render import render_binding
+
+# What an emitted source begins with, up to the code.
+DIRECTIVES = r"^\s*#\s*(?:include|define|ifndef|endif)\b.*\n"
+
+
+def precompiled(folder: Path) -> str | None:
+    """For $CXX: a program that is the compiler found here, but reads the headers of a binding precompiled.
+
+    What it makes is what the compiler makes of the same source. None where there is no compiler, or it can't do that.
+    """
+    try:
+        found = toolchain.find_host_compiler()
+    except toolchain.ToolchainError:
+        return None
+    config = KernelConfig(target="cpu")
+    headers, program = folder / "headers.h", folder / "c++"
+    text = render(config) + render_binding(config, "headers")
+    headers.write_text("".join(re.findall(DIRECTIVES, text, re.MULTILINE)), encoding="utf-8")
+    flags = [*found.flags, "-fPIC", *compiler.HOST_FLAGS, "-isystem", sysconfig.get_path("include")]
+    command = [str(found.path), *flags, "-x", "c++-header", str(headers), "-o", f"{headers}.gch"]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        return None
+    # Where warnings are errors, the headers are what is looked at too.
+    program.write_text(
+        '#!/bin/sh\ncase " $* " in *" -Werror "*) ;;\n'
+        f'*" -DPy_LIMITED_API="*" -c "*) set -- -include {shlex.quote(str(headers))} "$@" ;; esac\n'
+        f'exec {shlex.quote(str(found.path))} "$@"\n',
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    return shlex.join([str(program), *found.flags])
