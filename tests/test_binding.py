@@ -554,7 +554,11 @@ def refcounts(things: list[Any]) -> list[int]:
 
 
 def check_references(things: list[Any], call: Callable[[], object]) -> None:
-    """After many calls every reference count is what it was, and so is the number of blocks of memory."""
+    """After many calls every reference count is what it was, and so is the number of blocks of memory.
+
+    But for a few: names of fields are everybody's strings, which other threads of the test run hold and let go. What
+    loses or keeps one reference a call is thousands off.
+    """
     for _ in range(10):
         call()
     gc.collect()
@@ -562,7 +566,7 @@ def check_references(things: list[Any], call: Callable[[], object]) -> None:
     for _ in range(3_000):
         call()
     gc.collect()
-    assert refcounts(things) == before
+    assert [now - was for now, was in zip(refcounts(things), before, strict=True) if abs(now - was) > 50] == []
     assert sys.getallocatedblocks() - blocks < 500
 
 
