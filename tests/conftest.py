@@ -51,9 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = Path(os.environ.get(TEST_CACHE_VARIABLE) or own / "cache").resolve()
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ[CACHE_VARIABLE] = str(cache)
-    compiler = headers.precompiled(own)
-    if compiler is not None:
-        os.environ["CXX"] = compiler
+    os.environ.update(headers.precompiled(own))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

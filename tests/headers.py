@@ -12,19 +12,21 @@ from onelaunch import KernelConfig, render, toolchain
 from onelaunch import compile as compiler
 from onelaunch.render import render_binding
 
+# Where tests find the compiler itself.
+PLAIN_VARIABLE = "ONELAUNCH_TEST_PLAIN_CXX"
 # What an emitted source begins with, up to the code.
 DIRECTIVES = r"^\s*#\s*(?:include|define|ifndef|endif)\b.*\n"
 
 
-def precompiled(folder: Path) -> str | None:
-    """For $CXX: a program that is the compiler found here, but reads the headers of a binding precompiled.
+def precompiled(folder: Path) -> dict[str, str]:
+    """For the environment: a $CXX that is the compiler found here, but reads the headers of a binding precompiled.
 
-    What it makes is what the compiler makes of the same source. None where there is no compiler, or it can't do that.
+    What it makes is what the compiler makes of the same source. Nothing where no compiler is found that can do that.
     """
     try:
         found = toolchain.find_host_compiler()
     except toolchain.ToolchainError:
-        return None
+        return {}
     config = KernelConfig(target="cpu")
     headers, program = folder / "headers.h", folder / "c++"
     text = render(config) + render_binding(config, "headers")
@@ -32,7 +34,7 @@ def precompiled(folder: Path) -> str | None:
     flags = [*found.flags, "-fPIC", *compiler.HOST_FLAGS, "-isystem", sysconfig.get_path("include")]
     command = [str(found.path), *flags, "-x", "c++-header", str(headers), "-o", f"{headers}.gch"]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        return None
+        return {}
     # Where warnings are errors, the headers are what is looked at too.
     program.write_text(
         '#!/bin/sh\ncase " $* " in *" -Werror "*) ;;\n'
@@ -41,4 +43,6 @@ def precompiled(folder: Path) -> str | None:
         encoding="utf-8",
     )
     program.chmod(0o755)
-    return shlex.join([str(program), *found.flags])
+    return {
+        name: shlex.join([str(cxx), *found.flags]) for name, cxx in (("CXX", program), (PLAIN_VARIABLE, found.path))
+    }
