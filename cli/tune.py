@@ -244,6 +244,8 @@ def run_tune(
     shapes = [dict(shape) for shape in shapes]
     if default not in shapes:
         shapes.append(default)
+    if config.equal_rows:  # one kernel, whatever blocks_per_sm is
+        shapes = list({(shape["threads"], shape["unroll"]): shape for shape in [*shapes, default]}.values())
     archs = toolchain.architectures(meter.device.index) if config.target == "cuda" else ()
     say(f"building {len(shapes)} launch shapes of {config.symbol}")
     for error in build_all(config, shapes, archs):

@@ -45,10 +45,9 @@ constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kOwnRounds = 2;  // in which a request's own blocks do it all; longer ones are shared out among all blocks
-constexpr int kFewRounds = 3;  // in which they do it all whatever the lengths, when they reach the end of the table
+constexpr int kSpreadRounds = 3;  // requests that all blocks reach the end of in so many are spread over more of them
+constexpr int kManyBlocks = 8;  // of a request
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // take neighbouring tiles where there is little to do
-constexpr std::uint32_t kManyBlocks = 8;  // of a request: half of them are enough for what is left of longer ones
 constexpr int kLengthBlocks = kBackends;  // block b writes the lengths of backend b, the rest the tables
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
@@ -206,10 +205,13 @@ __device__ __forceinline__ void copy_tile(
 // It is the kernel's first parameter, so that what a thread needs before its first load lies in one line of the
 // constant cache.
 struct Split {
-  std::uint32_t share;  // blocks that each request gets
+  std::uint32_t own_blocks;  // whose warps belong to one request each; the others share out what those leave
   std::uint32_t reciprocal;  // (2^32 - 1) / requests
   std::uint32_t requests;
-  std::uint32_t few_rounds;  // whether those blocks reach the end of the table in kFewRounds
+  std::uint32_t own_tiles;  // of a request: one for each of its own warps
+  std::uint8_t all_own;  // whether those warps reach the end of the table
+  std::uint8_t spread;  // whether a block's warps take tiles far from each other
+  std::uint16_t together;  // binary logarithm of the warps of a block that belong to the same request
 };
 
 // How far a request's length makes the backends live, see live_end.
@@ -220,27 +222,26 @@ __device__ __forceinline__ int live_reach(const Params& p, std::uint32_t request
   return static_cast<int>(length < 0 ? 0 : length < most ? length : most);
 }
 
-// What is left of the requests that are too long for their own `share` blocks, shared out among all warps: none gets
-// more than its share, however uneven the requests are. The first `skipped` blocks of the tables have no part in it.
-__device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share, std::uint32_t skipped) {
+// What the requests' own warps leave of long requests, shared out among the warps of the blocks behind them: none gets
+// more than its share, however uneven the requests are. They begin at once: a long request among short ones doesn't
+// wait until its own warps are done.
+__device__ __forceinline__ void gather_rest(const Params& p, const Split& split) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks - skipped) * kWarps;
-  const std::uint32_t warp = (blockIdx.x - kLengthBlocks - skipped) * kWarps + threadIdx.x / kWarpSize;
+  const std::uint32_t warps = (gridDim.x - kLengthBlocks - split.own_blocks) * kWarps;
+  std::uint32_t tile = (blockIdx.x - kLengthBlocks - split.own_blocks) * kWarps + threadIdx.x / kWarpSize;
   // Every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
   __shared__ std::int32_t live[kThreads];  // how far a request reaches
+  __shared__ std::int32_t begins[kThreads];  // the column that a request's first tile begins at
   __shared__ std::int64_t pool_rows[kThreads];
   static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
   int first = -kThreads;  // the window's first request: there is none yet
-  std::uint32_t window_tiles = 0;  // tiles of the window
+  std::uint32_t window_tiles = 0;  // that the warps take in turn
   std::uint32_t warp_end = 0;  // lane w: tiles up to and with warp w's requests
-  const int own_tiles = static_cast<int>(share) * kWarps;
-  // The warps behind everybody's first block come first: short requests leave them nothing to do.
-  const std::uint32_t busy = share > 0 && skipped == 0 ? static_cast<std::uint32_t>(batch_size) * kWarps : 0;
-  std::uint32_t tile = warp < busy ? warp + warps - busy : warp - busy;
+  const int own_columns = static_cast<int>(split.own_tiles) * kTileColumns;
   while (true) {
     while (tile >= window_tiles) {
       tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
@@ -249,25 +250,32 @@ __device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share
       const int asked = first + slot;
       int asked_reach = 0;
       int asked_columns = 0;
-      int tiles = 0;
+      int begin = 0;
+      std::uint32_t tiles = 0;
+      std::int64_t pool_row = -1;
       if (asked < batch_size) {
+        pool_row = p.req_pool_indices[asked * p.req_pool_indices_stride];
         asked_reach = live_reach(p, asked);
         asked_columns = pages_of(live_end(p, asked_reach, kLongestOffset));
-        if (asked_columns > 0) tiles = (asked_columns - 1) / kTileColumns + 1;
-        tiles = tiles > kOwnRounds * own_tiles ? tiles - own_tiles : 0;
+        begin = own_columns;
+        if (asked_columns > begin && pool_row >= 0) {
+          tiles = static_cast<std::uint32_t>(asked_columns - begin - 1) / kTileColumns + 1;
+        }
       }
-      // Nobody looks tiles up in the last window any more, and whether there are any in this one.
-      window_tiles = 0;
-      if (!__syncthreads_or(tiles > 0)) continue;
-      if (tiles > 0) pool_rows[slot] = p.req_pool_indices[asked * p.req_pool_indices_stride];
+      if (first > 0) __syncthreads();  // nobody looks tiles up in the last window any more
+      pool_rows[slot] = pool_row;
       live[slot] = asked_reach;
-      const std::uint32_t in_warp = warp_running_sum(tiles > 0 ? static_cast<std::uint32_t>(tiles) : 0);
+      begins[slot] = begin;
+      const std::uint32_t in_warp = warp_running_sum(tiles);
       tile_end[slot] = in_warp;
       if (lane == kWarpSize - 1) warp_tiles[slot / kWarpSize] = in_warp;
       __syncthreads();
-      // The lanes after the last warp hold the window's sum.
-      warp_end = warp_running_sum(lane < kWarps ? warp_tiles[lane] : 0);
-      window_tiles = __shfl_sync(kFullMask, warp_end, kWarpSize - 1);
+      window_tiles = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        window_tiles += warp_tiles[w];
+        if (w <= lane) warp_end = window_tiles;  // the lanes after the last warp hold the window's sum
+      }
     }
     // Whose tile it is: how many warps, then how many of the next warp's requests, end at or before it.
     const int group = __popc(__ballot_sync(kFullMask, warp_end <= tile));
@@ -275,44 +283,38 @@ __device__ __forceinline__ void gather_rest(const Params& p, std::uint32_t share
     const std::uint32_t in_group = tile - (group > 0 ? before : 0);
     const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
     const int found = group * kWarpSize + passed;
-    std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
-    in_row += static_cast<std::uint32_t>(own_tiles);
-    const int column = static_cast<int>(in_row) * kTileColumns;
+    const std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
+    const int column = begins[found] + static_cast<int>(in_row) * kTileColumns;
     copy_tile(p, first + found, pool_rows[found], column, live[found]);
     tile += warps;
   }
 }
 
-// The cost follows the live length, not the table's width. At first every request gets as many blocks as there are for
-// each, so that no thread waits for other requests' lengths: for short requests that is all. So little is to be done
-// then that every instruction before the first load shows.
+// The cost follows the live length, not the table's width. Every request has warps of its own, so that none of them
+// waits for other requests' lengths: for short requests that is all. So little is to be done then that every
+// instruction before the first load shows.
 __device__ void gather_tables(const Params& p, const Split& split) {
-  const std::uint32_t requests = split.requests;
   const std::uint32_t block = blockIdx.x - kLengthBlocks;
-  if (block < split.share * requests) {
-    const std::uint32_t turn = __umulhi(block + 1, split.reciprocal);  // block / requests
-    const std::uint32_t request = block - turn * requests;
+  if (block < split.own_blocks) {
+    const std::uint32_t warp = threadIdx.x / kWarpSize;
+    const std::uint32_t place = (block * kWarps + warp) >> split.together;
+    const std::uint32_t turn = __umulhi(place + 1, split.reciprocal);  // place / requests
+    const std::uint32_t request = place - turn * split.requests;
     const std::int64_t pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
     const int reach = live_reach(p, request);
     int columns = pages_of(live_end(p, reach, kLongestOffset));
-    if (pool_row < 0) columns = 0;  // there is none, but asking makes the compiler read it beside the length, not after
-    const std::uint32_t warp = threadIdx.x / kWarpSize;
-    std::uint32_t tile = turn * kWarps + warp;
+    std::uint32_t tile = (turn << split.together) + (warp & ((1u << split.together) - 1));
     // Few requests would keep few multiprocessors busy if a block took neighbouring tiles alone.
-    if (split.few_rounds) tile = (warp / kNearWarps * split.share + turn) * kNearWarps + warp % kNearWarps;
-    const int step = static_cast<int>(split.share * kWarps) * kTileColumns;
-    int column = static_cast<int>(tile) * kTileColumns;
-    if (column < columns) copy_tile(p, request, pool_row, column, reach);
-    if (split.few_rounds || columns <= kOwnRounds * step) {
-      for (column += step; column < columns; column += step) {
-        copy_tile(p, request, pool_row, column, reach);
-      }
+    if (split.spread) {
+      tile = warp / kNearWarps * (split.own_tiles / (kWarps / kNearWarps)) + turn * kNearWarps + warp % kNearWarps;
     }
+    if (pool_row < 0) columns = 0;  // there is none, but asking makes the compiler read it beside the length, not after
+    if (tile >= split.own_tiles) columns = 0;  // the last block's warps without a request
+    const int column = static_cast<int>(tile) * kTileColumns;
+    if (column < columns) copy_tile(p, request, pool_row, column, reach);
+    return;
   }
-  if (split.few_rounds) return;
-  // The first blocks have the most to do, so where there are enough others they don't even ask what is left.
-  const std::uint32_t skipped = split.share < kManyBlocks ? 0 : split.share / 2 * requests;
-  if (block >= skipped) gather_rest(p, split.share, skipped);
+  if (!split.all_own) gather_rest(p, split);
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
@@ -329,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 
 // ---- host side ---------------------------------------------------------------------------------------------------
 // As many blocks as the tables could need, up to a number that suits the device.
-static unsigned grid_blocks(const Params& p) {
+static std::int64_t table_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
   std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
@@ -338,19 +340,47 @@ static unsigned grid_blocks(const Params& p) {
   if (wanted < p.sm_count) wanted = spread < p.sm_count ? spread : p.sm_count;
   const std::int64_t most = p.sm_count * kBlocksPerSm;
   const std::int64_t blocks = wanted < most ? wanted : most;
-  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+  return blocks > 1 ? blocks : 1;
 }
 
-static Split split_of(const Params& p, unsigned blocks) {
+static Split split_of(const Params& p, std::int64_t blocks) {
   const std::int64_t requests = p.batch_size > 0 ? p.batch_size : 1;
-  const std::int64_t share = (static_cast<std::int64_t>(blocks) - kLengthBlocks) / requests;
-  const std::int64_t columns = (p.columns + kPageSize - 1) / kPageSize;
-  return {
-      static_cast<std::uint32_t>(share),
-      static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests),
-      static_cast<std::uint32_t>(p.batch_size),
-      columns <= kFewRounds * share * kWarps * kTileColumns,
-  };
+  const std::int64_t columns = (p.columns + kPageSize - 1) / kPageSize;  // in pages
+  std::int64_t share = blocks / requests;  // blocks for each request
+  const bool all_own = columns <= share * kWarps * kTileColumns;
+  const bool spread = columns <= kSpreadRounds * share * kWarps * kTileColumns;
+  // Otherwise half of the blocks, or warps of them, belong to requests. The other half is for what those leave.
+  const std::int64_t half = blocks / 2;
+  if (!all_own) share = half / requests;
+  std::int64_t own_blocks = share * p.batch_size;
+  std::int64_t own_tiles = share * kWarps;
+  std::uint16_t together = 0;
+  while (1 << together < kWarps) ++together;
+  if (share == 0) {
+    own_tiles = kWarps;
+    for (own_blocks = requests; own_blocks > half && own_tiles > 1; own_blocks = (own_blocks + 1) / 2) {
+      own_tiles /= 2;
+      --together;
+    }
+    // With more requests the threads' division by the reciprocal isn't exact.
+    if (own_blocks > half || requests > 0xffff) own_blocks = own_tiles = 0;
+  }
+  Split split{};
+  split.own_blocks = static_cast<std::uint32_t>(own_blocks);
+  split.reciprocal = static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests);
+  split.requests = static_cast<std::uint32_t>(p.batch_size);
+  split.own_tiles = static_cast<std::uint32_t>(own_tiles);
+  split.all_own = all_own;
+  split.spread = spread && share > 0;
+  split.together = together;
+  return split;
+}
+
+static unsigned grid_blocks(const Params& p, std::int64_t blocks, const Split& split) {
+  // Where each request has few blocks they may leave much. Those that there is no room for at first begin when the
+  // blocks of short requests are done.
+  const bool more = !split.all_own && blocks < kManyBlocks * p.batch_size;
+  return static_cast<unsigned>(kLengthBlocks + blocks + (more ? blocks / 2 : 0));
 }
 
 // Runs `call` with the plan's device as the current one.
@@ -374,8 +404,9 @@ int onelaunch_broadcast_decode_n3_bd93ec37cf287613_launch(const std::int64_t* wo
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    const unsigned blocks = grid_blocks(params);
-    const Split split = split_of(params, blocks);
+    const std::int64_t for_tables = table_blocks(params);
+    const Split split = split_of(params, for_tables);
+    const unsigned blocks = grid_blocks(params, for_tables, split);
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);

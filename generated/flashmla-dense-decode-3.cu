@@ -17,9 +17,9 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           4
+//   blocks_per_sm           1
 //   page_fill               -1
-// key 4be3d8949ccf458fe8ed507d84326b60128a4c4c94b150bd4ef33f323810f0dd
+// key 5570be3c4063c6d9c87fd9f77e89b70346c99c047325e8d02ea4c8277fe64aa9
 
 #include <cuda_runtime.h>
 
@@ -43,7 +43,6 @@ constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 register
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -309,28 +308,25 @@ __device__ __forceinline__ int live_columns(const Params& p, std::uint32_t reque
   return columns / kPageSize + (columns % kPageSize != 0);
 }
 
-// Every row is written to its end: the warps take tiles of equal rows in turn. 32 bits hold the count of tiles of any
-// table that fits a device.
+// Every row is written to its end: each warp takes one tile of equal rows. A loop would have the compiler
+// fetch the constants of all destinations before the first read.
 __device__ void gather_tables(const Params& p, const Split& split) {
   const int columns = static_cast<int>(p.real_page_table_width);
-  const std::uint32_t tiles = columns > 0 ? split.tiles * static_cast<std::uint32_t>(p.batch_size) : 0;
   const std::uint32_t warp = threadIdx.x / kWarpSize;
   if (warp >= split.warps) return;
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * split.warps;
-  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
-  for (; tile < tiles; tile += warps) {
-    const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
-    const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
-    const int column = static_cast<int>(in_row) * kTileColumns;
-    if (column >= columns) continue;
-    const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
-    const int end = live_columns(p, static_cast<int>(row));
-    copy_tile(p, row, pool_row, column, end);
-  }
+  // 32 bits hold the count of tiles of any table that fits a device.
+  const std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
+  const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
+  const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
+  const int column = static_cast<int>(in_row) * kTileColumns;
+  if (row >= p.batch_size || column >= columns) return;
+  const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
+  const int end = live_columns(p, static_cast<int>(row));
+  copy_tile(p, row, pool_row, column, end);
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_4be3d8949ccf458f(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_5570be3c4063c6d9(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < 1) {
@@ -345,32 +341,23 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-static std::int64_t row_tiles(const Params& p) {
-  const std::int64_t columns = p.real_page_table_width;
-  return (columns + kTileColumns - 1) / kTileColumns;
-}
-
-// The warps of a block that take tiles. Where there are few, half of them, so that twice as many blocks take part.
-static std::int64_t block_warps(const Params& p) {
-  return p.batch_size * row_tiles(p) < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
-}
-
-// As many blocks as the tables could need, up to a number that suits the device.
-static unsigned grid_blocks(const Params& p) {
-  const std::int64_t warps = block_warps(p);
-  const std::int64_t wanted = (p.batch_size * row_tiles(p) + warps - 1) / warps;
-  const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
-  const std::int64_t blocks = wanted < most ? wanted : most;
-  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
-}
-
 static Split split_of(const Params& p) {
-  const std::int64_t tiles = row_tiles(p);
+  const std::int64_t columns = p.real_page_table_width;
+  const std::int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+  // Where there are few tiles half of a block's warps take them, so that twice as many blocks take part.
+  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
   return {
       static_cast<std::uint32_t>(tiles),
-      static_cast<std::uint32_t>(block_warps(p)),
+      static_cast<std::uint32_t>(few ? (kWarps + 1) / 2 : kWarps),
       ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
   };
+}
+
+// As many blocks as the tables need.
+static unsigned grid_blocks(const Params& p, const Split& split) {
+  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t blocks = (tiles + split.warps - 1) / split.warps;
+  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
 }
 
 // Runs `call` with the plan's device as the current one.
@@ -389,26 +376,26 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_4be3d8949ccf458f_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_5570be3c4063c6d9_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    const unsigned blocks = grid_blocks(params);
     const Split split = split_of(params);
+    const unsigned blocks = grid_blocks(params, split);
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_4be3d8949ccf458f, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_5570be3c4063c6d9, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_4be3d8949ccf458f_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_5570be3c4063c6d9_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_4be3d8949ccf458f);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_5570be3c4063c6d9);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -416,7 +403,7 @@ int onelaunch_broadcast_decode_n3_4be3d8949ccf458f_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_4be3d8949ccf458f_error(int code) {
+const char* onelaunch_broadcast_decode_n3_5570be3c4063c6d9_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

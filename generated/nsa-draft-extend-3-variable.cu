@@ -345,18 +345,18 @@ __device__ void gather_tables(const Params& p) {
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
-  const std::uint32_t warp = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
+  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
   // Every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
   __shared__ std::int32_t live[kThreads];  // columns of a request
+  __shared__ std::int32_t begins[kThreads];  // the column that a request's first tile begins at
   __shared__ std::int64_t pool_rows[kThreads];
   __shared__ Rows window_rows[kThreads];
   static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
   int first = -kThreads;  // the window's first request: there is none yet
-  std::uint32_t window_tiles = 0;  // tiles of the window
+  std::uint32_t window_tiles = 0;  // that the warps take in turn
   std::uint32_t warp_end = 0;  // lane w: tiles up to and with warp w's requests
-  std::uint32_t tile = warp;
   std::uint32_t rows_carry = 0;
   while (true) {
     while (tile >= window_tiles) {
@@ -365,7 +365,8 @@ __device__ void gather_tables(const Params& p) {
       if (first >= batch_size) return;
       const int asked = first + slot;
       int asked_columns = 0;
-      int tiles = 0;
+      int begin = 0;
+      std::uint32_t tiles = 0;
       const int extend = asked < batch_size ? extend_length(p, asked) : 0;
       std::uint32_t rows_chunk;
       const std::uint32_t stop_row = rows_carry + block_running_sum(static_cast<std::uint32_t>(extend), rows_chunk);
@@ -373,7 +374,8 @@ __device__ void gather_tables(const Params& p) {
       const Rows asked_rows = {std::int64_t{stop_row} - extend, stop_row};
       if (asked_rows.first < asked_rows.stop) {
         asked_columns = live_columns(p, asked);
-        if (asked_columns > 0) tiles = (asked_columns + row_lead(p, asked) - 1) / kTileColumns + 1;
+        begin = -row_lead(p, asked);
+        if (asked_columns > 0) tiles = static_cast<std::uint32_t>((asked_columns - begin - 1) / kTileColumns) + 1;
       }
       // Nobody looks tiles up in the last window any more, and whether there are any in this one.
       window_tiles = 0;
@@ -381,13 +383,17 @@ __device__ void gather_tables(const Params& p) {
       if (tiles > 0) pool_rows[slot] = p.req_pool_indices[asked * p.req_pool_indices_stride];
       window_rows[slot] = asked_rows;
       live[slot] = asked_columns;
-      const std::uint32_t in_warp = warp_running_sum(tiles > 0 ? static_cast<std::uint32_t>(tiles) : 0);
+      begins[slot] = begin;
+      const std::uint32_t in_warp = warp_running_sum(tiles);
       tile_end[slot] = in_warp;
       if (lane == kWarpSize - 1) warp_tiles[slot / kWarpSize] = in_warp;
       __syncthreads();
-      // The lanes after the last warp hold the window's sum.
-      warp_end = warp_running_sum(lane < kWarps ? warp_tiles[lane] : 0);
-      window_tiles = __shfl_sync(kFullMask, warp_end, kWarpSize - 1);
+      window_tiles = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        window_tiles += warp_tiles[w];
+        if (w <= lane) warp_end = window_tiles;  // the lanes after the last warp hold the window's sum
+      }
     }
     // Whose tile it is: how many warps, then how many of the next warp's requests, end at or before it.
     const int group = __popc(__ballot_sync(kFullMask, warp_end <= tile));
@@ -395,8 +401,8 @@ __device__ void gather_tables(const Params& p) {
     const std::uint32_t in_group = tile - (group > 0 ? before : 0);
     const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
     const int found = group * kWarpSize + passed;
-    std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
-    const int column = static_cast<int>(in_row) * kTileColumns - row_lead(p, first + found);
+    const std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
+    const int column = begins[found] + static_cast<int>(in_row) * kTileColumns;
     copy_tile(p, window_rows[found], pool_rows[found], column, live[found]);
     tile += warps;
   }

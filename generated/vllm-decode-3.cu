@@ -17,9 +17,9 @@
 //   target                  cuda
 //   threads                 256
 //   unroll                  2
-//   blocks_per_sm           4
+//   blocks_per_sm           1
 //   seqlen_offsets          1, 2, 3
-// key d0ad8babdb176897aadc46b848c8df4feb3d1c767875afedd7409d8de1cf42ee
+// key 2cee91c58e2b829b311ce6f2534ef88830fa17754cb17b525cc85374f9980dbe
 
 #include <cuda_runtime.h>
 
@@ -37,7 +37,6 @@ constexpr int kThreads = 256;  // a block
 constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocksPerSm = 4;
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -220,31 +219,28 @@ __device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
 }
 
-// Every row has max_len columns: the warps take tiles of equal rows in turn. 32 bits hold the count of tiles of any
-// table that fits a device.
+// Every row has max_len columns: each warp takes one tile of equal rows. A loop would have the compiler
+// fetch the constants of all destinations before the first read.
 __device__ void gather_tables(const Params& p, const Split& split) {
   const int columns = static_cast<int>(p.columns);
-  const std::uint32_t tiles = columns > 0 ? split.tiles * static_cast<std::uint32_t>(p.batch_size) : 0;
   const std::uint32_t warp = threadIdx.x / kWarpSize;
   if (warp >= split.warps) return;
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * split.warps;
-  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
-  for (; tile < tiles; tile += warps) {
-    const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
-    const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
-    const int column = static_cast<int>(in_row) * split.tile_columns - row_lead(p, row);
-    if (column >= columns) continue;
-    const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
-    if (split.tile_columns > kTileColumns) {
-      copy_tile<kWideTiles>(p, row, pool_row, column, columns);
-    } else {
-      copy_tile<1>(p, row, pool_row, column, columns);
-    }
+  // 32 bits hold the count of tiles of any table that fits a device.
+  const std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
+  const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
+  const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
+  const int column = static_cast<int>(in_row) * split.tile_columns - row_lead(p, row);
+  if (row >= p.batch_size || column >= columns || columns <= 0) return;
+  const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
+  if (split.tile_columns > kTileColumns) {
+    copy_tile<kWideTiles>(p, row, pool_row, column, columns);
+  } else {
+    copy_tile<1>(p, row, pool_row, column, columns);
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_d0ad8babdb176897(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_2cee91c58e2b829b(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p, static_cast<int>(blockIdx.x));
@@ -256,44 +252,32 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 }  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// The columns that a warp takes at once: more where there are enough for all warps.
-static std::int64_t columns_at_once(const Params& p) {
-  const bool wide = p.batch_size * p.columns >= p.sm_count * kWideFrom * kTileColumns;
-  return wide ? kWideTiles * kTileColumns : kTileColumns;
-}
-
-static std::int64_t row_tiles(const Params& p) {
+static Split split_of(const Params& p) {
   const std::int64_t columns = p.columns;
+  // A warp takes more at once where there is enough for all warps.
+  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   // Rows that all begin at a boundary have no lead.
   const Table& table = p.page_indices[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
   const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
   const bool aligned = begin % kTileAlignment == 0 && stride % kTileAlignment == 0;
-  return (columns + (aligned ? 0 : kTileAlignment - 1) - 1) / columns_at_once(p) + 1;
-}
-
-// The warps of a block that take tiles. Where there are few, half of them, so that twice as many blocks take part.
-static std::int64_t block_warps(const Params& p) {
-  return p.batch_size * row_tiles(p) < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
-}
-
-// As many blocks as the tables could need, up to a number that suits the device.
-static unsigned grid_blocks(const Params& p) {
-  const std::int64_t warps = block_warps(p);
-  const std::int64_t wanted = (p.batch_size * row_tiles(p) + warps - 1) / warps;
-  const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
-  const std::int64_t blocks = wanted < most ? wanted : most;
-  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
-}
-
-static Split split_of(const Params& p) {
-  const std::int64_t tiles = row_tiles(p);
+  const std::int64_t tiles = (columns + (aligned ? 0 : kTileAlignment - 1) - 1) / tile_columns + 1;
+  // Where there are few tiles half of a block's warps take them, so that twice as many blocks take part.
+  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
   return {
       static_cast<std::uint32_t>(tiles),
-      static_cast<std::int32_t>(columns_at_once(p)),
-      static_cast<std::uint32_t>(block_warps(p)),
+      static_cast<std::int32_t>(tile_columns),
+      static_cast<std::uint32_t>(few ? (kWarps + 1) / 2 : kWarps),
       ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
   };
+}
+
+// As many blocks as the tables need.
+static unsigned grid_blocks(const Params& p, const Split& split) {
+  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t blocks = (tiles + split.warps - 1) / split.warps;
+  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
 }
 
 // Runs `call` with the plan's device as the current one.
@@ -312,26 +296,26 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_d0ad8babdb176897_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_2cee91c58e2b829b_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    const unsigned blocks = grid_blocks(params);
     const Split split = split_of(params);
+    const unsigned blocks = grid_blocks(params, split);
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_d0ad8babdb176897, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_2cee91c58e2b829b, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_d0ad8babdb176897_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_2cee91c58e2b829b_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_d0ad8babdb176897);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_2cee91c58e2b829b);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -339,7 +323,7 @@ int onelaunch_broadcast_decode_n3_d0ad8babdb176897_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_d0ad8babdb176897_error(int code) {
+const char* onelaunch_broadcast_decode_n3_2cee91c58e2b829b_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

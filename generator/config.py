@@ -90,8 +90,8 @@ class KernelConfig:
         target: "cuda", or "cpu" for the same kernel built by the host compiler.
         threads: threads a block, a power of two from 32 to 1024 (1 on the CPU target).
         unroll: 16-byte accesses a thread has in flight, 1 to 8.
-        blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32; twice as many where all rows are
-            equally long (extent full, page_fill, copies).
+        blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32; twice as many in copies, and without
+            effect where all rows are equally long (extent full, page_fill) and have as many blocks as they need.
         checked: the kernel checks what it reads (rows of the pool, lengths) and records the first offence.
         schedule_remainder: which multiprocessors get one split more in paged_mqa_schedule_metadata, "last" (DeepGEMM
             from 2026-06 on) or "first" (before).
@@ -332,9 +332,17 @@ class KernelConfig:
         if copies:
             _set(self, "page_fill", None)
             _set(self, "checked", False)
+        if self.equal_rows:
+            _set(self, "blocks_per_sm", 1)
         if self.target == "cpu":
             _set(self, "threads", 1)
             _set(self, "blocks_per_sm", 1)
+
+    @property
+    def equal_rows(self) -> bool:
+        """Whether every row of every table is written equally far, whatever the lengths, by a kernel that gathers."""
+        gathers = self.operation != "copy" and bool(self.tables) and "kv_indices" not in self.fields
+        return gathers and self.extend != "variable" and (self.extent == "full" or self.page_fill is not None)
 
     @property
     def tables(self) -> tuple[str, ...]:

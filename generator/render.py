@@ -77,8 +77,11 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     csr = "kv_indices" in config.fields
     pages = bool(config.paged_tables) and not copies
     splits = bool(config.tables) and not copies and not csr and not variable
-    # Tiles that a warp takes at once, in large tables and of long requests; 0 where it never takes more than one.
-    wide_tiles = 2 if splits and wide and config.vector_bytes == 16 else 0
+    # Tiles that a warp takes at once, in large tables and of long requests; 0 where it never takes more than one: with
+    # more to write for each word there is enough under way without, and the registers are needed for addresses.
+    few_writes = wide and len(added) == 1 and config.destinations("page_indices") * config.next_n <= 3
+    fits = config.vector_bytes == 16 and config.unroll <= 2
+    wide_tiles = 2 if splits and wide and fits and (few_writes or not windows) else 0
     tile_columns = config.warp_size * 4 * config.unroll
     most_columns = tile_columns * (wide_tiles or 1)
     # They may have more pages than a warp has lanes.

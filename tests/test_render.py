@@ -297,7 +297,7 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
         ("ffence", config.checked),
         ("report(", config.checked),
         ("int4*", config.vector_bytes == 16),
-        ("gridDim.x", copies or bool(config.tables)),
+        ("gridDim.x", copies or (bool(config.tables) and not config.equal_rows)),
         ("from_", copies),
         (
             "__ballot_sync",
@@ -521,9 +521,9 @@ def test_the_baselines_of_the_timings() -> None:
 @pytest.mark.parametrize(
     ("facts", "split"),
     [
-        ({}, "few_rounds"),
-        ({"mode": "target_verify", "next_n": 2}, "few_rounds"),
-        ({"seqlen_offsets": (1, 2), "num_backends": 2}, "few_rounds"),
+        ({}, "own_blocks"),
+        ({"mode": "target_verify", "next_n": 2}, "own_blocks"),
+        ({"seqlen_offsets": (1, 2), "num_backends": 2}, "own_blocks"),
         ({"extent": "full"}, "tiles"),
         ({"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1}, "tiles"),
         ({"fields": ("seqlens_expanded", "page_indices"), "mode": "draft_extend", "extend": "variable"}, None),
@@ -536,26 +536,55 @@ def test_the_baselines_of_the_timings() -> None:
 def test_the_host_divides_where_threads_would_have_to(facts: dict[str, Any], split: str | None) -> None:
     """Blocks among requests where lengths count, tiles among rows where all are equal; else nothing is divided."""
     source = render(KernelConfig(**facts))
-    assert ("std::uint32_t few_rounds;" in source) == (split == "few_rounds")
+    assert ("std::uint32_t own_blocks;" in source) == (split == "own_blocks")
     assert ("std::uint32_t tiles;  // of a row" in source) == (split == "tiles")
     assert ("split_of(params" in source) == (split is not None)
     assert ("const __grid_constant__ Split split" in source) == (split is not None)
 
 
 @pytest.mark.parametrize(
-    ("facts", "twice"),
+    ("facts", "most"),
     [
-        ({}, False),
-        ({"extent": "full"}, True),
-        ({"operation": "copy"}, True),
-        ({"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1}, True),
-        ({"fields": ("kv_indices",)}, False),
-        ({"fields": ("seqlens_expanded", "page_indices"), "mode": "draft_extend", "extend": "variable"}, False),
+        ({}, "p.sm_count * kBlocksPerSm;"),
+        ({"operation": "copy"}, "p.sm_count * kBlocksPerSm * 2;"),
+        ({"fields": ("kv_indices",)}, "p.sm_count * kBlocksPerSm;"),
+        (
+            {"fields": ("seqlens_expanded", "page_indices"), "mode": "draft_extend", "extend": "variable"},
+            "p.sm_count * kBlocksPerSm;",
+        ),
+        ({"extent": "full"}, None),
+        ({"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1}, None),
     ],
     ids=str,
 )
-def test_equal_rows_get_twice_the_blocks(facts: dict[str, Any], twice: bool) -> None:
-    assert ("p.sm_count * kBlocksPerSm * 2;" in render(KernelConfig(**facts))) == twice
+def test_equal_rows_have_as_many_blocks_as_they_need(facts: dict[str, Any], most: str | None) -> None:
+    """Others, as many as suit the device: with a loop, which equal rows do without."""
+    config = KernelConfig(**facts)
+    found = re.search(r"const std::int64_t most = (.*?;)", render(config))
+    assert (found[1] if found else None) == most
+    assert config.equal_rows == (most is None)
+    assert (config == config.replace(blocks_per_sm=7)) == (most is None)
+
+
+@pytest.mark.parametrize(
+    ("facts", "wide"),
+    [
+        ({"num_backends": 3}, True),
+        ({"num_backends": 4}, False),
+        ({"num_backends": 8, "distinct": (("page_indices", 1),)}, True),
+        ({"num_backends": 2, "mode": "target_verify", "next_n": 2}, False),
+        ({"num_backends": 2, "seqlen_offsets": (1, 2)}, False),
+        ({"unroll": 4}, False),
+        ({"vector_bytes": 4}, False),
+        ({"num_backends": 7, "extent": "full"}, True),
+    ],
+    ids=str,
+)
+def test_a_warp_takes_two_tiles_at_once_where_registers_allow_it(facts: dict[str, Any], wide: bool) -> None:
+    """With more to write for each word there is enough under way without."""
+    source = render(KernelConfig(**facts))
+    assert ("copy_tile<kWideTiles>" in source) == wide
+    assert ("constexpr int kWideTiles = 2;" in source) == wide
 
 
 @pytest.mark.parametrize(
@@ -575,8 +604,8 @@ def test_pages_are_shifted_out_only_where_they_are_a_power_of_two() -> None:
     assert [_shift(size) for size in (3, 6, 48, 2**31 - 1)] == [None] * 4
 
 
-# A warp takes up to two tiles at once.
-@pytest.mark.parametrize(("unroll", "one_pass"), [(1, 8), (2, 16), (4, 32), (8, 64)])
+# A warp takes up to two tiles at once, of up to two accesses.
+@pytest.mark.parametrize(("unroll", "one_pass"), [(1, 8), (2, 16), (4, 16), (8, 32)])
 def test_a_tile_whose_pages_outnumber_a_warp_is_looped_over(unroll: int, one_pass: int) -> None:
     for page_size, once in ((one_pass - 1, False), (one_pass, True)):
         source = render(KernelConfig(unroll=unroll, page_size=page_size))

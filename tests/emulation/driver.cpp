@@ -40,7 +40,7 @@ __attribute__((weak)) void __asan_poison_memory_region(const volatile void* addr
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* address, std::size_t bytes);
 }
 
-// The copies of the kernel's object file, renamed by the harness; one a block. As many as were linked.
+// The copies of the kernel's object file, renamed by the harness; one for each block that runs at the same time.
 #define EMULATION_COPIES(X)                                                                                     \
   X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) \
   X(20) X(21) X(22) X(23) X(24) X(25) X(26) X(27) X(28) X(29) X(30) X(31) X(32)
@@ -186,7 +186,7 @@ struct Thread {
 
 struct Block {
   Grid* grid;
-  const Copy* copy;
+  unsigned copy;
   const Launch* launch;
   unsigned index;
   unsigned count;  // threads
@@ -206,6 +206,12 @@ struct Grid {
   std::vector<Thread*> ready;  // threads that can go on; as large from the start as it gets, see run_grid
   std::size_t threads = 0;  // of the blocks that were started
   unsigned finished = 0;  // blocks
+  struct Use {
+    unsigned blocks = 0;  // that ran on a copy so far
+    bool busy = false;
+    char ends[2] = {0, 0};  // addresses to tell ThreadSanitizer that they follow each other: a block's and the last one's
+  };
+  std::vector<Use> uses;  // of the copies
   char begin = 0, end = 0;  // addresses to tell ThreadSanitizer about
 };
 
@@ -283,8 +289,11 @@ void leave(Block& block) {
   check_progress(block);
   Grid& grid = *block.grid;
   tsan_release(&grid.end);
+  Grid::Use& use = grid.uses[block.copy];
+  tsan_release(&use.ends[use.blocks % 2]);
   if (block.gone < block.count) run_any(grid);
   ++grid.finished;
+  use.busy = false;
   switch_to(program);  // which may have another block to start
 }
 
@@ -292,6 +301,8 @@ void enter() {
   arrive();
   Block& block = *self->block;
   tsan_acquire(&block.grid->begin);
+  Grid::Use& use = block.grid->uses[block.copy];
+  tsan_acquire(&use.ends[(use.blocks + 1) % 2]);
   block.launch->thread();
   leave(block);
 }
@@ -329,13 +340,10 @@ std::vector<Recorded> recorded;
 int current_device = 0;
 constexpr int kDevices = 8;
 
-// Runs the blocks in random order, up to `together` at once, each on a copy of its own.
+// Runs the blocks in random order, up to `together` at once, each on a copy of its own while there are any: a block on a
+// copy that another was done with follows it, so that no race between these two is seen.
 void run_grid(const std::vector<Recorded>& launches, std::mt19937_64& random, unsigned together) {
   const unsigned blocks = launches[0].launch.grid.x;
-  if (blocks > launches.size()) {
-    fail("the grid has %u blocks and %zu copies of the kernel were linked; ask the harness for more", blocks,
-         launches.size());
-  }
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random);
@@ -343,21 +351,29 @@ void run_grid(const std::vector<Recorded>& launches, std::mt19937_64& random, un
   grid.random = &random;
   // A vector that grows moves its contents, which ThreadSanitizer sees.
   grid.ready.reserve(std::size_t{blocks} * launches[0].launch.block.x);
+  grid.uses.resize(launches.size());
   std::vector<std::unique_ptr<Block>> running(blocks);
   tsan_release(&grid.begin);
   for (unsigned started = 0; grid.finished < blocks;) {
-    if (started == blocks || started - grid.finished >= together) {
+    if (started == blocks || started - grid.finished >= together || started - grid.finished >= launches.size()) {
       run_any(grid);
       continue;
     }
     auto block = std::make_unique<Block>();
     const unsigned index = order[started++];
     block->grid = &grid;
-    block->copy = &copies()[index];
-    block->launch = &launches[index].launch;
+    unsigned copy = 0;
+    while (grid.uses[copy].busy) ++copy;
+    for (unsigned other = copy; other < launches.size(); ++other) {
+      if (!grid.uses[other].busy && grid.uses[other].blocks < grid.uses[copy].blocks) copy = other;
+    }
+    grid.uses[copy].busy = true;
+    ++grid.uses[copy].blocks;
+    block->copy = copy;
+    block->launch = &launches[block->copy].launch;
     block->index = index;
     block->count = block->launch->block.x;
-    for (unsigned char* at = block->copy->shared; at < block->copy->shared_end; ++at) {
+    for (unsigned char* at = copies()[copy].shared; at < copies()[copy].shared_end; ++at) {
       *at = static_cast<unsigned char>(random());
     }
     start(*block);

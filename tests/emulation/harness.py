@@ -65,8 +65,8 @@ def build(source: str, sanitizer: str, directory: Path, *, copies: int, lines: b
     Args:
         source: the emitted CUDA.
         sanitizer: a key of SANITIZERS.
-        copies: how many blocks a grid may have, up to 33. ``__shared__`` variables are static, so each block of a grid
-            runs on its own copy of the object file, with its symbols renamed.
+        copies: how many blocks of a grid may run at the same time, up to 33. ``__shared__`` variables are static, so
+            each of them runs on its own copy of the object file, with its symbols renamed.
         lines: let reports name lines of the source, which takes the compiler half as long again.
 
     Raises:

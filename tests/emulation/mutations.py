@@ -16,8 +16,9 @@ from .harness import Case
 # Few threads, few blocks: a fault doesn't need more, and the sanitizers take their time. The cases below count on tiles
 # of 512 columns.
 _SMALL = {"threads": 64, "blocks_per_sm": 3, "unroll": 4}
-DECODE = preset("nsa-decode-3").replace(**_SMALL)
-# Tiles of 256 columns, which neighbouring warps of few requests take two by two.
+# Tiles of 256 columns, of which a warp may take two at once.
+DECODE = preset("nsa-decode-3").replace(threads=64, blocks_per_sm=3, unroll=2)
+# The same, which neighbouring warps of few requests take two by two.
 WARPS = preset("nsa-decode-3").replace(threads=128, blocks_per_sm=4)
 FULL = preset("nsa-decode-3-full").replace(**_SMALL)
 # Tiles of 128 columns: so small that a warp takes two at once, or that a request has many blocks.
@@ -31,7 +32,7 @@ COPY_ROWS = preset("nsa-copy-3-rows").replace(**_SMALL)
 VERIFY = preset("nsa-target-verify-3").replace(num_backends=2, next_n=3, **_SMALL)
 EXTEND = preset("nsa-draft-extend-3").replace(num_backends=2, **_SMALL)
 VARIABLE = preset("nsa-draft-extend-3-variable").replace(num_backends=2, **_SMALL)
-OFFSETS = DECODE.replace(seqlen_offsets=(1, 80, 3))
+OFFSETS = preset("nsa-decode-3").replace(seqlen_offsets=(1, 80, 3), **_SMALL)
 POOLS = preset("nsa-decode-3-kpool").replace(page_size=7, index_topk=512, **_SMALL)
 FILLED = preset("flashmla-decode-3").replace(**_SMALL)
 CHECKED = preset("nsa-decode-3-checked").replace(**_SMALL)
@@ -44,20 +45,26 @@ CHECKED_INDICES = INDICES.replace(checked=True)
 LONG = Case("long", (1500, 3, 0, 1503, 700, 1503), width=1503, token_phase=4, table_phase=12, table_pad=2)
 # Rows that end before their memory does.
 SHORT = Case("short", (3, 1400, 0, 700, 30, 5, 9), width=1503, token_phase=4, table_phase=12, table_pad=2)
-# So few that each gets a block of its own and does with it, with a block left over.
+# So few that there is a warp for each.
 FEW = Case("few", (1400, 0), width=1503, token_phase=4, table_phase=12, table_pad=2)
-# The same, but one so long that its warps take two tiles at once, and more than once.
+TWO = Case("two", (1400, 1300), width=1503, token_phase=4, table_phase=12, table_pad=2)
+# The same, but one so long that its warp takes two tiles at once, and leaves some.
 FEW_LONG = Case("few and long", (2600, 0), width=2603, token_phase=4, table_phase=12, table_pad=2)
-# The same, but one so long that what is left of it is shared out.
 UNEVEN = Case("uneven", (3600, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
-# So long that its own blocks take two rounds, the second one not to its end; and up to where the second one ends.
-TWO_ROUNDS = Case("two rounds", (1800, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
-JUST_TWO_ROUNDS = Case("just two rounds", (2048, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
-# So long that the last half of its eight blocks of two warps shares out what is left.
+# Just as long as a tile, so that with its lead a row takes two.
+JUST_ONE = Case("just one", (256, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
+# A request fewer than the warps that belong to requests.
+LEFT_OVER = Case("left over", (1400,) * 5, width=2603, sm_count=2, token_phase=4, table_phase=12, table_pad=2)
+# Four blocks of two warps leave so much that the other four take two tiles at once; or so little that they take one.
 HALF = Case("half", (7000,), width=7003, token_phase=4, table_phase=12, table_pad=2)
+LITTLE = Case("little", (3000,), width=7003, token_phase=4, table_phase=12, table_pad=2)
 # One for several blocks of several warps, and a few for as many.
 ONE = Case("one", (1400,), width=1503, token_phase=4, table_phase=12, table_pad=2)
 SHARED = Case("shared", (1400, 700), width=2503, token_phase=4, table_phase=12, table_pad=2)
+# Two in each block of four warps.
+PACKED = Case("packed", (1400, 700, 900), width=2503, token_phase=4, table_phase=12, table_pad=2)
+# Equal rows of an odd number of tiles, enough for all warps of a block.
+ODD = Case("odd", (2400,) * 5, width=2403, token_phase=4, table_phase=12, table_pad=2)
 # The last tile ends where the row and req_to_token do.
 EXACT = Case("exact", (1024, 1024), width=1024, token_phase=4, pool_rows=2)
 EXACT_ALIGNED = Case("exact and aligned", (1024, 1024), width=1024, pool_rows=2)
@@ -151,7 +158,7 @@ MUTATIONS = [
         "tiles go to the wrong request",
         DECODE,
         MANY,
-        _barrier("gather_rest", 0),
+        _barrier("gather_rest", 1),
         r"\1",
         "thread",
         "thread",
@@ -161,7 +168,7 @@ MUTATIONS = [
         "a slow warp looks its tiles up in the next window",
         DECODE,
         MANY,
-        r"if \(!__syncthreads_or\(tiles > 0\)\) continue;",
+        r"if \(first > 0\) __syncthreads\(\);",
         "",
         "thread",
         "thread",
@@ -211,7 +218,7 @@ MUTATIONS = [
     Mutation(
         "start the scan at the wrong stride",
         "sums miss their neighbours",
-        DECODE,
+        FULL,
         LONG,
         r"distance = 1;",
         "distance = 2;",
@@ -270,12 +277,12 @@ MUTATIONS = [
         "mismatch",
     ),
     Mutation(
-        "take the tiles of a window from the wrong lane",
-        "requests at the end of a window aren't written",
+        "count a warp's requests without those of its own",
+        "tiles go to the requests of the next warp",
         DECODE,
         MANY,
-        r"(__shfl_sync\(kFullMask, warp_end), kWarpSize - 1\)",
-        r"\1, 0)",
+        r"if \(w <= lane\) warp_end",
+        "if (w < lane) warp_end",
         "none",
         "mismatch",
     ),
@@ -293,9 +300,9 @@ MUTATIONS = [
         "let the warps that are left over help along",
         "two warps write the same tiles",
         DECODE,
-        FEW_LONG,
-        r"if \(block < split\.share \* requests\)",
-        "if (true)",
+        LEFT_OVER,
+        r"if \(tile >= split\.own_tiles\) columns = 0;",
+        "",
         "thread",
         "thread",
     ),
@@ -304,68 +311,98 @@ MUTATIONS = [
         "the end of a long row isn't written",
         DECODE,
         UNEVEN,
-        r"tiles - own_tiles : 0",
-        "tiles - own_tiles - 1 : 0",
+        r"- begin - 1\) / \(kWideTiles \* kTileColumns\) \+ 1;",
+        "- begin - 1) / (kWideTiles * kTileColumns);",
         "none",
         "mismatch",
     ),
     Mutation(
-        "begin with the rest where a request's own blocks began",
+        "begin with the rest where a request's own warps began",
         "two warps write the same tiles",
         DECODE,
         UNEVEN,
-        r"in_row \+= static_cast<std::uint32_t>\(own_tiles\);",
-        "",
+        r"column = begins\[found\] \+ ",
+        "column = begins[found] - own_columns + ",
         "thread",
         "thread",
     ),
     Mutation(
-        "share out what a request's own blocks do",
+        "share out what a request's own warps do",
         "two warps write the same tiles",
         DECODE,
-        TWO_ROUNDS,
-        r"tiles > kOwnRounds \* own_tiles",
-        "tiles > own_tiles",
+        UNEVEN,
+        r"kWideTiles \* own_columns : own_columns",
+        "own_columns : own_columns",
         "thread",
         "thread",
     ),
     Mutation(
-        "leave a request's second round to all blocks, which leave it to the request's own",
-        "the end of a row isn't written",
+        "forget how far before its row a tile begins when what is left is counted",
+        "two warps write the same tiles",
         DECODE,
-        TWO_ROUNDS,
-        r"columns \+ lead <= kOwnRounds \* step",
-        "false",
+        JUST_ONE,
+        r"asked_columns \+ lead > split",
+        "asked_columns > split",
+        "thread",
+        "thread",
+    ),
+    Mutation(
+        "give every warp the first of two tiles",
+        "half of what is left isn't written",
+        BLOCKS,
+        LITTLE,
+        r"tile % kWideTiles\)",
+        "tile * 0)",
         "none",
         "mismatch",
     ),
     Mutation(
-        "forget how far before its row a tile begins when rounds are counted",
-        "two warps write the same tiles",
+        "look single tiles up as if they were wide ones",
+        "tiles go to the wrong request, or to none",
+        BLOCKS,
+        LITTLE,
+        r"wide \? tile : tile / kWideTiles",
+        "tile",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "spread the tiles of requests that share a block",
+        "a request's first columns aren't written",
         DECODE,
-        JUST_TWO_ROUNDS,
-        r"columns \+ lead <= kOwnRounds",
-        "columns <= kOwnRounds",
-        "thread",
-        "thread",
+        TWO,
+        r"spread && share > 0",
+        "spread",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "take all warps of a block for one request's",
+        "a request's first columns aren't written",
+        WARPS,
+        PACKED,
+        r"\(1u << split\.together\) - 1",
+        "kWarps - 1",
+        "none",
+        "mismatch",
     ),
     Mutation(
         "take near tiles from the wrong block",
         "two warps write the same tiles",
         WARPS,
         ONE,
-        r"\(warp / kNearWarps \* split\.share \+ turn\)",
-        "(warp / kNearWarps + turn)",
+        r"\(split\.own_tiles / \(kWarps / kNearWarps\)\)",
+        "1",
         "thread",
         "thread",
     ),
     Mutation(
-        "divide blocks by requests without the one more",
-        "a block looks for a request behind the last",
+        "divide warps by requests without the one more",
+        "a warp looks for a request behind the last",
         WARPS,
         SHARED,
-        r"__umulhi\(block \+ 1,",
-        "__umulhi(block,",
+        r"__umulhi\(place \+ 1,",
+        "__umulhi(place,",
         "address",
         "address",
     ),
@@ -394,8 +431,8 @@ MUTATIONS = [
         "the end of a row isn't written",
         FULL,
         LONG,
-        r"kTileAlignment - 1\) - 1\) / columns_at_once\(p\) \+ 1;",
-        "kTileAlignment - 1) - 1) / columns_at_once(p);",
+        r"kTileAlignment - 1\) - 1\) / kTileColumns \+ 1;",
+        "kTileAlignment - 1) - 1) / kTileColumns;",
         "none",
         "mismatch",
     ),
@@ -421,10 +458,30 @@ MUTATIONS = [
         "mismatch",
     ),
     Mutation(
+        "let warps behind the last equal row take tiles",
+        "reads behind the pool indices",
+        FULL,
+        ODD,
+        r"row >= p\.batch_size \|\| ",
+        "",
+        "address",
+        "address",
+    ),
+    Mutation(
+        "take a tile of rows that have no columns",
+        "pages are written where nothing is",
+        FULL,
+        Case("nothing", (700, 30), width=1503, max_len=0, token_phase=4, table_phase=12, table_pad=2),
+        r" \|\| columns <= 0",
+        "",
+        "none",
+        "emulation",
+    ),
+    Mutation(
         "let all warps of a block take tiles where half of them are to",
         "two warps write the same tiles",
         FULL,
-        LONG,
+        FEW,
         r"if \(warp >= split\.warps\) return;",
         "",
         "thread",
@@ -441,22 +498,12 @@ MUTATIONS = [
         "mismatch",
     ),
     Mutation(
-        "go on by one tile where two were taken",
-        "two warps write the same tiles",
-        DECODE,
-        FEW_LONG,
-        r"column \+= kWideTiles \* step",
-        "column += step",
-        "thread",
-        "thread",
-    ),
-    Mutation(
         "take one tile alone of a request that is longer",
         "the end of a long request isn't written",
         DECODE,
         FEW_LONG,
-        r"columns \+ lead > split\.wide_from",
-        "false",
+        r"\(columns \+ lead > split\.wide_from\)",
+        "(false)",
         "none",
         "mismatch",
     ),
@@ -481,11 +528,11 @@ MUTATIONS = [
         "mismatch",
     ),
     Mutation(
-        "count the blocks that don't share in what is left",
+        "count the blocks that belong to requests among the others",
         "tiles of a long row aren't written",
         BLOCKS,
         HALF,
-        r"gridDim\.x - kLengthBlocks - skipped",
+        r"gridDim\.x - kLengthBlocks - split\.own_blocks",
         "gridDim.x - kLengthBlocks",
         "none",
         "mismatch",
@@ -536,7 +583,7 @@ MUTATIONS = [
         "reads behind the token table",
         FULL,
         EXACT,
-        r" && first \+ kColumns \+ behind <= width",
+        r" && first \+ kTileColumns \+ behind <= width",
         "",
         "address",
         "address",
@@ -850,8 +897,8 @@ MUTATIONS = [
             table_phase=12,
             table_pad=2,
         ),
-        r"first \+ kColumns <= shortest_end",
-        "first + kColumns <= end",
+        r"first \+ kTileColumns <= shortest_end",
+        "first + kTileColumns <= end",
         "none",
         "mismatch",
     ),
@@ -1115,7 +1162,7 @@ MUTATIONS = [
         "what was reported is read all the same",
         CHECKED,
         BAD_ROW_OF_MANY,
-        r"if \(tiles > 0 && pool_rows\[slot\] < 0\) tiles = 0;",
+        r" && pool_row >= 0",
         "",
         "address",
         "address",
