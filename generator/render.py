@@ -61,7 +61,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     variable = config.extend == "variable"
     live = bool(config.tables) and config.extent == "live"
     # Rows of equal length go by a simple count of tiles, others by windows of requests.
-    windows = bool(config.tables) and (variable or (live and config.page_fill is None))
+    windows = bool(config.tables) and not copies and not config.equal_rows
     # What the backends' lengths have more than seq_lens, one number for all or one each.
     added = (
         [0]

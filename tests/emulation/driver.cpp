@@ -209,7 +209,7 @@ struct Grid {
   struct Use {
     unsigned blocks = 0;  // that ran on a copy so far
     bool busy = false;
-    char ends[2] = {0, 0};  // addresses to tell ThreadSanitizer that they follow each other: a block's and the last one's
+    char ends[2] = {0, 0};  // addresses to tell ThreadSanitizer that they follow each other, in turn
   };
   std::vector<Use> uses;  // of the copies
   char begin = 0, end = 0;  // addresses to tell ThreadSanitizer about
@@ -340,8 +340,8 @@ std::vector<Recorded> recorded;
 int current_device = 0;
 constexpr int kDevices = 8;
 
-// Runs the blocks in random order, up to `together` at once, each on a copy of its own while there are any: a block on a
-// copy that another was done with follows it, so that no race between these two is seen.
+// Runs the blocks in random order, up to `together` at once, each on a copy of its own while there are any. A block on
+// a copy that another was done with follows it, so that no race between these two is seen.
 void run_grid(const std::vector<Recorded>& launches, std::mt19937_64& random, unsigned together) {
   const unsigned blocks = launches[0].launch.grid.x;
   std::vector<unsigned> order(blocks);
