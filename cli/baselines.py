@@ -46,6 +46,7 @@ class Implementation:
         whole: see ``live``.
         first_sums: whether it writes the first 0 of the running sums; engines' tensor code relies on finding it.
         checked: whether it does a refresh at all.
+        writes: the fields that it writes, if it does a part of the refresh alone.
         limit: requests times columns times backends that are worth waiting for; None is no limit.
     """
 
@@ -56,6 +57,7 @@ class Implementation:
     whole: bool = False
     first_sums: bool = True
     checked: bool = True
+    writes: tuple[str, ...] = tuple(FIELDS)
     limit: int | None = None
 
     def check(self, scene: Scene, case: Case, call: Call, number: int) -> str:
@@ -72,8 +74,10 @@ class Implementation:
         if not self.checked:
             return ""
         if case.extent == "full" or self.whole:
-            return scene.fault(number, "full")
-        return scene.fault(number, "live") if self.live else scene.fault(number, "full", scene.longest)
+            return scene.fault(number, "full", fields=self.writes)
+        if self.live:
+            return scene.fault(number, "live", fields=self.writes)
+        return scene.fault(number, "full", scene.longest, fields=self.writes)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -141,6 +145,50 @@ def _bound_calls(
 
 def _onelaunch(scene: Scene, case: Case) -> list[list[Call]]:
     return [scene.refresh_calls(case.extent)]
+
+
+def _listed(scene: Scene, case: Case) -> list[list[Call]]:
+    return [listed_calls(scene, case.extent, unroll) for unroll in (1, 2, 4)]
+
+
+def listed_calls(scene: Scene, extent: Any = "live", unroll: int = 2) -> list[Call]:
+    """A call a set, of a kernel that is told all tiles of page_indices: what they cost where they lie."""
+    config = KernelConfig(
+        num_backends=scene.backends,
+        fields=("page_indices",),
+        vector_bytes=scene.plans(extent)[0].config.vector_bytes,
+        unroll=unroll,
+        target=target_of(scene.device),
+    )
+    words = len(layout.param_words(config)) + 2
+    module = kernel("listed", config.target, layout.call_words(config), words, config=config)
+    index, cuda = scene.device.index or 0, scene.device.type == "cuda"
+    columns = config.warp_size * 4 * unroll
+    lengths = torch.tensor([scene.width] * len(scene.lengths) if extent == "full" else scene.lengths)
+    ends = lengths.clamp(0, scene.width)
+
+    def call(number: int) -> Call:
+        seq_lens, rows, pool = scene.inputs[number]
+        table = scene.buffers[number][0].page_indices
+        assert table is not None
+        # As in the emitted kernel, tiles begin at boundaries of the destination.
+        begins = table.data_ptr() // 4 + torch.arange(len(ends)) * table.stride(0)
+        leads = begins % min(32, columns) if config.vector_bytes == 16 else torch.zeros_like(begins)
+        counts = torch.where(ends > 0, (ends + leads + columns - 1) // columns, 0)
+        row = torch.arange(len(ends)).repeat_interleave(counts)
+        in_row = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+        listed = torch.stack((row, rows.cpu()[row], in_row * columns - leads[row], ends[row]), 1)
+        tiles = listed.to(scene.device, torch.int32)
+        bound = [*_words(config, pool, scene.buffers[number]), tiles.data_ptr(), len(tiles)]
+        run = module.bind(bound).launch
+        first = [seq_lens.data_ptr(), 1, rows.data_ptr(), 1, len(ends), scene.width]
+
+        def launch(kept: Tensor = tiles) -> None:
+            run(*first, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
+
+        return launch
+
+    return [call(number) for number in range(scene.sets)]
 
 
 def _single_block(scene: Scene, case: Case) -> list[list[Call]]:
@@ -424,6 +472,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for i in (
         Implementation(
             "ideal", "aligned contiguous read of the same words, a write to N places", _ideal, checked=False
+        ),
+        Implementation(
+            "listed",
+            "the same tiles of the same rows, listed before the launch; no lengths, no pages",
+            _listed,
+            writes=("page_indices",),
         ),
         Implementation("empty", "a launch of a kernel that does nothing", _empty, checked=False),
         Implementation("onelaunch", "the plan that bind gives", _onelaunch),

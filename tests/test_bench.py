@@ -111,6 +111,20 @@ def test_an_implementation_writes_what_the_reference_says(name: str) -> None:
     assert ran >= 4
 
 
+def test_listed_tiles_that_are_wrong_or_write_more_are_found() -> None:
+    case = CASES[0]
+    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, CPU)
+    listed = IMPLEMENTATIONS["listed"]
+    (good, *_), buffers = listed.calls(scene, case), scene.buffers[0][0]
+
+    def after(change: Callable[[], object]) -> str:
+        return listed.check(scene, case, lambda: (good[0](), change()), 0)
+
+    assert after(lambda: None) == ""
+    assert "page_indices[0, 0]" in after(lambda: buffers.page_indices[0, 0].fill_(-5))  # type: ignore[index]
+    assert "cache_seqlens[0] is 7" in after(lambda: buffers.cache_seqlens.fill_(7))  # type: ignore[union-attr]
+
+
 def test_the_ideal_copies_the_words_to_all_backends() -> None:
     case = Case(3, 40, backends=3, width=64)
     scene = Scene(case.lengths(), 3, 64, 64, 1, CPU)
@@ -500,6 +514,19 @@ def test_verdicts(case: Case, times: dict[str, float], expected: dict[str, bool 
     assert {v["item"]: v["holds"] for v in verdicts(list(rows_of(case, **times)), [])} == expected
 
 
+def test_what_the_tiles_take_when_they_are_listed_in_advance_is_said_beside_it() -> None:
+    rows = list(rows_of(WIDE64, ideal=10.0, listed=11.0, onelaunch=12.0))
+    (verdict,) = verdicts(rows, [])
+    assert verdict["measured"] == "12.00 us, ideal 10.00, ratio 1.20; tiles listed in advance 11.00, ratio 1.10"
+
+
+def test_a_series_takes_no_verdict_away() -> None:
+    rows = list(rows_of(WIDE64, ideal=10.0, onelaunch=12.0))
+    series = [{**row, "series": "N"} for row in rows_of(WIDE64, ideal=10.0, onelaunch=11.0)]
+    assert verdicts([*rows, *series], []) == verdicts([*series, *rows], []) == verdicts(rows, []) != []
+    assert verdicts(series, []) == []
+
+
 def test_verdicts_of_host_time() -> None:
     def host(**us: float | None) -> dict[str, bool]:
         said = verdicts([], [{"piece": name.replace("_", "."), "us": value} for name, value in us.items()])
@@ -608,7 +635,7 @@ def test_the_command_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--only", "cuda"), "--only names 'cuda'; allowed: ideal, empty, onelaunch"),
+        (("--only", "cuda"), "--only names 'cuda'; allowed: ideal, listed, empty, onelaunch"),
         (("--n", "three"), "--n is 'three'; it must be whole numbers"),
         (("--trace", "nowhere.csv"), "nowhere.csv can't be opened"),
         (("--from", "pyproject.toml"), "isn't what --json writes"),
