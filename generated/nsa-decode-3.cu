@@ -45,9 +45,8 @@ constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
 constexpr int kWideTiles = 2;  // that a warp takes at once of long requests
-constexpr int kLongRounds = 2;  // of its own warps, beyond which a request is long
 constexpr int kSpreadRounds = 3;  // requests that all blocks reach the end of in so many are spread over more of them
-constexpr int kManyBlocks = 8;  // of a request
+constexpr int kManyBlocks = 8;  // for each request: then what is left is spread over all blocks, too
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // take neighbouring tiles where there is little to do
 constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
@@ -181,6 +180,13 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
+// One of four words, without an indexed array either.
+__device__ __forceinline__ std::int32_t word_of(int4 words, int number) {
+  const std::int32_t even = number & 2 ? words.z : words.x;
+  const std::int32_t odd = number & 2 ? words.w : words.y;
+  return number & 1 ? odd : even;
+}
+
 // An address that words are read from by their distance. Left to itself the compiler works out one for each word.
 __device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
   asm("" : "+l"(address));
@@ -210,11 +216,33 @@ __device__ __forceinline__ void write_page(const Params& p, std::int64_t row, in
   }
 }
 
+// Writes the pages that begin in a tile which lies inside the row, from the registers that hold its tokens.
+template <int kAccesses>
+__device__ __forceinline__ void write_held_pages(
+    const Params& p, std::int64_t row, const int4 (&words)[kAccesses], int first) {
+  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that the warp holds in each of its words
+  static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
+  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
+  // Where in the tile the page begins that this lane writes, and which lane holds its token.
+  const int column = before + static_cast<int>(threadIdx.x % kWarpSize) * kPageSize;
+  const int holder = column / kVectorWords % kWarpSize;
+  std::int32_t token = 0;
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
+    if (column / kGroup == u) token = found;
+  }
+  if (column < kAccesses * kGroup) {
+    write_page(p, row, (first + column) / kPageSize, token);
+  }
+}
+
 // One warp reads kTiles tiles of a row once, from column `first` on as far as they lie in [0, end), and writes them to
 // every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
 // `width` is how far the source row may be read.
+// Returns whether it wrote the pages that begin there, too.
 template <int kTiles>
-__device__ __forceinline__ void copy_columns(
+__device__ __forceinline__ bool copy_columns(
     const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
@@ -239,7 +267,8 @@ __device__ __forceinline__ void copy_columns(
 #pragma unroll
       for (int u = 0; u < kAccesses; ++u) to[u * kWarpSize] = words[u];
     }
-    return;
+    write_held_pages(p, row, words, first);
+    return true;
   }
   // An edge of the row: single words, still one coalesced access a warp.
   constexpr int kWords = kColumns / kWarpSize;
@@ -260,6 +289,7 @@ __device__ __forceinline__ void copy_columns(
       if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
     }
   }
+  return false;
 }
 
 // Everything that one tile of a request's row needs: `end` is the first column that isn't written.
@@ -268,7 +298,7 @@ __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
   constexpr int kColumns = kTiles * kTileColumns;
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns<kTiles>(p, row, source, first, end, static_cast<int>(p.req_to_token_width));
+  if (copy_columns<kTiles>(p, row, source, first, end, static_cast<int>(p.req_to_token_width))) return;
   // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
   // writing.
   const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
@@ -292,8 +322,9 @@ struct Split {
   std::int32_t wide_from;  // columns of a request beyond which its own warps take kWideTiles at once
   std::uint32_t own_tiles;  // of a request: one for each of its own warps
   std::uint8_t all_own;  // whether those warps reach the end of the table
-  std::uint8_t spread;  // whether a block's warps take tiles far from each other
-  std::uint16_t together;  // binary logarithm of the warps of a block that belong to the same request
+  std::uint8_t spread;  // whether a block's warps take tiles of their request far from each other
+  std::uint8_t rest_spread;  // whether those that share out what is left do
+  std::uint8_t together;  // binary logarithm of the warps of a block that belong to the same request
 };
 
 // Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
@@ -319,8 +350,11 @@ __device__ __forceinline__ void gather_rest(const Params& p, const Split& split)
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks - split.own_blocks) * kWarps;
-  std::uint32_t tile = (blockIdx.x - kLengthBlocks - split.own_blocks) * kWarps + threadIdx.x / kWarpSize;
+  const std::uint32_t warp = threadIdx.x / kWarpSize;
+  const std::uint32_t blocks = gridDim.x - kLengthBlocks - split.own_blocks;
+  const std::uint32_t block = blockIdx.x - kLengthBlocks - split.own_blocks;
+  const std::uint32_t warps = blocks * kWarps;
+  std::uint32_t tile = split.rest_spread ? warp * blocks + block : block * kWarps + warp;
   // Every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // wide tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // wide tiles of all requests of a warp
@@ -452,12 +486,13 @@ static Split split_of(const Params& p, std::int64_t blocks) {
   std::int64_t share = blocks / requests;  // blocks for each request
   const bool all_own = columns <= share * kWarps * kWideTiles * kTileColumns - (kTileAlignment - 1);
   const bool spread = columns <= kSpreadRounds * share * kWarps * kTileColumns;
+  const bool many = blocks >= kManyBlocks * requests;
   // Otherwise half of the blocks, or warps of them, belong to requests. The other half is for what those leave.
   const std::int64_t half = blocks / 2;
   if (!all_own) share = half / requests;
   std::int64_t own_blocks = share * p.batch_size;
   std::int64_t own_tiles = share * kWarps;
-  std::uint16_t together = 0;
+  std::uint8_t together = 0;
   while (1 << together < kWarps) ++together;
   if (share == 0) {
     own_tiles = kWarps;
@@ -473,19 +508,20 @@ static Split split_of(const Params& p, std::int64_t blocks) {
   split.reciprocal = static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests);
   split.requests = static_cast<std::uint32_t>(p.batch_size);
   // Where requests have few warps of their own, those take more at once the sooner.
-  const std::int64_t rounds = all_own || share == 0 ? 1 : kLongRounds;
+  const std::int64_t rounds = all_own || share == 0 ? 1 : many ? 3 : 2;
   split.wide_from = static_cast<std::int32_t>(rounds * own_tiles * kTileColumns);
   split.own_tiles = static_cast<std::uint32_t>(own_tiles);
   split.all_own = all_own;
   split.spread = spread && share > 0;
+  split.rest_spread = many;
   split.together = together;
   return split;
 }
 
-static unsigned grid_blocks(const Params& p, std::int64_t blocks, const Split& split) {
+static unsigned grid_blocks(std::int64_t blocks, const Split& split) {
   // Where each request has few blocks they may leave much. Those that there is no room for at first begin when the
-  // blocks of short requests are done.
-  const bool more = !split.all_own && blocks < kManyBlocks * p.batch_size;
+  // blocks of short requests are done: what is left isn't spread over them.
+  const bool more = !split.all_own && !split.rest_spread;
   return static_cast<unsigned>(kLengthBlocks + blocks + (more ? blocks / 2 : 0));
 }
 
@@ -512,7 +548,7 @@ int onelaunch_broadcast_decode_n3_afdd72c3b2c19aee_launch(const std::int64_t* wo
     cudaLaunchConfig_t config{};
     const std::int64_t for_tables = table_blocks(params);
     const Split split = split_of(params, for_tables);
-    const unsigned blocks = grid_blocks(params, for_tables, split);
+    const unsigned blocks = grid_blocks(for_tables, split);
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);

@@ -48,7 +48,7 @@ constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
 constexpr int kSpreadRounds = 3;  // requests that all blocks reach the end of in so many are spread over more of them
-constexpr int kManyBlocks = 8;  // of a request
+constexpr int kManyBlocks = 8;  // for each request: then what is left is spread over all blocks, too
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // take neighbouring tiles where there is little to do
 constexpr int kTileAlignment = 32;  // words, a 128-byte line
 constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
@@ -332,8 +332,9 @@ struct Split {
   std::uint32_t requests;
   std::uint32_t own_tiles;  // of a request: one for each of its own warps
   std::uint8_t all_own;  // whether those warps reach the end of the table
-  std::uint8_t spread;  // whether a block's warps take tiles far from each other
-  std::uint16_t together;  // binary logarithm of the warps of a block that belong to the same request
+  std::uint8_t spread;  // whether a block's warps take tiles of their request far from each other
+  std::uint8_t rest_spread;  // whether those that share out what is left do
+  std::uint8_t together;  // binary logarithm of the warps of a block that belong to the same request
 };
 
 // Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
@@ -359,8 +360,11 @@ __device__ __forceinline__ void gather_rest(const Params& p, const Split& split)
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks - split.own_blocks) * kWarps;
-  std::uint32_t tile = (blockIdx.x - kLengthBlocks - split.own_blocks) * kWarps + threadIdx.x / kWarpSize;
+  const std::uint32_t warp = threadIdx.x / kWarpSize;
+  const std::uint32_t blocks = gridDim.x - kLengthBlocks - split.own_blocks;
+  const std::uint32_t block = blockIdx.x - kLengthBlocks - split.own_blocks;
+  const std::uint32_t warps = blocks * kWarps;
+  std::uint32_t tile = split.rest_spread ? warp * blocks + block : block * kWarps + warp;
   // Every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
   __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request, counted within its warp
   __shared__ std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
@@ -477,12 +481,13 @@ static Split split_of(const Params& p, std::int64_t blocks) {
   std::int64_t share = blocks / requests;  // blocks for each request
   const bool all_own = columns <= share * kWarps * kTileColumns - (kTileAlignment - 1);
   const bool spread = columns <= kSpreadRounds * share * kWarps * kTileColumns;
+  const bool many = blocks >= kManyBlocks * requests;
   // Otherwise half of the blocks, or warps of them, belong to requests. The other half is for what those leave.
   const std::int64_t half = blocks / 2;
   if (!all_own) share = half / requests;
   std::int64_t own_blocks = share * p.batch_size;
   std::int64_t own_tiles = share * kWarps;
-  std::uint16_t together = 0;
+  std::uint8_t together = 0;
   while (1 << together < kWarps) ++together;
   if (share == 0) {
     own_tiles = kWarps;
@@ -500,14 +505,15 @@ static Split split_of(const Params& p, std::int64_t blocks) {
   split.own_tiles = static_cast<std::uint32_t>(own_tiles);
   split.all_own = all_own;
   split.spread = spread && share > 0;
+  split.rest_spread = many;
   split.together = together;
   return split;
 }
 
-static unsigned grid_blocks(const Params& p, std::int64_t blocks, const Split& split) {
+static unsigned grid_blocks(std::int64_t blocks, const Split& split) {
   // Where each request has few blocks they may leave much. Those that there is no room for at first begin when the
-  // blocks of short requests are done.
-  const bool more = !split.all_own && blocks < kManyBlocks * p.batch_size;
+  // blocks of short requests are done: what is left isn't spread over them.
+  const bool more = !split.all_own && !split.rest_spread;
   return static_cast<unsigned>(kLengthBlocks + blocks + (more ? blocks / 2 : 0));
 }
 
@@ -534,7 +540,7 @@ int onelaunch_broadcast_target_verify_n3_90e0af4fd124d66b_launch(const std::int6
     cudaLaunchConfig_t config{};
     const std::int64_t for_tables = table_blocks(params);
     const Split split = split_of(params, for_tables);
-    const unsigned blocks = grid_blocks(params, for_tables, split);
+    const unsigned blocks = grid_blocks(for_tables, split);
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);

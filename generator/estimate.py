@@ -30,9 +30,9 @@ class Device:
     multiprocessors: int
 
 
-# From the timings in tests/gpu/evidence.json, calls in a CUDA graph: the floor is between "1 x 4k" (1.74 us) and
-# "8 x 8k" (1.87), the ceiling "128 x 32k" (51,404,064 bytes in 23.62 us, of which 1.76 are the floor).
-H100 = Device("NVIDIA H100 80GB HBM3", floor_us=1.76, bytes_per_us=51_404_064 / (23.62 - 1.76), multiprocessors=132)
+# From the timings in tests/gpu/evidence.json, calls in a CUDA graph: the floor is between "1 x 4k" (1.67 us) and
+# "8 x 8k" (1.87), the ceiling "128 x 32k" (51,404,064 bytes in 22.27 us, of which 1.76 are the floor).
+H100 = Device("NVIDIA H100 80GB HBM3", floor_us=1.76, bytes_per_us=51_404_064 / (22.27 - 1.76), multiprocessors=132)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,6 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     # Registers that hold tokens hold those that begin pages, each the same word of four.
     pages_from_registers = (
         bool(wide_tiles)
-        and not windows  # where lengths differ it costs more than it gains (tests/gpu/NOTES.md)
         and pages
         and config.req_to_token_dtype == "int32"
         and config.page_size % 4 == 0

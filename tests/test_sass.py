@@ -16,7 +16,7 @@ from onelaunch.render import render
 ARCHS = ("80", "89", "90a", "100a", "120a")
 # Registers that each took on sm_90a when it was last looked at; more than these want a look at the template.
 REGISTERS = {
-    "nsa-decode-1": 60,
+    "nsa-decode-1": 56,
     "nsa-decode-2": 64,
     "nsa-decode-3": 64,
     "nsa-decode-7": 64,
@@ -33,8 +33,8 @@ REGISTERS = {
     "nsa-copy-1": 32,
     "nsa-copy-3": 40,
     "nsa-copy-3-rows": 40,
-    "nsa-target-verify-3": 56,
-    "nsa-draft-extend-3": 56,
+    "nsa-target-verify-3": 62,
+    "nsa-draft-extend-3": 62,
     "nsa-draft-extend-3-variable": 48,
     "nsa-decode-3-kpool": 64,
     "nsa-decode-3-checked": 64,
@@ -42,7 +42,7 @@ REGISTERS = {
     "trtllm-mha-decode-3": 40,
     "flashmla-decode-3": 34,
     "nsa-decode-3-schedule": 64,
-    "nsa-target-verify-3-schedule": 56,
+    "nsa-target-verify-3-schedule": 62,
     "flashmla-dense-decode-3": 40,
     "vllm-decode-3": 48,
     "flashinfer-decode-3": 48,

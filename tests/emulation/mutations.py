@@ -57,7 +57,7 @@ JUST_ONE = Case("just one", (256, 100), width=3603, token_phase=4, table_phase=1
 LEFT_OVER = Case("left over", (1400,) * 5, width=2603, sm_count=2, token_phase=4, table_phase=12, table_pad=2)
 # Four blocks of two warps leave so much that the other four take two tiles at once; or so little that they take one.
 HALF = Case("half", (7000,), width=7003, token_phase=4, table_phase=12, table_pad=2)
-LITTLE = Case("little", (3000,), width=7003, token_phase=4, table_phase=12, table_pad=2)
+LITTLE = Case("little", (1900,), width=7003, token_phase=4, table_phase=12, table_pad=2)
 # One for several blocks of several warps, and a few for as many.
 ONE = Case("one", (1400,), width=1503, token_phase=4, table_phase=12, table_pad=2)
 SHARED = Case("shared", (1400, 700), width=2503, token_phase=4, table_phase=12, table_pad=2)
@@ -357,12 +357,12 @@ MUTATIONS = [
         "mismatch",
     ),
     Mutation(
-        "look single tiles up as if they were wide ones",
-        "tiles go to the wrong request, or to none",
+        "look wide tiles up as if they were single ones",
+        "half of what is left is written twice, and half isn't",
         BLOCKS,
-        LITTLE,
+        HALF,
         r"wide \? tile : tile / kWideTiles",
-        "tile",
+        "tile / kWideTiles",
         "none",
         "mismatch",
     ),
@@ -536,6 +536,26 @@ MUTATIONS = [
         "gridDim.x - kLengthBlocks",
         "none",
         "mismatch",
+    ),
+    Mutation(
+        "spread what is left over too few blocks",
+        "two warps take the same tiles, and nobody the last",
+        BLOCKS,
+        HALF,
+        r"warp \* blocks \+ block",
+        "warp + block",
+        "none",
+        "mismatch",
+    ),
+    Mutation(
+        "give every warp of a block the same tile of what is left",
+        "two warps write the same tiles",
+        DECODE,
+        UNEVEN,
+        r"block \* kWarps \+ warp;",
+        "block * kWarps;",
+        "thread",
+        "thread",
     ),
     # ---- bounds
     Mutation(
