@@ -18,10 +18,11 @@ import pytest
 import torch
 from emulation import harness
 from onelaunch import KernelConfig, files, layout
-from onelaunch.cli import baselines, bench
+from onelaunch.cli import baselines, bench, report
 from onelaunch.cli.baselines import IMPLEMENTATIONS, Implementation
-from onelaunch.cli.bench import Record, Selected, run_bench, select, verdicts
+from onelaunch.cli.bench import Record, Selected, run_bench, select
 from onelaunch.cli.main import app
+from onelaunch.cli.report import verdicts
 from onelaunch.cli.scene import SHAPES, WIDE, Case, Scene, parse_shape, short, trace_lengths
 from onelaunch.errors import ArgumentError, ConfigError
 from onelaunch.render import render, render_baseline
@@ -563,7 +564,7 @@ def some_data() -> dict[str, Any]:
 
 def test_the_tables() -> None:
     console = Console(width=150, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    bench.print_tables(some_data(), console)
+    report.print_tables(some_data(), console)
     said = console.export_text()
     assert "copy 4,000" in said
     row = next(line for line in said.splitlines() if "onelaunch" in line and "5.00" in line).split()
