@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import tempfile
@@ -78,6 +79,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=NO_DEVICE))
         elif item.get_closest_marker("nvcc") and missing is not None:
             item.add_marker(pytest.mark.skip(reason=f"no CUDA toolkit: {missing}"))
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests stay until the end: every full garbage collection would look at all of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
