@@ -506,6 +506,12 @@ def bench(
         if plot_to is not None:
             need_matplotlib()  # known before anything is measured
         if read is not None:
+            if any(
+                (shapes, n, page_size, extent, width, only, trace, quick, everything, series, host, seconds, json_to)
+            ):
+                raise ConfigError(
+                    "--from shows all that an earlier run kept, so only --plot goes with it. Leave the others out."
+                )
             data = _read(read)
         else:
             names = _names(only)

@@ -27,8 +27,12 @@ def build(
     config: Annotated[Path | None, typer.Option("--config", help="A TOML file of [[build]] tables.")] = None,
     target: Target = None,
     arch: Arch = None,
-    jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Builds at once; memory bounds it too.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that one build may take; default 600.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("-j", "--jobs", min=1, help="Builds at once; memory bounds it too.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds that one build may take; default 600.")
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Compile again what failed before.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -549,6 +550,8 @@ def replay(
     errors = Console(stderr=True)
 
     def run() -> ReplaySummary:
+        if json_to not in (None, "-") and not os.access(Path(json_to).absolute().parent, os.W_OK):  # before the work
+            raise ArgumentError(f"--json {json_to} can't be written. Name a file in a folder that exists.")
         summary = _run_with_progress(options, errors)
         if json_to is not None:
             _write_json(summary, json_to)

@@ -247,10 +247,12 @@ def run_tune(
     if config.equal_rows:  # one kernel, whatever blocks_per_sm is
         shapes = list({(shape["threads"], shape["unroll"]): shape for shape in [*shapes, default]}.values())
     archs = toolchain.architectures(meter.device.index) if config.target == "cuda" else ()
+    data: dict[str, Any] = {"machine": machine, "config": config.settings(), "default": default, "rows": {}}
+    if json_to is not None:  # a file that can't be written is known before anything is built
+        files.replace(json_to, json.dumps(data, indent=1) + "\n", 0o644)
     say(f"building {len(shapes)} launch shapes of {config.symbol}")
     for error in build_all(config, shapes, archs):
         say(error)
-    data: dict[str, Any] = {"machine": machine, "config": config.settings(), "default": default, "rows": {}}
     for load in wanted:
         data["rows"][str(load)] = sweep(meter, load, shapes, default, say)
         data.setdefault("cases", {})[str(load)] = {**asdict(load.case), "lengths": load.lengths}
@@ -292,6 +294,9 @@ def tune(
     json_to: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Every measurement.")] = None,
 ) -> None:
     """Try every launch shape on your shapes, on the current CUDA device, and keep the best for bind to use.
+
+    It is a kernel of its own: a server that is frozen or has no compiler needs it built, with
+    onelaunch build PRESET --set threads=...,unroll=...,blocks_per_sm=... or by a bind on a machine that knows of it.
 
     \b
     Examples:

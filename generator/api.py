@@ -92,7 +92,8 @@ def fused_metadata_precompute_and_broadcast_cuda(
         nsa_cache_seqlens_list, seqlens_expanded_list: N int32 tensors [bs or more; R or more].
         nsa_cu_seqlens_k_list: N int32 tensors [bs + 1 or more; R + 1 or more].
         page_indices_list: N int32 tensors [bs or R or more, max_len or more].
-        real_page_table_list: N int32 tensors [bs or R or more, ceil(max_len / real_page_size) or more].
+        real_page_table_list: N int32 tensors [bs or R or more, ceil(w / real_page_size) or more], where w is the
+            columns that both page_indices and req_to_token have.
         max_len: columns to write, at most the width of every table.
         nsa_index_topk: clamp of the NSA lengths.
         real_page_size: tokens a page of real_page_table.
@@ -169,7 +170,8 @@ def precompute_decode_metadata_cuda(
         max_len: columns of page_indices, at most W.
         nsa_index_topk: clamp of the NSA lengths.
         real_page_size: tokens a page of real_page_table; 1 makes it the same tensor as page_indices.
-        out: where to write; None allocates every field at its exact shape.
+        out: where to write; None allocates every field at its exact shape, and binds a plan to wherever that is, which
+            takes a thousand times as long as a call that finds its plan.
 
     Returns:
         ``out``, or new buffers. seqlens_expanded is the very tensor of cache_seqlens, as decode defines it.

@@ -76,18 +76,27 @@ def default_max_size() -> str:
     return os.environ.get(MAX_SIZE_VARIABLE) or DEFAULT_MAX_SIZE
 
 
-def bound(store: Store, keep: str) -> None:
-    """Keeps the cache below $ONELAUNCH_CACHE_MAX_SIZE, 2 GB if it isn't set; called when an entry was added.
+def limit() -> int:
+    """The bytes that $ONELAUNCH_CACHE_MAX_SIZE allows.
+
+    Raises:
+        StoreError: it isn't a size.
+    """
+    return parse_size(default_max_size(), MAX_SIZE_VARIABLE)
+
+
+def bound(store: Store, keep: str, most: int) -> None:
+    """Keeps the cache below a bound; called when an entry was added.
 
     Args:
         keep: the key that was added.
+        most: bytes.
     """
-    limit = parse_size(default_max_size(), MAX_SIZE_VARIABLE)
     known = sizes(store)
-    if sum(known.values()) > limit:
+    if sum(known.values()) > most:
         now = time.time()
         fresh = {key for key in known if now - store.used(key) < FRESH_SECONDS}
-        _remove_entries(store, known, limit, None, fresh | {keep})
+        _remove_entries(store, known, most, None, fresh | {keep})
 
 
 def collect(store: Store, max_bytes: int | None, older_than: float | None) -> Collected:

@@ -290,6 +290,7 @@ def obtain(recipe: Recipe, tools: compiler.Tools, store: Store) -> tuple[Entry, 
     Raises:
         CompileError, StoreError: see load.
     """
+    most = collect.limit()  # a setting that can't be read is told of before the work
     key, began = recipe.key, time.time()
     home = store.writable()
     if not failures.retry_wanted() and (error := failures.recall(home, key)) is not None:
@@ -318,7 +319,7 @@ def obtain(recipe: Recipe, tools: compiler.Tools, store: Store) -> tuple[Entry, 
             home = spare(f"The cache folder {home.root} can't take a build (its disk is full)")
             entry, module = _build(recipe, tools, home, held)
         failures.forget(home, key)
-    collect.bound(home, keep=key)
+    collect.bound(home, key, most)
     return entry, home, module
 
 
@@ -460,12 +461,16 @@ def request_of(config: KernelConfig, archs: tuple[str, ...]) -> str:
     return _sha256("\n".join([*material, edit.digest] if edit else material))
 
 
+# What decides which source a configuration becomes, and how it is compiled: render.py and all that it imports.
+_GENERATOR = ("config.py", "fields.py", "layout.py", "offences.py", "render.py", "compile.py")
+
+
 @functools.cache
 def _generator_digest() -> str:
     digest = hashlib.sha256()
     package = importlib.resources.files("onelaunch")
     templates = importlib.resources.files("onelaunch.templates")
-    files = [package / name for name in ("config.py", "fields.py", "layout.py", "render.py", "compile.py")]
+    files = [package / name for name in _GENERATOR]
     for folder in (templates, templates / "parts"):
         files += sorted((f for f in folder.iterdir() if f.name.endswith(".j2")), key=lambda f: f.name)
     for file in files:

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -258,7 +259,9 @@ class Store:
             noted = json.loads(read(path))
         except (OSError, ValueError):
             return None
-        return noted if isinstance(noted, dict) and isinstance(noted.get("key"), str) else None
+        key = noted.get("key") if isinstance(noted, dict) else None
+        # It becomes the name of a folder.
+        return noted if isinstance(key, str) and re.fullmatch("[0-9a-z]+", key) else None
 
     def write_index(self, request: str, noted: Mapping[str, Any]) -> None:
         """Notes something for later processes; a failure to write it only costs them time."""

@@ -637,6 +637,7 @@ def test_the_command_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("arguments", "said"),
     [
         (("--only", "cuda"), "--only names 'cuda'; allowed: ideal, listed, empty, onelaunch"),
+        (("--from", "tests/gpu/bench.json", "--only", "ideal"), "only --plot goes with it"),
         (("--n", "three"), "--n is 'three'; it must be whole numbers"),
         (("--trace", "nowhere.csv"), "nowhere.csv can't be opened"),
         (("--from", "pyproject.toml"), "isn't what --json writes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,32 @@ def test_clear(store: Store) -> None:
     assert verb("cache", "clear").exit_code == 0
     assert store.stored_keys() == []
     assert loader.load(CONFIGS[0], store=store).path.is_file()
+
+
+def test_a_bound_that_cannot_be_read_is_told_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setenv(collect.MAX_SIZE_VARIABLE, "much")
+    store = Store(tmp_path / "cache")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="ONELAUNCH_CACHE_MAX_SIZE is 'much'"):
+            loader.load(CONFIGS[0], store=store)
+    assert list(store.entries()) == []
+
+
+@pytest.mark.parametrize("key", ["", "a\0b", "../entries", 7])
+def test_a_note_whose_key_is_none_is_no_note(tmp_path: Path, key: object) -> None:
+    """It named the folder of all entries, which then was set aside as a damaged one."""
+    store = Store(tmp_path / "cache")
+    store.write_index("r", {"key": "0a"})
+    assert store.read_index("r") == {"key": "0a"}
+    store.write_index("r", {"key": key})
+    assert store.read_index("r") is None
+
+
+def test_the_request_of_a_kernel_knows_every_module_that_decides_its_source() -> None:
+    package = Path(loader.__file__).parent
+    imported = re.findall(r"^from \.(\w*) import (.+)$", (package / "render.py").read_text(), re.MULTILINE)
+    modules = {f"{module or name.split(',')[0]}.py" for module, name in imported}
+    assert {"config.py", "layout.py", "offences.py"} <= modules <= {*loader._GENERATOR}

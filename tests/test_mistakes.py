@@ -154,7 +154,7 @@ def test_the_pool_row_is_read_once_for_all_backends() -> None:
 def test_one_block_that_gathers_for_everyone() -> None:
     """A single block took 17.6 ms at table width 163911: the grid must grow with the tables, up to the device."""
     code = below_the_banner(render(KernelConfig(num_backends=3)))
-    assert "const unsigned blocks = grid_blocks(params, for_tables, split);" in code
+    assert "const unsigned blocks = grid_blocks(for_tables, split);" in code
     assert "dim3(blocks, 1, 1)" in code
     assert "p.sm_count * kBlocksPerSm" in code
 
