@@ -117,6 +117,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that run hundreds of different kernels; in a store of their own.
+
+    All other tests have the optimizer that users have, those of presets and of any configuration drawn among them; and
+    these, too, where a GPU's machine has the cores for it.
+    """
+    if headers.QUICK_VARIABLE in os.environ and not torch.cuda.is_available():
+        monkeypatch.setenv("CXX", os.environ[headers.QUICK_VARIABLE])
+        monkeypatch.setenv(CACHE_VARIABLE, os.path.join(os.environ[CACHE_VARIABLE], "quick"))
+
+
 @pytest.fixture(autouse=True)
 def _no_policy_is_left_behind() -> Iterator[None]:
     """A test that freezes the process, or fills the table of plans, must not decide what the next one sees."""

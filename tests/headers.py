@@ -14,6 +14,8 @@ from onelaunch.render import render_binding
 
 # Where tests find the compiler itself.
 PLAIN_VARIABLE = "ONELAUNCH_TEST_PLAIN_CXX"
+# Where tests find one for kernels of which they look at the results alone: it doesn't optimize, and takes half as long.
+QUICK_VARIABLE = "ONELAUNCH_TEST_QUICK_CXX"
 # What an emitted source begins with, up to the code.
 DIRECTIVES = r"^\s*#\s*(?:include|define|ifndef|endif)\b.*\n"
 
@@ -27,22 +29,32 @@ def precompiled(folder: Path) -> dict[str, str]:
         found = toolchain.find_host_compiler()
     except toolchain.ToolchainError:
         return {}
+    programs = {PLAIN_VARIABLE: found.path}
+    for variable, place, more in (("CXX", folder, ""), (QUICK_VARIABLE, folder / "quick", "-O0")):
+        place.mkdir(exist_ok=True)
+        program = _program(place, found, more)
+        if program is None:
+            return {}
+        programs[variable] = program
+    return {name: shlex.join([str(cxx), *found.flags]) for name, cxx in programs.items()}
+
+
+def _program(folder: Path, found: toolchain.HostCompiler, more: str) -> Path | None:
+    """The compiler with more flags for a module's source; None if it can't have headers precompiled."""
     config = KernelConfig(target="cpu")
     headers, program = folder / "headers.h", folder / "c++"
     text = render(config) + render_binding(config, "headers")
     headers.write_text("".join(re.findall(DIRECTIVES, text, re.MULTILINE)), encoding="utf-8")
-    flags = [*found.flags, "-fPIC", *compiler.HOST_FLAGS, "-isystem", sysconfig.get_path("include")]
+    flags = [*found.flags, "-fPIC", *compiler.HOST_FLAGS, *more.split(), "-isystem", sysconfig.get_path("include")]
     command = [str(found.path), *flags, "-x", "c++-header", str(headers), "-o", f"{headers}.gch"]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        return {}
+        return None
     # Where warnings are errors, the headers are what is looked at too.
     program.write_text(
         '#!/bin/sh\ncase " $* " in *" -Werror "*) ;;\n'
-        f'*" -DPy_LIMITED_API="*" -c "*) set -- -include {shlex.quote(str(headers))} "$@" ;; esac\n'
+        f'*" -DPy_LIMITED_API="*" -c "*) set -- -include {shlex.quote(str(headers))} "$@" {more} ;; esac\n'
         f'exec {shlex.quote(str(found.path))} "$@"\n',
         encoding="utf-8",
     )
     program.chmod(0o755)
-    return {
-        name: shlex.join([str(cxx), *found.flags]) for name, cxx in (("CXX", program), (PLAIN_VARIABLE, found.path))
-    }
+    return program

@@ -120,6 +120,7 @@ def test_dtypes_and_strides(
     check(device, [70, 3, 0, 200, 129], width=201, n=3, layout="strided", **dtypes)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("fields", [("kv_indptr",), ("kv_indices",), (*BOTH, "cache_seqlens", "cu_seqlens_k")])
 @pytest.mark.parametrize("offsets", [None, (4, 4, 4), (1, 2, 3), (0, 300, 7)])
 @pytest.mark.parametrize(("mode", "next_n"), [("decode", 1), ("target_verify", 5), ("draft_extend", 2)])

@@ -142,6 +142,7 @@ def check_refresh(
 # ----------------------------------------------------------------------------------------------- the matrix
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[support.case_name(case) for case in CASES])
 def test_any_two_facts_together(device: torch.device, index: int) -> None:
     """Any two of extent, N, fields, page size, dtypes, strides and input layouts meet in one of these."""
@@ -769,6 +770,7 @@ def test_rows_of_every_batch_size(device: torch.device, bs: int, mode: dict[str,
     check_rows(device, mode, bs=bs, extent="full", width=70, inputs="strided")
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("mode", ROW_MODES.values(), ids=ROW_MODES)
 @pytest.mark.parametrize("extent", EXTENTS)
 @pytest.mark.parametrize("strides", ["aligned", "odd"])
@@ -843,6 +845,7 @@ def test_a_plan_of_variable_lengths_is_reused(device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------- offsets, pools, filling
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize(
     ("offsets", "mode", "extent"),
     [
@@ -896,6 +899,7 @@ def test_offsets_share_a_table_that_all_backends_have(device: torch.device) -> N
     assert_same(backends, wanted)
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("extent", EXTENTS)
 @pytest.mark.parametrize(("index_kpool", "page_size"), [(1, 7), (3, 1), (4, 64), (64, 7)])
 def test_pools(device: torch.device, page_size: int, index_kpool: int, extent: str) -> None:

@@ -194,6 +194,7 @@ def test_flashmla_schedule_of_any_batch(bs: int, order: str, device: torch.devic
             check(device, lengths_for(bs, kind), fields=fields, parts=parts, flashmla_order=order)
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("mode", ["decode", "target_verify", "draft_extend"])
 @pytest.mark.parametrize("per", ["request", "row"])
 @pytest.mark.parametrize("atoms", [0, 3])
