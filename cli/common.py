@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -159,6 +160,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where write_whole couldn't write, as far as that shows before there is anything to write."""
+    target = path.resolve()
+    place = target if target.exists() and not target.is_file() else target.parent
+    place.stat()  # says what is missing
+    if not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def write_commands(folder: Path) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from onelaunch.errors import ArgumentError
 
-from .common import sentence, write_whole
+from .common import check_writable, sentence, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -550,8 +550,9 @@ def replay(
     errors = Console(stderr=True)
 
     def run() -> ReplaySummary:
-        if json_to not in (None, "-") and not os.access(Path(json_to).absolute().parent, os.W_OK):  # before the work
-            raise ArgumentError(f"--json {json_to} can't be written. Name a file in a folder that exists.")
+        if json_to is not None and json_to != "-":
+            with _told(json_to):
+                check_writable(Path(json_to))  # before the work
         summary = _run_with_progress(options, errors)
         if json_to is not None:
             _write_json(summary, json_to)
@@ -600,8 +601,15 @@ def _write_json(summary: ReplaySummary, target: str) -> None:
     if target == "-":
         sys.stdout.write(text)
         return
-    try:
+    with _told(target):
         write_whole(Path(target), text)
+
+
+@contextlib.contextmanager
+def _told(target: str) -> Iterator[None]:
+    """Turns what keeps --json from being written into a sentence."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise ArgumentError(

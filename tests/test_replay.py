@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import typer
 from onelaunch import MetadataBuffers
+from onelaunch.cli.common import check_writable
 from onelaunch.cli.replay import (
     Distribution,
     Extent,
@@ -305,6 +307,19 @@ def test_command_explains_what_it_cannot_use(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*ARGUMENTS, "--json", str(tmp_path / "no" / "summary.json")])
     assert result.exit_code == 2
     assert "can't be written" in result.stderr
+
+
+def test_what_can_be_written_is_known_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whoever isn't root may write to a device, but no file beside it.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in (Path("/dev"), tmp_path / "kept"))
+    check_writable(Path("/dev/null"))
+    check_writable(tmp_path / "new.json")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "kept" / "file")
+    with pytest.raises(PermissionError):
+        check_writable(tmp_path / "link")
+    with pytest.raises(FileNotFoundError):
+        check_writable(tmp_path / "no" / "file")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
