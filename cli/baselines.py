@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from onelaunch import KernelConfig, MetadataBuffers, layout, loader, toolchain
+from onelaunch import KernelConfig, layout, loader, toolchain
 from onelaunch import compile as compiler
 from onelaunch.fields import FIELDS
 from onelaunch.render import render, render_baseline, render_plain_binding
@@ -73,11 +73,9 @@ class Implementation:
         """What is wrong with a set that was poisoned and refreshed, or ""."""
         if not self.checked:
             return ""
-        if case.extent == "full" or self.whole:
-            return scene.fault(number, "full", fields=self.writes)
-        if self.live:
-            return scene.fault(number, "live", fields=self.writes)
-        return scene.fault(number, "full", scene.longest, fields=self.writes)
+        whole = case.extent == "full" or self.whole
+        extent = "live" if self.live and not whole else "full"
+        return scene.fault(number, extent, None if whole or self.live else scene.longest, self.writes)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -109,8 +107,13 @@ def kernel(name: str, target: str, call_words: Sequence[str] = (), words: int = 
     return built(symbol, *render_baseline(name, symbol, call_words, words, target=target, **facts), target)
 
 
-def _words(config: KernelConfig, pool: Tensor, backends: Sequence[MetadataBuffers | None]) -> list[int]:
-    """The words that a plan of the configuration would be bound with; what isn't there is a null pointer."""
+def _words(config: KernelConfig, scene: Scene, number: int) -> list[int]:
+    """The words that a plan of the configuration would be bound with, for a set.
+
+    What isn't there, a field or a backend that the configuration has beyond the scene's, is a null pointer.
+    """
+    pool = scene.inputs[number][2]
+    backends = [*scene.buffers[number], *[None] * (config.num_backends - scene.backends)]
     cuda = pool.device.type == "cuda"
     values: dict[str, list[int]] = {
         "device": [pool.device.index or 0],
@@ -129,16 +132,25 @@ def _words(config: KernelConfig, pool: Tensor, backends: Sequence[MetadataBuffer
 
 
 def _bound_calls(
-    module: ModuleType, scene: Scene, columns: int, words: Callable[[Tensor, list[MetadataBuffers]], list[int]]
+    module: ModuleType, scene: Scene, columns: int, words: Callable[[int], list[int]], kept: Sequence[Tensor] = ()
 ) -> list[Call]:
-    """A call a set of a kernel that takes the per-call words of a decode configuration."""
+    """A call a set of a kernel that takes the per-call words of a decode configuration.
+
+    Args:
+        words: the others, of a set.
+        kept: tensors that words point to and the scene doesn't hold.
+    """
     index, cuda = scene.device.index or 0, scene.device.type == "cuda"
 
     def call(number: int) -> Call:
-        seq_lens, rows, pool = scene.inputs[number]
-        run = module.bind(words(pool, scene.buffers[number])).launch
+        seq_lens, rows, _ = scene.inputs[number]
+        run = module.bind(words(number)).launch
         first = [seq_lens.data_ptr(), 1, rows.data_ptr(), 1, seq_lens.numel(), columns]
-        return lambda: run(*first, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
+
+        def launch(kept: Sequence[Tensor] = kept) -> None:
+            run(*first, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
+
+        return launch
 
     return [call(number) for number in range(scene.sets)]
 
@@ -160,35 +172,32 @@ def listed_calls(scene: Scene, extent: Any = "live", unroll: int = 2) -> list[Ca
         unroll=unroll,
         target=target_of(scene.device),
     )
-    words = len(layout.param_words(config)) + 2
-    module = kernel("listed", config.target, layout.call_words(config), words, config=config)
-    index, cuda = scene.device.index or 0, scene.device.type == "cuda"
-    columns = config.warp_size * 4 * unroll
-    lengths = torch.tensor([scene.width] * len(scene.lengths) if extent == "full" else scene.lengths)
-    ends = lengths.clamp(0, scene.width)
+    size = len(layout.param_words(config)) + 2
+    module = kernel("listed", config.target, layout.call_words(config), size, config=config)
+    tiles = [_tiles(config, scene, extent, number) for number in range(scene.sets)]
 
-    def call(number: int) -> Call:
-        seq_lens, rows, pool = scene.inputs[number]
-        table = scene.buffers[number][0].page_indices
-        assert table is not None
-        # As in the emitted kernel, tiles begin at boundaries of the destination.
-        begins = table.data_ptr() // 4 + torch.arange(len(ends)) * table.stride(0)
-        leads = begins % min(32, columns) if config.vector_bytes == 16 else torch.zeros_like(begins)
-        counts = torch.where(ends > 0, (ends + leads + columns - 1) // columns, 0)
-        row = torch.arange(len(ends)).repeat_interleave(counts)
-        in_row = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        listed = torch.stack((row, rows.cpu()[row], in_row * columns - leads[row], ends[row]), 1)
-        tiles = listed.to(scene.device, torch.int32)
-        bound = [*_words(config, pool, scene.buffers[number]), tiles.data_ptr(), len(tiles)]
-        run = module.bind(bound).launch
-        first = [seq_lens.data_ptr(), 1, rows.data_ptr(), 1, len(ends), scene.width]
+    def words(number: int) -> list[int]:
+        return [*_words(config, scene, number), tiles[number].data_ptr(), len(tiles[number])]
 
-        def launch(kept: Tensor = tiles) -> None:
-            run(*first, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
+    return _bound_calls(module, scene, scene.width, words, tiles)
 
-        return launch
 
-    return [call(number) for number in range(scene.sets)]
+def _tiles(config: KernelConfig, scene: Scene, extent: Any, number: int) -> Tensor:
+    """int32 [tiles, 4] of a set: row, row of req_to_token, first column, the row's end."""
+    table = scene.buffers[number][0].page_indices
+    assert table is not None
+    ends = torch.tensor(scene.lengths).clamp(0, scene.width)
+    if extent == "full":
+        ends.fill_(scene.width)
+    # As in the emitted kernel, tiles begin at boundaries of the destination.
+    begins = table.data_ptr() // 4 + torch.arange(len(ends)) * table.stride(0)
+    leads = begins % config.tile_alignment if config.vector_bytes == 16 else torch.zeros_like(begins)
+    counts = torch.where(ends > 0, (ends + leads + config.tile_columns - 1) // config.tile_columns, 0)
+    row = torch.arange(len(ends)).repeat_interleave(counts)
+    in_row = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    pool_rows = scene.inputs[number][1].cpu()
+    listed = torch.stack((row, pool_rows[row], in_row * config.tile_columns - leads[row], ends[row]), 1)
+    return listed.to(scene.device, torch.int32)
 
 
 def _single_block(scene: Scene, case: Case) -> list[list[Call]]:
@@ -203,7 +212,7 @@ def _single_block(scene: Scene, case: Case) -> list[list[Call]]:
     words = layout.param_words(config)
     module = kernel("single_block", config.target, layout.call_words(config), len(words), config=config)
     columns = case.width if case.extent == "full" else scene.longest
-    return [_bound_calls(module, scene, columns, lambda pool, backends: _words(config, pool, backends))]
+    return [_bound_calls(module, scene, columns, lambda number: _words(config, scene, number))]
 
 
 def _runtime(scene: Scene, case: Case) -> list[list[Call]]:
@@ -215,9 +224,8 @@ def _runtime(scene: Scene, case: Case) -> list[list[Call]]:
     # Without pages there is at most one a row, whose number goes nowhere.
     shift = case.page_size.bit_length() - 1 if case.page_size > 1 else 30
 
-    def words(pool: Tensor, backends: list[MetadataBuffers]) -> list[int]:
-        padded = [*backends, *[None] * (RUNTIME_BACKENDS - len(backends))]
-        return [*_words(config, pool, padded), case.backends, INDEX_TOPK, shift]
+    def words(number: int) -> list[int]:
+        return [*_words(config, scene, number), case.backends, INDEX_TOPK, shift]
 
     return [_bound_calls(runtime_kernel(config), scene, case.width, words)]
 

@@ -388,6 +388,16 @@ class KernelConfig:
         """Threads that exchange registers: 32 on a GPU; 1 where one thread runs a whole block."""
         return 32 if self.target == "cuda" else 1
 
+    @property
+    def tile_columns(self) -> int:
+        """Columns of a tile, one warp's share of a row."""
+        return self.warp_size * 4 * self.unroll
+
+    @property
+    def tile_alignment(self) -> int:
+        """Words at whose multiples in the destination tiles begin, where stores are of 16 bytes."""
+        return min(32, self.tile_columns)
+
     def destinations(self, field: str) -> int:
         """How many different tensors the backends have for a field."""
         return dict(self.distinct).get(field, self.num_backends)

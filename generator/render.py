@@ -82,8 +82,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     few_writes = wide and len(added) == 1 and config.destinations("page_indices") * config.next_n <= 3
     fits = config.vector_bytes == 16 and config.unroll <= 2
     wide_tiles = 2 if splits and wide and fits and (few_writes or not windows) else 0
-    tile_columns = config.warp_size * 4 * config.unroll
-    most_columns = tile_columns * (wide_tiles or 1)
+    most_columns = config.tile_columns * (wide_tiles or 1)
     # They may have more pages than a warp has lanes.
     several_pages = most_columns > config.warp_size * config.page_size
     # Registers that hold tokens hold those that begin pages, each the same word of four.
@@ -140,7 +139,6 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "own_pages": any(config.destinations(name) == config.num_backends for name in config.paged_tables),
         "live": live,
         "windows": windows,
-        "tile_alignment": min(32, tile_columns),
         "scans": bool(block_sums),
         "sum_types": list(block_sums),
         "block_sums": block_sums,

@@ -29,30 +29,31 @@ def precompiled(folder: Path) -> dict[str, str]:
         found = toolchain.find_host_compiler()
     except toolchain.ToolchainError:
         return {}
+    config = KernelConfig(target="cpu")
+    text = render(config) + render_binding(config, "headers")
+    directives = "".join(re.findall(DIRECTIVES, text, re.MULTILINE))
     programs = {PLAIN_VARIABLE: found.path}
-    for variable, place, more in (("CXX", folder, ""), (QUICK_VARIABLE, folder / "quick", "-O0")):
+    for variable, place, more in (("CXX", folder, []), (QUICK_VARIABLE, folder / "quick", ["-O0"])):
         place.mkdir(exist_ok=True)
-        program = _program(place, found, more)
+        program = _program(place, found, directives, more)
         if program is None:
             return {}
         programs[variable] = program
     return {name: shlex.join([str(cxx), *found.flags]) for name, cxx in programs.items()}
 
 
-def _program(folder: Path, found: toolchain.HostCompiler, more: str) -> Path | None:
+def _program(folder: Path, found: toolchain.HostCompiler, directives: str, more: list[str]) -> Path | None:
     """The compiler with more flags for a module's source; None if it can't have headers precompiled."""
-    config = KernelConfig(target="cpu")
     headers, program = folder / "headers.h", folder / "c++"
-    text = render(config) + render_binding(config, "headers")
-    headers.write_text("".join(re.findall(DIRECTIVES, text, re.MULTILINE)), encoding="utf-8")
-    flags = [*found.flags, "-fPIC", *compiler.HOST_FLAGS, *more.split(), "-isystem", sysconfig.get_path("include")]
+    headers.write_text(directives, encoding="utf-8")
+    flags = [*found.flags, "-fPIC", *compiler.HOST_FLAGS, *more, "-isystem", sysconfig.get_path("include")]
     command = [str(found.path), *flags, "-x", "c++-header", str(headers), "-o", f"{headers}.gch"]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         return None
     # Where warnings are errors, the headers are what is looked at too.
     program.write_text(
         '#!/bin/sh\ncase " $* " in *" -Werror "*) ;;\n'
-        f'*" -DPy_LIMITED_API="*" -c "*) set -- -include {shlex.quote(str(headers))} "$@" {more} ;; esac\n'
+        f'*" -DPy_LIMITED_API="*" -c "*) set -- -include {shlex.quote(str(headers))} "$@" {shlex.join(more)} ;; esac\n'
         f'exec {shlex.quote(str(found.path))} "$@"\n',
         encoding="utf-8",
     )
