@@ -23,15 +23,15 @@ class Member:
     Attributes:
         name: its name, in the struct and in a plan.
         type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
-            "table" (a pointer to a field and its row stride in elements) or "offence" (pointer to where a checked
-            kernel tells what it found).
+            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to the record of a
+            checked kernel).
         count: array length, or None for a single member.
         per_call: set at each call; the rest is set once, when a plan is bound.
         comment: what it holds.
     """
 
     name: str
-    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "offence"]
+    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation"]
     count: int | None
     per_call: bool
     comment: str
@@ -68,8 +68,7 @@ def members(config: KernelConfig) -> list[Member]:
     if config.tables and not copies:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
-        if config.vector_bytes == 16 and config.req_to_token_dtype == "int32":
-            add("req_to_token_width", "int64", "elements of a row that may be read")
+        add("req_to_token_width", "int64", "elements of a row that may be read")
 
     def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
         for name in names:
@@ -79,10 +78,10 @@ def members(config: KernelConfig) -> list[Member]:
 
     add_fields("table", [name for name in config.fields if FIELDS[name].kind == "table"])
     add("device", "int64", "ordinal")
-    if config.tables:
+    if config.strategy:
         add("sm_count", "int64", "multiprocessors of the device")
     if config.checked:
-        add("offence", "offence", "the first one found, or none")
+        add("violation", "violation", "the first one found, or none")
         if config.extend == "variable":
             add("row_capacity", "int64", "rows that fit the destinations")
         if config.tables:

@@ -320,7 +320,7 @@ class Plan:
                 "num_sms": [(destinations.length("paged_mqa_schedule_metadata") or 1) - 1],
                 "num_sm_parts": [destinations.length("flashmla_metadata") or 0],
                 "kv_indices_capacity": [destinations.length("kv_indices") or 0],
-                "offence": [0 if self._offence is None else self._offence.data_ptr()],
+                "violation": [0 if self._offence is None else self._offence.data_ptr()],
                 **{name: destinations.words(name) for name in config.fields},
             },
         )

@@ -458,8 +458,8 @@ class _Job:
                     assert isinstance(stride, int)
                     view = buffer.expected.as_strided((rows, self.columns[name]), (stride, 1))
                     view.fill_(POISON)
-        buffer = self._buffer("offence", torch.zeros(4, dtype=torch.int64))
-        self.values["offence"] = [buffer]
+        buffer = self._buffer("violation", torch.zeros(4, dtype=torch.int64))
+        self.values["violation"] = [buffer]
         # Compared as the others are, in 32-bit words.
         choices = [torch.tensor(offence, dtype=torch.int64).view(torch.int32) for offence in found or [[0] * 4]]
         buffer.expected, buffer.others = choices[0], choices[1:]

@@ -1,0 +1,119 @@
+// ---- 16-byte accesses --------------------------------------------------------------------------------------------
+// Tiles begin at multiples of this in the destination: a 128-byte line, or a whole tile if that is shorter.
+constexpr int kTileAlignment = kTileColumns < 32 ? kTileColumns : 32;  // words
+
+// How many columns before column 0 of a row its first tile begins. All destinations have the same offset modulo 16
+// bytes: destinations that don't are bound to a kernel with 4-byte stores.
+template <int N>
+__device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64_t row) {
+  const std::int32_t* begin = to[0].data + row * to[0].row_stride;
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
+}
+
+// The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
+// array, which would live in local memory.
+__device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
+  if (shift & 2) {
+    low.x = low.z;
+    low.y = low.w;
+    low.z = high.x;
+    low.w = high.y;
+    high.x = high.z;
+  }
+  if (shift & 1) {
+    low.x = low.y;
+    low.y = low.z;
+    low.z = low.w;
+    low.w = high.x;
+  }
+  return low;
+}
+
+// The 16-byte boundary at or before an address.
+__device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
+  return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
+}
+
+// How many words an address lies behind that boundary, 0 to 3.
+__device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
+}
+
+// Reads the words of a lane from column `column` on; false if that would leave the row of `width` elements. Source rows
+// begin anywhere, so each group of four words is selected from the two aligned groups that it lies in.
+template <int kAccesses>
+__device__ __forceinline__ bool load_vectors(
+    const std::int32_t* source, int width, int first, bool inside, int4 (&words)[kAccesses]) {
+  constexpr int kColumns = kAccesses * kWarpSize * kVectorWords;
+  const std::int32_t* from = source + (first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords);
+  int shift = 0;
+  int next = 1;
+  if constexpr (kEqualRows) {
+    // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+    shift = words_past_boundary(from);
+    next = shift > 0 ? 1 : 0;
+    const int behind = shift > 0 ? kVectorWords - shift : 0;
+    if (!inside || first < shift || first + kColumns + behind > width) return false;
+  } else {
+    // Where lengths differ this would cost more than it gains: the branch would need the source row, which arrives with
+    // the length. Room for a whole group on either side is enough for any shift.
+    if (!inside || first < kVectorWords || first + kColumns + kVectorWords > width) return false;
+    shift = words_past_boundary(from);
+  }
+  const int4* aligned = boundary_before(from);
+  int4 high[kAccesses];
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    words[u] = __ldg(aligned + u * kWarpSize);
+    high[u] = __ldg(aligned + u * kWarpSize + next);
+  }
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
+  return true;
+}
+
+// The same for int64 elements, each of which becomes one word.
+template <int kAccesses>
+__device__ __forceinline__ bool load_vectors(
+    const std::int64_t* source, int, int first, bool inside, int4 (&words)[kAccesses]) {
+  if (!inside || first < 0) return false;
+  const std::int64_t* from = source + (first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords);
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    const std::int64_t* at = from + u * kWarpSize * kVectorWords;
+    words[u].x = static_cast<std::int32_t>(__ldg(at));
+    words[u].y = static_cast<std::int32_t>(__ldg(at + 1));
+    words[u].z = static_cast<std::int32_t>(__ldg(at + 2));
+    words[u].w = static_cast<std::int32_t>(__ldg(at + 3));
+  }
+  return true;
+}
+
+// Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
+// `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
+template <int kTiles, typename T, int N, typename Ends>
+__device__ __forceinline__ bool copy_vectors(
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, Ends ends, int4 (&words)[kTiles * kUnroll]) {
+  const bool inside = first + kTiles * kTileColumns <= shortest_end(to, ends);
+  if (!load_vectors(source, width, first, inside, words)) return false;
+  const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+#pragma unroll
+      for (int u = 0; u < kTiles * kUnroll; ++u) data[u * kWarpSize] = words[u];
+    }
+  }
+  return true;
+}
+
+// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
+template <int kTiles, typename T, int N, typename Ends>
+__device__ __forceinline__ void copy_columns(
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, Ends ends) {
+  int4 words[kTiles * kUnroll];
+  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, words)) {
+    copy_words<kTiles>(to, rows, source, first, ends);
+  }
+}
