@@ -39,72 +39,59 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
 
-// Reads the words of a lane from column `column` on; false if that would leave the row of `width` elements. Source rows
-// begin anywhere, so each group of four words is selected from the two aligned groups that it lies in.
-template <int kAccesses>
-__device__ __forceinline__ bool load_vectors(
-    const std::int32_t* source, int width, int first, bool inside, int4 (&words)[kAccesses]) {
-  constexpr int kColumns = kAccesses * kWarpSize * kVectorWords;
-  const std::int32_t* from = source + (first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords);
-  int shift = 0;
-  int next = 1;
-  if constexpr (kEqualRows) {
-    // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
-    shift = words_past_boundary(from);
-    next = shift > 0 ? 1 : 0;
-    const int behind = shift > 0 ? kVectorWords - shift : 0;
-    if (!inside || first < shift || first + kColumns + behind > width) return false;
-  } else {
-    // Where lengths differ this would cost more than it gains: the branch would need the source row, which arrives with
-    // the length. Room for a whole group on either side is enough for any shift.
-    if (!inside || first < kVectorWords || first + kColumns + kVectorWords > width) return false;
-    shift = words_past_boundary(from);
-  }
-  const int4* aligned = boundary_before(from);
-  int4 high[kAccesses];
-#pragma unroll
-  for (int u = 0; u < kAccesses; ++u) {
-    words[u] = __ldg(aligned + u * kWarpSize);
-    high[u] = __ldg(aligned + u * kWarpSize + next);
-  }
-#pragma unroll
-  for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
-  return true;
-}
-
-// The same for int64 elements, each of which becomes one word.
-template <int kAccesses>
-__device__ __forceinline__ bool load_vectors(
-    const std::int64_t* source, int, int first, bool inside, int4 (&words)[kAccesses]) {
-  if (!inside || first < 0) return false;
-  const std::int64_t* from = source + (first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords);
-#pragma unroll
-  for (int u = 0; u < kAccesses; ++u) {
-    const std::int64_t* at = from + u * kWarpSize * kVectorWords;
-    words[u].x = static_cast<std::int32_t>(__ldg(at));
-    words[u].y = static_cast<std::int32_t>(__ldg(at + 1));
-    words[u].z = static_cast<std::int32_t>(__ldg(at + 2));
-    words[u].w = static_cast<std::int32_t>(__ldg(at + 3));
-  }
-  return true;
-}
-
 // Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
 // `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
-template <int kTiles, typename T, int N, typename Ends>
+template <int kTiles, typename T, int N, typename Ends, typename Then>
 __device__ __forceinline__ bool copy_vectors(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, Ends ends, int4 (&words)[kTiles * kUnroll]) {
-  const bool inside = first + kTiles * kTileColumns <= shortest_end(to, ends);
-  if (!load_vectors(source, width, first, inside, words)) return false;
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, Ends ends, const Then& then) {
+  int4 words[kTiles * kUnroll];
+  constexpr int kAccesses = kTiles * kUnroll;
+  constexpr int kColumns = kTiles * kTileColumns;
+  constexpr bool kRealigns = sizeof(T) == sizeof(std::int32_t);
+  const int stop = shortest_end(to, ends);
   const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
+  if constexpr (kRealigns) {
+    // Source rows begin anywhere: each group of four words is selected from the two aligned groups that it lies in.
+    int next = 1;
+    if constexpr (kEqualRows) {
+      // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+      const int shift = words_past_boundary(source + column);
+      next = shift > 0 ? 1 : 0;
+      const int behind = shift > 0 ? kVectorWords - shift : 0;
+      if (first < shift || first + kColumns > stop || first + kColumns + behind > width) return false;
+    } else {
+      if (first < kVectorWords || first + kColumns > stop || first + kColumns + kVectorWords > width) return false;
+    }
+    const int shift = words_past_boundary(source + column);
+    const int4* aligned = boundary_before(source + column);
+    int4 high[kAccesses];
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) {
+      words[u] = __ldg(aligned + u * kWarpSize);
+      high[u] = __ldg(aligned + u * kWarpSize + next);
+    }
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
+  } else {
+    if (first < 0 || first + kColumns > stop) return false;
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) {
+      const T* at = source + column + u * kWarpSize * kVectorWords;
+      words[u].x = static_cast<std::int32_t>(__ldg(at));
+      words[u].y = static_cast<std::int32_t>(__ldg(at + 1));
+      words[u].z = static_cast<std::int32_t>(__ldg(at + 2));
+      words[u].w = static_cast<std::int32_t>(__ldg(at + 3));
+    }
+  }
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     for (std::int64_t row = rows.first; row < rows.stop; ++row) {
       int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kTiles * kUnroll; ++u) data[u * kWarpSize] = words[u];
+      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
     }
   }
+  then(words);
   return true;
 }
 
@@ -112,8 +99,7 @@ __device__ __forceinline__ bool copy_vectors(
 template <int kTiles, typename T, int N, typename Ends>
 __device__ __forceinline__ void copy_columns(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, Ends ends) {
-  int4 words[kTiles * kUnroll];
-  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, words)) {
+  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
     copy_words<kTiles>(to, rows, source, first, ends);
   }
 }

@@ -25,6 +25,10 @@ __device__ __forceinline__ int longest_end(Ends ends) { return end_with(ends, kL
 
 // A table that all backends share has the longest backend's columns.
 template <int N>
+__device__ __forceinline__ bool ends_differ(const Table (&)[N], Ends) {
+  return N == kBackends;
+}
+template <int N>
 __device__ __forceinline__ int shortest_end(const Table (&)[N], Ends ends) {
   return end_with(ends, N == kBackends ? kShortestOffset : kLongestOffset);
 }

@@ -30,7 +30,7 @@ __device__ __forceinline__ void store_pages(
         const int page = first + lane + i * kWarpSize;
         if (page >= stop || page % pages_per_column != 0) continue;
         const std::int32_t value = floor_div(numbers[i], pages_per_column);
-        data[page / pages_per_column] = page < live ? value : kPageFill;
+        data[page / pages_per_column] = kFillsPages && ends_differ(to, ends) && page >= live ? kPageFill : value;
       }
     }
   }
@@ -47,7 +47,7 @@ __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int page = first + lane + i * kWarpSize;
-    numbers[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : 0;
+    numbers[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
   }
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
     store_pages(p, table, pages_per_column, rows, numbers, first, ends);
