@@ -429,6 +429,15 @@ class KernelConfig:
         return self.operation != "copy" and any(name in self.fields for name in pooled)
 
     @property
+    def resident_blocks(self) -> int:
+        """Blocks that a multiprocessor has room for at least, 0 where that is the compiler's choice.
+
+        That caps the registers: without it ptxas takes, or spills, some more for blocks that the grid doesn't have.
+        """
+        threads = {"live": 1024, "equal": 1024, "variable": 1024, "indices": 1280}.get(self.strategy or "", 0)
+        return threads // self.threads
+
+    @property
     def wide_tiles(self) -> int:
         """Tiles that a warp takes at once in large tables and of long requests: 2, or 1 where it never takes more.
 

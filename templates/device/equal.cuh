@@ -14,7 +14,7 @@ constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half o
 struct Split {
   std::uint32_t tiles;        // of a row
   std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
-  std::uint32_t warps;        // of a block that take tiles
+  std::uint32_t warps;        // of a block that take tiles; none where rows have no columns
   std::uint64_t reciprocal;   // (2^64 - 1) / tiles
 };
 
@@ -28,7 +28,7 @@ __device__ void write_tables(const Params& p, const Split& split) {
   const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
   const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
   const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
-  if (row >= p.batch_size || column >= columns || columns <= 0) return;
+  if (row >= p.batch_size || column >= columns) return;
   const std::int64_t pool_row = request_row(p, row);
   if (pool_row < 0) return;
   const Ends ends = ends_at(p, row_reach(p, row));
@@ -51,14 +51,14 @@ Split split_of(const Params& p) {
   return {
       static_cast<std::uint32_t>(tiles),
       static_cast<std::int32_t>(tile_columns),
-      static_cast<std::uint32_t>(few ? (kWarps + 1) / 2 : kWarps),
-      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
+      static_cast<std::uint32_t>(columns == 0 ? 0 : few ? (kWarps + 1) / 2 : kWarps),
+      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles),
   };
 }
 
 // As many blocks as the tables need.
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
-  const std::int64_t blocks = (tiles + split.warps - 1) / split.warps;
+  const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
   return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
 }

@@ -22,15 +22,16 @@ __device__ __forceinline__ void store_pages(
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const int live = pages_of(end_of(to, ends, b));
-    const int stop = kFillsPages ? static_cast<int>(row_columns(p)) : live;
+    const std::int64_t stop = kFillsPages ? row_columns(p) : live;
     for (std::int64_t row = rows.first; row < rows.stop; ++row) {
       std::int32_t* data = to[b].data + row * to[b].row_stride;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int page = first + lane + i * kWarpSize;
-        if (page >= stop || page % pages_per_column != 0) continue;
-        const std::int32_t value = floor_div(numbers[i], pages_per_column);
-        data[page / pages_per_column] = kFillsPages && ends_differ(to, ends) && page >= live ? kPageFill : value;
+        const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
+        if (page < stop && page % pages_per_column == 0) {
+          data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
+        }
       }
     }
   }
