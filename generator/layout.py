@@ -78,7 +78,7 @@ def members(config: KernelConfig) -> list[Member]:
 
     add_fields("table", [name for name in config.fields if FIELDS[name].kind == "table"])
     add("device", "int64", "ordinal")
-    if config.strategy:
+    if config.tables:
         add("sm_count", "int64", "multiprocessors of the device")
     if config.checked:
         add("violation", "violation", "the first one found, or none")

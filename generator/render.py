@@ -93,15 +93,18 @@ def device_files(config: KernelConfig) -> list[str]:
     ends = "full_ends" if config.extent == "full" else "backend_ends" if config.lengths_differ else "live_ends"
     beside = "held_pages" if config.holds_page_tokens else "tokens_and_pages"
     wanted = {
-        "running_sum": not copies and (counts or bool(config.sums or config.schedules)) or strategy == "variable",
+        "running_sum": counts or not copies and bool(config.sums or config.schedules or config.extend == "variable"),
         "destinations": True,
-        "arithmetic": not copies,
-        "lengths": not copies and bool(config.row_vectors or "paged_mqa_schedule_metadata" in config.fields),
+        "store": bool(config.vectors or config.schedules),
+        "floor_div": pages or config.uses_pools,
+        "lengths": not copies and bool(config.vectors or config.schedules),
+        "expanded_length": not copies and bool(config.row_vectors or "paged_mqa_schedule_metadata" in config.fields),
         "nsa_lengths": not copies and any(name.startswith("nsa_") for name in config.fields),
         "mqa_schedule": "paged_mqa_schedule_metadata" in config.fields,
         "flashmla_schedule": "flashmla_metadata" in config.fields,
         "same_end": rows and ends != "backend_ends",
         "tile": rows and tokens,
+        "realign": rows and tokens and config.vector_bytes == 16 and config.req_to_token_dtype == "int32",
         wide: rows and tokens,
         ends: rows and not copies,
         "pages": pages,

@@ -1,8 +1,5 @@
 // ---- lengths -----------------------------------------------------------------------------------------------------
-// The length that row `row` of a request with `rows` rows attends to: the last row sees all seq_len tokens, each row
-// before it one token less. Never negative: a padding request has fewer tokens than rows, and consumers read the
-// length as unsigned.
-__device__ __forceinline__ std::int32_t expanded_length(std::int32_t seq_len, int rows, int row) {
-  const std::int32_t length = wrapping_add(seq_len, row + 1 - rows);
-  return length > 0 ? length : 0;
+// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
+__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
 }

@@ -1,6 +1,6 @@
 // ---- tables of pages alone ---------------------------------------------------------------------------------------
 // The columns of a tile are pages.
-__device__ __forceinline__ int written_columns(const Params& p, Ends ends) {
+[[maybe_unused]] __device__ __forceinline__ int written_columns(const Params& p, Ends ends) {
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
 }
 
