@@ -471,8 +471,8 @@ def _generator_digest() -> str:
     package = importlib.resources.files("onelaunch")
     templates = importlib.resources.files("onelaunch.templates")
     files = [package / name for name in _GENERATOR]
-    for folder in (templates, templates / "parts"):
-        files += sorted((f for f in folder.iterdir() if f.name.endswith(".j2")), key=lambda f: f.name)
+    for folder in (templates, templates / "device"):
+        files += sorted((f for f in folder.iterdir() if f.name.endswith((".j2", ".cuh"))), key=lambda f: f.name)
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

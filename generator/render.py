@@ -145,6 +145,7 @@ def render_baseline(
     call_words: Sequence[str],
     words: int,
     config: KernelConfig | None = None,
+    plan_words: Sequence[str] = (),
     **facts: Any,
 ) -> tuple[str, str]:
     """The CUDA and the binding of a kernel that onelaunch is measured against.
@@ -154,10 +155,14 @@ def render_baseline(
         symbol: stem of the exported names.
         call_words: names of the parameter words that each call sets.
         words: 64-bit words of its parameter block.
-        config: a configuration whose facts and parameter block the template uses.
+        config: a configuration whose settings and parameter block the template uses.
+        plan_words: names of 64-bit words that the template adds at the end of that block.
         facts: what else the template asks for.
     """
     context = {"target": "cuda", **(_context(config) if config else {}), **facts, "symbol": symbol}
+    if config:
+        more = [layout.Member(word, "int64", None, False, "of this baseline") for word in plan_words]
+        context["members"] = [*context["members"], *more]
     source = _environment().get_template(f"baselines/{name}.cu.j2").render(context)
     return source, render_plain_binding(symbol, call_words, words)
 
