@@ -93,7 +93,7 @@ def device_files(config: KernelConfig) -> list[str]:
     ends = "full_ends" if config.extent == "full" else "backend_ends" if config.lengths_differ else "live_ends"
     beside = "held_pages" if config.holds_page_tokens else "tokens_and_pages"
     wanted = {
-        "running_sum": counts or not copies and bool(config.sums or config.schedules or config.extend == "variable"),
+        "running_sum": counts or (not copies and bool(config.sums or config.schedules or config.extend == "variable")),
         "destinations": True,
         "store": bool(config.vectors or config.schedules),
         "floor_div": pages or config.uses_pools,

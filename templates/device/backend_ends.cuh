@@ -13,7 +13,9 @@ __device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) 
   return static_cast<int>(length < 0 ? 0 : length < limit ? length : limit);
 }
 
-__device__ __forceinline__ Ends ends_at(const Params& p, int reach) { return {p, reach}; }
+__device__ __forceinline__ Ends ends_at(const Params& p, int reach) {
+  return {p, reach};
+}
 
 // The end in a backend that adds `offset`.
 __device__ __forceinline__ int end_with(Ends ends, std::int32_t offset) {
@@ -21,7 +23,9 @@ __device__ __forceinline__ int end_with(Ends ends, std::int32_t offset) {
   return length < 0 ? 0 : length < ends.p.columns ? length : static_cast<int>(ends.p.columns);
 }
 
-__device__ __forceinline__ int longest_end(Ends ends) { return end_with(ends, kLongestOffset); }
+__device__ __forceinline__ int longest_end(Ends ends) {
+  return end_with(ends, kLongestOffset);
+}
 
 // A table that all backends share has the longest backend's columns.
 template <int N>

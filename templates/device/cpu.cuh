@@ -37,8 +37,12 @@ thread_local dim3 blockIdx;
 thread_local dim3 gridDim;
 
 inline void __syncthreads() {}
-inline int __syncthreads_or(int predicate) { return predicate; }
-inline unsigned __ballot_sync(unsigned, bool vote) { return vote ? 1u : 0u; }
+inline int __syncthreads_or(int predicate) {
+  return predicate;
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  return vote ? 1u : 0u;
+}
 template <typename T>
 T __shfl_sync(unsigned, T value, int) {
   return value;
@@ -47,7 +51,9 @@ template <typename T>
 T __shfl_up_sync(unsigned, T value, unsigned) {
   return value;
 }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }
@@ -69,8 +75,12 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "no error";
+}
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;

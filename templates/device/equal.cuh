@@ -7,15 +7,15 @@
 //          +-----------------------+-------------+-------------+-------------+
 //          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
 //          +-----------------------+-------------+-------------+-------------+
-constexpr int kWideFrom = 12;     // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
+constexpr int kWideFrom = 12;  // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
 constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half of each block's warps take them
 
 // The host's share: dividing by a number that isn't a constant takes a thread dozens of dependent instructions.
 struct Split {
-  std::uint32_t tiles;        // of a row
+  std::uint32_t tiles;  // of a row
   std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
-  std::uint32_t warps;        // of a block that take tiles; none where rows have no columns
-  std::uint64_t reciprocal;   // (2^64 - 1) / tiles
+  std::uint32_t warps;  // of a block that take tiles; none where rows have no columns
+  std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
 __device__ void write_tables(const Params& p, const Split& split) {
@@ -51,7 +51,10 @@ Split split_of(const Params& p) {
   return {
       static_cast<std::uint32_t>(tiles),
       static_cast<std::int32_t>(tile_columns),
-      static_cast<std::uint32_t>(columns == 0 ? 0 : few ? (kWarps + 1) / 2 : kWarps),
+      static_cast<std::uint32_t>(
+          columns == 0 ? 0
+          : few        ? (kWarps + 1) / 2
+                       : kWarps),
       ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles),
   };
 }

@@ -3,7 +3,7 @@
 // the requests one after the other, so one thread walks them: past all requests of a chunk at once, or in steps that
 // double while whole requests fit into a part. That takes as many turns as there are parts and chunks. It notes where
 // each part begins; from that all threads derive the rest.
-constexpr int kMlaBlock = 64;    // tokens
+constexpr int kMlaBlock = 64;  // tokens
 constexpr int kMlaOverhead = 5;  // what a request costs a part beside its blocks, in blocks
 
 // Where the parts begin, in shared memory.
@@ -11,7 +11,7 @@ struct Parts {
   std::int32_t request[kMaxSmParts];
   std::int32_t block[kMaxSmParts];  // of that request
   std::int32_t split[kMaxSmParts];  // splits of that request in the parts before
-  std::int32_t cuts[kMaxSmParts];   // parts up to and including this one that begin within a request; -1 behind the walk
+  std::int32_t cuts[kMaxSmParts];  // parts up to and including this one that begin within a request; -1 behind the walk
 };
 
 __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request, int b) {

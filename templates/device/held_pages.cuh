@@ -32,8 +32,9 @@ __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int width = static_cast<int>(p.req_to_token_width);
   if (copy_vectors<kTiles>(p.page_indices, rows, source, width, first, ends, [&](const auto& words) {
-    write_held_pages(p, rows, words, first, ends);
-  })) return;
+        write_held_pages(p, rows, words, first, ends);
+      }))
+    return;
   copy_words<kTiles>(p.page_indices, rows, source, first, ends);
   read_pages<kTiles>(p, rows, source, first, ends);
 }

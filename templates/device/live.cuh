@@ -17,21 +17,21 @@
 // ones doesn't wait until its own warps are done. Its tiles are counted in every block that takes some, so no warp gets
 // more than its share, however uneven the requests are.
 constexpr int kSpreadRounds = 3;  // up to so many rounds of own tiles, a block's warps take distant tiles of a request
-constexpr int kManyBlocks = 8;    // from so many blocks per request on, neighbouring remainder tiles go to all blocks
+constexpr int kManyBlocks = 8;  // from so many blocks per request on, neighbouring remainder tiles go to all blocks
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that take neighbouring tiles even then
 
 // How a launch shares the requests out. The host computes it: dividing by a number that isn't a constant takes a thread
 // dozens of dependent instructions. It is the kernel's first parameter, so that what a thread needs before its first
 // load lies in one line of the constant cache.
 struct Split {
-  std::uint32_t own_blocks;            // blocks whose warps have own tiles; the others take remainder tiles
-  std::uint32_t reciprocal;            // (2^32 - 1) / requests
-  std::uint32_t requests;              // of the batch
-  std::int32_t wide_from;              // columns of a request beyond which its own warps take kWideTiles tiles at once
-  std::uint32_t own_tiles;             // of a request: one for each of its own warps
-  std::uint8_t all_own;                // whether own tiles reach the end of every row
-  std::uint8_t spread;                 // whether a block's warps take distant tiles of their request
-  std::uint8_t spread_remainder;       // whether neighbouring remainder tiles go to different blocks
+  std::uint32_t own_blocks;  // blocks whose warps have own tiles; the others take remainder tiles
+  std::uint32_t reciprocal;  // (2^32 - 1) / requests
+  std::uint32_t requests;  // of the batch
+  std::int32_t wide_from;  // columns of a request beyond which its own warps take kWideTiles tiles at once
+  std::uint32_t own_tiles;  // of a request: one for each of its own warps
+  std::uint8_t all_own;  // whether own tiles reach the end of every row
+  std::uint8_t spread;  // whether a block's warps take distant tiles of their request
+  std::uint8_t spread_remainder;  // whether neighbouring remainder tiles go to different blocks
   std::uint8_t log2_warps_per_request;  // among the warps of a block
 };
 
@@ -46,9 +46,9 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   // Every block counts the remainder tiles of a window of requests, and the warps of all blocks take them in turn.
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];   // the column that its remainder begins at
+  __shared__ std::int32_t begins[kThreads];  // the column that its remainder begins at
   __shared__ std::int64_t pool_rows[kThreads];
-  int first = -kThreads;           // the window's first request: there is none yet
+  int first = -kThreads;  // the window's first request: there is none yet
   std::uint32_t window_tiles = 0;  // that the warps take in turn
   std::uint32_t warp_end = 0;
   bool wide = false;  // whether a warp takes kWideTiles tiles at once
@@ -114,7 +114,7 @@ __device__ void write_tables(const Params& p, const Split& split) {
     if (split.spread) {
       tile = warp / kNearWarps * (split.own_tiles / (kWarps / kNearWarps)) + round * kNearWarps + warp % kNearWarps;
     }
-    if (pool_row < 0) columns = 0;             // the test makes the compiler load the row beside the length, not after
+    if (pool_row < 0) columns = 0;  // the test makes the compiler load the row beside the length, not after
     if (tile >= split.own_tiles) columns = 0;  // the last block's warps without a request
     const int offset = alignment_offset(p, request);
     if constexpr (kWideTiles > 1) {

@@ -12,4 +12,6 @@ __device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) 
   return static_cast<int>(length < 0 ? 0 : length < p.columns ? length : p.columns);
 }
 
-__device__ __forceinline__ Ends ends_at(const Params&, int reach) { return {reach}; }
+__device__ __forceinline__ Ends ends_at(const Params&, int reach) {
+  return {reach};
+}

@@ -4,20 +4,19 @@
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
 }
 
-__device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) { return 0; }
+__device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
+  return 0;
+}
 
-inline std::int64_t largest_offset(const Params&) { return 0; }
+inline std::int64_t largest_offset(const Params&) {
+  return 0;
+}
 
 // Stores this lane's pages of a tile to one table.
 template <int kWords, int N>
 __device__ __forceinline__ void store_pages(
-    const Params& p,
-    const Table (&to)[N],
-    int pages_per_column,
-    Rows rows,
-    const std::int32_t (&numbers)[kWords],
-    int first,
-    Ends ends) {
+    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kWords],
+    int first, Ends ends) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {

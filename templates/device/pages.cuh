@@ -1,6 +1,8 @@
 // ---- pages -------------------------------------------------------------------------------------------------------
 // The pages that a number of tokens takes.
-__device__ __forceinline__ int pages_of(int tokens) { return tokens / kPageSize + (tokens % kPageSize != 0); }
+__device__ __forceinline__ int pages_of(int tokens) {
+  return tokens / kPageSize + (tokens % kPageSize != 0);
+}
 
 // The page of a token, rounded down: padding tokens are negative.
 __device__ __forceinline__ std::int32_t page_of(Token token) {

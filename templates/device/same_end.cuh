@@ -3,7 +3,9 @@
 struct SameEnd {
   int end;
 };
-__device__ __forceinline__ int longest_end(SameEnd ends) { return ends.end; }
+__device__ __forceinline__ int longest_end(SameEnd ends) {
+  return ends.end;
+}
 template <int N>
 __device__ __forceinline__ bool ends_differ(const Table (&)[N], SameEnd) {
   return false;

@@ -1,5 +1,7 @@
 // ---- the columns of a tile are tokens ----------------------------------------------------------------------------
-[[maybe_unused]] __device__ __forceinline__ int written_columns(const Params&, Ends ends) { return longest_end(ends); }
+[[maybe_unused]] __device__ __forceinline__ int written_columns(const Params&, Ends ends) {
+  return longest_end(ends);
+}
 
 __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t row) {
   return alignment_offset(p.page_indices, row);

@@ -15,10 +15,10 @@ __device__ void write_tables(const Params& p) {
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];   // the column that its first tile begins at
+  __shared__ std::int32_t begins[kThreads];  // the column that its first tile begins at
   __shared__ std::int64_t pool_rows[kThreads];
   __shared__ Rows window_rows[kThreads];
-  int first = -kThreads;           // the window's first request: there is none yet
+  int first = -kThreads;  // the window's first request: there is none yet
   std::uint32_t window_tiles = 0;  // that the warps take in turn
   std::uint32_t warp_end = 0;
   RunningSum<std::uint32_t> row_sum;

@@ -7,7 +7,7 @@ struct Window {
 };
 
 struct Place {
-  int slot;            // of the request in the window
+  int slot;  // of the request in the window
   std::uint32_t tile;  // among the request's tiles
 };
 

@@ -95,7 +95,7 @@ class Mutation:
         name: what is done.
         breaks: what it would break on a GPU.
         config, case: what shows it.
-        template: where the fault is: a file of templates/device/, or a Jinja template, which stands for the whole source.
+        template: where the fault is: a file of templates/device/, or a Jinja template, which means the whole source.
         pattern, replacement: a regular expression, substituted wherever it matches there.
         sanitizer: what the mutant is built with.
         caught_by: who has to complain, a value of ``Outcome.caught``.
@@ -124,8 +124,8 @@ class Mutation:
         mutant, count = re.subn(self.pattern, self.replacement, part, flags=re.DOTALL)
         if count == 0 or mutant == part or part not in source:
             raise LookupError(
-                f"mutation {self.name!r}: its pattern {self.pattern!r} no longer matches {self.template} in the emitted "
-                "source; the templates changed, change the mutation with them"
+                f"mutation {self.name!r}: its pattern {self.pattern!r} no longer matches {self.template} in the "
+                "emitted source; the templates changed, change the mutation with them"
             )
         return source.replace(part, mutant)
 
