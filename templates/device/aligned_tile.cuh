@@ -12,9 +12,9 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 
 // Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
 // `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
-template <int kTiles, typename T, int N, typename Ends, typename Then>
+template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, Ends ends, const Then& then) {
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
   int4 words[kTiles * kUnroll];
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
@@ -67,9 +67,9 @@ __device__ __forceinline__ bool copy_vectors(
 }
 
 // Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
-template <int kTiles, typename T, int N, typename Ends>
+template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, Ends ends) {
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
   if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
     copy_words<kTiles>(to, rows, source, first, ends);
   }

@@ -32,10 +32,12 @@ template <int N>
 __device__ __forceinline__ bool ends_differ(const Table (&)[N], Ends) {
   return N == kBackends;
 }
+
 template <int N>
 __device__ __forceinline__ int shortest_end(const Table (&)[N], Ends ends) {
   return end_with(ends, N == kBackends ? kShortestOffset : kLongestOffset);
 }
+
 template <int N>
 __device__ __forceinline__ int end_of(const Table (&)[N], Ends ends, int b) {
   return end_with(ends, N == kBackends ? length_offset(b) : kLongestOffset);

@@ -40,32 +40,40 @@ inline void __syncthreads() {}
 inline int __syncthreads_or(int predicate) {
   return predicate;
 }
+
 inline unsigned __ballot_sync(unsigned, bool vote) {
   return vote ? 1u : 0u;
 }
+
 template <typename T>
 T __shfl_sync(unsigned, T value, int) {
   return value;
 }
+
 template <typename T>
 T __shfl_up_sync(unsigned, T value, unsigned) {
   return value;
 }
+
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
+
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }
+
 inline std::uint64_t __umul64hi(std::uint64_t a, std::uint64_t b) {
   return static_cast<std::uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+
 template <typename T>
 T atomicCAS(T* address, T expected, T value) {
   const T found = *address;
   if (found == expected) *address = value;
   return found;
 }
+
 template <typename T>
 T __ldg(const T* address) {
   return *address;
@@ -75,16 +83,20 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+
 inline cudaError_t cudaSetDevice(int) {
   return cudaSuccess;
 }
+
 inline const char* cudaGetErrorString(cudaError_t) {
   return "no error";
 }
+
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
+
 template <typename... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Arguments...), const Arguments&... arguments) {

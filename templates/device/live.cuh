@@ -1,21 +1,22 @@
 // ---- strategy: live columns --------------------------------------------------------------------------------------
-// The cost follows the requests' lengths, not the tables' width. Each request has warps of its own, which take its first
-// tiles; the remainder tiles of long requests are shared out among the warps of other blocks.
+// The cost follows the requests' lengths, not the tables' width. Live columns are those below a request's length. Each
+// request has warps of its own, which take its first tiles; the remainder tiles of long requests are shared out among
+// the warps of other blocks.
 //
-//   block   0 .. kFirstTableBlock   own_blocks                     the other blocks
-//          +-----------------------+------------------------------+------------------------------+
-//          | vectors, schedules    | own tiles                    | remainder tiles              |
-//          +-----------------------+------------------------------+------------------------------+
+//   blocks  0 .. kFirstTableBlock - 1   then split.own_blocks          then the other blocks
+//          +---------------------------+-----------------------------+---------------------------+
+//          | vectors and schedules     | own tiles: a warp has one   | remainder tiles, in turn  |
+//          +---------------------------+-----------------------------+---------------------------+
 //
-//   request 0   [ own tile ][ own tile ][ remainder ][ remainder ][ remai       a long row
-//   request 1   [ own tile ][ own                                               a short one: the remainder is empty
-//   request 2   [ own tile ][ own tile ][ rema
-//                           ^ own_tiles                         ^ the live columns end here
+//   request 0  [  own tile  ][  own tile  ][ remainder  ][ remainder  ][ rem        a long request
+//   request 1  [  own tile  ][  ow                                                  one without a remainder
+//   request 2  [  own tile  ][  own tile  ][ remai
+//              ^ column 0, less the alignment offset    ^ the live columns end where the row of tiles does
 //
-// No warp with own tiles waits for the lengths of other requests: for short requests there is nothing else to do, and
-// every instruction before the first load shows. The remainder starts at the same time: a long request among short
-// ones doesn't wait until its own warps are done. Its tiles are counted in every block that takes some, so no warp gets
-// more than its share, however uneven the requests are.
+// No warp with an own tile waits for the lengths of other requests: for short requests there is nothing else to do, and
+// every instruction before the first load shows. The remainder starts at the same time: a long request among short ones
+// doesn't wait until its own warps are done. Every block that takes remainder tiles counts all of them, so that no warp
+// gets more than its share, however uneven the requests are.
 constexpr int kSpreadRounds = 3;  // up to so many rounds of own tiles, a block's warps take distant tiles of a request
 constexpr int kManyBlocks = 8;  // from so many blocks per request on, neighbouring remainder tiles go to all blocks
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that take neighbouring tiles even then

@@ -6,14 +6,17 @@ struct SameEnd {
 __device__ __forceinline__ int longest_end(SameEnd ends) {
   return ends.end;
 }
+
 template <int N>
 __device__ __forceinline__ bool ends_differ(const Table (&)[N], SameEnd) {
   return false;
 }
+
 template <int N>
 __device__ __forceinline__ int shortest_end(const Table (&)[N], SameEnd ends) {
   return ends.end;
 }
+
 template <int N>
 __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
   return ends.end;

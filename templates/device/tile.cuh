@@ -10,8 +10,8 @@ __device__ __forceinline__ const T* opaque(const T* address) {
 
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.
-template <int kTiles, typename T, int N, typename Ends>
-__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, Ends ends) {
+template <int kTiles, typename T, int N, typename RowEnds>
+__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
   constexpr int kWords = kTiles * kTileColumns / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = longest_end(ends);

@@ -7,8 +7,8 @@ __device__ __forceinline__ int alignment_offset(const Table (&)[N], std::int64_t
   return 0;
 }
 
-template <int kTiles, typename T, int N, typename Ends>
+template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int, int first, Ends ends) {
+    const Table (&to)[N], Rows rows, const T* source, int, int first, RowEnds ends) {
   copy_words<kTiles>(to, rows, source, first, ends);
 }
