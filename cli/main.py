@@ -16,7 +16,6 @@ from .doctor import doctor
 from .listing import list_kernels
 from .replay import replay
 from .show import diff, show
-from .tune import tune
 
 HELP = """Generate, build, inspect and replay kernels that refresh N backends' attention metadata in one launch.
 
@@ -46,7 +45,6 @@ app.command()(explain)
 app.command()(replay)
 app.command()(doctor)
 app.command()(bench)
-app.command()(tune)
 app.add_typer(cache.app, name="cache")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import layout, loader, log, toolchain, tuning
+from . import layout, loader, log, toolchain
 from .checks import (
     INT_DTYPES,
     MAX_BATCH,
@@ -647,8 +647,6 @@ def make_plan(
             **(launch_shape or {}),
         }
     )
-    if launch_shape is None:
-        config = tuning.shaped(config, destinations.device, destinations.capacity, columns)
     if max_len is not None:
         check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
     plan = Plan(destinations, config, req_to_token, columns, keep)

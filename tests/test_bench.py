@@ -661,5 +661,5 @@ def test_a_file_that_cannot_be_written_is_known_before_anything_is_measured(monk
 
 def test_the_device_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ArgumentError, match="onelaunch tune measures on a CUDA device"):
-        bench.device_meter("onelaunch tune")
+    with pytest.raises(ArgumentError, match="onelaunch bench measures on a CUDA device"):
+        bench.device_meter("onelaunch bench")
