@@ -52,7 +52,8 @@ def build(
     """
 
     def run() -> None:
-        from onelaunch import prebuild, toolchain
+        from onelaunch.build import toolchain
+        from onelaunch.load import prebuild
 
         archs, here = architectures(arch), functools.cache(toolchain.current_architectures)
         names: list[str | None] = [*(configs or ()), *(presets or ())]
@@ -92,8 +93,8 @@ def explain(
     """
 
     def run() -> Any:
-        from onelaunch import toolchain
-        from onelaunch.explain import explain as look
+        from onelaunch.build import toolchain
+        from onelaunch.inspect.explain import explain as look
 
         wanted = chosen(config, settings, target)
         archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.current_architectures()
@@ -120,8 +121,9 @@ def explain(
 def _here(job: Any, retry: bool, as_json: bool) -> None:
     """One configuration needs no other process."""
     import onelaunch
-    from onelaunch import failures, loader, prebuild
+    from onelaunch.cache import failures
     from onelaunch.errors import OnelaunchError
+    from onelaunch.load import loader, prebuild
 
     start, before = time.perf_counter(), time.time()
     with _set({loader.POLICY_VARIABLE: "allow", **({failures.RETRY_VARIABLE: "1"} if retry else {})}):
@@ -140,7 +142,7 @@ def _here(job: Any, retry: bool, as_json: bool) -> None:
 
 
 def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, retry: bool, as_json: bool) -> None:
-    from onelaunch import prebuild
+    from onelaunch.load import prebuild
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

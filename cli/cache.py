@@ -24,7 +24,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 
 
 def _store() -> Any:
-    from onelaunch.loader import default_store
+    from onelaunch.load.loader import default_store
 
     return default_store()
 
@@ -47,8 +47,8 @@ def _matching(keys: list[str] | None) -> list[Any]:
 
 def listed(store: Any) -> list[dict[str, Any]]:
     """What a store holds, the last used first."""
-    from onelaunch.loader import is_edited
-    from onelaunch.store import MANIFEST
+    from onelaunch.cache.store import MANIFEST
+    from onelaunch.load.loader import is_edited
 
     def when(seconds: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
@@ -144,7 +144,7 @@ def gc(
     """
 
     def run() -> Any:
-        from onelaunch import collect
+        from onelaunch.cache import collect
 
         limit = max_size or (None if older_than else collect.default_max_size())
         return collect.collect(
@@ -170,7 +170,7 @@ def clear() -> None:
     """
 
     def run() -> int:
-        from onelaunch import collect, trust
+        from onelaunch.cache import collect, trust
 
         store = _store()
         if store.root.exists():
@@ -194,7 +194,7 @@ def pack(
     """
 
     def run() -> Any:
-        from onelaunch.pack import to_bytes
+        from onelaunch.load.pack import to_bytes
 
         entries = _matching(keys)
         write_whole(output, to_bytes(entries))
@@ -216,7 +216,7 @@ def unpack(file: Annotated[Path, typer.Argument(help="A file that pack wrote, fr
     """
 
     def run() -> Any:
-        from onelaunch.pack import read_file
+        from onelaunch.load.pack import read_file
 
         return read_file(file, _store())
 

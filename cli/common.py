@@ -28,7 +28,7 @@ _wants_traceback = False
 
 def preset_names(incomplete: str) -> list[str]:
     """What a shell completes a configuration's name by."""
-    from onelaunch.config import PRESETS
+    from onelaunch.spec.config import PRESETS
 
     return [name for name in PRESETS if name.startswith(incomplete)]
 
@@ -101,7 +101,7 @@ class Verbs(typer.core.TyperGroup):
 
 def chosen(name: str | None, settings: str | None, target: str | None = None) -> Any:
     """The configuration that a preset's name and --set stand for."""
-    from onelaunch.config import parse_settings, preset
+    from onelaunch.spec.config import parse_settings, preset
 
     config = parse_settings(settings or "", preset(name) if name else None)
     return config.replace(target=target) if target else config
@@ -114,7 +114,7 @@ def architectures(text: str | None) -> tuple[str, ...] | None:
 
 def kernel(name: str | None, settings: str | None, target: str | None, arch: str | None) -> Any:
     """The onelaunch.inspect.Subject that a verb's arguments stand for; says on standard error if it was edited."""
-    from onelaunch import inspect
+    from onelaunch.inspect import kernels as inspect
 
     found = inspect.find(name, settings, target, architectures(arch))
     if found.edited is not None:
@@ -173,8 +173,8 @@ def check_writable(path: Path) -> None:
 
 def write_commands(folder: Path) -> Path:
     """Writes a compile_commands.json of the emitted files in a folder; returns its path."""
-    from onelaunch import inspect
     from onelaunch.errors import ConfigError
+    from onelaunch.inspect import kernels as inspect
 
     files = {}
     for source in sorted(folder.glob("*.cu")):

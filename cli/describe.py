@@ -42,7 +42,7 @@ def describe(
 
     def run() -> Any:
         from onelaunch.errors import ArgumentError
-        from onelaunch.estimate import traffic
+        from onelaunch.inspect.traffic import traffic
 
         found = kernel(config, settings, target, None)
         if found.config is None:
@@ -57,8 +57,8 @@ def describe(
 
 
 def _facts(found: Any, moved: Any, batch: int, length: int) -> dict[str, Any]:
-    from onelaunch.estimate import H100
-    from onelaunch.fields import FIELDS
+    from onelaunch.inspect.traffic import H100
+    from onelaunch.spec.fields import FIELDS
 
     return {
         "name": found.name,

@@ -18,7 +18,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = F
       onelaunch doctor
       onelaunch doctor --json
     """
-    from onelaunch import doctor as check
+    from onelaunch.inspect import doctor as check
 
     start = time.perf_counter()
     rows = check.examine()

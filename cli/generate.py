@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from onelaunch.config import PRESETS
-from onelaunch.render import render
+from onelaunch.emit.render import render
+from onelaunch.spec.config import PRESETS
 
 from .common import write_whole
 

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from . import cache
-from .bench import bench
 from .build import build, explain
 from .common import EXIT_CODES, Verbs, sentence, write_commands
 from .describe import describe
 from .doctor import doctor
+from .lab.bench import bench
+from .lab.replay import replay
 from .listing import list_kernels
-from .replay import replay
 from .show import diff, show
 
 HELP = """Generate, build, inspect and replay kernels that refresh N backends' attention metadata in one launch.
@@ -54,7 +54,8 @@ def _version(wanted: bool) -> None:
     import platform
     from importlib import metadata
 
-    from onelaunch import __version__, toolchain
+    from onelaunch import __version__
+    from onelaunch.build import toolchain
 
     typer.echo(f"onelaunch {__version__}")
     rows = [("python", platform.python_version(), ""), ("torch", metadata.version("torch"), "")]

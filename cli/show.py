@@ -86,8 +86,8 @@ def show(
     """
 
     def run() -> str:
-        from onelaunch import inspect
         from onelaunch.errors import ArgumentError
+        from onelaunch.inspect import kernels as inspect
 
         if as_json and what not in (What.resources, What.command, What.key):
             raise ArgumentError(f"--json is for resources, command and key; {what} is text.")
@@ -137,7 +137,7 @@ def diff(
     """
 
     def run() -> str:
-        from onelaunch import inspect
+        from onelaunch.inspect import kernels as inspect
 
         def subject(text: str) -> Any:
             # A setting has an equals sign, which no preset and no key has.

@@ -11,16 +11,7 @@ import sys
 if sys.platform != "linux":
     raise ImportError(f"onelaunch runs on Linux only, and this is {sys.platform}.")
 
-from .api import (
-    fused_metadata_copy_cuda,
-    fused_metadata_precompute_and_broadcast_cuda,
-    precompute_decode_metadata_cuda,
-    precompute_draft_extend_metadata_cuda,
-    precompute_target_verify_metadata_cuda,
-    specialize,
-)
-from .config import PRESETS, KernelConfig, preset
-from .distribute import distribute
+from .emit.render import render
 from .errors import (
     ArgumentError,
     CompileError,
@@ -31,12 +22,22 @@ from .errors import (
     StoreError,
     ToolchainError,
 )
-from .fields import FIELDS, Field, MetadataBuffers
-from .groups import Groups, bind_groups
-from .loader import Kernel, freeze
-from .plan import Plan, bind
-from .render import render
-from .schedules import sparse_flashmla_metadata
+from .load.distribute import distribute
+from .load.loader import Kernel, freeze
+from .run.api import (
+    fused_metadata_copy_cuda,
+    fused_metadata_precompute_and_broadcast_cuda,
+    precompute_decode_metadata_cuda,
+    precompute_draft_extend_metadata_cuda,
+    precompute_target_verify_metadata_cuda,
+    specialize,
+)
+from .run.groups import Groups, bind_groups
+from .run.plan import Plan, bind
+from .run.schedules import sparse_flashmla_metadata
+from .spec import reference
+from .spec.config import PRESETS, KernelConfig, preset
+from .spec.fields import FIELDS, Field, MetadataBuffers
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ __all__ = [
     "precompute_draft_extend_metadata_cuda",
     "precompute_target_verify_metadata_cuda",
     "preset",
+    "reference",
     "render",
     "sparse_flashmla_metadata",
     "specialize",

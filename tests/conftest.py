@@ -14,8 +14,10 @@ import headers
 import pytest
 import torch
 import typer.testing
-from onelaunch import api, loader, toolchain
+from onelaunch.build import toolchain
 from onelaunch.errors import ToolchainError
+from onelaunch.load import loader
+from onelaunch.run import api
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 # A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.

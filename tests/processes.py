@@ -20,8 +20,11 @@ from onelaunch import templates
 PROLOGUE = """
 import errno, fcntl, json, os, signal, socket, sys, time, warnings
 from pathlib import Path
-from onelaunch import collect, compile as compiler, errors, failures, loader, lock, store as stores, toolchain
-from onelaunch.config import KernelConfig
+from onelaunch import errors
+from onelaunch.cache import collect, failures, lock, store as stores
+from onelaunch.build import compile as compiler, toolchain
+from onelaunch.load import loader
+from onelaunch.spec.config import KernelConfig
 CONFIG = KernelConfig(fields=("cache_seqlens",), target="cpu")
 store = stores.Store()
 SIGNS = Path(os.environ["SIGNS"])
@@ -53,7 +56,7 @@ def light_package(folder: Path) -> Path:
     if not package.exists():
         package.mkdir(parents=True)
         for path in Path(str(onelaunch.__file__)).parent.iterdir():
-            if path.suffix == ".py" and path.name != "__init__.py":
+            if path.name not in ("__init__.py", "__pycache__"):
                 (package / path.name).symlink_to(path.resolve())
         (package / "templates").symlink_to(Path(str(templates.__file__)).parent.resolve())
         (package / "__init__.py").write_text('__version__ = "0"\n', encoding="utf-8")

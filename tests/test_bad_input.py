@@ -897,7 +897,7 @@ def test_nothing_is_built_for_a_refused_call(device: torch.device, monkeypatch: 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a kernel was asked for")
 
-    monkeypatch.setattr("onelaunch.loader.load", load)
+    monkeypatch.setattr("onelaunch.load.loader.load", load)
     scene = Scene(device)
     scene.facts = {"max_len": WIDTH + 1}
     refused(ArgumentError, ("max_len",), lambda: bind(scene))

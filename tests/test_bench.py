@@ -17,15 +17,17 @@ from typing import Any
 import pytest
 import torch
 from emulation import harness
-from onelaunch import KernelConfig, files, layout
-from onelaunch.cli import baselines, bench, report
-from onelaunch.cli.baselines import IMPLEMENTATIONS, Implementation
-from onelaunch.cli.bench import Record, Selected, run_bench, select
+from onelaunch import KernelConfig
+from onelaunch.cache import files
+from onelaunch.cli.lab import baselines, bench, report
+from onelaunch.cli.lab.baselines import IMPLEMENTATIONS, Implementation
+from onelaunch.cli.lab.bench import Record, Selected, run_bench, select
+from onelaunch.cli.lab.report import verdicts
+from onelaunch.cli.lab.scene import SHAPES, WIDE, Case, Scene, parse_shape, short, trace_lengths
 from onelaunch.cli.main import app
-from onelaunch.cli.report import verdicts
-from onelaunch.cli.scene import SHAPES, WIDE, Case, Scene, parse_shape, short, trace_lengths
+from onelaunch.emit.render import render, render_baseline
 from onelaunch.errors import ArgumentError, ConfigError
-from onelaunch.render import render, render_baseline
+from onelaunch.spec import layout
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -157,9 +159,9 @@ def test_the_single_block_sums_right_whatever_the_batch(tmp_path: Path) -> None:
 CHECKED = """
 import sys
 import torch
-from onelaunch.cli import triton_refresh
-from onelaunch.cli.baselines import IMPLEMENTATIONS
-from onelaunch.cli.scene import Case, Scene
+from onelaunch.cli.lab import triton_refresh
+from onelaunch.cli.lab.baselines import IMPLEMENTATIONS
+from onelaunch.cli.lab.scene import Case, Scene
 for case in (Case(6, 999, 2, 1031), Case(258, 9, 1, 37, 16, "full"), Case(1, 600, 1, 601, 1)):
     scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, torch.device(sys.argv[1]))
     for calls in IMPLEMENTATIONS["triton"].calls(scene, case)[::2]:
@@ -186,7 +188,7 @@ def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_there(
     triton = importlib.import_module("triton")
     source = importlib.import_module("triton.compiler").ASTSource
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    from onelaunch.cli.triton_refresh import CHOICES, _refresh
+    from onelaunch.cli.lab.triton_refresh import CHOICES, _refresh
 
     facts = {"index_topk": 2048, "page_shift": 6, "live_only": True, "scan": 256, "block": CHOICES[0][0]}
     types = dict.fromkeys(("seq_lens", "req_pool_indices"), "*i64")

@@ -13,10 +13,12 @@ from typing import Any
 
 import onelaunch
 import pytest
-from onelaunch import PRESETS, KernelConfig, loader, prebuild, preset, render, toolchain
+from onelaunch import PRESETS, KernelConfig, preset, render
+from onelaunch.build import toolchain
+from onelaunch.cache.store import Store
 from onelaunch.cli import main
 from onelaunch.cli.main import app
-from onelaunch.store import Store
+from onelaunch.load import loader, prebuild
 from typer.testing import CliRunner
 
 DATA = Path(__file__).parent / "data"

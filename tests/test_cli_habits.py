@@ -17,12 +17,15 @@ from typing import Any
 
 import onelaunch
 import pytest
+import torch
 import typer
-from onelaunch import PRESETS, inspect, toolchain
+from onelaunch import PRESETS
+from onelaunch.build import toolchain
+from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli import common
 from onelaunch.cli.main import app
-from onelaunch.config import parse_settings
-from onelaunch.store import MANIFEST, Store
+from onelaunch.inspect import kernels as inspect
+from onelaunch.spec.config import parse_settings
 from typer.testing import CliRunner
 
 ROOT: Any = typer.main.get_command(app)
@@ -177,7 +180,7 @@ def test_the_version_comes_with_the_toolchain() -> None:
     assert first == f"onelaunch {onelaunch.__version__}"
     said = dict(line.split("  ", 1) for line in rest)
     assert said["python"].strip() == sys.version.split()[0]
-    assert said["torch"].strip() == onelaunch.plan.torch.__version__.split("+")[0]
+    assert said["torch"].strip() == torch.__version__.split("+")[0]
     for tool, value, _ in toolchain.describe():
         assert said[tool].strip().startswith(value), said
 

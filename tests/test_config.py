@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, layout, preset
-from onelaunch.config import MAX_PARAM_WORDS, parse_settings
+from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, preset
+from onelaunch.spec import layout
+from onelaunch.spec.config import MAX_PARAM_WORDS, parse_settings
 from processes import light_package
 from support import ALL_FIELDS
 
@@ -356,7 +357,8 @@ def test_symbols_name_what_they_are() -> None:
 def test_the_key_is_the_same_in_every_process(tmp_path: Path) -> None:
     """No hash randomization, no address and no time in it."""
     code = (
-        "from onelaunch.config import PRESETS; import json; print(json.dumps({n: c.key for n, c in PRESETS.items()}))"
+        "from onelaunch.spec.config import PRESETS; import json;"
+        "print(json.dumps({n: c.key for n, c in PRESETS.items()}))"
     )
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(light_package(tmp_path))}

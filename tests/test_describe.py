@@ -12,9 +12,9 @@ import onelaunch
 import pytest
 import torch
 from onelaunch import FIELDS, PRESETS, ArgumentError, KernelConfig, preset
+from onelaunch.cli.lab.scene import Scene
 from onelaunch.cli.main import app
-from onelaunch.cli.scene import Scene
-from onelaunch.estimate import H100, traffic
+from onelaunch.inspect.traffic import H100, traffic
 from support import ALL_FIELDS, POISON, buffers_of, destination, token_pool
 from typer.testing import CliRunner
 

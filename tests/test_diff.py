@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import KernelConfig, inspect, loader, preset, render
+from onelaunch import KernelConfig, preset, render
 from onelaunch.cli.main import app
 from onelaunch.cli.show import Compared
+from onelaunch.inspect import kernels as inspect
+from onelaunch.load import loader
 from typer.testing import CliRunner
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import ToolchainError, doctor, loader, toolchain
+from onelaunch import ToolchainError
+from onelaunch.build import toolchain
+from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
-from onelaunch.store import Store
+from onelaunch.inspect import doctor
+from onelaunch.load import loader
 from typer.testing import CliRunner
 
 

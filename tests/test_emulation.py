@@ -9,9 +9,9 @@ import pytest
 from emulation import harness
 from emulation.harness import Case, CompileError, Outcome
 from emulation.mutations import MUTATIONS, Mutation
-from onelaunch.config import PRESETS, KernelConfig, preset
-from onelaunch.fields import FIELDS
-from onelaunch.render import render
+from onelaunch.emit.render import render
+from onelaunch.spec.config import PRESETS, KernelConfig, preset
+from onelaunch.spec.fields import FIELDS
 
 # Tile edges, nothing, padding, lengths beyond the table and beyond what sums in 31 bits.
 RAGGED = Case(

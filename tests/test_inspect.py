@@ -10,24 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import (
-    PRESETS,
-    ArgumentError,
-    ConfigError,
-    KernelConfig,
-    StoreError,
-    ToolchainError,
-    binary,
-    inspect,
-    loader,
-    preset,
-    render,
-    toolchain,
-)
-from onelaunch import compile as compiler
-from onelaunch.inspect import Subject, difference, find, view
-from onelaunch.render import render_binding
-from onelaunch.store import Store
+from onelaunch import PRESETS, ArgumentError, ConfigError, KernelConfig, StoreError, ToolchainError, preset, render
+from onelaunch.build import binary, toolchain
+from onelaunch.build import compile as compiler
+from onelaunch.cache.store import Store
+from onelaunch.emit.render import render_binding
+from onelaunch.inspect import kernels as inspect
+from onelaunch.inspect.kernels import Subject, difference, find, view
+from onelaunch.load import loader
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
 # Small enough to compile at once; with running sums, so that it has shared memory and functions within functions.

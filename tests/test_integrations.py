@@ -16,8 +16,9 @@ import engines
 import pytest
 import support
 import torch
-from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, preset, reference
+from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, preset
 from onelaunch.integrations import flashinfer, sglang, vllm
+from onelaunch.spec import reference
 from support import POISON
 from torch import Tensor
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import PRESETS, KernelConfig, loader, preset
+from onelaunch import PRESETS, KernelConfig, preset
+from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
-from onelaunch.store import MANIFEST, Store
+from onelaunch.load import loader
 from typer.testing import CliRunner
 
 OTHER = KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=2)

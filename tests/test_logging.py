@@ -13,9 +13,10 @@ from pathlib import Path
 import onelaunch
 import pytest
 import torch
-from onelaunch import KernelConfig, loader, render
-from onelaunch import store as stores
-from onelaunch.store import Store
+from onelaunch import KernelConfig, render
+from onelaunch.cache import store as stores
+from onelaunch.cache.store import Store
+from onelaunch.load import loader
 from processes import light_package
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")

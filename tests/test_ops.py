@@ -13,7 +13,8 @@ import onelaunch
 import pytest
 import support
 import torch
-from onelaunch import ArgumentError, MetadataBuffers, api, ops
+from onelaunch import ArgumentError, MetadataBuffers
+from onelaunch.run import api, ops
 from support import SIX_FIELDS, Poisoned, assert_same, assert_untouched
 from torch import Tensor
 

@@ -11,11 +11,14 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from onelaunch import CompileError, KernelConfig, StoreError, inspect, loader, override, pack, render
-from onelaunch import store as stores
+from onelaunch import CompileError, KernelConfig, StoreError, render
+from onelaunch.cache import store as stores
+from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
-from onelaunch.override import OVERRIDE_VARIABLE
-from onelaunch.store import Store
+from onelaunch.emit import override
+from onelaunch.emit.override import OVERRIDE_VARIABLE
+from onelaunch.inspect import kernels as inspect
+from onelaunch.load import loader, pack
 from typer.testing import CliRunner
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")

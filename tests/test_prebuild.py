@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import PRESETS, ConfigError, KernelConfig, failures, loader, prebuild, toolchain
+from onelaunch import PRESETS, ConfigError, KernelConfig
+from onelaunch.build import toolchain
+from onelaunch.cache import failures
+from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
-from onelaunch.prebuild import Job
-from onelaunch.store import Store
+from onelaunch.load import loader, prebuild
+from onelaunch.load.prebuild import Job
 from typer.testing import CliRunner
 
 SMALL = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]

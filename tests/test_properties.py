@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from onelaunch import FIELDS, KernelConfig, MetadataBuffers, reference, render
+from onelaunch import FIELDS, KernelConfig, MetadataBuffers, render
 from onelaunch.errors import ArgumentError, ConfigError
-from onelaunch.plan import make_plan
+from onelaunch.run.plan import make_plan
+from onelaunch.spec import reference
 from torch import Tensor
 
 POISON = -858993460

@@ -10,7 +10,8 @@ import onelaunch
 import pytest
 import support
 import torch
-from onelaunch import FIELDS, MetadataBuffers, reference
+from onelaunch import FIELDS, MetadataBuffers
+from onelaunch.spec import reference
 from support import ALL_FIELDS, DTYPES, POISON, SIX_FIELDS, TABLES, Poisoned, assert_same, assert_untouched
 from torch import Tensor
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import FIELDS, PRESETS, KernelConfig, layout
+from onelaunch import FIELDS, PRESETS, KernelConfig
 from onelaunch import render as render_anew
 from onelaunch.cli.generate import check_folder, emitted, write_folder
 from onelaunch.cli.main import app
-from onelaunch.render import _shift, render_baseline, render_binding
+from onelaunch.emit.render import _shift, render_baseline, render_binding
+from onelaunch.spec import layout
 from processes import light_package
 from support import ALL_FIELDS
 from typer.testing import CliRunner
@@ -165,7 +166,7 @@ def test_the_same_text_each_time(config: KernelConfig) -> None:
 def test_the_same_text_in_another_process(tmp_path: Path) -> None:
     """Neither hash order, nor the folder, nor the language of the system shows."""
     code = (
-        "import hashlib; from onelaunch.config import PRESETS; from onelaunch.render import render; "
+        "import hashlib; from onelaunch.spec.config import PRESETS; from onelaunch.emit.render import render; "
         "print(hashlib.sha256(''.join(map(render, PRESETS.values())).encode()).hexdigest())"
     )
     outputs = set()

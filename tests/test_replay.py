@@ -16,7 +16,7 @@ import torch
 import typer
 from onelaunch import MetadataBuffers
 from onelaunch.cli.common import check_writable
-from onelaunch.cli.replay import (
+from onelaunch.cli.lab.replay import (
     Distribution,
     Extent,
     ReplayOptions,

@@ -10,8 +10,9 @@ import onelaunch
 import pytest
 import support
 import torch
-from onelaunch import KernelConfig, MetadataBuffers, reference
+from onelaunch import KernelConfig, MetadataBuffers
 from onelaunch.errors import ArgumentError, ConfigError
+from onelaunch.spec import reference
 from support import assert_same, assert_untouched
 
 MQA = "paged_mqa_schedule_metadata"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onelaunch.cli.serving import PagedAllocator, ServingSimulation, Step, Trace, row_width
+from onelaunch.cli.lab.serving import PagedAllocator, ServingSimulation, Step, Trace, row_width
 from onelaunch.errors import ArgumentError
 
 DATA = Path(__file__).parent / "data"

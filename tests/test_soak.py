@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from onelaunch.cli.serving import Trace
+from onelaunch.cli.lab.serving import Trace
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "gpu"))

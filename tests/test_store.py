@@ -24,13 +24,17 @@ import numpy as np
 import onelaunch
 import pytest
 import torch
-from onelaunch import KernelConfig, LaunchError, MetadataBuffers, StoreError, ToolchainError, api, binary, loader, trust
-from onelaunch import compile as compiler
-from onelaunch import store as stores
-from onelaunch.cli.serving import PagedAllocator
+from onelaunch import KernelConfig, LaunchError, MetadataBuffers, StoreError, ToolchainError
+from onelaunch.build import binary
+from onelaunch.build import compile as compiler
+from onelaunch.cache import store as stores
+from onelaunch.cache import trust
+from onelaunch.cache.store import CACHE_VARIABLE, KEPT_SUFFIXES, MANIFEST, Entry, Store
+from onelaunch.cli.lab.serving import PagedAllocator
 from onelaunch.errors import ArgumentError
-from onelaunch.plan import CopyPlan, Destinations
-from onelaunch.store import CACHE_VARIABLE, KEPT_SUFFIXES, MANIFEST, Entry, Store
+from onelaunch.load import loader
+from onelaunch.run import api
+from onelaunch.run.plan import CopyPlan, Destinations
 
 KEY = "5" * 64
 FACTS = {"module_file": "m.so", "source_file": "main.cpp", "config": {"num_backends": 3}}

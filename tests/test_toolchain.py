@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from onelaunch import toolchain
+from onelaunch.build import toolchain
 from onelaunch.errors import ToolchainError
 
 HOST_CONFIG = """
@@ -479,7 +479,7 @@ import importlib.util, subprocess, sys, types
 package = types.ModuleType("onelaunch"); package.__path__ = [sys.argv[1]]; sys.modules["onelaunch"] = package
 def refuse(*args, **kwargs): raise SystemExit("a subprocess was started")
 subprocess.run = subprocess.Popen = refuse
-import onelaunch.toolchain
+import onelaunch.build.toolchain
 sys.exit("torch was imported" if "torch" in sys.modules else 0)
 """
     folder = str(Path(toolchain.__file__).parent)

@@ -76,8 +76,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..fields import MetadataBuffers
-from ..plan import Plan, bind
+from ..run.plan import Plan, bind
+from ..spec.fields import MetadataBuffers
 from .attributes import REQUIRED, described, has, read
 
 _Names = dict[str, tuple[str, ...]]

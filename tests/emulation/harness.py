@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from onelaunch import layout, reference
-from onelaunch.config import KernelConfig
-from onelaunch.fields import FIELDS, MetadataBuffers
+from onelaunch.spec import layout, reference
+from onelaunch.spec.config import KernelConfig
+from onelaunch.spec.fields import FIELDS, MetadataBuffers
 from torch import Tensor
 
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from onelaunch.config import KernelConfig, preset
+from onelaunch.spec.config import KernelConfig, preset
 
 from .harness import Case
 

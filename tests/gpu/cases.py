@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from onelaunch import PRESETS, KernelConfig, MetadataBuffers, reference
-from onelaunch.fields import FIELDS
-from onelaunch.plan import CopyPlan, Destinations, backend_field, make_plan
+from onelaunch import PRESETS, KernelConfig, MetadataBuffers
+from onelaunch.run.plan import CopyPlan, Destinations, backend_field, make_plan
+from onelaunch.spec import reference
+from onelaunch.spec.fields import FIELDS
 from torch import Tensor
 
 POISON = -858993460

@@ -23,9 +23,9 @@ from typing import Any
 import soak
 import torch
 from onelaunch import PRESETS, __version__
-from onelaunch.cli import baselines, measure
-from onelaunch.cli.scene import Scene
-from onelaunch.inspect import fingerprint
+from onelaunch.cli.lab import baselines, measure
+from onelaunch.cli.lab.scene import Scene
+from onelaunch.inspect.kernels import fingerprint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

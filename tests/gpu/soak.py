@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import onelaunch
 import torch
-from onelaunch import MetadataBuffers, reference
-from onelaunch.cli.replay import Checker, _allocate
-from onelaunch.cli.serving import ServingSimulation, Trace
+from onelaunch import MetadataBuffers
+from onelaunch.cli.lab.replay import Checker, _allocate
+from onelaunch.cli.lab.serving import ServingSimulation, Trace
+from onelaunch.spec import reference
 
 CAPTURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 PAGE_SIZE = 64

@@ -19,8 +19,8 @@ from typing import Any
 import onelaunch
 import torch
 from onelaunch import MetadataBuffers
-from onelaunch.cli import measure
-from onelaunch.cli.scene import WIDE, Scene
+from onelaunch.cli.lab import measure
+from onelaunch.cli.lab.scene import WIDE, Scene
 
 SHAPES = ((1, 4096), (8, 8192), (64, 8192), (128, 32768), (256, 4096))
 SETS = 12

@@ -1,0 +1,555 @@
+"""What onelaunch is measured against: the same refresh by other means, each written as well as we know how.
+
+Every implementation makes one call a buffer set of a Scene, and says what it writes, so that it can be checked with the
+reference before it is timed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from onelaunch import KernelConfig
+from onelaunch.build import compile as compiler
+from onelaunch.build import toolchain
+from onelaunch.emit.render import render, render_baseline, render_plain_binding
+from onelaunch.load import loader
+from onelaunch.spec import layout
+from onelaunch.spec.fields import FIELDS
+from torch import Tensor
+
+from .scene import INDEX_TOPK, Call, Case, Scene
+
+# Backends that the kernel with runtime arguments has room for.
+RUNTIME_BACKENDS = 8
+_RUNTIME_WORDS = ("num_backends", "index_topk", "page_shift")
+
+
+class Unsupported(Exception):
+    """An implementation can't do a case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to do a refresh.
+
+    Attributes:
+        name: its row in the table.
+        what: the same for people.
+        calls: a list of variants, each with a call a set; the fastest counts.
+        live: whether it leaves alone what a request's length doesn't make live. Otherwise it writes every column below
+            the longest request, or of the whole table with ``whole``.
+        whole: see ``live``.
+        first_sums: whether it writes the first 0 of the running sums; engines' tensor code relies on finding it.
+        checked: whether it does a refresh at all.
+        writes: the fields that it writes, if it does a part of the refresh alone.
+        limit: requests times columns times backends that are worth waiting for; None is no limit.
+    """
+
+    name: str
+    what: str
+    calls: Callable[[Scene, Case], list[list[Call]]]
+    live: bool = True
+    whole: bool = False
+    first_sums: bool = True
+    checked: bool = True
+    writes: tuple[str, ...] = tuple(FIELDS)
+    limit: int | None = None
+
+    def check(self, scene: Scene, case: Case, call: Call, number: int) -> str:
+        """Runs the call of a set on poisoned destinations; what is wrong with what it wrote, or ""."""
+        if not self.checked:
+            call()
+            return ""
+        scene.poison(number, **({} if self.first_sums else {"first_sums": 0}))
+        call()
+        return self.fault(scene, case, number)
+
+    def fault(self, scene: Scene, case: Case, number: int) -> str:
+        """What is wrong with a set that was poisoned and refreshed, or ""."""
+        if not self.checked:
+            return ""
+        whole = case.extent == "full" or self.whole
+        extent = "live" if self.live and not whole else "full"
+        return scene.fault(number, extent, None if whole or self.live else scene.longest, self.writes)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+def target_of(device: torch.device) -> Any:
+    """The target that a device's kernels are built for."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+@cache
+def built(symbol: str, source: str, binding: str, target: str) -> ModuleType:
+    """A kernel to compare with, built as onelaunch's own kernels are: same recipe, same binding, same store."""
+    archs = toolchain.architectures(torch.cuda.current_device()) if target == "cuda" else ()
+    tools = compiler.find_tools(target)
+    material = (source, binding, compiler.flags(target, archs), tools.versions())
+    key = hashlib.sha256(repr(material).encode()).hexdigest()
+    store = loader.default_store()
+    entry = store.find(key)
+    if entry is not None:
+        return loader.import_module(entry)
+    entry, _, module = loader.obtain(loader.Recipe(key, symbol, source, binding, archs, {}), tools, store)
+    return module or loader.import_module(entry)
+
+
+def kernel(name: str, target: str, call_words: Sequence[str] = (), words: int = 0, **facts: Any) -> ModuleType:
+    """The module of a template below templates/baselines/; see render_baseline."""
+    known = sorted((fact, value.key if fact == "config" else value) for fact, value in facts.items())
+    digest = hashlib.sha256(repr((name, target, known)).encode()).hexdigest()[:8]
+    symbol = f"onelaunch_baseline_{name}_{digest}"
+    return built(symbol, *render_baseline(name, symbol, call_words, words, target=target, **facts), target)
+
+
+def _words(config: KernelConfig, scene: Scene, number: int) -> list[int]:
+    """The words that a plan of the configuration would be bound with, for a set.
+
+    What isn't there, a field or a backend that the configuration has beyond the scene's, is a null pointer.
+    """
+    pool = scene.inputs[number][2]
+    backends = [*scene.buffers[number], *[None] * (config.num_backends - scene.backends)]
+    cuda = pool.device.type == "cuda"
+    values: dict[str, list[int]] = {
+        "device": [pool.device.index or 0],
+        "sm_count": [torch.cuda.get_device_properties(pool.device).multi_processor_count if cuda else 1],
+        "req_to_token": [pool.data_ptr()],
+        "req_to_token_stride": [pool.stride(0)],
+        "req_to_token_width": [pool.shape[1]],
+    }
+    for name in config.fields:
+        values[name] = []
+        for backend in backends:
+            tensor: Tensor | None = getattr(backend, name, None)
+            stride = [0 if tensor is None else tensor.stride(0)] if FIELDS[name].kind == "table" else []
+            values[name] += [0 if tensor is None else tensor.data_ptr(), *stride]
+    return [word for m in layout.members(config) if not m.per_call for word in values[m.name]]
+
+
+def _bound_calls(
+    module: ModuleType, scene: Scene, columns: int, words: Callable[[int], list[int]], kept: Sequence[Tensor] = ()
+) -> list[Call]:
+    """A call a set of a kernel that takes the per-call words of a decode configuration.
+
+    Args:
+        words: the others, of a set.
+        kept: tensors that words point to and the scene doesn't hold.
+    """
+    index, cuda = scene.device.index or 0, scene.device.type == "cuda"
+
+    def call(number: int) -> Call:
+        seq_lens, rows, _ = scene.inputs[number]
+        run = module.bind(words(number)).launch
+        first = [seq_lens.data_ptr(), 1, rows.data_ptr(), 1, seq_lens.numel(), columns]
+
+        def launch(kept: Sequence[Tensor] = kept) -> None:
+            run(*first, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
+
+        return launch
+
+    return [call(number) for number in range(scene.sets)]
+
+
+def _onelaunch(scene: Scene, case: Case) -> list[list[Call]]:
+    return [scene.refresh_calls(case.extent)]
+
+
+def _listed(scene: Scene, case: Case) -> list[list[Call]]:
+    return [listed_calls(scene, case.extent, unroll) for unroll in (1, 2, 4)]
+
+
+def listed_calls(scene: Scene, extent: Any = "live", unroll: int = 2) -> list[Call]:
+    """A call a set, of a kernel that is told all tiles of page_indices: what they cost where they lie."""
+    config = KernelConfig(
+        num_backends=scene.backends,
+        fields=("page_indices",),
+        vector_bytes=scene.plans(extent)[0].config.vector_bytes,
+        unroll=unroll,
+        target=target_of(scene.device),
+    )
+    size = len(layout.param_words(config)) + 2
+    module = kernel("listed", config.target, layout.call_words(config), size, config=config)
+    tiles = [_tiles(config, scene, extent, number) for number in range(scene.sets)]
+
+    def words(number: int) -> list[int]:
+        return [*_words(config, scene, number), tiles[number].data_ptr(), len(tiles[number])]
+
+    return _bound_calls(module, scene, scene.width, words, tiles)
+
+
+def _tiles(config: KernelConfig, scene: Scene, extent: Any, number: int) -> Tensor:
+    """int32 [tiles, 4] of a set: row, row of req_to_token, first column, the row's end."""
+    table = scene.buffers[number][0].page_indices
+    assert table is not None
+    ends = torch.tensor(scene.lengths).clamp(0, scene.width)
+    if extent == "full":
+        ends.fill_(scene.width)
+    # As in the emitted kernel, tiles begin at boundaries of the destination.
+    begins = table.data_ptr() // 4 + torch.arange(len(ends)) * table.stride(0)
+    leads = begins % config.tile_alignment if config.vector_bytes == 16 else torch.zeros_like(begins)
+    counts = torch.where(ends > 0, (ends + leads + config.tile_columns - 1) // config.tile_columns, 0)
+    row = torch.arange(len(ends)).repeat_interleave(counts)
+    in_row = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    pool_rows = scene.inputs[number][1].cpu()
+    listed = torch.stack((row, pool_rows[row], in_row * config.tile_columns - leads[row], ends[row]), 1)
+    return listed.to(scene.device, torch.int32)
+
+
+def _single_block(scene: Scene, case: Case) -> list[list[Call]]:
+    config = KernelConfig(
+        num_backends=case.backends,
+        page_size=case.page_size,
+        index_topk=INDEX_TOPK,
+        extent="full",
+        vector_bytes=4,
+        target=target_of(scene.device),
+    )
+    words = layout.param_words(config)
+    module = kernel("single_block", config.target, layout.call_words(config), len(words), config=config)
+    columns = case.width if case.extent == "full" else scene.longest
+    return [_bound_calls(module, scene, columns, lambda number: _words(config, scene, number))]
+
+
+def _runtime(scene: Scene, case: Case) -> list[list[Call]]:
+    if case.backends > RUNTIME_BACKENDS:
+        raise Unsupported(f"it has room for {RUNTIME_BACKENDS} backends")
+    if case.page_size & (case.page_size - 1):
+        raise Unsupported("its page size is a power of two")
+    config = runtime_config(case.extent, target_of(scene.device))
+    # Without pages there is at most one a row, whose number goes nowhere.
+    shift = case.page_size.bit_length() - 1 if case.page_size > 1 else 30
+
+    def words(number: int) -> list[int]:
+        return [*_words(config, scene, number), case.backends, INDEX_TOPK, shift]
+
+    return [_bound_calls(runtime_kernel(config), scene, case.width, words)]
+
+
+def runtime_config(extent: Any, target: Any) -> KernelConfig:
+    """The configuration whose emitted kernel becomes the one with runtime arguments."""
+    return KernelConfig(num_backends=RUNTIME_BACKENDS, page_size=2, index_topk=1, extent=extent, target=target)
+
+
+def runtime_kernel(config: KernelConfig) -> ModuleType:
+    """The module of runtime_source."""
+    source = runtime_source(config)
+    symbol = f"onelaunch_baseline_runtime_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    words = len(layout.param_words(config)) + len(_RUNTIME_WORDS)
+    binding = render_plain_binding(symbol, layout.call_words(config), words)
+    return built(symbol, source.replace(config.symbol, symbol), binding, config.target)
+
+
+_RUNTIME_TYPES = """
+// A power of two that only the call knows.
+struct PageSize {
+  int shift;
+};
+__device__ __forceinline__ int operator+(int value, PageSize page) { return value + (1 << page.shift); }
+__device__ __forceinline__ int operator/(int value, PageSize page) { return value >> page.shift; }
+__device__ __forceinline__ std::int64_t operator*(std::int64_t value, PageSize page) { return value << page.shift; }
+
+// The destinations of a field, none where it isn't wanted.
+__device__ __forceinline__ int backends_of(const Params& p, const std::int32_t* first) {
+  return first != nullptr ? static_cast<int>(p.num_backends) : 0;
+}
+__device__ __forceinline__ int backends_of(const Params& p, const Table& first) { return backends_of(p, first.data); }
+"""
+
+
+def runtime_source(config: KernelConfig) -> str:
+    """The emitted kernel of a configuration, with N, page size, top-k and fields made arguments of the call.
+
+    Made from the emitted text, so that the algorithm stays the same one.
+
+    Raises:
+        Unsupported: the emitted text isn't what this expects any more.
+    """
+    text = render(config)
+    words = len(layout.param_words(config))
+    steps = (
+        (r"constexpr int kBackends = \d+;", f"constexpr int kMostBackends = {RUNTIME_BACKENDS};"),
+        (r"\[kBackends\]", "[kMostBackends]"),
+        (r"constexpr std::int32_t kIndexTopk = .*\n", ""),
+        (r"constexpr int kPageSize = .*\n", ""),
+        (
+            rf"\}};\nconstexpr int kParamWords = {words};",
+            "".join(f"  std::int64_t {name};\n" for name in _RUNTIME_WORDS)
+            + f"}};\nconstexpr int kParamWords = {words + len(_RUNTIME_WORDS)};",
+        ),
+        (r"(static_assert\(sizeof\(Params\).*\n)", rf"\1{_RUNTIME_TYPES}"),
+        (r"\bkIndexTopk\b", "static_cast<std::int32_t>(p.index_topk)"),
+        (r"\bkPageSize\b", "PageSize{static_cast<int>(p.page_shift)}"),
+        (r"\btoken >> 1\b", "token >> p.page_shift"),
+        (r"\bpage_of\(", "page_of(p, "),
+        (r"page_of\(p, Token token\)", "page_of(const Params& p, Token token)"),
+        (r"b < kBackends; (\+\+b\)(?:(?!kBackends).)*?p\.(\w+)\[b\])", r"b < backends_of(p, p.\2[0]); \1"),
+    )
+    for pattern, replacement in steps:
+        text, count = re.subn(pattern, replacement, text, flags=re.DOTALL if "kBackends;" in pattern else 0)
+        if not count:
+            raise Unsupported(f"the emitted kernel has nothing like {pattern!r}; runtime_source must follow it")
+    for name in ("kBackends", "kIndexTopk", "kPageSize"):
+        if re.search(rf"\b{name}\b", text):
+            raise Unsupported(f"{name} is still in the emitted kernel; runtime_source must follow it")
+    return text
+
+
+def _empty(scene: Scene, case: Case) -> list[list[Call]]:
+    run = kernel("empty", target_of(scene.device)).bind([0]).launch
+    index, cuda = scene.device.index or 0, scene.device.type == "cuda"
+    return [[lambda: run(torch._C._cuda_getCurrentRawStream(index) if cuda else 0)] * scene.sets]
+
+
+def _ideal(scene: Scene, case: Case) -> list[list[Call]]:
+    return [ideal_calls(scene, case.extent, unroll) for unroll in (1, 2, 4)]
+
+
+def ideal_calls(scene: Scene, extent: str = "live", unroll: int = 4) -> list[Call]:
+    """A call a set, of the ideal fan-out of as many words: contiguous, aligned, one read and N writes."""
+    words = scene.live if extent == "live" else scene.width * len(scene.lengths)
+    target = target_of(scene.device)
+    module = kernel("ideal", target, ("vectors",), scene.backends + 2, num_backends=scene.backends, unroll=unroll)
+    index, cuda = scene.device.index or 0, scene.device.type == "cuda"
+
+    def call(number: int) -> Call:
+        wide = [b.page_indices.data_ptr() for b in scene.buffers[number] if b.page_indices is not None]
+        run = module.bind([scene.inputs[number][2].data_ptr(), *wide]).launch
+        return lambda: run(words // 4, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
+
+    return [call(number) for number in range(scene.sets)]
+
+
+# ---- PyTorch ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Views:
+    """A set's tensors, cut to what is read or written once and for all: cutting costs time at every call.
+
+    ``tables`` and ``pages`` are the sources' columns and one column a page.
+    """
+
+    seq_lens: Tensor
+    rows: Tensor
+    tables: Tensor
+    pages: Tensor | None
+    shift: int
+    backends: list[dict[str, Tensor]]
+
+
+def _views(scene: Scene, number: int, columns: int) -> _Views:
+    seq_lens, rows, pool = scene.inputs[number]
+    page = scene.page_size
+    backends = []
+    for buffers in scene.buffers[number]:
+        cut = {field.name: tensor for field, tensor in buffers.items()}
+        for name in ("cu_seqlens_k", "nsa_cu_seqlens_k"):
+            cut[name] = cut[name][1:]
+        cut["page_indices"] = cut["page_indices"][:, :columns]
+        if page > 1:
+            cut["real_page_table"] = cut["real_page_table"][:, : -(-columns // page)]
+        backends.append(cut)
+    pages = pool[:, :columns:page] if page > 1 else None
+    return _Views(seq_lens, rows, pool[:, :columns], pages, page.bit_length() - 1, backends)
+
+
+def _recompute(views: _Views, backend: dict[str, Tensor]) -> None:
+    """One backend, each tensor computed where it belongs."""
+    cache_seqlens, nsa = backend["cache_seqlens"], backend["nsa_cache_seqlens"]
+    cache_seqlens.copy_(views.seq_lens)
+    torch.cumsum(cache_seqlens, 0, dtype=torch.int32, out=backend["cu_seqlens_k"])
+    torch.clamp(cache_seqlens, max=INDEX_TOPK, out=nsa)
+    torch.cumsum(nsa, 0, dtype=torch.int32, out=backend["nsa_cu_seqlens_k"])
+    torch.index_select(views.tables, 0, views.rows, out=backend["page_indices"])
+    if views.pages is not None:
+        tokens = torch.index_select(views.pages, 0, views.rows)
+        torch.bitwise_right_shift(tokens, views.shift, out=backend["real_page_table"])
+
+
+def _copies(views: _Views, computed: dict[str, Tensor]) -> None:
+    """Precomputed once, then copied to all backends."""
+    _recompute(views, computed)
+    names = list(computed)
+    torch._foreach_copy_(
+        [backend[name] for backend in views.backends for name in names],
+        [computed[name] for _ in views.backends for name in names],
+    )
+
+
+def _fused(
+    seq_lens: Tensor,
+    rows: Tensor,
+    tables: Tensor,
+    pages: Tensor | None,
+    shift: int,
+    backends: list[dict[str, Tensor]],
+) -> None:
+    """What torch.compile gets: values computed once, and N copies of each, for it to fuse."""
+    cache_seqlens = seq_lens.to(torch.int32)
+    nsa = cache_seqlens.clamp(max=INDEX_TOPK)
+    values = {
+        "cache_seqlens": cache_seqlens,
+        "cu_seqlens_k": torch.cumsum(cache_seqlens, 0, dtype=torch.int32),
+        "nsa_cache_seqlens": nsa,
+        "nsa_cu_seqlens_k": torch.cumsum(nsa, 0, dtype=torch.int32),
+        "page_indices": tables[rows],
+    }
+    if pages is not None:
+        values["real_page_table"] = pages[rows] >> shift
+    for backend in backends:
+        for name, tensor in backend.items():
+            tensor.copy_(values[name])
+
+
+def _torch_calls(how: str, whole: bool) -> Callable[[Scene, Case], list[list[Call]]]:
+    def calls(scene: Scene, case: Case) -> list[list[Call]]:
+        if case.page_size & (case.page_size - 1):
+            raise Unsupported("its page size is a power of two")
+        if whole and case.extent == "full":
+            raise Unsupported("with extent full every implementation writes the whole table")
+        columns = case.width if whole or case.extent == "full" else scene.longest
+        if whole and columns == scene.longest:
+            raise Unsupported("the longest request is as long as the table is wide")
+        return [[_torch_call(how, _views(scene, number, columns)) for number in range(scene.sets)]]
+
+    return calls
+
+
+def _torch_call(how: str, views: _Views) -> Call:
+    if how == "recompute":
+
+        def recompute() -> None:
+            for backend in views.backends:
+                _recompute(views, backend)
+
+        return recompute
+    if how == "copies":
+        computed = {name: torch.empty_like(tensor) for name, tensor in views.backends[0].items()}
+        return lambda: _copies(views, computed)
+    fused = compiled()
+    return lambda: fused(views.seq_lens, views.rows, views.tables, views.pages, views.shift, views.backends)
+
+
+@cache
+def compiled() -> Callable[..., None]:
+    """_fused under torch.compile, with sizes that may change: one build serves the shapes of a run."""
+    import torch._dynamo
+
+    # A build for each list length, for batches of one and for odd strides; by default the ninth would run uncompiled.
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = settings.accumulated_recompile_limit = 512
+    settings.fail_on_recompile_limit_hit = True
+    return torch.compile(_fused, dynamic=True)
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+def _triton(scene: Scene, case: Case) -> list[list[Call]]:
+    if importlib.util.find_spec("triton") is None:
+        raise Unsupported("triton isn't installed")
+    from . import triton_refresh
+
+    if case.page_size & (case.page_size - 1):
+        raise Unsupported("its page size is a power of two")
+
+    def call(number: int, block: int, warps: int) -> Call:
+        def refresh() -> None:
+            for backend in scene.buffers[number]:
+                triton_refresh.refresh(
+                    backend,
+                    *scene.inputs[number],
+                    index_topk=INDEX_TOPK,
+                    page_size=case.page_size,
+                    live_only=case.extent == "live",
+                    block=block,
+                    warps=warps,
+                )
+
+        return refresh
+
+    return [[call(n, *choice) for n in range(scene.sets)] for choice in triton_refresh.CHOICES]
+
+
+# Words that one block writes in some 50 milliseconds.
+_PATIENT = 16_000_000
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    i.name: i
+    for i in (
+        Implementation(
+            "ideal", "aligned contiguous read of the same words, a write to N places", _ideal, checked=False
+        ),
+        Implementation(
+            "listed",
+            "the same tiles of the same rows, listed before the launch; no lengths, no pages",
+            _listed,
+            writes=("page_indices",),
+        ),
+        Implementation("empty", "a launch of a kernel that does nothing", _empty, checked=False),
+        Implementation("onelaunch", "the plan that bind gives", _onelaunch),
+        Implementation("triton", "a Triton launch a backend, live chunks only", _triton),
+        Implementation("runtime", "our kernel with N, page size, top-k and fields as arguments", _runtime),
+        Implementation(
+            "torch-copies",
+            "PyTorch, computed once and copied N times, up to the longest request",
+            _torch_calls("copies", False),
+            live=False,
+            first_sums=False,
+        ),
+        Implementation(
+            "torch-copies-wide",
+            "the same for the whole width, as a graph that doesn't know the lengths must",
+            _torch_calls("copies", True),
+            whole=True,
+            first_sums=False,
+        ),
+        Implementation(
+            "torch-recompute",
+            "PyTorch, computed for each backend, up to the longest request",
+            _torch_calls("recompute", False),
+            live=False,
+            first_sums=False,
+        ),
+        Implementation(
+            "torch-compile",
+            "computed once and copied N times under torch.compile, up to the longest request",
+            _torch_calls("compile", False),
+            live=False,
+            first_sums=False,
+        ),
+        Implementation(
+            "single-block",
+            "one block of 256 threads, up to the longest request",
+            _single_block,
+            live=False,
+            limit=_PATIENT,
+        ),
+    )
+}
+"""By name, in the order in which they are measured."""
+
+
+def warmed(cases: Sequence[Case], names: Sequence[str], device: torch.device) -> list[str]:
+    """Builds what the cases need, so that no build falls into their measurements.
+
+    Returns:
+        What couldn't be built, in sentences; measuring it will say so too.
+    """
+    failed = []
+    small = dict.fromkeys(case.replace(batch=2, length=5, width=64, kind="uniform") for case in cases)
+    for case in small:
+        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, device)
+        for name in names:
+            try:
+                for calls in IMPLEMENTATIONS[name].calls(scene, case):
+                    calls[0]()
+            except Unsupported:
+                continue
+            except Exception as error:
+                failed.append(f"{name}, {case}: {type(error).__name__}: {error}")
+    return failed
