@@ -28,7 +28,7 @@ _wants_traceback = False
 
 def preset_names(incomplete: str) -> list[str]:
     """What a shell completes a configuration's name by."""
-    from onelaunch.spec.config import PRESETS
+    from onelaunch.spec.presets import PRESETS
 
     return [name for name in PRESETS if name.startswith(incomplete)]
 
@@ -101,7 +101,8 @@ class Verbs(typer.core.TyperGroup):
 
 def chosen(name: str | None, settings: str | None, target: str | None = None) -> Any:
     """The configuration that a preset's name and --set stand for."""
-    from onelaunch.spec.config import parse_settings, preset
+    from onelaunch.spec.presets import preset
+    from onelaunch.spec.settings import parse_settings
 
     config = parse_settings(settings or "", preset(name) if name else None)
     return config.replace(target=target) if target else config

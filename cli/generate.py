@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from onelaunch.emit.render import render
-from onelaunch.spec.config import PRESETS
+from onelaunch.spec.presets import PRESETS
 
 from .common import write_whole
 

@@ -25,7 +25,7 @@ def list_kernels(as_json: Json = False) -> None:
     def run() -> Any:
         from onelaunch.cache.store import tiers
         from onelaunch.load.loader import default_store
-        from onelaunch.spec.config import PRESETS
+        from onelaunch.spec.presets import PRESETS
 
         builds = [row for tier in tiers(default_store()) for row in listed(tier)]
         kernels: list[dict[str, Any]] = []

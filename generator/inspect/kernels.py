@@ -25,7 +25,9 @@ from ..emit import override
 from ..emit.render import render, render_binding
 from ..errors import ArgumentError, ConfigError, StoreError, ToolchainError
 from ..load import loader
-from ..spec.config import PRESETS, KernelConfig, parse_settings, preset
+from ..spec.config import KernelConfig
+from ..spec.presets import PRESETS, preset
+from ..spec.settings import parse_settings
 
 VIEWS = ("cuda", "ptx", "sass", "resources", "binding", "command", "key")
 # Those that two kernels are compared by.
