@@ -64,7 +64,7 @@ class Subject:
         if self.text is not None:
             return self.text
         assert self.config is not None
-        return override.source(self.config)
+        return render(self.config)
 
     @cached_property
     def on_gpu(self) -> bool:
@@ -109,6 +109,7 @@ def of_config(
         config.symbol,
         config,
         edit.path if edit else None,
+        edit.text if edit else None,
         requested=tuple(archs) if archs else None,
         store=store or loader.default_store(),
     )
