@@ -36,8 +36,9 @@ from .run.groups import Groups, bind_groups
 from .run.plan import Plan, bind
 from .run.schedules import sparse_flashmla_metadata
 from .spec import reference
-from .spec.config import PRESETS, KernelConfig, preset
+from .spec.config import KernelConfig
 from .spec.fields import FIELDS, Field, MetadataBuffers
+from .spec.presets import PRESETS, preset
 
 __version__ = "0.1.0"
 

@@ -10,8 +10,9 @@ from emulation import harness
 from emulation.harness import Case, CompileError, Outcome
 from emulation.mutations import MUTATIONS, Mutation
 from onelaunch.emit.render import render
-from onelaunch.spec.config import PRESETS, KernelConfig, preset
+from onelaunch.spec.config import KernelConfig
 from onelaunch.spec.fields import FIELDS
+from onelaunch.spec.presets import PRESETS, preset
 
 # Tile edges, nothing, padding, lengths beyond the table and beyond what sums in 31 bits.
 RAGGED = Case(
@@ -149,6 +150,14 @@ EXTRAS = {
         next_n=4,
         fields=("cu_seqlens_k", *SCHEDULES),
         threads=64,
+    ),
+    "full-own-lengths": KernelConfig(
+        num_backends=3,
+        fields=("cache_seqlens", "page_indices"),
+        seq_lens_dtype="int32",
+        seqlen_offsets=(1, 2, 3),
+        extent="full",
+        **SMALL,
     ),
     "indices": KernelConfig(num_backends=2, fields=CSR, **SMALL),
     "indices-int64": KernelConfig(

@@ -22,9 +22,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import binary, toolchain
 from ..cache import trust
 from ..errors import CompileError
+from . import binary, toolchain
 
 # Python.h of the limited C-API of 3.11. The rest is what makes a small, self-contained object.
 # C++14, since with C++17 <math.h>, which Python.h includes, takes the compiler as long as all the rest.

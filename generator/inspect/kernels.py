@@ -21,7 +21,9 @@ from ..emit import override
 from ..emit.render import render
 from ..errors import ConfigError, StoreError, ToolchainError
 from ..load import loader
-from ..spec.config import PRESETS, KernelConfig, parse_settings, preset
+from ..spec.config import KernelConfig
+from ..spec.presets import PRESETS, preset
+from ..spec.settings import parse_settings
 
 _KEY_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _MAX_SOURCE_BYTES = 16 * 2**20

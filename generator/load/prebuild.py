@@ -22,7 +22,9 @@ from typing import Any
 from ..cache import failures
 from ..cache.trust import CACHE_VARIABLE
 from ..errors import ConfigError, OnelaunchError
-from ..spec.config import KernelConfig, parse_settings, preset
+from ..spec.config import KernelConfig
+from ..spec.presets import preset
+from ..spec.settings import parse_settings
 from . import loader
 
 JOBS_VARIABLE = "MAX_JOBS"

@@ -11,8 +11,9 @@ from torch.compiler import is_dynamo_compiling
 
 from ..errors import ArgumentError
 from ..load import loader
-from ..spec.config import MAX_NEXT_N, KernelConfig
+from ..spec.config import KernelConfig
 from ..spec.fields import MetadataBuffers
+from ..spec.parts import MAX_NEXT_N
 from . import ops, plan
 from .checks import INT_DTYPES, MAX_BATCH, check_int, check_tensor
 

@@ -18,8 +18,9 @@ from ..errors import ArgumentError, LaunchError
 from ..load import loader
 from ..load.loader import Kernel
 from ..spec import layout
-from ..spec.config import MAX_NEXT_N, MAX_SEQLEN_OFFSET, MAX_SM_PARTS, KernelConfig
+from ..spec.config import KernelConfig
 from ..spec.fields import FIELDS, MetadataBuffers
+from ..spec.parts import MAX_NEXT_N, MAX_SEQLEN_OFFSET, MAX_SM_PARTS
 from ..spec.violations import OFFENCES
 from .checks import (
     INT_DTYPES,
