@@ -20,7 +20,7 @@ from ..load.loader import Kernel
 from ..spec import layout
 from ..spec.config import MAX_NEXT_N, MAX_SEQLEN_OFFSET, MAX_SM_PARTS, KernelConfig
 from ..spec.fields import FIELDS, MetadataBuffers
-from ..spec.violations import OFFENCES
+from ..spec.violations import VIOLATIONS
 from .checks import (
     INT_DTYPES,
     MAX_BATCH,
@@ -308,8 +308,8 @@ class Plan:
         self._gathers = bool(config.tables)
         self._variable = config.extend == "variable"
         self._has_rows = config.mode != "draft_extend" or bool(config.row_fields)
-        # Kind, request, value and limit of the first offence, which the kernel of a checked plan writes.
-        self._offence = torch.zeros(4, dtype=torch.int64, device=self.device) if config.checked else None
+        # Kind, request, value and limit of the first violation, which the kernel of a checked plan writes.
+        self._violation = torch.zeros(4, dtype=torch.int64, device=self.device) if config.checked else None
         self._bound = BoundKernel(
             config,
             self.device,
@@ -323,7 +323,7 @@ class Plan:
                 "num_sms": [(destinations.length("paged_mqa_schedule_metadata") or 1) - 1],
                 "num_sm_parts": [destinations.length("flashmla_metadata") or 0],
                 "kv_indices_capacity": [destinations.length("kv_indices") or 0],
-                "offence": [0 if self._offence is None else self._offence.data_ptr()],
+                "violation": [0 if self._violation is None else self._violation.data_ptr()],
                 **{name: destinations.words(name) for name in config.fields},
             },
         )
@@ -446,20 +446,20 @@ class Plan:
     def check(self) -> None:
         """Raises what the kernel of a checked plan found wrong in its inputs, and forgets it. Waits for the device.
 
-        The kernel goes on after an offence, but reads and writes nothing out of bounds. Only the first one since the
+        The kernel goes on after a violation, but reads and writes nothing out of bounds. Only the first one since the
         last call of this function is told.
 
         Raises:
             ArgumentError: an input was wrong, or the plan wasn't bound with ``checked=True``.
         """
-        if self._offence is None:
+        if self._violation is None:
             raise ArgumentError("the plan checks nothing on the device; bind it with checked=True.")
         if self.device.type == "cuda":  # pragma: gpu
             torch.cuda.synchronize(self.device)  # whatever stream it was launched on
-        kind, request, value, limit = self._offence.tolist()
+        kind, request, value, limit = self._violation.tolist()
         if kind:
-            self._offence.zero_()
-            raise ArgumentError(OFFENCES[kind - 1].sentence.format(request=request, value=value, limit=limit))
+            self._violation.zero_()
+            raise ArgumentError(VIOLATIONS[kind - 1].sentence.format(request=request, value=value, limit=limit))
 
     def limit_columns(self, max_len: int | None) -> None:
         """Sets the bound that run() uses when it is given none."""

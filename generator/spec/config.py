@@ -92,7 +92,7 @@ class KernelConfig:
         unroll: 16-byte accesses a thread has in flight, 1 to 8.
         blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32; twice as many in copies, and without
             effect where all rows are equally long (extent full, page_fill) and have as many blocks as they need.
-        checked: the kernel checks what it reads (rows of the pool, lengths) and records the first offence.
+        checked: the kernel checks what it reads (rows of the pool, lengths) and records the first violation.
         schedule_remainder: which multiprocessors get one split more in paged_mqa_schedule_metadata, "last" (DeepGEMM
             from 2026-06 on) or "first" (before).
         schedule_per: what DeepGEMM's lengths are in target_verify and draft_extend: "request" for [bs, n], of which
