@@ -292,7 +292,7 @@ def host_pieces(scene: Scene, page_size: int) -> dict[str, Call]:
     """What a call's host time is made of, each as a call of its own; see HOST."""
     import onelaunch
     import torch
-    from onelaunch.run.api import LISTS
+    from onelaunch.run.refresh import LISTS
 
     from .baselines import kernel, target_of
     from .scene import INDEX_TOPK
