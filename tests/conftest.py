@@ -17,7 +17,7 @@ import typer.testing
 from onelaunch.build import toolchain
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
-from onelaunch.run import api
+from onelaunch.run import api, refresh
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 # A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.
@@ -137,5 +137,5 @@ def _no_policy_is_left_behind() -> Iterator[None]:
     frozen = loader._frozen
     yield
     loader._frozen = frozen
-    for plans in (api._refreshes, api._copies):
+    for plans in (refresh.plans, api.copy_plans):
         plans.clear()

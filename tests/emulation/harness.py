@@ -426,10 +426,10 @@ class _Job:
             flashmla_order=config.flashmla_order,
         )
         if config.checked:
-            self._offences()
+            self._violations()
 
-    def _offences(self) -> None:
-        """The record of a checked kernel: whichever offence was first, or none. What it skips isn't written."""
+    def _violations(self) -> None:
+        """The record of a checked kernel: whichever violation was first, or none. What it skips isn't written."""
         config, case = self.config, self.case
         longest = max(config.seqlen_offsets, default=0) + (config.next_n if config.mode == "target_verify" else 0)
         found = []
@@ -458,10 +458,10 @@ class _Job:
                     assert isinstance(stride, int)
                     view = buffer.expected.as_strided((rows, self.columns[name]), (stride, 1))
                     view.fill_(POISON)
-        buffer = self._buffer("offence", torch.zeros(4, dtype=torch.int64))
-        self.values["offence"] = [buffer]
+        buffer = self._buffer("violation", torch.zeros(4, dtype=torch.int64))
+        self.values["violation"] = [buffer]
         # Compared as the others are, in 32-bit words.
-        choices = [torch.tensor(offence, dtype=torch.int64).view(torch.int32) for offence in found or [[0] * 4]]
+        choices = [torch.tensor(violation, dtype=torch.int64).view(torch.int32) for violation in found or [[0] * 4]]
         buffer.expected, buffer.others = choices[0], choices[1:]
 
     def _copy(self) -> None:
