@@ -277,7 +277,7 @@ def compile_commands(files: Mapping[Path, Subject]) -> str:
 def _built(config: KernelConfig, archs: tuple[str, ...], store: Store) -> Entry | None:
     """What a load would find."""
     try:
-        key = loader.content_key(config, archs, compiler.find_tools(config.target).versions())
+        key = loader.content_key(config, archs, toolchain.find_tools(config.target).versions())
     except ToolchainError:
         key = ""
     found = loader.lookup(config, archs, store, key, any_compiler=not key)
@@ -336,7 +336,7 @@ def _key(kernel: Subject) -> dict[str, Any]:
         values |= {"build": kernel.entry.key, "built": str(kernel.entry.path)}
     else:
         try:
-            versions = compiler.find_tools(config.target).versions()
+            versions = toolchain.find_tools(config.target).versions()
         except ToolchainError as error:
             return {**values, "build": f"unknown, as it can't be built here: {str(error).splitlines()[0]}"}
         made_of = loader.ingredients(config, kernel.archs, versions)
