@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..build import compile as compiler
 from ..build import toolchain
 from ..cache.store import MANIFEST, Entry, Store, tiers
 from ..emit import override
@@ -90,7 +89,7 @@ class Subject:
         if self.published is not None or self.config is None or self.store is None:
             return self.published
         try:
-            key = loader.content_key(self.config, self.archs, compiler.find_tools(self.config.target).versions())
+            key = loader.content_key(self.config, self.archs, toolchain.find_tools(self.config.target).versions())
         except ToolchainError:
             key = ""
         found = loader.lookup(self.config, self.archs, self.store, key, any_compiler=not key)
