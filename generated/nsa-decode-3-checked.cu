@@ -49,7 +49,7 @@ struct Table {
 };
 
 // What is wrong with the first input that was found wrong since the host last looked.
-struct Offence {
+struct Violation {
   unsigned long long kind;  // 0 for none
   std::int64_t request, value, limit;
 };
@@ -75,7 +75,7 @@ struct Params {
   Table real_page_table[kBackends];  // [bs, ceil(W / P)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
-  Offence* offence;  // the first one found, or none
+  Violation* violation;  // the first one found, or none
   std::int64_t pool_rows;  // rows of req_to_token
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
@@ -123,10 +123,10 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
 // Tells what is wrong with an input, unless something was told since the host last looked.
 __device__ void report(
     const Params& p, unsigned long long kind, std::int64_t request, std::int64_t value, std::int64_t limit) {
-  if (atomicCAS(&p.offence->kind, 0ull, kind) != 0) return;
-  p.offence->request = request;
-  p.offence->value = value;
-  p.offence->limit = limit;
+  if (atomicCAS(&p.violation->kind, 0ull, kind) != 0) return;
+  p.violation->request = request;
+  p.violation->value = value;
+  p.violation->limit = limit;
 }
 
 // A request's length. Lengths that can't be are reported, and do no harm: the columns end where the tables do.

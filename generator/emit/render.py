@@ -13,7 +13,7 @@ from ..spec.config import KernelConfig
 from ..spec.fields import FIELDS
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
-from ..spec.violations import OFFENCES
+from ..spec.violations import VIOLATIONS
 
 if TYPE_CHECKING:
     import jinja2
@@ -132,7 +132,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "pooled_pages": "pooled_real_page_table" in config.fields,
         "uses_kpool": uses_kpool,
         "fills": config.page_fill is not None,
-        "offences": [o for o in OFFENCES if o.applies(config)],
+        "violations": [o for o in VIOLATIONS if o.applies(config)],
         "has_requests_part": not copies
         and bool(config.checked or any(added) or config.row_fields or uses_kpool or schedule_rows),
         "own_lengths": len(added) > 1 and bool(config.vectors),
