@@ -199,8 +199,8 @@ class Destinations:
                 if len(different) < self.count and (FIELDS[name].kind != "table" or len(different) > 1):
                     raise ArgumentError(
                         f"{different[0].name} and the other backends' are {len(different)} different tensors, and "
-                        f"seqlen_offsets is {checked}; backends with different offsets may share a table only if all "
-                        "of them share it, and no other field. Allocate one for each."
+                        f"seqlen_offsets is {checked}; backends of different lengths share a table that all of them "
+                        "have, or nothing. Allocate one for each."
                     )
         return checked
 
@@ -264,7 +264,7 @@ def _check_schedule(name: str, label: str, tensor: Tensor) -> None:
     rows = tensor.shape[0]
     if tensor.shape[1] != words or not low <= rows <= high:
         raise ArgumentError(
-            f"{label} has shape {tuple(tensor.shape)}; it must be {FIELDS[name].shape}, with {low} to {high} rows."
+            f"{label} has shape {tuple(tensor.shape)}; it must be {FIELDS[name].shape}, of {low} to {high} rows."
         )
     if not tensor.is_contiguous():
         raise ArgumentError(f"{label} has strides {tensor.stride()}; a schedule must be contiguous.")
