@@ -28,8 +28,9 @@ from .errors import (
     StoreError,
     ToolchainError,
 )
-from .spec.config import PRESETS, KernelConfig, preset
+from .spec.config import KernelConfig
 from .spec.fields import FIELDS, Field, MetadataBuffers
+from .spec.presets import PRESETS, preset
 
 if TYPE_CHECKING:
     from .emit.render import render

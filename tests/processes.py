@@ -29,15 +29,14 @@ CONFIG = KernelConfig(fields=("cache_seqlens",), target="cpu")
 store = stores.Store()
 SIGNS = Path(os.environ["SIGNS"])
 real_build = compiler.build
-def copying_build(name, source, binding, *, stage, **others):
+def copying_build(recipe, tools, *, stage, **others):
     # What a compiler would leave, at once: most tests are about everything around it.
-    import shutil, types
+    import shutil
     made = Path(os.environ["MADE"])
     manifest = json.loads((made / "manifest.json").read_text())
     for file in manifest["files"]:
         shutil.copy(made / file, stage)
-    return compiler.Build(types.SimpleNamespace(bind=None), manifest["module_file"], manifest["source_file"], "", 0.0,
-                          {}, {})
+    return compiler.Build(manifest["module_file"], manifest["source_file"], "", 0.0, {}, {})
 if os.environ.get("MADE"):
     real_build = copying_build
 def sign(name):

@@ -228,7 +228,7 @@ def test_the_compiler_goes_during_the_build(
     store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = fake("")
-    tools = compiler.find_tools("cpu")
+    tools = toolchain.find_tools("cpu")
     assert tools.compiler.path == script
     script.unlink()
     refused(store, monkeypatch, CompileError, "didn't compile: .*not found")

@@ -9,8 +9,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
-from ..spec.config import MAX_SM_PARTS, PRESETS, KernelConfig
+from ..spec.config import KernelConfig
 from ..spec.fields import FIELDS
+from ..spec.parts import MAX_SM_PARTS
+from ..spec.presets import PRESETS
 from ..spec.violations import VIOLATIONS
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     members = layout.members(config)
     wide = "page_indices" in config.fields
     variable = config.extend == "variable"
-    live = bool(config.tables) and config.extent == "live"
+    live = config.live
     # Rows of equal length go by a simple count of tiles, others by windows of requests.
     windows = bool(config.tables) and not copies and not config.equal_rows
     # What the backends' lengths have more than seq_lens, one number for all or one each.
@@ -214,7 +216,7 @@ def _copied(config: KernelConfig) -> list[dict[str, Any]]:
 
 def _facts(config: KernelConfig) -> list[tuple[str, str]]:
     facts = []
-    for name, value in config.told_facts().items():
+    for name, value in config.shown_settings().items():
         if isinstance(value, dict):
             value = ", ".join(f"{field}: {count}" for field, count in value.items()) or "all"
         elif isinstance(value, list):

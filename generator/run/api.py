@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..errors import ArgumentError
-from ..spec.config import MAX_NEXT_N
 from ..spec.fields import MetadataBuffers
+from ..spec.parts import MAX_NEXT_N
 from . import ops
 from .checks import INT_DTYPES, MAX_BATCH, check_int, check_tensor
 from .copy_plan import CopyPlan

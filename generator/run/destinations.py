@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..spec.config import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
 from ..spec.fields import FIELDS, MetadataBuffers
+from ..spec.parts import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
 from .checks import MAX_BATCH, MAX_COLUMNS, check_destination, check_int
 from .memory import Region, check_disjoint
 

@@ -12,8 +12,9 @@ from torch.compiler import is_dynamo_compiling
 
 from ..errors import ArgumentError
 from ..load.loader import Kernel
-from ..spec.config import MAX_NEXT_N, KernelConfig
+from ..spec.config import KernelConfig
 from ..spec.fields import MetadataBuffers
+from ..spec.parts import MAX_NEXT_N
 from ..spec.violations import VIOLATIONS
 from .bound import BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name

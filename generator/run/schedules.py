@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..spec import reference
-from ..spec.config import MAX_SM_PARTS, FlashMLAOrder
+from ..spec.parts import MAX_SM_PARTS, FlashMLAOrder
 from .checks import MAX_BATCH, check_int
 
 

@@ -15,6 +15,9 @@ from .fields import FIELDS
 if TYPE_CHECKING:
     from .config import KernelConfig
 
+# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+); the block is 64-bit words.
+MAX_PARAM_WORDS = 32_764 // 8
+
 
 @dataclass(frozen=True)
 class Member:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from onelaunch.spec.config import KernelConfig, preset
+from onelaunch.spec.config import KernelConfig
+from onelaunch.spec.presets import preset
 
 from .harness import Case
 
