@@ -617,9 +617,7 @@ def test_the_command_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "plan.run" in alone.stdout
     assert "graph us" not in alone.stdout
     trace = str(DATA / "azure_2023_conversation.csv")
-    monkeypatch.setattr(
-        measuring, "run_bench", lambda selected, *a, traces, **k: {**some_data(), "traces": print(traces)}
-    )
+    monkeypatch.setattr(measuring, "run_bench", lambda selected, *a, traces, **k: some_data() | {"machine": traces})
     assert "azure_2023_conversation" in invoke("bench", "--trace", trace).stdout
 
 

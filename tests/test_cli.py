@@ -17,7 +17,7 @@ import onelaunch
 import pytest
 import torch
 from click.testing import CliRunner
-from onelaunch import PRESETS
+from onelaunch import PRESETS, preset, render
 from onelaunch.build import toolchain
 from onelaunch.cli.main import app
 from onelaunch.cli.output import size
@@ -225,7 +225,5 @@ def test_the_emitted_text_doesnt_depend_on_the_locale(tmp_path: Path) -> None:
 )
 def test_standard_output_that_is_closed_or_full(redirection: str, code: int, text: str) -> None:
     command = f"{sys.executable} -m onelaunch.cli.main show nsa-decode-3 {redirection}"
-    done = subprocess.run(
-        command, shell=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run(command, shell=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (code, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,8 +335,10 @@ def test_replay_on_a_terminal_shows_progress_and_a_table() -> None:
     arguments = [str(DATA / "azure_2023_conversation.csv"), "--device", "cpu", "--max-batch", "4"]
     environment = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "120"}
     for limit in (["--max-steps", "20"], ["--requests", "2"]):
-        result = invoke(
-            "replay", *arguments, "--context-len", "256", "--verify", "none", "--step-ms", "500", *limit, **environment
+        result = CliRunner().invoke(
+            replay,
+            [*arguments, "--context-len", "256", "--verify", "none", "--step-ms", "500", *limit],
+            env=environment,
         )
         assert result.exit_code == 0, result.output
         assert "\x1b[" in result.output

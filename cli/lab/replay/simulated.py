@@ -65,7 +65,7 @@ def refresh_with_tensor_ops(
 
 
 def allocate(max_batch: int, width: int, page_size: int, device: torch.device) -> MetadataBuffers:
-    """Allocates one backend's destinations for ``max_batch`` requests, with tables as wide as the pool, filled with -1."""
+    """One backend's destinations for ``max_batch`` requests, with tables as wide as the pool, filled with -1."""
 
     def new(*shape: int) -> Tensor:
         return torch.full(shape, -1, dtype=torch.int32, device=device)
