@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import PRESETS, ConfigError, KernelConfig
 from onelaunch.build import toolchain
 from onelaunch.cache import failures
@@ -16,7 +17,6 @@ from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, prebuild
 from onelaunch.load.prebuild import Job
-from typer.testing import CliRunner
 
 SMALL = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]
 REAL = toolchain.find_host_compiler().path
