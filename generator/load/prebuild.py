@@ -19,7 +19,9 @@ from typing import Any
 from ..build import process
 from ..build.compile import JOBS_VARIABLE
 from ..errors import ConfigError, OnelaunchError
-from ..spec.config import KernelConfig, parse_settings, preset
+from ..spec.config import KernelConfig
+from ..spec.presets import preset
+from ..spec.settings import parse_settings
 from . import loader
 from .obtain import Bounds
 
