@@ -8,9 +8,10 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from onelaunch import KernelConfig, render, toolchain
-from onelaunch import compile as compiler
-from onelaunch.render import render_binding
+from onelaunch import KernelConfig, render
+from onelaunch.build import compile as compiler
+from onelaunch.build import toolchain
+from onelaunch.emit.render import render_binding
 
 # Where tests find the compiler itself.
 PLAIN_VARIABLE = "ONELAUNCH_TEST_PLAIN_CXX"

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from onelaunch import FIELDS, KernelConfig, MetadataBuffers, reference, render, toolchain
-from onelaunch import compile as compiler
+from onelaunch import FIELDS, KernelConfig, MetadataBuffers, render
+from onelaunch.build import compile as compiler
+from onelaunch.build import toolchain
+from onelaunch.spec import reference
 from torch import Tensor
 
 # Lies in every word that nothing may have written; no token, length or sum of a test has this value.
@@ -26,6 +28,7 @@ GUARD = 32
 
 # What a batch alone gives a shape to. Schedules and kv_indices have tests of their own.
 ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("lengths", "cumulative", "table"))
+BY_BATCH = ALL_FIELDS
 SIX_FIELDS = (
     "cache_seqlens",
     "cu_seqlens_k",

@@ -505,7 +505,7 @@ VARIABLE = {"mode": "draft_extend", "extend": "variable"}
 
 @named(
     [
-        ("none", attribute("extends", lambda s: None), ("extend_seq_lens is None", "one a request")),
+        ("none", attribute("extends", lambda s: None), ("extend_seq_lens is None", "an element for each request")),
         ("a list", attribute("extends", lambda s: [1, 0, 2, 1]), ("extend_seq_lens is a list", "torch.Tensor")),
         ("fewer", attribute("extends", lambda s: s.extends[:3]), ("extend_seq_lens has 3 elements", "seq_lens has 4")),
         (
@@ -897,7 +897,7 @@ def test_nothing_is_built_for_a_refused_call(device: torch.device, monkeypatch: 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a kernel was asked for")
 
-    monkeypatch.setattr("onelaunch.loader.load", load)
+    monkeypatch.setattr("onelaunch.load.loader.load", load)
     scene = Scene(device)
     scene.facts = {"max_len": WIDTH + 1}
     refused(ArgumentError, ("max_len",), lambda: bind(scene))

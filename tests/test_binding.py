@@ -15,8 +15,8 @@ import onelaunch
 import pytest
 import torch
 from onelaunch import ArgumentError, LaunchError, MetadataBuffers
-from onelaunch.fields import FIELDS
-from onelaunch.plan import Plan
+from onelaunch.run.plan import Plan
+from onelaunch.spec.fields import FIELDS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

@@ -23,25 +23,17 @@ import headers
 import onelaunch
 import pytest
 import support
-from onelaunch import (
-    PRESETS,
-    CompileError,
-    JitPolicyError,
-    KernelConfig,
-    StoreError,
-    ToolchainError,
-    layout,
-    loader,
-    render,
-    toolchain,
-)
-from onelaunch import compile as compiler
+from click.testing import CliRunner
+from onelaunch import PRESETS, CompileError, JitPolicyError, KernelConfig, StoreError, ToolchainError, render
+from onelaunch.build import compile as compiler
+from onelaunch.build import toolchain
+from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
-from onelaunch.store import MANIFEST, Store
-from typer.testing import CliRunner
+from onelaunch.load import loader
+from onelaunch.spec import layout
 
 # onelaunch.render is the function; these are the modules that the functions are looked up in.
-RENDER = sys.modules["onelaunch.render"]
+RENDER = sys.modules["onelaunch.emit.render"]
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
@@ -267,7 +259,7 @@ def test_no_path_in_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("time.time", lambda: 0.0)
     assert key_of(SMALL, ()) == before
-    tools = compiler.find_tools("cpu")
+    tools = toolchain.find_tools("cpu")
     assert "/" not in "".join(tools.versions().values()).replace("http://", "")
 
 

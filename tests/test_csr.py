@@ -9,8 +9,9 @@ import onelaunch
 import pytest
 import support
 import torch
-from onelaunch import KernelConfig, MetadataBuffers, reference
+from onelaunch import KernelConfig, MetadataBuffers
 from onelaunch.errors import ArgumentError, ConfigError
+from onelaunch.spec import reference
 from support import DTYPES, POISON, assert_same, assert_untouched
 
 BOTH = ("kv_indptr", "kv_indices")

@@ -17,16 +17,19 @@ RANK = """
 import json, os, sys
 import onelaunch
 import torch.distributed as dist
-from onelaunch import KernelConfig, compile as compiler, loader, pack
-from onelaunch.store import Store
+from onelaunch import KernelConfig
+from onelaunch.build import compile as compiler
+from onelaunch.load import loader, pack
+from onelaunch.cache.store import Store
 from pathlib import Path
 rank, folder = int(os.environ["RANK"]), Path(os.environ["FOLDER"])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
-rendering, build, render, unpack = sys.modules["onelaunch.render"], compiler.build, onelaunch.render, pack.from_bytes
+rendering, build = sys.modules["onelaunch.emit.render"], compiler.build
+render, unpack = onelaunch.render, pack.from_bytes
 builds = []
-def counted(name, *args, **kwargs):
-    builds.append(name)
-    return build(name, *args, **kwargs)
+def counted(recipe, *args, **kwargs):
+    builds.append(recipe.module)
+    return build(recipe, *args, **kwargs)
 def broken(*args):
     raise ValueError("no room for it")
 compiler.build = counted

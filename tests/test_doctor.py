@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import ToolchainError, doctor, loader, toolchain
+from click.testing import CliRunner
+from onelaunch import ToolchainError
+from onelaunch.build import toolchain
+from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
-from onelaunch.store import Store
-from typer.testing import CliRunner
+from onelaunch.inspect import doctor
+from onelaunch.load import loader
 
 
 @pytest.fixture(autouse=True)

@@ -70,24 +70,17 @@ from typing import Any
 
 import pytest
 import torch
-from onelaunch import (
-    CompileError,
-    JitPolicyError,
-    KernelConfig,
-    StoreError,
-    doctor,
-    failures,
-    loader,
-    lock,
-    toolchain,
-    trust,
-)
-from onelaunch import compile as compiler
-from onelaunch import store as stores
-from onelaunch.store import MANIFEST, Store
+from onelaunch import CompileError, JitPolicyError, KernelConfig, StoreError
+from onelaunch.build import compile as compiler
+from onelaunch.build import toolchain
+from onelaunch.cache import failures, lock, trust
+from onelaunch.cache import store as stores
+from onelaunch.cache.store import MANIFEST, Store
+from onelaunch.inspect import doctor
+from onelaunch.load import loader
 from processes import Children, finish, light_package, mounted, read_only
 
-RENDER = sys.modules["onelaunch.render"]
+RENDER = sys.modules["onelaunch.emit.render"]
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 OTHER = SMALL.replace(num_backends=2)
 
@@ -218,7 +211,7 @@ def test_a_wait_that_takes_too_long_ends_in_a_build(
 ) -> None:
     """As where a lock server keeps the lock of a host that is gone."""
     monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "0.2")
-    key = loader.content_key(SMALL, (), compiler.find_tools("cpu").versions())
+    key = loader.content_key(SMALL, (), toolchain.find_tools("cpu").versions())
     folder = trust.private(store.root / "locks")
     with open(folder / f"{key}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -548,7 +541,7 @@ def test_a_failure_is_raised_again_without_compiling(
     assert "not today" in second.value.log.read_text()
     # The next process.
     code = """
-import onelaunch.render as rendering
+import onelaunch.emit.render as rendering
 render = rendering.render
 rendering.render = lambda config: render(config) + "#error not today\\n"
 try:
@@ -572,7 +565,7 @@ except errors.CompileError as error:
 
 def test_who_waited_for_a_build_that_failed_doesnt_repeat_it(children: Children) -> None:
     code = """
-import onelaunch.render as rendering
+import onelaunch.emit.render as rendering
 render = rendering.render
 rendering.render = lambda config: render(config) + "#error not today\\n"
 sign("asked")
@@ -706,9 +699,9 @@ def test_spawned_workers(tmp_path: Path) -> None:
     script.write_text(f"""
 import multiprocessing
 from pathlib import Path
-from onelaunch import loader
-from onelaunch.config import KernelConfig
-from onelaunch.store import Store
+from onelaunch.load import loader
+from onelaunch.spec.config import KernelConfig
+from onelaunch.cache.store import Store
 def work(number):
     config = KernelConfig(fields=("cache_seqlens",), target="cpu")
     return loader.load(config, store=Store(Path({str(tmp_path / "cache")!r}))).key

@@ -21,21 +21,16 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from onelaunch import (
-    CompileError,
-    KernelConfig,
-    MetadataBuffers,
-    StoreError,
-    ToolchainError,
-    failures,
-    loader,
-    toolchain,
-)
-from onelaunch import compile as compiler
-from onelaunch import store as stores
+from click.testing import CliRunner
+from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError
+from onelaunch.build import compile as compiler
+from onelaunch.build import toolchain
+from onelaunch.cache import failures
+from onelaunch.cache import store as stores
+from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
-from onelaunch.store import MANIFEST, Store
-from typer.testing import CliRunner
+from onelaunch.load import loader
+from onelaunch.run import refresh
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
@@ -75,7 +70,7 @@ def assert_usable(store: Store) -> loader.Kernel:
     assert leftovers(store) == []
     for _ in range(2):
         loader._loaded.clear()
-        onelaunch.api._refreshes.clear()
+        refresh.plans.clear()
         out = torch.full((4,), -1, dtype=torch.int32)
         plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
         plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
@@ -233,7 +228,7 @@ def test_the_compiler_goes_during_the_build(
     store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = fake("")
-    tools = compiler.find_tools("cpu")
+    tools = toolchain.find_tools("cpu")
     assert tools.compiler.path == script
     script.unlink()
     refused(store, monkeypatch, CompileError, "didn't compile: .*not found")
@@ -351,7 +346,7 @@ def test_the_process_is_killed_during_the_build(
     fake('kill -KILL "$FAULT_PROCESS"; sleep 0.2; exit 1')
     code = (
         "import os; os.environ['FAULT_PROCESS'] = str(os.getpid())\n"
-        "from onelaunch import KernelConfig, loader\n"
+        "from onelaunch import KernelConfig\nfrom onelaunch.load import loader\n"
         "loader.load(KernelConfig(fields=('cache_seqlens',), target='cpu'))\n"
     )
     environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(store.root)}
@@ -456,7 +451,9 @@ def a_build_of_nothing(name: str, source: str, binding: str, *, stage: Path, **_
 ON_A_SMALL_DISK = """
 import json, os, pathlib, sys, warnings
 import torch, onelaunch
-from onelaunch import KernelConfig, MetadataBuffers, StoreError, CompileError, loader, store
+from onelaunch import KernelConfig, MetadataBuffers, StoreError, CompileError
+from onelaunch.load import loader
+from onelaunch.cache import store
 small = KernelConfig(fields=("cache_seqlens",), target="cpu")
 disk = pathlib.Path(sys.argv[1])
 cache = store.Store(disk / "cache")
@@ -529,7 +526,9 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
 ON_A_READ_ONLY_DISK = """
 import pathlib, sys, warnings
-from onelaunch import KernelConfig, loader, store
+from onelaunch import KernelConfig
+from onelaunch.load import loader
+from onelaunch.cache import store
 small = KernelConfig(fields=("cache_seqlens",), target="cpu")
 with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")

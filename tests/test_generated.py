@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from onelaunch import PRESETS
 from onelaunch.cli.generate import check_folder
-from onelaunch.inspect import fingerprint
+from onelaunch.inspect.kernels import fingerprint
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))

@@ -12,8 +12,11 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from onelaunch import PRESETS, JitPolicyError, MetadataBuffers, loader, reference, toolchain
-from onelaunch.store import Store
+from onelaunch import PRESETS, JitPolicyError, MetadataBuffers
+from onelaunch.build import toolchain
+from onelaunch.cache.store import Store
+from onelaunch.load import loader
+from onelaunch.spec import reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

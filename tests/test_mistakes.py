@@ -14,7 +14,8 @@ import onelaunch
 import pytest
 import support
 import torch
-from onelaunch import KernelConfig, MetadataBuffers, layout, render
+from onelaunch import KernelConfig, MetadataBuffers, render
+from onelaunch.spec import layout
 from support import ALL_FIELDS, POISON, SIX_FIELDS, Poisoned, assert_same
 from torch import Tensor
 

@@ -18,11 +18,13 @@ from typing import Any
 import jinja2
 import markupsafe
 import pytest
-from onelaunch import KernelConfig, StoreError, binary, loader, pack
+from click.testing import CliRunner
+from onelaunch import KernelConfig, StoreError
+from onelaunch.build import binary
+from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
-from onelaunch.store import Store
+from onelaunch.load import loader, pack
 from processes import light_package
-from typer.testing import CliRunner
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 
@@ -68,10 +70,12 @@ def test_a_pack_runs_in_another_python_without_any_compiler(data: bytes, tmp_pat
     code = f"""
 import array, json, sys
 from pathlib import Path
-from onelaunch import layout, loader, pack, toolchain
-from onelaunch.config import KernelConfig
+from onelaunch.spec import layout
+from onelaunch.load import loader, pack
+from onelaunch.build import toolchain
+from onelaunch.spec.config import KernelConfig
 from onelaunch.errors import ToolchainError
-from onelaunch.store import Store
+from onelaunch.cache.store import Store
 try:
     toolchain.find_host_compiler()
     raise SystemExit("there is a compiler")
@@ -116,7 +120,7 @@ def test_a_pack_is_used_whatever_compilers_there_are(
     store = Store(tmp_path / "cache")
     done = pack.from_bytes(data, store)
     assert [entry.manifest["symbol"] for entry in done.entries] == [SMALL.symbol]
-    monkeypatch.setattr(loader.compiler, "find_tools", lambda target: pytest.fail("no compiler is looked for"))
+    monkeypatch.setattr(loader.toolchain, "find_tools", lambda target: pytest.fail("no compiler is looked for"))
     assert loader.load(SMALL, store=store).path.is_relative_to(store.root)
     # Again: nothing changes.
     assert pack.from_bytes(data, store).entries == done.entries
@@ -220,7 +224,7 @@ def test_what_cant_run_here_is_refused_and_the_rest_taken(
         done = pack.from_bytes(data, store)
     assert done.entries == ()
     assert done.refused == ((SMALL.symbol, "it is for x86_64 and this machine is riscv64"),)
-    render = sys.modules["onelaunch.render"]
+    render = sys.modules["onelaunch.emit.render"]
     old = render.render
     monkeypatch.setattr(render, "render", lambda config: old(config) + "// newer\n")
     assert "another version of onelaunch emitted its source" in pack.from_bytes(data, store).refused[0][1]
@@ -241,7 +245,7 @@ def test_a_cuda_pack_says_what_it_needs_and_what_it_takes(tmp_path: Path, monkey
     assert all(taken["spill_bytes"] == 0 and taken["registers"] > 0 for taken in kernel.resources.values())
     # An object for both serves a process that asks for one of them.
     loader._loaded.clear()
-    monkeypatch.setattr(loader.compiler, "build", lambda *a, **k: pytest.fail("nothing is built"))
+    monkeypatch.setattr("onelaunch.build.compile.build", lambda *a, **k: pytest.fail("nothing is built"))
     assert loader.load(config, ("100a",), store).key == kernel.key
 
 

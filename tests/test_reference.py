@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from onelaunch import FIELDS, MetadataBuffers, reference
+from onelaunch import FIELDS, MetadataBuffers
+from onelaunch.spec import reference
 from torch import Tensor
 
 U = -1  # stands for "untouched": what the destinations hold before

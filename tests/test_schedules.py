@@ -10,8 +10,9 @@ import onelaunch
 import pytest
 import support
 import torch
-from onelaunch import KernelConfig, MetadataBuffers, reference
+from onelaunch import KernelConfig, MetadataBuffers
 from onelaunch.errors import ArgumentError, ConfigError
+from onelaunch.spec import reference
 from support import assert_same, assert_untouched
 
 MQA = "paged_mqa_schedule_metadata"
@@ -327,7 +328,7 @@ def test_facts_that_do_not_matter_leave_no_trace() -> None:
     scheduled = KernelConfig(fields=(MQA,), mode="target_verify", next_n=4)
     assert scheduled == scheduled.replace(schedule_atoms=2)
     assert scheduled != scheduled.replace(schedule_atoms=1)
-    assert not {"schedule_remainder", "schedule_per", "schedule_atoms"} & scheduled.told_facts().keys()
+    assert not {"schedule_remainder", "schedule_per", "schedule_atoms"} & scheduled.shown_settings().keys()
     assert KernelConfig(fields=(MQA,), schedule_per="row") == KernelConfig(fields=(MQA,))
 
 

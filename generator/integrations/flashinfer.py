@@ -34,8 +34,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..fields import MetadataBuffers
-from ..plan import Plan, bind
+from ..run.plan import Plan, bind
+from ..spec.fields import MetadataBuffers
 from .attributes import described, has, read
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..fields import MetadataBuffers
-from ..plan import Plan, bind
+from ..run.plan import Plan, bind
+from ..spec.fields import MetadataBuffers
 from .attributes import read
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."

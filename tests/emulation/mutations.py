@@ -11,7 +11,8 @@ import importlib.resources
 import re
 from dataclasses import dataclass
 
-from onelaunch.config import KernelConfig, preset
+from onelaunch.spec.config import KernelConfig
+from onelaunch.spec.presets import preset
 
 from .harness import Case
 

@@ -1,0 +1,154 @@
+"""Buffers and inputs of a case, in several sets, and the check of what a refresh wrote to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import onelaunch
+import torch
+from onelaunch import KernelConfig, MetadataBuffers
+from onelaunch.inspect.traffic import traffic
+from onelaunch.run.plan import make_plan
+from onelaunch.spec import reference
+from onelaunch.spec.fields import FIELDS
+from torch import Tensor
+
+from .cases import INDEX_TOPK, Extent
+
+Call = Callable[[], object]
+# Lies in every word before a check; no token, length or sum has this value.
+POISON = -858993460
+
+
+class Scene:
+    """Buffers and inputs of one shape, in several sets, so that a repeated call doesn't find its data in a cache.
+
+    Args:
+        lengths: tokens of each request.
+        backends: N.
+        width: table width; the row stride of req_to_token and of every page_indices.
+        page_size: P.
+        sets: how many.
+        device: where; None is the current CUDA device.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        backends: int,
+        width: int,
+        page_size: int,
+        sets: int,
+        device: torch.device | None = None,
+    ) -> None:
+        self.lengths, self.backends, self.width, self.page_size, self.sets = lengths, backends, width, page_size, sets
+        self.device = device or torch.device("cuda", torch.cuda.current_device())
+        bs = len(lengths)
+        generator = torch.Generator(device=self.device).manual_seed(1)
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=self.device)
+
+        self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.buffers: list[list[MetadataBuffers]] = []
+        for _ in range(sets):
+            pool = torch.randint(0, 2**30, (bs + 1, width), dtype=torch.int32, device=self.device, generator=generator)
+            seq_lens = torch.tensor(lengths, dtype=torch.int64, device=self.device)
+            rows = torch.randperm(bs, device=self.device, generator=generator) + 1
+            self.inputs.append((seq_lens, rows, pool))
+            self.buffers.append(
+                [
+                    MetadataBuffers(
+                        cache_seqlens=new(bs),
+                        cu_seqlens_k=new(bs + 1),
+                        page_indices=new(bs, width),
+                        nsa_cache_seqlens=new(bs),
+                        nsa_cu_seqlens_k=new(bs + 1),
+                        real_page_table=None if page_size == 1 else new(bs, -(-width // page_size)),
+                    )
+                    for _ in range(backends)
+                ]
+            )
+
+    @property
+    def live(self) -> int:
+        """Live words of page_indices, one backend."""
+        return sum(min(length, self.width) for length in self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """The longest request, as far as the table is wide."""
+        return min(max(self.lengths), self.width)
+
+    def bytes(self, extent: Extent = "live") -> int:
+        """Bytes that one refresh must move: what it reads once, everything written N times."""
+        config = KernelConfig(num_backends=self.backends, page_size=self.page_size, extent=extent)
+        return traffic(config, self.lengths, self.width).bytes
+
+    def plans(self, extent: str = "live", **launch: Any) -> list[onelaunch.Plan]:
+        """A plan for each set; ``launch`` are settings of the launch shape, such as threads."""
+        settings = {"index_topk": INDEX_TOPK, "page_size": self.page_size, "extent": extent, **launch}
+        return [
+            make_plan(buffers, pool, settings)
+            for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True)
+        ]
+
+    def refresh_calls(self, extent: str = "live", **facts: Any) -> list[Call]:
+        """A call a set, of onelaunch's plan."""
+
+        def call(bound: onelaunch.Plan, seq_lens: Tensor, rows: Tensor) -> Call:
+            return lambda: bound.run(seq_lens, rows)
+
+        return [
+            call(bound, seq_lens, rows)
+            for bound, (seq_lens, rows, _) in zip(self.plans(extent, **facts), self.inputs, strict=True)
+        ]
+
+    def poison(self, number: int, first_sums: int = POISON) -> None:
+        """Fills a set's destinations with what nothing may leave there.
+
+        Args:
+            number: the set.
+            first_sums: what the running sums begin with; 0 for those that never write it, as in engines.
+        """
+        for backend in self.buffers[number]:
+            for field, tensor in backend.items():
+                tensor.fill_(POISON)
+                if field.kind == "cumulative":
+                    tensor[0] = first_sums
+
+    def fault(
+        self, number: int, extent: str, max_len: int | None = None, fields: Container[str] = tuple(FIELDS)
+    ) -> str:
+        """Compares every word of a set, poisoned before, with the reference; "" if all agree.
+
+        Args:
+            extent, max_len: as in reference.refresh.
+            fields: names of those to compare; the others must be as they were poisoned.
+        """
+        seq_lens, rows, pool = self.inputs[number]
+        expected = [
+            MetadataBuffers(**{field.name: torch.full_like(tensor, POISON) for field, tensor in backend.items()})
+            for backend in self.buffers[number]
+        ]
+        reference.refresh(
+            expected,
+            seq_lens,
+            rows,
+            pool,
+            index_topk=INDEX_TOPK,
+            page_size=self.page_size,
+            extent=extent,
+            max_len=max_len,
+        )
+        for index, (backend, wanted) in enumerate(zip(self.buffers[number], expected, strict=True)):
+            for (field, got), (_, computed) in zip(backend.items(), wanted.items(), strict=True):
+                want = computed if field.name in fields else torch.full_like(got, POISON)
+                if not torch.equal(got, want):
+                    where = tuple((got != want).nonzero()[0].tolist())
+                    return (
+                        f"backends[{index}].{field.name}{list(where)} is {int(got[where])}, "
+                        f"the reference says {int(want[where])}"
+                    )
+        return ""

@@ -1,0 +1,1 @@
+"""Builds on disk: found, verified, locked, published and kept finite."""

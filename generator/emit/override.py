@@ -1,0 +1,81 @@
+"""Kernels edited by hand: $ONELAUNCH_OVERRIDE_DIR/<symbol>.cu is compiled in place of what the templates emit.
+
+Triton's TRITON_OVERRIDE_DIR has the idea. An edit is part of the key, so no cache ever takes one for the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..cache.trust import SHARED_VARIABLE, shared
+from ..errors import StoreError
+
+if TYPE_CHECKING:
+    from ..spec.config import KernelConfig
+
+OVERRIDE_VARIABLE = "ONELAUNCH_OVERRIDE_DIR"
+
+
+@dataclass(frozen=True)
+class Edited:
+    """An edited source: the file, and its text."""
+
+    path: Path
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def edited(config: KernelConfig) -> Edited | None:
+    """The edited source of a configuration; None if there is none, or if it is what the templates emit anyway.
+
+    Raises:
+        StoreError: the folder or file can't be read, or somebody else could have written it.
+    """
+    name = os.environ.get(OVERRIDE_VARIABLE)
+    if not name:
+        return None
+    folder = Path(name).absolute()
+    path = folder / f"{config.symbol}.cu"
+    try:
+        _check(folder)
+        if not path.exists():
+            return None
+        _check(path)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+        raise StoreError(
+            f"{OVERRIDE_VARIABLE} is {name} and {getattr(error, 'filename', None) or path} can't be read: {reason}. "
+            "Name a folder of edited kernels, or unset the variable."
+        ) from error
+    from .render import render
+
+    return None if text == render(config) else Edited(path, text)
+
+
+def source(config: KernelConfig) -> str:
+    """What is compiled for a configuration: its edited source, else the emitted one."""
+    from .render import render
+
+    edit = edited(config)
+    return edit.text if edit else render(config)
+
+
+def _check(path: Path) -> None:
+    """What is compiled here runs as this user, so only this user may have written it."""
+    status = path.stat()
+    if not shared() and (status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022):
+        raise StoreError(
+            f"{path}, which {OVERRIDE_VARIABLE} leads to, can be written by somebody else (owner {status.st_uid}, mode "
+            f"{stat.S_IMODE(status.st_mode):o}), and what it says would run as user {os.geteuid()}. Run: chmod go-w "
+            f"{path} or, if you trust everybody who can write there, set {SHARED_VARIABLE}=1."
+        )

@@ -1,0 +1,199 @@
+"""Configuration to source text: the one Jinja environment, and the only place that C++ spellings come from."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ..spec import layout
+from ..spec.config import KernelConfig
+from ..spec.parts import MAX_SM_PARTS
+from ..spec.presets import PRESETS
+from ..spec.violations import VIOLATIONS
+
+if TYPE_CHECKING:
+    import jinja2
+
+# The functions that compute a schedule or the vectors, each in blocks of its own.
+_SCHEDULERS = {"paged_mqa_schedule_metadata": "schedule_mqa", "flashmla_metadata": "schedule_flashmla"}
+_MEMBER_TYPES = {
+    "int64": "std::int64_t ",
+    "lengths": "const SeqLen* ",
+    "extends": "const ExtendLen* ",
+    "pool": "const PoolIndex* ",
+    "token": "const Token* ",
+    "int32": "std::int32_t* ",
+    "table": "Table ",
+    "violation": "Violation* ",
+}
+
+
+def _read(name: str) -> str | None:
+    path = importlib.resources.files("onelaunch.templates").joinpath(*name.split("/"))
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _device(name: str) -> str:
+    """The text of device/<name>.cuh, emitted as it is."""
+    text = _read(f"device/{name}.cuh")
+    if text is None:
+        raise LookupError(f"there is no device/{name}.cuh among the templates.")
+    return text.rstrip("\n")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    # Imported here: a process that finds its kernel in the cache renders nothing.
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_read),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.globals["device"] = _device
+    return environment
+
+
+def render(config: KernelConfig) -> str:
+    """The emitted CUDA (or, for ``target="cpu"``, C++) of a configuration.
+
+    The text depends on the configuration and the templates alone: no time, no path, no machine.
+    """
+    return _environment().get_template("kernel.cu.j2").render(_context(config))
+
+
+def _context(config: KernelConfig) -> dict[str, Any]:
+    files = device_files(config)
+    return {
+        "config": config,
+        "symbol": config.symbol,
+        "banner": _banner(config),
+        "regenerate": _regenerate(config),
+        "files": files,
+        "roles": _roles(config),
+        # Whether the kernel has the type Rows: it writes tables with rows, or vectors of rows.
+        "has_rows": "tile" in files or "lone_pages" in files or bool(config.row_vectors and not config.copies),
+        "members": layout.members(config),
+        "member_types": _MEMBER_TYPES,
+        "violations": {v.constant: v.number for v in VIOLATIONS if config.checked and v.applies(config)},
+        "max_sm_parts": MAX_SM_PARTS,
+    }
+
+
+def device_files(config: KernelConfig) -> list[str]:
+    """The files of templates/device/ that a configuration's kernel has, without their suffix, in order."""
+    strategy, copies = config.strategy, config.copies
+    rows = bool(config.tables) and strategy != "indices"  # tables with a row for each request, or for each of its rows
+    tokens, pages = copies or "page_indices" in config.fields, not copies and bool(config.paged_tables)
+    counts = strategy in ("live", "variable", "indices")  # tiles of requests of different length
+    computes = not copies and bool(config.vectors or config.schedules)
+    vectorized = config.vector_bytes == 16
+    ends = "live_ends" if config.live else "full_ends"
+    beside = "held_pages" if config.holds_page_tokens else "tokens_and_pages"
+    wanted = {
+        "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
+        "destinations": True,
+        "store": bool(config.vectors or config.schedules),
+        "floor_div": pages or config.uses_pools,
+        "lengths": computes,
+        "expanded_length": not copies and bool(config.row_vectors or config.has_mqa_schedule),
+        "nsa_lengths": config.uses_topk,
+        "mqa_schedule": config.has_mqa_schedule,
+        "flashmla_schedule": "flashmla_metadata" in config.fields,
+        "same_end": rows and not (config.live and config.lengths_differ),
+        "tile": rows and tokens,
+        "realign": rows and tokens and vectorized and config.req_to_token_dtype == "int32",
+        "aligned_tile" if vectorized else "unaligned_tile": rows and tokens,
+        "backend_ends" if config.live and config.lengths_differ else ends: rows and not copies,
+        "pages": pages,
+        "token_columns": rows and tokens and not copies,
+        "token_pages": tokens and pages,
+        (beside if pages else "tokens") if tokens else "lone_pages": rows and not copies,
+        "window": counts,
+        "copy_table": rows and copies,
+        str(strategy): strategy not in (None, "copy"),
+    }
+    return [name for name, there in wanted.items() if there]
+
+
+def _roles(config: KernelConfig) -> list[str]:
+    """The functions of the blocks before those that write tables."""
+    if config.copies:
+        return []
+    return [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
+
+
+def render_binding(config: KernelConfig, module: str) -> str:
+    """The C++ of the Python binding; ``module`` is the import name baked into it."""
+    return (
+        _environment()
+        .get_template("binding.cpp.j2")
+        .render(
+            symbol=config.symbol,
+            module=module,
+            param_words=len(layout.param_words(config)),
+            call_words=layout.call_words(config),
+        )
+    )
+
+
+def render_baseline(
+    name: str,
+    symbol: str,
+    call_words: Sequence[str],
+    words: int,
+    config: KernelConfig | None = None,
+    plan_words: Sequence[str] = (),
+    **facts: Any,
+) -> tuple[str, str]:
+    """The CUDA and the binding of a kernel that onelaunch is measured against.
+
+    Args:
+        name: a template below templates/baselines/.
+        symbol: stem of the exported names.
+        call_words: names of the parameter words that each call sets.
+        words: 64-bit words of its parameter block.
+        config: a configuration whose settings and parameter block the template uses.
+        plan_words: names of 64-bit words that the template adds at the end of that block.
+        facts: what else the template asks for.
+    """
+    context = {"target": "cuda", **(_context(config) if config else {}), **facts, "symbol": symbol}
+    if config:
+        more = [layout.Member(word, "int64", None, False, "of this baseline") for word in plan_words]
+        context["members"] = [*context["members"], *more]
+    source = _environment().get_template(f"baselines/{name}.cu.j2").render(context)
+    return source, render_plain_binding(symbol, call_words, words)
+
+
+def render_plain_binding(symbol: str, call_words: Sequence[str], words: int) -> str:
+    """The binding of a kernel that no configuration describes; its module is named ``<symbol>_binding``."""
+    return (
+        _environment()
+        .get_template("binding.cpp.j2")
+        .render(symbol=symbol, module=f"{symbol}_binding", param_words=max(words, 1), call_words=call_words)
+    )
+
+
+def _banner(config: KernelConfig) -> list[tuple[str, str]]:
+    """The settings as the banner shows them."""
+    shown = []
+    for name, value in config.shown_settings().items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{field}: {count}" for field, count in value.items()) or "all"
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        shown.append((name, str(value)))
+    return shown
+
+
+def _regenerate(config: KernelConfig) -> str:
+    for name, known in PRESETS.items():
+        if known == config:
+            return f"onelaunch show {name}"
+    return f"onelaunch show --set {config.settings()}"

@@ -1,0 +1,1 @@
+"""What people ask of kernels: what they are, how they differ, why they are built."""

@@ -1,0 +1,1 @@
+"""A loaded kernel bound to buffers, and the calls of a step."""

@@ -1,0 +1,94 @@
+"""Checks of single arguments. Each message names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+# Columns are 32-bit in the kernels; the margin keeps a tile that begins below the limit from overflowing.
+MAX_COLUMNS = 2**31 - 2**16
+MAX_BATCH = 2**31 - 2**16
+
+INT_DTYPES = (torch.int32, torch.int64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "int32" for torch.int32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(
+    name: str, value: Any, *, dim: int, dtypes: Sequence[torch.dtype], device: torch.device | None = None
+) -> Tensor:
+    """Checks an argument's type, layout, dtype, rank and device; a table also for unit inner stride and separate rows.
+
+    Raises:
+        ArgumentError: it doesn't fit.
+    """
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor.")
+    if value.layout is not torch.strided:
+        raise ArgumentError(f"{name} has layout {value.layout}; it must be a strided tensor.")
+    if value.is_nested:
+        raise ArgumentError(f"{name} is a nested tensor; it must be a strided tensor with one shape.")
+    if value.dtype not in dtypes:
+        allowed = " or ".join(dtype_name(d) for d in dtypes)
+        raise ArgumentError(f"{name} has dtype {dtype_name(value.dtype)}; allowed: {allowed}.")
+    if value.dim() != dim:
+        raise ArgumentError(f"{name} has shape {tuple(value.shape)}; it must have {dim} dimension{'s'[: dim > 1]}.")
+    if device is not None and value.device != device:
+        raise ArgumentError(
+            f"{name} is on {value.device}; it must be on {device}, where the other tensors are. Move it with .to()."
+        )
+    if value.device.type not in ("cuda", "cpu"):
+        raise ArgumentError(f"{name} is on {value.device}; allowed devices: cuda, cpu.")
+    if dim == 2:
+        rows, columns = value.shape
+        if columns > 1 and value.stride(1) != 1:
+            raise ArgumentError(
+                f"{name} has strides {value.stride()}; the inner stride must be 1 (the elements of a row are "
+                "consecutive). Call .contiguous(), or transpose it back."
+            )
+        if rows > 1 and value.stride(0) < columns:
+            raise ArgumentError(
+                f"{name} has strides {value.stride()} and {columns} columns; the row stride must be {columns} or "
+                "more, so that rows don't overlap. An expanded tensor can't be used."
+            )
+        if columns > MAX_COLUMNS:
+            raise ArgumentError(f"{name} has {columns} columns; allowed: up to {MAX_COLUMNS}.")
+    return value
+
+
+def check_destination(name: str, value: Any, *, dim: int, device: torch.device | None) -> Tensor:
+    """check_tensor for an int32 tensor that will be written; a vector must be contiguous.
+
+    Raises:
+        ArgumentError: it can't be written to.
+    """
+    tensor = check_tensor(name, value, dim=dim, dtypes=(torch.int32,), device=device)
+    if dim == 1 and tensor.numel() > 1 and tensor.stride(0) != 1:
+        raise ArgumentError(f"{name} has stride {tensor.stride(0)}; it must be 1 (contiguous).")
+    return tensor
+
+
+def check_int(name: str, value: Any, low: int, high: int | None, why: str = "") -> int:
+    """Checks that a number is a Python int within bounds. A tensor would have to be read back from the device.
+
+    Args:
+        low, high: the bounds, both inclusive; high None for no upper bound.
+        why: what the message says after the bounds.
+
+    Raises:
+        ArgumentError: it isn't.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentError(f"{name} is {value!r} ({type(value).__name__}); it must be a Python int.")
+    if value < low or (high is not None and value > high):
+        allowed = f"{low} or more" if high is None else f"{low} to {high}" if low < high else str(low)
+        raise ArgumentError(f"{name} is {value}; allowed: {allowed}{why}.")
+    return value

@@ -1,0 +1,382 @@
+"""Plan: N backends' buffers bound to one kernel, so that a step is one call and one launch. bind() makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from ..errors import ArgumentError
+from ..load.loader import Kernel
+from ..spec.config import KernelConfig
+from ..spec.fields import MetadataBuffers
+from ..spec.parts import MAX_NEXT_N
+from ..spec.violations import VIOLATIONS
+from .bound import BoundKernel
+from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
+from .destinations import Destinations, NameOf, backend_field, check_backends
+from .memory import HeldStorages, Region
+
+# What a configuration has beyond bind()'s settings and the buffers themselves: for measurements.
+_LAUNCH_SHAPE = ("threads", "unroll", "blocks_per_sm")
+
+
+class Plan:
+    """N backends' buffers bound to one kernel. Made by bind().
+
+    Attributes:
+        config: what the kernel is specialized to.
+        kernel: the kernel.
+        device: the device of all tensors.
+        capacity: the largest batch that fits the destinations.
+        row_capacity: the most rows that fit; with variable extend lengths the caller keeps their sum within it.
+        regions: the memory that the kernel writes.
+        launches: kernel launches so far.
+    """
+
+    def __init__(
+        self,
+        destinations: Destinations,
+        config: KernelConfig,
+        req_to_token: Tensor,
+        columns: int,
+        max_len: int | None,
+        keep: bool,
+    ) -> None:
+        self.config = config
+        self.device = destinations.device
+        self.regions = destinations.regions
+        self._spans = [(region.start, region.end, region) for region in self.regions]  # for a quick test in _check
+        self.launches = 0
+        (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
+        if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
+            self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
+        # Columns that fit, and how many of them a call without max_len writes.
+        self._columns, self._max_len = columns, columns if max_len is None else max_len
+        self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
+        self._pool_dtype = getattr(torch, config.req_pool_indices_dtype)
+        self._extend_dtype = getattr(torch, config.extend_seq_lens_dtype)
+        self._reads_lengths = config.needs_lengths
+        self._gathers = bool(config.tables)
+        self._variable = config.extend == "variable"
+        self._has_rows = config.mode != "draft_extend" or bool(config.row_fields)
+        self._violation = None
+        if config.checked:
+            # Kind, request, value and limit of the first violation. Not an inference tensor: check() writes to it.
+            with torch.inference_mode(False):
+                self._violation = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self._bound = BoundKernel(
+            config,
+            self.device,
+            {
+                "req_to_token": [req_to_token.data_ptr()],
+                "req_to_token_stride": [req_to_token.stride(0)],
+                "req_to_token_width": [req_to_token.shape[1]],
+                "pool_rows": [req_to_token.shape[0]],
+                "row_capacity": [self.row_capacity],
+                "real_page_table_width": [destinations.width("real_page_table") or 0],
+                "num_sms": [(destinations.length("paged_mqa_schedule_metadata") or 1) - 1],
+                "num_sm_parts": [destinations.length("flashmla_metadata") or 0],
+                "kv_indices_capacity": [destinations.length("kv_indices") or 0],
+                "violation": [0 if self._violation is None else self._violation.data_ptr()],
+                **{name: destinations.words(name) for name in config.fields},
+            },
+        )
+        self.kernel: Kernel = self._bound.kernel
+        self._run = self._bound.run
+        self._storages = HeldStorages([*destinations.named(), ("req_to_token", req_to_token)] if keep else [])
+
+    def run(
+        self,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None = None,
+        *,
+        max_len: int | None = None,
+    ) -> None:
+        """Refreshes every backend: one launch on the device's current stream, nothing else. Capturable.
+
+        Args:
+            seq_lens: int [bs], of the dtype that the plan was bound for, any stride, bs up to ``capacity``.
+            req_pool_indices: int [bs], likewise; rows of req_to_token. The caller guarantees their range.
+            extend_seq_lens: int [bs], likewise, the rows of each request, for a plan with variable extend lengths;
+                None for any other. The caller guarantees that their sum is at most ``row_capacity``.
+            max_len: bound on the columns of this call; None is the bound that was given to bind().
+
+        Raises:
+            ArgumentError: a tensor doesn't fit; nothing was written.
+            LaunchError: CUDA refused the launch.
+
+        In a function that torch.compile compiles it breaks the graph: it runs as it is, between two graphs. With
+        ``fullgraph=True`` that is an error; the functions of api.py go into a graph.
+        """
+        if is_dynamo_compiling():
+            # A graph would know neither the addresses that are written to nor when.
+            torch._dynamo.skip_frame(
+                msg="Plan.run can't be in a graph. fused_metadata_precompute_and_broadcast_cuda can, see onelaunch.ops."
+            )
+        try:
+            self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len)
+        except RuntimeError as error:
+            raise self._bound.launch_error(error) from error
+        self.launches += 1
+
+    def admit(
+        self,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None = None,
+        *,
+        max_len: int | None = None,
+    ) -> None:
+        """Checks the arguments of run() and launches nothing.
+
+        Raises:
+            ArgumentError: run() would raise it.
+        """
+        self._check(seq_lens, req_pool_indices, extend_seq_lens, max_len)
+
+    def _check(
+        self,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None,
+        max_len: int | None,
+    ) -> list[int]:
+        """The words of a call. The binding calls it when the arguments differ from the last call's."""
+        inputs = [("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths)]
+        if extend_seq_lens is not None:
+            if not self._variable and self._has_rows:
+                raise ArgumentError(
+                    f"extend_seq_lens is a {type(extend_seq_lens).__name__}; the plan's requests have "
+                    f"{self.config.next_n} rows each in {self.config.mode}, so it must be None. Bind with "
+                    "mode='draft_extend' and extend='variable'."
+                )
+            inputs.append(("extend_seq_lens", extend_seq_lens, self._extend_dtype, self._variable))
+        elif self._variable:
+            raise ArgumentError(
+                "extend_seq_lens is None; a plan with variable extend lengths needs an element for each request. "
+                "Bind with extend='uniform' for next_n rows a request."
+            )
+        inputs.append(("req_pool_indices", req_pool_indices, self._pool_dtype, self._gathers))
+        for name, tensor, dtype, read in inputs:
+            check_tensor(name, tensor, dim=1, dtypes=(dtype,) if read else INT_DTYPES, device=self.device)
+            region = Region.of(name, tensor)
+            start, end = region.start, region.end
+            for first, last, destination in self._spans:
+                if start < last and first < end and region.overlaps(destination):
+                    raise ArgumentError(
+                        f"{name} overlaps {destination.name} in memory; the kernel would read what it is writing. "
+                        "Pass a copy (note that .to(torch.int32) returns the same tensor if it is int32 already)."
+                    )
+        batch_size = seq_lens.numel()
+        for name, tensor, _, _ in inputs[1:]:
+            if tensor.numel() != batch_size:
+                raise ArgumentError(
+                    f"{name} has {tensor.numel()} elements and seq_lens has {batch_size}; "
+                    "they must have the same number."
+                )
+        if batch_size > self.capacity:
+            rows = f" of {self.config.next_n} rows each" if self.config.next_n > 1 else ""
+            raise ArgumentError(
+                f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
+                "Bind larger buffers."
+            )
+        columns = self._max_len
+        if max_len is not None:
+            columns = check_int("max_len", max_len, 0, self._columns, ", the width of the narrowest table")
+        self._storages.check()
+        # In the order of layout.call_words.
+        words = [word for _, tensor, _, read in inputs if read for word in (tensor.data_ptr(), tensor.stride(0))]
+        return [*words, batch_size, columns] if self._gathers else [*words, batch_size]
+
+    def check(self) -> None:
+        """Raises the violation that the kernel of a checked plan has recorded, and clears it. Waits for the device.
+
+        After a violation the kernel goes on, but reads and writes nothing out of bounds. Only the first violation since
+        the last call of this function is reported.
+
+        Raises:
+            ArgumentError: an input was wrong, or the plan wasn't bound with ``checked=True``.
+        """
+        if self._violation is None:
+            raise ArgumentError("the plan checks nothing on the device; bind it with checked=True.")
+        if self.device.type == "cuda":  # pragma: gpu
+            torch.cuda.synchronize(self.device)  # whatever stream it was launched on
+        kind, request, value, limit = self._violation.tolist()
+        if kind:
+            self._violation.zero_()
+            raise ArgumentError(VIOLATIONS[kind - 1].sentence.format(request=request, value=value, limit=limit))
+
+    def __repr__(self) -> str:
+        return f"Plan({self.config.symbol}, device={self.device}, capacity={self.capacity})"
+
+
+@dataclass(frozen=True)
+class ArgumentNames:
+    """What a function that makes a plan calls its arguments, for messages."""
+
+    destination: NameOf = backend_field
+    index_topk: str = "index_topk"
+    page_size: str = "page_size"
+
+
+def bind(
+    backends: Sequence[MetadataBuffers],
+    *,
+    req_to_token: Tensor,
+    mode: str = "decode",
+    index_topk: int = 2048,
+    page_size: int | None = None,
+    next_n: int = 1,
+    seqlen_offsets: Sequence[int] | None = None,
+    extent: str = "live",
+    max_len: int | None = None,
+    seq_lens_dtype: torch.dtype = torch.int64,
+    req_pool_indices_dtype: torch.dtype = torch.int64,
+    extend: str = "uniform",
+    extend_seq_lens_dtype: torch.dtype = torch.int64,
+    index_kpool: int = 1,
+    page_fill: int | None = None,
+    checked: bool = False,
+    schedule_remainder: str = "last",
+    schedule_per: str = "request",
+    schedule_atoms: int = 0,
+    flashmla_order: str = "2026",
+) -> Plan:
+    """Checks N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
+
+    The first bind of a new configuration builds its kernel. The plan keeps the tensors' memory alive, also where a
+    tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
+    Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
+    memory. A later run() raises ArgumentError then, but only if its arguments differ from the last call's, and a
+    captured graph can't notice: don't resize what is bound.
+
+    Args:
+        backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
+            In target_verify and draft_extend the fields with an element for each row have R of them, request after
+            request.
+        req_to_token: int32 or int64 [pool rows, W], unit inner stride, any row stride.
+        mode: "decode", "target_verify" (a request has next_n rows, and is next_n tokens longer than seq_lens says) or
+            "draft_extend" (a request has next_n rows, or as many as run() is given, and seq_lens includes them).
+        index_topk: T, 0 or more.
+        page_size: P in tokens, 1 or more; 1 means that real_page_table is page_indices. None is 64, or 1 with
+            kv_indices, whose pages have one token.
+        next_n: rows of a request; 1 in decode, and where extend is "variable".
+        seqlen_offsets: what is added to seq_lens for each backend, 0 to 32768, such as (1, 2, 3) for three draft steps
+            that each see the tokens of the steps before; None adds nothing. The tables of each backend are written up
+            to its own length. Backends with different offsets may share a table if all of them do, and nothing else.
+        extent: "live" writes the live columns (the first seq_len of a row) and leaves the others untouched; "full"
+            writes every column below max_len.
+        max_len: bound on the columns; None is the width of the narrowest table.
+        seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype: torch.int32 or torch.int64, the dtypes of the
+            tensors that run() will get.
+        extend: in draft_extend, "uniform" for next_n rows a request, or "variable": run() takes extend_seq_lens.
+        index_kpool: k, tokens a pool: only complete pools are clamped at index_topk; for the pooled_* fields.
+        page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
+        checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
+        schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
+            "first" for the one before.
+        schedule_per: whether DeepGEMM gets the lengths of "request"s ([bs, n], cache_seqlens) or of "row"s ([R, 1],
+            seqlens_expanded) in target_verify and draft_extend.
+        schedule_atoms: query atoms of a request in that schedule; 0 for ceil(next_n / 2).
+        flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
+
+    Raises:
+        ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
+        ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
+    """
+    settings = dict(locals())  # the arguments: nothing else is local yet
+    return make_plan(settings.pop("backends"), settings.pop("req_to_token"), settings)
+
+
+def make_plan(
+    backends: Sequence[MetadataBuffers],
+    req_to_token: Tensor,
+    settings: Mapping[str, Any],
+    names: ArgumentNames = ArgumentNames(),
+    *,
+    keep: bool = True,
+) -> Plan:
+    """bind() for a function whose arguments have other names, or that keeps the tensors alive itself.
+
+    Args:
+        backends, req_to_token: see bind().
+        settings: the other arguments of bind(), of which any may be missing, and threads, unroll and blocks_per_sm.
+        names: the names in messages.
+        keep: whether the plan keeps the memory of all tensors alive; otherwise the caller does.
+
+    Raises:
+        As bind().
+    """
+    defaults = bind.__kwdefaults__ or {}
+    unknown = [name for name in settings if name not in (*defaults, *_LAUNCH_SHAPE)]
+    if unknown:
+        raise ArgumentError(f"{unknown[0]} isn't an argument of bind(); allowed: {', '.join(defaults)}.")
+    facts = {**defaults, **settings}
+    _check_numbers(facts, names)
+    check_backends(backends)
+    kv_indices = any(backend.kv_indices is not None for backend in backends)
+    facts["page_size"] = _page_size(facts["page_size"], kv_indices, names)
+    destinations = Destinations(backends, facts["page_size"], names.destination, facts["mode"])
+    facts["seqlen_offsets"] = destinations.check_offsets(facts["seqlen_offsets"])
+    check_tensor("req_to_token", req_to_token, dim=2, dtypes=INT_DTYPES, device=destinations.device)
+    source = Region.of("req_to_token", req_to_token)
+    for region in destinations.regions:
+        if region.overlaps(source):
+            raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
+    columns = destinations.token_columns(req_to_token.shape[1], facts["page_size"], facts["index_kpool"])
+    max_len = facts.pop("max_len")
+    for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
+        facts[name] = dtype_name(facts[name])
+    all_rows = facts["next_n"] > 1 or facts["extend"] == "variable"
+    vectorized = "page_indices" in destinations.fields and destinations.same_alignment(
+        "page_indices", all_rows=all_rows
+    )
+    config = KernelConfig.from_dict(
+        {
+            **facts,
+            "num_backends": destinations.count,
+            "fields": destinations.fields,
+            "distinct": destinations.distinct(),
+            "req_to_token_dtype": dtype_name(req_to_token.dtype),
+            "vector_bytes": 16 if vectorized else 4,
+            "target": destinations.device.type,
+        }
+    )
+    if max_len is not None:
+        check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
+    return Plan(destinations, config, req_to_token, columns, max_len, keep)
+
+
+def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:
+    """Checks the numbers and dtypes whose meaning doesn't depend on the buffers."""
+    mode, extend = facts["mode"], facts["extend"]
+    check_int(names.index_topk, facts["index_topk"], 0, 2**31 - 1)
+    check_int("index_kpool", facts["index_kpool"], 1, 2**31 - 1)
+    if mode == "decode" or extend == "variable":
+        why = " in decode" if mode == "decode" else " with variable extend lengths"
+        check_int("next_n", facts["next_n"], 1, 1, why)
+    else:
+        check_int("next_n", facts["next_n"], 1, MAX_NEXT_N)
+    if extend != "uniform" and mode != "draft_extend":
+        raise ArgumentError(f"extend is {extend!r} in {mode}; allowed: 'uniform'. Only draft_extend allows 'variable'.")
+    for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
+        if facts[name] not in INT_DTYPES:
+            raise ArgumentError(f"{name} is {facts[name]}; allowed: torch.int32, torch.int64.")
+
+
+def _page_size(page_size: int | None, kv_indices: bool, names: ArgumentNames) -> int:
+    if page_size is None:
+        return 1 if kv_indices else 64
+    check_int(names.page_size, page_size, 1, 2**31 - 1)
+    if kv_indices and page_size > 1:
+        raise ArgumentError(
+            f"{names.page_size} is {page_size} with kv_indices, which has an element for each token; allowed: 1. "
+            "Pages of several tokens aren't supported in kv_indptr and kv_indices."
+        )
+    return page_size

@@ -1,0 +1,288 @@
+"""KernelConfig: what one kernel is specialized to. Immutable, validated, printable, hashable.
+
+Nothing here spells C++: the emitted spellings appear only where the templates are rendered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from . import layout
+from .fields import FIELDS
+from .implied import Implied
+from .parts import (
+    PARTS,
+    FlashMLASchedule,
+    Gather,
+    Launch,
+    Lengths,
+    MqaSchedule,
+    Pages,
+    Rows,
+    Sparse,
+    setting,
+)
+from .values import Counts, Names, OneOf, Whole, check_one_of, check_whole
+
+Operation = Literal["precompute_and_broadcast", "copy"]
+Target = Literal["cuda", "cpu"]
+
+# Part of every key: raise it when the ingredients of a key, or a setting's default, change meaning.
+SCHEMA_VERSION = 2
+
+_DEFAULT_FIELDS = (
+    "cache_seqlens",
+    "cu_seqlens_k",
+    "page_indices",
+    "nsa_cache_seqlens",
+    "nsa_cu_seqlens_k",
+    "real_page_table",
+)
+
+
+@dataclass(frozen=True, kw_only=True, init=False, repr=False)
+class KernelConfig(Implied):
+    """The settings that one emitted kernel is specialized to.
+
+    Batch size, lengths, widths, strides and pointers aren't among them: those are arguments, so one kernel serves
+    every captured batch size.
+
+    Settings are given and read by name, whichever part they belong to: ``KernelConfig(page_size=16).page_size``. What
+    the chosen fields and modes don't use is absent: ``config.pages`` is None without a table of pages, and
+    ``config.page_size`` then yields what the setting declares for that case. So two configurations that emit the same
+    CUDA are equal.
+
+    Attributes:
+        operation: "precompute_and_broadcast" computes the fields from the lengths and the token table and writes
+            them to every backend; "copy" copies fields that were computed before to every backend.
+        mode: the forward mode: "decode", "target_verify" or "draft_extend". In the last two a request has several rows;
+            a copy knows "decode" and, for both of them, "target_verify".
+        num_backends: N, the number of backends one launch refreshes, 1 or more.
+        fields: names from FIELDS, in any order, without repeats.
+        distinct: (field, count) for each field whose N destinations are fewer than N different tensors, because
+            backends share them. Shared memory is written once.
+        target: "cuda", or "cpu" for the same kernel built by the host compiler.
+        checked: the kernel checks what it reads (rows of the pool, lengths) and records the first violation.
+        lengths, rows, gather, pages, sparse, mqa_schedule, flashmla_schedule, launch: the other settings, by part (see
+            parts.py); None where a configuration uses none of a part's settings.
+
+    Raises:
+        ConfigError: a setting is unknown, or outside what is allowed.
+    """
+
+    operation: Operation = setting("precompute_and_broadcast", OneOf("precompute_and_broadcast", "copy"))
+    mode: Literal["decode", "target_verify", "draft_extend"] = setting(
+        "decode", OneOf("decode", "target_verify", "draft_extend")
+    )
+    num_backends: int = setting(1, Whole(1, None))
+    fields: tuple[str, ...] = setting(_DEFAULT_FIELDS, Names(FIELDS))
+    distinct: tuple[tuple[str, int], ...] = setting((), Counts())
+    target: Target = setting("cuda", OneOf("cuda", "cpu"))
+    checked: bool = setting(False, OneOf(False, True), used=lambda c: not c.copies)
+    lengths: Lengths | None
+    rows: Rows | None
+    gather: Gather | None
+    pages: Pages | None
+    sparse: Sparse | None
+    mqa_schedule: MqaSchedule | None
+    flashmla_schedule: FlashMLASchedule | None
+    launch: Launch | None
+
+    def __init__(self, **settings: Any) -> None:
+        for name in settings:
+            check_one_of("the setting's name", name, tuple(SETTINGS))
+        for name, field in SETTINGS.items():
+            if name not in _PART_OF:
+                _set(self, name, field.metadata["value"].check(name, settings.get(name, field.default)))
+        for part, kind in PARTS.items():
+            _set(self, part, kind(**{n: settings[n] for n, of in _PART_OF.items() if of == part and n in settings}))
+        self._check_fields()
+        self._check_combinations()
+        self._check_offsets()
+        if self.copies and self.mode != "decode":
+            # All that a copy sees of a mode is whether the rows are a number of their own.
+            _set(self, "mode", "target_verify")
+        self._check_fill()
+        for part in PARTS:
+            _set(self, part, getattr(self, part).in_use(self))
+        if not SETTINGS["checked"].metadata["used"](self):
+            _set(self, "checked", False)
+        self._check_parameters()
+
+    def __getattr__(self, name: str) -> Any:
+        """A setting of one of the parts; where it isn't used, what its declaration says."""
+        if name not in _PART_OF:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+        part = self.__dict__[_PART_OF[name]]
+        value = None if part is None else getattr(part, name)
+        return SETTINGS[name].metadata["unused"] if value is None else value
+
+    def __repr__(self) -> str:
+        return f"KernelConfig({', '.join(f'{name}={value!r}' for name, value in self._chosen().items())})"
+
+    def _check_fields(self) -> None:
+        fields = self.fields
+        if not self.copies and self.page_size == 1:
+            if "real_page_table" in fields and "page_indices" not in fields:
+                raise ConfigError(
+                    "fields has real_page_table without page_indices and page_size is 1; with pages of one token "
+                    "the two are the same table: ask for page_indices instead."
+                )
+            _set(self, "fields", tuple(name for name in fields if name != "real_page_table"))
+        distinct = dict(self.distinct)
+        for name, count in distinct.items():
+            check_one_of("distinct", name, self.fields)
+            check_whole(f"distinct[{name}]", count, 1, self.num_backends)
+        shared = [(name, distinct[name]) for name in self.fields if name in distinct]
+        _set(self, "distinct", tuple((name, count) for name, count in shared if count < self.num_backends))
+
+    def _check_combinations(self) -> None:
+        if self.target == "cuda" and (self.threads < 32 or self.threads & (self.threads - 1)):
+            raise ConfigError(
+                f"threads is {self.threads}; on the cuda target it must be a power of two from 32 to 1024: "
+                "a block is made of whole warps."
+            )
+        derived = [name for name in self.fields if FIELDS[name].kind in ("schedule", "splits", "indices")]
+        if self.copies and derived:
+            raise ConfigError(
+                f"fields has {derived[0]} and operation is 'copy'; schedules and kv_indices are computed by each "
+                "refresh, and not copied. Leave them out of the destinations."
+            )
+        tables = [name for name in self.fields if FIELDS[name].kind == "table"]
+        if "kv_indices" in self.fields and tables:
+            raise ConfigError(
+                f"fields has kv_indices and {tables[0]}; a kernel writes either tables or indices. Bind them to two "
+                "plans."
+            )
+        if "num_splits" in self.fields and "flashmla_metadata" not in self.fields:
+            raise ConfigError(
+                "fields has num_splits without flashmla_metadata, whose rows say how many parts there are; name both."
+            )
+        if self.has_mqa_schedule and self.mode == "draft_extend" and self.extend == "variable":
+            if self.schedule_per == "row":
+                raise ConfigError(
+                    "fields has paged_mqa_schedule_metadata, schedule_per is 'row' and extend is 'variable'; a "
+                    "schedule of rows is defined for next_n rows a request. Set extend='uniform'."
+                )
+            if self.schedule_atoms == 0:
+                raise ConfigError(
+                    "fields has paged_mqa_schedule_metadata, schedule_atoms is 0 and extend is 'variable'; the atoms "
+                    "follow from next_n rows a request only. Give their number."
+                )
+
+    def _check_offsets(self) -> None:
+        offsets = self.seqlen_offsets
+        if len(offsets) not in (0, 1, self.num_backends):
+            raise ConfigError(
+                f"seqlen_offsets has {len(offsets)} numbers and num_backends is {self.num_backends}; give one a "
+                "backend, one for all, or none."
+            )
+        if len(set(offsets)) < 2 or not self.needs_lengths:
+            return
+        for name, count in self.distinct:
+            if FIELDS[name].kind != "table" or count > 1:
+                raise ConfigError(
+                    f"distinct[{name}] is {count} and seqlen_offsets is {offsets}; backends whose "
+                    "lengths differ share a table that all of them have, or nothing."
+                )
+
+    def _check_fill(self) -> None:
+        if self.page_fill is None or self.copies:
+            return
+        if self.tables != ("real_page_table",) or self.extent != "live":
+            raise ConfigError(
+                f"page_fill is {self.page_fill} with the tables {', '.join(self.tables) or 'none'} and extent "
+                f"{self.extent!r}; it fills a real_page_table that is the only table, of extent 'live'. Leave it None."
+            )
+
+    def _check_parameters(self) -> None:
+        if self.param_words > layout.MAX_PARAM_WORDS:
+            raise ConfigError(
+                f"num_backends is {self.num_backends} with {len(self.fields)} fields, which needs "
+                f"{8 * self.param_words} bytes of kernel parameters; CUDA allows {8 * layout.MAX_PARAM_WORDS}. "
+                "Refresh the backends in several plans."
+            )
+
+    @property
+    def param_words(self) -> int:
+        """64-bit words in the kernel's parameter block (see layout.py)."""
+        return sum(member.words for member in layout.members(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
+        return {name: _plain(name, getattr(self, name)) for name in SETTINGS}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> KernelConfig:
+        """The inverse of to_dict; settings that are left out have their defaults, and unknown names are refused.
+
+        Raises:
+            ConfigError: a name isn't a setting's, or a value is outside what is allowed.
+        """
+        return cls(**settings)
+
+    def shown_settings(self) -> dict[str, Any]:
+        """What a banner shows, as plain JSON values: its own settings, and those of parts that aren't the defaults."""
+        shown = {name: value for name, value in self._in_use() if name not in _PART_OF} | self._chosen()
+        return {name: _plain(name, value) for name, value in shown.items()}
+
+    def settings(self) -> str:
+        """The settings that differ from the defaults as ``key=value,…``, the form that ``--set`` reads."""
+        return ",".join(f"{n}={SETTINGS[n].metadata['value'].write(value)}" for n, value in self._chosen().items())
+
+    def replace(self, **changes: Any) -> KernelConfig:
+        """A copy with some settings changed, validated again. What wasn't used before has its default."""
+        return KernelConfig(**dict(self._in_use()) | changes)
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 (hex) of the schema version and of the settings that differ from the defaults.
+
+        The key of a build, which also covers source, flags, architectures and compilers, is the store's.
+        """
+        return hashlib.sha256(f"{SCHEMA_VERSION},{self.settings()}".encode()).hexdigest()
+
+    @property
+    def symbol(self) -> str:
+        """The stem of every exported name: onelaunch_<operation>_<mode>_n<N>_<16 digits of the key>."""
+        verb = "copy" if self.copies else "broadcast"
+        return f"onelaunch_{verb}_{self.mode}_n{self.num_backends}_{self.key[:16]}"
+
+    def _in_use(self) -> Iterator[tuple[str, Any]]:
+        """The settings that the kernel depends on."""
+        for name in SETTINGS:
+            value = getattr(getattr(self, _PART_OF[name]), name, None) if name in _PART_OF else getattr(self, name)
+            if value is not None:
+                yield name, value
+
+    def _chosen(self) -> dict[str, Any]:
+        """The settings in use that differ from their defaults."""
+        return {name: value for name, value in self._in_use() if value != SETTINGS[name].default}
+
+
+# Which part a setting belongs to; the others are the configuration's own.
+_PART_OF = {field.name: part for part, kind in PARTS.items() for field in dataclasses.fields(kind)}
+
+SETTINGS: dict[str, dataclasses.Field[Any]] = {
+    field.name: field
+    for fields in (dataclasses.fields(KernelConfig), *map(dataclasses.fields, PARTS.values()))
+    for field in fields
+    if field.name not in PARTS
+}
+"""Every setting's declaration, by the name that users give."""
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name == "distinct":
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _set(config: KernelConfig, name: str, value: object) -> None:
+    object.__setattr__(config, name, value)

@@ -1,0 +1,118 @@
+"""The parameter block: which 64-bit words a kernel takes, in which order.
+
+The struct in the emitted CUDA and the integers that a plan packs both follow this list, so they can't disagree.
+Every word is 64 bits wide (a pointer, or a signed integer), so a block is an array of int64 as well as a struct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from .fields import FIELDS
+
+if TYPE_CHECKING:
+    from .config import KernelConfig
+
+# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+); the block is 64-bit words.
+MAX_PARAM_WORDS = 32_764 // 8
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of the parameter struct.
+
+    Attributes:
+        name: its name, in the struct and in a plan.
+        type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
+            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to the record of a
+            checked kernel).
+        count: array length, or None for a single member.
+        per_call: set at each call; the rest is set once, when a plan is bound.
+        comment: what it holds.
+    """
+
+    name: str
+    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation"]
+    count: int | None
+    per_call: bool
+    comment: str
+
+    @property
+    def words(self) -> int:
+        """64-bit words the member takes."""
+        return (self.count or 1) * (2 if self.type == "table" else 1)
+
+
+def members(config: KernelConfig) -> list[Member]:
+    """The parameter struct's members, per-call ones first."""
+    copies = config.copies
+    out: list[Member] = []
+
+    def add(name: str, type: str, comment: str, *, count: int | None = None, per_call: bool = False) -> None:
+        out.append(Member(name, type, count, per_call, comment))  # type: ignore[arg-type]
+
+    if config.needs_lengths:
+        add("seq_lens", "lengths", "[batch_size]", per_call=True)
+        add("seq_lens_stride", "int64", "elements", per_call=True)
+    if config.extend == "variable":
+        add("extend_seq_lens", "extends", "[batch_size]", per_call=True)
+        add("extend_seq_lens_stride", "int64", "elements", per_call=True)
+    if config.tables and not copies:
+        add("req_pool_indices", "pool", "[batch_size], rows of req_to_token", per_call=True)
+        add("req_pool_indices_stride", "int64", "elements", per_call=True)
+    add("batch_size", "int64", "requests", per_call=True)
+    if copies and config.row_fields:
+        add("rows", "int64", "rows of all requests", per_call=True)
+    for name in column_limits(config):
+        add(name, "int64", "no column from here on is written", per_call=True)
+    # What a thread needs before it can read its first token comes first, and lies in few cache lines.
+    if config.tables and not copies:
+        add("req_to_token", "token", "[pool rows, req_to_token_width]")
+        add("req_to_token_stride", "int64", "elements from row to row")
+        add("req_to_token_width", "int64", "elements of a row that may be read")
+
+    def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
+        for name in names:
+            if copies:
+                add(f"from_{name}", kind, "precomputed")
+            add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
+
+    add_fields("table", [name for name in config.fields if FIELDS[name].kind == "table"])
+    add("device", "int64", "ordinal")
+    if config.tables:
+        add("sm_count", "int64", "multiprocessors of the device")
+    if config.checked:
+        add("violation", "violation", "the first one found, or none")
+        if config.extend == "variable":
+            add("row_capacity", "int64", "rows that fit the destinations")
+        if config.tables:
+            add("pool_rows", "int64", "rows of req_to_token")
+    if config.page_fill is not None:
+        add("real_page_table_width", "int64", "columns")
+    if "paged_mqa_schedule_metadata" in config.fields:
+        add("num_sms", "int64", "multiprocessors that DeepGEMM's schedule is for")
+    if "flashmla_metadata" in config.fields:
+        add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
+    if "kv_indices" in config.fields:
+        add("kv_indices_capacity", "int64", "elements")
+    add_fields("int32", [name for name in config.fields if FIELDS[name].kind != "table"])
+    return out
+
+
+def column_limits(config: KernelConfig) -> list[str]:
+    """The per-call members that bound the columns: one where tables share a source, one a table in a copy."""
+    if config.copies:
+        return [f"{name}_columns" for name in config.tables]
+    return ["columns"] if config.tables else []
+
+
+def param_words(config: KernelConfig) -> list[str]:
+    """Names of the 64-bit words in order, one entry a word."""
+    return [m.name for m in members(config) for _ in range(m.words)]
+
+
+def call_words(config: KernelConfig) -> list[str]:
+    """Names of the words that each call sets: the first ones of the block."""
+    return [m.name for m in members(config) if m.per_call]

@@ -1,0 +1,74 @@
+"""The violations that a checked kernel reports: their numbers in the emitted CUDA and the host's sentence for each.
+
+The templates and Plan.check both read this list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import KernelConfig
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One kind of violation.
+
+    Attributes:
+        constant: name of the constant in the emitted CUDA.
+        number: the value that a kernel writes for this kind, 1 or more.
+        applies: whether the kernel of a configuration can report it.
+        sentence: the message, a format string with {request}, {value} and {limit}.
+    """
+
+    constant: str
+    number: int
+    applies: Callable[[KernelConfig], bool]
+    sentence: str
+
+
+VIOLATIONS = tuple(
+    Violation(constant, number, applies, sentence)
+    for number, (constant, applies, sentence) in enumerate(
+        (
+            (
+                "kPoolIndex",
+                lambda config: bool(config.tables),
+                "req_pool_indices[{request}] is {value}; allowed: rows of req_to_token, 0 to {limit} exclusive. "
+                "Its tables weren't written.",
+            ),
+            (
+                "kNegativeLength",
+                lambda config: config.needs_lengths,
+                "seq_lens[{request}] is {value}; allowed: 0 or more.",
+            ),
+            (
+                "kLengthBeyondTable",
+                lambda config: config.needs_lengths and bool(config.tables),
+                "seq_lens[{request}] is {value}; allowed: up to {limit}, as far as the tables of this call go. "
+                "Bind wider tables, or raise max_len.",
+            ),
+            (
+                "kExtendLength",
+                lambda config: config.extend == "variable",
+                "extend_seq_lens[{request}] is {value}; allowed: 0 to {limit}, the rows that the destinations have.",
+            ),
+            (
+                "kRowsBeyondCapacity",
+                lambda config: config.extend == "variable",
+                "extend_seq_lens add up to {value} rows at request {request}; the destinations have {limit}. "
+                "Bind larger buffers.",
+            ),
+            (
+                "kIndicesBeyondCapacity",
+                lambda config: "kv_indices" in config.fields,
+                "seq_lens up to request {request} need {value} elements of kv_indices; the destinations have {limit}. "
+                "Bind larger buffers.",
+            ),
+        ),
+        start=1,
+    )
+)
