@@ -25,7 +25,6 @@ constexpr int kThreads = 256;  // per block
 constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
 constexpr int kFirstTableBlock = 2 * kLengthSets;  // the blocks before compute vectors and schedules
 using SeqLen = std::int64_t;
@@ -118,6 +117,7 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
 // ---- running sums ------------------------------------------------------------------------------------------------
 // T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
 // may not wrap has 64 bits.
+constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
 // The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
 template <typename T>
@@ -496,14 +496,12 @@ Split split_of(const Params& p) {
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
   // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
-  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
+  std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+  if (columns == 0) warps = 0;
   return {
       static_cast<std::uint32_t>(tiles),
       static_cast<std::int32_t>(tile_columns),
-      static_cast<std::uint32_t>(
-          columns == 0 ? 0
-          : few        ? (kWarps + 1) / 2
-                       : kWarps),
+      warps,
       ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles),
   };
 }
