@@ -18,7 +18,9 @@ import torch
 from cases import Shape
 from onelaunch import FIELDS, KernelConfig, MetadataBuffers
 from onelaunch.errors import ArgumentError
-from onelaunch.run.plan import CopyPlan, Destinations, backend_field, make_plan
+from onelaunch.run.copy_plan import CopyPlan
+from onelaunch.run.destinations import Destinations, backend_field
+from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
 from support import POISON, Poisoned
 from torch import Tensor
