@@ -1,9 +1,9 @@
 """SGLang: the metadata of its CUDA graphs, refreshed before a replay by one launch for all draft steps.
 
-Served are DSA (once NSA, with its old names), FA3, TRTLLM-MHA, FlashMLA and TRTLLM-MLA, as multi-step draft backends
-(``attn_backends``) or as a single backend that verifies or extends. Objects are known by their attributes alone.
+Supported are DSA (formerly NSA, also with its old names), FA3, TRTLLM-MHA, FlashMLA and TRTLLM-MLA, as multi-step draft
+backends (``attn_backends``) or as a single backend that verifies or extends. Objects are known by their attributes.
 
-DSA, draft steps. The children are refreshed at once, in place of one precomputation and the copies::
+DSA, draft steps. One launch refreshes all children, in place of one precomputation and the copies::
 
     from onelaunch.integrations.sglang import Refresher
 
@@ -18,10 +18,10 @@ DSA, draft steps. The children are refreshed at once, in place of one precomputa
         child._refresh_topk_v2_plan(metadata)
         child.forward_metadata = metadata
 
-With ``Refresher(self, schedules=True)`` the launch makes DeepGEMM's schedules too, and the call of
-``_refresh_paged_mqa_schedule_metadata`` goes. The other schedules that DSA's own functions make stay theirs, as do the
-write plans of k-pools. ``flashmla_metadata`` of the sparse kernel depends on the batch size alone, so it stays as
-capture left it.
+With ``Refresher(self, schedules=True)`` the launch writes DeepGEMM's schedules too, and the call of
+``_refresh_paged_mqa_schedule_metadata`` goes; on SM100 add ``schedule_remainder="first"``. All other schedules stay
+DSA's own, as do the write plan and the schedule of k-pools. ``flashmla_metadata`` of the sparse kernel depends on the
+batch size alone, so it stays as the capture left it.
 
 DSA, verification and draft extension. ``forward_mode`` may be SGLang's enumeration or a name of bind()'s modes::
 
@@ -41,35 +41,31 @@ DSA, verification and draft extension. ``forward_mode`` may be SGLang's enumerat
 
 Where requests are extended by different numbers of tokens, ``run`` takes them as ``extend_seq_lens``.
 
-FA3 and TRTLLM-MHA, draft steps. Step i sees i + 1 tokens more, still in one launch with one gather::
+FA3, draft steps. Step i sees i + 1 more tokens, still in one launch that reads each token once. ``max_seq_len_k`` of a
+metadata object is a number on the host and stays the engine's::
 
     # FlashAttentionMultiStepBackend.__init__, at its end
     self.refresher = Refresher(self)
 
-    # init_forward_metadata_replay_cuda_graph, in place of its loop
-    longest = int(forward_batch.seq_lens_cpu[:bs].max())
-    steps = self.refresher.run(bs, forward_batch.seq_lens, forward_batch.req_pool_indices)
-    for step, (child, metadata) in enumerate(steps):
-        metadata.max_seq_len_k = longest + step + 1
+    # init_forward_metadata_out_graph, in place of its loop over the children
+    for child, metadata in self.refresher.run(bs, forward_batch.seq_lens, forward_batch.req_pool_indices):
         child.forward_metadata = metadata
 
-FlashMLA and TRTLLM-MLA, draft steps. The block tables, and -1 in their dead columns::
+TRTLLM-MHA records its own kernels in the graph, which would run after a launch outside of it: call ``run`` during the
+capture, in their place. FlashMLA and TRTLLM-MLA: call ``run`` where the engine fills ``block_kv_indices``; dead columns
+are filled with -1.
 
-    # the multi-step backend's __init__, at its end
-    self.refresher = Refresher(self)
+What stays the engine's, and is stale if it doesn't refresh it: dense FlashMLA's ``get_mla_metadata`` and its
+draft_extend's ``seq_lens_k``, TRTLLM-MLA's ``global_seq_lens_k`` in verification, and of FA3 as a single backend
+``scheduler_metadata`` in decode and ``cu_seqlens_q`` where extend lengths differ.
 
-    # its replay, in place of a create_flashmla_kv_indices_triton for each child
-    self.refresher.run(bs, forward_batch.seq_lens, forward_batch.req_pool_indices)
-
-Dense FlashMLA's ``get_mla_metadata`` depends on the lengths and stays the engine's.
-
-A kernel is the same for all batch sizes. ``Refresher.prepare`` makes the plan of one, best right after its capture, so
-that nothing is built or loaded while serving.
+The kernel is the same for all batch sizes. ``Refresher.prepare`` makes the plan of one batch size, best right after its
+capture, so that nothing is built or loaded while serving.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +78,7 @@ from .attributes import REQUIRED, described, has, read
 
 _Names = dict[str, tuple[str, ...]]
 
-# The names of each field's attribute, new ones first; ? marks what an object may lack.
+# Names of the attribute that is each field, newest first; ? marks a field whose attribute may be missing.
 _DSA: _Names = {
     "cache_seqlens": ("cache_seqlens_int32", "cache_seqlens"),
     "cu_seqlens_k": ("cu_seqlens_k",),
@@ -106,7 +102,7 @@ _MHA: _Names = {
 }
 _MLA: _Names = {"cache_seqlens?": ("seq_lens_k",), "real_page_table": ("block_kv_indices",)}
 
-# What onelaunch has no field for, and would be stale without a word.
+# Tensors that onelaunch has no field for: the engine must refresh them, or they are stale.
 _FOREIGN = ("swa_page_table", "local_attn_metadata", "encoder_page_table")
 
 _STEPS = ("attn_backends",)
@@ -123,14 +119,14 @@ _VERSION = "onelaunch doesn't know this version of the engine: fill a MetadataBu
 def buffers_from(
     metadata: Any, *, page_size: int = 64, leave: Collection[str] = (), schedules: bool = False
 ) -> MetadataBuffers:
-    """The tensors of one of SGLang's metadata objects, by the names that onelaunch has for them.
+    """The tensors of one of SGLang's metadata objects, under onelaunch's names.
 
     Args:
         metadata: DSAMetadata or NSAMetadata, or their precomputed form; FlashAttentionMetadata; TRTLLMMHAMetadata;
             FlashMLADecodeMetadata or TRTLLMMLADecodeMetadata. An attribute that is None is a field that is None.
         page_size: tokens a page. With 1, FA3's page_table holds tokens: it is page_indices.
-        leave: names of tensors that the engine goes on refreshing, of those that onelaunch has no field for.
-        schedules: whether DSA's paged_mqa_schedule_metadata, if there is one, is refreshed too.
+        leave: names of tensors that onelaunch has no field for and that the engine refreshes itself.
+        schedules: whether DSA's paged_mqa_schedule_metadata is refreshed too, if there is one.
 
     Raises:
         ArgumentError: the object lacks an attribute, or has a tensor that onelaunch can't refresh.
@@ -140,7 +136,7 @@ def buffers_from(
         if getattr(metadata, name, None) is not None and name not in leave:
             raise ArgumentError(
                 f"metadata.{name} is set, and onelaunch has no such field: it would be stale. Refresh it with the "
-                f"engine's own code, and say so with leave=({name!r},)."
+                f"engine's own code, and pass leave=({name!r},)."
             )
     found = {}
     for field, aliases in names.items():
@@ -154,7 +150,7 @@ def buffers_from(
 
 
 def _names(metadata: Any) -> _Names:
-    """The names of the family that a metadata object is of."""
+    """The attribute names of a metadata object's family."""
     for names, marks in (
         (_DSA, _DSA["nsa_cache_seqlens"]),
         (_MLA, _MLA["real_page_table"]),
@@ -167,10 +163,13 @@ def _names(metadata: Any) -> _Names:
 
 
 def mode_of(forward_mode: Any) -> str:
-    """bind()'s name of a forward mode: of SGLang's ForwardMode, or of a name, which is returned as it is.
+    """The name that bind() has for a forward mode.
+
+    Args:
+        forward_mode: SGLang's ForwardMode, or bind()'s name, which is returned.
 
     Raises:
-        ArgumentError: it is a mode of another kind, such as EXTEND.
+        ArgumentError: it is another mode, such as EXTEND.
     """
     if isinstance(forward_mode, str):
         if forward_mode not in _GRAPHS:
@@ -191,12 +190,12 @@ def mode_of(forward_mode: Any) -> str:
 
 
 class _Captured(NamedTuple):
-    """One child with what it captured for a batch size.
+    """What one child captured for a batch size.
 
     Attributes:
         child: the backend.
-        attribute: where it keeps the captures.
-        held: what it keeps there: the metadata object, or FlashMLA's whole table.
+        attribute: its attribute with the captures.
+        held: the value there: the metadata object, or FlashMLA's whole table.
         metadata: the object that has the tensors.
     """
 
@@ -207,14 +206,16 @@ class _Captured(NamedTuple):
 
     def current(self, bs: int) -> bool:
         """Whether the child still holds that capture."""
-        kept = getattr(self.child, self.attribute)
-        return (kept.get(bs) if isinstance(kept, Mapping) else kept) is self.held
+        value = getattr(self.child, self.attribute)
+        return (value.get(bs) if isinstance(value, Mapping) else value) is self.held
 
 
 def _captured(backend: Any, bs: int, mode: str) -> list[_Captured]:
-    """The children that captured a batch size: SGLang's last child often captures nothing, and isn't used."""
+    """The children that captured a batch size. SGLang's last child often captures nothing; it isn't used."""
     several = has(backend, _STEPS)
-    children = list(read("backend", backend, _STEPS, _VERSION)) if several else [backend]
+    children = read("backend", backend, _STEPS, _VERSION) if several else [backend]
+    if not isinstance(children, Sequence):
+        raise ArgumentError(f"backend.attn_backends is a {type(children).__name__}; it must be a list. {_VERSION}")
     found: list[_Captured] = []
     missing = ""
     for index, child in enumerate(children):
@@ -223,7 +224,7 @@ def _captured(backend: Any, bs: int, mode: str) -> list[_Captured]:
         if isinstance(table, Tensor) and table.dim() == 2:
             found.append(_Captured(child, _TABLE, table, _FlashMLATable(table[:bs])))
             continue
-        # DSA and TRTLLM-MLA keep every mode's captures in one place, the others have a place for each.
+        # DSA and TRTLLM-MLA keep the captures of all modes in one dictionary, the others in one for each mode.
         apart = has(child, (_GRAPHS["target_verify"], _GRAPHS["draft_extend"]))
         attribute = _GRAPHS[mode if apart else "decode"]
         graphs = read(label, child, (attribute,), _VERSION, {} if found else REQUIRED)
@@ -243,7 +244,7 @@ def _captured(backend: Any, bs: int, mode: str) -> list[_Captured]:
 
 
 class _FlashMLATable(NamedTuple):
-    """FlashMLA keeps no metadata object a batch size, only the table."""
+    """FlashMLA has no metadata object for a batch size, only the table."""
 
     block_kv_indices: Tensor
 
@@ -256,13 +257,13 @@ def bind_backends(
     mode: Any = "decode",
     leave: Collection[str] = (),
     schedules: bool = False,
-    **facts: Any,
+    **settings: Any,
 ) -> Plan:
     """Binds what an SGLang backend captured for a batch size: all children of a multi-step one, or itself.
 
-    Read from the children, unless ``facts`` say otherwise: page_size, index_topk, index_kpool, next_n (the number of
-    draft tokens) and, for FA3 and TRTLLM-MHA, the steps' offsets. Their tables, and those of FlashMLA and TRTLLM-MLA,
-    have a row a request in every mode, so there target_verify is decode with lengths that are next_n longer.
+    Unless ``settings`` give them, these are read from the children: page_size, index_topk, index_kpool, next_n (the
+    number of draft tokens) and, for FA3 and TRTLLM-MHA, the offsets of the steps. The tables of all but DSA have a row
+    for each request in every mode, so there target_verify is decode with lengths that are next_n longer.
 
     Args:
         backend: a multi-step backend with ``attn_backends``, or a single backend.
@@ -270,16 +271,16 @@ def bind_backends(
         req_to_token: int32 [pool rows, W]; None is the children's own.
         mode: SGLang's ForwardMode or a name of bind()'s modes.
         leave: see buffers_from.
-        schedules: whether to refresh DSA's paged_mqa_schedule_metadata, of multiprocessors that share splits of 256
-            tokens, as DeepGEMM's own function does. In target_verify and draft_extend it is of rows where the captured
-            paged_mqa_ctx_lens_2d has one column, else of requests; schedule_atoms must then be given.
-        facts: arguments of onelaunch.bind, which go before what the children say. page_fill is -1 for block_kv_indices.
+        schedules: whether to refresh DSA's paged_mqa_schedule_metadata, as DeepGEMM's own function does. In
+            target_verify and draft_extend it has an item for each row if the captured paged_mqa_ctx_lens_2d has one
+            column; otherwise for each request, and schedule_atoms must be given.
+        settings: arguments of onelaunch.bind, in place of what the children say. page_fill is -1 for block_kv_indices.
 
     Raises:
-        ArgumentError: an attribute isn't there, or nothing was captured for ``bs``; and see onelaunch.bind.
+        ArgumentError: an attribute is missing, or nothing was captured for ``bs``; and see onelaunch.bind.
     """
     mode = mode_of(mode)
-    return _bind(_captured(backend, bs, mode), has(backend, _STEPS), req_to_token, mode, leave, schedules, facts)
+    return _bind(_captured(backend, bs, mode), has(backend, _STEPS), req_to_token, mode, leave, schedules, settings)
 
 
 def _bind(
@@ -289,13 +290,13 @@ def _bind(
     mode: str,
     leave: Collection[str],
     schedules: bool,
-    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> Plan:
     child = captured[0].child
     names = _names(captured[0].metadata)
-    given = dict(facts)
+    given = dict(settings)
 
-    def fact(name: str, attributes: tuple[str, ...], **default: Any) -> Any:
+    def setting(name: str, attributes: tuple[str, ...], **default: Any) -> Any:
         if name not in given:
             given[name] = read("the backend", child, attributes, f"Pass {name}=.", **default)
         return given[name]
@@ -307,23 +308,23 @@ def _bind(
     if (steps or mode != "decode") and branches > 1:
         raise ArgumentError(
             f"the backend's topk is {branches}; allowed: 0 and 1. A draft tree has rows for each branch, which "
-            "onelaunch doesn't refresh."
+            "onelaunch doesn't support."
         )
     block_size = {"default": 64} if names is _MLA else {}
-    page_size = fact("page_size", ("physical_page_size", "real_page_size", "page_size"), **block_size)
+    page_size = setting("page_size", ("physical_page_size", "real_page_size", "page_size"), **block_size)
     if mode == "decode" or given.get("extend") == "variable":
         given.pop("next_n", None)
     else:
-        fact("next_n", ("speculative_num_draft_tokens", "num_draft_tokens"))
+        setting("next_n", ("speculative_num_draft_tokens", "num_draft_tokens"))
     if names is _DSA:
-        fact("index_topk", ("dsa_index_topk", "nsa_index_topk"))
-        fact("index_kpool", ("dsa_index_kpool", "nsa_index_kpool"), default=1)
+        setting("index_topk", ("dsa_index_topk", "nsa_index_topk"))
+        setting("index_kpool", ("dsa_index_kpool", "nsa_index_kpool"), default=1)
         given["mode"] = mode
         if schedules and getattr(captured[0].metadata, _SCHEDULE, None) is not None:
-            _schedule_facts(captured[0].metadata, given)
+            _schedule_settings(captured[0].metadata, given)
     else:
         added = given.pop("next_n", 0)
-        for name in ("extend", "extend_seq_lens_dtype"):  # a row a request, however far it is extended
+        for name in ("extend", "extend_seq_lens_dtype"):  # one row for each request, whatever its extend length
             given.pop(name, None)
         if mode == "target_verify":
             given.setdefault("seqlen_offsets", [added] * len(captured))
@@ -338,23 +339,25 @@ def _bind(
     return bind(buffers, req_to_token=req_to_token, **given)
 
 
-def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
-    """What the lengths that DeepGEMM gets are of, from their shape."""
+def _schedule_settings(metadata: Any, given: dict[str, Any]) -> None:
+    """Sets schedule_per from the shape of the lengths that DeepGEMM gets."""
     if given["index_kpool"] > 1:
         raise ArgumentError(
             f"schedules is True and index_kpool is {given['index_kpool']}; DSA keeps a schedule of pools apart, which "
-            "onelaunch doesn't know. Leave the schedules to the engine."
+            "onelaunch doesn't support. Leave the schedules to the engine."
         )
     if given["mode"] == "decode" or "schedule_per" in given:
         return
     lengths = read("metadata", metadata, ("paged_mqa_ctx_lens_2d",), "Pass schedule_per=.")
-    if lengths is None or lengths.dim() != 2:
-        raise ArgumentError("metadata.paged_mqa_ctx_lens_2d isn't 2-D, so it doesn't say its rows. Pass schedule_per=.")
+    if not isinstance(lengths, Tensor) or lengths.dim() != 2:
+        raise ArgumentError(
+            "metadata.paged_mqa_ctx_lens_2d isn't a 2-D tensor, so its rows are unknown. Pass schedule_per=."
+        )
     given["schedule_per"] = "row" if lengths.shape[1] == 1 else "request"
     if lengths.shape[1] > 1 and "schedule_atoms" not in given:
         raise ArgumentError(
-            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows a request; how many atoms "
-            "those are is DeepGEMM's matter. Pass schedule_atoms=, or leave the schedules to the engine."
+            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows for each request; their "
+            "number of atoms is up to DeepGEMM. Pass schedule_atoms=, or leave the schedules to the engine."
         )
 
 
@@ -365,13 +368,13 @@ class _Bound(NamedTuple):
 
 
 class Refresher:
-    """Refreshes an SGLang backend's captured metadata, through one plan for each captured batch size and mode.
+    """Refreshes an SGLang backend's captured metadata, with a plan for each captured batch size and mode.
 
-    A plan is made when its batch size is first met, or by prepare(); from then on a call is one launch. A batch size
+    A plan is made at the first call for its batch size, or by prepare(); after that a call is one launch. A batch size
     that was captured again, into other objects, gets a new plan.
 
     Args:
-        backend, req_to_token, leave, schedules, facts: see bind_backends.
+        backend, req_to_token, leave, schedules, settings: see bind_backends.
     """
 
     def __init__(
@@ -381,10 +384,10 @@ class Refresher:
         *,
         leave: Collection[str] = (),
         schedules: bool = False,
-        **facts: Any,
+        **settings: Any,
     ) -> None:
         self._backend, self._pool, self._leave, self._schedules = backend, req_to_token, leave, schedules
-        self._facts = facts
+        self._settings = settings
         self._bound: dict[tuple[Any, ...], _Bound] = {}
 
     @property
@@ -420,17 +423,17 @@ class Refresher:
         *,
         mode: Any = "decode",
     ) -> list[tuple[Any, Any]]:
-        """Refreshes everything that was captured for a batch size: one launch on the current stream.
+        """Refreshes all metadata captured for a batch size: one launch on the current stream.
 
         Args:
             bs: the captured batch size.
-            seq_lens, req_pool_indices: int32 or int64, bs elements or more, of which the first bs count.
-            extend_seq_lens: likewise, the tokens that draft_extend extends each request by; None for the same number.
-                What was captured has room for their sum, which the caller vouches for.
+            seq_lens, req_pool_indices: int32 or int64, bs elements or more, of which the first bs are read.
+            extend_seq_lens: likewise, the number of tokens that draft_extend extends each request by; None if it is
+                next_n for all. The caller guarantees that the captured tensors have room for their sum.
             mode: SGLang's ForwardMode or a name of bind()'s modes.
 
         Returns:
-            Each child with its metadata, for what is left to the engine. FlashMLA's is its table alone.
+            Each child with its metadata, for the engine's own work on it. FlashMLA's is its table alone.
 
         Raises:
             ArgumentError: see bind_backends and Plan.run; nothing was written.
@@ -458,14 +461,14 @@ class Refresher:
         bound = self._bound.get(key)
         if bound is None or not all(captured.current(bs) for captured in bound.captured):
             captured = _captured(self._backend, bs, mode)
-            facts = {**self._facts, "seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": pool_dtype}
+            settings = {**self._settings, "seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": pool_dtype}
             if extend_dtype is not None:
                 if mode != "draft_extend":
                     raise ArgumentError(
                         f"extend_seq_lens is a tensor and mode is {mode!r}; they are for 'draft_extend'."
                     )
-                facts |= {"extend": "variable", "extend_seq_lens_dtype": extend_dtype}
+                settings |= {"extend": "variable", "extend_seq_lens_dtype": extend_dtype}
             several = has(self._backend, _STEPS)
-            plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
+            plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, settings)
             bound = self._bound[key] = _Bound(plan, captured, [(c.child, c.metadata) for c in captured])
         return bound
