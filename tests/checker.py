@@ -18,7 +18,9 @@ import torch
 from cases import Shape
 from onelaunch import FIELDS, KernelConfig, MetadataBuffers
 from onelaunch.errors import ArgumentError
-from onelaunch.run.plan import CopyPlan, Destinations, backend_field, make_plan
+from onelaunch.run.copy_plan import CopyPlan
+from onelaunch.run.destinations import Destinations, backend_field
+from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
 from support import POISON, Poisoned
 from torch import Tensor
@@ -91,7 +93,8 @@ class Scene:
         lengths = torch.tensor(shape.lengths, dtype=torch.int64).to(torch.int32).tolist()
         longest = max(config.seqlen_offsets, default=0) + self._added
         self.tokens = [max(0, n) + longest for n in lengths]
-        self.capacity = min(sum(self.tokens), shape.max_indices)
+        # Empty tensors would count as one that backends share.
+        self.capacity = min(max(1, sum(self.tokens)), shape.max_indices)
         self.columns = min(self._limits())
         self._inputs(extends)
         self.destinations = {name: self._destinations(name) for name in config.fields}
@@ -318,10 +321,8 @@ class Scene:
             made: Any = CopyPlan(self.source, destinations, keep=True, mode=config.mode)
         else:
             settings = settings_for(onelaunch.bind, config)
-            launch = {name: getattr(config, name) for name in ("threads", "unroll", "blocks_per_sm")}
-            shape = {} if config.replace(**_DEFAULT_LAUNCH) == config else {"launch_shape": launch}
-            function: Any = make_plan if shape else onelaunch.bind
-            made = function(buffers, req_to_token=self.req_to_token, **settings, **shape)
+            settings |= {name: getattr(config, name) for name in ("threads", "unroll", "blocks_per_sm")}
+            made = make_plan(buffers, self.req_to_token, settings)
         assert made.config == config, f"bound {made.config.settings()} instead of {config.settings()}"
         return made
 
@@ -362,9 +363,6 @@ class Scene:
         else:
             raise AssertionError(f"nothing was reported of {self.violations[:9]}")
         plan.check()  # only once
-
-
-_DEFAULT_LAUNCH = {name: getattr(KernelConfig(), name) for name in ("threads", "unroll", "blocks_per_sm")}
 
 
 def check(config: KernelConfig, shape: Shape, device: torch.device | str) -> Any:
