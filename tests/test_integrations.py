@@ -368,6 +368,8 @@ def test_what_flashinfers_helper_refuses() -> None:
         flashinfer.bind_backends(multi)
     with pytest.raises(ArgumentError, match=r"no attribute attn_backends; it is a object without attributes. Give"):
         flashinfer.bind_backends(object(), source)
+    with pytest.raises(ArgumentError, match=r"backend\.attn_backends is a NoneType; it must be a list"):
+        flashinfer.bind_backends(SimpleNamespace(attn_backends=None))
     with pytest.raises(ArgumentError, match="req_to_token is None; wrappers don't have the pool"):
         flashinfer.bind_backends([wrapper(4, 9)])
     with pytest.raises(ArgumentError, match=r"buffer of kv_indptr is None. Make the wrapper with use_cuda_graph=True"):
@@ -472,13 +474,13 @@ def test_schedules_that_are_not_known_are_refused_and_those_that_are_not_there_l
     backend.dsa_index_kpool = 2
     backend.init_cuda_graph_state(4, 16)
     backend.capture(4, "target_verify")
-    with pytest.raises(ArgumentError, match="schedules is True and index_kpool is 2; DSA keeps a schedule of pools"):
+    with pytest.raises(ArgumentError, match="schedules is True and index_kpool is 2; DSA has a second schedule"):
         sglang.bind_backends(backend, 4, schedules=True)
     backend.dsa_index_kpool = 1
     metadata = SimpleNamespace(**vars(backend.decode_cuda_graph_metadata[4]))
     backend.decode_cuda_graph_metadata[4] = metadata
     metadata.paged_mqa_ctx_lens_2d = metadata.paged_mqa_ctx_lens_2d.view(-1)
-    with pytest.raises(ArgumentError, match=r"paged_mqa_ctx_lens_2d isn't a 2-D tensor, .*Pass schedule_per="):
+    with pytest.raises(ArgumentError, match=r"paged_mqa_ctx_lens_2d isn't 2-D, .*Pass schedule_per="):
         sglang.bind_backends(backend, 4, mode="target_verify", schedules=True)
     plan = sglang.bind_backends(backend, 4, mode="target_verify", schedules=True, schedule_per="row")
     assert plan.config.schedules == ("paged_mqa_schedule_metadata",)
@@ -506,7 +508,7 @@ def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype
     assert plan.launches == 2
     refresher.run(4, forward.seq_lens, forward.req_pool_indices, mode="draft_extend")
     assert len(refresher.plans) == 2, "the same number for all is another kernel"
-    with pytest.raises(ArgumentError, match="extend_seq_lens is a tensor and mode is 'decode'; they are for"):
+    with pytest.raises(ArgumentError, match="extend_seq_lens is a tensor and mode is 'decode'; it is for"):
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows)
     with pytest.raises(ArgumentError, match=r"extend_seq_lens is \(3,\) and bs is 4"):
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows[:3], mode="draft_extend")
@@ -575,9 +577,6 @@ def test_a_batch_size_that_was_not_captured_is_refused() -> None:
         sglang.bind_backends(object(), 4)
     with pytest.raises(ArgumentError, match="attn_backends is empty"):
         sglang.bind_backends(SimpleNamespace(attn_backends=[]), 4)
-    for bind in (lambda owner: sglang.bind_backends(owner, 4), flashinfer.bind_backends):
-        with pytest.raises(ArgumentError, match=r"backend\.attn_backends is a NoneType; it must be a list"):
-            bind(SimpleNamespace(attn_backends=None, topk=1))
 
 
 def test_a_child_of_another_kind_behind_the_captured_ones_is_left_out() -> None:
@@ -645,60 +644,6 @@ def test_vllm_refusals() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the lines shown
-
-
-def test_the_lines_for_dsa_drafts_refresh_all_that_a_replay_reads() -> None:
-    multi = captured_dsa()
-    source = multi.attn_backends[0].req_to_token
-    forward = engines.batch(source, LENGTHS[4])
-    exec(lines_of(sglang)[0], {"self": multi, "forward_batch": forward, "bs": 4})
-    held = [child.decode_cuda_graph_metadata[4] for child in multi.attn_backends]
-    assert_refreshed(forward, source, [dsa_tensors(m) for m in held])
-    for child, metadata in zip(multi.attn_backends, held, strict=True):
-        assert child.forward_metadata is metadata
-        assert child.calls == ["prefill_impl", "topk_plan"]
-        # The schedule is made from the new lengths: a stale one can deadlock its consumer.
-        assert bool((metadata.paged_mqa_schedule_metadata == sum(LENGTHS[4])).all())
-
-
-@pytest.mark.parametrize("sm100", [False, True])
-def test_the_lines_for_verification(sm100: bool) -> None:
-    source = pool()
-    backend = engines.DSABackend(source)
-    backend.sm100 = sm100
-    backend.init_cuda_graph_state(4, 16)
-    backend.capture(4, "target_verify")
-    forward = engines.batch(source, LENGTHS[4])
-    exec(
-        lines_of(sglang)[1],
-        {
-            "Refresher": sglang.Refresher,
-            "self": backend,
-            "bs": 4,
-            "seq_lens": forward.seq_lens,
-            "req_pool_indices": forward.req_pool_indices,
-            "forward_mode": engines.ForwardMode("TARGET_VERIFY"),
-        },
-    )
-    metadata = backend.decode_cuda_graph_metadata[4]
-    assert backend.forward_metadata is metadata
-    tensors = dsa_tensors(metadata, mode="target_verify")
-    assert_refreshed(forward, source, [tensors], mode="target_verify", next_n=4)
-    wanted = [length + (4 if sm100 else j + 1) for length in LENGTHS[4] for j in range(4)]
-    assert metadata.paged_mqa_ctx_lens_2d.flatten().tolist() == wanted
-    assert bool((metadata.paged_mqa_schedule_metadata == sum(wanted)).all())
-
-
-def test_the_lines_for_fa3_drafts() -> None:
-    source = pool()
-    multi = engines.mha(source)
-    multi.init_cuda_graph_state(max_bs=4)
-    multi.capture(4)
-    forward = engines.batch(source, LENGTHS[4], spare=1)
-    names = {"Refresher": sglang.Refresher, "self": multi, "forward_batch": forward, "bs": 4}
-    exec(lines_of(sglang)[2], names)
-    held = [child.forward_metadata for child in multi.attn_backends[:3]]
-    assert_refreshed(forward, source, [mha_tensors(m) for m in held], page_size=16, seqlen_offsets=(1, 2, 3))
 
 
 def test_flashmla_drafts_fill_the_dead_columns() -> None:
