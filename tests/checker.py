@@ -321,10 +321,8 @@ class Scene:
             made: Any = CopyPlan(self.source, destinations, keep=True, mode=config.mode)
         else:
             settings = settings_for(onelaunch.bind, config)
-            launch = {name: getattr(config, name) for name in ("threads", "unroll", "blocks_per_sm")}
-            shape = {} if config.replace(**_DEFAULT_LAUNCH) == config else {"launch_shape": launch}
-            function: Any = make_plan if shape else onelaunch.bind
-            made = function(buffers, req_to_token=self.req_to_token, **settings, **shape)
+            settings |= {name: getattr(config, name) for name in ("threads", "unroll", "blocks_per_sm")}
+            made = make_plan(buffers, self.req_to_token, settings)
         assert made.config == config, f"bound {made.config.settings()} instead of {config.settings()}"
         return made
 
@@ -365,9 +363,6 @@ class Scene:
         else:
             raise AssertionError(f"nothing was reported of {self.violations[:9]}")
         plan.check()  # only once
-
-
-_DEFAULT_LAUNCH = {name: getattr(KernelConfig(), name) for name in ("threads", "unroll", "blocks_per_sm")}
 
 
 def check(config: KernelConfig, shape: Shape, device: torch.device | str) -> Any:
