@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import shutil
@@ -13,11 +12,10 @@ from pathlib import Path
 import headers
 import pytest
 import torch
-import typer.testing
 from onelaunch.build import toolchain
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
-from onelaunch.run import api
+from onelaunch.run import api, refresh
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 # A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.
@@ -32,10 +30,6 @@ LONG_MARKER = "long: takes long and rarely finds anything; make test-long runs i
 
 # Begun first: what takes a minute at the end of a run leaves the other workers without work.
 LONG = ("tests/test_soak.py",)
-
-# A process has one command line. typer's tests put it together for every call, and that takes longer than most calls.
-if hasattr(typer.testing, "_get_command"):
-    typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 _own_folder = pytest.StashKey[Path]()
 _wanted = pytest.StashKey[dict[str, int]]()
@@ -144,5 +138,5 @@ def _no_policy_is_left_behind() -> Iterator[None]:
     frozen = loader._frozen
     yield
     loader._frozen = frozen
-    for plans in (api._refreshes, api._copies):
+    for plans in (refresh.plans, api.copy_plans):
         plans.clear()

@@ -23,6 +23,7 @@ import headers
 import onelaunch
 import pytest
 import support
+from click.testing import CliRunner
 from onelaunch import PRESETS, CompileError, JitPolicyError, KernelConfig, StoreError, ToolchainError, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
@@ -30,7 +31,6 @@ from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader
 from onelaunch.spec import layout
-from typer.testing import CliRunner
 
 # onelaunch.render is the function; these are the modules that the functions are looked up in.
 RENDER = sys.modules["onelaunch.emit.render"]
@@ -259,7 +259,7 @@ def test_no_path_in_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("time.time", lambda: 0.0)
     assert key_of(SMALL, ()) == before
-    tools = compiler.find_tools("cpu")
+    tools = toolchain.find_tools("cpu")
     assert "/" not in "".join(tools.versions().values()).replace("http://", "")
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 
-def replace(path: Path, text: str, mode: int = 0o600) -> None:
+def replace(path: Path, content: str | bytes, mode: int = 0o600) -> None:
     """Writes a file whole or not at all, whoever reads it meanwhile.
 
     Raises:
@@ -16,8 +16,8 @@ def replace(path: Path, text: str, mode: int = 0o600) -> None:
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, mode)

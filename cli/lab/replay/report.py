@@ -1,0 +1,83 @@
+"""How a replay is shown: a progress bar while it runs, then its summary."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .options import ReplayOptions
+from .serving import ServingSimulation
+from .simulated import run_replay
+from .summary import Distribution, ReplaySummary
+
+
+def run_with_progress(options: ReplayOptions, console: Console) -> ReplaySummary:
+    """Replays a trace; on a terminal with a progress bar."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        task = progress.add_task("starting", total=None)
+
+        def on_step(steps: int, simulation: ServingSimulation, requests: int) -> None:
+            # A limit of steps is usually reached long before the requests are done.
+            if options.max_steps is None:
+                done, total = simulation.finished, requests
+            else:
+                done, total = steps, options.max_steps
+            progress.update(
+                task,
+                completed=done,
+                total=total,
+                description=f"step {steps}, {len(simulation.running)} running, {simulation.waiting} waiting",
+            )
+
+        return run_replay(options, on_step if console.is_terminal else None)
+
+
+def print_summary(summary: ReplaySummary, to_stderr: bool) -> None:
+    """Prints the summary, a line for each value."""
+
+    def spread(of: Distribution, unit: str) -> str:
+        return f"{of.min} min, {of.median} median, {of.p95} p95, {of.max} max {unit}"
+
+    checked = "nothing was checked"
+    if summary.verified_steps:
+        checked = f"of {summary.elements_checked:,} elements in {summary.verified_steps:,} checked steps"
+    rows = [
+        ("trace", f"{summary.trace}: {summary.finished:,} of {summary.requests:,} requests finished"),
+        ("device", f"{summary.device}, {summary.backends} backends, extent {summary.extent}"),
+        ("steps", f"{summary.steps:,}, {summary.queued_steps:,} with requests waiting"),
+        ("launches", f"{summary.launches:,}"),
+        ("batch", spread(summary.batch, "requests")),
+        ("length", spread(summary.length, "tokens")),
+        ("prompts clipped", f"{summary.clipped_prompts:,}"),
+        ("preemptions", f"{summary.preemptions:,}"),
+        ("bytes written", f"{summary.bytes_written:,}"),
+        *_times(summary),
+        ("mismatches", f"{summary.mismatches:,} ({checked})"),
+    ]
+    if summary.first_mismatch:
+        rows.append(("first mismatch", str(summary.first_mismatch)))
+    for name, value in rows:
+        colour = ("red" if summary.mismatches else "green") if name == "mismatches" else None
+        click.secho(f"{name:<16}  {value}", fg=colour, err=to_stderr)
+
+
+def _times(summary: ReplaySummary) -> list[tuple[str, str]]:
+    """The times of a GPU. On a CPU they depend on the number of threads more than on the code, so they aren't shown."""
+    if summary.refresh_us is None or summary.torch_us is None:
+        return [("time", "not measured")]
+    if summary.device == "cpu":
+        return [("time", "not shown: times on a CPU say nothing about a GPU")]
+    return [
+        ("refresh, a step", f"{summary.refresh_us:,.1f} us (median of {summary.timed_steps:,})"),
+        ("PyTorch, a step", f"{summary.torch_us:,.1f} us ({summary.torch_us / summary.refresh_us:.1f} times)"),
+    ]
