@@ -18,7 +18,9 @@ import torch
 from cases import Shape
 from onelaunch import FIELDS, KernelConfig, MetadataBuffers
 from onelaunch.errors import ArgumentError
-from onelaunch.run.plan import CopyPlan, Destinations, backend_field, make_plan
+from onelaunch.run.copy_plan import CopyPlan
+from onelaunch.run.destinations import Destinations, backend_field
+from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
 from support import POISON, Poisoned
 from torch import Tensor
@@ -319,10 +321,11 @@ class Scene:
             made: Any = CopyPlan(self.source, destinations, keep=True, mode=config.mode)
         else:
             settings = settings_for(onelaunch.bind, config)
-            launch = {name: getattr(config, name) for name in ("threads", "unroll", "blocks_per_sm")}
-            shape = {} if config.replace(**_DEFAULT_LAUNCH) == config else {"launch_shape": launch}
-            function: Any = make_plan if shape else onelaunch.bind
-            made = function(buffers, req_to_token=self.req_to_token, **settings, **shape)
+            launch = {name: getattr(config, name) for name in _DEFAULT_LAUNCH}
+            if config.replace(**_DEFAULT_LAUNCH) == config:
+                made = onelaunch.bind(buffers, req_to_token=self.req_to_token, **settings)
+            else:  # bind() has no arguments for these
+                made = make_plan(buffers, self.req_to_token, settings | launch)
         assert made.config == config, f"bound {made.config.settings()} instead of {config.settings()}"
         return made
 

@@ -166,7 +166,7 @@ def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequen
         wanted = expected if isinstance(expected, MetadataBuffers) else expected[index]
         for field, tensor in backend.buffers.items():
             want = getattr(wanted, field.name)
-            got_all = backend.storages[field.name].cpu()
+            got_all = backend.storages[field.name]
             want_all = torch.full_like(got_all, POISON)
             view = want_all.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             assert want is not None, f"the expectation has no {field.name}"
