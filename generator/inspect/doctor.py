@@ -43,7 +43,7 @@ class Row:
 
 def examine() -> list[Row]:
     """Every finding, in the order in which to fix them. Compiles in a temporary folder, for seconds."""
-    rows = [Row("Python", "ok", platform.python_version(), sys.executable)]
+    rows = [Row("Python", "ok", platform.python_version(), sys.executable or "embedded in another program")]
     import torch
 
     cuda = str(getattr(torch.version, "cuda", None) or "none")

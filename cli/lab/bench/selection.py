@@ -112,7 +112,7 @@ def _width(text: str, length: int) -> int:
         return length
     if text == "wide":
         return wide_enough(length)
-    if not text.isdigit() or int(text) < 1:
+    if not _is_number(text) or int(text) < 1:
         raise ConfigError(f"--width is {text!r}; allowed: 'live', 'wide', or a number of columns.")
     return int(text)
 
@@ -125,7 +125,7 @@ def numbers(option: str, text: str | None) -> list[int]:
     """
     parts = parts_of(text)
     for part in parts:
-        if not part.isdigit():
+        if not _is_number(part):
             raise ConfigError(f"{option} is {text!r}; it must be whole numbers, such as 1,3,7.")
     return [int(part) for part in parts]
 
@@ -133,3 +133,8 @@ def numbers(option: str, text: str | None) -> list[int]:
 def parts_of(text: str | None) -> list[str]:
     """The parts of a comma list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _is_number(text: str) -> bool:
+    # Other scripts have digits, too, of which int() doesn't take all.
+    return text.isascii() and text.isdigit() and len(text) < 10
