@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
-from onelaunch.spec.config import PRESETS, KernelConfig, parse_settings, preset
+from onelaunch.spec.config import KernelConfig
+from onelaunch.spec.presets import PRESETS, preset
+from onelaunch.spec.settings import parse_settings
 
 
 def preset_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str | CompletionItem]:

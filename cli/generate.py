@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from onelaunch.emit.render import render
 from onelaunch.inspect import editors
-from onelaunch.spec.config import PRESETS
+from onelaunch.spec.presets import PRESETS
 
 from .output import write_whole
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from onelaunch.cache.store import tiers
 from onelaunch.load import loader
-from onelaunch.spec.config import PRESETS
+from onelaunch.spec.presets import PRESETS
 
 from .arguments import json_option
 from .cache import listed

@@ -23,7 +23,7 @@ from onelaunch.cli.main import app
 from onelaunch.cli.output import size
 from onelaunch.cli.verbs import Verb
 from onelaunch.inspect import views
-from onelaunch.spec.config import parse_settings
+from onelaunch.spec.settings import parse_settings
 
 
 def walk(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..build import compile as compiler
 from ..build import toolchain
 from ..cache.store import MANIFEST, Entry, Store, tiers
 from ..emit import override
 from ..emit.render import render
 from ..errors import ConfigError, StoreError, ToolchainError
 from ..load import loader
-from ..spec.config import PRESETS, KernelConfig, parse_settings, preset
+from ..spec.config import KernelConfig
+from ..spec.presets import PRESETS, preset
+from ..spec.settings import parse_settings
 
 _KEY_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _MAX_SOURCE_BYTES = 16 * 2**20
@@ -88,7 +89,7 @@ class Subject:
         if self.published is not None or self.config is None or self.store is None:
             return self.published
         try:
-            key = loader.content_key(self.config, self.archs, compiler.find_tools(self.config.target).versions())
+            key = loader.content_key(self.config, self.archs, toolchain.find_tools(self.config.target).versions())
         except ToolchainError:
             key = ""
         found = loader.lookup(self.config, self.archs, self.store, key, any_compiler=not key)

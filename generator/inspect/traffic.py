@@ -114,7 +114,7 @@ def traffic(
         "flashmla_metadata": (num_sms if num_sm_parts is None else num_sm_parts, 8),
     }
 
-    def words(name: str, request: int, offset: int, whole: bool = config.extent == "full") -> int:
+    def words(name: str, request: int, offset: int, whole: bool = not config.live) -> int:
         """A request's, in a row of a table or in kv_indices, for a backend whose lengths have so many more."""
         columns = width if whole else min(lengths[request] + offset + verified, width)
         return -(-columns // tokens_a_word.get(name, 1))
@@ -129,7 +129,7 @@ def traffic(
         if field.kind in ("table", "indices"):
             # What backends of different lengths share is written as far as the longest reaches.
             of_tensors = offsets if len(offsets) == tensors else (max(offsets),) * tensors
-            whole = config.extent == "full" or (name == "real_page_table" and config.page_fill is not None)
+            whole = not config.live or (name == "real_page_table" and config.page_fill is not None)
             repeats = per_request if field.kind == "table" else [1] * requests
             in_all = sum(n * words(name, r, offset, whole) for offset in of_tensors for r, n in enumerate(repeats))
             mean = in_all / tensors

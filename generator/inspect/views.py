@@ -73,7 +73,7 @@ def _key(kernel: Subject) -> dict[str, Any]:
         values |= {"build": kernel.entry.key, "built": str(kernel.entry.path)}
     else:
         try:
-            versions = compiler.find_tools(config.target).versions()
+            versions = toolchain.find_tools(config.target).versions()
         except ToolchainError as error:
             return {**values, "build": f"unknown, as it can't be built here: {str(error).splitlines()[0]}"}
         made_of = loader.ingredients(config, kernel.archs, versions)

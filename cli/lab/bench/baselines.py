@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
-from onelaunch.build import toolchain
+from onelaunch.build import key, toolchain
 from onelaunch.emit.render import render, render_baseline, render_plain_binding
 from onelaunch.load import loader
+from onelaunch.load.obtain import obtain
 from onelaunch.spec import layout
 from onelaunch.spec.fields import FIELDS
 from torch import Tensor
@@ -93,15 +94,13 @@ def target_of(device: torch.device) -> Any:
 def built(symbol: str, source: str, binding: str, target: str) -> ModuleType:
     """A kernel to compare with, built as onelaunch's own kernels are: same recipe, same binding, same store."""
     archs = toolchain.architectures(torch.cuda.current_device()) if target == "cuda" else ()
-    tools = compiler.find_tools(target)
-    material = (source, binding, compiler.flags(target, archs), tools.versions())
-    key = hashlib.sha256(repr(material).encode()).hexdigest()
+    tools = toolchain.find_tools(target)
+    recipe = key.Recipe(symbol, source, binding, archs, tuple(compiler.flags(target, archs)), tools.versions())
     store = loader.default_store()
-    entry = store.find(key)
-    if entry is not None:
-        return loader.import_module(entry)
-    entry, _, module = loader.obtain(loader.Recipe(key, symbol, source, binding, archs, {}), tools, store)
-    return module or loader.import_module(entry)
+    entry = store.find(recipe.key)
+    if entry is None:
+        entry = obtain(recipe, tools, store)[0]
+    return loader.import_module(entry)
 
 
 def kernel(name: str, target: str, call_words: Sequence[str] = (), words: int = 0, **facts: Any) -> ModuleType:

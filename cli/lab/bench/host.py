@@ -6,7 +6,7 @@ from typing import Any
 
 import onelaunch
 import torch
-from onelaunch.run.api import LISTS
+from onelaunch.run.refresh import LISTS
 
 from .baselines import kernel, target_of
 from .cases import INDEX_TOPK, Case

@@ -9,7 +9,7 @@ import onelaunch
 import torch
 from onelaunch import KernelConfig, MetadataBuffers
 from onelaunch.inspect.traffic import traffic
-from onelaunch.run import plan
+from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
 from onelaunch.spec.fields import FIELDS
 from torch import Tensor
@@ -86,21 +86,11 @@ class Scene:
         config = KernelConfig(num_backends=self.backends, page_size=self.page_size, extent=extent)
         return traffic(config, self.lengths, self.width).bytes
 
-    def plans(self, extent: str = "live", **facts: Any) -> list[onelaunch.Plan]:
-        """A plan a set. The facts are those of the launch shape."""
+    def plans(self, extent: str = "live", **launch: Any) -> list[onelaunch.Plan]:
+        """A plan for each set; ``launch`` are settings of the launch shape, such as threads."""
+        settings = {"index_topk": INDEX_TOPK, "page_size": self.page_size, "extent": extent, **launch}
         return [
-            plan.make_plan(
-                buffers,
-                pool,
-                mode="decode",
-                index_topk=INDEX_TOPK,
-                page_size=self.page_size,
-                extent=extent,
-                max_len=None,
-                seq_lens_dtype=torch.int64,
-                req_pool_indices_dtype=torch.int64,
-                launch_shape=facts or None,
-            )
+            make_plan(buffers, pool, settings)
             for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True)
         ]
 
