@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from onelaunch import KernelConfig, preset
 from onelaunch.build import toolchain
+from onelaunch.cache import failures
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, prebuild
@@ -206,7 +207,7 @@ def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert not list((cache / "staging").glob("*"))
     assert not list(cache.glob(f"entries/*/{MANIFEST}"))
-    assert not list((cache / "failed").glob("*")), "an interruption isn't a failure to remember"
+    assert not list(cache.glob(f"failed/*/{failures.RECORD}")), "an interruption isn't a failure to remember"
     assert Store(cache).stored_keys() == []
     for pid in (int(path.suffix[1:]) for path in running):
         end = time.monotonic() + 10

@@ -60,7 +60,7 @@ def test_what_a_refresh_of_a_preset_writes_is_what_it_says(name: str, bs: int, w
         ("live", ALL_FIELDS, 16),
         ("full", tuple(name for name in ALL_FIELDS if name != "seqlens_expanded"), 4),
         ("live", ("cache_seqlens", "cu_seqlens_k", "real_page_table"), 8),
-        ("live", ("kv_indptr", "kv_indices"), 8),
+        ("live", ("kv_indptr", "kv_indices"), 1),
     ],
 )
 @pytest.mark.parametrize(
