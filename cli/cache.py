@@ -150,7 +150,7 @@ def gc(max_size: str | None, older_than: str | None) -> None:
     )
     click.echo(
         f"removed {len(done.keys)} entries ({size(done.freed)}) and {done.remains} leftovers; "
-        f"{size(done.kept)} of entries are kept"
+        f"{size(done.kept)} of entries remain"
     )
 
 

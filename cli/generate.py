@@ -15,7 +15,7 @@ from .output import write_whole
 
 @click.command()
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("generated"), help="Where the emitted CUDA is kept."
+    "--folder", type=click.Path(path_type=Path), default=Path("generated"), help="The folder of the emitted CUDA."
 )
 @click.option("--check", is_flag=True, help="Write nothing; fail if a file isn't up to date.")
 @click.option("--clangd", is_flag=True, help="Also write a compile_commands.json there, for editors.")

@@ -15,7 +15,7 @@ QUICK_NAMES = ("ideal", "onelaunch", "triton", "torch-copies")
 # Measured on the quick shapes alone, unless shapes are named.
 FEW_NAMES = ("empty", "torch-compile")
 SERIES_NAMES = ("ideal", "onelaunch", "triton")
-# Shapes with one long request among short ones.
+# Shapes of the cases with one long request among short ones.
 RAGGED = ("64x2k", "256x2k")
 # Batch sizes of the requests that are drawn from a trace.
 TRACED = (64, 256)
@@ -23,7 +23,7 @@ TRACED = (64, 256)
 
 @dataclass(frozen=True)
 class Selected:
-    """A case and what is measured on it. ``series`` names the figure's curve that it belongs to, if any."""
+    """A case, and the implementations to measure on it. ``series`` is the figure's curve that it belongs to, if any."""
 
     case: Case
     names: tuple[str, ...]
@@ -136,5 +136,5 @@ def parts_of(text: str | None) -> list[str]:
 
 
 def _is_number(text: str) -> bool:
-    # Other scripts have digits, too, of which int() doesn't take all.
+    # str.isdigit() alone accepts characters that int() doesn't, such as "²".
     return text.isascii() and text.isdigit() and len(text) < 10

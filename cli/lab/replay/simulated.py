@@ -76,7 +76,7 @@ def allocate(max_batch: int, width: int, page_size: int, device: torch.device) -
         page_indices=new(max_batch, width),
         nsa_cache_seqlens=new(max_batch),
         nsa_cu_seqlens_k=new(max_batch + 1),
-        # With pages of one token it would be page_indices once more; engines take that one for both.
+        # With pages of one token it would equal page_indices, which engines then use for both.
         real_page_table=new(max_batch, -(-width // page_size)) if page_size > 1 else None,
     )
 
@@ -188,7 +188,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
             checker.before(step.number)
         if step.number % TIME_EVERY == TIME_PHASE:
             timed = [(run_ours, our_us), (run_theirs, their_us)]
-            # Taking turns: whoever goes second finds the rows of the pool in the cache.
+            # They take turns to go first: the second finds the pool's rows in the cache.
             for run, times in timed if len(our_us) % 2 == 0 else reversed(timed):
                 times.append(_microseconds(run, device))
         else:
@@ -203,7 +203,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         if on_step:
             on_step(steps, simulation, len(trace))
     if device.type == "cuda":  # pragma: gpu
-        # A fault of the last launches must show here, not after the summary.
+        # An error of the last launches is raised here, before the summary.
         torch.cuda.synchronize(device)
 
     return ReplaySummary(
@@ -236,7 +236,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
 
 
 def _microseconds(run: Callable[[], None], device: torch.device) -> float:
-    """Wall time of ``run`` until the device is done with it."""
+    """Wall time of ``run``, in microseconds, until the device has finished it."""
     if device.type == "cuda":  # pragma: gpu
         torch.cuda.synchronize(device)
     start = time.perf_counter_ns()
