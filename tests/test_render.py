@@ -303,8 +303,7 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
         ("from_", copies),
         (
             "__ballot_sync",
-            bool(config.tables)
-            and (config.extend == "variable" or (config.live and config.page_fill is None)),
+            bool(config.tables) and (config.extend == "variable" or (config.live and config.page_fill is None)),
         ),
     ):
         assert (name in code) == there, name
