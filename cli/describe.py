@@ -19,14 +19,16 @@ from .show import kernel
 @click.command()
 @config_argument
 @settings_option
-@click.option("--batch", type=click.IntRange(min=1), default=64, help="Requests.")
-@click.option("--length", type=click.IntRange(min=0), default=8192, help="Tokens of each request.")
+@click.option("--batch", type=click.IntRange(1, 2**20), default=64, help="Requests.")
+@click.option("--length", type=click.IntRange(0, 2**31 - 1), default=8192, help="Tokens of each request.")
 @click.option(
-    "--width", type=click.IntRange(min=0), help="Columns of the tables; default: the longest length, offsets included."
+    "--width",
+    type=click.IntRange(0, 2**31 - 1),
+    help="Columns of the tables; default: the longest length, offsets included.",
 )
 @click.option(
     "--rows",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 2**20),
     default=1,
     help="Rows of each request, where a call says how many (variable extends, copies).",
 )

@@ -247,7 +247,7 @@ def test_shapes() -> None:
     assert [parse_shape(text) for text in ("64x8k", "1 x 1M", "3×100")] == [(64, 8192), (1, 2**20), (3, 100)]
     assert [short(number) for number in (8192, 2**20, 1000, 133_120)] == ["8k", "1M", "1000", "130k"]
     assert all(Case(*parse_shape(shape)).shape == shape for shape in SHAPES)
-    for wrong in ("64", "64x", "0x4k", "4x0", "x8k", "64x8g"):
+    for wrong in ("64", "64x", "0x4k", "4x0", "x8k", "64x8g", "1048577x1", "1x2048M"):
         with pytest.raises(ConfigError, match="BATCHxLENGTH"):
             parse_shape(wrong)
 

@@ -199,7 +199,9 @@ def test_as_json_and_of_an_entry() -> None:
     assert json.loads(invoke(key, "--batch", "3", "--length", "9", "--json").stdout)["symbol"] == facts["symbol"]
 
 
-@pytest.mark.parametrize("words", [["--batch", "0"], ["--length", "-1"], ["--width", "-1"], ["no-such"]])
+@pytest.mark.parametrize(
+    "words", [["--batch", "0"], ["--batch", str(10**12)], ["--length", "-1"], ["--width", "-1"], ["no-such"]]
+)
 def test_what_it_refuses(words: list[str]) -> None:
     result = invoke(*words)
     assert (result.exit_code, result.stdout) == (2, "")

@@ -20,6 +20,7 @@ INDEX_TOPK = 2048
 # bytes only.
 WIDE = 163_911
 _ROOM = 71
+MAX_BATCH, MAX_LENGTH = 2**20, 2**31 - 1
 SHAPES = ("1x4k", "8x8k", "32x4k", "64x8k", "128x32k", "256x4k", "16x130k", "1x1M", "512x2k")
 _UNITS = {"": 1, "k": 1024, "M": 1024 * 1024}
 
@@ -92,7 +93,10 @@ def parse_shape(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)\s*[x×]\s*(\d+)([kM]?)", text.strip())
     if not found or int(found[1]) < 1 or int(found[2]) < 1:
         raise ConfigError(f"the shape {text!r} isn't of the form BATCHxLENGTH, for example 64x8k.")
-    return int(found[1]), int(found[2]) * _UNITS[found[3]]
+    batch, length = int(found[1]), int(found[2]) * _UNITS[found[3]]
+    if batch > MAX_BATCH or length > MAX_LENGTH:
+        raise ConfigError(f"the shape {text!r} is too large; allowed: BATCHxLENGTH up to {MAX_BATCH}x{MAX_LENGTH}.")
+    return batch, length
 
 
 def wide_enough(length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .checker import Checker
 from .options import SAMPLE_EVERY, TIME_EVERY, TIME_PHASE, Extent, ReplayOptions, Verify
+from .pool import row_width
 from .serving import ServingSimulation, Step
 from .summary import Distribution, ReplaySummary
 from .traces import Trace
@@ -88,6 +90,22 @@ def _device(choice: str) -> torch.device:
     return torch.device("cuda" if choice != "cpu" and available else "cpu")
 
 
+def _check_memory(options: ReplayOptions, device: torch.device) -> None:
+    """Refuses what can't fit in memory before anything is allocated: the system would end the process instead."""
+    words = row_width(options.context_len, options.backends + 1, options.page_size) * (options.max_batch + 1)
+    # The pool, and two sets of destinations; on the host two arrays of 64-bit page numbers.
+    needed = 4 * words * (1 + 2 * options.backends) + 16 * (options.pages or 0)
+    if device.type == "cuda":  # pragma: gpu
+        room = torch.cuda.mem_get_info(device)[0]
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > room:
+        raise ArgumentError(
+            f"The replay needs {needed / 2**30:,.0f} GiB, and there are {room / 2**30:,.0f}. Lower --max-batch "
+            f"({options.max_batch}), --context-len ({options.context_len}), --backends ({options.backends}) or --pages."
+        )
+
+
 def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplaySummary:
     """Replay a trace: one refresh of all backends in each step of a simulated serving run.
 
@@ -97,7 +115,8 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
             requests to be served.
 
     Raises:
-        ArgumentError: an option is out of range, the trace isn't one, or there is no such device.
+        ArgumentError: an option is out of range or needs too much memory, the trace isn't one, or there is no such
+            device.
     """
     for name, value in (
         ("--requests", options.requests),
@@ -108,6 +127,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         if value is not None and value < 1:
             raise ArgumentError(f"{name} is {value}; it must be 1 or more.")
     device = _device(options.device)
+    _check_memory(options, device)
     trace = Trace.load(options.trace)
     if options.requests is not None:
         trace = trace.head(options.requests)
