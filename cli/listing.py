@@ -23,7 +23,7 @@ def list_kernels(as_json: Json = False) -> None:
     """
 
     def run() -> Any:
-        from onelaunch.cache.store import tiers
+        from onelaunch.cache.tiers import tiers
         from onelaunch.load.loader import default_store
         from onelaunch.spec.config import PRESETS
 

@@ -12,6 +12,7 @@ import pytest
 from onelaunch import KernelConfig, StoreError, render
 from onelaunch.build import compile as compiler
 from onelaunch.cache import collect
+from onelaunch.cache.module import import_entry
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.emit.render import render_binding
@@ -71,7 +72,7 @@ def test_explain_passes_over_what_isnt_a_configuration(tmp_path: Path) -> None:
     assert module is not None
     # Again, as after a wait for another process: there is nothing to build.
     assert loader.obtain(recipe, tools, store)[2] is None
-    assert hasattr(loader.import_module(entry), "bind")
+    assert hasattr(import_entry(entry), "bind")
     assert explain(CONFIGS[1], (), store).nearest is None
 
 
@@ -190,13 +191,3 @@ def test_a_bound_that_cannot_be_read_is_told_before_anything_is_built(
         with pytest.raises(StoreError, match="ONELAUNCH_CACHE_MAX_SIZE is 'much'"):
             loader.load(CONFIGS[0], store=store)
     assert list(store.entries()) == []
-
-
-@pytest.mark.parametrize("key", ["", "a\0b", "../entries", 7])
-def test_a_note_whose_key_is_none_is_no_note(tmp_path: Path, key: object) -> None:
-    """It named the folder of all entries, which then was set aside as a damaged one."""
-    store = Store(tmp_path / "cache")
-    store.write_index("r", {"key": "0a"})
-    assert store.read_index("r") == {"key": "0a"}
-    store.write_index("r", {"key": key})
-    assert store.read_index("r") is None

@@ -13,7 +13,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from . import binary, toolchain
-from ..cache import trust
+from ..cache import staging, trust
 from ..errors import CompileError
 
 # Python.h of the limited C-API of 3.11. The rest is what makes a small, self-contained object.
@@ -287,7 +286,7 @@ def _keep(folder: Path, output: str, source: str) -> tuple[Path, Path]:
         trust.private(folder.parent)
         return write(trust.private(folder))
     except OSError:  # a full disk, say
-        return write(Path(tempfile.mkdtemp(prefix="onelaunch-failed-")))
+        return write(staging.failed_folder())
 
 
 def _command(stage: Path, source_file: str, tools: Tools) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..build import binary, toolchain
-from ..cache.store import Store, prebuilt
+from ..cache.store import Store
+from ..cache.tiers import prebuilt
 from ..cache.trust import CACHE_VARIABLE, check_owner
 from ..errors import OnelaunchError, ToolchainError
 from ..load import loader

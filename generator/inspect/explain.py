@@ -8,7 +8,8 @@ from typing import Any
 
 from ..build import compile as compiler
 from ..cache import failures
-from ..cache.store import Entry, Store, tiers
+from ..cache.store import Entry, Store
+from ..cache.tiers import tiers
 from ..errors import ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig

@@ -20,7 +20,8 @@ from typing import Any
 
 from ..build import binary, toolchain
 from ..build import compile as compiler
-from ..cache.store import MANIFEST, Entry, Store, tiers
+from ..cache.store import MANIFEST, Entry, Store
+from ..cache.tiers import tiers
 from ..emit import override
 from ..emit.render import render, render_binding
 from ..errors import ArgumentError, ConfigError, StoreError, ToolchainError

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
-import importlib.machinery
 import importlib.resources
-import importlib.util
-import json
 import logging
 import os
 import platform
@@ -28,7 +25,10 @@ from ..build import compile as compiler
 from ..build import toolchain
 from ..cache import collect, failures
 from ..cache.lock import Lock
-from ..cache.store import MANIFEST, Entry, Store, spare, tiers, warn_once
+from ..cache.manifest import key_of
+from ..cache.module import import_entry as import_module
+from ..cache.store import MANIFEST, Entry, Store, warn_once
+from ..cache.tiers import fallback, tiers, writable
 from ..cache.trust import CACHE_VARIABLE
 from ..emit import override
 from ..errors import CompileError, JitPolicyError, StoreError, ToolchainError
@@ -164,7 +164,7 @@ def content_key(config: KernelConfig, archs: Sequence[str], versions: Mapping[st
     Args:
         versions: Tools.versions().
     """
-    return _key_of(ingredients(config, archs, versions))
+    return key_of(ingredients(config, archs, versions))
 
 
 def ingredients(config: KernelConfig, archs: Sequence[str], versions: Mapping[str, str]) -> dict[str, Any]:
@@ -183,10 +183,6 @@ def ingredients(config: KernelConfig, archs: Sequence[str], versions: Mapping[st
         "machine": platform.machine(),
         "compilers": dict(versions),
     }
-
-
-def _key_of(made_of: Mapping[str, Any]) -> str:
-    return _sha256(json.dumps(made_of, sort_keys=True))
 
 
 def module_name(config: KernelConfig) -> str:
@@ -217,7 +213,7 @@ def _load(config: KernelConfig, archs: tuple[str, ...], store: Store) -> Kernel:
     _obey_policy(config, archs)
     edit, source = override.edited(config), override.source(config)
     made_of = ingredients(config, archs, tools.versions())
-    if (made_of["source"], _key_of(made_of)) != (_sha256(source), key):
+    if (made_of["source"], key_of(made_of)) != (_sha256(source), key):
         raise StoreError(f"The edited source of {config.symbol} changed while its build began; ask for it again.")
     facts = {"schema": SCHEMA_VERSION, "config": config.to_dict(), "ingredients": made_of}
     binding = render_binding(config, module_name(config))
@@ -237,15 +233,17 @@ def lookup(
         any_compiler: take what was noted although the compilers aren't those any more.
     """
     request = request_of(config, archs)
+    # A note has no sum, so what it leads to must be what was requested.
+    expect = {"config": config.to_dict(), "archs": archs}
     for tier in tiers(store):
-        noted = tier.read_index(request)
+        noted = tier.read_note(request)
         # What somebody put there on purpose is taken, whichever compiler made it from this very source.
         if noted is None or not (any_compiler or tier.read_only or noted.get("adopted") or _unchanged(noted)):
             continue
-        if (entry := tier.find(noted["key"])) is not None:
+        if (entry := tier.find(str(noted.get("key")), expect)) is not None:
             return entry, tier
     for tier in tiers(store) if key else ():
-        if (entry := tier.find(key)) is not None:
+        if (entry := tier.find(key, expect)) is not None:
             return entry, tier
     return None
 
@@ -254,12 +252,12 @@ def note(store: Store, config: KernelConfig, archs: tuple[str, ...], noted: Mapp
     """Notes a key for a request, and for a request of each single architecture that has no build of its own."""
     if store.read_only:
         return
-    store.write_index(request_of(config, archs), noted)
+    store.write_note(request_of(config, archs), noted)
     for arch in archs if len(archs) > 1 else ():
         request = request_of(config, (arch,))
-        known = store.read_index(request)
-        if known is None or known["key"] not in store.stored_keys():
-            store.write_index(request, noted)
+        known = store.read_note(request)
+        if known is None or known.get("key") not in store.stored_keys():
+            store.write_note(request, noted)
 
 
 @dataclass(frozen=True)
@@ -296,7 +294,7 @@ def obtain(recipe: Recipe, tools: compiler.Tools, store: Store) -> tuple[Entry, 
     """
     most = collect.limit()  # a setting that can't be read is told of before the work
     key, began = recipe.key, time.time()
-    home = store.writable()
+    home = writable(store, key)
     if not failures.retry_wanted() and (error := failures.recall(home, key)) is not None:
         raise error
 
@@ -314,13 +312,13 @@ def obtain(recipe: Recipe, tools: compiler.Tools, store: Store) -> tuple[Entry, 
         except OSError as trouble:
             if trouble.errno not in _NO_ROOM:
                 raise
-            home = spare(f"The cache folder {home.root} can't take a build ({trouble.strerror})")
+            home = fallback(f"The cache folder {home.root} can't take a build ({trouble.strerror})")
             entry, module = _build(recipe, tools, home, held)
         except CompileError as error:
             failures.remember(home, error)
             if not re.search("No space left|Disk quota exceeded", error.log.read_text(encoding="utf-8")):
                 raise
-            home = spare(f"The cache folder {home.root} can't take a build (its disk is full)")
+            home = fallback(f"The cache folder {home.root} can't take a build (its disk is full)")
             entry, module = _build(recipe, tools, home, held)
         failures.forget(home, key)
     collect.bound(home, key, most)
@@ -400,29 +398,6 @@ def is_edited(manifest: Mapping[str, Any]) -> bool:
 def entry_of(kernel: Kernel) -> Entry:
     """The entry that a kernel was loaded from."""
     return Entry(kernel.key, kernel.path.parent, kernel.manifest)
-
-
-def import_module(entry: Entry) -> ModuleType:
-    """Loads an entry's binding, without ninja and without torch.utils.cpp_extension.
-
-    Raises:
-        StoreError: this host can't run it; the message says why.
-    """
-    name = str(entry.manifest["module"])
-    loader = importlib.machinery.ExtensionFileLoader(name, str(entry.module_path))
-    spec = importlib.util.spec_from_file_location(name, entry.module_path, loader=loader)
-    assert spec is not None
-    try:
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    except ImportError as error:
-        reason = str(error)
-        if "failed to map segment" in reason or "Operation not permitted" in reason:
-            hint = "Its file system is mounted noexec: set ONELAUNCH_CACHE_DIR to a folder on another one."
-        else:
-            hint = f"Remove {entry.path}, and it is built here if there is a compiler."
-        raise StoreError(f"The kernel {entry.module_path} can't be loaded: {reason}. {hint}") from error
-    return module
 
 
 def build_command(config: KernelConfig, archs: Sequence[str]) -> str:
