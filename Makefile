@@ -2,26 +2,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Of the tests: one a core, with 2 GB for each, which is a process with torch in it and a compiler beside it. More than
-# 14 would only wait for the GPU that all of them share.
+# Test processes: one per core, with 2 GB for each (a process with torch, and a compiler). More than 14 would only wait
+# for the GPU that they share.
 WORKERS ?= $(shell $(BIN)/python -c 'import os; print(max(1, min(14, len(os.sched_getaffinity(0)), \
   os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 31)))')
-# Images for containers set it, and then every process compiles the thousand modules of torch again.
+# Container images set it; then every process compiles the thousand modules of torch again.
 unexport PYTHONDONTWRITEBYTECODE
 TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversation.csv
 
-.PHONY: demo test check gpu generate wheel clean
+.PHONY: demo test test-long check gpu generate wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "onelaunch needs Python 3.11 or later; name one with PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
-	# Of the thousands of modules that come along few are imported, and those are compiled then.
+	# Few of the installed modules are ever imported, and Python compiles those on import.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed  ## build what the demo needs, then replay two real serving traces
 	$(BIN)/onelaunch build nsa-decode-3 --target cpu
-	@if $(BIN)/python -c 'from onelaunch import toolchain; toolchain.preflight_cuda()' 2>/dev/null; \
+	@if $(BIN)/python -c 'from onelaunch.build import toolchain; toolchain.preflight_cuda()' 2>/dev/null; \
 	then $(BIN)/onelaunch build nsa-decode-3 --target cuda; \
 	else echo 'no CUDA toolkit: the CUDA target is not compiled'; fi
 	@for trace in $(TRACES); do $(BIN)/onelaunch replay $$trace --step-ms 200 || exit 1; done
@@ -29,20 +29,25 @@ demo: $(VENV)/.installed  ## build what the demo needs, then replay two real ser
 test: $(VENV)/.installed  ## run the tests; with nvcc the CUDA target is compiled too, with a GPU also run
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term
 
+test-long: $(VENV)/.installed  ## run the tests that take long and rarely find anything
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long
+
 check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates
 	$(BIN)/ruff format --check generator cli tests templates
-	# mypy doesn't follow an editable install's mapping of folders, so it gets the package as it is installed.
+	# mypy doesn't follow an editable install's mapping of folders, so it reads the package in its installed layout.
 	rm -rf build/typing && mkdir -p build/typing/onelaunch
 	ln -s $(CURDIR)/generator/* $(CURDIR)/cli $(CURDIR)/templates build/typing/onelaunch/
 	MYPYPATH=build/typing $(BIN)/mypy -p onelaunch
-	$(BIN)/clang-format --dry-run --Werror generated/*.cu
+	# Likewise. The contracts are in pyproject.toml.
+	cd build/typing && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --no-logo $(CURDIR)/pyproject.toml
+	$(BIN)/clang-format --dry-run --Werror generated/*.cu $(wildcard templates/device/*.cuh templates/*.cpp)
 	$(BIN)/onelaunch generate --check
 	rm -rf build/wheel
-	# In this environment: make wheel and CI build in one of the build's own, which shows that it needs nothing else.
+	# Without isolation, which is quicker. make wheel and CI build in isolation, which shows that nothing else is needed.
 	$(BIN)/python -m build --no-isolation --outdir build/wheel >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 	$(BIN)/check-wheel-contents build/wheel/*.whl
-	# A finding fails; where the advisories can't be had, the last line says so.
+	# A finding fails the check. If the advisories can't be downloaded, the last line says so.
 	$(BIN)/pip-audit --progress-spinner off --skip-editable >build/audit.log 2>&1 || { tail -n 20 build/audit.log; \
 	  ! grep -q '^Found ' build/audit.log && echo 'The dependencies were not audited: pip-audit has no advisories here.'; }
 

@@ -1,4 +1,4 @@
-"""onelaunch build: configurations compiled ahead of time, and onelaunch explain: why one would be."""
+"""onelaunch build: configurations compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -8,39 +8,59 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
-import typer
+import click
+import onelaunch
+from onelaunch.build import toolchain
+from onelaunch.cache import failures
+from onelaunch.errors import OnelaunchError
+from onelaunch.load import loader, prebuild
+from onelaunch.load.prebuild import Done, Job
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .common import Arch, Json, Target, architectures, chosen, sentence
+from .arguments import arch_option, architectures, chosen, json_option, preset_names, target_option
+from .faults import sentence
 
 
+@click.command()
+@click.argument("configs", nargs=-1, shell_complete=preset_names)
+@click.option("--preset", "presets", multiple=True, shell_complete=preset_names, help="A preset; may be repeated.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE,…",
+    help="Settings over each preset. If repeated, one build for each.",
+)
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A TOML file of [[build]] tables.")
+@target_option
+@arch_option
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Builds at once; memory also limits them.")
+@click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds that one build may take; default 600.")
+@click.option("--retry", is_flag=True, help="Compile again what failed before.")
+@json_option
 def build(
-    configs: Annotated[list[str] | None, typer.Argument(help="Presets.")] = None,
-    presets: Annotated[list[str] | None, typer.Option("--preset", help="A preset; may be repeated.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Facts as key=value,…; over each preset. Repeated, one build each."),
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="A TOML file of [[build]] tables.")] = None,
-    target: Target = None,
-    arch: Arch = None,
-    jobs: Annotated[
-        int | None, typer.Option("-j", "--jobs", min=1, help="Builds at once; memory bounds it too.")
-    ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=0.001, help="Seconds that one build may take; default 600.")
-    ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Compile again what failed before.")] = False,
-    as_json: Json = False,
+    configs: tuple[str, ...],
+    presets: tuple[str, ...],
+    settings: tuple[str, ...],
+    config: Path | None,
+    target: str | None,
+    arch: str | None,
+    jobs: int | None,
+    timeout: float | None,
+    retry: bool,
+    as_json: bool,
 ) -> None:
     """Compile configurations ahead of time into the cache. Several are built at once, in child processes.
 
+    CONFIGS are presets; without any, the default configuration.
+
     ONELAUNCH_JIT=error doesn't refuse this: it is for builds that a call would start. A build that takes too long is
-    ended and counts as failed; the next attempt compiles it again. With --json standard output is one document, of
-    every build in the order asked for, at the end.
+    ended and counts as failed; the next attempt compiles it again. With --json, standard output is one document at the
+    end, of every build in the order requested.
 
     \b
     Examples:
@@ -52,22 +72,19 @@ def build(
     """
 
     def run() -> None:
-        from onelaunch.build import toolchain
-        from onelaunch.load import prebuild
-
         archs, here = architectures(arch), functools.cache(toolchain.current_architectures)
-        names: list[str | None] = [*(configs or ()), *(presets or ())]
+        names: list[str | None] = [*configs, *presets]
         wanted = [
-            prebuild.Job(chosen(name, facts, target), archs)
+            Job(chosen(name, facts, target), archs)
             for name in names or ([None] if config is None or settings else [])
             for facts in settings or ("",)
         ]
         for job in prebuild.read_matrix(config) if config is not None else ():
             changed = job.config.replace(target=target) if target else job.config
-            wanted.append(prebuild.Job(changed, archs or job.archs))
-        # Settled here: the children don't ask the GPU.
+            wanted.append(Job(changed, archs or job.archs))
+        # The architecture is resolved here, so that the children needn't initialize CUDA.
         wanted = prebuild.distinct(
-            [job if job.archs or job.config.target == "cpu" else prebuild.Job(job.config, here()) for job in wanted]
+            [job if job.archs or job.config.target == "cpu" else Job(job.config, here()) for job in wanted]
         )
         if len(wanted) == 1 and timeout is None:
             _here(wanted[0], retry, as_json)
@@ -77,75 +94,25 @@ def build(
     sentence(run)
 
 
-def explain(
-    config: Annotated[str | None, typer.Argument(help="A preset; without one, the defaults.")] = None,
-    settings: Annotated[str | None, typer.Option("--set", help="Facts as key=value,…; over the preset.")] = None,
-    target: Target = None,
-    arch: Arch = None,
-    as_json: Json = False,
-) -> None:
-    """Say whether a configuration is in the cache; if not, what the nearest build has that differs. Exit code 1: miss.
-
-    \b
-    Examples:
-      onelaunch explain nsa-decode-3 --arch 90a
-      onelaunch explain --set num_backends=5 --json
-    """
-
-    def run() -> Any:
-        from onelaunch.build import toolchain
-        from onelaunch.inspect.explain import explain as look
-
-        wanted = chosen(config, settings, target)
-        archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.current_architectures()
-        return look(wanted, archs)
-
-    found = sentence(run)
-    if as_json:
-        facts = {
-            "hit": str(found.hit.path) if found.hit else None,
-            "key": found.key,
-            "nearest": str(found.nearest.path) if found.nearest else None,
-            "differs": {what: {"nearest": was, "wanted": wanted} for what, was, wanted in found.differs},
-            "failed": found.failed,
-            "looked_in": found.looked_in,
-            "missing": found.missing,
-        }
-        typer.echo(json.dumps(facts, indent=1))
-    else:
-        typer.echo(str(found))
-    if found.hit is None:
-        raise typer.Exit(1)
-
-
-def _here(job: Any, retry: bool, as_json: bool) -> None:
-    """One configuration needs no other process."""
-    import onelaunch
-    from onelaunch.cache import failures
-    from onelaunch.errors import OnelaunchError
-    from onelaunch.load import loader, prebuild
-
+def _here(job: Job, retry: bool, as_json: bool) -> None:
+    """Builds one configuration in this process."""
     start, before = time.perf_counter(), time.time()
     with _set({loader.POLICY_VARIABLE: "allow", **({failures.RETRY_VARIABLE: "1"} if retry else {})}):
         try:
             kernel = onelaunch.specialize(job.config, job.archs)
         except OnelaunchError as error:
             if as_json:
-                _document([prebuild.Done(job, "", "", time.perf_counter() - start, False, str(error))])
+                _document([Done(job, "", "", time.perf_counter() - start, False, str(error))])
             raise
     built = prebuild.built_since(kernel.path, before)
-    done = prebuild.Done(job, kernel.key, str(kernel.path), time.perf_counter() - start, built, "")
+    done = Done(job, kernel.key, str(kernel.path), time.perf_counter() - start, built, "")
     if as_json:
         _document([done])
     else:
-        typer.echo(_row(done.key, done.seconds, job.config.symbol, done.path))
+        click.echo(_row(done.key, done.seconds, job.config.symbol, done.path))
 
 
-def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, retry: bool, as_json: bool) -> None:
-    from onelaunch.load import prebuild
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+def _in_children(wanted: list[Job], jobs: int | None, timeout: float | None, retry: bool, as_json: bool) -> None:
     at_once = prebuild.workers(jobs, len(wanted))
     start = time.perf_counter()
     columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -153,7 +120,7 @@ def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, ret
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("", total=len(wanted))
 
-        def report(done: Any) -> None:
+        def report(done: Done) -> None:
             progress.advance(task)
             if as_json:
                 return
@@ -170,15 +137,15 @@ def _in_children(wanted: list[Any], jobs: int | None, timeout: float | None, ret
     if as_json:
         _document(ended)
     else:
-        typer.echo(
+        click.echo(
             f"{built} built, {len(ended) - built - len(failed)} there before, {len(failed)} failed, in "
             f"{time.perf_counter() - start:.1f} s, {at_once} at once"
         )
     if failed:
-        raise typer.Exit(2)
+        raise click.exceptions.Exit(2)
 
 
-def _document(ended: list[Any]) -> None:
+def _document(ended: Sequence[Done]) -> None:
     kernels = [
         {
             "symbol": done.job.config.symbol,
@@ -192,7 +159,7 @@ def _document(ended: list[Any]) -> None:
         }
         for done in ended
     ]
-    typer.echo(json.dumps({"kernels": kernels, "failed": sum(bool(done.error) for done in ended)}, indent=1))
+    click.echo(json.dumps({"kernels": kernels, "failed": sum(bool(done.error) for done in ended)}, indent=1))
 
 
 def _row(key: str, seconds: float, symbol: str, rest: str) -> str:
@@ -200,17 +167,17 @@ def _row(key: str, seconds: float, symbol: str, rest: str) -> str:
 
 
 def _plain(text: str) -> None:
-    typer.echo(text)
+    click.echo(text)
 
 
 @contextlib.contextmanager
 def _set(variables: dict[str, str]) -> Iterator[None]:
-    kept = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in kept.items():
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:

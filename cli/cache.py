@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
+from onelaunch.cache import collect, trust
+from onelaunch.cache.manifest import MANIFEST, Entry
+from onelaunch.cache.store import Store
+from onelaunch.errors import StoreError
+from onelaunch.load.loader import default_store, is_edited
 
-from .common import Json, sentence, size, write_whole
-
-HELP = """The cache of built kernels.
-
-\b
-Examples:
-  onelaunch cache list
-  onelaunch cache pack -o kernels.tar.gz
-  onelaunch cache gc --max-size 500M --older-than 30d
-"""
-
-app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
+from .arguments import json_option
+from .faults import sentence
+from .output import size, write_whole
 
 
-def _store() -> Any:
-    from onelaunch.load.loader import default_store
+@click.group()
+def app() -> None:
+    """The cache of built kernels.
 
-    return default_store()
+    \b
+    Examples:
+      onelaunch cache list
+      onelaunch cache pack -o kernels.tar.gz
+      onelaunch cache gc --max-size 500M --older-than 30d
+    """
 
 
-def _matching(keys: list[str] | None) -> list[Any]:
-    """The entries whose keys begin so; all of them without any."""
-    from onelaunch.errors import StoreError
-
-    store = _store()
+def _matching(keys: Sequence[str]) -> list[Entry]:
+    """The entries whose keys begin with one of these; without any, all entries."""
+    store = default_store()
     known = store.stored_keys()
     chosen = []
     for prefix in keys or [""]:
@@ -45,10 +46,8 @@ def _matching(keys: list[str] | None) -> list[Any]:
     return [entry for entry in entries if entry is not None]
 
 
-def listed(store: Any) -> list[dict[str, Any]]:
-    """What a store holds, the last used first."""
-    from onelaunch.cache.store import MANIFEST
-    from onelaunch.load.loader import is_edited
+def listed(store: Store) -> list[dict[str, Any]]:
+    """The entries of a store as JSON values, the last used first."""
 
     def when(seconds: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
@@ -76,11 +75,12 @@ def path() -> None:
     Examples:
       onelaunch cache path
     """
-    typer.echo(str(_store().root))
+    click.echo(str(default_store().root))
 
 
 @app.command("list")
-def list_entries(as_json: Json = False) -> None:
+@json_option
+def list_entries(as_json: bool) -> None:
     """List the entries, the last used first.
 
     \b
@@ -88,54 +88,56 @@ def list_entries(as_json: Json = False) -> None:
       onelaunch cache list
       onelaunch cache list --json
     """
-    store = _store()
+    store = default_store()
     rows = sentence(lambda: listed(store))
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps(rows, indent=1))
         return
     for row in rows:
         archs = "+".join(row["archs"]) or "cpu"
         mark = "  edited by hand" if row["edited"] else ""
-        typer.echo(f"{row['key'][:16]}  {size(row['bytes']):>8}  {row['used']}  {archs:10}  {row['symbol']}{mark}")
-    typer.echo(f"{len(rows)} entries, {size(sum(row['bytes'] for row in rows))}, in {store.root}")
+        click.echo(f"{row['key'][:16]}  {size(row['bytes']):>8}  {row['used']}  {archs:10}  {row['symbol']}{mark}")
+    click.echo(f"{len(rows)} entries, {size(sum(row['bytes'] for row in rows))}, in {store.root}")
 
 
 @app.command("info")
-def info(keys: Annotated[list[str], typer.Argument(help="The first digits of keys.")]) -> None:
+@click.argument("keys", nargs=-1, required=True)
+def info(keys: tuple[str, ...]) -> None:
     """Print the manifests of entries: configuration, compilers, command, resources, what a host needs.
+
+    KEYS are the first digits of keys.
 
     \b
     Examples:
       onelaunch cache info 1f3a
     """
     for entry in sentence(lambda: _matching(keys)):
-        typer.echo(json.dumps(dict(entry.manifest), indent=1, sort_keys=True))
+        click.echo(json.dumps(dict(entry.manifest), indent=1, sort_keys=True))
 
 
 @app.command("verify")
 def verify() -> None:
-    """Read every file of every entry and compare it with its sum. Exit code 1: some were damaged and set aside.
+    """Read every file of every entry and compare it with its checksum. Exit code 1: some were damaged and set aside.
 
     \b
     Examples:
       onelaunch cache verify
     """
-    store = _store()
+    store = default_store()
     before = store.stored_keys()
     good = sentence(lambda: list(store.entries()))
-    typer.echo(f"{len(good)} of {len(before)} entries are as they were published, in {store.root}")
+    click.echo(f"{len(good)} of {len(before)} entries are whole, in {store.root}")
     if len(good) < len(before):
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 @app.command("gc")
-def gc(
-    max_size: Annotated[str | None, typer.Option(help="Keep at most this, such as 500M.")] = None,
-    older_than: Annotated[str | None, typer.Option(help="Remove what wasn't used for this long, such as 30d.")] = None,
-) -> None:
-    """Remove the entries that were used longest ago, and what no entry needs.
+@click.option("--max-size", metavar="SIZE", help="Keep at most this, such as 500M.")
+@click.option("--older-than", metavar="AGE", help="Remove what wasn't used for this long, such as 30d.")
+def gc(max_size: str | None, older_than: str | None) -> None:
+    """Remove the entries that were used longest ago, and leftovers.
 
-    Without options it keeps the default bound.
+    Without options it applies the default limit.
 
     \b
     Examples:
@@ -144,17 +146,15 @@ def gc(
     """
 
     def run() -> Any:
-        from onelaunch.cache import collect
-
         limit = max_size or (None if older_than else collect.default_max_size())
         return collect.collect(
-            _store(),
+            default_store(),
             collect.parse_size(limit, "--max-size") if limit else None,
             collect.parse_age(older_than, "--older-than") if older_than else None,
         )
 
     done = sentence(run)
-    typer.echo(
+    click.echo(
         f"removed {len(done.keys)} entries ({size(done.freed)}) and {done.remains} leftovers; "
         f"{size(done.kept)} of entries are kept"
     )
@@ -170,22 +170,23 @@ def clear() -> None:
     """
 
     def run() -> int:
-        from onelaunch.cache import collect, trust
-
-        store = _store()
+        store = default_store()
         if store.root.exists():
             trust.check_owner(store.root)
         return collect.clear(store)
 
-    typer.echo(f"removed {size(sentence(run))} from {_store().root}")
+    click.echo(f"removed {size(sentence(run))} from {default_store().root}")
 
 
 @app.command("pack")
-def pack(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
-    keys: Annotated[list[str] | None, typer.Argument(help="The first digits of keys; all without any.")] = None,
-) -> None:
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The file to write."
+)
+@click.argument("keys", nargs=-1)
+def pack(output: Path, keys: tuple[str, ...]) -> None:
     """Write built kernels to one file, for hosts without a compiler.
+
+    KEYS are the first digits of keys; without any, all are written.
 
     \b
     Examples:
@@ -194,6 +195,7 @@ def pack(
     """
 
     def run() -> Any:
+        # Imported here for start-up time: archives are for two verbs only.
         from onelaunch.load.pack import to_bytes
 
         entries = _matching(keys)
@@ -202,13 +204,16 @@ def pack(
 
     for entry in sentence(run):
         needs = entry.manifest.get("requires", {})
-        typer.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  needs {_needs(needs)}")
-    typer.echo(f"wrote {output}, {size(output.stat().st_size)}")
+        click.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  needs {_needs(needs)}")
+    click.echo(f"wrote {output}, {size(output.stat().st_size)}")
 
 
 @app.command("unpack")
-def unpack(file: Annotated[Path, typer.Argument(help="A file that pack wrote, from somebody you trust.")]) -> None:
+@click.argument("file", type=click.Path(path_type=Path))
+def unpack(file: Path) -> None:
     """Put packed kernels into the cache. Exit code 1: some can't run here, and the reason is printed.
+
+    FILE is one that `pack` wrote. Kernels are programs: unpack only what comes from somebody you trust.
 
     \b
     Examples:
@@ -216,17 +221,18 @@ def unpack(file: Annotated[Path, typer.Argument(help="A file that pack wrote, fr
     """
 
     def run() -> Any:
+        # Imported here for start-up time: archives are for two verbs only.
         from onelaunch.load.pack import read_file
 
-        return read_file(file, _store())
+        return read_file(file, default_store())
 
     done = sentence(run)
     for entry in done.entries:
-        typer.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  {entry.module_path}")
+        click.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  {entry.module_path}")
     for name, reason in done.refused:
-        typer.echo(f"onelaunch: {name} is refused: {reason}", err=True)
+        click.echo(f"onelaunch: {name} is refused: {reason}", err=True)
     if done.refused:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _needs(needs: dict[str, Any]) -> str:

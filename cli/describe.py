@@ -1,37 +1,57 @@
-"""onelaunch describe: a configuration's fields, and what a refresh of them costs."""
+"""onelaunch describe: a configuration's fields, and the bytes that a refresh of them moves."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
+from onelaunch.errors import ArgumentError
+from onelaunch.inspect.traffic import Traffic, traffic
+from onelaunch.spec.config import KernelConfig
+from onelaunch.spec.fields import FIELDS
 
-from .common import Config, Json, Settings, Target, kernel, sentence, size
+from .arguments import config_argument, json_option, settings_option, target_option
+from .faults import sentence
+from .output import size
+from .show import kernel
 
 
+@click.command()
+@config_argument
+@settings_option
+@click.option("--batch", type=click.IntRange(min=1), default=64, help="Requests.")
+@click.option("--length", type=click.IntRange(min=0), default=8192, help="Tokens of each request.")
+@click.option(
+    "--width", type=click.IntRange(min=0), help="Columns of the tables; default: the longest length, offsets included."
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(min=0),
+    default=1,
+    help="Rows of each request, where a call says how many (variable extends, copies).",
+)
+@click.option("--page-size", type=click.IntRange(min=1), default=64, help="Tokens a page of what a copy copies.")
+@click.option(
+    "--num-sms", type=click.IntRange(min=1), help="Multiprocessors that schedules are for; default: an H100's."
+)
+@target_option
+@json_option
 def describe(
-    config: Config = None,
-    settings: Settings = None,
-    batch: Annotated[int, typer.Option(min=1, help="Requests.")] = 64,
-    length: Annotated[int, typer.Option(min=0, help="Tokens of each request.")] = 8192,
-    width: Annotated[
-        int | None, typer.Option(min=0, help="Columns of the tables; default: the longest length, offsets included.")
-    ] = None,
-    rows: Annotated[
-        int, typer.Option(min=0, help="Rows of each request, where a call says how many (variable extends, copies).")
-    ] = 1,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page of what a copy copies.")] = 64,
-    num_sms: Annotated[
-        int | None, typer.Option(min=1, help="Multiprocessors that schedules are for; default: an H100's.")
-    ] = None,
-    target: Target = None,
-    as_json: Json = False,
+    config: str | None,
+    settings: str | None,
+    batch: int,
+    length: int,
+    width: int | None,
+    rows: int,
+    page_size: int,
+    num_sms: int | None,
+    target: str | None,
+    as_json: bool,
 ) -> None:
-    """Print a kernel's fields with shapes, formulas and the bytes that a refresh writes, and an estimate of its time.
+    """Print a kernel's fields with shapes, formulas and the bytes that a refresh writes.
 
-    The estimate is the bytes at the rate of a large refresh, and a floor, both measured on one device inside a CUDA
-    graph. It is no measurement: see `onelaunch replay` for one.
+    CONFIG is as in `onelaunch show`.
 
     \b
     Examples:
@@ -40,40 +60,37 @@ def describe(
       onelaunch describe nsa-decode-3 --batch 1 --length 4096 --json
     """
 
-    def run() -> Any:
-        from onelaunch.errors import ArgumentError
-        from onelaunch.inspect.traffic import traffic
-
+    def run() -> dict[str, Any]:
         found = kernel(config, settings, target, None)
         if found.config is None:
             raise ArgumentError(f"{found.name} doesn't say which configuration it is for; name a preset.")
-        return found, traffic(
+        moved = traffic(
             found.config, [length] * batch, width, rows=[rows] * batch, page_size=page_size, num_sms=num_sms
         )
+        edited = str(found.edited) if found.edited else None
+        return {
+            "name": found.name,
+            "symbol": found.symbol,
+            "edited": edited,
+            "configuration": found.config.to_dict(),
+            "batch": batch,
+            "length": length,
+            **_moved(found.config, moved),
+        }
 
-    found, moved = sentence(run)
-    facts = _facts(found, moved, batch, length)
-    typer.echo(json.dumps(facts, indent=1) if as_json else _text(facts))
+    facts = sentence(run)
+    click.echo(json.dumps(facts, indent=1) if as_json else _text(facts))
 
 
-def _facts(found: Any, moved: Any, batch: int, length: int) -> dict[str, Any]:
-    from onelaunch.inspect.traffic import H100
-    from onelaunch.spec.fields import FIELDS
-
+def _moved(config: KernelConfig, moved: Traffic) -> dict[str, Any]:
     return {
-        "name": found.name,
-        "symbol": found.symbol,
-        "edited": str(found.edited) if found.edited else None,
-        "configuration": found.config.to_dict(),
-        "batch": batch,
-        "length": length,
         "width": moved.width,
         "rows": moved.rows,
         "fields": [
             {
                 "name": each.field,
-                "shape": FIELDS[each.field].shape_in(found.config.mode),
-                "formula": FIELDS[each.field].formula if found.config.operation != "copy" else "copied",
+                "shape": FIELDS[each.field].shape_in(config.mode),
+                "formula": FIELDS[each.field].formula if config.operation != "copy" else "copied",
                 "written": [round(count, 1) for count in each.shape],
                 "tensors": each.tensors,
                 "bytes": each.bytes,
@@ -82,7 +99,6 @@ def _facts(found: Any, moved: Any, batch: int, length: int) -> dict[str, Any]:
         ],
         "bytes_read": moved.bytes_read,
         "bytes_written": moved.bytes_written,
-        "estimate": {"microseconds": round(moved.microseconds(), 2), "device": H100.name},
     }
 
 
@@ -106,10 +122,5 @@ def _text(facts: dict[str, Any]) -> str:
     for row in rows:
         cells = [cell.rjust(w) if i > 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
-    lines += [
-        "",
-        f"reads {size(facts['bytes_read'])}, writes {size(facts['bytes_written'])}, in one launch",
-        f"about {facts['estimate']['microseconds']:.1f} us on an {facts['estimate']['device']} inside a CUDA graph "
-        "(an estimate, from what was measured there)",
-    ]
+    lines += ["", f"reads {size(facts['bytes_read'])}, writes {size(facts['bytes_written'])}, in one launch"]
     return "\n".join(lines)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from typing import Annotated
 
-import typer
+import click
+from onelaunch.inspect import doctor as check
+
+from .arguments import json_option
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
     """Check tools, versions and the cache, then build and run a real kernel. Exit code 1: there is something to fix.
 
     \b
@@ -18,21 +22,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = F
       onelaunch doctor
       onelaunch doctor --json
     """
-    from onelaunch.inspect import doctor as check
-
     start = time.perf_counter()
     rows = check.examine()
     first = check.first_to_fix(rows)
     seconds = time.perf_counter() - start
     if as_json:
         facts = {"rows": [dataclasses.asdict(row) for row in rows], "seconds": round(seconds, 2), "ok": first is None}
-        typer.echo(json.dumps(facts, indent=1))
+        click.echo(json.dumps(facts, indent=1))
     else:
         width = max(len(row.name) for row in rows)
         for row in rows:
-            typer.echo(f"{row.level:4}  {row.name:{width}}  {row.value}  ({row.origin})")
-        typer.echo(f"{seconds:.1f} s")
+            click.echo(f"{row.level:4}  {row.name:{width}}  {row.value}  ({row.origin})")
+        click.echo(f"{seconds:.1f} s")
         if first is not None:
-            typer.echo(f"onelaunch: fix this first: {first.name} is {first.value}: {first.origin}", err=True)
+            click.echo(f"onelaunch: fix this first: {first.name} is {first.value}: {first.origin}", err=True)
     if first is not None:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)

@@ -1,14 +1,48 @@
-"""generated/: the emitted CUDA of every preset, kept true to the templates."""
+"""onelaunch generate: generated/, the emitted CUDA of every preset, written or checked."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
 
+import click
 from onelaunch.emit.render import render
-from onelaunch.spec.config import PRESETS
+from onelaunch.inspect import editors
+from onelaunch.spec.presets import PRESETS
 
-from .common import write_whole
+from .faults import sentence
+from .output import write_whole
+
+
+@click.command()
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=Path("generated"), help="Where the emitted CUDA is kept."
+)
+@click.option("--check", is_flag=True, help="Write nothing; fail if a file isn't up to date.")
+@click.option("--clangd", is_flag=True, help="Also write a compile_commands.json there, for editors.")
+def generate(folder: Path, check: bool, clangd: bool) -> None:
+    """Write the emitted CUDA of every preset, or check that what is there is up to date.
+
+    \b
+    Examples:
+      onelaunch generate
+      onelaunch generate --check
+      onelaunch generate --folder emitted --clangd
+    """
+    if check:
+        difference = sentence(lambda: check_folder(folder))
+        if difference:
+            click.echo(difference, nl=False)
+            click.echo(f"onelaunch: {folder} isn't what the templates emit. Run: onelaunch generate", err=True)
+            raise click.exceptions.Exit(1)
+        click.echo(f"{folder} is up to date")
+        return
+    for path in sentence(lambda: write_folder(folder)):
+        click.echo(f"wrote {path}")
+    if clangd:
+        commands = folder / editors.COMMANDS
+        sentence(lambda: write_whole(commands, editors.commands_of_folder(folder)))
+        click.echo(f"wrote {commands}")
 
 
 def emitted() -> dict[str, str]:
@@ -17,7 +51,7 @@ def emitted() -> dict[str, str]:
 
 
 def write_folder(folder: Path) -> list[Path]:
-    """Writes what changed, removes what no preset emits; returns the files that were touched."""
+    """Writes what changed, removes the .cu files that no preset emits; returns the paths of both."""
     folder.mkdir(exist_ok=True)
     wanted = emitted()
     touched = []
@@ -36,10 +70,10 @@ def write_folder(folder: Path) -> list[Path]:
 def check_folder(folder: Path) -> str:
     """A unified diff from what is in the folder to what the templates emit; "" if they agree."""
     wanted = emitted()
-    kept = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.cu")}
+    present = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.cu")}
     parts: list[str] = []
-    for name in sorted(wanted.keys() | kept.keys()):
-        old, new = kept.get(name, ""), wanted.get(name, "")
+    for name in sorted(wanted.keys() | present.keys()):
+        old, new = present.get(name, ""), wanted.get(name, "")
         parts += difflib.unified_diff(
             old.splitlines(keepends=True), new.splitlines(keepends=True), f"{folder}/{name}", f"emitted/{name}"
         )

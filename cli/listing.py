@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import typer
+import click
+from onelaunch.cache.tiers import tiers
+from onelaunch.load.loader import default_store
+from onelaunch.spec.presets import PRESETS
 
+from .arguments import json_option
 from .cache import listed
-from .common import Json, sentence, size
+from .faults import sentence
+from .output import size
 
 
-def list_kernels(as_json: Json = False) -> None:
+@click.command("list")
+@json_option
+def list_kernels(as_json: bool) -> None:
     """List the presets, and what is built: for which architectures, when, and how large.
 
-    What is built is looked for in the folders of ONELAUNCH_PREBUILT and in the cache.
+    It looks in the folders of ONELAUNCH_PREBUILT and in the cache.
 
     \b
     Examples:
@@ -23,10 +30,6 @@ def list_kernels(as_json: Json = False) -> None:
     """
 
     def run() -> Any:
-        from onelaunch.cache.tiers import tiers
-        from onelaunch.load.loader import default_store
-        from onelaunch.spec.config import PRESETS
-
         builds = [row for tier in tiers(default_store()) for row in listed(tier)]
         kernels: list[dict[str, Any]] = []
         for name, config in PRESETS.items():
@@ -39,17 +42,17 @@ def list_kernels(as_json: Json = False) -> None:
 
     found = sentence(run)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(found, indent=1))
         return
     width = max(len(kernel["preset"]) for kernel in found["presets"])
     for kernel in found["presets"]:
         rows = [row_text(row) for row in kernel["builds"]] or ["not built"]
         for number, row in enumerate(rows):
-            typer.echo(f"{kernel['preset'] if number == 0 else '':{width}}  {row}")
+            click.echo(f"{kernel['preset'] if number == 0 else '':{width}}  {row}")
     if found["others"]:
-        typer.echo("built, and no preset")
+        click.echo("other builds")
         for row in found["others"]:
-            typer.echo(f"{'':{width}}  {row_text(row)}  {row['symbol']}")
+            click.echo(f"{'':{width}}  {row_text(row)}  {row['symbol']}")
 
 
 def row_text(row: dict[str, Any]) -> str:

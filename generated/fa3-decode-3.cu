@@ -7,19 +7,10 @@
 //   num_backends            3
 //   fields                  cache_seqlens, cu_seqlens_k, real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              0
-//   page_size               64
-//   extent                  live
-//   vector_bytes            4
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
+//   checked                 False
 //   seqlen_offsets          1, 2, 3
-// key bd93ec37cf2876139b0941f419ddce2aa623bbd27085e45cbd49543264088c26
+// key 94effb8c2a40aec56d02743ffd796d5179028e7a59c0006ff463840de604e71b
 
 #include <cuda_runtime.h>
 
@@ -322,7 +313,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_bd93ec37cf287613(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_94effb8c2a40aec5(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p, static_cast<int>(blockIdx.x));
@@ -405,7 +396,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_bd93ec37cf287613_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_94effb8c2a40aec5_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -416,16 +407,16 @@ int onelaunch_broadcast_decode_n3_bd93ec37cf287613_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_bd93ec37cf287613, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_94effb8c2a40aec5, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_bd93ec37cf287613_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_94effb8c2a40aec5_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_bd93ec37cf287613);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_94effb8c2a40aec5);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -433,7 +424,7 @@ int onelaunch_broadcast_decode_n3_bd93ec37cf287613_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_bd93ec37cf287613_error(int code) {
+const char* onelaunch_broadcast_decode_n3_94effb8c2a40aec5_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -7,19 +7,10 @@
 //   num_backends            3
 //   fields                  kv_indptr, kv_indices
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              0
-//   page_size               1
-//   extent                  live
-//   vector_bytes            4
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
+//   checked                 False
 //   seqlen_offsets          1, 2, 3
-// key a075ee26b7a2fbb36e3d13c9f37283476afc0a760bd6cb532a8e6304ed4ed7b7
+// key 567ba8e3cc7b9b8541fac0a0a18966dec6e82fa4b2ad24dfad80c1b6edfd89b4
 
 #include <cuda_runtime.h>
 
@@ -261,7 +252,7 @@ __device__ void gather_indices(const Params& p) {
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
-    onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3(const __grid_constant__ Params p) {
+    onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85(const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p, static_cast<int>(blockIdx.x));
   } else {
@@ -298,7 +289,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -306,16 +297,16 @@ int onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3_launch(const std::int64_t* wo
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -323,7 +314,7 @@ int onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_a075ee26b7a2fbb3_error(int code) {
+const char* onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

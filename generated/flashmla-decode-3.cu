@@ -7,19 +7,10 @@
 //   num_backends            3
 //   fields                  cache_seqlens, real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              0
-//   page_size               64
-//   extent                  live
-//   vector_bytes            4
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           1
+//   checked                 False
 //   page_fill               -1
-// key f94d338f9dd8c1d3efaa7f0d0cbb0584ba4cc99464a26e6f341e24936bdebf67
+// key 44bc678e2472d90ce476b513b798a6ce7a3300a0ebc982332ad48e4468863bb5
 
 #include <cuda_runtime.h>
 
@@ -160,7 +151,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_f94d338f9dd8c1d3(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_44bc678e2472d90c(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -207,7 +198,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_f94d338f9dd8c1d3_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_44bc678e2472d90c_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -217,16 +208,16 @@ int onelaunch_broadcast_decode_n3_f94d338f9dd8c1d3_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_f94d338f9dd8c1d3, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_44bc678e2472d90c, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_f94d338f9dd8c1d3_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_44bc678e2472d90c_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_f94d338f9dd8c1d3);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_44bc678e2472d90c);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -234,7 +225,7 @@ int onelaunch_broadcast_decode_n3_f94d338f9dd8c1d3_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_f94d338f9dd8c1d3_error(int code) {
+const char* onelaunch_broadcast_decode_n3_44bc678e2472d90c_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -7,19 +7,10 @@
 //   num_backends            3
 //   fields                  cache_seqlens, real_page_table, flashmla_metadata, num_splits
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              0
-//   page_size               64
-//   extent                  live
-//   vector_bytes            4
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           1
+//   checked                 False
 //   page_fill               -1
-// key 5570be3c4063c6d9c87fd9f77e89b70346c99c047325e8d02ea4c8277fe64aa9
+// key d7c39656c367a96ba4fc885d91ad7dec16260be2786f7b0977db88ecf62b195d
 
 #include <cuda_runtime.h>
 
@@ -326,7 +317,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_5570be3c4063c6d9(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_d7c39656c367a96b(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < 1) {
@@ -376,7 +367,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_5570be3c4063c6d9_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_d7c39656c367a96b_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -386,16 +377,16 @@ int onelaunch_broadcast_decode_n3_5570be3c4063c6d9_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_5570be3c4063c6d9, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_d7c39656c367a96b, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_5570be3c4063c6d9_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_d7c39656c367a96b_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_5570be3c4063c6d9);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_d7c39656c367a96b);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -403,7 +394,7 @@ int onelaunch_broadcast_decode_n3_5570be3c4063c6d9_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_5570be3c4063c6d9_error(int code) {
+const char* onelaunch_broadcast_decode_n3_d7c39656c367a96b_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -8,18 +8,9 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table, seqlens_expanded
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              0
-//   page_size               1
-//   extent                  full
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key f0607485844edf387c614ba0e86ce872e3df976b8d77560cb2a5ad025cf5b087
+//   checked                 False
+// key 4dad4ae9e1faa29e38b2c716fa99cd7097613ff0161e07d3f47d108616c33357
 
 #include <cuda_runtime.h>
 
@@ -274,7 +265,7 @@ __device__ void copy_real_page_table(const Params& p) {
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
-    onelaunch_copy_target_verify_n3_f0607485844edf38(const __grid_constant__ Params p) {
+    onelaunch_copy_target_verify_n3_4dad4ae9e1faa29e(const __grid_constant__ Params p) {
   copy_lengths(p);
   copy_row_lengths(p);
   copy_page_indices(p);
@@ -311,7 +302,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_copy_target_verify_n3_f0607485844edf38_launch(const std::int64_t* words, void* stream) {
+int onelaunch_copy_target_verify_n3_4dad4ae9e1faa29e_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -319,16 +310,16 @@ int onelaunch_copy_target_verify_n3_f0607485844edf38_launch(const std::int64_t* 
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_copy_target_verify_n3_f0607485844edf38, params);
+    return cudaLaunchKernelEx(&config, onelaunch_copy_target_verify_n3_4dad4ae9e1faa29e, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_copy_target_verify_n3_f0607485844edf38_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_copy_target_verify_n3_4dad4ae9e1faa29e_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_copy_target_verify_n3_f0607485844edf38);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_copy_target_verify_n3_4dad4ae9e1faa29e);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -336,7 +327,7 @@ int onelaunch_copy_target_verify_n3_f0607485844edf38_prepare(std::int64_t device
   });
 }
 
-const char* onelaunch_copy_target_verify_n3_f0607485844edf38_error(int code) {
+const char* onelaunch_copy_target_verify_n3_4dad4ae9e1faa29e_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

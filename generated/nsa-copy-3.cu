@@ -8,18 +8,9 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              0
-//   page_size               1
-//   extent                  full
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key 76e2e6d9528bad99436c4d7a984e9bdc307351e6fdc6037c15aa2eb74767fab9
+//   checked                 False
+// key bf9fc60ccd15c052a33145d9e05581859fa250cf07ae43292c5aafdd9bdccf44
 
 #include <cuda_runtime.h>
 
@@ -260,7 +251,7 @@ __device__ void copy_real_page_table(const Params& p) {
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
-    onelaunch_copy_decode_n3_76e2e6d9528bad99(const __grid_constant__ Params p) {
+    onelaunch_copy_decode_n3_bf9fc60ccd15c052(const __grid_constant__ Params p) {
   copy_lengths(p);
   copy_page_indices(p);
   copy_real_page_table(p);
@@ -296,7 +287,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_copy_decode_n3_76e2e6d9528bad99_launch(const std::int64_t* words, void* stream) {
+int onelaunch_copy_decode_n3_bf9fc60ccd15c052_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -304,16 +295,16 @@ int onelaunch_copy_decode_n3_76e2e6d9528bad99_launch(const std::int64_t* words, 
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_copy_decode_n3_76e2e6d9528bad99, params);
+    return cudaLaunchKernelEx(&config, onelaunch_copy_decode_n3_bf9fc60ccd15c052, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_copy_decode_n3_76e2e6d9528bad99_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_copy_decode_n3_bf9fc60ccd15c052_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_copy_decode_n3_76e2e6d9528bad99);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_copy_decode_n3_bf9fc60ccd15c052);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -321,7 +312,7 @@ int onelaunch_copy_decode_n3_76e2e6d9528bad99_prepare(std::int64_t device, std::
   });
 }
 
-const char* onelaunch_copy_decode_n3_76e2e6d9528bad99_error(int code) {
+const char* onelaunch_copy_decode_n3_bf9fc60ccd15c052_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -8,18 +8,9 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key b58d852c2cbed30e025a529f687dcb55c37632396964d76c9da7f5415977d101
+//   checked                 False
+// key b3bc69c97c12111e04362db1cbb2de16ac26a59c7704b2a358b56df68b3b89b3
 
 #include <cuda_runtime.h>
 
@@ -455,7 +446,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_b58d852c2cbed30e(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_b3bc69c97c12111e(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -541,7 +532,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_b58d852c2cbed30e_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n1_b3bc69c97c12111e_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -552,16 +543,16 @@ int onelaunch_broadcast_decode_n1_b58d852c2cbed30e_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_b58d852c2cbed30e, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_b3bc69c97c12111e, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_b58d852c2cbed30e_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n1_b3bc69c97c12111e_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_b58d852c2cbed30e);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_b3bc69c97c12111e);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -569,7 +560,7 @@ int onelaunch_broadcast_decode_n1_b58d852c2cbed30e_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n1_b58d852c2cbed30e_error(int code) {
+const char* onelaunch_broadcast_decode_n1_b3bc69c97c12111e_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -8,19 +8,9 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
 //   checked                 True
-// key 979c6afb2f18408492e7db208ffdab03e4b959b52b940d984c944d93c913f683
+// key f056e7293c10e70e15d6516a869d02fde455d84c11ead70abe02fe6ad75b9c23
 
 #include <cuda_runtime.h>
 
@@ -59,7 +49,7 @@ struct Table {
 };
 
 // What is wrong with the first input that was found wrong since the host last looked.
-struct Offence {
+struct Violation {
   unsigned long long kind;  // 0 for none
   std::int64_t request, value, limit;
 };
@@ -85,7 +75,7 @@ struct Params {
   Table real_page_table[kBackends];  // [bs, ceil(W / P)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
-  Offence* offence;  // the first one found, or none
+  Violation* violation;  // the first one found, or none
   std::int64_t pool_rows;  // rows of req_to_token
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
@@ -133,10 +123,10 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
 // Tells what is wrong with an input, unless something was told since the host last looked.
 __device__ void report(
     const Params& p, unsigned long long kind, std::int64_t request, std::int64_t value, std::int64_t limit) {
-  if (atomicCAS(&p.offence->kind, 0ull, kind) != 0) return;
-  p.offence->request = request;
-  p.offence->value = value;
-  p.offence->limit = limit;
+  if (atomicCAS(&p.violation->kind, 0ull, kind) != 0) return;
+  p.violation->request = request;
+  p.violation->value = value;
+  p.violation->limit = limit;
 }
 
 // A request's length. Lengths that can't be are reported, and do no harm: the columns end where the tables do.
@@ -493,7 +483,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_979c6afb2f184084(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_f056e7293c10e70e(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -579,7 +569,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_979c6afb2f184084_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_f056e7293c10e70e_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -590,16 +580,16 @@ int onelaunch_broadcast_decode_n3_979c6afb2f184084_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_979c6afb2f184084, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_f056e7293c10e70e, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_979c6afb2f184084_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_f056e7293c10e70e_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_979c6afb2f184084);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_f056e7293c10e70e);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -607,7 +597,7 @@ int onelaunch_broadcast_decode_n3_979c6afb2f184084_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_979c6afb2f184084_error(int code) {
+const char* onelaunch_broadcast_decode_n3_f056e7293c10e70e_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

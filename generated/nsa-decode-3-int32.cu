@@ -8,18 +8,11 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
+//   target                  cuda
+//   checked                 False
 //   seq_lens_dtype          int32
 //   req_pool_indices_dtype  int32
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
-//   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key 349023dbf60d330b73bb40b6d1474e1c7d6a1c49be87bad2da2952fbb995acbc
+// key 485645605e6384c811a4a70fb66331796e5233dc758279e124a651e9f9799b8c
 
 #include <cuda_runtime.h>
 
@@ -455,7 +448,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_349023dbf60d330b(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_485645605e6384c8(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -541,7 +534,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_349023dbf60d330b_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_485645605e6384c8_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -552,16 +545,16 @@ int onelaunch_broadcast_decode_n3_349023dbf60d330b_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_349023dbf60d330b, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_485645605e6384c8, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_349023dbf60d330b_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_485645605e6384c8_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_349023dbf60d330b);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_485645605e6384c8);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -569,7 +562,7 @@ int onelaunch_broadcast_decode_n3_349023dbf60d330b_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_349023dbf60d330b_error(int code) {
+const char* onelaunch_broadcast_decode_n3_485645605e6384c8_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

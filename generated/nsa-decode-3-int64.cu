@@ -8,18 +8,10 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int64
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key c20dc8e007b500b94f1395c70c431213bc8ef48fa5dc7798fcd36d0b23124d70
+//   checked                 False
+//   req_to_token_dtype      int64
+// key 1a689d792371c0a6c1653ead96f0c62d229bb5877983843eacb9dab969d0d709
 
 #include <cuda_runtime.h>
 
@@ -384,7 +376,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_c20dc8e007b500b9(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_1a689d792371c0a6(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -470,7 +462,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_c20dc8e007b500b9_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_1a689d792371c0a6_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -481,16 +473,16 @@ int onelaunch_broadcast_decode_n3_c20dc8e007b500b9_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_c20dc8e007b500b9, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_1a689d792371c0a6, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_c20dc8e007b500b9_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_1a689d792371c0a6_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_c20dc8e007b500b9);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_1a689d792371c0a6);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -498,7 +490,7 @@ int onelaunch_broadcast_decode_n3_c20dc8e007b500b9_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_c20dc8e007b500b9_error(int code) {
+const char* onelaunch_broadcast_decode_n3_1a689d792371c0a6_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -8,19 +8,10 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table, pooled_cache_seqlens, pooled_real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
+//   checked                 False
 //   index_kpool             4
-// key 54570dbb4715beef53bf69924212b586e3d40bbb7ba92dcd4db547c1fd587d9d
+// key e80d7b9aefdef1ab42cd700dd3d7db6e2560a087470ab5a4db64a89d0f5f663d
 
 #include <cuda_runtime.h>
 
@@ -481,7 +472,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_54570dbb4715beef(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_e80d7b9aefdef1ab(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -567,7 +558,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_54570dbb4715beef_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_e80d7b9aefdef1ab_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -578,16 +569,16 @@ int onelaunch_broadcast_decode_n3_54570dbb4715beef_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_54570dbb4715beef, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_e80d7b9aefdef1ab, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_54570dbb4715beef_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_e80d7b9aefdef1ab_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_54570dbb4715beef);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_e80d7b9aefdef1ab);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -595,7 +586,7 @@ int onelaunch_broadcast_decode_n3_54570dbb4715beef_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_54570dbb4715beef_error(int code) {
+const char* onelaunch_broadcast_decode_n3_e80d7b9aefdef1ab_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

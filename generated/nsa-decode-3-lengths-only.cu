@@ -7,18 +7,9 @@
 //   num_backends            3
 //   fields                  cache_seqlens, cu_seqlens_k, nsa_cache_seqlens, nsa_cu_seqlens_k
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               1
-//   extent                  full
-//   vector_bytes            4
 //   target                  cuda
-//   threads                 256
-//   unroll                  1
-//   blocks_per_sm           1
-// key cb6d4c966e62938cabdf3254fb6918453c4c21aeb9a1e84d089e046c1e7c1070
+//   checked                 False
+// key 07858aa8f5e4c3249e030a59c0b275e4a76754d4e88a6a09c30740bd9523cdb4
 
 #include <cuda_runtime.h>
 
@@ -133,7 +124,7 @@ __device__ void refresh_lengths(const Params& p) {
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
-    onelaunch_broadcast_decode_n3_cb6d4c966e62938c(const __grid_constant__ Params p) {
+    onelaunch_broadcast_decode_n3_07858aa8f5e4c324(const __grid_constant__ Params p) {
   refresh_lengths(p);
 }
 
@@ -156,7 +147,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_cb6d4c966e62938c_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_07858aa8f5e4c324_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -164,16 +155,16 @@ int onelaunch_broadcast_decode_n3_cb6d4c966e62938c_launch(const std::int64_t* wo
     config.gridDim = dim3(1, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_cb6d4c966e62938c, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_07858aa8f5e4c324, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_cb6d4c966e62938c_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_07858aa8f5e4c324_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_cb6d4c966e62938c);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_07858aa8f5e4c324);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -181,7 +172,7 @@ int onelaunch_broadcast_decode_n3_cb6d4c966e62938c_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_cb6d4c966e62938c_error(int code) {
+const char* onelaunch_broadcast_decode_n3_07858aa8f5e4c324_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -7,18 +7,9 @@
 //   num_backends            3
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               1
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key 9aafd71220d2762b4a7e3111452a38bada58f18c7d578220c53cd1a566a3cd2e
+//   checked                 False
+// key 8581c02ccaa23d199cd7a3360facd2e19cbc70971de9849e178becc2c4674032
 
 #include <cuda_runtime.h>
 
@@ -398,7 +389,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_9aafd71220d2762b(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_8581c02ccaa23d19(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -484,7 +475,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_9aafd71220d2762b_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_8581c02ccaa23d19_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -495,16 +486,16 @@ int onelaunch_broadcast_decode_n3_9aafd71220d2762b_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_9aafd71220d2762b, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_8581c02ccaa23d19, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_9aafd71220d2762b_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_8581c02ccaa23d19_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_9aafd71220d2762b);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_8581c02ccaa23d19);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -512,7 +503,7 @@ int onelaunch_broadcast_decode_n3_9aafd71220d2762b_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_9aafd71220d2762b_error(int code) {
+const char* onelaunch_broadcast_decode_n3_8581c02ccaa23d19_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

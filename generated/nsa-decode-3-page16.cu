@@ -8,18 +8,10 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               16
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key cc1e113cd4fe6e500bb4b030b36e33be64117b5385cf1e942668b0ea7e2c2169
+//   checked                 False
+//   page_size               16
+// key 834a0702a07ba88ca0710533593f26e5ffc53df3f70b84fe102866cae0475e77
 
 #include <cuda_runtime.h>
 
@@ -455,7 +447,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_cc1e113cd4fe6e50(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_834a0702a07ba88c(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -541,7 +533,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_cc1e113cd4fe6e50_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_834a0702a07ba88c_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -552,16 +544,16 @@ int onelaunch_broadcast_decode_n3_cc1e113cd4fe6e50_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_cc1e113cd4fe6e50, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_834a0702a07ba88c, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_cc1e113cd4fe6e50_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_834a0702a07ba88c_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_cc1e113cd4fe6e50);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_834a0702a07ba88c);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -569,7 +561,7 @@ int onelaunch_broadcast_decode_n3_cc1e113cd4fe6e50_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_cc1e113cd4fe6e50_error(int code) {
+const char* onelaunch_broadcast_decode_n3_834a0702a07ba88c_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -7,18 +7,9 @@
 //   num_backends            3
 //   fields                  cache_seqlens, cu_seqlens_k, nsa_cache_seqlens, nsa_cu_seqlens_k, real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            4
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key c0ff805cc190de225090ce946ea4437e3d3d5badbde85f8c9d39ea3145600f16
+//   checked                 False
+// key 2738f7c194c85c1eb25eba537dda3d000834bf53c3c2266fc7e51ae4c5bc9416
 
 #include <cuda_runtime.h>
 
@@ -311,7 +302,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_c0ff805cc190de22(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_2738f7c194c85c1e(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -394,7 +385,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_c0ff805cc190de22_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_2738f7c194c85c1e_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -405,16 +396,16 @@ int onelaunch_broadcast_decode_n3_c0ff805cc190de22_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_c0ff805cc190de22, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_2738f7c194c85c1e, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_c0ff805cc190de22_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_2738f7c194c85c1e_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_c0ff805cc190de22);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_2738f7c194c85c1e);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -422,7 +413,7 @@ int onelaunch_broadcast_decode_n3_c0ff805cc190de22_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_c0ff805cc190de22_error(int code) {
+const char* onelaunch_broadcast_decode_n3_2738f7c194c85c1e_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

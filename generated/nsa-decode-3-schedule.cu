@@ -8,18 +8,9 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table, paged_mqa_schedule_metadata
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key 358cb071474a1f021a078b52cbf5e84254266f78f0720fa8c9f8643bf007fec0
+//   checked                 False
+// key aa7ba35643393c6356af29e9266c4730506d6ba002feba9b388ee5b8fa503221
 
 #include <cuda_runtime.h>
 
@@ -555,7 +546,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_358cb071474a1f02(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_aa7ba35643393c63(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < 1) {
@@ -644,7 +635,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_358cb071474a1f02_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_aa7ba35643393c63_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -655,16 +646,16 @@ int onelaunch_broadcast_decode_n3_358cb071474a1f02_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_358cb071474a1f02, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_aa7ba35643393c63, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_358cb071474a1f02_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_aa7ba35643393c63_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_358cb071474a1f02);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_aa7ba35643393c63);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -672,7 +663,7 @@ int onelaunch_broadcast_decode_n3_358cb071474a1f02_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_358cb071474a1f02_error(int code) {
+const char* onelaunch_broadcast_decode_n3_aa7ba35643393c63_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -8,18 +8,10 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            4
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key ff624f143354692133ab2d54b263e8bdc0c82f92881e00f4ec7e9cd5e21a7683
+//   checked                 False
+//   vector_bytes            4
+// key bb7ed88662c2a221e180f89d07d19f41145ee5e4ad85e439cedd655f8e16ca31
 
 #include <cuda_runtime.h>
 
@@ -332,7 +324,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_ff624f1433546921(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_bb7ed88662c2a221(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -415,7 +407,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_ff624f1433546921_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n3_bb7ed88662c2a221_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -426,16 +418,16 @@ int onelaunch_broadcast_decode_n3_ff624f1433546921_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_ff624f1433546921, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_bb7ed88662c2a221, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n3_ff624f1433546921_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n3_bb7ed88662c2a221_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_ff624f1433546921);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_bb7ed88662c2a221);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -443,7 +435,7 @@ int onelaunch_broadcast_decode_n3_ff624f1433546921_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n3_ff624f1433546921_error(int code) {
+const char* onelaunch_broadcast_decode_n3_bb7ed88662c2a221_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -8,18 +8,9 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
-// key b1118f5db067956cc78b496f215c6a7ceab8ab565a2c17fe29addb7d9a3a3410
+//   checked                 False
+// key c419df52eb4f1fb02d1bc83b53e9d7458b634e862e1e5f54b18f972630eae658
 
 #include <cuda_runtime.h>
 
@@ -402,7 +393,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n7_b1118f5db067956c(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n7_c419df52eb4f1fb0(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -485,7 +476,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n7_b1118f5db067956c_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n7_c419df52eb4f1fb0_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -496,16 +487,16 @@ int onelaunch_broadcast_decode_n7_b1118f5db067956c_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n7_b1118f5db067956c, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n7_c419df52eb4f1fb0, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n7_b1118f5db067956c_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n7_c419df52eb4f1fb0_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n7_b1118f5db067956c);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n7_c419df52eb4f1fb0);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -513,7 +504,7 @@ int onelaunch_broadcast_decode_n7_b1118f5db067956c_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n7_b1118f5db067956c_error(int code) {
+const char* onelaunch_broadcast_decode_n7_c419df52eb4f1fb0_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -8,19 +8,10 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table, seqlens_expanded
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
+//   checked                 False
 //   extend                  variable
-// key 0be158feb4e7a34111f0b0ca67bf4b11cba24da3cb1d684baea3d3a761b26b48
+// key c329328fb13c480f75f62fdd8dd981fe51bb65b8b5a55eea18d0b6f481d33a60
 
 #include <cuda_runtime.h>
 
@@ -410,7 +401,7 @@ __device__ void gather_tables(const Params& p) {
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341(const __grid_constant__ Params p) {
+    onelaunch_broadcast_draft_extend_n3_c329328fb13c480f(const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
   } else {
@@ -447,7 +438,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_draft_extend_n3_c329328fb13c480f_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -455,16 +446,16 @@ int onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341_launch(const std::int64
     config.gridDim = dim3(grid_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_draft_extend_n3_c329328fb13c480f, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_draft_extend_n3_c329328fb13c480f_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_draft_extend_n3_c329328fb13c480f);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -472,7 +463,7 @@ int onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341_prepare(std::int64_t de
   });
 }
 
-const char* onelaunch_broadcast_draft_extend_n3_0be158feb4e7a341_error(int code) {
+const char* onelaunch_broadcast_draft_extend_n3_c329328fb13c480f_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

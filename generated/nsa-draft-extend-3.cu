@@ -8,19 +8,10 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table, seqlens_expanded
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
+//   checked                 False
 //   next_n                  4
-// key 174fa3435b2e85c60bc96f81cc7ad3fdb4345361365b64221f1c8428fe7baee5
+// key 9efabc8fab0c2c82157bda0f9e50e713a4b97ede301d3c7cbd11ed7e7b894098
 
 #include <cuda_runtime.h>
 
@@ -443,7 +434,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_draft_extend_n3_174fa3435b2e85c6(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_draft_extend_n3_9efabc8fab0c2c82(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -526,7 +517,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_draft_extend_n3_174fa3435b2e85c6_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_draft_extend_n3_9efabc8fab0c2c82_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -537,16 +528,16 @@ int onelaunch_broadcast_draft_extend_n3_174fa3435b2e85c6_launch(const std::int64
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_draft_extend_n3_174fa3435b2e85c6, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_draft_extend_n3_9efabc8fab0c2c82, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_draft_extend_n3_174fa3435b2e85c6_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_draft_extend_n3_9efabc8fab0c2c82_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_draft_extend_n3_174fa3435b2e85c6);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_draft_extend_n3_9efabc8fab0c2c82);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -554,7 +545,7 @@ int onelaunch_broadcast_draft_extend_n3_174fa3435b2e85c6_prepare(std::int64_t de
   });
 }
 
-const char* onelaunch_broadcast_draft_extend_n3_174fa3435b2e85c6_error(int code) {
+const char* onelaunch_broadcast_draft_extend_n3_9efabc8fab0c2c82_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

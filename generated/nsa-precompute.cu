@@ -8,18 +8,10 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  full
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           1
-// key dfc195ea84ddc916bdb7287a1671f295ec8bde19bd4e71790e694f6f33b1e969
+//   checked                 False
+//   extent                  full
+// key 70e64caf87158162e93ca5826031e65e5fd6523cd2ae37974d667052c9df4338
 
 #include <cuda_runtime.h>
 
@@ -350,7 +342,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_dfc195ea84ddc916(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_70e64caf87158162(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   if (blockIdx.x < kLengthBlocks) {
     refresh_lengths(p);
@@ -406,7 +398,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_dfc195ea84ddc916_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n1_70e64caf87158162_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -416,16 +408,16 @@ int onelaunch_broadcast_decode_n1_dfc195ea84ddc916_launch(const std::int64_t* wo
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_dfc195ea84ddc916, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_70e64caf87158162, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_dfc195ea84ddc916_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n1_70e64caf87158162_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_dfc195ea84ddc916);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_70e64caf87158162);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -433,7 +425,7 @@ int onelaunch_broadcast_decode_n1_dfc195ea84ddc916_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n1_dfc195ea84ddc916_error(int code) {
+const char* onelaunch_broadcast_decode_n1_70e64caf87158162_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -8,20 +8,11 @@
 //   fields                  cache_seqlens, cu_seqlens_k, page_indices, nsa_cache_seqlens, nsa_cu_seqlens_k,
 //                           real_page_table, seqlens_expanded, paged_mqa_schedule_metadata
 //   distinct                all
-//   seq_lens_dtype          int64
-//   req_pool_indices_dtype  int64
-//   req_to_token_dtype      int32
-//   index_topk              2048
-//   page_size               64
-//   extent                  live
-//   vector_bytes            16
 //   target                  cuda
-//   threads                 256
-//   unroll                  2
-//   blocks_per_sm           4
+//   checked                 False
 //   next_n                  4
 //   schedule_per            row
-// key b5cf6d30e860b9c08d671110a3890c3ce35f6a9616cb43ed90ba0a3dc0982668
+// key 65efb5e29df8fe7a7ed1172f082b3fbfaf758f5c948a2e5c966787bebd832fd4
 
 #include <cuda_runtime.h>
 
@@ -553,7 +544,7 @@ __device__ void gather_tables(const Params& p, const Split& split) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_target_verify_n3_65efb5e29df8fe7a(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < 1) {
@@ -639,7 +630,7 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_target_verify_n3_65efb5e29df8fe7a_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -650,16 +641,16 @@ int onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0_launch(const std::int6
     config.gridDim = dim3(blocks, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_target_verify_n3_65efb5e29df8fe7a, split, params);
   });
 }
 
 // Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
 // registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
-int onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_target_verify_n3_65efb5e29df8fe7a_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_target_verify_n3_65efb5e29df8fe7a);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -667,7 +658,7 @@ int onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0_prepare(std::int64_t d
   });
 }
 
-const char* onelaunch_broadcast_target_verify_n3_b5cf6d30e860b9c0_error(int code) {
+const char* onelaunch_broadcast_target_verify_n3_65efb5e29df8fe7a_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -2,16 +2,22 @@
 
 A configuration becomes a key, the key becomes emitted CUDA, the CUDA becomes a module, the module binds to buffers,
 and the bound plan is one launch.
+
+Importing this package imports no torch, no jinja2 and no numpy: names that need them are imported when they are first
+used (PEP 562).
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 if sys.platform != "linux":
     raise ImportError(f"onelaunch runs on Linux only, and this is {sys.platform}.")
+if "t" in sys.abiflags:
+    raise ImportError("onelaunch doesn't support free-threaded Python yet. Use a Python built with the GIL.")
 
-from .emit.render import render
 from .errors import (
     ArgumentError,
     CompileError,
@@ -22,24 +28,48 @@ from .errors import (
     StoreError,
     ToolchainError,
 )
-from .load.distribute import distribute
-from .load.loader import Kernel, freeze
-from .run.api import (
-    fused_metadata_copy_cuda,
-    fused_metadata_precompute_and_broadcast_cuda,
-    precompute_decode_metadata_cuda,
-    precompute_draft_extend_metadata_cuda,
-    precompute_target_verify_metadata_cuda,
-    specialize,
-)
-from .run.groups import Groups, bind_groups
-from .run.plan import Plan, bind
-from .run.schedules import sparse_flashmla_metadata
-from .spec import reference
-from .spec.config import PRESETS, KernelConfig, preset
+from .spec.config import KernelConfig
 from .spec.fields import FIELDS, Field, MetadataBuffers
+from .spec.presets import PRESETS, preset
+
+if TYPE_CHECKING:
+    from .emit.render import render
+    from .load.distribute import distribute
+    from .load.loader import Kernel, freeze
+    from .load.specialize import specialize
+    from .run.api import (
+        fused_metadata_copy_cuda,
+        fused_metadata_precompute_and_broadcast_cuda,
+        precompute_decode_metadata_cuda,
+        precompute_draft_extend_metadata_cuda,
+        precompute_target_verify_metadata_cuda,
+    )
+    from .run.groups import Groups, bind_groups
+    from .run.plan import Plan, bind
+    from .run.schedules import sparse_flashmla_metadata
+    from .spec import reference
 
 __version__ = "0.1.0"
+
+# The same for the interpreter: each name with the module that it is imported from when it is first used.
+_LAZY = {
+    "Groups": "run.groups",
+    "Kernel": "load.loader",
+    "Plan": "run.plan",
+    "bind": "run.plan",
+    "bind_groups": "run.groups",
+    "distribute": "load.distribute",
+    "freeze": "load.loader",
+    "fused_metadata_copy_cuda": "run.api",
+    "fused_metadata_precompute_and_broadcast_cuda": "run.api",
+    "precompute_decode_metadata_cuda": "run.api",
+    "precompute_draft_extend_metadata_cuda": "run.api",
+    "precompute_target_verify_metadata_cuda": "run.api",
+    "reference": "spec.reference",
+    "render": "emit.render",
+    "sparse_flashmla_metadata": "run.schedules",
+    "specialize": "load.specialize",
+}
 
 __all__ = [
     "FIELDS",
@@ -73,3 +103,16 @@ __all__ = [
     "sparse_flashmla_metadata",
     "specialize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_LAZY[name]}", __name__)
+    value = getattr(module, name, module)  # `reference` is the module itself
+    globals()[name] = value  # from now on the name is found without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

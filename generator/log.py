@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 
 LOG_VARIABLE = "ONELAUNCH_LOG"
@@ -29,6 +31,13 @@ def event(
     if logger.isEnabledFor(level):
         said = ", ".join((f"{seconds * 1000:.1f} ms", *filter(None, facts)))
         logger.log(level, "%s %s key=%s %s %s", what, symbol, key[:16], outcome, said)
+
+
+def notice(text: str) -> None:
+    """One line on standard error. A stream that is closed, full or broken never fails the caller."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"onelaunch: {text}", file=sys.stderr, flush=True)
 
 
 def _show(wanted: str) -> None:

@@ -17,7 +17,7 @@ import typer.testing
 from onelaunch.build import toolchain
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
-from onelaunch.run import api
+from onelaunch.run import api, refresh
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 # A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.
@@ -26,6 +26,9 @@ NO_DEVICE = "there is no CUDA device"
 
 # Mutation testing names thousands of tests for each mutant. pytest would look up one after the other for seconds.
 MANY = 100
+
+# What takes long and rarely finds anything; runs where it is selected (make test-long), and by name.
+LONG_MARKER = "long: takes long and rarely finds anything; make test-long runs it"
 
 # Begun first: what takes a minute at the end of a run leaves the other workers without work.
 LONG = ("tests/test_soak.py",)
@@ -41,6 +44,7 @@ _wanted = pytest.StashKey[dict[str, int]]()
 def pytest_configure(config: pytest.Config) -> None:
     """Names cache and compiler before any worker starts: workers inherit the environment, so all of them share both."""
     os.environ.pop(loader.POLICY_VARIABLE, None)
+    config.addinivalue_line("markers", LONG_MARKER)
     # The tests' tensors are small: with more threads than one, of this process or a child's, most of the time goes into
     # waiting for one another, which takes the cores from the other workers.
     torch.set_num_threads(1)
@@ -69,6 +73,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = sorted((item for item in items if item.nodeid in wanted), key=lambda item: wanted[item.nodeid])
     else:
         items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    if "long" not in config.option.markexpr and not any("::" in argument for argument in config.args):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     has_device = torch.cuda.is_available()
     missing: str | None = None
     if any(item.get_closest_marker("nvcc") for item in items):
@@ -137,5 +144,5 @@ def _no_policy_is_left_behind() -> Iterator[None]:
     frozen = loader._frozen
     yield
     loader._frozen = frozen
-    for plans in (api._refreshes, api._copies):
+    for plans in (refresh.plans, api.copy_plans):
         plans.clear()

@@ -1,4 +1,4 @@
-"""Processes of their own for the tests of the store: they import onelaunch without torch, and start at once."""
+"""Child processes for the tests of the cache. None of what they use imports torch, so they start at once."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ CONFIG = KernelConfig(fields=("cache_seqlens",), target="cpu")
 store = stores.Store()
 SIGNS = Path(os.environ["SIGNS"])
 real_build = compiler.build
-def copying_build(name, source, binding, *, stage, **others):
+def copying_build(recipe, tools, *, stage, **others):
     # What a compiler would leave, at once: most tests are about everything around it.
-    import shutil, types
+    import shutil
     made = Path(os.environ["MADE"])
     manifest = json.loads((made / "manifest.json").read_text())
     for file in manifest["files"]:
         shutil.copy(made / file, stage)
-    return compiler.Build(types.SimpleNamespace(bind=None), manifest["module_file"], manifest["source_file"], "", 0.0,
-                          {}, {})
+    return compiler.Build(manifest["module_file"], manifest["source_file"], "", 0.0, {}, {})
 if os.environ.get("MADE"):
     real_build = copying_build
 def sign(name):
@@ -51,15 +50,14 @@ compiler.build = slow_build
 
 
 def light_package(folder: Path) -> Path:
-    """A folder for PYTHONPATH with the package as it is installed, but for an __init__ that imports no torch."""
+    """A folder for PYTHONPATH with the package laid out as it is installed, for a Python that doesn't have it."""
     package = folder / "light" / "onelaunch"
     if not package.exists():
         package.mkdir(parents=True)
         for path in Path(str(onelaunch.__file__)).parent.iterdir():
-            if path.name not in ("__init__.py", "__pycache__"):
+            if path.name != "__pycache__":
                 (package / path.name).symlink_to(path.resolve())
         (package / "templates").symlink_to(Path(str(templates.__file__)).parent.resolve())
-        (package / "__init__.py").write_text('__version__ = "0"\n', encoding="utf-8")
     return package.parent
 
 
@@ -84,7 +82,6 @@ class Children:
             env={
                 **os.environ,
                 "ONELAUNCH_CACHE_DIR": str(self.cache),
-                "PYTHONPATH": str(light_package(self.folder)),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "SIGNS": str(self.signs),
                 "MADE": str(self.made or ""),

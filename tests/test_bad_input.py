@@ -505,7 +505,7 @@ VARIABLE = {"mode": "draft_extend", "extend": "variable"}
 
 @named(
     [
-        ("none", attribute("extends", lambda s: None), ("extend_seq_lens is None", "one a request")),
+        ("none", attribute("extends", lambda s: None), ("extend_seq_lens is None", "an element for each request")),
         ("a list", attribute("extends", lambda s: [1, 0, 2, 1]), ("extend_seq_lens is a list", "torch.Tensor")),
         ("fewer", attribute("extends", lambda s: s.extends[:3]), ("extend_seq_lens has 3 elements", "seq_lens has 4")),
         (

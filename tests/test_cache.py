@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from onelaunch import KernelConfig, StoreError, render
 from onelaunch.build import compile as compiler
+from onelaunch.build import toolchain
+from onelaunch.build.key import Recipe
 from onelaunch.cache import collect
 from onelaunch.cache.module import import_entry
 from onelaunch.cache.store import Store
@@ -18,6 +20,7 @@ from onelaunch.cli.main import app
 from onelaunch.emit.render import render_binding
 from onelaunch.inspect.explain import explain
 from onelaunch.load import loader
+from onelaunch.load.obtain import obtain
 from typer.testing import CliRunner
 
 CONFIGS = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]
@@ -64,23 +67,21 @@ def test_explain_a_hit_and_a_miss(store: Store) -> None:
 
 def test_explain_passes_over_what_isnt_a_configuration(tmp_path: Path) -> None:
     """A baseline of a measurement is built and kept as kernels are, and is nobody's neighbour."""
-    store, tools, config = Store(tmp_path / "cache"), compiler.find_tools("cpu"), CONFIGS[0]
+    store, tools, config = Store(tmp_path / "cache"), toolchain.find_tools("cpu"), CONFIGS[0]
     binding = render_binding(config, f"{config.symbol}_binding")
-    recipe = loader.Recipe("c" * 64, config.symbol, render(config), binding, (), {})
-    entry, home, module = loader.obtain(recipe, tools, store)
-    assert (entry.key, home) == ("c" * 64, store)
-    assert module is not None
+    recipe = Recipe(config.symbol, render(config), binding, (), tuple(compiler.flags("cpu", ())), tools.versions())
+    entry, home, built = obtain(recipe, tools, store)
+    assert (entry.key, home, built) == (recipe.key, store, True)
     # Again, as after a wait for another process: there is nothing to build.
-    assert loader.obtain(recipe, tools, store)[2] is None
+    assert obtain(recipe, tools, store)[2] is False
     assert hasattr(import_entry(entry), "bind")
     assert explain(CONFIGS[1], (), store).nearest is None
 
 
 def test_explain_names_the_compiler_that_changed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the version of nvcc, and nothing that merely follows from it."""
-    versions = compiler.find_tools("cpu").versions()
-    monkeypatch.setattr(loader, "_unchanged", lambda noted: False)
-    monkeypatch.setattr(compiler.Tools, "versions", lambda self: {**versions, "host_compiler": "g++ 99"})
+    versions = toolchain.find_tools("cpu").versions()
+    monkeypatch.setattr(toolchain.Tools, "versions", lambda self: {**versions, "host_compiler": "g++ 99"})
     found = explain(CONFIGS[1], (), store)
     assert found.hit is None
     assert found.nearest is not None
@@ -92,10 +93,9 @@ def test_explain_names_the_compiler_that_changed(store: Store, monkeypatch: pyte
 @pytest.mark.nvcc
 def test_explain_names_another_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, config = Store(tmp_path / "cache"), KernelConfig(fields=("cache_seqlens",))
-    versions = compiler.find_tools("cuda").versions()
+    versions = toolchain.find_tools("cuda").versions()
     loader.load(config, ("90a",), store)
-    monkeypatch.setattr(loader, "_unchanged", lambda noted: False)
-    monkeypatch.setattr(compiler.Tools, "versions", lambda self: {**versions, "nvcc": "13.9.1"})
+    monkeypatch.setattr(toolchain.Tools, "versions", lambda self: {**versions, "nvcc": "13.9.1"})
     assert f"nvcc: {versions['nvcc']} → 13.9.1" in str(explain(config, ("90a",), store))
     assert explain(config, ("100a",), store).differs[0][:2] == ("archs", "90a")
 

@@ -25,7 +25,7 @@ from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli import common
 from onelaunch.cli.main import app
 from onelaunch.inspect import kernels as inspect
-from onelaunch.spec.config import parse_settings
+from onelaunch.spec.settings import parse_settings
 from typer.testing import CliRunner
 
 ROOT: Any = typer.main.get_command(app)

@@ -259,7 +259,7 @@ def test_no_path_in_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("time.time", lambda: 0.0)
     assert key_of(SMALL, ()) == before
-    tools = compiler.find_tools("cpu")
+    tools = toolchain.find_tools("cpu")
     assert "/" not in "".join(tools.versions().values()).replace("http://", "")
 
 

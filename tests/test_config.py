@@ -1,27 +1,34 @@
-"""KernelConfig: what it accepts, what it neutralizes, its key, and the ways it is written down and read back."""
+"""KernelConfig: what it accepts, what it leaves out, its key, and the ways it is written down and read back."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, preset
 from onelaunch.spec import layout
-from onelaunch.spec.config import MAX_PARAM_WORDS, parse_settings
+from onelaunch.spec.config import SETTINGS
+from onelaunch.spec.layout import MAX_PARAM_WORDS
+from onelaunch.spec.parts import PARTS, Pages
+from onelaunch.spec.settings import parse_settings
 from processes import light_package
 from support import ALL_FIELDS
 
 MQA = "paged_mqa_schedule_metadata"
 LENGTHS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded")
 
-# One change to each fact that shapes a kernel which has every field.
+# One change to each setting that shapes a kernel which has every field.
 CHANGES: dict[str, Any] = {
     "operation": "copy",
     "mode": "draft_extend",
@@ -43,7 +50,7 @@ CHANGES: dict[str, Any] = {
     "index_kpool": 2,
     "checked": True,
 }
-# Facts that need another fact to say anything.
+# Settings that need another one to say anything.
 TOGETHER: dict[str, dict[str, Any]] = {
     "next_n": {"mode": "target_verify", "next_n": 3},
     "next_n of draft_extend": {"mode": "draft_extend", "next_n": 3},
@@ -135,7 +142,7 @@ def base(**changes: Any) -> KernelConfig:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_a_fact_outside_what_is_allowed(facts: dict[str, Any], fragments: tuple[str, ...]) -> None:
+def test_a_setting_outside_what_is_allowed(facts: dict[str, Any], fragments: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
         base(**facts)
     for fragment in fragments:
@@ -145,8 +152,8 @@ def test_a_fact_outside_what_is_allowed(facts: dict[str, Any], fragments: tuple[
 def test_names_are_needed() -> None:
     with pytest.raises(TypeError):
         KernelConfig("copy")  # type: ignore[misc]
-    with pytest.raises(TypeError, match="backends"):
-        KernelConfig(backends=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"'backends'; .*Did you mean 'num_backends'"):
+        KernelConfig(backends=3)
 
 
 def test_more_backends_than_the_parameter_block_takes() -> None:
@@ -174,7 +181,14 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
     assert KernelConfig(num_backends=high, distinct=shared).param_words < 30
 
 
-# -------------------------------------------------------------------------------------------- neutralization
+def test_a_huge_number_of_backends_is_refused_at_once() -> None:
+    began = time.perf_counter()
+    with pytest.raises(ConfigError, match=r"num_backends is 100000000 with 6 fields, which needs \d+ bytes"):
+        KernelConfig(num_backends=10**8)
+    assert time.perf_counter() - began < 1
+
+
+# ------------------------------------------------------------------------------------------------------- parts
 
 
 @pytest.mark.parametrize(
@@ -253,7 +267,7 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
     ],
     ids=str,
 )
-def test_facts_that_change_nothing_are_neutralized(same: dict[str, Any], as_this: dict[str, Any]) -> None:
+def test_settings_that_change_nothing_are_left_out(same: dict[str, Any], as_this: dict[str, Any]) -> None:
     a, b = base(**same), base(**as_this)
     assert a == b
     assert hash(a) == hash(b)
@@ -261,7 +275,7 @@ def test_facts_that_change_nothing_are_neutralized(same: dict[str, Any], as_this
     assert a.symbol == b.symbol
 
 
-def test_facts_that_matter_are_not_neutralized() -> None:
+def test_settings_that_matter_stay() -> None:
     lengths_with_topk = KernelConfig(fields=("nsa_cu_seqlens_k",), index_topk=7)
     assert lengths_with_topk.index_topk == 7
     assert KernelConfig(fields=("real_page_table",), page_size=7).page_size == 7
@@ -271,6 +285,7 @@ def test_facts_that_matter_are_not_neutralized() -> None:
     assert KernelConfig(operation="copy", page_size=1).fields == KernelConfig().fields, "a copy copies both tables"
     assert KernelConfig(operation="copy", vector_bytes=16).vector_bytes == 16
     assert KernelConfig(fields=(MQA,), seq_lens_dtype="int32").seq_lens_dtype == "int32"
+    assert KernelConfig(fields=("kv_indices",), extent="full", seq_lens_dtype="int32").seq_lens_dtype == "int32"
     assert KernelConfig(fields=(MQA,), index_kpool=4).index_kpool == 4
     assert KernelConfig(fields=("pooled_cache_seqlens",), index_kpool=4).index_kpool == 4
     assert KernelConfig(fields=("pooled_real_page_table",), index_kpool=4, page_size=7).page_size == 7
@@ -287,11 +302,11 @@ def test_facts_that_matter_are_not_neutralized() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "neutral"),
+    ("settings", "read"),
     [
-        ({"fields": LENGTHS}, {"index_topk": 0, "page_size": 1, "extent": "full", "vector_bytes": 4, "unroll": 1}),
+        ({"fields": LENGTHS}, {"page_size": 1, "vector_bytes": 4, "unroll": 1}),
         ({"fields": LENGTHS, "blocks_per_sm": 3}, {"blocks_per_sm": 1}),
-        ({"operation": "copy"}, {"extent": "full", "index_topk": 0, "page_size": 1, "index_kpool": 1}),
+        ({"operation": "copy"}, {"page_size": 1, "index_kpool": 1}),
         ({"fields": ("real_page_table",)}, {"vector_bytes": 4, "unroll": 2, "blocks_per_sm": 4, "extent": "live"}),
         ({"fields": ("kv_indices",)}, {"vector_bytes": 4, "page_size": 1, "extent": "live"}),
         ({"mode": "decode", "next_n": 4}, {"next_n": 1}),
@@ -300,9 +315,48 @@ def test_facts_that_matter_are_not_neutralized() -> None:
     ],
     ids=str,
 )
-def test_what_neutral_values_are(facts: dict[str, Any], neutral: dict[str, Any]) -> None:
-    config = KernelConfig(**facts)
-    assert {name: getattr(config, name) for name in neutral} == neutral
+def test_what_reading_an_unused_setting_yields(settings: dict[str, Any], read: dict[str, Any]) -> None:
+    config = KernelConfig(**settings)
+    assert {name: getattr(config, name) for name in read} == read
+
+
+def test_parts_that_are_not_needed_are_absent() -> None:
+    def present(**settings: Any) -> set[str]:
+        config = KernelConfig(**settings)
+        return {name for name in PARTS if getattr(config, name) is not None}
+
+    assert present() == {"lengths", "gather", "pages", "sparse", "launch"}
+    assert present(fields=("cache_seqlens",)) == {"lengths", "launch"}
+    assert present(fields=("cache_seqlens",), target="cpu") == {"lengths"}
+    assert present(fields=("page_indices",), extent="full") == {"gather", "launch"}
+    assert present(operation="copy", mode="target_verify") == {"launch"}
+    assert present(fields=(MQA,)) == {"lengths", "sparse", "mqa_schedule", "launch"}
+    assert present(fields=("flashmla_metadata",)) == {"lengths", "flashmla_schedule", "launch"}
+    assert present(fields=("cache_seqlens",), mode="target_verify") == {"lengths", "rows", "launch"}
+    full = KernelConfig(extent="full").launch
+    assert full is not None
+    assert (full.threads, full.blocks_per_sm) == (256, None)
+
+
+def test_a_part_checks_itself() -> None:
+    assert Pages(page_size=16) == Pages(page_size=16, page_fill=None)
+    with pytest.raises(ConfigError, match=r"^page_size is 0; allowed: 1 to 2147483647\.$"):
+        Pages(page_size=0)
+    with pytest.raises(ConfigError, match="page_size is None"):
+        KernelConfig(page_size=None)
+
+
+def test_an_attribute_that_is_no_setting() -> None:
+    with pytest.raises(AttributeError, match="KernelConfig has no attribute 'pagesize'"):
+        _ = KernelConfig().pagesize
+    assert not hasattr(KernelConfig(), "__deepcopy__")
+
+
+def test_copies_are_equal() -> None:
+    for config in (base(), base(target="cpu"), KernelConfig(fields=("cache_seqlens",))):
+        for other in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+            assert (other, other.key, other.page_size) == (config, config.key, config.page_size)
+        assert eval(repr(config)) == config
 
 
 def test_atoms_of_a_schedule() -> None:
@@ -326,10 +380,10 @@ def test_what_a_configuration_needs() -> None:
 # --------------------------------------------------------------------------------------------------- identity
 
 
-def test_every_fact_is_in_the_key() -> None:
+def test_every_setting_is_in_the_key() -> None:
     """Each change gives a key of its own."""
     changes = [{name: value} for name, value in CHANGES.items()] + list(TOGETHER.values())
-    assert {f.name for f in dataclasses.fields(KernelConfig)} == {name for change in changes for name in change}
+    assert set(SETTINGS) == {name for change in changes for name in change}
     keys = {base().key}
     for change in changes:
         changed = base(**change)
@@ -339,12 +393,19 @@ def test_every_fact_is_in_the_key() -> None:
     assert len(keys) == 1 + len(changes)
 
 
-def test_facts_that_came_later_leave_old_keys_alone() -> None:
-    """A store that was filled before stays valid: this key is as old as the preset, with the launch shape it had."""
-    old = preset("nsa-decode-3").replace(blocks_per_sm=8)
-    assert old.key == "2711713f8629a5f3f4bd9953e81a261037c3c831cda0f42a233bfb1d599affa4"
-    assert not {"next_n", "extend", "seqlen_offsets", "index_kpool", "page_fill", "checked"} & set(base().told_facts())
-    assert base(seqlen_offsets=(1, 2, 3)).told_facts()["seqlen_offsets"] == [1, 2, 3]
+def test_defaults_are_not_in_the_key() -> None:
+    """So a setting that is added later changes no key that exists. This one is as old as the second schema."""
+    config = preset("nsa-decode-3")
+    assert config.settings() == "num_backends=3"
+    assert config.key == hashlib.sha256(b"2,num_backends=3").hexdigest()
+    assert config.replace(page_size=64, unroll=2, checked=False).key == config.key
+
+
+def test_what_a_banner_shows() -> None:
+    own = ["operation", "mode", "num_backends", "fields", "distinct", "target", "checked"]
+    assert list(base().shown_settings()) == own
+    assert list(base(index_kpool=4, page_size=64).shown_settings()) == [*own, "index_kpool"]
+    assert base(seqlen_offsets=(1, 2, 3)).shown_settings()["seqlen_offsets"] == [1, 2, 3]
 
 
 def test_symbols_name_what_they_are() -> None:
@@ -357,7 +418,7 @@ def test_symbols_name_what_they_are() -> None:
 def test_the_key_is_the_same_in_every_process(tmp_path: Path) -> None:
     """No hash randomization, no address and no time in it."""
     code = (
-        "from onelaunch.spec.config import PRESETS; import json;"
+        "from onelaunch.spec.presets import PRESETS; import json;"
         "print(json.dumps({n: c.key for n, c in PRESETS.items()}))"
     )
     for seed in ("1", "2"):
@@ -380,6 +441,9 @@ def test_replace_validates_again() -> None:
         base().replace(page_size=0)
     with pytest.raises(ConfigError, match=r"distinct\[page_indices\] is 2"):
         base(distinct=(("page_indices", 2),)).replace(num_backends=1)
+    # What wasn't used has its default where it is used again.
+    assert base(fields=LENGTHS, page_size=16).replace(fields=ALL_FIELDS) == base()
+    assert base(threads=128, target="cpu").replace(target="cuda") == base()
 
 
 # -------------------------------------------------------------------------------------------------- written down
@@ -399,7 +463,7 @@ def test_settings_and_dicts_are_read_back(config: KernelConfig) -> None:
     assert parse_settings(config.settings()) == config
     assert KernelConfig.from_dict(config.to_dict()) == config
     assert KernelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert list(config.to_dict()) == [f.name for f in dataclasses.fields(KernelConfig)]
+    assert list(config.to_dict()) == list(SETTINGS)
     # It is typed in a shell and read by typer.
     assert not set(config.settings()) & set(" \"'$`\\|&;<>()*?[]{}!#~\n")
 
@@ -433,8 +497,12 @@ def test_settings_over_a_base() -> None:
         ("distinct=page_indices:many", ("distinct is 'many'",)),
         ("extent=both", ("extent is 'both'",)),
         ("seqlen_offsets=1+x", ("seqlen_offsets is 'x'", "whole number")),
-        ("checked=yes", ("checked is 'yes'", "'true', 'false'")),
-        ("page_fill=none", ("page_fill is 'none'", "whole number")),
+        ("checked=yes", ("checked is 'yes'", "'false', 'true'")),
+        ("page_fill=none", ("page_fill is 'none'", "'None', '-1'", "Did you mean 'None'?")),
+        ("vector_bytes=8", ("vector_bytes is '8'", "'4', '16'")),
+        ("page_size=16,page_size=32", ("'page_size=32' gives page_size a second time", "give each key once")),
+        ("page_size=16,extent=full,page_size=16", ("gives page_size a second time",)),
+        ("page_size=²", ("page_size is '²'", "whole number")),
     ],
 )
 def test_settings_that_cannot_be_read(text: str, fragments: tuple[str, ...]) -> None:
@@ -444,7 +512,7 @@ def test_settings_that_cannot_be_read(text: str, fragments: tuple[str, ...]) -> 
         assert fragment in str(caught.value)
 
 
-def test_a_dict_with_an_unknown_fact() -> None:
+def test_a_dict_with_an_unknown_setting() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'page_size'"):
         KernelConfig.from_dict({"pagesize": 3})
 
@@ -492,7 +560,7 @@ def test_the_parameter_block(config: KernelConfig) -> None:
         assert words.count(name) == config.destinations(name) * (2 if FIELDS[name].kind == "table" else 1)
 
 
-def test_a_dict_of_some_facts() -> None:
+def test_a_dict_of_some_settings() -> None:
     assert KernelConfig.from_dict({}) == KernelConfig()
     facts = {"fields": ["cache_seqlens"], "distinct": {"cache_seqlens": 1}, "num_backends": 2}
     wanted = KernelConfig(num_backends=2, fields=("cache_seqlens",), distinct=(("cache_seqlens", 1),))
@@ -502,7 +570,7 @@ def test_a_dict_of_some_facts() -> None:
 
 
 def test_messages_begin_with_what_is_wrong() -> None:
-    with pytest.raises(ConfigError, match=r"^the fact's name is 'no_such'; allowed: 'operation', "):
+    with pytest.raises(ConfigError, match=r"^the setting's name is 'no_such'; allowed: 'operation', "):
         KernelConfig.from_dict({"no_such": 1})
     with pytest.raises(ConfigError, match=r"^the setting's key is 'no_such'; allowed: 'operation', "):
         parse_settings("no_such=1")
@@ -592,7 +660,7 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"page_fill": -1, "fields": ("cache_seqlens",)},
-        "page_fill is -1 with the tables none and extent 'full'; it fills a real_page_table that is the only table, of "
+        "page_fill is -1 with the tables none and extent 'live'; it fills a real_page_table that is the only table, of "
         "extent 'live'. Leave it None.",
     ),
 ]

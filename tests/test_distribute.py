@@ -27,9 +27,9 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, 
 rendering, build = sys.modules["onelaunch.emit.render"], compiler.build
 render, unpack = onelaunch.render, pack.from_bytes
 builds = []
-def counted(name, *args, **kwargs):
-    builds.append(name)
-    return build(name, *args, **kwargs)
+def counted(recipe, *args, **kwargs):
+    builds.append(recipe.module)
+    return build(recipe, *args, **kwargs)
 def broken(*args):
     raise ValueError("no room for it")
 compiler.build = counted

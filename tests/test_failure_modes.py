@@ -211,7 +211,7 @@ def test_a_wait_that_takes_too_long_ends_in_a_build(
 ) -> None:
     """As where a lock server keeps the lock of a host that is gone."""
     monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "0.2")
-    key = loader.content_key(SMALL, (), compiler.find_tools("cpu").versions())
+    key = loader.content_key(SMALL, (), toolchain.find_tools("cpu").versions())
     folder = trust.private(store.root / "locks")
     with open(folder / f"{key}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -29,7 +29,7 @@ from onelaunch.cache import store as stores
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader
-from onelaunch.run import api
+from onelaunch.run import refresh
 from typer.testing import CliRunner
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
@@ -70,7 +70,7 @@ def assert_usable(store: Store) -> loader.Kernel:
     assert leftovers(store) == []
     for _ in range(2):
         loader._loaded.clear()
-        api._refreshes.clear()
+        refresh.plans.clear()
         out = torch.full((4,), -1, dtype=torch.int32)
         plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
         plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
@@ -228,7 +228,7 @@ def test_the_compiler_goes_during_the_build(
     store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = fake("")
-    tools = compiler.find_tools("cpu")
+    tools = toolchain.find_tools("cpu")
     assert tools.compiler.path == script
     script.unlink()
     refused(store, monkeypatch, CompileError, "didn't compile: .*not found")
@@ -409,7 +409,7 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
             no_spare(patch)
             met = full_at(call, write, store, patch)
             patch.setattr(compiler, "build", a_build_of_nothing)
-            patch.setattr(loader, "import_module", lambda entry, *_: entry)
+            patch.setattr(loader, "import_entry", lambda entry, *_: entry)
             said = [""]
             try:
                 kernel = loader.load(SMALL, store=store)

@@ -418,13 +418,6 @@ def flashinfer_steps(source: Tensor) -> engines.FlashInferMultiStep:
     return multi
 
 
-def vllm_steps(device: Any) -> list[SimpleNamespace]:
-    return [
-        SimpleNamespace(seq_lens=engines.new(7, device=device), block_table=engines.new(7, 21, device=device))
-        for _ in range(3)
-    ]
-
-
 # Three draft steps of each engine, by the preset that says what is bound for them.
 DRAFT_STEPS: dict[str, Callable[[Tensor], Plan]] = {
     "nsa-decode-3": lambda source: sglang.bind_backends(captured(engines.dsa(source, index_topk=2048)), 4),
@@ -434,11 +427,6 @@ DRAFT_STEPS: dict[str, Callable[[Tensor], Plan]] = {
     "fa3-decode-3": lambda source: sglang.bind_backends(captured(engines.mha(source, page_size=64)), 4),
     "trtllm-mha-decode-3": lambda source: sglang.bind_backends(captured(engines.mha(source, page_size=32)), 4),
     "flashinfer-decode-3": lambda source: flashinfer.bind_backends(flashinfer_steps(source)),
-    "vllm-decode-3": lambda source: vllm.bind_backends(
-        vllm_steps(source.device),
-        support.token_pool(7, 21, strides="aligned", device=source.device),
-        seqlen_offsets=range(1, 4),
-    ),
 }
 
 

@@ -17,7 +17,6 @@ from onelaunch import KernelConfig, render
 from onelaunch.cache import store as stores
 from onelaunch.cache.store import Store
 from onelaunch.load import loader
-from processes import light_package
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
 
@@ -67,7 +66,6 @@ def test_the_variable_shows_them_on_standard_error(level: str | None, tmp_path: 
     )
     environment = {name: value for name, value in os.environ.items() if name != "ONELAUNCH_LOG"}
     environment |= {"ONELAUNCH_LOG": level} if level else {}
-    environment["PYTHONPATH"] = str(light_package(tmp_path))
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
     )

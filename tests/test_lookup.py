@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from onelaunch import KernelConfig, ToolchainError
-from onelaunch.build import binary
+from onelaunch.build import binary, toolchain
 from onelaunch.build import compile as compiler
-from onelaunch.cache.store import CACHE_VARIABLE, Entry, Store
+from onelaunch.cache.manifest import Entry
+from onelaunch.cache.store import CACHE_VARIABLE, Store
 from onelaunch.load import loader
 
 CONFIG = KernelConfig(fields=("cache_seqlens",), target="cpu")
@@ -27,15 +28,16 @@ def fake_build(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Builds that take no compiler: the object is text, and its module this one."""
     built: list[str] = []
 
-    def build(name: str, source: str, binding: str, *, stage: Path, **_: Any) -> compiler.Build:
-        built.append(name)
-        (stage / f"{name}.so").write_text(source)
-        (stage / "main.cpp").write_text(source)
+    def build(recipe: Any, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
+        built.append(recipe.module)
+        (stage / f"{recipe.module}.so").write_text(recipe.source)
+        (stage / "main.cpp").write_text(recipe.source)
         usage = {"90a": {"registers": 8, "stack_bytes": 0, "shared_bytes": 0, "local_bytes": 0}}
-        return compiler.Build(sys, f"{name}.so", "main.cpp", "c++ -c main.cpp", 1.23456, usage, {"machine": "a test"})
+        command = "c++ -c main.cpp"
+        return compiler.Build(f"{recipe.module}.so", "main.cpp", command, 1.23456, usage, {"machine": "a test"})
 
     monkeypatch.setattr(compiler, "build", build)
-    monkeypatch.setattr(loader, "import_module", lambda entry, *_: sys)
+    monkeypatch.setattr(loader, "import_entry", lambda entry, *_: sys)
     monkeypatch.setattr(loader, "_loaded", {})
     return built
 
@@ -51,38 +53,24 @@ def test_a_kernel_says_what_it_is(store: Store, fake_build: list[str]) -> None:
     assert repr(two).endswith("archs=90a+100a)")
 
 
-@pytest.mark.parametrize("change", ["a variable", "a program", "no programs", "no JSON object"])
-def test_an_index_of_other_surroundings_is_looked_up_again(
-    change: str, store: Store, fake_build: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A changed compiler leads to the tools' versions again, and by them to the same entry: nothing is built."""
+@pytest.mark.parametrize("change", ["other compilers", "no compilers", "no JSON object"])
+def test_a_note_that_doesnt_hold_is_looked_up_again(change: str, store: Store, fake_build: list[str]) -> None:
+    """A note for other compilers, or a damaged one, leads to the key, and by it to the same entry: nothing is built."""
     first = loader.load(CONFIG, store=store)
     (index,) = (store.root / "index").iterdir()
-    noted = json.loads(index.read_text())
-    asked: list[str] = []
-    find_tools = compiler.find_tools
-    monkeypatch.setattr(compiler, "find_tools", lambda target: (asked.append(target), find_tools(target))[1])
-    loader._loaded.clear()
-    assert loader.load(CONFIG, store=store).key == first.key
-    assert asked == []
-    if change == "a variable":
-        monkeypatch.setenv("CONDA_PREFIX", "/somewhere")
-    elif change == "a program":
-        noted["programs"][0]["path"] = "/no/such/program"
-    elif change == "no programs":
-        del noted["programs"]
+    good = noted = json.loads(index.read_text())
+    if change == "other compilers":
+        noted = {**good, "compilers": {"host_compiler": "g++ 1"}}
+    elif change == "no compilers":
+        noted = {"key": good["key"]}
     else:
-        noted = [noted]
-    if change != "a variable":
-        index.write_text(json.dumps(noted))
+        noted = [good]
+    index.write_text(json.dumps(noted))
     loader._loaded.clear()
     assert loader.load(CONFIG, store=store).key == first.key
-    assert asked == ["cpu"]
     assert len(fake_build) == 1
-    # And what was found is noted for the next.
-    loader._loaded.clear()
-    loader.load(CONFIG, store=store)
-    assert asked == ["cpu"]
+    # And what was found is noted for the next process.
+    assert json.loads(index.read_text()) == good
 
 
 def test_an_index_that_leads_to_an_entry_that_is_gone(store: Store, fake_build: list[str]) -> None:
@@ -97,11 +85,10 @@ def test_a_host_without_a_compiler(store: Store, fake_build: list[str], monkeypa
     """It takes the build that the index names, whatever compiler made it; without one it says what is missing."""
     kernel = loader.load(CONFIG, store=store)
 
-    def none(target: str) -> compiler.Tools:
+    def none(target: str) -> toolchain.Tools:
         raise ToolchainError("there is no compiler")
 
-    monkeypatch.setattr(compiler, "find_tools", none)
-    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(toolchain, "find_tools", none)
     loader._loaded.clear()
     assert loader.load(CONFIG, store=store).key == kernel.key
     with pytest.raises(ToolchainError, match="there is no compiler"):

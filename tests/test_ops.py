@@ -14,7 +14,7 @@ import pytest
 import support
 import torch
 from onelaunch import ArgumentError, MetadataBuffers
-from onelaunch.run import api, ops
+from onelaunch.run import ops, refresh
 from support import SIX_FIELDS, Poisoned, assert_same, assert_untouched
 from torch import Tensor
 
@@ -238,14 +238,14 @@ def test_inductor_writes_to_the_destinations_themselves(device: torch.device, mo
     import torch._inductor.config
 
     case = make(device)
-    api._refreshes.clear()
+    refresh.plans.clear()
     compiled = torch.compile(broadcast, backend="inductor", fullgraph=True)
     # One thread, which is this process: others would first import torch, for the little that there is to compile. And
     # for that little it would take half a minute to precompile torch's headers.
     with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
         compiled(case.lists(), *case.inputs, **case.numbers, max_len=130)
     assert_same(case.backends, case.expected("live", 130, more=1))
-    monkeypatch.setattr(api.plan, "make_plan", lambda *args, **kwargs: pytest.fail("it made another plan"))
+    monkeypatch.setattr(refresh.plan, "make_plan", lambda *args, **kwargs: pytest.fail("it made another plan"))
     broadcast(case.lists(), *case.inputs, **case.numbers, max_len=130)
 
 
@@ -305,7 +305,7 @@ def test_neither_the_import_nor_an_eager_call_loads_the_compiler() -> None:
 import sys
 import torch
 before = set(sys.modules)
-import onelaunch
+import onelaunch.run.api
 assert torch.ops.onelaunch.fused_metadata_copy_cuda.default
 source, destination = (onelaunch.MetadataBuffers(cache_seqlens=torch.tensor(values)) for values in ([1], [2]))
 try:

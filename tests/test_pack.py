@@ -120,7 +120,7 @@ def test_a_pack_is_used_whatever_compilers_there_are(
     store = Store(tmp_path / "cache")
     done = pack.from_bytes(data, store)
     assert [entry.manifest["symbol"] for entry in done.entries] == [SMALL.symbol]
-    monkeypatch.setattr(loader.compiler, "find_tools", lambda target: pytest.fail("no compiler is looked for"))
+    monkeypatch.setattr(loader.toolchain, "find_tools", lambda target: pytest.fail("no compiler is looked for"))
     assert loader.load(SMALL, store=store).path.is_relative_to(store.root)
     # Again: nothing changes.
     assert pack.from_bytes(data, store).entries == done.entries
@@ -245,7 +245,7 @@ def test_a_cuda_pack_says_what_it_needs_and_what_it_takes(tmp_path: Path, monkey
     assert all(taken["spill_bytes"] == 0 and taken["registers"] > 0 for taken in kernel.resources.values())
     # An object for both serves a process that asks for one of them.
     loader._loaded.clear()
-    monkeypatch.setattr(loader.compiler, "build", lambda *a, **k: pytest.fail("nothing is built"))
+    monkeypatch.setattr("onelaunch.build.compile.build", lambda *a, **k: pytest.fail("nothing is built"))
     assert loader.load(config, ("100a",), store).key == kernel.key
 
 

@@ -9,11 +9,12 @@ import onelaunch
 import pytest
 import torch
 from onelaunch import LaunchError, MetadataBuffers
-from onelaunch.cli.lab.serving import PagedAllocator
+from onelaunch.cli.lab.replay.pool import PagedAllocator
 from onelaunch.errors import ArgumentError
 from onelaunch.load import loader
-from onelaunch.run import api
-from onelaunch.run.plan import CopyPlan, Destinations
+from onelaunch.run import api, remembered
+from onelaunch.run.copy_plan import CopyPlan
+from onelaunch.run.destinations import Destinations
 
 
 def buffers(width: int = 4) -> MetadataBuffers:
@@ -54,12 +55,12 @@ def test_a_plan_says_what_it_is() -> None:
 
 
 def test_the_table_of_plans_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_MAX_PLANS", 2)
+    monkeypatch.setattr(remembered, "_MAX_PLANS", 2)
     source = buffers()
     targets = {name: buffers() for name in "abc"}
     made = []
-    real = api.plan.CopyPlan
-    monkeypatch.setattr(api.plan, "CopyPlan", lambda *args, **kwargs: (made.append(name), real(*args, **kwargs))[1])
+    real = api.CopyPlan
+    monkeypatch.setattr(api, "CopyPlan", lambda *args, **kwargs: (made.append(name), real(*args, **kwargs))[1])
     for name in ("a", "b", "a", "c", "a", "b"):
         onelaunch.fused_metadata_copy_cuda(source, targets[name])
     assert made == ["a", "b", "c", "b"], "a was used last when c came, so b went"

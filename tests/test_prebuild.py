@@ -148,7 +148,7 @@ def test_one_that_hangs_is_ended_with_its_compiler(
     assert not hangs()
     # It isn't a failure that would repeat itself: nothing is remembered, no lock is left, and it is compiled again.
     compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
-    key = loader.content_key(SMALL[1], (), loader.compiler.find_tools("cpu").versions())
+    key = loader.content_key(SMALL[1], (), loader.toolchain.find_tools("cpu").versions())
     assert failures.recall(store, key) is None
     assert loader.load(SMALL[1]).key == key
     assert list((store.root / "staging").iterdir()) == []

@@ -184,17 +184,16 @@ def refresh(config: KernelConfig, scene: dict[str, Any], lengths: list[int], row
         "schedule_atoms": config.schedule_atoms,
         "flashmla_order": config.flashmla_order,
     }
-    made = make_plan(
-        backends,
-        pool,
-        seq_lens_dtype=getattr(torch, config.seq_lens_dtype),
-        req_pool_indices_dtype=getattr(torch, config.req_pool_indices_dtype),
-        extend=config.extend,
-        extend_seq_lens_dtype=getattr(torch, config.extend_seq_lens_dtype),
-        checked=config.checked,
-        launch_shape={"unroll": config.unroll},
+    settings = {
         **facts,
-    )
+        "seq_lens_dtype": getattr(torch, config.seq_lens_dtype),
+        "req_pool_indices_dtype": getattr(torch, config.req_pool_indices_dtype),
+        "extend": config.extend,
+        "extend_seq_lens_dtype": getattr(torch, config.extend_seq_lens_dtype),
+        "checked": config.checked,
+        "unroll": config.unroll,
+    }
+    made = make_plan(backends, pool, settings)
     if scene["width"] > 1:  # a single column is of any phase
         assert made.config == config or config.vector_bytes != made.config.vector_bytes, made.config.settings()
     s = torch.tensor(lengths, dtype=getattr(torch, config.seq_lens_dtype))

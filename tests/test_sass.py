@@ -45,7 +45,6 @@ REGISTERS = {
     "nsa-decode-3-schedule": 64,
     "nsa-target-verify-3-schedule": 62,
     "flashmla-dense-decode-3": 40,
-    "vllm-decode-3": 48,
     "flashinfer-decode-3": 48,
 }
 

@@ -328,7 +328,7 @@ def test_facts_that_do_not_matter_leave_no_trace() -> None:
     scheduled = KernelConfig(fields=(MQA,), mode="target_verify", next_n=4)
     assert scheduled == scheduled.replace(schedule_atoms=2)
     assert scheduled != scheduled.replace(schedule_atoms=1)
-    assert not {"schedule_remainder", "schedule_per", "schedule_atoms"} & scheduled.told_facts().keys()
+    assert not {"schedule_remainder", "schedule_per", "schedule_atoms"} & scheduled.shown_settings().keys()
     assert KernelConfig(fields=(MQA,), schedule_per="row") == KernelConfig(fields=(MQA,))
 
 

@@ -1,1 +1,1 @@
-"""The laboratory: replay and bench, and all that they compare with. Nothing else imports it."""
+"""The laboratory: what measures and exercises onelaunch. Nothing outside imports it, and its verbs load it by name."""

@@ -174,6 +174,6 @@ def _remove_leftovers(store: Store) -> int:
                 gone += [path] if now - path.lstat().st_mtime > REMAINS_SECONDS else []
     for path in store.listed("index"):
         noted = store.read_note(path.stem)
-        gone += [path] if noted is None or noted.get("key") not in keys else []
+        gone += [path] if noted is None or noted.get("key", "") not in {*keys, ""} else []
     gone += [path for path in store.listed("stamps") if path.name not in keys]
     return len(store.sweep()) + sum(files.remove(path) for path in gone)

@@ -1,4 +1,8 @@
-"""What didn't compile is remembered by key: compiling it again would fail again, after the same wait."""
+"""Remembers by key what a compiler or linker refused: compiling it again would fail again, after the same wait.
+
+Only a verdict on the source is remembered (CompileError.lasting). Whatever else ends a build, a signal, a full disk, a
+missing header, may be gone the next time.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import json
 import os
 import shutil
 import time
+import uuid
 from pathlib import Path
 
 from ..errors import CompileError
+from . import files
 from .store import Store
 from .trust import check_owner, private, read, restrict
 
@@ -23,10 +29,11 @@ def folder(store: Store, key: str) -> Path:
 
 
 def remember(store: Store, error: CompileError) -> None:
-    """Writes the record of a failure that would repeat itself; others are left out (see CompileError.lasting)."""
+    """Writes the record of a lasting failure."""
     if not error.lasting:
         return
     noted = {
+        "id": uuid.uuid4().hex,
         "key": error.key,
         "message": str(error),
         "command": error.command,
@@ -36,10 +43,8 @@ def remember(store: Store, error: CompileError) -> None:
     }
     with contextlib.suppress(OSError):
         path = private(folder(store, error.key)) / RECORD
-        new = path.with_name(f"{RECORD}.{os.getpid()}")
-        new.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
-        restrict(new)
-        os.replace(new, path)
+        files.replace(path, json.dumps(noted, indent=1) + "\n")
+        restrict(path)
 
 
 def forget(store: Store, key: str) -> None:
@@ -48,25 +53,37 @@ def forget(store: Store, key: str) -> None:
         shutil.rmtree(folder(store, key), ignore_errors=True)
 
 
-def recall(store: Store, key: str, since: float = 0.0) -> CompileError | None:
-    """The error of an earlier build of a key, or None; with ``since``, only if it failed after that time."""
+def recall(store: Store, key: str) -> CompileError | None:
+    """The error of an earlier build of a key, or None."""
+    noted = _record(store, key)
+    if noted is None:
+        return None
+    return CompileError(
+        f"{noted['message']} This build failed on {noted['when']} and is not retried until its inputs change; use "
+        f"`onelaunch build --retry` or {RETRY_VARIABLE}=1.",
+        key=key,
+        command=noted["command"],
+        log=Path(noted["log"]),
+        source=Path(noted["source"]),
+    )
+
+
+def mark(store: Store, key: str) -> str:
+    """What tells one failure of a key from the next, whatever the clock says; "" if there is none."""
+    noted = _record(store, key)
+    return "" if noted is None else noted["id"]
+
+
+def _record(store: Store, key: str) -> dict[str, str] | None:
     path = folder(store, key) / RECORD
     try:
         for place in (store.root, path.parent.parent, path.parent):
             check_owner(place)
         noted = json.loads(read(path))
-        when = float(noted["when"])
-        if noted["key"] != key or when < since:
-            return None
-        return CompileError(
-            f"{noted['message']} It failed so on {time.strftime('%Y-%m-%d at %H:%M:%S', time.localtime(when))}, and is "
-            f"tried again only when its key changes, with `onelaunch build --retry`, or with {RETRY_VARIABLE}=1.",
-            key=key,
-            command=str(noted["command"]),
-            log=Path(noted["log"]),
-            source=Path(noted["source"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        strings = {name: str(noted[name]) for name in ("id", "message", "command", "log", "source")}
+        when = time.strftime("%Y-%m-%d at %H:%M:%S", time.localtime(float(noted["when"])))
+        return {**strings, "when": when} if noted["key"] == key else None
+    except (OSError, OverflowError, ValueError, KeyError, TypeError):
         return None
 
 

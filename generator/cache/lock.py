@@ -11,18 +11,17 @@ uses a lock file that outlives a dead holder.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import socket
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import log
 from ..errors import StoreError
 from . import trust
 
@@ -32,7 +31,6 @@ POLL_SECONDS = 0.05
 FIRST_NOTICE_SECONDS = 2.0
 NOTICE_SECONDS = 5.0
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 # flock belongs to the open file, which a forked child shares: the child would keep the lock of a parent that died.
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
@@ -176,36 +174,31 @@ def remove_if_free(path: Path) -> bool:
 def _wait(path: Path, what: str, done: Callable[[], bool]) -> int | None:
     """The locked descriptor of the file, or None as hold explains."""
     limit, start, notice = timeout_seconds(), time.monotonic(), FIRST_NOTICE_SECONDS
-    descriptor = _open(path)
-    while descriptor is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_current(descriptor, path):
-                return descriptor
-            # Its last holder removed it. The lock is that of the file which has the name now.
-            os.close(descriptor)
-            descriptor = _open(path)
+    # Opened anew for each try, because a holder removes the file at its end.
+    while (descriptor := _open(path)) is not None:
+        held = is_held(descriptor)
+        if held is False and _is_current(descriptor, path):
+            return descriptor
+        holder = _holder(descriptor)
+        os.close(descriptor)
+        if held is None:
+            log.notice("the cache's file system has no locks; other processes may build the same at this time")
+            return None
+        if held is False:
             continue
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR):
-                if error.errno in _NO_LOCKS:
-                    say("the cache's file system has no locks; other processes may build the same at this time")
-                break
         waited = time.monotonic() - start
         if done():
-            break
+            return None
         if waited >= limit:
-            say(
-                f"gave up the wait for {what} after {waited:.0f} s ({_holder(descriptor)}); building it here. "
+            log.notice(
+                f"gave up the wait for {what} after {waited:.0f} s ({holder}); building it here. "
                 f"{TIMEOUT_VARIABLE} sets how long to wait."
             )
-            break
+            return None
         if waited >= notice:
-            say(f"waiting for {what} since {waited:.0f} s: {_holder(descriptor)}")
+            log.notice(f"waiting for {what} since {waited:.0f} s: {holder}")
             notice = waited + NOTICE_SECONDS
         time.sleep(POLL_SECONDS)
-    if descriptor is not None:
-        os.close(descriptor)
     return None
 
 
@@ -235,9 +228,3 @@ def _holder(descriptor: int) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return "its holder didn't say who it is"
-
-
-def say(text: str) -> None:
-    """Prints a line about progress. A standard error that is closed or full stops nothing."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"onelaunch: {text}", file=sys.stderr, flush=True)

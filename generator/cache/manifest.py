@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ _OPTIONAL = {
     "symbol": str,
     "archs": list,
     "config": dict,
+    "edited": str,
     "ingredients": dict,
     "compilers": dict,
     "resources": dict,
@@ -101,14 +102,14 @@ def decode(data: bytes, key: str) -> dict[str, Any]:
         ValueError: it isn't the manifest of that key, byte for byte as encode wrote it.
     """
     try:
-        facts = json.loads(data)
+        facts: Any = json.loads(data)
         whole = isinstance(facts, dict) and facts.pop("sum", None) is not None and encode(facts) == data
     except RecursionError:
         raise ValueError(f"{MANIFEST} is nested too deep") from None
     if not whole:
         raise ValueError(f"{MANIFEST} isn't the file that was published")
     check(facts, key)
-    return facts
+    return dict(facts)
 
 
 def check(facts: Mapping[str, Any], key: str) -> None:
@@ -136,18 +137,12 @@ def check(facts: Mapping[str, Any], key: str) -> None:
             raise ValueError(f"its manifest doesn't list {facts[role]!r}")
 
 
-def check_files(facts: Mapping[str, Any], read: Callable[[str], bytes]) -> None:
-    """Reads every file and compares it with the manifest.
+def check_file(facts: Mapping[str, Any], name: str, data: bytes) -> None:
+    """Compares a file's bytes with the manifest.
 
     Raises:
-        ValueError: one isn't the file that was published.
+        ValueError: it isn't the file that was published.
     """
-    for name in facts["files"]:
-        check_file(facts, name, read(name))
-
-
-def check_file(facts: Mapping[str, Any], name: str, data: bytes) -> None:
-    """check_files, for one file's bytes."""
     known = facts["files"][name]
     if len(data) != known["size"] or hashlib.sha256(data).hexdigest() != known["sha256"]:
         raise ValueError(f"{name} isn't the file that was published")

@@ -125,7 +125,8 @@ class Store:
             try:
                 descriptor = self._open_entry(path)
                 facts = manifest.decode(trust.read(path / MANIFEST, descriptor, manifest.MAX_MANIFEST_BYTES), key)
-                manifest.check_files(facts, lambda name, at=descriptor: trust.read(path / name, at))
+                for name in facts["files"]:
+                    manifest.check_file(facts, name, trust.read(path / name, descriptor))
             except FileNotFoundError as error:
                 if descriptor < 0:
                     return None

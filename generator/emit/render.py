@@ -9,9 +9,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
-from ..spec.config import MAX_SM_PARTS, PRESETS, KernelConfig
+from ..spec.config import KernelConfig
 from ..spec.fields import FIELDS
-from ..spec.violations import OFFENCES
+from ..spec.parts import MAX_SM_PARTS
+from ..spec.presets import PRESETS
+from ..spec.violations import VIOLATIONS
 
 if TYPE_CHECKING:
     import jinja2
@@ -59,7 +61,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     members = layout.members(config)
     wide = "page_indices" in config.fields
     variable = config.extend == "variable"
-    live = bool(config.tables) and config.extent == "live"
+    live = config.live
     # Rows of equal length go by a simple count of tiles, others by windows of requests.
     windows = bool(config.tables) and not copies and not config.equal_rows
     # What the backends' lengths have more than seq_lens, one number for all or one each.
@@ -130,7 +132,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "pooled_pages": "pooled_real_page_table" in config.fields,
         "uses_kpool": uses_kpool,
         "fills": config.page_fill is not None,
-        "offences": [o for o in OFFENCES if o.applies(config)],
+        "violations": [o for o in VIOLATIONS if o.applies(config)],
         "has_requests_part": not copies
         and bool(config.checked or any(added) or config.row_fields or uses_kpool or schedule_rows),
         "own_lengths": len(added) > 1 and bool(config.vectors),
@@ -214,7 +216,7 @@ def _copied(config: KernelConfig) -> list[dict[str, Any]]:
 
 def _facts(config: KernelConfig) -> list[tuple[str, str]]:
     facts = []
-    for name, value in config.told_facts().items():
+    for name, value in config.shown_settings().items():
         if isinstance(value, dict):
             value = ", ".join(f"{field}: {count}" for field, count in value.items()) or "all"
         elif isinstance(value, list):

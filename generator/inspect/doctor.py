@@ -107,7 +107,6 @@ def _cache() -> list[Row]:
     try:
         if folder == store.root:
             check_owner(folder)
-        loader.check_buildable(store)
         room = shutil.disk_usage(folder).free
     except (OSError, OnelaunchError) as error:
         return [*rows, Row("cache", "fix", str(store.root), str(error))]

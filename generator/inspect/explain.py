@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..build import compile as compiler
+from ..build import toolchain
 from ..cache import failures
-from ..cache.store import Entry, Store
+from ..cache.manifest import Entry
+from ..cache.store import Store
 from ..cache.tiers import tiers
 from ..errors import ToolchainError
 from ..load import loader
@@ -70,7 +71,7 @@ def explain(config: KernelConfig, archs: tuple[str, ...], store: Store | None = 
     versions: dict[str, str] = {}
     key = missing = ""
     try:
-        versions = compiler.find_tools(config.target).versions()
+        versions = toolchain.find_tools(config.target).versions()
         key = loader.content_key(config, archs, versions)
     except ToolchainError as error:
         missing = str(error).splitlines()[0]
@@ -84,7 +85,7 @@ def explain(config: KernelConfig, archs: tuple[str, ...], store: Store | None = 
     nearest: tuple[Entry, tuple[tuple[str, str, str], ...]] | None = None
     for tier in tiers(store):
         for entry in tier.entries():
-            if "ingredients" not in entry.manifest:  # a baseline of a measurement
+            if "config" not in entry.manifest:  # a baseline of a measurement
                 continue
             known = _flat(entry.manifest["ingredients"])
             differs = _differences(known, wanted)

@@ -1,4 +1,4 @@
-"""What a refresh moves, and about how long it takes: bytes over what was measured, and a floor."""
+"""The bytes that a refresh reads and writes."""
 
 from __future__ import annotations
 
@@ -13,26 +13,8 @@ from ..spec.fields import FIELDS
 _BYTES = {"int32": 4, "int64": 8}
 
 
-@dataclass(frozen=True)
-class Device:
-    """What was measured of a device.
-
-    Attributes:
-        name: the device.
-        floor_us: microseconds of a refresh that moves next to nothing.
-        bytes_per_us: bytes, read and written together, that a large refresh moves in a microsecond above the floor.
-        multiprocessors: how many it has.
-    """
-
-    name: str
-    floor_us: float
-    bytes_per_us: float
-    multiprocessors: int
-
-
-# From the timings in tests/gpu/evidence.json, calls in a CUDA graph: the floor is between "1 x 4k" (1.67 us) and
-# "8 x 8k" (1.87), the ceiling "128 x 32k" (51,404,064 bytes in 22.27 us, of which 1.76 are the floor).
-H100 = Device("NVIDIA H100 80GB HBM3", floor_us=1.76, bytes_per_us=51_404_064 / (22.27 - 1.76), multiprocessors=132)
+# Multiprocessors of an H100, the default where a schedule's size depends on the device.
+H100_SMS = 132
 
 
 @dataclass(frozen=True)
@@ -54,7 +36,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a refresh moves.
+    """The bytes of one refresh.
 
     Attributes:
         written: what it writes of each field.
@@ -78,13 +60,6 @@ class Traffic:
         """Bytes read and written."""
         return self.bytes_read + self.bytes_written
 
-    def microseconds(self, device: Device = H100) -> float:
-        """An estimate of the time on a device: the floor, and the bytes at the rate of a large refresh.
-
-        Within 20 % of what was measured where the rate decides or nothing does; in between the truth is a little more.
-        """
-        return device.floor_us + self.bytes / device.bytes_per_us
-
 
 def traffic(
     config: KernelConfig,
@@ -97,7 +72,7 @@ def traffic(
     num_sms: int | None = None,
     num_sm_parts: int | None = None,
 ) -> Traffic:
-    """What one refresh moves: lengths, rows and tables read once, everything written to every backend.
+    """Counts the bytes of one refresh: lengths, rows and tables read once, everything written to every backend.
 
     Args:
         config: the kernel.
@@ -107,14 +82,14 @@ def traffic(
         rows: rows of each request where the configuration doesn't say how many, in a draft_extend of variable extend
             lengths and in a copy of several rows; None is one each.
         page_size, index_kpool: of the tables that a copy copies; a copy's configuration doesn't say.
-        num_sms: multiprocessors of paged_mqa_schedule_metadata; None is what H100 has.
+        num_sms: multiprocessors of paged_mqa_schedule_metadata; None is an H100's.
         num_sm_parts: rows of flashmla_metadata; None is num_sms. kv_indices has room for all tokens.
 
     Raises:
         ArgumentError: a number is negative, or rows are not one number a request.
     """
     copies = config.operation == "copy"
-    num_sms = H100.multiprocessors if num_sms is None else num_sms
+    num_sms = H100_SMS if num_sms is None else num_sms
     offsets = config.seqlen_offsets or (0,)
     verified = config.next_n if config.mode == "target_verify" and not copies else 0
     if width is None:
@@ -139,7 +114,7 @@ def traffic(
         "flashmla_metadata": (num_sms if num_sm_parts is None else num_sm_parts, 8),
     }
 
-    def words(name: str, request: int, offset: int, whole: bool = config.extent == "full") -> int:
+    def words(name: str, request: int, offset: int, whole: bool = not config.live) -> int:
         """A request's, in a row of a table or in kv_indices, for a backend whose lengths have so many more."""
         columns = width if whole else min(lengths[request] + offset + verified, width)
         return -(-columns // tokens_a_word.get(name, 1))
@@ -154,7 +129,7 @@ def traffic(
         if field.kind in ("table", "indices"):
             # What backends of different lengths share is written as far as the longest reaches.
             of_tensors = offsets if len(offsets) == tensors else (max(offsets),) * tensors
-            whole = config.extent == "full" or (name == "real_page_table" and config.page_fill is not None)
+            whole = not config.live or (name == "real_page_table" and config.page_fill is not None)
             repeats = per_request if field.kind == "table" else [1] * requests
             in_all = sum(n * words(name, r, offset, whole) for offset in of_tensors for r, n in enumerate(repeats))
             mean = in_all / tensors

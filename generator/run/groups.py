@@ -1,14 +1,15 @@
-"""Groups of backends, each refreshed by a launch on a stream of its own.
+"""Groups of backends: a plan for each group, launched side by side.
 
-One launch for all backends reads a request's tokens once and stores them N times; every group reads them again, and
-streams cost a fork and a join. So groups are expected to lose, and are here to be measured (``tests/gpu/ways.py``;
-the figures are in ``tests/gpu/NOTES.md``), and for backends that one plan can't hold: with other fields, or more of
-them than the kernel's parameters.
+One launch for all backends reads each token once and stores it N times; with groups, every group reads the tokens
+again, and its stream costs a fork and a join. So groups are for backends that one plan can't hold: those with other
+fields, or more of them than a kernel's parameters can address. Everything else is faster in one plan (measured by
+``tests/gpu/ways.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,24 +17,22 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..spec.fields import MetadataBuffers
-from .checks import check_disjoint
-from .plan import Plan, backend_field, make_plan
+from .destinations import backend_field, check_backends, check_offsets
+from .memory import check_disjoint
+from .plan import ArgumentNames, Plan, make_plan
 
 
 class Groups:
     """Plans that are launched side by side. Made by bind_groups().
 
     Attributes:
-        plans: a plan a group.
-        streams: the stream of each, None for the current one.
+        plans: a plan for each group.
+        streams: the stream of each; None for the current one.
     """
 
     def __init__(self, plans: Sequence[Plan], streams: Sequence[Any]) -> None:
         self.plans, self.streams = tuple(plans), tuple(streams)
-        self._device = plans[0].device
-        cuda: Any = torch.cuda  # its classes have no annotations
-        self._joins: list[Any] = [None if stream is None else cuda.Event() for stream in streams]
-        self._fork = cuda.Event() if any(stream is not None for stream in streams) else None
+        self._forked = [stream for stream in streams if stream is not None]
 
     @property
     def launches(self) -> int:
@@ -54,32 +53,22 @@ class Groups:
             seq_lens, req_pool_indices, extend_seq_lens, max_len: see Plan.run.
 
         Raises:
-            ArgumentError: a tensor doesn't fit some group; nothing was written.
+            ArgumentError: a tensor doesn't fit a group; nothing was written.
             LaunchError: CUDA refused a launch.
         """
         for plan in self.plans:
             plan.admit(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
-        if self._fork is None:
-            for plan in self.plans:
-                plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
-            return
-        current = torch.cuda.current_stream(self._device)  # pragma: gpu
-        self._fork.record(current)  # pragma: gpu
-        forked = []  # pragma: gpu
-        try:  # pragma: gpu
-            for plan, stream, join in zip(self.plans, self.streams, self._joins, strict=True):
-                if stream is None:
+        current = torch.cuda.current_stream(self.plans[0].device) if self._forked else None
+        for stream in self._forked:  # pragma: gpu
+            stream.wait_stream(current)
+        try:
+            for plan, stream in zip(self.plans, self.streams, strict=True):
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
                     plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
-                    continue
-                stream.wait_event(self._fork)
-                forked.append((stream, join))
-                with torch.cuda.stream(stream):
-                    plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
-        finally:  # pragma: gpu
-            # After a refused launch too: no stream may be left out of what a capture joins.
-            for stream, join in forked:
-                join.record(stream)
-                current.wait_event(join)
+        finally:
+            # Also after a refused launch: a graph capture must be joined by every stream that it forked to.
+            for stream in self._forked:  # pragma: gpu
+                current.wait_stream(stream)  # type: ignore[union-attr]
 
 
 def bind_groups(
@@ -89,42 +78,30 @@ def bind_groups(
     *,
     req_to_token: Tensor,
     seqlen_offsets: Sequence[int] | None = None,
-    **facts: Any,
+    **settings: Any,
 ) -> Groups:
-    """Binds groups of backends, a plan each, to be launched on streams of their own.
+    """Binds groups of backends, a plan for each, to be launched on streams of their own.
 
     Args:
-        backends: as in bind(), but only the backends of a group need the same fields.
+        backends: as in bind(), but only the backends of one group need the same fields.
         groups: indices into ``backends``, each exactly once: [[0, 1], [2]].
-        streams: a torch.cuda.Stream for each group, None in it for the current stream; None for a new stream for every
-            group but the last. On the CPU None: groups run in turn.
+        streams: a torch.cuda.Stream for each group, or None in its place for the current stream; None for a new stream
+            for every group but the last. On the CPU None: groups run one after another.
         req_to_token: as in bind().
-        seqlen_offsets: one number a backend, as in bind().
-        facts: the other arguments of bind().
+        seqlen_offsets: a number for each backend, as in bind().
+        settings: the other arguments of bind().
 
     Raises:
-        ArgumentError: groups or streams don't fit, groups share memory, or see bind().
+        ArgumentError: groups or streams don't fit, or groups share memory; and see bind().
     """
+    check_backends(backends)
     _check_partition(groups, len(backends))
-    if seqlen_offsets is not None and (
-        not isinstance(seqlen_offsets, Sequence) or len(seqlen_offsets) != len(backends)
-    ):
-        raise ArgumentError(
-            f"seqlen_offsets is {seqlen_offsets!r}; it must be None, or one whole number for each of the "
-            f"{len(backends)} backends."
-        )
+    offsets = check_offsets(seqlen_offsets, len(backends))
     plans = []
     for group in groups:
-
-        def name_of(index: int, name: str, group: Sequence[int] = group) -> str:
-            return backend_field(group[index], name)
-
-        offsets = None if seqlen_offsets is None else [seqlen_offsets[index] for index in group]
-        plans.append(
-            make_plan(
-                [backends[index] for index in group], req_to_token, seqlen_offsets=offsets, name_of=name_of, **facts
-            )
-        )
+        chosen = {"seqlen_offsets": [offsets[index] for index in group]} if offsets else {}
+        names = ArgumentNames(lambda index, name, group=group: backend_field(group[index], name))  # type: ignore[misc]
+        plans.append(make_plan([backends[index] for index in group], req_to_token, {**settings, **chosen}, names))
     check_disjoint(
         [region for plan in plans for region in plan.regions],
         "groups run side by side: put backends that share a tensor into one group.",
@@ -132,12 +109,13 @@ def bind_groups(
     return Groups(plans, _streams(streams, plans[0].device, len(plans)))
 
 
-def _check_partition(groups: Sequence[Sequence[int]], count: int) -> None:
+def _check_partition(groups: Any, count: int) -> None:
     try:
         indices = sorted(index for group in groups for index in group)
+        whole = indices == list(range(count)) and all(map(len, groups))
     except TypeError:
-        indices = []
-    if indices != list(range(count)) or not all(groups):
+        whole = False
+    if not whole:
         raise ArgumentError(
             f"groups is {groups!r}; it must be lists of indices in which each of the {count} backends is once, such as "
             "[[0, 1], [2]], and none of them empty."
@@ -150,15 +128,13 @@ def _streams(streams: Sequence[Any] | None, device: torch.device, count: int) ->
             raise ArgumentError(f"streams is {streams!r}; the backends are on {device}, which has none: leave it None.")
         return [None] * count
     if streams is None:  # pragma: gpu
-        cuda: Any = torch.cuda  # its classes have no annotations
-        return [*(cuda.Stream(device) for _ in range(count - 1)), None]
-    streams = list(streams)  # pragma: gpu
+        return [*(torch.cuda.Stream(device) for _ in range(count - 1)), None]  # type: ignore[no-untyped-call]
     if len(streams) != count:  # pragma: gpu
-        raise ArgumentError(f"streams has {len(streams)} elements and groups has {count}; give one a group.")
+        raise ArgumentError(f"streams has {len(streams)} elements and groups has {count}; give one for each group.")
     for index, stream in enumerate(streams):  # pragma: gpu
         if stream is not None and (not isinstance(stream, torch.cuda.Stream) or stream.device != device):
             raise ArgumentError(
                 f"streams[{index}] is {stream!r}; it must be a torch.cuda.Stream of {device}, or None for the current "
                 "one."
             )
-    return streams  # pragma: gpu
+    return list(streams)  # pragma: gpu

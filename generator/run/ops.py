@@ -1,11 +1,12 @@
-"""The functions that engines call, as operations of torch: what torch.compile puts into a graph in their place.
+"""The functions of api.py as operators of torch, which torch.compile puts into a graph in their place.
 
-``torch.ops.onelaunch`` has one for each of them. They only write to tensors that they are given: a fake run does
-nothing, and ``out=None`` is allocated in the graph, where a compiler plans the memory. Outside of torch.compile the
-functions don't come through here: the dispatcher would only cost.
+``torch.ops.onelaunch`` has one for each of them, registered when api.py is imported: a process that loads a saved graph
+imports onelaunch.run.api first. The operators only write to tensors that they are given, so their fake implementation
+does nothing, and ``out=None`` is allocated in the graph, where the compiler plans the memory. Outside of torch.compile
+the functions don't use the operators: the dispatcher would only cost time.
 
-A MetadataBuffers travels as its tensors and their names, "page_indices,cache_seqlens=seqlens_expanded". A tensor that
-is two fields goes along once, because an operation must not write to one tensor under two names.
+A MetadataBuffers is passed as its tensors and their names, "page_indices,cache_seqlens=seqlens_expanded". A tensor that
+is two fields is passed once, because an operator must not write to one tensor under two names.
 """
 
 from __future__ import annotations
@@ -18,20 +19,19 @@ from torch import Tensor
 
 from ..spec.fields import MetadataBuffers
 
-# As the functions' signatures. Written out, for torch.library.infer_schema doesn't know every spelling of a type in
-# every version.
+# The functions' signatures, written out: torch.library.infer_schema doesn't accept all of these types in every version.
 _INPUTS = "Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token"
-_FACTS = "SymInt max_len, SymInt nsa_index_topk, SymInt real_page_size"
-# "mode" is taken by torch itself, where it calls an operation for a dispatch mode.
+_NUMBERS = "SymInt max_len, SymInt nsa_index_topk, SymInt real_page_size"
+# Not "mode": torch itself passes an argument of that name when it calls an operator for a dispatch mode.
 _ROWS = 'str forward_mode="decode", SymInt next_n=1, Tensor? extend_seq_lens=None'
 _SCHEMAS = {
     "fused_metadata_precompute_and_broadcast_cuda": (
         f"({_INPUTS}, Tensor(a!)[]? cache_seqlens_list, Tensor(b!)[]? cu_seqlens_k_list,"
         " Tensor(c!)[]? page_indices_list, Tensor(d!)[]? nsa_cache_seqlens_list, Tensor(e!)[]? nsa_cu_seqlens_k_list,"
-        f' Tensor(f!)[]? real_page_table_list=None, *, {_FACTS}, str extent="full", {_ROWS},'
+        f' Tensor(f!)[]? real_page_table_list=None, *, {_NUMBERS}, str extent="full", {_ROWS},'
         " Tensor(g!)[]? seqlens_expanded_list=None) -> ()"
     ),
-    "precompute_decode_metadata_cuda": f"({_INPUTS}, Tensor(a!)[] out, str out_fields, *, {_FACTS}, {_ROWS}) -> ()",
+    "precompute_decode_metadata_cuda": f"({_INPUTS}, Tensor(a!)[] out, str out_fields, *, {_NUMBERS}, {_ROWS}) -> ()",
     "fused_metadata_copy_cuda": (
         "(Tensor[] precomputed, str precomputed_fields, Tensor(a!)[] destinations, str destinations_fields, *,"
         " SymInt? bs=None, SymInt? max_len=None, SymInt? real_page_size=None,"
@@ -41,11 +41,11 @@ _SCHEMAS = {
 
 
 def register(fused: Callable[..., None], precompute: Callable[..., Any], copy: Callable[..., None]) -> None:
-    """Registers the operations. Cheap enough for an import: nothing of torch.compile is imported.
+    """Registers the operators. Cheap enough for an import: nothing of torch.compile is imported.
 
     Args:
         fused: fused_metadata_precompute_and_broadcast_cuda.
-        precompute: what precompute_decode_metadata_cuda and its siblings for the other modes do.
+        precompute: the common implementation of precompute_decode_metadata_cuda and its siblings for other modes.
         copy: fused_metadata_copy_cuda.
     """
 
@@ -72,9 +72,9 @@ def register(fused: Callable[..., None], precompute: Callable[..., Any], copy: C
     for name, function in zip(_SCHEMAS, (fused_into, precompute_into, copy_packed), strict=True):
         operation = f"onelaunch::{name}"
         torch.library.define(operation, _SCHEMAS[name])
-        # One implementation for every device: what it refuses, it refuses with its own words.
+        # One implementation for every device, so that the function's own checks refuse what doesn't fit.
         torch.library.impl(operation, "default", function)
-        # The fake one. torch.library.register_fake does the same, but looks for its caller in every loaded module.
+        # The fake one. torch.library.register_fake does the same, but searches every loaded module for its caller.
         torch.library.impl(operation, "meta", lambda *args, **kwargs: None)
 
 

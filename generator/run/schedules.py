@@ -1,4 +1,4 @@
-"""Schedules that no step changes, computed once."""
+"""FlashMLA's schedule for sparse attention, which depends on the batch size alone: made once, not by each step."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..spec import reference
-from ..spec.config import MAX_SM_PARTS, FlashMLAOrder
+from ..spec.parts import MAX_SM_PARTS, FlashMLAOrder
 from .checks import MAX_BATCH, check_int
 
 
 def sparse_flashmla_metadata(
     rows: int, topk: int, num_sm_parts: int, *, order: str = "2026", device: Any = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """FlashMLA's tile schedule for sparse attention, and its num_splits.
-
-    Every row attends to topk tokens, whatever its request's length, so the schedule is a constant of the batch size:
-    compute it when buffers are bound, and never per step. The same walk as flashmla_metadata's, with equal lengths.
+    """FlashMLA's tile schedule for sparse attention, and its num_splits: flashmla_metadata of equal lengths.
 
     Args:
         rows: rows of the batch, 0 or more.
-        topk: tokens that a row attends to, 1 or more.
+        topk: tokens that every row attends to, 1 or more.
         num_sm_parts: parts, 1 to 512. FlashMLA of 2026 on sm_90 has max(multiprocessors // s_q // (h_q // 64), 1).
         order: "2026" or "2025", see reference.flashmla_schedule.
         device: where the tensors are made.
@@ -37,8 +34,7 @@ def sparse_flashmla_metadata(
     check_int("rows", rows, 0, MAX_BATCH)
     check_int("topk", topk, 1, 2**31 - 1)
     check_int("num_sm_parts", num_sm_parts, 1, MAX_SM_PARTS)
-    allowed = get_args(FlashMLAOrder)
-    if order not in allowed:
+    if order not in (allowed := get_args(FlashMLAOrder)):
         raise ArgumentError(f"order is {order!r}; allowed: {', '.join(map(repr, allowed))}.")
     metadata, num_splits = reference.flashmla_schedule([topk] * rows, num_sm_parts, order=order)
     return (

@@ -15,6 +15,9 @@ from .fields import FIELDS
 if TYPE_CHECKING:
     from .config import KernelConfig
 
+# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+); the block is 64-bit words.
+MAX_PARAM_WORDS = 32_764 // 8
+
 
 @dataclass(frozen=True)
 class Member:
@@ -23,7 +26,7 @@ class Member:
     Attributes:
         name: its name, in the struct and in a plan.
         type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
-            "table" (a pointer to a field and its row stride in elements) or "offence" (pointer to where a checked
+            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to where a checked
             kernel tells what it found).
         count: array length, or None for a single member.
         per_call: set at each call; the rest is set once, when a plan is bound.
@@ -31,7 +34,7 @@ class Member:
     """
 
     name: str
-    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "offence"]
+    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation"]
     count: int | None
     per_call: bool
     comment: str
@@ -82,7 +85,7 @@ def members(config: KernelConfig) -> list[Member]:
     if config.tables:
         add("sm_count", "int64", "multiprocessors of the device")
     if config.checked:
-        add("offence", "offence", "the first one found, or none")
+        add("violation", "violation", "the first one found, or none")
         if config.extend == "variable":
             add("row_capacity", "int64", "rows that fit the destinations")
         if config.tables:

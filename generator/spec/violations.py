@@ -1,6 +1,6 @@
-"""What a checked kernel reports: the kinds, their numbers in the emitted CUDA, the sentences the host makes of them.
+"""The violations that a checked kernel reports: their numbers in the emitted CUDA and the host's sentence for each.
 
-Both sides follow the list, as they follow layout.py.
+The templates and Plan.check both read this list.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Offence:
-    """One kind of offence.
+class Violation:
+    """One kind of violation.
 
     Attributes:
-        constant: its name in the emitted CUDA.
-        number: what a kernel writes, 1 or more.
-        applies: whether a configuration's kernel can report it.
-        sentence: for people, with {request}, {value} and {limit}.
+        constant: name of the constant in the emitted CUDA.
+        number: the value that a kernel writes for this kind, 1 or more.
+        applies: whether the kernel of a configuration can report it.
+        sentence: the message, a format string with {request}, {value} and {limit}.
     """
 
     constant: str
@@ -30,8 +30,8 @@ class Offence:
     sentence: str
 
 
-OFFENCES = tuple(
-    Offence(constant, number, applies, sentence)
+VIOLATIONS = tuple(
+    Violation(constant, number, applies, sentence)
     for number, (constant, applies, sentence) in enumerate(
         (
             (

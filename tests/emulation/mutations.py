@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from onelaunch.spec.config import KernelConfig, preset
+from onelaunch.spec.config import KernelConfig
+from onelaunch.spec.presets import preset
 
 from .harness import Case
 
@@ -73,8 +74,8 @@ MANY = Case("many", tuple(range(170)), width=170, token_pad=1)
 # A row that isn't in the pool, for few requests and for many.
 BAD_ROW = Case("bad row", (600, 30, 600), width=610, bad_pool_row=4)
 BAD_ROW_OF_MANY = Case("bad row of many", (600, 30, 600) * 40, width=610, bad_pool_row=-1)
-# More offences than one.
-OFFENCES = Case("offences", (-1, 1400, 9000, 700, -5, 5, 9), width=1503)
+# More violations than one.
+VIOLATIONS = Case("violations", (-1, 1400, 9000, 700, -5, 5, 9), width=1503)
 # Lengths that overflow when something is added.
 HUGE = Case("huge", (2**31 - 1, 5), width=90)
 # Elements from 2^31 on, so that rows are more than 32 bits apart, in elements too.
@@ -1189,11 +1190,11 @@ MUTATIONS = [
     ),
     Mutation(
         "report without looking who was first",
-        "the record mixes two offences",
+        "the record mixes two violations",
         CHECKED,
-        OFFENCES,
-        r"if \(atomicCAS\(&p\.offence->kind, 0ull, kind\) != 0\) return;",
-        "p.offence->kind = kind;",
+        VIOLATIONS,
+        r"if \(atomicCAS\(&p\.violation->kind, 0ull, kind\) != 0\) return;",
+        "p.violation->kind = kind;",
         "thread",
         "thread",
     ),
@@ -1202,8 +1203,8 @@ MUTATIONS = [
         "the message blames another request",
         CHECKED,
         BAD_ROW,
-        r"p\.offence->request = request;",
-        "p.offence->request = request + 1;",
+        r"p\.violation->request = request;",
+        "p.violation->request = request + 1;",
         "none",
         "mismatch",
     ),

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from onelaunch import PRESETS, KernelConfig, MetadataBuffers
-from onelaunch.run.plan import CopyPlan, Destinations, backend_field, make_plan
+from onelaunch import PRESETS, KernelConfig, MetadataBuffers, bind
+from onelaunch.run.copy_plan import CopyPlan
+from onelaunch.run.destinations import Destinations, backend_field
 from onelaunch.spec import reference
 from onelaunch.spec.fields import FIELDS
 from torch import Tensor
@@ -99,7 +100,7 @@ def run(config: KernelConfig, bs: int, width: int, device: torch.device) -> dict
         facts: dict[str, Any] = {
             "mode": config.mode,
             "index_topk": config.index_topk,
-            "page_size": config.page_size,
+            "page_size": 1 if "kv_indices" in config.fields else config.page_size,
             "extent": config.extent,
             "max_len": None,
             "next_n": config.next_n,
@@ -112,9 +113,9 @@ def run(config: KernelConfig, bs: int, width: int, device: torch.device) -> dict
             "flashmla_order": config.flashmla_order,
         }
         extends = scene["extends"] if config.extend == "variable" else None
-        bound = make_plan(
+        bound = bind(
             backends,
-            pool,
+            req_to_token=pool,
             seq_lens_dtype=scene["seq_lens"].dtype,
             req_pool_indices_dtype=scene["rows"].dtype,
             extend=config.extend,

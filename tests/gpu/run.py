@@ -47,7 +47,6 @@ SANITIZED = (
     "nsa-decode-3-checked",
     "fa3-decode-3",
     "flashmla-decode-3",
-    "vllm-decode-3",
 )
 # batch, low and high length
 TIMED = {

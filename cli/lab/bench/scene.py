@@ -1,124 +1,24 @@
-"""What is measured: shapes, the lengths of their requests, and buffers for them in several sets."""
+"""Buffers and inputs of a case, in several sets, and the check of what a refresh wrote to them."""
 
 from __future__ import annotations
 
-import dataclasses
-import random
-import re
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onelaunch
 import torch
 from onelaunch import KernelConfig, MetadataBuffers
-from onelaunch.errors import ConfigError
 from onelaunch.inspect.traffic import traffic
-from onelaunch.run import plan
+from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
 from onelaunch.spec.fields import FIELDS
 from torch import Tensor
 
-Extent = Literal["live", "full"]
-Call = Callable[[], object]
+from .cases import INDEX_TOPK, Extent
 
-INDEX_TOPK = 2048
-# The row of req_to_token of a context of 160k with the room that speculative decoding adds: odd, so rows are aligned
-# to 4 bytes only.
-WIDE = 163_911
-_ROOM = 71
-SHAPES = ("1x4k", "8x8k", "32x4k", "64x8k", "128x32k", "256x4k", "16x130k", "1x1M", "512x2k")
+Call = Callable[[], object]
 # Lies in every word before a check; no token, length or sum has this value.
 POISON = -858993460
-_UNITS = {"": 1, "k": 1024, "M": 1024 * 1024}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape to measure.
-
-    Attributes:
-        batch, length: requests, and the tokens that the longest of most of them has.
-        backends: N.
-        width: columns of req_to_token and of every page_indices.
-        page_size: P.
-        extent: "live" or "full".
-        kind: "uniform" draws lengths from half the named length to the named length; "one-long" is that with one
-            request 64 times as long, as far as the table is wide; otherwise the name of a trace.
-    """
-
-    batch: int
-    length: int
-    backends: int = 3
-    width: int = WIDE
-    page_size: int = 64
-    extent: Extent = "live"
-    kind: str = "uniform"
-
-    @property
-    def shape(self) -> str:
-        """Such as 64x8k."""
-        return f"{self.batch}x{short(self.length)}"
-
-    def __str__(self) -> str:
-        kind = "" if self.kind == "uniform" else f" {self.kind}"
-        return f"{self.shape}{kind} N={self.backends} width={self.width} page={self.page_size} {self.extent}"
-
-    def lengths(self, traced: Sequence[int] = ()) -> list[int]:
-        """The tokens of each request, the same in every run.
-
-        Args:
-            traced: lengths that a trace's requests reach, for a kind that is a trace.
-        """
-        draw = random.Random(f"{self.batch} {self.length} {self.kind}")
-        if self.kind not in ("uniform", "one-long"):
-            return [min(draw.choice(traced), self.width) for _ in range(self.batch)]
-        drawn = [draw.randint((self.length + 1) // 2, self.length) for _ in range(self.batch)]
-        # One has the named length, so that it is the longest.
-        drawn[draw.randrange(self.batch)] = self.length * (64 if self.kind == "one-long" else 1)
-        return [min(length, self.width) for length in drawn]
-
-    def replace(self, **changes: Any) -> Case:
-        """A copy with some facts changed."""
-        return dataclasses.replace(self, **changes)
-
-
-def short(number: int) -> str:
-    """8192 is 8k, 1048576 is 1M, 1000 is 1000."""
-    for unit in ("M", "k"):
-        if number and number % _UNITS[unit] == 0:
-            return f"{number // _UNITS[unit]}{unit}"
-    return str(number)
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """64x8k is (64, 8192).
-
-    Raises:
-        ConfigError: it isn't of that form.
-    """
-    found = re.fullmatch(r"(\d+)\s*[x×]\s*(\d+)([kM]?)", text.strip())
-    if not found or int(found[1]) < 1 or int(found[2]) < 1:
-        raise ConfigError(f"the shape {text!r} isn't of the form BATCHxLENGTH, for example 64x8k.")
-    return int(found[1]), int(found[2]) * _UNITS[found[3]]
-
-
-def wide_enough(length: int) -> int:
-    """The width of an engine's table that holds a request of this length: WIDE, or more for a longer one."""
-    return max(WIDE, length + _ROOM)
-
-
-def trace_lengths(path: Path) -> list[int]:
-    """The lengths that a trace's requests have half way through their output.
-
-    Raises:
-        OnelaunchError: it can't be read.
-    """
-    from .serving import Trace
-
-    trace = Trace.load(path)
-    return [int(i) + int(o) // 2 for i, o in zip(trace.input_tokens, trace.output_tokens, strict=True)]
 
 
 class Scene:
@@ -186,22 +86,11 @@ class Scene:
         config = KernelConfig(num_backends=self.backends, page_size=self.page_size, extent=extent)
         return traffic(config, self.lengths, self.width).bytes
 
-    def plans(self, extent: str = "live", **facts: Any) -> list[onelaunch.Plan]:
-        """A plan a set. The facts are those of the launch shape."""
+    def plans(self, extent: str = "live", **launch: Any) -> list[onelaunch.Plan]:
+        """A plan for each set; ``launch`` are settings of the launch shape, such as threads."""
+        settings = {"index_topk": INDEX_TOPK, "page_size": self.page_size, "extent": extent, **launch}
         return [
-            plan.make_plan(
-                buffers,
-                pool,
-                mode="decode",
-                index_topk=INDEX_TOPK,
-                page_size=self.page_size,
-                extent=extent,
-                max_len=None,
-                seq_lens_dtype=torch.int64,
-                req_pool_indices_dtype=torch.int64,
-                launch_shape=facts or None,
-            )
-            for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True)
+            make_plan(buffers, pool, settings) for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True)
         ]
 
     def refresh_calls(self, extent: str = "live", **facts: Any) -> list[Call]:

@@ -13,23 +13,24 @@ from typing import Any
 
 import torch
 
-from .scene import Call, Case, Scene
+from .cases import Case
+from .scene import Call, Scene
 
-# How many calls a graph holds: so many that the cost of a replay, some 3 us, adds little to each. (24 calls showed 0.13
-# more a call than 384 did.)
+# Calls in a graph: enough that the cost of a replay, about 3 us, adds little to each. (With 24 calls, each took 0.13 us
+# longer than with 384.)
 _GRAPH_CALLS = 128
-# But no more than take about so long.
+# Fewer calls if they would take longer than this.
 _GRAPH_US = 30_000.0
 # Eager calls between two synchronizations: their launches must fit the queue, or the host waits for the GPU.
 _EAGER_CALLS = 16
-# More than the 50 MB of an H200's L2, read and written by other sets before a set has its turn again.
+# Bytes that other sets read and write before a set is used again: more than the 50 MB of an H200's L2 cache.
 _ROTATED_BYTES = 160e6
-_MOST_SETS = 24
-_MOST_BYTES = 24e9
+_MAX_SETS = 24
+_MAX_BYTES = 24e9
 
 
-class Meter:
-    """Measures on the current CUDA device.
+class CudaMeter:
+    """The current CUDA device.
 
     Args:
         seconds: how long the replays of one graph are timed.
@@ -42,7 +43,7 @@ class Meter:
         self._stream = self._cuda.Stream()
 
     def machine(self) -> dict[str, Any]:
-        """What the figures were taken on."""
+        """The device, and the versions of driver, torch, CUDA and Python."""
         properties = torch.cuda.get_device_properties(self.device)
         driver = ""
         if program := shutil.which("nvidia-smi"):
@@ -59,15 +60,15 @@ class Meter:
         }
 
     def scene(self, case: Case, lengths: Sequence[int]) -> Scene:
-        """Buffers for a case: as many sets as it takes to leave the caches, as far as memory reaches."""
+        """Buffers for a case: enough sets that none is still in a cache when it is used again, if memory allows."""
         gc.collect()
         torch.cuda.empty_cache()
         live = sum(lengths) if case.extent == "live" else case.batch * case.width
         rotated = int(_ROTATED_BYTES // (4 * live * (1 + case.backends))) + 1
         held = 4 * (case.batch + 1) * case.width * (1 + case.backends) * 1.1
         free = torch.cuda.mem_get_info(self.device)[0]
-        fit = int(min(_MOST_BYTES, free / 3) // held)
-        sets = max(2, min(max(6, rotated), _MOST_SETS, fit))
+        fit = int(min(_MAX_BYTES, free / 3) // held)
+        sets = max(2, min(max(6, rotated), _MAX_SETS, fit))
         return Scene(lengths, case.backends, case.width, case.page_size, sets, self.device)
 
     def synchronize(self) -> None:
@@ -79,7 +80,7 @@ class Meter:
         return min(self._eager(calls[:1])[1] for _ in range(2))
 
     def capture(self, calls: Sequence[Call], estimate_us: float) -> tuple[Callable[[], None], int]:
-        """A graph of the calls in turn: what replays it, and how many calls it holds."""
+        """A CUDA graph of the calls in turn: the function that replays it, and how many calls it holds."""
         count = max(1, min(_GRAPH_CALLS, int(_GRAPH_US / estimate_us)))
         self._stream.wait_stream(self._cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -93,7 +94,7 @@ class Meter:
         return graph.replay, count
 
     def graph_us(self, replay: Callable[[], None], count: int) -> float:
-        """Microseconds of GPU time a call: the median over replays, after a few that aren't timed."""
+        """Microseconds of GPU time per call: the median over replays, after a few that aren't timed."""
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
         times: list[float] = []
         warm = 3
@@ -105,11 +106,11 @@ class Meter:
             end.synchronize()
             times.append(start.elapsed_time(end))
             if len(times) >= warm + 2 and time.perf_counter() - began > 5 * self.seconds:
-                break  # so slow that more would change nothing
+                break  # slow calls vary little: more replays would change nothing
         return statistics.median(times[warm:]) * 1000 / count
 
     def eager_us(self, calls: Sequence[Call], estimate_us: float) -> tuple[float, float]:
-        """Microseconds a call without a graph: on the device from first to last, and on the host until it returns."""
+        """Microseconds per call without a graph: on the device from first to last, and on the host until it returns."""
         count = max(1, min(_EAGER_CALLS, int(_GRAPH_US / estimate_us)))
         turns = [calls[number % len(calls)] for number in range(count)]
         took: list[tuple[float, float]] = []
@@ -120,7 +121,7 @@ class Meter:
         return statistics.median(device), statistics.median(host)
 
     def host_us(self, pieces: dict[str, Call], rounds: int = 40, calls: int = 50) -> dict[str, float]:
-        """Microseconds of host time a call of each: medians of batches, taken in turn so that all see the same host."""
+        """Microseconds of host time per call of each: medians of batches, in turn so that all see the same load."""
         times: dict[str, list[float]] = {name: [] for name in pieces}
         gc.collect()
         gc.disable()
@@ -139,7 +140,7 @@ class Meter:
         return {name: statistics.median(took) for name, took in times.items()}
 
     def copy_gbps(self) -> float:
-        """Gigabytes a second that a large copy on the device reads and writes."""
+        """Gigabytes per second that a large copy on the device reads and writes."""
         size = 2**29
         source = torch.randint(0, 2**30, (size // 4,), dtype=torch.int32, device=self.device)
         target = torch.empty_like(source)

@@ -1,7 +1,7 @@
-"""What onelaunch is measured against: the same refresh by other means, each written as well as we know how.
+"""What onelaunch is measured against: the same refresh by other means, each written as well as we can.
 
-Every implementation makes one call a buffer set of a Scene, and says what it writes, so that it can be checked with the
-reference before it is timed.
+Every implementation makes one call for each buffer set of a Scene, and declares what it writes, so that it is checked
+against the reference before it is timed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from typing import Any
 import torch
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
-from onelaunch.build import toolchain
+from onelaunch.build import key, toolchain
+from onelaunch.cache.module import import_entry
 from onelaunch.emit.render import render, render_baseline, render_plain_binding
 from onelaunch.load import loader
+from onelaunch.load.obtain import obtain
 from onelaunch.spec import layout
 from onelaunch.spec.fields import FIELDS
 from torch import Tensor
 
-from .scene import INDEX_TOPK, Call, Case, Scene
+from . import torch_refresh
+from .cases import INDEX_TOPK, Case
+from .scene import Call, Scene
 
 # Backends that the kernel with runtime arguments has room for.
 RUNTIME_BACKENDS = 8
@@ -64,7 +68,7 @@ class Implementation:
     limit: int | None = None
 
     def check(self, scene: Scene, case: Case, call: Call, number: int) -> str:
-        """Runs the call of a set on poisoned destinations; what is wrong with what it wrote, or ""."""
+        """Runs the call of a set on poisoned destinations; returns the first wrong word, or ""."""
         if not self.checked:
             call()
             return ""
@@ -73,7 +77,7 @@ class Implementation:
         return self.fault(scene, case, number)
 
     def fault(self, scene: Scene, case: Case, number: int) -> str:
-        """What is wrong with a set that was poisoned and refreshed, or ""."""
+        """The first wrong word of a set that was poisoned and refreshed; "" if there is none."""
         if not self.checked:
             return ""
         whole = case.extent == "full" or self.whole
@@ -91,15 +95,13 @@ def target_of(device: torch.device) -> Any:
 def built(symbol: str, source: str, binding: str, target: str) -> ModuleType:
     """A kernel to compare with, built as onelaunch's own kernels are: same recipe, same binding, same store."""
     archs = toolchain.architectures(torch.cuda.current_device()) if target == "cuda" else ()
-    tools = compiler.find_tools(target)
-    material = (source, binding, compiler.flags(target, archs), tools.versions())
-    key = hashlib.sha256(repr(material).encode()).hexdigest()
+    tools = toolchain.find_tools(target)
+    recipe = key.Recipe(symbol, source, binding, archs, tuple(compiler.flags(target, archs)), tools.versions())
     store = loader.default_store()
-    entry = store.find(key)
-    if entry is not None:
-        return loader.import_module(entry)
-    entry, _, module = loader.obtain(loader.Recipe(key, symbol, source, binding, archs, {}), tools, store)
-    return module or loader.import_module(entry)
+    entry = store.find(recipe.key)
+    if entry is None:
+        entry = obtain(recipe, tools, store)[0]
+    return import_entry(entry)
 
 
 def kernel(name: str, target: str, call_words: Sequence[str] = (), words: int = 0, **facts: Any) -> ModuleType:
@@ -328,85 +330,6 @@ def ideal_calls(scene: Scene, extent: str = "live", unroll: int = 4) -> list[Cal
 
 
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Views:
-    """A set's tensors, cut to what is read or written once and for all: cutting costs time at every call.
-
-    ``tables`` and ``pages`` are the sources' columns and one column a page.
-    """
-
-    seq_lens: Tensor
-    rows: Tensor
-    tables: Tensor
-    pages: Tensor | None
-    shift: int
-    backends: list[dict[str, Tensor]]
-
-
-def _views(scene: Scene, number: int, columns: int) -> _Views:
-    seq_lens, rows, pool = scene.inputs[number]
-    page = scene.page_size
-    backends = []
-    for buffers in scene.buffers[number]:
-        cut = {field.name: tensor for field, tensor in buffers.items()}
-        for name in ("cu_seqlens_k", "nsa_cu_seqlens_k"):
-            cut[name] = cut[name][1:]
-        cut["page_indices"] = cut["page_indices"][:, :columns]
-        if page > 1:
-            cut["real_page_table"] = cut["real_page_table"][:, : -(-columns // page)]
-        backends.append(cut)
-    pages = pool[:, :columns:page] if page > 1 else None
-    return _Views(seq_lens, rows, pool[:, :columns], pages, page.bit_length() - 1, backends)
-
-
-def _recompute(views: _Views, backend: dict[str, Tensor]) -> None:
-    """One backend, each tensor computed where it belongs."""
-    cache_seqlens, nsa = backend["cache_seqlens"], backend["nsa_cache_seqlens"]
-    cache_seqlens.copy_(views.seq_lens)
-    torch.cumsum(cache_seqlens, 0, dtype=torch.int32, out=backend["cu_seqlens_k"])
-    torch.clamp(cache_seqlens, max=INDEX_TOPK, out=nsa)
-    torch.cumsum(nsa, 0, dtype=torch.int32, out=backend["nsa_cu_seqlens_k"])
-    torch.index_select(views.tables, 0, views.rows, out=backend["page_indices"])
-    if views.pages is not None:
-        tokens = torch.index_select(views.pages, 0, views.rows)
-        torch.bitwise_right_shift(tokens, views.shift, out=backend["real_page_table"])
-
-
-def _copies(views: _Views, computed: dict[str, Tensor]) -> None:
-    """Precomputed once, then copied to all backends."""
-    _recompute(views, computed)
-    names = list(computed)
-    torch._foreach_copy_(
-        [backend[name] for backend in views.backends for name in names],
-        [computed[name] for _ in views.backends for name in names],
-    )
-
-
-def _fused(
-    seq_lens: Tensor,
-    rows: Tensor,
-    tables: Tensor,
-    pages: Tensor | None,
-    shift: int,
-    backends: list[dict[str, Tensor]],
-) -> None:
-    """What torch.compile gets: values computed once, and N copies of each, for it to fuse."""
-    cache_seqlens = seq_lens.to(torch.int32)
-    nsa = cache_seqlens.clamp(max=INDEX_TOPK)
-    values = {
-        "cache_seqlens": cache_seqlens,
-        "cu_seqlens_k": torch.cumsum(cache_seqlens, 0, dtype=torch.int32),
-        "nsa_cache_seqlens": nsa,
-        "nsa_cu_seqlens_k": torch.cumsum(nsa, 0, dtype=torch.int32),
-        "page_indices": tables[rows],
-    }
-    if pages is not None:
-        values["real_page_table"] = pages[rows] >> shift
-    for backend in backends:
-        for name, tensor in backend.items():
-            tensor.copy_(values[name])
-
-
 def _torch_calls(how: str, whole: bool) -> Callable[[Scene, Case], list[list[Call]]]:
     def calls(scene: Scene, case: Case) -> list[list[Call]]:
         if case.page_size & (case.page_size - 1):
@@ -416,42 +339,17 @@ def _torch_calls(how: str, whole: bool) -> Callable[[Scene, Case], list[list[Cal
         columns = case.width if whole or case.extent == "full" else scene.longest
         if whole and columns == scene.longest:
             raise Unsupported("the longest request is as long as the table is wide")
-        return [[_torch_call(how, _views(scene, number, columns)) for number in range(scene.sets)]]
+        views = [torch_refresh.views(scene, number, columns) for number in range(scene.sets)]
+        return [[torch_refresh.call(how, each) for each in views]]
 
     return calls
-
-
-def _torch_call(how: str, views: _Views) -> Call:
-    if how == "recompute":
-
-        def recompute() -> None:
-            for backend in views.backends:
-                _recompute(views, backend)
-
-        return recompute
-    if how == "copies":
-        computed = {name: torch.empty_like(tensor) for name, tensor in views.backends[0].items()}
-        return lambda: _copies(views, computed)
-    fused = compiled()
-    return lambda: fused(views.seq_lens, views.rows, views.tables, views.pages, views.shift, views.backends)
-
-
-@cache
-def compiled() -> Callable[..., None]:
-    """_fused under torch.compile, with sizes that may change: one build serves the shapes of a run."""
-    import torch._dynamo
-
-    # A build for each list length, for batches of one and for odd strides; by default the ninth would run uncompiled.
-    settings: Any = torch._dynamo.config
-    settings.recompile_limit = settings.accumulated_recompile_limit = 512
-    settings.fail_on_recompile_limit_hit = True
-    return torch.compile(_fused, dynamic=True)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 def _triton(scene: Scene, case: Case) -> list[list[Call]]:
     if importlib.util.find_spec("triton") is None:
         raise Unsupported("triton isn't installed")
+    # Imported here because triton is optional, and because it reads $TRITON_INTERPRET when it is imported.
     from . import triton_refresh
 
     if case.page_size & (case.page_size - 1):

@@ -1,0 +1,57 @@
+"""The arguments that several verbs share, and the configurations they name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+from onelaunch.spec.config import KernelConfig
+from onelaunch.spec.presets import PRESETS, preset
+from onelaunch.spec.settings import parse_settings
+
+
+def preset_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str | CompletionItem]:
+    """The presets that a shell completes a configuration's name to."""
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+def config_argument(function: Any) -> Any:
+    """CONFIG, which names a kernel."""
+    return click.argument("config", required=False, shell_complete=preset_names)(function)
+
+
+def settings_option(function: Any) -> Any:
+    """--set, the settings of a configuration."""
+    return click.option(
+        "--set",
+        "settings",
+        metavar="KEY=VALUE,…",
+        help="Settings over the preset, or over the defaults if none is named. Fields are joined by +.",
+    )(function)
+
+
+def target_option(function: Any) -> Any:
+    """--target, what the kernel is built for."""
+    return click.option("--target", metavar="TARGET", help="cuda or cpu; default cuda.")(function)
+
+
+def arch_option(function: Any) -> Any:
+    """--arch, the GPU architectures."""
+    return click.option("--arch", metavar="ARCHS", help="GPU architectures, such as 90a,100a.")(function)
+
+
+def json_option(function: Any) -> Any:
+    """--json, for output that a script reads."""
+    return click.option("--json", "as_json", is_flag=True, help="As JSON.")(function)
+
+
+def chosen(name: str | None, settings: str | None, target: str | None = None) -> KernelConfig:
+    """The configuration that a preset's name, --set and --target stand for."""
+    config = parse_settings(settings or "", preset(name) if name else None)
+    return config.replace(target=target) if target else config
+
+
+def architectures(text: str | None) -> tuple[str, ...] | None:
+    """The architectures of --arch; None if it wasn't given."""
+    return tuple(part.strip() for part in text.split(",")) if text else None

@@ -1,0 +1,1 @@
+"""`onelaunch replay`: a simulated serving run, with every refresh checked against the reference."""

@@ -1,0 +1,116 @@
+"""The verb `onelaunch replay`: its options. What imports torch is imported when it runs, not for its help."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from onelaunch.cli.faults import sentence
+from onelaunch.cli.output import check_writable, write_whole
+from onelaunch.errors import ArgumentError
+from rich.console import Console
+
+from .options import SAMPLE_EVERY, DeviceChoice, Extent, ReplayOptions, Verify
+
+if TYPE_CHECKING:
+    from .summary import ReplaySummary
+
+
+@click.command()
+@click.argument("trace", type=click.Path(path_type=Path))
+@click.option(
+    "--device", type=click.Choice(DeviceChoice), default=DeviceChoice.auto, help="auto takes the GPU if there is one."
+)
+@click.option("--backends", default=ReplayOptions.backends, help="Draft backends, each with its own buffers.")
+@click.option("--max-batch", default=ReplayOptions.max_batch, help="Requests that run at once.")
+@click.option(
+    "--context-len", default=ReplayOptions.context_len, help="Maximum tokens of a request; longer prompts are clipped."
+)
+@click.option("--requests", type=int, help="Serve only the first so many requests.")
+@click.option("--max-steps", type=int, help="Stop after so many steps.")
+@click.option(
+    "--verify",
+    type=click.Choice(Verify),
+    default=Verify.sample,
+    help=f"Which steps to compare with the reference; sample is every {SAMPLE_EVERY}th.",
+)
+@click.option("--page-size", default=ReplayOptions.page_size, help="Tokens in a KV page.")
+@click.option("--index-topk", default=ReplayOptions.index_topk, help="Tokens that sparse attention selects.")
+@click.option(
+    "--extent",
+    type=click.Choice(Extent),
+    default=Extent.live,
+    help="Write the live columns, or all columns up to the longest request.",
+)
+@click.option("--pages", type=int, show_default="half of what full contexts need", help="KV pages in the pool.")
+@click.option("--step-ms", default=ReplayOptions.step_ms, help="Simulated milliseconds a step takes.")
+@click.option(
+    "--preempt-probability",
+    default=ReplayOptions.preempt_probability,
+    help="Chance of a request to lose its pages after a step.",
+)
+@click.option(
+    "--pad-batch", default=ReplayOptions.pad_batch, help="Pad batches to a multiple of this, as captured graphs need."
+)
+@click.option("--seed", default=ReplayOptions.seed, help="Of all random choices.")
+@click.option("--json", "json_to", metavar="FILE", help="Write the summary as JSON; - is standard output.")
+def replay(json_to: str | None, **settings: Any) -> None:
+    """Serve a request trace in simulation, refresh the draft backends at each step, check every destination.
+
+    TRACE is a CSV file with the columns arrival_ms, input_tokens and output_tokens.
+
+    Exits with 1 if a destination is wrong or a step took more than one launch, with 2 if an option or the
+    trace can't be used.
+
+    \b
+    Examples:
+      onelaunch replay trace.csv
+      onelaunch replay trace.csv --device cpu --max-batch 8 --max-steps 100 --verify every
+      onelaunch replay trace.csv --extent full --json -
+    """
+    # Imported here for start-up time: the replay needs torch.
+    from .report import print_summary, run_with_progress
+
+    options = ReplayOptions(**settings)
+    errors = Console(stderr=True)
+
+    def run() -> ReplaySummary:
+        if json_to is not None and json_to != "-":
+            with _named(json_to):
+                check_writable(Path(json_to))  # before the work
+        summary = run_with_progress(options, errors)
+        if json_to is not None:
+            _write_json(summary, json_to)
+        return summary
+
+    summary = sentence(run)
+    # Standard output is one JSON document or the table, never both.
+    print_summary(summary, errors if json_to == "-" else Console())
+    if summary.mismatches or summary.launches != summary.steps:
+        raise click.exceptions.Exit(1)
+
+
+def _write_json(summary: ReplaySummary, target: str) -> None:
+    text = json.dumps(summary.to_dict(), indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    with _named(target):
+        write_whole(Path(target), text)
+
+
+@contextlib.contextmanager
+def _named(target: str) -> Iterator[None]:
+    """An OSError inside becomes a sentence about --json."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ArgumentError(
+            f"--json {target} can't be written: {reason}. Name a file in a folder that exists."
+        ) from error

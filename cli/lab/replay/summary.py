@@ -1,0 +1,83 @@
+"""What a replay did and saw."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checker import Offence
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Spread of a whole number over the run."""
+
+    min: int
+    median: int
+    p95: int
+    max: int
+
+    @classmethod
+    def of_counts(cls, counts: NDArray[np.int64]) -> Distribution:
+        """From how often each number occurred: int64 [largest number + 1], not all zero."""
+        below = np.cumsum(counts)
+        # The smallest number that at least this share of all occurrences doesn't exceed.
+        ranks = [1, *(max(1, -(-int(below[-1]) * percent // 100)) for percent in (50, 95)), int(below[-1])]
+        low, median, p95, high = (int(i) for i in np.searchsorted(below, ranks))
+        return cls(low, median, p95, high)
+
+
+@dataclass(frozen=True)
+class ReplaySummary:
+    """What a replay did and saw.
+
+    Attributes:
+        trace, device, backends, extent, verify, page_size, index_topk, seed: what was replayed, and how.
+        requests: requests of the trace that were to be served; ``finished`` of them were.
+        clipped_prompts: requests whose prompt was clipped to the context length.
+        preemptions: times that a request lost its pages and queued again.
+        queued_steps: steps before which a request waited for a place in the batch or for pages.
+        steps: refreshes. ``launches`` is what the plan counts; it must be the same number.
+        verified_steps, timed_steps: of these, how many were checked and how many were timed.
+        batch, length: requests in a step, and tokens of a request in a step; padding requests aren't counted.
+        bytes_written: bytes that the refreshes had to write, in all backends.
+        elements_checked: destination elements compared, those that had to stay untouched among them.
+        mismatches: elements that weren't what the reference says.
+        first_offence: the first of them, None if there is none.
+        refresh_us, torch_us: median microseconds from call to completion on the device, for the plan and for
+            the same refresh in tensor operations; None if no step was timed.
+    """
+
+    trace: str
+    device: str
+    backends: int
+    extent: str
+    verify: str
+    page_size: int
+    index_topk: int
+    seed: int
+    requests: int
+    finished: int
+    clipped_prompts: int
+    preemptions: int
+    queued_steps: int
+    steps: int
+    launches: int
+    verified_steps: int
+    timed_steps: int
+    batch: Distribution
+    length: Distribution
+    bytes_written: int
+    elements_checked: int
+    mismatches: int
+    first_offence: Offence | None
+    refresh_us: float | None
+    torch_us: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as JSON takes it."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,95 @@
+"""The verbs of the command. A verb's module is imported when the verb is called, so that the others start quickly."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from .faults import guarded, take_traceback
+
+# By name: the function (or the group of verbs) below onelaunch.cli, and what the list of verbs says of it.
+VERBS = {
+    "list": ("listing:list_kernels", "List the presets, and what is built of them."),
+    "show": ("show:show", "Print what a kernel is: CUDA, machine code, resources or key."),
+    "describe": ("describe:describe", "Print a kernel's fields, and the bytes that a refresh moves."),
+    "diff": ("diff:diff", "Print how two kernels differ."),
+    "build": ("build:build", "Compile configurations ahead of time into the cache."),
+    "explain": ("explain:explain", "Say whether a configuration is in the cache, and if not, why."),
+    "replay": ("lab.replay.command:replay", "Replay a request trace, and check every refresh."),
+    "doctor": ("doctor:doctor", "Check tools and cache, then build and run a real kernel."),
+    "bench": ("lab.bench.command:bench", "Measure the refresh beside everything it is compared with."),
+    "generate": ("generate:generate", "Write the emitted CUDA of every preset, or check it."),
+    "cache": ("cache:app", "List, verify, clean, pack and unpack the built kernels."),
+}
+
+
+class Verb(click.Command):
+    """A verb by name and help; the rest of it is in its module.
+
+    Args:
+        name: the verb.
+        where: ``module:command`` below onelaunch.cli.
+        help: what the list of verbs says.
+    """
+
+    def __init__(self, name: str, where: str, help: str) -> None:
+        super().__init__(name, help=help)
+        self._where = where
+
+    def load(self) -> click.Command:
+        """The verb with its options; imports its module."""
+        module, _, command = self._where.partition(":")
+        found: click.Command = getattr(importlib.import_module(f"onelaunch.cli.{module}"), command)
+        return found
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Loads the verb, which reads its arguments, prints its help or completes them."""
+        return self.load().make_context(info_name, args, parent=parent, **extra)
+
+
+class Verbs(click.Group):
+    """The command. It takes --traceback anywhere, and ends every fault with a sentence and an exit code."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, (where, help) in VERBS.items():
+            self.add_command(Verb(name, where, help))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order of VERBS."""
+        return list(VERBS)
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Runs the command, whatever became of standard output."""
+        if sys.stdout is None:  # it was closed before the start
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            return super().main(*args, **settings)
+        finally:
+            _flush()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Takes --traceback out, wherever it is among a verb's arguments."""
+        return super().parse_args(ctx, take_traceback(args))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the verb."""
+        return guarded(lambda: super(Verbs, self).invoke(ctx))
+
+
+def _flush() -> None:
+    """Writes what standard output still holds; left to Python's exit, a failure would be a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What can't be written now can't be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):
+            click.echo(f"onelaunch: standard output can't be written: {error.strerror}.", err=True)
+            raise SystemExit(2) from None

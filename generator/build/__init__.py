@@ -1,0 +1,1 @@
+"""From source to shared object: the compilers, the build, and the binary it gives."""

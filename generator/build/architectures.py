@@ -1,0 +1,83 @@
+"""The GPU architectures that a build is for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from ..errors import ToolchainError
+from .toolkit import CudaToolkit, known_architectures
+
+DEFAULT_ARCHITECTURES = ("90a",)
+ARCHITECTURE_VARIABLE = "ONELAUNCH_CUDA_ARCH"
+
+
+def architectures(device: int | None = None) -> tuple[str, ...]:
+    """The architectures to build for, such as ("90a",).
+
+    Args:
+        device: index of the CUDA device to build for. With None no GPU is asked: CUDA isn't initialised and
+            torch isn't imported.
+
+    $ONELAUNCH_CUDA_ARCH, a comma list such as "90a,100a", decides if it is set. Otherwise it is the device's
+    capability, and ("90a",) where no device was named or no GPU is visible.
+
+    Raises:
+        ToolchainError: $ONELAUNCH_CUDA_ARCH can't be read, or there is no such device.
+    """
+    if wanted := os.environ.get(ARCHITECTURE_VARIABLE, "").strip():
+        names = (_parsed(name, f"{ARCHITECTURE_VARIABLE}={wanted!r}") for name in wanted.split(","))
+        return tuple(dict.fromkeys(names))
+    if device is None:
+        return DEFAULT_ARCHITECTURES
+    import torch  # only here: a build for a named architecture needs no torch
+
+    if not torch.cuda.is_available():
+        return DEFAULT_ARCHITECTURES
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ToolchainError(
+            f"CUDA device {device} can't be asked for its architecture: {error}. Use one of the"
+            f" {torch.cuda.device_count()} visible devices, or set {ARCHITECTURE_VARIABLE}."
+        ) from error
+    # "a" unlocks the instructions of exactly this architecture, which exist since 9.0.
+    return (f"{major}{minor}{'a' if major >= 9 else ''}",)
+
+
+def current_architectures() -> tuple[str, ...]:
+    """architectures() for the current CUDA device, or for none where no GPU is visible. Initialises CUDA.
+
+    Raises:
+        ToolchainError: see architectures().
+    """
+    import torch
+
+    return architectures(torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
+def gencode_flags(archs: Sequence[str], toolkit: CudaToolkit | None = None) -> list[str]:
+    """nvcc flags: ("90a",) gives ["-gencode=arch=compute_90a,code=sm_90a"]; so do "9.0a" and "sm_90a".
+
+    Raises:
+        ToolchainError: an architecture can't be read, none is given, or the toolkit's nvcc doesn't know it.
+    """
+    if not archs:
+        raise ToolchainError('No architecture was given to build for: name at least one, such as "90a".')
+    names = list(dict.fromkeys(_parsed(arch, "the list of architectures") for arch in archs))
+    known = known_architectures(toolkit.nvcc) if toolkit else ()
+    for name in names:
+        if known and toolkit and name not in known:
+            raise ToolchainError(
+                f"nvcc {toolkit.version} ({toolkit.nvcc}) can't build for architecture {name!r}; it supports"
+                f" {', '.join(known)}. Choose one of these, or a newer toolkit with CUDA_HOME."
+            )
+    return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+
+
+def _parsed(name: str, source: str) -> str:
+    plain = name.strip().removeprefix("sm_").replace(".", "")
+    if not re.fullmatch(r"\d{2,3}[af]?", plain):
+        raise ToolchainError(f"{name.strip()!r} in {source} isn't an architecture; write 90a, 100a or 89.")
+    return plain

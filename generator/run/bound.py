@@ -1,0 +1,102 @@
+"""A loaded kernel bound to its constant parameter words: what a plan launches."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import log
+from ..build import toolchain
+from ..cache.store import warn_once
+from ..errors import LaunchError
+from ..load import loader
+from ..spec import layout
+from ..spec.config import KernelConfig
+from ..spec.fields import FIELDS, MetadataBuffers
+
+NVTX_VARIABLE = "ONELAUNCH_NVTX"
+
+
+class BoundKernel:
+    """A loaded kernel with its constant parameter words set.
+
+    Args:
+        config: the configuration.
+        device: the device of all tensors.
+        values: the words of each parameter that no call changes, by the member's name; more than the kernel has is
+            allowed. ``device`` and ``sm_count`` are added here.
+
+    Attributes:
+        kernel: the kernel.
+        run: run(owner, arguments...): one launch on the device's current stream. If the arguments (tensors, ints and
+            None) differ from the last call's, it calls owner._check(arguments...), which raises or returns the words.
+        launch: launch(words..., stream): the bare launch, for measurements.
+
+    Raises:
+        LaunchError: the kernel can't run on the device, or can't read the tensors of this torch.
+        ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
+    """
+
+    def __init__(self, config: KernelConfig, device: torch.device, values: dict[str, list[int]]) -> None:
+        start = time.perf_counter()
+        archs, ordinal, sm_count = None, 0, 1
+        if device.type == "cuda":  # pragma: gpu
+            archs, ordinal = toolchain.architectures(device.index), device.index
+            sm_count = torch.cuda.get_device_properties(device).multi_processor_count
+        self._config, self._device = config, device
+        self.kernel = loader.load(config, archs)
+        module = self.kernel.module
+        try:
+            # Loads the kernel on the device now: a first launch inside a graph capture couldn't.
+            module.prepare(ordinal)
+        except RuntimeError as error:
+            raise LaunchError(
+                f"{config.symbol} can't be loaded on {device}: {error}. It was built for "
+                f"{', '.join('sm_' + arch for arch in self.kernel.archs) or 'the CPU'}."
+            ) from error
+        try:
+            module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
+        except (AttributeError, RuntimeError) as error:  # torch has no such functions, or those of another DLPack
+            raise LaunchError(
+                f"{config.symbol} can't read the tensors of torch {torch.__version__}: {error}. It needs "
+                "torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1: install torch 2.11 or later."
+            ) from error
+        values = {"device": [ordinal], "sm_count": [sm_count], **values}
+        words = [word for m in layout.members(config) if not m.per_call for word in values[m.name]]
+        self._plan = module.bind(words, ordinal if device.type == "cuda" else -1)
+        self.run, self.launch = _with_nvtx(self._plan.run, config.symbol), self._plan.launch
+        outcome = "hit" if self.kernel.since < start else "miss"
+        mark = "edited by hand" if self.kernel.edited else ""
+        log.event("bind", config.symbol, self.kernel.key, outcome, time.perf_counter() - start, f"on {device}", mark)
+
+    def launch_error(self, error: RuntimeError) -> LaunchError:
+        """What run() of a plan raises for an error of the launch."""
+        return LaunchError(f"{self._config.symbol} wasn't launched on {self._device}: {error}.")
+
+
+def _with_nvtx(run: Callable[..., None], name: str) -> Callable[..., None]:
+    """``run`` itself, or with $ONELAUNCH_NVTX=1 in an NVTX range. Decided once here, so that a call tests nothing."""
+    if os.environ.get(NVTX_VARIABLE, "") in ("", "0"):
+        return run
+    nvtx: Any = torch.cuda.nvtx  # its functions have no annotations
+    push, pop = nvtx.range_push, nvtx.range_pop
+    try:
+        push(name)
+        pop()
+    except RuntimeError as error:
+        warn_once(f"{NVTX_VARIABLE} is set, but this torch has no NVTX ({error}); there are no ranges.")
+        return run
+
+    def ranged(*arguments: Any) -> None:
+        push(name)
+        try:
+            run(*arguments)
+        finally:
+            pop()
+
+    return ranged

@@ -1,0 +1,267 @@
+"""The destinations of N backends, checked: their fields, their tensors, and how much fits into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..spec.fields import FIELDS, MetadataBuffers
+from ..spec.parts import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
+from .checks import MAX_BATCH, MAX_COLUMNS, check_destination, check_int
+from .memory import Region, check_disjoint
+
+# (index of the backend, field) -> the name of that destination in messages.
+NameOf = Callable[[int, str], str]
+
+
+def backend_field(index: int, name: str) -> str:
+    """The name of a destination in the messages of bind()."""
+    return f"backends[{index}].{name}"
+
+
+class Room(NamedTuple):
+    """How many requests, or rows, fit, and the name of the tensor that has the least room."""
+
+    capacity: int
+    name: str
+
+
+class _Named(NamedTuple):
+    name: str
+    tensor: Tensor
+
+
+class Destinations:
+    """The checked destinations of N backends.
+
+    Args:
+        backends: a MetadataBuffers for each backend, at least one (see check_backends); all have the same fields.
+        page_size: P; with 1, real_page_table must be page_indices or None.
+        name_of: the name of a backend's field in messages.
+        mode: the forward mode; in decode a row is a request.
+
+    Attributes:
+        count: N.
+        fields: names of the fields that are written, in the order of FIELDS.
+        tensors: by field, its different tensors. A tensor that several backends share is in it once.
+        regions: the memory of all of them.
+        device: the device of all of them.
+        requests, rows: how many requests and rows fit.
+
+    Raises:
+        ArgumentError: a tensor can't be written to, the backends have different fields, or destinations overlap.
+    """
+
+    def __init__(
+        self, backends: Sequence[MetadataBuffers], page_size: int, name_of: NameOf, mode: str = "decode"
+    ) -> None:
+        self.count = len(backends)
+        device: torch.device | None = None
+        tensors: dict[str, dict[tuple[Any, ...], _Named]] = {}
+        room: dict[str, list[Room]] = {"request": [], "row": []}
+        first: dict[str, _Named] = {}
+        for index, backend in enumerate(backends):
+            given = {field.name: _Named(name_of(index, field.name), tensor) for field, tensor in backend.items()}
+            for name, (label, tensor) in given.items():
+                device = check_destination(label, tensor, dim=FIELDS[name].dim, device=device).device
+            given = _without_aliases(given, page_size, mode)
+            if index == 0:
+                first = given
+            for name in given.keys() ^ first.keys():
+                has, lacks = (0, index) if name in first else (index, 0)
+                raise ArgumentError(
+                    f"{name_of(lacks, name)} is None but {name_of(has, name)} is a tensor; all backends must have the "
+                    "same fields. Bind backends with other fields to a plan of their own."
+                )
+            for name, (label, tensor) in given.items():
+                field = FIELDS[name]
+                if field.extra and tensor.numel() == 0:
+                    raise ArgumentError(f"{label} is empty; it must have room for the first 0, shape [bs + 1].")
+                if field.kind == "schedule":
+                    _check_schedule(name, label, tensor)
+                if field.sized_by_batch:
+                    room[field.per].append(Room(tensor.shape[0] - field.extra, label))
+                tensors.setdefault(name, {}).setdefault(_identity(label, tensor), _Named(label, tensor))
+        if device is None:
+            raise ArgumentError("backends have no field at all; give at least one tensor.")
+        self.device = device
+        self.fields = tuple(name for name in FIELDS if name in first)
+        if mode == "decode":
+            room["request"] = room["row"] = room["request"] + room["row"]
+        unlimited = [Room(MAX_BATCH, "")]
+        self.requests, self.rows = min(room["request"] or unlimited), min(room["row"] or unlimited)
+        self._named = {name: list(tensors[name].values()) for name in self.fields}
+        self.tensors = {name: [named.tensor for named in different] for name, different in self._named.items()}
+        self.regions = [Region.of(*named) for named in self.all()]
+        check_disjoint(self.regions)
+
+    def all(self) -> list[_Named]:
+        """All different tensors with their names in messages."""
+        return [named for different in self._named.values() for named in different]
+
+    def width(self, name: str) -> int | None:
+        """The columns that all backends have in a table; None if there is no such field.
+
+        Raises:
+            ArgumentError: backends differ in it.
+        """
+        return self._common(name, 1, "columns", "Slice them: table[:, :width].")
+
+    def length(self, name: str) -> int | None:
+        """The first dimension of a field that isn't sized by the batch, likewise."""
+        return self._common(name, 0, "rows" if FIELDS[name].dim == 2 else "elements", "Slice them: tensor[:length].")
+
+    def _common(self, name: str, dim: int, what: str, remedy: str) -> int | None:
+        different = self._named.get(name)
+        if not different:
+            return None
+        first = different[0]
+        for label, tensor in different:
+            if tensor.shape[dim] != first.tensor.shape[dim]:
+                raise ArgumentError(
+                    f"{label} has {tensor.shape[dim]} {what} and {first.name} has {first.tensor.shape[dim]}; all "
+                    f"backends must have the same. {remedy}"
+                )
+        return int(first.tensor.shape[dim])
+
+    def token_columns(self, pool_width: int, page_size: int, index_kpool: int) -> int:
+        """The number of tokens that every row of every table has columns for.
+
+        Args:
+            pool_width: columns of req_to_token.
+
+        Raises:
+            ArgumentError: a table of pages or pools has too few columns for the tokens of the wider table.
+        """
+        columns, limited = min(pool_width, MAX_COLUMNS), False
+        for table, tokens, unit in (
+            ("page_indices", 1, "tokens"),
+            ("real_page_table", page_size, "pages"),
+            ("pooled_real_page_table", page_size * index_kpool, "pools"),
+        ):
+            width = self.width(table)
+            if width is None:
+                continue
+            if limited and width < -(-columns // tokens):
+                raise ArgumentError(
+                    f"{self._named[table][0].name} has {width} columns; {columns} tokens in {unit} of {tokens} need "
+                    f"{-(-columns // tokens)}. Allocate a wider table, or narrow the others."
+                )
+            columns, limited = min(columns, width * tokens), True
+        return columns
+
+    def same_alignment(self, name: str, *, all_rows: bool = False) -> bool:
+        """Whether row r of every tensor has the same alignment offset to 16 bytes, for every r.
+
+        Args:
+            all_rows: whether all rows must have the same one, too, since a tile is written to several.
+        """
+        tensors = self.tensors[name]
+        first = tensors[0]
+        if any((t.data_ptr() - first.data_ptr()) % 16 for t in tensors):
+            return False
+        if all_rows:
+            # Checked for a single row, too: the kernel computes the offset of any row from its stride.
+            return all(t.stride(0) % 4 == 0 for t in tensors)
+        return all((t.stride(0) - first.stride(0)) % 4 == 0 or t.shape[0] == first.shape[0] == 1 for t in tensors)
+
+    def distinct(self) -> tuple[tuple[str, int], ...]:
+        """(field, number of tensors) for the fields that backends share, for KernelConfig.distinct."""
+        return tuple((name, len(t)) for name, t in self.tensors.items() if len(t) < self.count)
+
+    def words(self, name: str) -> list[int]:
+        """The parameter words of a field."""
+        if FIELDS[name].kind == "schedule":  # contiguous, so the kernel needs no stride
+            return [tensor.data_ptr() for tensor in self.tensors[name]]
+        return [word for tensor in self.tensors[name] for word in tensor_words(tensor)]
+
+    def check_offsets(self, offsets: Any) -> tuple[int, ...]:
+        """Checks seqlen_offsets: a number for each backend, or none.
+
+        Raises:
+            ArgumentError: they don't fit, or backends with different offsets share a tensor that would differ.
+        """
+        checked = check_offsets(offsets, self.count)
+        if len(set(checked)) > 1:
+            for name, different in self._named.items():
+                if len(different) < self.count and (FIELDS[name].kind != "table" or len(different) > 1):
+                    raise ArgumentError(
+                        f"{different[0].name} and the other backends' are {len(different)} different tensors, and "
+                        f"seqlen_offsets is {checked}; backends with different offsets may share a table only if all "
+                        "of them share it, and no other field. Allocate one for each."
+                    )
+        return checked
+
+
+def check_backends(backends: Any) -> None:
+    """Checks that an argument is a list of MetadataBuffers, with at least one element.
+
+    Raises:
+        ArgumentError: it isn't.
+    """
+    if isinstance(backends, (MetadataBuffers, str)) or not isinstance(backends, Sequence):
+        raise ArgumentError(f"backends is a {type(backends).__name__}; it must be a list of MetadataBuffers.")
+    for index, backend in enumerate(backends):
+        if not isinstance(backend, MetadataBuffers):
+            raise ArgumentError(f"backends[{index}] is a {type(backend).__name__}; it must be a MetadataBuffers.")
+    if not backends:
+        raise ArgumentError("backends is empty; give the buffers of at least one backend.")
+
+
+def check_offsets(offsets: Any, count: int) -> tuple[int, ...]:
+    """Checks that seqlen_offsets is None, or has a number for each of ``count`` backends.
+
+    Raises:
+        ArgumentError: it doesn't.
+    """
+    if offsets is None:
+        return ()
+    if isinstance(offsets, (str, Tensor)) or not isinstance(offsets, Sequence) or len(offsets) != count:
+        raise ArgumentError(
+            f"seqlen_offsets is {offsets!r}; it must be None, or one whole number for each of the {count} backends."
+        )
+    return tuple(
+        check_int(f"seqlen_offsets[{index}]", offset, 0, MAX_SEQLEN_OFFSET) for index, offset in enumerate(offsets)
+    )
+
+
+def tensor_words(tensor: Tensor) -> list[int]:
+    """The parameter words of a tensor: its address, and a table's row stride in elements."""
+    return [tensor.data_ptr(), tensor.stride(0)] if tensor.dim() == 2 else [tensor.data_ptr()]
+
+
+def _without_aliases(given: dict[str, _Named], page_size: int, mode: str) -> dict[str, _Named]:
+    """The fields of a backend without those that are only another name for the same memory."""
+    expanded, cache = given.get("seqlens_expanded"), given.get("cache_seqlens")
+    dropped = set()
+    if mode == "decode" and expanded is not None and cache is not None and _identity(*expanded) == _identity(*cache):
+        dropped.add("seqlens_expanded")
+    real, wide = given.get("real_page_table"), given.get("page_indices")
+    if page_size == 1 and real is not None:
+        if wide is None or _identity(*real) != _identity(*wide):
+            raise ArgumentError(
+                f"{real.name} is a tensor of its own, but with pages of one token it is the same table as "
+                "page_indices; pass None, or the very same tensor."
+            )
+        dropped.add("real_page_table")
+    return {name: named for name, named in given.items() if name not in dropped}
+
+
+def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory with the same shape and strides."""
+    return Region.of(name, tensor).start, tensor.shape, tensor.stride()
+
+
+def _check_schedule(name: str, label: str, tensor: Tensor) -> None:
+    words, low, high = (2, 2, MAX_BATCH) if name == "paged_mqa_schedule_metadata" else (8, 1, MAX_SM_PARTS)
+    rows = tensor.shape[0]
+    if tensor.shape[1] != words or not low <= rows <= high:
+        raise ArgumentError(
+            f"{label} has shape {tuple(tensor.shape)}; it must be {FIELDS[name].shape}, with {low} to {high} rows."
+        )
+    if not tensor.is_contiguous():
+        raise ArgumentError(f"{label} has strides {tensor.stride()}; a schedule must be contiguous.")

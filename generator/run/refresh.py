@@ -1,0 +1,148 @@
+"""What the engines' refresh functions have in common: find or bind the plan of a call's tensors, and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..spec.fields import MetadataBuffers
+from . import plan
+from .checks import INT_DTYPES, check_tensor
+from .destinations import NameOf
+from .remembered import RememberedPlans
+
+# The fields of the lists that fused_metadata_precompute_and_broadcast_cuda takes, in the order of backends_of_lists.
+LISTS = (
+    "cache_seqlens",
+    "cu_seqlens_k",
+    "page_indices",
+    "nsa_cache_seqlens",
+    "nsa_cu_seqlens_k",
+    "real_page_table",
+    "seqlens_expanded",
+)
+
+# Makes the backends of a call's destinations, and the names of their fields in messages.
+BackendsOf = Callable[[tuple[Any, ...]], tuple[list[MetadataBuffers], NameOf]]
+
+plans = RememberedPlans()
+
+
+def refresh(
+    destinations: tuple[Any, ...],
+    backends_of: BackendsOf,
+    seq_lens: Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    extend_seq_lens: Tensor | None,
+    max_len: int,
+    nsa_index_topk: int,
+    real_page_size: int,
+    extent: str,
+    mode: str,
+    next_n: int,
+) -> None:
+    """Runs the plan of these tensors, and binds it at the first call.
+
+    Args:
+        destinations: tensors, lists of them or a MetadataBuffers, as ``backends_of`` takes them.
+        The others as in fused_metadata_precompute_and_broadcast_cuda.
+
+    Raises:
+        ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+    """
+    try:
+        arguments: tuple[Any, ...] = (
+            seq_lens.dtype,
+            req_pool_indices.dtype,
+            None if extend_seq_lens is None else extend_seq_lens.dtype,
+            extent,
+            mode,
+            nsa_index_topk,
+            real_page_size,
+            next_n,
+            req_to_token,
+            destinations,
+        )
+        known = plans.find(*arguments)
+    except AttributeError:  # an input isn't a tensor; the checks below report it
+        arguments, known = (), None
+    if known is None:
+        check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
+        check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)
+        settings: dict[str, Any] = {
+            "mode": mode,
+            "index_topk": nsa_index_topk,
+            "page_size": real_page_size,
+            "extent": extent,
+            "seq_lens_dtype": seq_lens.dtype,
+            "req_pool_indices_dtype": req_pool_indices.dtype,
+            "next_n": next_n,
+        }
+        if extend_seq_lens is not None:
+            check_tensor("extend_seq_lens", extend_seq_lens, dim=1, dtypes=INT_DTYPES)
+            if mode != "draft_extend":
+                raise ArgumentError(f"extend_seq_lens is a tensor and mode is {mode!r}; they are for 'draft_extend'.")
+            settings |= {"extend": "variable", "extend_seq_lens_dtype": extend_seq_lens.dtype}
+        backends, name_of = backends_of(destinations)
+        names = plan.ArgumentNames(name_of, index_topk="nsa_index_topk", page_size="real_page_size")
+        known = plan.make_plan(backends, req_to_token, settings, names, keep=False)
+        plans.keep(known, *arguments)
+    known.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
+
+
+def backend_of_out(destinations: tuple[Any, ...]) -> tuple[list[MetadataBuffers], NameOf]:
+    """The one backend that the precompute functions write to."""
+    return [destinations[0]], lambda index, name: f"out.{name}"
+
+
+def backends_of_lists(lists: tuple[Any, ...]) -> tuple[list[MetadataBuffers], NameOf]:
+    """The backends of lists in the order of LISTS.
+
+    Raises:
+        ArgumentError: a list isn't one of tensors, or the lists have different lengths.
+    """
+    given: dict[str, Sequence[Tensor]] = {}
+    for name, tensors in zip(LISTS, lists, strict=True):
+        if tensors is None:
+            continue
+        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+            raise ArgumentError(f"{name}_list is a {type(tensors).__name__}; it must be a list of tensors or None.")
+        given[name] = tensors
+    if not given:
+        raise ArgumentError("every list is None; give at least one list of destinations.")
+    first = next(iter(given))
+    count = len(given[first])
+    for name, tensors in given.items():
+        if len(tensors) != count:
+            raise ArgumentError(
+                f"{name}_list has {len(tensors)} tensors and {first}_list has {count}; all lists must have one tensor "
+                "for each backend."
+            )
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise ArgumentError(f"{name}_list[{index}] is a {type(tensor).__name__}; it must be a torch.Tensor.")
+    backends = [MetadataBuffers(**{name: tensors[index] for name, tensors in given.items()}) for index in range(count)]
+    return backends, lambda index, name: f"{name}_list[{index}]"
+
+
+def allocate(bs: int, rows: int, max_len: int, page_size: int, device: torch.device, mode: str) -> MetadataBuffers:
+    """New buffers of exactly the shapes that a precompute function writes."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    cache, table = new(bs), new(rows, max_len)
+    return MetadataBuffers(
+        cache_seqlens=cache,
+        cu_seqlens_k=new(bs + 1),
+        page_indices=table,
+        nsa_cache_seqlens=new(rows),
+        nsa_cu_seqlens_k=new(rows + 1),
+        real_page_table=table if page_size == 1 else new(rows, -(-max_len // page_size)),
+        seqlens_expanded=cache if mode == "decode" else new(rows),
+    )

@@ -1,0 +1,37 @@
+"""Plans found again by the arguments that they were made for, so that a function call costs no bind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_MAX_PLANS = 256
+
+
+class RememberedPlans:
+    """The plans of one function, by the arguments of the call that made them.
+
+    The binding compares arguments by value. The value of a tensor is its address, shape, strides, dtype and device, so
+    a tensor that changed in place, or that took another's place, is another argument. The plans hold addresses only:
+    the caller that passes a tensor keeps it alive.
+
+    Attributes:
+        find: find(arguments...): the plan for equal arguments, or None. One C call.
+    """
+
+    find: Callable[..., Any]
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all plans."""
+        self._memo: Any = None  # made by the first plan's binding; all bindings compare alike
+        self.find = lambda *arguments: None
+
+    def keep(self, plan: Any, *arguments: Any) -> None:
+        """Remembers a plan, and drops the least recently used one if there are too many."""
+        if self._memo is None:
+            self._memo = plan.kernel.module.memo(_MAX_PLANS)
+            self.find = self._memo.find
+        self._memo.keep(plan, *arguments)

@@ -1,0 +1,229 @@
+"""The parts of a configuration: settings that belong together, each declared in one line.
+
+A setting says its default, what is allowed, and which configurations use it. What a configuration doesn't use is
+absent from it: the setting is None in its part, and a part without any setting in use is None itself. So two
+configurations that emit the same CUDA are equal, and a setting that is added later changes no key that exists.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from .values import Offsets, OneOf, Value, Whole
+
+if TYPE_CHECKING:
+    from .config import KernelConfig
+
+Mode = Literal["decode", "target_verify", "draft_extend"]
+Extend = Literal["uniform", "variable"]
+IntDtype = Literal["int32", "int64"]
+Extent = Literal["live", "full"]
+Remainder = Literal["last", "first"]
+SchedulePer = Literal["request", "row"]
+FlashMLAOrder = Literal["2026", "2025"]
+
+# Beyond any speculation, and small enough that the sum of a length and an offset still fits into 32 bits.
+MAX_NEXT_N = 2**15
+MAX_SEQLEN_OFFSET = 2**15
+# More than any GPU has multiprocessors: a block keeps where every part of FlashMLA's schedule begins.
+MAX_SM_PARTS = 512
+
+_INT_DTYPE = OneOf("int32", "int64")
+_SAME_AS_DEFAULT: Any = object()
+
+
+def setting(
+    default: Any,
+    value: Value,
+    used: Callable[[KernelConfig], bool] = lambda config: True,
+    unused: Any = _SAME_AS_DEFAULT,
+) -> Any:
+    """Declares a setting.
+
+    Args:
+        default: its value where the user gives none. Keys and banners omit settings at their default.
+        value: what is allowed.
+        used: whether a configuration's kernel depends on it.
+        unused: what reading it from a configuration yields where it isn't used; the default unless given.
+    """
+    unused = default if unused is _SAME_AS_DEFAULT else unused
+    return dataclasses.field(default=default, metadata={"value": value, "used": used, "unused": unused})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Settings that belong together. An instance has checked them.
+
+    Raises:
+        ConfigError: a setting is outside what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = field.metadata["value"].check(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+    def in_use(self, config: KernelConfig) -> Self | None:
+        """The part with None for what the configuration doesn't use; None if it uses nothing of it."""
+        unused = [field.name for field in dataclasses.fields(self) if not field.metadata["used"](config)]
+        if len(unused) == len(dataclasses.fields(self)):
+            return None
+        part = copy.copy(self)
+        for name in unused:
+            object.__setattr__(part, name, None)
+        return part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths(Part):
+    """The lengths that a kernel reads.
+
+    Attributes:
+        seq_lens_dtype: "int32" or "int64".
+        seqlen_offsets: what each backend adds to every length, one number a backend from 0 to 32768. Offsets that are
+            all equal become one number, and none where that is 0.
+    """
+
+    seq_lens_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.needs_lengths)
+    seqlen_offsets: tuple[int, ...] | None = setting((), Offsets(MAX_SEQLEN_OFFSET), used=lambda c: c.needs_lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Part):
+    """The rows that a request has in target_verify and draft_extend.
+
+    Attributes:
+        extend: in draft_extend, "uniform" for next_n rows a request, "variable" for lengths that each call gives.
+        next_n: n, the rows of each request in target_verify and in a uniform draft_extend, 1 to 32768.
+        extend_seq_lens_dtype: of variable extend lengths, "int32" or "int64".
+    """
+
+    extend: Extend | None = setting(
+        "uniform",
+        OneOf("uniform", "variable"),
+        used=lambda c: not c.copies and c.mode == "draft_extend" and bool(c.row_fields),
+    )
+    next_n: int | None = setting(1, Whole(1, MAX_NEXT_N), used=lambda c: c.counts_rows)
+    extend_seq_lens_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.variable_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather(Part):
+    """What is read from the token table.
+
+    Attributes:
+        extent: "live" writes the live columns of a row, those below its request's length; "full" every column below
+            max_len. kv_indices has live columns only.
+        req_pool_indices_dtype, req_to_token_dtype: "int32" or "int64".
+    """
+
+    extent: Extent | None = setting(
+        "live", OneOf("live", "full"), used=lambda c: c.gathers and "kv_indices" not in c.fields
+    )
+    req_pool_indices_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.gathers)
+    req_to_token_dtype: IntDtype | None = setting("int32", _INT_DTYPE, used=lambda c: c.gathers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages(Part):
+    """Tables whose columns are pages.
+
+    Attributes:
+        page_size: P, tokens a page of real_page_table, 1 or more.
+        page_fill: -1 writes -1 to the columns of real_page_table that aren't live, up to the table's width; None leaves
+            them alone. For a real_page_table that is the only table, of extent "live".
+    """
+
+    page_size: int | None = setting(
+        64, Whole(1, 2**31 - 1), used=lambda c: not c.copies and bool(c.paged_tables), unused=1
+    )
+    page_fill: Literal[-1] | None = setting(None, OneOf(None, -1), used=lambda c: not c.copies and bool(c.paged_tables))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Part):
+    """What sparse attention selects.
+
+    Attributes:
+        index_topk: T, the clamp of nsa_cache_seqlens, 0 or more.
+        index_kpool: k, tokens a pool: index_topk clamps complete pools only, and pooled_* fields count pools.
+    """
+
+    index_topk: int | None = setting(2048, Whole(0, 2**31 - 1), used=lambda c: c.uses_topk)
+    index_kpool: int | None = setting(1, Whole(1, 2**31 - 1), used=lambda c: c.uses_pools)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MqaSchedule(Part):
+    """DeepGEMM's schedule, paged_mqa_schedule_metadata.
+
+    Attributes:
+        schedule_remainder: which multiprocessors get one split more, "last" (DeepGEMM from 2026-06 on) or "first"
+            (before).
+        schedule_per: what its lengths are in target_verify and draft_extend: "request" for [bs, n], of which only the
+            last column counts (cache_seqlens), "row" for [R, 1] (seqlens_expanded).
+        schedule_atoms: query atoms of each request; 0 for as many as follow from next_n, ceil(n / 2).
+    """
+
+    schedule_remainder: Remainder | None = setting("last", OneOf("last", "first"), used=lambda c: c.has_mqa_schedule)
+    schedule_per: SchedulePer | None = setting(
+        "request", OneOf("request", "row"), used=lambda c: c.has_mqa_schedule and c.mode != "decode"
+    )
+    schedule_atoms: int | None = setting(
+        0,
+        Whole(0, MAX_NEXT_N),
+        used=lambda c: c.has_mqa_schedule and not c.schedules_rows and c.schedule_atoms not in (0, c.atoms_of_next_n),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashMLASchedule(Part):
+    """FlashMLA's schedule, flashmla_metadata.
+
+    Attributes:
+        flashmla_order: the order of the fields in a row, "2026" or "2025".
+    """
+
+    flashmla_order: FlashMLAOrder | None = setting(
+        "2026", OneOf("2026", "2025"), used=lambda c: "flashmla_metadata" in c.fields
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(Part):
+    """How a launch is laid out.
+
+    Attributes:
+        threads: threads a block, a power of two from 32 to 1024 (1 on the CPU target).
+        unroll: 16-byte accesses a thread has in flight, 1 to 8.
+        blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32; twice as many in copies. Where all
+            rows are equally long (extent "full", page_fill) they have as many blocks as they need.
+        vector_bytes: width of the table stores: 16 where all destinations of a row have one 16-byte phase, else 4.
+    """
+
+    threads: int | None = setting(256, Whole(1, 1024), used=lambda c: c.target == "cuda", unused=1)
+    unroll: int | None = setting(2, Whole(1, 8), used=lambda c: bool(c.tables), unused=1)
+    blocks_per_sm: int | None = setting(
+        4, Whole(1, 32), used=lambda c: bool(c.tables) and not c.equal_rows and c.target == "cuda", unused=1
+    )
+    # A page's number is one word in page_size: only page_indices and copies move runs of 16 bytes.
+    vector_bytes: Literal[4, 16] | None = setting(
+        16, OneOf(4, 16), used=lambda c: bool(c.tables) and (c.copies or "page_indices" in c.fields), unused=4
+    )
+
+
+# The name of a part in a configuration, in the order in which settings are listed.
+PARTS: dict[str, type[Part]] = {
+    "lengths": Lengths,
+    "rows": Rows,
+    "gather": Gather,
+    "pages": Pages,
+    "sparse": Sparse,
+    "mqa_schedule": MqaSchedule,
+    "flashmla_schedule": FlashMLASchedule,
+    "launch": Launch,
+}

@@ -1,0 +1,176 @@
+"""What a setting's value may be: each kind checks a value, reads it from text and writes it as text."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from ..errors import ConfigError
+
+
+class Value(Protocol):
+    """One kind of value."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value in its canonical form.
+
+        Raises:
+            ConfigError: the value isn't allowed; the message begins with the name.
+        """
+
+    def read(self, name: str, text: str) -> Any:
+        """The value that a text stands for, as ``--set`` has it. It isn't checked yet.
+
+        Raises:
+            ConfigError: the text stands for no value of this kind.
+        """
+
+    def write(self, value: Any) -> str:
+        """The text that read() reads as this value."""
+
+
+class OneOf:
+    """One of a few values."""
+
+    def __init__(self, *choices: Any) -> None:
+        self._choices = choices
+
+    def check(self, name: str, value: Any) -> Any:
+        check_one_of(name, value, self._choices)
+        return value
+
+    def read(self, name: str, text: str) -> Any:
+        for choice in self._choices:
+            if text in (self.write(choice), str(choice)):
+                return choice
+        check_one_of(name, text, tuple(map(self.write, self._choices)))
+        raise AssertionError(text)
+
+    def write(self, value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Whole:
+    """A whole number from ``low`` to ``high``; None is no upper end."""
+
+    def __init__(self, low: int, high: int | None) -> None:
+        self._low, self._high = low, high
+
+    def check(self, name: str, value: Any) -> int:
+        return check_whole(name, value, self._low, self._high)
+
+    def read(self, name: str, text: str) -> int:
+        return read_whole(name, text)
+
+    def write(self, value: Any) -> str:
+        return str(value)
+
+
+class Names:
+    """Some of a few names, each at most once; as text they are joined by ``+``."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = tuple(names)
+
+    def check(self, name: str, value: Any) -> tuple[str, ...]:
+        listed = ", ".join(self._names)
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ConfigError(f"{name} is {value!r}; it must be a tuple of names from {listed}.")
+        chosen = tuple(value)
+        for each in chosen:
+            check_one_of(name, each, self._names)
+        if len(set(chosen)) != len(chosen):
+            raise ConfigError(f"{name} is {chosen!r}; name each field once.")
+        if not chosen:
+            raise ConfigError(f"{name} is empty; name at least one of {listed}.")
+        return tuple(each for each in self._names if each in chosen)
+
+    def read(self, name: str, text: str) -> tuple[str, ...]:
+        return tuple(text.split("+"))
+
+    def write(self, value: Any) -> str:
+        return "+".join(value)
+
+
+class Counts:
+    """(name, whole number) pairs, or a mapping; as text ``name:number`` joined by ``+``."""
+
+    def check(self, name: str, value: Any) -> tuple[tuple[str, int], ...]:
+        try:
+            return tuple(dict(value).items())
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name} is {value!r}; it must be pairs of a field and a whole number.") from None
+
+    def read(self, name: str, text: str) -> tuple[tuple[str, int], ...]:
+        pairs = [pair.partition(":") for pair in text.split("+")]
+        return tuple((field, read_whole(name, count)) for field, _, count in pairs)
+
+    def write(self, value: Any) -> str:
+        return "+".join(f"{field}:{count}" for field, count in value)
+
+
+class Offsets:
+    """One whole number a backend, from 0 to ``high``; one number for all, or none. As text joined by ``+``.
+
+    Numbers that are all equal become one, and none where that is 0.
+    """
+
+    def __init__(self, high: int) -> None:
+        self._high = high
+
+    def check(self, name: str, value: Any) -> tuple[int, ...]:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ConfigError(f"{name} is {value!r}; it must be a tuple with one whole number a backend.")
+        offsets = tuple(value)
+        for index, offset in enumerate(offsets):
+            check_whole(f"{name}[{index}]", offset, 0, self._high)
+        if len(set(offsets)) == 1:
+            return offsets[:1] if offsets[0] else ()
+        return offsets
+
+    def read(self, name: str, text: str) -> tuple[int, ...]:
+        return tuple(read_whole(name, number) for number in text.split("+"))
+
+    def write(self, value: Any) -> str:
+        return "+".join(map(str, value))
+
+
+def check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuses what is none of the choices, and says which one may have been meant.
+
+    Raises:
+        ConfigError: the value is none of the choices, or equals one of another type.
+    """
+    if any(value == choice and type(value) is type(choice) for choice in choices):
+        return
+    names = [choice for choice in choices if isinstance(choice, str)]
+    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.{hint}")
+
+
+def check_whole(name: str, value: Any, low: int, high: int | None) -> int:
+    """Refuses what isn't a whole number in a range.
+
+    Raises:
+        ConfigError: the value isn't an int (a bool isn't one here), or is outside the range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number.")
+    if value < low or (high is not None and value > high):
+        allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        raise ConfigError(f"{name} is {value}; allowed: {allowed}.")
+    return value
+
+
+def read_whole(name: str, text: str) -> int:
+    """The whole number that a text stands for.
+
+    Raises:
+        ConfigError: it stands for none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}; it must be a whole number.") from None

@@ -1,0 +1,366 @@
+"""The table of cases: configurations and shapes that the CPU target, the emulation and the GPU are checked with.
+
+``CONFIGURATIONS`` has one of each strategy and each field kind, by name. ``SETTINGS`` lists the values of each setting,
+from which ``all_pairs`` makes a table of configurations in which any two values meet, and hypothesis draws any others.
+``SHAPES`` are the batches and tables that each is run on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onelaunch import FIELDS, KernelConfig
+from onelaunch.errors import ConfigError
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The tensors of one launch. Contents are random, drawn from ``seed``.
+
+    Attributes:
+        name: for messages.
+        lengths: seq_lens, one a request.
+        width: columns of req_to_token, and of a copy's precomputed page_indices.
+        table_columns: columns of page_indices, ``width`` if None; the other tables have as many as they need.
+        max_len: bound on the columns, none if None.
+        pool_rows: rows of req_to_token.
+        token_phase, table_phase: bytes past a 16-byte boundary where req_to_token and the tables begin.
+        token_pad, table_pad: unused elements between rows.
+        input_stride: elements from one length or pool index to the next; 0 where all lengths are the same.
+        spare_rows: rows of the destinations beyond the batch.
+        sparse_stride: if set, elements from row to row of all tables, of which only the columns have memory: so that
+            addresses need more than 32 bits. A multiple of 4. Only the emulation knows it.
+        extends: rows of the requests in turn, over and over, where extend lengths vary.
+        bad_pool_row: what the first request has for a row of req_to_token, if set; for checked kernels.
+        sm_count: multiprocessors that the emulation reports.
+        num_sms, num_sm_parts: of the schedules.
+        max_indices: elements of kv_indices, if the requests need as many.
+        seed: of the contents.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    width: int = 700
+    table_columns: int | None = None
+    max_len: int | None = None
+    pool_rows: int = 4
+    token_phase: int = 0
+    table_phase: int = 0
+    token_pad: int = 0
+    table_pad: int = 0
+    input_stride: int = 1
+    spare_rows: int = 0
+    sparse_stride: int | None = None
+    extends: tuple[int, ...] = (2, 0, 1, 5, 0, -1)
+    bad_pool_row: int | None = None
+    sm_count: int = 1
+    num_sms: int = 7
+    num_sm_parts: int = 5
+    max_indices: int = 5_000
+    seed: int = 0
+
+    def replace(self, **changes: Any) -> Shape:
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    def within(self, longest: int) -> Shape:
+        """The same with valid lengths and extend lengths: 0 or more, and at most ``longest``."""
+        return self.replace(
+            name=f"{self.name}, valid",
+            lengths=tuple(min(max(n, 0), longest) for n in self.lengths),
+            extends=tuple(max(n, 0) for n in self.extends),
+        )
+
+
+def batch(bs: int, width: int = 333, page_size: int = 64, **more: Any) -> Shape:
+    """A batch of the lengths that are easy to get wrong, then random ones, in random order."""
+    edges = [0, 1, page_size - 1, page_size, page_size + 1, width - 1, width, width + 1, 3 * width, 2 * page_size]
+    numbers = random.Random(f"{bs}.{width}.{page_size}")
+    lengths = [edges[i % len(edges)] if i % 3 else numbers.randint(0, width + 20) for i in range(bs)]
+    numbers.shuffle(lengths)
+    if more.get("input_stride") == 0:
+        lengths = lengths[:1] * bs
+    return Shape(
+        f"{bs} requests, width {width}", tuple(lengths), width, **{"pool_rows": 23, "spare_rows": 2, "seed": bs, **more}
+    )
+
+
+# Edges of tiles, nothing, padding, lengths beyond the table and beyond what sums in 31 bits.
+RAGGED = Shape(
+    "ragged",
+    (0, 1, 1603, -4, 511, 512, 513, 2**31 - 1, 2**32 + 5, 1600, 2**31 - 1),
+    width=1603,
+    token_phase=4,
+    table_phase=8,
+    table_pad=4,
+    spare_rows=1,
+)
+# More tiles than two for each warp of the emulation.
+LONG_ROWS = Shape(
+    "long rows", tuple(389 * i % 1700 for i in range(50)), width=1609, token_phase=4, table_phase=12, seed=7
+)
+# Rows that lie more than 2^32 bytes apart, and elements from 2^31 on.
+FAR = Shape("far", (600, 31, 600), width=600, pool_rows=3, sparse_stride=2**30 + 4, spare_rows=1, seed=5)
+SHAPES = (
+    RAGGED,
+    Shape("no requests", (), spare_rows=1),
+    Shape("one request", (5,), width=12),
+    # Row strides that are odd: every row of source and destination has another phase.
+    Shape("phases", (1541,) * 9, width=1541, pool_rows=5, token_phase=12, table_phase=4, input_stride=0, seed=1),
+    # The last whole tile ends where all memory does.
+    Shape("exact", (1536, 1024, 1536), width=1536, pool_rows=2, token_phase=8, seed=2),
+    Shape("bounded", (40, 900, 1300, 750), width=1300, table_columns=1001, max_len=700, input_stride=3, seed=3),
+    Shape("narrow tables", (40, 900, 1300), width=1300, table_columns=770, seed=4),
+    # As many blocks as requests or more: each has its own, once or a few times over, and the remainder is shared out.
+    Shape("few rounds", (1401, 0), width=1401, token_phase=4, table_phase=12, seed=8),
+    Shape("one long request", (1402,), width=1403, token_phase=4, table_phase=12, seed=10),
+    Shape("a remainder to share", (2500, 90), width=2503, token_phase=12, table_phase=4, seed=9),
+    Shape("a remainder for half the blocks", (7000,), width=7003, token_phase=4, table_phase=12, seed=11),
+)
+# Batches around a warp, a block and a window of the running sums.
+BATCHES = (0, 1, 2, 3, 5, 6, 7, 31, 32, 33, 100, 255, 256, 257, 700)
+# For the CPU target and the GPU: the widths give odd row strides, the batches cross a warp and a block.
+BATCH_SHAPES = (
+    batch(1, 130, max_indices=50, num_sms=132, num_sm_parts=132),
+    batch(3, 1031, input_stride=2, token_phase=4, token_pad=3),
+    batch(33, 517, max_len=400, num_sms=1, num_sm_parts=1),
+    batch(257, 70, table_pad=5, num_sms=133, num_sm_parts=512),
+    batch(300, 1291, table_columns=1101, max_indices=70_000),
+)
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+TABLES = ("page_indices", "real_page_table")
+SIX = KernelConfig().fields
+SEVEN = (*SIX, "seqlens_expanded")
+BY_BATCH = tuple(name for name, field in FIELDS.items() if field.kind in ("lengths", "cumulative", "table"))
+VECTORS = tuple(name for name, field in FIELDS.items() if field.kind in ("lengths", "cumulative"))
+MQA = "paged_mqa_schedule_metadata"
+SCHEDULES = (MQA, "flashmla_metadata", "num_splits")
+CSR = ("kv_indptr", "kv_indices")
+VERIFY: dict[str, Any] = {"mode": "target_verify", "next_n": 3}
+VARIABLE: dict[str, Any] = {"mode": "draft_extend", "extend": "variable"}
+
+# One of each strategy and each field kind: the sanitizers see these.
+STRATEGIES = {
+    "live": KernelConfig(num_backends=3),
+    "live pages": KernelConfig(num_backends=2, fields=("cu_seqlens_k", "real_page_table"), page_size=7),
+    "live words": KernelConfig(num_backends=2, vector_bytes=4, req_to_token_dtype="int64", seq_lens_dtype="int32"),
+    "equal rows": KernelConfig(num_backends=2, extent="full", page_size=16),
+    "filled pages": KernelConfig(fields=("cache_seqlens", "real_page_table"), page_fill=-1, num_backends=2),
+    "rows": KernelConfig(num_backends=2, fields=SEVEN, **VERIFY),
+    "variable rows": KernelConfig(num_backends=2, fields=SEVEN, **VARIABLE),
+    "pools": KernelConfig(
+        num_backends=2, index_kpool=3, page_size=2, index_topk=100, fields=BY_BATCH, mode="draft_extend", next_n=2
+    ),
+    "offsets": KernelConfig(num_backends=3, seqlen_offsets=(0, 700, 5), fields=SEVEN),
+    "vectors": KernelConfig(num_backends=2, fields=VECTORS, index_topk=9),
+    "schedules": KernelConfig(num_backends=2, fields=(*SIX, *SCHEDULES), schedule_remainder="first"),
+    "schedules of rows": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(9, 2, 500),
+        schedule_per="row",
+        flashmla_order="2025",
+        fields=("seqlens_expanded", *SCHEDULES),
+        **VERIFY,
+    ),
+    "indices": KernelConfig(num_backends=3, seqlen_offsets=(1, 2, 3), fields=CSR),
+    "copy": KernelConfig(operation="copy", num_backends=3),
+    "checked": KernelConfig(num_backends=2, checked=True),
+    "checked variable rows": KernelConfig(num_backends=2, fields=SEVEN, checked=True, **VARIABLE),
+    "checked indices": KernelConfig(num_backends=2, seqlen_offsets=(3, 70), fields=CSR, checked=True, **VERIFY),
+}
+# Combinations of them that took code of their own.
+CONFIGURATIONS = {
+    **STRATEGIES,
+    "one token a page": KernelConfig(num_backends=3, page_size=1),
+    "pages beyond a tile": KernelConfig(num_backends=2, page_size=1024),
+    "pages of int64, equal rows": KernelConfig(page_size=7, req_to_token_dtype="int64", extent="full"),
+    "pages alone, equal rows": KernelConfig(num_backends=2, fields=("real_page_table",), extent="full"),
+    "page_indices alone": KernelConfig(num_backends=2, fields=("page_indices",)),
+    "no clamp": KernelConfig(num_backends=2, fields=("seqlens_expanded", "nsa_cu_seqlens_k"), index_topk=0),
+    "shared": KernelConfig(num_backends=4, distinct=(("page_indices", 1), ("cu_seqlens_k", 2), ("real_page_table", 3))),
+    "rows of words": KernelConfig(num_backends=2, vector_bytes=4, **VERIFY),
+    "equal rows of requests": KernelConfig(num_backends=2, extent="full", page_size=7, fields=SEVEN, **VERIFY),
+    "shared rows": KernelConfig(
+        num_backends=3, fields=SEVEN, distinct=tuple((name, 1) for name in ("seqlens_expanded", *TABLES)), **VERIFY
+    ),
+    "pages of rows": KernelConfig(
+        mode="draft_extend", next_n=3, fields=("seqlens_expanded", "real_page_table"), page_size=3
+    ),
+    "variable rows of words": KernelConfig(vector_bytes=4, extend_seq_lens_dtype="int32", fields=SEVEN, **VARIABLE),
+    "variable rows, full": KernelConfig(num_backends=2, extent="full", **VARIABLE),
+    "variable lengths": KernelConfig(fields=("seqlens_expanded",), **VARIABLE),
+    "variable filled checked": KernelConfig(fields=("real_page_table",), page_fill=-1, checked=True, **VARIABLE),
+    "one offset": KernelConfig(num_backends=2, seqlen_offsets=(5,)),
+    "offsets, full": KernelConfig(
+        num_backends=3, fields=("cache_seqlens", "page_indices"), seqlen_offsets=(1, 2, 3), extent="full"
+    ),
+    "offsets, shared": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(9, 2, 5),
+        distinct=(("page_indices", 1),),
+        fields=("cu_seqlens_k", *TABLES),
+        page_size=7,
+    ),
+    "offsets, filled rows": KernelConfig(
+        num_backends=2, seqlen_offsets=(1, 80), fields=("nsa_cu_seqlens_k", "real_page_table"), page_fill=-1, **VERIFY
+    ),
+    "pools of pages": KernelConfig(index_kpool=4, page_size=2, fields=("pooled_real_page_table",)),
+    "schedules alone": KernelConfig(num_backends=3, fields=SCHEDULES, distinct=(("num_splits", 1),)),
+    "schedules of pools": KernelConfig(
+        num_backends=3, seqlen_offsets=(9, 2, 500), index_kpool=3, fields=("cu_seqlens_k", *SCHEDULES), **VERIFY
+    ),
+    "schedules, checked": KernelConfig(
+        num_backends=2, fields=("real_page_table", *SCHEDULES), checked=True, page_size=3, **VERIFY
+    ),
+    "indices of int64": KernelConfig(
+        num_backends=3, distinct=(("kv_indices", 2),), fields=("kv_indices",), req_to_token_dtype="int64"
+    ),
+    "indices beside": KernelConfig(num_backends=2, seqlen_offsets=(7,), fields=("cu_seqlens_k", *CSR, *SCHEDULES)),
+    "copy of rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=BY_BATCH),
+    "copy of words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4),
+    "copy of vectors": KernelConfig(operation="copy", num_backends=2, fields=("cu_seqlens_k",)),
+}
+
+# ------------------------------------------------------------------------------------------------ any two settings
+
+FIELD_SETS: tuple[tuple[str, ...], ...] = (
+    *((name,) for name in ("seqlens_expanded", "nsa_cu_seqlens_k", "page_indices", "pooled_real_page_table")),
+    ("cache_seqlens", "cu_seqlens_k"),
+    ("cu_seqlens_k", "real_page_table"),
+    TABLES,
+    SIX,
+    BY_BATCH,
+    (MQA, "cache_seqlens"),
+    ("flashmla_metadata", "num_splits", "real_page_table"),
+    (*SEVEN, *SCHEDULES),
+    CSR,
+    ("kv_indices", "cu_seqlens_k", MQA),
+)
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "fields": FIELD_SETS,
+    "num_backends": (1, 2, 3, 8, 9, 64),
+    "mode": ("decode", "target_verify", "draft_extend"),
+    "extend": ("uniform", "variable"),
+    "next_n": (1, 2, 5),
+    "page_size": (1, 16, 64, 7, 2**30),
+    "extent": ("live", "full"),
+    "page_fill": (None, -1),
+    "offsets": ("none", "one", "each"),
+    "shared": ("nothing", "tables"),
+    "vector_bytes": (16, 4),
+    "unroll": (2, 1, 4),
+    "seq_lens_dtype": ("int64", "int32"),
+    "req_pool_indices_dtype": ("int64", "int32"),
+    "req_to_token_dtype": ("int32", "int64"),
+    "extend_seq_lens_dtype": ("int64", "int32"),
+    "index_topk": (100, 0, 2**31 - 1),
+    "index_kpool": (1, 3, 64),
+    "checked": (False, True),
+    "schedule_remainder": ("last", "first"),
+    "schedule_per": ("request", "row"),
+    "schedule_atoms": (0, 3),
+    "flashmla_order": ("2026", "2025"),
+}
+
+
+def allowed(chosen: Mapping[str, Any]) -> bool:
+    """Whether a configuration has these settings, whatever the others are."""
+    fields = chosen.get("fields")
+    tables = None if fields is None else [name for name in fields if FIELDS[name].kind == "table"]
+    if chosen.get("page_fill") == -1 and (
+        tables not in (None, ["real_page_table"]) or chosen.get("extent") == "full" or chosen.get("page_size") == 1
+    ):
+        return False
+    if chosen.get("page_size") == 1 and tables is not None and "real_page_table" in tables and len(tables) == 1:
+        return False  # with pages of one token it would be page_indices
+    variable = chosen.get("mode") == "draft_extend" and chosen.get("extend") == "variable"
+    undefined = chosen.get("schedule_per") == "row" or chosen.get("schedule_atoms") == 0
+    return not (variable and undefined and fields is not None and MQA in fields)
+
+
+def configuration(chosen: Mapping[str, Any]) -> KernelConfig:
+    """The configuration of a choice from SETTINGS.
+
+    Raises:
+        ConfigError: there is no such configuration.
+    """
+    settings = dict(chosen)
+    n = settings["num_backends"]
+    offsets, shared = settings.pop("offsets"), settings.pop("shared")
+    settings["seqlen_offsets"] = {"none": (), "one": (7,), "each": tuple(range(n, 0, -1))}[offsets]
+    if shared == "tables":
+        tables = [name for name in settings["fields"] if FIELDS[name].kind == "table"]
+        settings["distinct"] = tuple((name, 1) for name in tables if (name, settings["page_size"]) != (TABLES[1], 1))
+    return bindable(KernelConfig(**settings))
+
+
+def bindable(config: KernelConfig) -> KernelConfig:
+    """The same, with the 16-byte stores that bind() chooses where there is only one destination of one phase."""
+    one = config.destinations("page_indices") == 1 and config.next_n == 1 and config.extend == "uniform"
+    return config.replace(vector_bytes=16) if one else config
+
+
+def all_pairs(
+    factors: Mapping[str, Sequence[Any]], allowed: Callable[[Mapping[str, Any]], bool], seed: int = 1
+) -> list[dict[str, Any]]:
+    """Choices in which any two values of any two factors meet at least once, where that is allowed.
+
+    Greedy and deterministic: each choice starts from a pair that is still missing, and takes the values, factor by
+    factor, that meet the most missing pairs.
+    """
+    numbers = random.Random(seed)
+    names = list(factors)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(factors[a]))
+        for j in range(len(factors[b]))
+    }
+
+    def values(picks: Mapping[str, int]) -> dict[str, Any]:
+        return {name: factors[name][i] for name, i in picks.items()}
+
+    def pairs(picks: Mapping[str, int]) -> set[tuple[tuple[str, int], tuple[str, int]]]:
+        known = [(name, picks[name]) for name in names if name in picks]
+        return set(itertools.combinations(known, 2))
+
+    choices = []
+    while missing:
+        first = min(missing)
+        picks = dict(first)
+        if not allowed(values(picks)):
+            missing.discard(first)
+            continue
+        for name in names:
+            if name not in picks:
+                possible = [i for i in range(len(factors[name])) if allowed(values({**picks, name: i}))]
+                numbers.shuffle(possible)
+                new = {i: len(pairs({**picks, name: i}) & missing) for i in possible}
+                picks[name] = max(possible, key=new.__getitem__)
+        missing -= pairs(picks)
+        choices.append(values({name: picks[name] for name in names}))
+    return choices
+
+
+def any_two_settings() -> dict[str, tuple[KernelConfig, tuple[Shape, ...]]]:
+    """Configurations in which any two settings meet, each with some of the shapes."""
+    table: dict[str, tuple[KernelConfig, tuple[Shape, ...]]] = {}
+    for index, chosen in enumerate(all_pairs(SETTINGS, allowed)):
+        try:
+            config = configuration(chosen)
+        except ConfigError:
+            continue
+        shapes = BATCH_SHAPES[index % 5], BATCH_SHAPES[(index + 2) % 5], RAGGED
+        # 64 backends of a large batch take long, and no path of the kernel depends on both.
+        few = tuple(s for s in shapes if config.num_backends < 64 or len(s.lengths) < 50)
+        table[f"{index}"] = config, few
+    return table

@@ -1,0 +1,383 @@
+"""One checker for the CPU target, the emulation and a GPU: poisoned destinations, a run, every word compared.
+
+``Scene`` makes the tensors of a case (a configuration and a shape, see cases.py) and what the reference makes of them.
+``check`` binds and runs the case through the public API. The emulation launches the same scene in a process of its own
+(emulation/harness.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from typing import Any
+
+import onelaunch
+import support
+import torch
+from cases import Shape
+from onelaunch import FIELDS, KernelConfig, MetadataBuffers
+from onelaunch.errors import ArgumentError
+from onelaunch.run.plan import CopyPlan, Destinations, backend_field, make_plan
+from onelaunch.spec import reference
+from support import POISON, Poisoned
+from torch import Tensor
+
+# The page size that a copy's tables are laid out for: a copy has no setting for it.
+COPIED_PAGE_SIZE = 16
+# What a message of a checked plan says for each kind of violation.
+REPORTED = {
+    "pool row": r"req_pool_indices\[{request}\] is {value};",
+    "negative length": r"seq_lens\[{request}\] is {value}; allowed: 0 or more",
+    "length": r"seq_lens\[{request}\] is {value}; allowed: up to {limit},",
+    "extend length": r"extend_seq_lens\[{request}\] is {value};",
+    "capacity": r"up to request {request} need {value} elements of kv_indices; the destinations have {limit}",
+}
+# The numbers that a kernel writes for them.
+KINDS = {"pool row": 1, "negative length": 2, "length": 3, "extend length": 4, "capacity": 6}
+
+
+def settings_for(function: Any, config: KernelConfig) -> dict[str, Any]:
+    """The settings of a configuration that a function takes as arguments of the same name."""
+    names = [name for name in inspect.signature(function).parameters if hasattr(config, name)]
+    settings = {name: getattr(config, name) for name in names}
+    if "seqlen_offsets" in settings:
+        offsets = config.seqlen_offsets
+        settings["seqlen_offsets"] = offsets * config.num_backends if len(offsets) == 1 else offsets or None
+    for name, value in settings.items():
+        if name.endswith("_dtype"):
+            settings[name] = getattr(torch, value)
+    return settings
+
+
+class Scene:
+    """The tensors of one case.
+
+    Attributes:
+        config, shape, device: the case.
+        rows: rows of all requests.
+        capacity: elements of kv_indices.
+        columns: no column from here on is written.
+        widths: columns of each table.
+        seq_lens, req_pool_indices, extend_seq_lens, req_to_token: the inputs; a copy reads none of them.
+        destinations: by field, each distinct tensor and the allocation around it.
+        backends: the same tensors by backend.
+        source: what a copy reads.
+        expected: what the reference makes of each backend's fields, dense.
+        violations: (kind, request, value, limit) of all that a checked kernel may report; it reports one of them.
+    """
+
+    def __init__(self, config: KernelConfig, shape: Shape, device: torch.device | str = "cpu") -> None:
+        self.config, self.shape, self.device = config, shape, torch.device(device)
+        self._random = torch.Generator().manual_seed(shape.seed)
+        bs = len(shape.lengths)
+        self.copies = config.operation == "copy"
+        extends = [shape.extends[i % len(shape.extends)] for i in range(bs)]
+        # A copy's rows are any number.
+        variable = config.extend == "variable" or self.copies
+        self.rows = sum(max(0, n) for n in extends) if variable else bs * config.next_n
+        if config.mode == "decode":
+            self.rows = bs
+        self._several = not self.copies and (config.next_n > 1 or config.extend == "variable")
+        self.page_size = COPIED_PAGE_SIZE if self.copies else config.page_size
+        width = shape.width if shape.table_columns is None else shape.table_columns
+        pages = -(-width // self.page_size)
+        self.widths = {
+            "page_indices": width,
+            "real_page_table": pages,
+            "pooled_real_page_table": -(-pages // config.index_kpool),
+        }
+        self._added = config.next_n if config.mode == "target_verify" else 0
+        lengths = torch.tensor(shape.lengths, dtype=torch.int64).to(torch.int32).tolist()
+        longest = max(config.seqlen_offsets, default=0) + self._added
+        self.tokens = [max(0, n) + longest for n in lengths]
+        self.capacity = min(sum(self.tokens), shape.max_indices)
+        self.columns = min(self._limits())
+        self._inputs(extends)
+        self.destinations = {name: self._destinations(name) for name in config.fields}
+        self.backends = [self._backend(index) for index in range(config.num_backends)]
+        self.source = MetadataBuffers()
+        self.violations: list[tuple[str, int, int, int]] = []
+        self.expected = self._copied() if self.copies else self._refreshed()
+
+    def _limits(self) -> list[int]:
+        """What bounds the columns; the first table that is there decides."""
+        config, shape = self.config, self.shape
+        limits = [shape.width, shape.width if shape.max_len is None else shape.max_len]
+        tokens = {
+            "page_indices": 1,
+            "real_page_table": self.page_size,
+            "pooled_real_page_table": self.page_size * config.index_kpool,
+        }
+        first = next((name for name in tokens if name in config.fields), None)
+        return limits if first is None else [*limits, self.widths[first] * tokens[first]]
+
+    def _inputs(self, extends: list[int]) -> None:
+        config, shape = self.config, self.shape
+        rows = torch.randint(0, shape.pool_rows, (len(shape.lengths),), generator=self._random)
+        if len(rows):
+            rows[-1] = shape.pool_rows - 1  # the row with nothing behind it
+        self._valid_rows = rows.clone()
+        if shape.bad_pool_row is not None:
+            rows[0] = shape.bad_pool_row
+        self.seq_lens = self._strided(torch.tensor(shape.lengths, dtype=torch.int64), config.seq_lens_dtype)
+        self.req_pool_indices = self._strided(rows, config.req_pool_indices_dtype)
+        self.extend_seq_lens = self._strided(torch.tensor(extends, dtype=torch.int64), config.extend_seq_lens_dtype)
+        dtype = getattr(torch, config.req_to_token_dtype)
+        tokens = self._tokens(shape.pool_rows, shape.width)
+        if dtype == torch.int64:
+            beyond = torch.randint(0, 8, tokens.shape, generator=self._random) == 0
+            tokens = torch.where(beyond, tokens + 3 * 2**32, tokens)
+        self.req_to_token = self._table(
+            tokens.to(dtype), shape.token_pad, shape.token_phase // dtype.itemsize * dtype.itemsize
+        )[0]
+
+    def _strided(self, values: Tensor, dtype: str) -> Tensor:
+        """A one-dimensional input, with poison between its elements; of stride 0 if all of them are the same."""
+        step, values = self.shape.input_stride, values.to(getattr(torch, dtype))
+        if step == 0 and len(set(values.tolist())) > 1:
+            step = 1
+        words = max(1, (len(values) - 1) * step + 1)
+        storage = torch.full((1 + words,), POISON, dtype=values.dtype, device=self.device)
+        strided = storage.as_strided(values.shape, (step,), 1)
+        if step == 0:
+            storage[1:] = values[:1].to(self.device) if len(values) else POISON
+        else:
+            strided.copy_(values)
+        return strided
+
+    def _tokens(self, rows: int, columns: int) -> Tensor:
+        """Tokens up to 2^31, and padding below zero."""
+        tokens = torch.randint(0, 2**31 - 1, (rows, columns), generator=self._random)
+        padding = torch.randint(-70, 0, (rows, columns), generator=self._random)
+        return torch.where(tokens % 4 == 0, padding, tokens)
+
+    def _table(self, values: Tensor, pad: int, phase: int) -> tuple[Tensor, Tensor]:
+        """A table with its rows ``pad`` elements apart, ``phase`` bytes past a 16-byte boundary; its allocation."""
+        rows, columns = values.shape
+        stride = columns + pad
+        words = (rows - 1) * stride + columns if rows and columns else 0
+        first = support.GUARD + phase // values.element_size()
+        storage = torch.full((first + words + support.GUARD,), POISON, dtype=values.dtype, device=self.device)
+        table = storage.as_strided((rows, columns), (stride, 1), first)
+        table.copy_(values)
+        return table, storage
+
+    def stride(self, table: Tensor) -> int:
+        """Elements from row to row that a kernel is told."""
+        return self.shape.sparse_stride if self.shape.sparse_stride is not None else table.stride(0)
+
+    def _destinations(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        config, shape, field = self.config, self.shape, FIELDS[name]
+        height = shape.spare_rows + (self.rows if field.per == "row" else len(shape.lengths))
+        made = []
+        for d in range(config.destinations(name)):
+            if field.kind == "table":
+                # 16-byte stores need one phase in all destinations; with 4-byte stores each gets its own.
+                aligned = config.vector_bytes == 16 and (name == "page_indices" or self.copies)
+                stride = self.widths[name] + shape.table_pad + (4 * d if aligned else d)
+                if self._several:
+                    # Rows of a request have one phase only where the stride is a multiple of 16 bytes.
+                    stride = stride + -stride % 4 if aligned else stride | 1
+                phase = shape.table_phase if aligned else (shape.table_phase + 4 * d) % 16
+                poison = torch.full((height, self.widths[name]), POISON, dtype=torch.int32)
+                made.append(self._table(poison, stride - self.widths[name], phase))
+            else:
+                dimensions = {
+                    "paged_mqa_schedule_metadata": (shape.num_sms + 1, 2),
+                    "flashmla_metadata": (shape.num_sm_parts, 8),
+                    "kv_indices": (self.capacity,),
+                }.get(name, (height + field.extra,))
+                made.append(support.guarded(*dimensions, offset=d % 4, device=self.device))
+        return made
+
+    def _which(self, backend: int, name: str) -> int:
+        """Which of a field's distinct tensors a backend has: the last ones share where there are fewer."""
+        return min(backend, len(self.destinations[name]) - 1)
+
+    def _backend(self, index: int) -> Poisoned:
+        chosen = {name: made[self._which(index, name)] for name, made in self.destinations.items()}
+        return Poisoned(
+            MetadataBuffers(**{name: tensor for name, (tensor, _) in chosen.items()}),
+            {name: storage for name, (_, storage) in chosen.items()},
+        )
+
+    def wanted(self, name: str, d: int) -> Tensor:
+        """What belongs into one of a field's distinct tensors, dense."""
+        index = next(b for b in range(self.config.num_backends) if self._which(b, name) == d)
+        wanted: Tensor = getattr(self.expected[index], name)
+        return wanted
+
+    def _poisoned(self, count: int) -> list[MetadataBuffers]:
+        """Dense poisoned buffers for the reference, shared by backends as the destinations are."""
+        made: dict[tuple[str, int], Tensor] = {}
+        backends = []
+        for index in range(count):
+            buffers = MetadataBuffers()
+            for name, tensors in self.destinations.items():
+                key = name, self._which(index, name)
+                if key not in made:
+                    made[key] = torch.full(tensors[key[1]][0].shape, POISON, dtype=torch.int32, device=self.device)
+                setattr(buffers, name, made[key])
+            backends.append(buffers)
+        return backends
+
+    def _refreshed(self) -> list[MetadataBuffers]:
+        config, shape = self.config, self.shape
+        settings = settings_for(reference.refresh, config)
+        offsets = settings.pop("seqlen_offsets")
+        # Backends whose lengths agree get the same values.
+        same = len(config.seqlen_offsets) < 2
+        backends = self._poisoned(1 if same else config.num_backends)
+        reference.refresh(
+            backends,
+            self.seq_lens,
+            self._valid_rows.to(self.device),
+            self.req_to_token,
+            max_len=shape.max_len,
+            extend_seq_lens=self.extend_seq_lens if config.extend == "variable" else None,
+            seqlen_offsets=offsets and offsets[: len(backends)],
+            **settings,
+        )
+        if config.checked:
+            self._find_violations(backends)
+        return backends * (config.num_backends if same else 1)
+
+    def _find_violations(self, backends: list[MetadataBuffers]) -> None:
+        """What a checked kernel may report. The tables of a request without a valid row stay untouched."""
+        config, shape, found = self.config, self.shape, self.violations
+        longest = max(config.seqlen_offsets, default=0) + self._added
+        capacity = self.rows + shape.spare_rows
+        for request, length in enumerate(self.seq_lens.tolist() if config.needs_lengths else []):
+            if config.tables and length > self.columns - longest:
+                found.append(("length", request, length, self.columns - longest))
+            if length < 0:
+                found.append(("negative length", request, length, 0))
+        if config.extend == "variable":
+            found += [("extend length", r, n, capacity) for r, n in enumerate(self.extend_seq_lens.tolist()) if n < 0]
+        if "kv_indices" in config.fields:
+            needed = itertools.accumulate(self.tokens)
+            found += [("capacity", r, n, self.capacity) for r, n in enumerate(needed) if n > self.capacity]
+        if shape.bad_pool_row is None:
+            return
+        found.append(("pool row", 0, shape.bad_pool_row, shape.pool_rows))
+        rows = max(0, shape.extends[0]) if config.extend == "variable" else config.next_n
+        for index, buffers in enumerate(backends):
+            for name in config.tables:
+                table = getattr(buffers, name)
+                if name == "kv_indices":
+                    offsets = config.seqlen_offsets
+                    fewer = max(offsets) - offsets[index] if len(offsets) > 1 else 0
+                    table[: self.tokens[0] - fewer] = POISON
+                else:
+                    table[:rows] = POISON
+
+    def _copied(self) -> list[MetadataBuffers]:
+        shape, columns = self.shape, {}
+        for name in self.config.fields:
+            height = self.rows if FIELDS[name].per == "row" else len(shape.lengths)
+            if FIELDS[name].kind == "table":
+                values = self._tokens(height, self.widths[name]).to(torch.int32)
+                tensor, _ = self._table(values, shape.token_pad, shape.token_phase)
+                columns[name] = self.copied_columns(name)
+            else:
+                count = height + (FIELDS[name].kind == "cumulative")
+                tensor = torch.randint(-(2**31), 2**31, (count,), generator=self._random).to(torch.int32)
+                tensor = tensor.to(self.device)
+            setattr(self.source, name, tensor)
+        backends = self._poisoned(1)
+        reference.copy(
+            self.source,
+            backends,
+            bs=len(shape.lengths),
+            rows=self.rows,
+            columns=columns.get("page_indices"),
+            page_columns=columns.get("real_page_table"),
+        )
+        return backends * self.config.num_backends
+
+    def copied_columns(self, name: str) -> int:
+        """Columns of a table that a copy takes over."""
+        limit = self.shape.max_len
+        if limit is None or name == "pooled_real_page_table":
+            return self.widths[name]
+        return min(self.widths[name], limit if name == "page_indices" else -(-limit // self.page_size))
+
+    # -------------------------------------------------------------------------------------------- bind, run, compare
+
+    def bind(self) -> onelaunch.Plan | CopyPlan:
+        """Binds the destinations.
+
+        Raises:
+            AssertionError: the plan is of another configuration than the case.
+        """
+        config = self.config.replace(target=self.device.type)
+        buffers = support.buffers_of(self.backends)
+        if self.copies:
+            destinations = Destinations(buffers, COPIED_PAGE_SIZE, backend_field, config.mode)
+            made: Any = CopyPlan(self.source, destinations, keep=True, mode=config.mode)
+        else:
+            settings = settings_for(onelaunch.bind, config)
+            launch = {name: getattr(config, name) for name in ("threads", "unroll", "blocks_per_sm")}
+            shape = {} if config.replace(**_DEFAULT_LAUNCH) == config else {"launch_shape": launch}
+            function: Any = make_plan if shape else onelaunch.bind
+            made = function(buffers, req_to_token=self.req_to_token, **settings, **shape)
+        assert made.config == config, f"bound {made.config.settings()} instead of {config.settings()}"
+        return made
+
+    def run(self, plan: Any) -> None:
+        """One launch."""
+        if self.copies:
+            rows = None if self.config.mode == "decode" else self.rows
+            bs, max_len = len(self.shape.lengths), self.shape.max_len
+            plan.run(bs=bs, rows=rows, max_len=max_len, page_size=COPIED_PAGE_SIZE)
+            return
+        extends = self.extend_seq_lens if self.config.extend == "variable" else None
+        plan.run(self.seq_lens, self.req_pool_indices, extends, max_len=self.shape.max_len)
+
+    def compare(self) -> None:
+        """Every word of every allocation: the destinations, and the poison around them.
+
+        Raises:
+            AssertionError: names the backend, the field and the first wrong coordinate.
+        """
+        try:
+            support.assert_same(self.backends, self.expected)
+        except AssertionError as error:
+            raise AssertionError(f"{self.config.settings()}, {self.shape.name}: {error}") from None
+
+    def compare_violations(self, plan: onelaunch.Plan) -> None:
+        """Asks a checked plan what it found."""
+        if not self.violations:
+            plan.check()
+            return
+        allowed = [
+            REPORTED[kind].format(request=request, value=value, limit=limit)
+            for kind, request, value, limit in self.violations
+        ]
+        try:
+            plan.check()
+        except ArgumentError as error:
+            assert re.search("|".join(allowed), str(error)), f"{error} is none of {allowed[:9]}"
+        else:
+            raise AssertionError(f"nothing was reported of {self.violations[:9]}")
+        plan.check()  # only once
+
+
+_DEFAULT_LAUNCH = {name: getattr(KernelConfig(), name) for name in ("threads", "unroll", "blocks_per_sm")}
+
+
+def check(config: KernelConfig, shape: Shape, device: torch.device | str) -> Any:
+    """Binds and runs one case, compares every word, and says which plan did it.
+
+    Raises:
+        AssertionError: a word differs from the reference's, a violation wasn't reported, or another configuration was
+            bound.
+    """
+    scene = Scene(config, shape, device)
+    plan = scene.bind()
+    scene.run(plan)
+    scene.compare()
+    if config.checked and not scene.copies:
+        scene.compare_violations(plan)  # type: ignore[arg-type]
+    return plan

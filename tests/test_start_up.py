@@ -1,0 +1,98 @@
+"""`import onelaunch`: what it imports, what it refuses, and that lazy names behave like any others."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import onelaunch
+import pytest
+
+HEAVY = ("torch", "jinja2", "numpy", "ninja", "typer", "rich")
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("use", "imported"),
+    [
+        ("onelaunch.__version__, onelaunch.KernelConfig, onelaunch.PRESETS, onelaunch.MetadataBuffers", []),
+        ("onelaunch.preset('nsa-decode-3').key, onelaunch.ConfigError, dir(onelaunch)", []),
+        ("onelaunch.Kernel, onelaunch.specialize, onelaunch.freeze('allow')", []),
+        ("onelaunch.render(onelaunch.preset('nsa-decode-3'))", ["jinja2"]),
+        ("onelaunch.reference.refresh", ["torch", "numpy"]),
+    ],
+    ids=["configurations", "keys", "kernels", "render", "reference"],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(use: str, imported: list[str]) -> None:
+    done = run(f"import sys, onelaunch\n{use}\nprint(*[name for name in {HEAVY} if name in sys.modules])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == imported
+
+
+def test_every_public_name_is_there_and_is_declared_once() -> None:
+    """The imports for type checkers and the table for the interpreter are the same list."""
+    tree = ast.parse(Path(str(onelaunch.__file__)).read_text(encoding="utf-8"))
+    blocks = [n for n in tree.body if isinstance(n, ast.If) and isinstance(n.test, ast.Name)]
+    (block,) = [n for n in blocks if n.test.id == "TYPE_CHECKING"]  # type: ignore[attr-defined]
+    declared = {
+        alias.name: f"{node.module}.reference" if alias.name == "reference" else node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert declared == onelaunch._LAZY
+    for name in onelaunch.__all__:
+        value = getattr(onelaunch, name)
+        assert getattr(onelaunch, name) is value
+        assert name in dir(onelaunch)
+        assert name == "reference" or not hasattr(value, "__path__")
+        assert type(value).__name__ != "module" or name == "reference"
+
+
+def test_lazy_names_behave_like_any_others() -> None:
+    from onelaunch import Plan, bind  # a `from` import
+
+    assert bind.__module__ == "onelaunch.run.plan"
+    assert pickle.loads(pickle.dumps((bind, Plan))) == (bind, Plan)
+    assert bind.__doc__
+    with pytest.raises(AttributeError, match="module 'onelaunch' has no attribute 'binds'"):
+        onelaunch.binds  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'binds'"):
+        from onelaunch import binds  # noqa: F401
+
+
+def test_a_lazy_name_is_found_while_torch_compile_traces() -> None:
+    """In a process that hasn't used it before, and in a whole graph."""
+    done = run(
+        """
+import torch
+import onelaunch
+def copy(source, destination):
+    onelaunch.fused_metadata_copy_cuda(source, destination, bs=2)
+    return destination.cache_seqlens + 1
+make = lambda: onelaunch.MetadataBuffers(cache_seqlens=torch.tensor([5, 6], dtype=torch.int32))
+source, destination = make(), make()
+destination.cache_seqlens.zero_()
+print(torch.compile(copy, backend="eager", fullgraph=True)(source, destination).tolist())
+"""
+    )
+    assert done.stdout == "[6, 7]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("disguise", "message"),
+    [
+        ("sys.platform = 'win32'", "onelaunch runs on Linux only, and this is win32."),
+        ("sys.abiflags = 't'", "onelaunch doesn't support free-threaded Python yet. Use a Python built with the GIL."),
+    ],
+)
+def test_what_cannot_run_it_is_refused_at_import(disguise: str, message: str) -> None:
+    done = run(f"import sys\n{disguise}\nimport onelaunch")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"ImportError: {message}"
