@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from onelaunch import KernelConfig, ToolchainError
 from onelaunch.build import binary, toolchain
 from onelaunch.build import compile as compiler
 from onelaunch.cache.manifest import Entry
+from onelaunch.cache.module import EntryChanged
 from onelaunch.cache.store import CACHE_VARIABLE, Store
 from onelaunch.load import loader
 
@@ -118,6 +120,38 @@ def test_another_process_built_it_while_this_one_waited(
     assert loader.load(CONFIG, store=store).key == first.key
     assert missed == [first.key]
     assert len(fake_build) == 1
+
+
+def test_an_entry_that_is_removed_while_it_is_loaded(
+    store: Store, fake_build: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `cache clear` in another process: it is built again, once."""
+    loaded = []
+
+    def removed(entry: Entry, *_: Any) -> Any:
+        loaded.append(entry)
+        if len(loaded) == 1:
+            shutil.rmtree(entry.path)
+            raise EntryChanged("gone")
+        return sys
+
+    monkeypatch.setattr(loader, "import_entry", removed)
+    assert loader.load(CONFIG, store=store).path.is_file()
+    assert (len(loaded), len(fake_build)) == (2, 2)
+
+
+def test_exchanged_notes_are_noticed(store: Store, fake_build: list[str]) -> None:
+    """A note leads to a key without a look at the source, so its entry must be of the requested configuration."""
+    configs = [CONFIG, CONFIG.replace(num_backends=2)]
+    keys = [loader.load(config, store=store).key for config in configs]
+    one, two = (path for path in (store.root / "index").iterdir() if "compilers" not in path.name)
+    texts = one.read_text(), two.read_text()
+    one.write_text(texts[1])
+    two.write_text(texts[0])
+    loader._loaded.clear()
+    assert [loader.load(config, store=store).key for config in configs] == keys
+    assert len(fake_build) == 2
+    assert (one.read_text(), two.read_text()) == texts
 
 
 def test_the_default_store_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

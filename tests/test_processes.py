@@ -332,11 +332,15 @@ def test_clear_beside_users(store: Store, fork: Any, tmp_path: Path) -> None:
         (tmp_path / f"done.{os.getpid()}").write_text(json.dumps(rounds))
 
     def read(own: Store, key: str) -> None:
-        with own.lock(key):
-            own.find(key)
+        own.find(key)
         own.stamp(key)
 
-    works = [read, publish, lambda own, key: collect.clear(own), read, publish, lambda own, key: own.sweep()]
+    def build(own: Store, key: str) -> None:
+        with own.lock(key) as held:
+            assert held.held
+            publish(own, key)
+
+    works = [read, build, lambda own, key: collect.clear(own), read, build, lambda own, key: own.sweep()]
     children = [fork(lambda work=work: use(work)) for work in works]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(works)
     assert all(int((tmp_path / f"done.{child}").read_text()) > 4 for child in children)

@@ -237,8 +237,9 @@ def test_an_entry_that_cant_be_put_in_place(store: Store, monkeypatch: pytest.Mo
     with pytest.raises(StoreError) as caught:
         published(store)
     assert str(caught.value) == (
-        f"The entry {store.root}/entries/{KEY} can't be read back after it was published. Is the disk of {store.root} "
-        f"failing or out of sync with another host's? Set {CACHE_VARIABLE} to a folder on a local disk."
+        f"The entry {store.root}/entries/{KEY} can't be read back after it was published. Was it removed meanwhile? Is "
+        f"the disk of {store.root} failing, or out of sync with another host's? Set {CACHE_VARIABLE} to a folder on a "
+        "local disk."
     )
     assert looked == [KEY] * 3
 

@@ -15,7 +15,7 @@ import pytest
 from onelaunch import StoreError
 from onelaunch.cache import tiers, trust
 from onelaunch.cache.manifest import Entry
-from onelaunch.cache.module import import_entry
+from onelaunch.cache.module import EntryChanged, import_entry
 from onelaunch.cache.store import Store
 from users import ALICE, MALLORY, as_user, public_folder
 
@@ -278,7 +278,10 @@ def test_what_is_loaded_is_what_was_verified(
         patch.setattr(Entry, "open", exchange_after)
         assert import_entry(entry).number() == 1
     # Exchanged between find and load.
-    with pytest.raises(StoreError, match=r"changed while it was loaded: m\.so isn't the file that was published"):
+    with pytest.raises(EntryChanged, match=r"changed while it was loaded: m\.so isn't the file that was published"):
+        import_entry(entry)
+    shutil.rmtree(entry.path)
+    with pytest.raises(EntryChanged, match=r"changed while it was loaded: .*No such file"):
         import_entry(entry)
 
 

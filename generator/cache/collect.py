@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from ..errors import StoreError
-from . import files
+from . import files, lock
 from .store import TAG, Store, warn_once
 
 MAX_SIZE_VARIABLE = "ONELAUNCH_CACHE_MAX_SIZE"
@@ -111,11 +111,19 @@ def collect(store: Store, max_bytes: int | None, older_than: float | None) -> Co
 
 
 def remove(store: Store, key: str) -> bool:
-    """Removes one entry in one step, and returns whether it is gone; a reader finds it whole or not at all."""
+    """Removes one entry in one step, and returns whether it is gone; a reader finds it whole or not at all.
+
+    The entry of a key that a process is building, or has just published, stays.
+    """
+    if lock.is_path_held(store.root / "locks" / f"{key}.lock"):
+        return False
     with contextlib.suppress(OSError, StoreError), store.staging() as stage:
         os.rename(store.root / "entries" / key, stage / key)
-    gone = not os.path.lexists(store.root / "entries" / key)
-    return files.remove(store.root / "stamps" / key) and gone
+    if os.path.lexists(store.root / "entries" / key):
+        return False
+    if files.is_folder(store.root / "stamps"):
+        files.remove(store.root / "stamps" / key)
+    return True
 
 
 def clear(store: Store) -> int:

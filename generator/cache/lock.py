@@ -154,6 +154,18 @@ def is_held(descriptor: int) -> bool | None:
     return False
 
 
+def is_path_held(path: Path) -> bool:
+    """Whether another process holds the lock of a path."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return is_held(descriptor) is True
+    finally:
+        os.close(descriptor)
+
+
 def remove_if_free(path: Path) -> bool:
     """Removes a lock file that nobody holds, such as a killed process's; returns whether it did."""
     try:

@@ -17,6 +17,10 @@ from .manifest import Entry
 _count = itertools.count(1)
 
 
+class EntryChanged(StoreError):
+    """An entry was removed or exchanged after it was found. A new look finds, or builds, the present one."""
+
+
 def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> ModuleType:
     """Loads an entry's binding, without ninja and without torch.
 
@@ -28,7 +32,8 @@ def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> Modul
         expect: facts that the manifest must have, see manifest.satisfies; None is no check.
 
     Raises:
-        StoreError: the entry isn't what is expected, changed since it was found, or this host can't run it.
+        EntryChanged: it isn't any more what was found.
+        StoreError: the entry isn't what is expected, or this host can't run it.
         OSError: the object can't be opened.
     """
     if expect is not None and not manifest.satisfies(entry.manifest, expect):
@@ -36,8 +41,8 @@ def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> Modul
     name = str(entry.manifest["module"])
     try:
         descriptor = entry.open(str(entry.manifest["module_file"]))
-    except ValueError as error:
-        raise StoreError(f"The entry {entry.path} changed while it was loaded: {error}. Load it again.") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise EntryChanged(f"The entry {entry.path} changed while it was loaded: {error}. Load it again.") from error
     try:
         origin = _unique_name(descriptor)
         # The system has no /proc: the path is as good as the folders above it, which find has checked.

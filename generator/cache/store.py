@@ -323,8 +323,9 @@ class Store:
                 return entry
             time.sleep(pause)
         raise StoreError(
-            f"The entry {target} can't be read back after it was published. Is the disk of {self.root} failing or "
-            f"out of sync with another host's? Set {CACHE_VARIABLE} to a folder on a local disk."
+            f"The entry {target} can't be read back after it was published. Was it removed meanwhile? Is the disk of "
+            f"{self.root} failing, or out of sync with another host's? Set {CACHE_VARIABLE} to a folder on a local "
+            "disk."
         )
 
     def _mark(self) -> None:

@@ -19,7 +19,7 @@ from ..build import key as keys
 from ..build import toolchain
 from ..build.programs import save_answers
 from ..cache.manifest import Entry
-from ..cache.module import import_entry
+from ..cache.module import EntryChanged, import_entry
 from ..cache.store import Store, warn_once
 from ..emit import override
 from ..emit import render as emission
@@ -203,7 +203,11 @@ def _targets(config: KernelConfig, archs: Sequence[str] | None) -> tuple[str, ..
 def _load(request: find.Request, store: Store) -> Kernel:
     _refuse_during_capture(request.config, request.archs)
     entry, home, built = _entry(request, store, Bounds(), obey_policy=True)
-    module = import_entry(entry, request.expect)
+    try:
+        module = import_entry(entry, request.expect)
+    except EntryChanged:  # `cache clear` in another process, for example
+        entry, home, built = _entry(request, store, Bounds(), obey_policy=True)
+        module = import_entry(entry, request.expect)
     home.stamp(entry.key)
     archs = tuple(str(arch) for arch in entry.manifest["archs"])
     return Kernel(request.config, entry.key, entry.module_path, archs, entry.manifest, module, built)
