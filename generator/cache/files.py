@@ -37,7 +37,7 @@ def replace(path: Path, content: str | bytes, mode: int = 0o600) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns once a file or folder is on the disk, where the file system can tell."""
+    """Returns once a file or folder is on the disk, as far as the file system supports that."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # Some network file systems have no fsync for folders.

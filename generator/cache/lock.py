@@ -50,7 +50,7 @@ class Lock:
 
     @property
     def held(self) -> bool:
-        """False without a lock: the file system has none, the wait was given up, or a forked child asks."""
+        """False without a lock: the file system has none, the wait was given up, or this is a forked child."""
         return self._descriptor is not None
 
     def phase(self, text: str) -> None:

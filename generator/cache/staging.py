@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import files, lock, trust
 
-# Another host's process can't be asked whether it lives: its folder is swept after this.
+# Whether another host's process lives isn't known here: its folder is swept after this.
 ABANDONED_SECONDS = 24 * 3600.0
 # Where locks say nothing, a number that looks dead may belong to another container of the same host name.
 _UNKNOWN_SECONDS = 600.0

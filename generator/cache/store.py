@@ -56,7 +56,7 @@ from .manifest import KEY, MANIFEST, Entry
 from .trust import CACHE_VARIABLE
 
 TAG = "CACHEDIR.TAG"
-# The first line is the standard's, see bford.info/cachedir. The second tells the folder from other programs' caches.
+# The first line is the standard's, see bford.info/cachedir. The second distinguishes it from other programs' caches.
 TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of onelaunch.\n"
 # Folders below the root, and the names in them that are the cache's own.
 OWN_NAMES = {
@@ -68,9 +68,9 @@ OWN_NAMES = {
     "failed": re.compile("[0-9a-f]{16}"),
     "damaged": re.compile(r"[0-9a-f]{16}\.[0-9a-f]{8}"),
 }
-# Kept beside the shared object, so that a person can read what was built and how.
+# Published beside the shared object, so that a person can read what was built and how.
 KEPT_SUFFIXES = (".so", ".cu", ".cpp", ".ninja", ".log", ".json")
-# A use is stamped at most this often.
+# A stamp younger than this isn't renewed.
 STAMP_SECONDS = 3600.0
 # Network file systems may show another host's rename only after a while.
 _VISIBLE_AFTER_SECONDS = (0.02, 0.1, 0.5, 1.0)

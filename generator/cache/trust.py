@@ -194,7 +194,7 @@ def _unmapped_root() -> int:
 
 
 def _umask() -> int:
-    # os.umask tells only while setting another one, which other threads would see. /proc tells without that.
+    # os.umask returns it only while setting another one, which other threads would see. /proc has it, too.
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))

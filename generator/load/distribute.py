@@ -128,7 +128,7 @@ class _Work:
     def _run(self) -> None:
         try:
             self.result = self._call()
-        except BaseException as error:  # whatever it is, the others must be told instead of waiting
+        except BaseException as error:  # the other ranks must get it, whatever it is, instead of waiting
             self.error = error
 
 
