@@ -23,6 +23,7 @@ import headers
 import onelaunch
 import pytest
 import support
+from click.testing import CliRunner
 from onelaunch import PRESETS, CompileError, JitPolicyError, KernelConfig, ToolchainError, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import key as keys
@@ -34,7 +35,6 @@ from onelaunch.emit import binding as emitted_binding
 from onelaunch.emit.binding import render_binding
 from onelaunch.load import find, loader
 from onelaunch.spec import layout
-from typer.testing import CliRunner
 
 # onelaunch.render is the function; this is the module that it is looked up in.
 RENDER = sys.modules["onelaunch.emit.render"]

@@ -11,6 +11,7 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
+from click.testing import CliRunner
 from onelaunch import CompileError, KernelConfig, StoreError, render
 from onelaunch.cache import store as stores
 from onelaunch.cache.store import Store
@@ -19,7 +20,6 @@ from onelaunch.emit import override
 from onelaunch.emit.override import OVERRIDE_VARIABLE
 from onelaunch.inspect import kernels as inspect
 from onelaunch.load import loader, pack
-from typer.testing import CliRunner
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
 TRACE = Path(__file__).parent / "data" / "azure_2023_conversation.csv"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import PRESETS, ConfigError, KernelConfig
 from onelaunch.build import process, toolchain
 from onelaunch.cache import failures
@@ -19,7 +20,6 @@ from onelaunch.cli.main import app
 from onelaunch.load import loader, prebuild
 from onelaunch.load.prebuild import Job
 from processes import until
-from typer.testing import CliRunner
 
 SMALL = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]
 REAL = toolchain.find_host_compiler().path
