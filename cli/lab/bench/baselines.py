@@ -19,7 +19,8 @@ import torch
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
 from onelaunch.build import key, toolchain
-from onelaunch.emit.render import render, render_baseline, render_plain_binding
+from onelaunch.emit.binding import render_plain_binding
+from onelaunch.emit.render import render, render_baseline
 from onelaunch.load import loader
 from onelaunch.load.obtain import obtain
 from onelaunch.spec import layout
