@@ -135,6 +135,11 @@ class Implied:
         return tuple(name for name in self.vectors if name in self.row_fields)
 
     @property
+    def row_sums(self) -> tuple[str, ...]:
+        """The running sums over rows."""
+        return tuple(name for name in self.sums if name in self.row_fields)
+
+    @property
     def strategy(self) -> str | None:
         """How the tables are written, None where no block writes any.
 
