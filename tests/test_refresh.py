@@ -1115,7 +1115,7 @@ def test_broadcast_precompute_and_copy_of_rows(device: torch.device, mode: dict[
             **arguments,
         )
     for field, tensor in made.items():
-        count = (bs if field.per == "request" else rows) + (field.kind == "cumulative")
+        count = (bs if field.per == "request" else rows) + (field.kind == "running_sum")
         assert tensor.shape[0] == count, field.name
         columns = slice(None, tensor.shape[1]) if field.kind == "table" else Ellipsis
         want = getattr(wanted, field.name)[:count]

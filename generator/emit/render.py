@@ -75,7 +75,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     )
     row_vectors = [name for name in config.row_fields if name in config.vectors and not copies]
     uses_kpool = not copies and (config.index_kpool > 1 or any(name.startswith("pooled_") for name in config.fields))
-    sums = any(FIELDS[name].kind == "cumulative" for name in config.fields)
+    sums = any(FIELDS[name].kind == "running_sum" for name in config.fields)
     csr = "kv_indices" in config.fields
     pages = bool(config.paged_tables) and not copies
     splits = bool(config.tables) and not copies and not csr and not variable
@@ -210,7 +210,7 @@ def _copied(config: KernelConfig) -> list[dict[str, Any]]:
         groups.append({"function": "copy_row_lengths", "limit": "rows", "lengths": [], "sums": []})
     for name in config.vectors:
         group = groups[-1 if name in config.row_fields else 0]
-        group["lengths" if FIELDS[name].kind == "lengths" else "sums"].append(name)
+        group["lengths" if FIELDS[name].kind == "vector" else "sums"].append(name)
     return [group for group in groups if group["lengths"] or group["sums"]]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .fields import FIELDS
+from .vectors import settings_of
 
 
 class Implied:
@@ -46,7 +47,7 @@ class Implied:
     @property
     def vectors(self) -> tuple[str, ...]:
         """The fields that have one element a request, or one more (running sums)."""
-        return tuple(name for name in self.fields if FIELDS[name].kind in ("lengths", "cumulative"))
+        return tuple(name for name in self.fields if FIELDS[name].kind in ("vector", "running_sum"))
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -88,16 +89,15 @@ class Implied:
             return False
         return self.extent == "full" or self.page_fill is not None
 
-    @property
-    def uses_topk(self) -> bool:
-        """Whether the kernel depends on index_topk."""
-        return not self.copies and any(name.startswith("nsa_") for name in self.fields)
+    def uses(self, setting: str) -> bool:
+        """Whether one of the fields depends on a setting that formulas may name."""
+        return not self.copies and any(setting in settings_of(name) for name in self.fields)
 
     @property
-    def uses_pools(self) -> bool:
-        """Whether the kernel depends on index_kpool."""
-        pooled = any(name.startswith("pooled_") for name in self.fields)
-        return not self.copies and (self.uses_topk or pooled or self.has_mqa_schedule)
+    def added_lengths(self) -> tuple[int, ...]:
+        """What the backends' lengths are longer than seq_lens by: one number for all of them, or one each."""
+        verified = self.next_n if self.mode == "target_verify" else 0
+        return tuple(offset + verified for offset in self.seqlen_offsets or (0,))
 
     @property
     def has_mqa_schedule(self) -> bool:

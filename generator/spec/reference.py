@@ -418,5 +418,5 @@ def copy(
                 count = source.shape[1] if limit is None else limit
                 destination[:height, :count] = source[:height, :count]
             else:
-                count = height + (field.kind == "cumulative")
+                count = height + (field.kind == "running_sum")
                 destination[:count] = source[:count]
