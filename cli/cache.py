@@ -12,7 +12,7 @@ import click
 from onelaunch.cache import collect, trust
 from onelaunch.cache.store import MANIFEST, Entry, Store
 from onelaunch.errors import StoreError
-from onelaunch.load.loader import default_store, is_edited
+from onelaunch.load import loader
 
 from .arguments import json_option
 from .faults import sentence
@@ -33,7 +33,7 @@ def app() -> None:
 
 def _matching(keys: Sequence[str]) -> list[Entry]:
     """The entries whose keys begin with one of these; without any, all entries."""
-    store = default_store()
+    store = loader.default_store()
     known = store.stored_keys()
     chosen = []
     for prefix in keys or [""]:
@@ -59,7 +59,7 @@ def listed(store: Store) -> list[dict[str, Any]]:
             "bytes": entry.size,
             "built": when((entry.path / MANIFEST).stat().st_mtime),
             "used": when(store.used(entry.key)),
-            "edited": is_edited(entry.manifest),
+            "edited": loader.is_edited(entry.manifest),
             "path": str(entry.path),
         }
         for entry in sorted(store.entries(), key=lambda entry: -store.used(entry.key))
@@ -74,7 +74,7 @@ def path() -> None:
     Examples:
       onelaunch cache path
     """
-    click.echo(str(default_store().root))
+    click.echo(str(loader.default_store().root))
 
 
 @app.command("list")
@@ -87,7 +87,7 @@ def list_entries(as_json: bool) -> None:
       onelaunch cache list
       onelaunch cache list --json
     """
-    store = default_store()
+    store = loader.default_store()
     rows = sentence(lambda: listed(store))
     if as_json:
         click.echo(json.dumps(rows, indent=1))
@@ -122,7 +122,7 @@ def verify() -> None:
     Examples:
       onelaunch cache verify
     """
-    store = default_store()
+    store = loader.default_store()
     before = store.stored_keys()
     good = sentence(lambda: list(store.entries()))
     click.echo(f"{len(good)} of {len(before)} entries are whole, in {store.root}")
@@ -147,7 +147,7 @@ def gc(max_size: str | None, older_than: str | None) -> None:
     def run() -> Any:
         limit = max_size or (None if older_than else collect.default_max_size())
         return collect.collect(
-            default_store(),
+            loader.default_store(),
             collect.parse_size(limit, "--max-size") if limit else None,
             collect.parse_age(older_than, "--older-than") if older_than else None,
         )
@@ -169,12 +169,12 @@ def clear() -> None:
     """
 
     def run() -> int:
-        store = default_store()
+        store = loader.default_store()
         if store.root.exists():
             trust.check_owner(store.root)
         return collect.clear(store)
 
-    click.echo(f"removed {size(sentence(run))} from {default_store().root}")
+    click.echo(f"removed {size(sentence(run))} from {loader.default_store().root}")
 
 
 @app.command("pack")
@@ -223,7 +223,7 @@ def unpack(file: Path) -> None:
         # Imported here for start-up time: archives are for two verbs only.
         from onelaunch.load.pack import read_file
 
-        return read_file(file, default_store())
+        return read_file(file, loader.default_store())
 
     done = sentence(run)
     for entry in done.entries:

@@ -38,7 +38,7 @@ def sentence(run: Callable[[], Result]) -> Result:
         message = str(error)
         show_traceback()
     except BrokenPipeError:
-        raise  # standard output was closed, as by `| head`; the library ends the command
+        raise  # see guarded()
     except OSError as error:
         message = f"{error.filename or 'a file'} can't be read or written: {error.strerror or error}."
         show_traceback()
@@ -59,9 +59,16 @@ def guarded(run: Callable[[], Result]) -> Result:
     except KeyboardInterrupt:
         click.echo("onelaunch: interrupted", err=True)
         raise click.exceptions.Exit(130) from None
+    except BrokenPipeError:
+        raise  # standard output was closed, as by `| head`: the library ends the command
+    except OSError as error:
+        # Verbs read and write files inside sentence(); what they print comes after it.
+        show_traceback()
+        click.echo(f"onelaunch: standard output can't be written: {error.strerror or error}.", err=True)
+        raise click.exceptions.Exit(2) from None
     except Exception as error:
-        # Usage errors and exits are the library's to show; a closed standard output, as by `| head`, is no fault.
-        if type(error).__module__.partition(".")[0] == "click" or isinstance(error, BrokenPipeError):
+        # Usage errors and exits are the library's to show.
+        if type(error).__module__.partition(".")[0] == "click":
             raise
         show_traceback()
         message = " ".join(f"{type(error).__name__}: {error}".split())

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 from onelaunch.cache.store import tiers
-from onelaunch.load.loader import default_store
+from onelaunch.load import loader
 from onelaunch.spec.presets import PRESETS
 
 from .arguments import json_option
@@ -30,7 +30,7 @@ def list_kernels(as_json: bool) -> None:
     """
 
     def run() -> Any:
-        builds = [row for tier in tiers(default_store()) for row in listed(tier)]
+        builds = [row for tier in tiers(loader.default_store()) for row in listed(tier)]
         kernels: list[dict[str, Any]] = []
         for name, config in PRESETS.items():
             # The CPU target of a preset is another configuration.

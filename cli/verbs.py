@@ -71,8 +71,12 @@ class Verbs(click.Group):
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         try:
             return super().main(*args, **settings)
-        finally:
-            _flush()
+        except SystemExit as end:
+            failure = _flush()
+            if failure and not end.code:
+                click.echo(f"onelaunch: standard output can't be written: {failure}.", err=True)
+                raise SystemExit(2) from None
+            raise
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Takes --traceback out, wherever it is among a verb's arguments."""
@@ -83,13 +87,12 @@ class Verbs(click.Group):
         return guarded(lambda: super(Verbs, self).invoke(ctx))
 
 
-def _flush() -> None:
-    """Writes what standard output still holds; left to Python's exit, a failure would be a traceback."""
+def _flush() -> str:
+    """Writes what standard output still holds. Returns why that failed, "" if it didn't or if nobody reads any more."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        # What can't be written now can't be written at exit either.
+        # Python tries again at exit, and would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not isinstance(error, BrokenPipeError):
-            click.echo(f"onelaunch: standard output can't be written: {error.strerror}.", err=True)
-            raise SystemExit(2) from None
+        return "" if isinstance(error, BrokenPipeError) else str(error.strerror)
+    return ""

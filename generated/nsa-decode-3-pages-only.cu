@@ -58,7 +58,7 @@ struct Params {
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
-  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
+  Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int32_t* cache_seqlens[kBackends];  // [bs]

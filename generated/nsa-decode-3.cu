@@ -63,7 +63,7 @@ struct Params {
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
   Table page_indices[kBackends];  // [bs, W]
-  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
+  Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int32_t* cache_seqlens[kBackends];  // [bs]

@@ -91,7 +91,8 @@ class Scene:
         lengths = torch.tensor(shape.lengths, dtype=torch.int64).to(torch.int32).tolist()
         longest = max(config.seqlen_offsets, default=0) + self._added
         self.tokens = [max(0, n) + longest for n in lengths]
-        self.capacity = min(sum(self.tokens), shape.max_indices)
+        # Empty tensors would count as one that backends share.
+        self.capacity = min(max(1, sum(self.tokens)), shape.max_indices)
         self.columns = min(self._limits())
         self._inputs(extends)
         self.destinations = {name: self._destinations(name) for name in config.fields}

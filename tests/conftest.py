@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 import headers
 import pytest
 import torch
-import typer.testing
 from onelaunch.build import toolchain
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
@@ -32,10 +30,6 @@ LONG_MARKER = "long: takes long and rarely finds anything; make test-long runs i
 
 # Begun first: what takes a minute at the end of a run leaves the other workers without work.
 LONG = ("tests/test_soak.py",)
-
-# A process has one command line. typer's tests put it together for every call, and that takes longer than most calls.
-if hasattr(typer.testing, "_get_command"):
-    typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 _own_folder = pytest.StashKey[Path]()
 _wanted = pytest.StashKey[dict[str, int]]()

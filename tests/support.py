@@ -28,6 +28,7 @@ GUARD = 32
 
 # What a batch alone gives a shape to. Schedules and kv_indices have tests of their own.
 ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum", "table"))
+BY_BATCH = ALL_FIELDS
 SIX_FIELDS = (
     "cache_seqlens",
     "cu_seqlens_k",

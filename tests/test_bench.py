@@ -16,20 +16,21 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from emulation import harness
 from onelaunch import KernelConfig
-from onelaunch.cache import files
-from onelaunch.cli.lab import baselines, bench, report
-from onelaunch.cli.lab.baselines import IMPLEMENTATIONS, Implementation
-from onelaunch.cli.lab.bench import Record, Selected, run_bench, select
-from onelaunch.cli.lab.report import verdicts
-from onelaunch.cli.lab.scene import SHAPES, WIDE, Case, Scene, parse_shape, short, trace_lengths
+from onelaunch.cli.lab.bench import baselines, command, measuring, selection, tables, torch_refresh
+from onelaunch.cli.lab.bench.baselines import IMPLEMENTATIONS, Implementation
+from onelaunch.cli.lab.bench.cases import SHAPES, WIDE, Case, parse_shape, short, trace_lengths
+from onelaunch.cli.lab.bench.host import HOST
+from onelaunch.cli.lab.bench.measuring import Record, run_bench
+from onelaunch.cli.lab.bench.scene import Scene
+from onelaunch.cli.lab.bench.selection import Selected, select
+from onelaunch.cli.lab.bench.verdicts import verdicts
 from onelaunch.cli.main import app
 from onelaunch.emit.render import render, render_baseline
 from onelaunch.errors import ArgumentError, ConfigError
 from onelaunch.spec import layout
-from rich.console import Console
-from typer.testing import CliRunner
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
@@ -159,9 +160,10 @@ def test_the_single_block_sums_right_whatever_the_batch(tmp_path: Path) -> None:
 CHECKED = """
 import sys
 import torch
-from onelaunch.cli.lab import triton_refresh
-from onelaunch.cli.lab.baselines import IMPLEMENTATIONS
-from onelaunch.cli.lab.scene import Case, Scene
+from onelaunch.cli.lab.bench import triton_refresh
+from onelaunch.cli.lab.bench.baselines import IMPLEMENTATIONS
+from onelaunch.cli.lab.bench.cases import Case
+from onelaunch.cli.lab.bench.scene import Scene
 for case in (Case(6, 999, 2, 1031), Case(258, 9, 1, 37, 16, "full"), Case(1, 600, 1, 601, 1)):
     scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, torch.device(sys.argv[1]))
     for calls in IMPLEMENTATIONS["triton"].calls(scene, case)[::2]:
@@ -188,7 +190,7 @@ def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_there(
     triton = importlib.import_module("triton")
     source = importlib.import_module("triton.compiler").ASTSource
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    from onelaunch.cli.lab.triton_refresh import CHOICES, _refresh
+    from onelaunch.cli.lab.bench.triton_refresh import CHOICES, _refresh
 
     facts = {"index_topk": 2048, "page_shift": 6, "live_only": True, "scan": 256, "block": CHOICES[0][0]}
     types = dict.fromkeys(("seq_lens", "req_pool_indices"), "*i64")
@@ -204,7 +206,7 @@ def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_there(
 
 def test_what_torch_compile_gets_is_right_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes a minute, and the GPU run checks what comes out of it."""
-    monkeypatch.setattr(baselines, "compiled", lambda: baselines._fused)
+    monkeypatch.setattr(torch_refresh, "compiled", lambda: torch_refresh.fused)
     for case in CASES:
         scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, CPU)
         (calls,) = IMPLEMENTATIONS["torch-compile"].calls(scene, case)
@@ -283,7 +285,7 @@ def test_what_is_measured_unless_something_is_asked_for() -> None:
     assert Case(64, 8192, width=8192) in cases
     assert sum(case.extent == "full" for case in cases) == 5
     assert all("onelaunch" in one.names and "ideal" in one.names for one in selected)
-    assert [sum(name in one.names for one in selected) for name in bench.FEW_NAMES] == [4, 4]
+    assert [sum(name in one.names for one in selected) for name in selection.FEW_NAMES] == [4, 4]
     assert len(selected) <= 20
 
 
@@ -299,8 +301,8 @@ def test_what_is_asked_for_is_measured() -> None:
     }
     assert all(one.names == tuple(names) for one in asked)
     quick = select(list(IMPLEMENTATIONS), quick=True)
-    assert [one.case.shape for one in quick] == list(bench.QUICK_SHAPES)
-    assert set(quick[0].names) == set(bench.QUICK_NAMES)
+    assert [one.case.shape for one in quick] == list(selection.QUICK_SHAPES)
+    assert set(quick[0].names) == set(selection.QUICK_NAMES)
     # Nine shapes and two ragged ones, three N, two widths, two page sizes; both extents but for the ragged ones.
     assert len(select(names, everything=True)) == 9 * 3 * 2 * 2 * 2 + 2 * 3 * 2
     traced = select(names, shapes=["1x1k"], traces=["azure"])
@@ -366,7 +368,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert Case(**ours["case"]) == CASES[0]
     assert ours["config"].startswith("num_backends=3,page_size=16")
     host = {row["piece"]: row["us"] for row in data["host"]}
-    assert [n for n in host if n in bench.HOST] == [n for n in bench.HOST if n not in ("stream", "raw+stream")]
+    assert [n for n in host if n in HOST] == [n for n in HOST if n not in ("stream", "raw+stream")]
     # The parts are what the whole took, less what is part of it: by then "raw" had 3, "kernel" 4, "run" 5 and
     # "plan.run" 6.
     assert [us for piece, us in host.items() if piece.startswith("of which")] == [1, 1, 1, 1]
@@ -409,7 +411,7 @@ def test_a_graph_that_is_wrong_where_eager_calls_are_right_is_not_timed(tampered
         return [[good[0], lambda: None]]
 
     crooked = Implementation("crooked", "", calls)
-    row = bench.measure_one(Meter(), Meter().scene(case, case.lengths()), case, crooked)
+    row = measuring.measure_one(Meter(), Meter().scene(case, case.lengths()), case, crooked)
     assert row["status"] == "wrong"
 
 
@@ -451,20 +453,6 @@ def test_a_case_without_room_is_said() -> None:
     assert [row["reason"] for row in data["rows"]] == ["no buffers: RuntimeError: CUDA out of memory"] * 2
     assert data["ceiling"] == {}
     assert "CUDA out of memory" in data["host"][0]["what"]
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    files.replace(path, "first")
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        files.replace(path, "second")
-    assert path.read_text() == "first"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # ----------------------------------------------------------------------------------------------------------- verdicts
@@ -565,16 +553,14 @@ def some_data() -> dict[str, Any]:
 
 
 def test_the_tables() -> None:
-    console = Console(width=150, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    report.print_tables(some_data(), console)
-    said = console.export_text()
+    said = "\n".join(tables.lines(some_data()))
     assert "copy 4,000" in said
     row = next(line for line in said.splitlines() if "onelaunch" in line and "5.00" in line).split()
     assert row[-8:] == ["5.00", "3.00", "2.00", "1.00", "20", "50", "%", "1.25", "1.00"][-8:]
     assert "triton: failed: no such luck" in said
     assert "at most 1.25 of the ideal" in said
     assert any(line.startswith("NO") and "plan.run" in line for line in said.splitlines())
-    assert "The run was cut" in said
+    assert "The run was interrupted" in said
 
 
 def invoke(*arguments: str) -> Any:
@@ -616,7 +602,7 @@ def test_without_a_gpu_it_says_so_in_a_sentence() -> None:
 
 
 def test_the_command_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "device_meter", lambda verb: Meter())
+    monkeypatch.setattr(command, "device_meter", lambda verb: Meter())
     path = tmp_path / "bench.json"
     began = time.time()
     result = invoke("bench", "--shapes", "3x50", "--width", "60", "--only", "onelaunch,ideal", "--json", str(path))
@@ -631,7 +617,7 @@ def test_the_command_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "plan.run" in alone.stdout
     assert "graph us" not in alone.stdout
     trace = str(DATA / "azure_2023_conversation.csv")
-    monkeypatch.setattr(bench, "run_bench", lambda selected, *a, traces, **k: {**some_data(), "traces": print(traces)})
+    monkeypatch.setattr(measuring, "run_bench", lambda selected, *a, traces, **k: some_data() | {"machine": traces})
     assert "azure_2023_conversation" in invoke("bench", "--trace", trace).stdout
 
 
@@ -654,8 +640,8 @@ def test_bad_options_are_sentences(arguments: tuple[str, ...], said: str, monkey
 
 
 def test_a_file_that_cannot_be_written_is_known_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "device_meter", lambda verb: Meter())
-    monkeypatch.setattr(bench, "run_bench", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(command, "device_meter", lambda verb: Meter())
+    monkeypatch.setattr(measuring, "run_bench", lambda *a, **k: pytest.fail("measured"))
     result = invoke("bench", "--json", "/nowhere/at/all.json")
     assert result.exit_code == 2
     assert "can't be read or written" in result.stderr
@@ -664,4 +650,4 @@ def test_a_file_that_cannot_be_written_is_known_before_anything_is_measured(monk
 def test_the_device_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ArgumentError, match="onelaunch bench measures on a CUDA device"):
-        bench.device_meter("onelaunch bench")
+        command.device_meter("onelaunch bench")

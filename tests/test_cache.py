@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import KernelConfig, StoreError, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
@@ -20,7 +21,6 @@ from onelaunch.emit.render import render_binding
 from onelaunch.inspect.explain import explain
 from onelaunch.load import loader
 from onelaunch.load.obtain import obtain
-from typer.testing import CliRunner
 
 CONFIGS = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]
 

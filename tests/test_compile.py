@@ -23,6 +23,7 @@ import headers
 import onelaunch
 import pytest
 import support
+from click.testing import CliRunner
 from onelaunch import PRESETS, CompileError, JitPolicyError, KernelConfig, StoreError, ToolchainError, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
@@ -30,7 +31,6 @@ from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader
 from onelaunch.spec import layout
-from typer.testing import CliRunner
 
 # onelaunch.render is the function; these are the modules that the functions are looked up in.
 RENDER = sys.modules["onelaunch.emit.render"]

@@ -1,4 +1,4 @@
-"""onelaunch describe: the bytes are what a refresh writes, and the estimate is near what was measured."""
+"""onelaunch describe: the bytes are what a refresh writes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
+from click.testing import CliRunner
 from onelaunch import FIELDS, PRESETS, ArgumentError, KernelConfig, preset
-from onelaunch.cli.lab.scene import Scene
+from onelaunch.cli.lab.bench.scene import Scene
 from onelaunch.cli.main import app
-from onelaunch.inspect.traffic import H100, traffic
+from onelaunch.inspect.traffic import traffic
 from support import ALL_FIELDS, POISON, buffers_of, destination, token_pool
-from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import cases
@@ -127,7 +127,7 @@ def test_bytes_by_hand() -> None:
     assert variable.bytes_read == 3 * 2 * 8 + 4 * 60, "of a request without rows no token is read"
 
 
-def test_it_agrees_with_the_timings() -> None:
+def test_the_bench_counts_the_same_bytes() -> None:
     timed = traffic(preset("nsa-decode-3"), [8192] * 64)
     assert timed.bytes == EVIDENCE["timings"]["64 x 8192"]["bytes"]
     scene = Scene([5, 600, 1024], 3, 900, 64, 1, torch.device("cpu"))
@@ -156,14 +156,6 @@ def test_shared_tables_other_dtypes_and_copies() -> None:
         traffic(preset("nsa-draft-extend-3-variable"), [1, 2], rows=[3])
 
 
-def test_the_estimate_is_near_what_was_measured() -> None:
-    """Of every shape in the evidence; a kernel that changed its speed needs other constants, and says so here."""
-    assert EVIDENCE["device"] == H100.name
-    for shape, timing in EVIDENCE["timings"].items():
-        estimate = H100.floor_us + timing["bytes"] / H100.bytes_per_us
-        assert abs(estimate / timing["refresh_us"] - 1) < 0.2, (shape, estimate, timing["refresh_us"])
-
-
 def test_the_command_prints_every_field_and_the_sum() -> None:
     result = invoke("nsa-decode-3", "--batch", "64", "--length", "8192")
     assert result.exit_code == 0, result.output
@@ -174,8 +166,7 @@ def test_the_command_prints_every_field_and_the_sum() -> None:
         assert FIELDS[name].shape in line
         assert FIELDS[name].formula in line
     assert table["page_indices"].split()[-5:] == ["64", "x", "8192", "3", f"{4 * 3 * 64 * 8192:,}"]
-    assert lines[-1].startswith(f"about 5.2 us on an {H100.name}")
-    assert "an estimate" in lines[-1]
+    assert lines[-1] == "reads 2 MB, writes 6 MB, in one launch"
 
 
 @pytest.mark.parametrize("name", PRESETS)

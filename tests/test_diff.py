@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import KernelConfig, preset, render
 from onelaunch.cli.main import app
-from onelaunch.cli.show import Compared
-from onelaunch.inspect import kernels as inspect
+from onelaunch.inspect.diff import difference
+from onelaunch.inspect.kernels import of_config
 from onelaunch.load import loader
-from typer.testing import CliRunner
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
 
@@ -25,8 +25,8 @@ def test_exit_codes_are_those_of_diff() -> None:
     assert (same.exit_code, same.output) == (0, "no difference in cuda\n")
     differs = invoke("nsa-decode-3", "nsa-decode-3-page16")
     assert (differs.exit_code, differs.stderr) == (1, "")
-    one, other = (inspect.of_config(name, preset(name)) for name in ("nsa-decode-3", "nsa-decode-3-page16"))
-    assert differs.stdout == inspect.difference(one, other, "cuda")
+    one, other = (of_config(name, preset(name)) for name in ("nsa-decode-3", "nsa-decode-3-page16"))
+    assert differs.stdout == difference(one, other, "cuda")
     assert differs.stdout.startswith("--- nsa-decode-3 (cuda)\n+++ nsa-decode-3-page16 (cuda)\n")
     assert len(invoke("nsa-decode-3", "nsa-decode-3-page16", "-U", "0").stdout) < len(differs.stdout)
     for words in (["nsa-decode-3", "nsa-decod"], ["page_sise=3", "nsa-decode-3"], ["nsa-decode-3", "no/such.cu"]):
@@ -61,7 +61,3 @@ def test_targets_and_what_the_cpu_has_not() -> None:
 def test_resources_that_dont_differ() -> None:
     words = ["fields=cache_seqlens", "--what", "resources", "--arch", "90a"]
     assert invoke(words[0], *words).output == "no difference in resources\n"
-
-
-def test_what_can_be_compared() -> None:
-    assert tuple(Compared) == inspect.COMPARED

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import ToolchainError
 from onelaunch.build import toolchain
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.inspect import doctor
 from onelaunch.load import loader
-from typer.testing import CliRunner
 
 
 @pytest.fixture(autouse=True)

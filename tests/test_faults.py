@@ -21,6 +21,7 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
+from click.testing import CliRunner
 from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError
 from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
@@ -30,7 +31,6 @@ from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader
 from onelaunch.run import refresh
-from typer.testing import CliRunner
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))

@@ -14,8 +14,10 @@ from onelaunch import PRESETS, ArgumentError, ConfigError, KernelConfig, StoreEr
 from onelaunch.build import binary, toolchain
 from onelaunch.cache.store import Store
 from onelaunch.emit.render import render_binding
-from onelaunch.inspect import kernels as inspect
-from onelaunch.inspect.kernels import Subject, difference, find, view
+from onelaunch.inspect import editors, kernels, machine_code
+from onelaunch.inspect.diff import difference
+from onelaunch.inspect.kernels import Subject, find
+from onelaunch.inspect.views import facts, view
 from onelaunch.load import loader
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
@@ -32,7 +34,7 @@ def built() -> loader.Kernel:
 
 def aside(config: KernelConfig, tmp_path: Path) -> Subject:
     """A configuration as it is where nothing is built."""
-    return inspect.of_config("aside", config, ARCHS, Store(tmp_path / "empty"))
+    return kernels.of_config("aside", config, ARCHS, Store(tmp_path / "empty"))
 
 
 # ---------------------------------------------------------------------------------------- what a name stands for
@@ -109,7 +111,7 @@ def test_an_entry_of_another_version_is_what_it_was(tmp_path: Path, built: loade
     """Its manifest names facts that this version doesn't know; its files are shown as they are."""
     entry = loader.entry_of(built)
     manifest = {**entry.manifest, "config": {"colour": "red"}}
-    found = inspect.of_entry(type(entry)(entry.key, entry.path, manifest))
+    found = kernels.of_entry(type(entry)(entry.key, entry.path, manifest))
     assert found.config is None
     assert view(found, "cuda") == entry.source
     with pytest.raises(ArgumentError, match="doesn't say which configuration it is for"):
@@ -123,29 +125,29 @@ def test_the_binding_the_commands_and_the_key(tmp_path: Path) -> None:
     kernel = loader.load(CPU)
     for found in (find(kernel.key[:12]), find(None, CPU.settings())):
         assert view(found, "binding") == render_binding(CPU, loader.module_name(CPU))
-        commands = inspect.facts(found, "command")
+        commands = facts(found, "command")
         assert commands["onelaunch"] == f"onelaunch build --set {CPU.settings()}"
         assert commands["recorded"] == kernel.manifest["command"]
-        key = inspect.facts(found, "key")
+        key = facts(found, "key")
         assert (key["configuration"], key["build"], key["built"]) == (CPU.key, kernel.key, str(kernel.path.parent))
-    empty = inspect.of_config("cpu", CPU, store=Store(tmp_path / "empty"))
-    key = inspect.facts(empty, "key")
+    empty = kernels.of_config("cpu", CPU, store=Store(tmp_path / "empty"))
+    key = facts(empty, "key")
     assert (key["build"], key["built"]) == (kernel.key, "no"), "the key it would have isn't the one it gets"
     assert key["made of"]["source"] == hashlib.sha256(render(CPU).encode()).hexdigest()
     # The command that would compile it does.
     source = tmp_path / f"{CPU.symbol}.cu"
     source.write_text(empty.source, encoding="utf-8")
-    subprocess.run(inspect.facts(empty, "command")["compiler"], shell=True, check=True, cwd=tmp_path)
+    subprocess.run(facts(empty, "command")["compiler"], shell=True, check=True, cwd=tmp_path)
     assert source.with_suffix(".o").stat().st_size > 0
 
 
 @pytest.mark.nvcc
 def test_resources_as_they_were_recorded_and_as_they_are_found_aside(built: loader.Kernel, tmp_path: Path) -> None:
-    recorded = inspect.resources(find(built.key[:12]))
+    recorded = machine_code.resources(find(built.key[:12]))
     assert recorded == built.resources
     assert recorded["90a"]["registers"] > 0
     assert recorded["90a"]["shared_bytes"] >= 4 * SMALL.threads / 32
-    assert inspect.resources(aside(SMALL, tmp_path)) == recorded
+    assert machine_code.resources(aside(SMALL, tmp_path)) == recorded
     assert "registers" in view(find(built.key[:12]), "resources")
 
 
@@ -168,7 +170,7 @@ def test_ptx_is_what_ptxas_takes(tmp_path: Path) -> None:
     ptxas = toolchain.find_toolkit().nvcc.parent / "ptxas"
     subprocess.run([ptxas, "-arch=sm_90a", "k.ptx", "-o", "k.cubin"], check=True, cwd=tmp_path)
     used = binary.resources(tmp_path / "k.cubin", binary.find_cuobjdump())
-    assert used[""]["registers"] == inspect.resources(found)["90a"]["registers"]
+    assert used[""]["registers"] == machine_code.resources(found)["90a"]["registers"]
 
 
 @pytest.mark.nvcc
@@ -234,7 +236,7 @@ def test_a_source_that_doesnt_compile_is_one_sentence(tmp_path: Path) -> None:
     ],
 )
 def test_mangled_names(mangled: str, name: str) -> None:
-    assert inspect._demangled(mangled) == name
+    assert machine_code._demangled(mangled) == name
 
 
 # ------------------------------------------------------------------------------------------------ differences
@@ -273,7 +275,7 @@ def test_machine_code_without_addresses_and_names(tmp_path: Path) -> None:
 @pytest.mark.nvcc
 def test_resources_differ_by_number(built: loader.Kernel, tmp_path: Path) -> None:
     less = aside(KernelConfig(fields=("cache_seqlens",)), tmp_path)
-    assert inspect.resources(less)["90a"]["shared_bytes"] == 0
+    assert machine_code.resources(less)["90a"]["shared_bytes"] == 0
     lines = difference(less, find(built.key[:12]), "resources", context=0).splitlines()
     assert [line.split() for line in lines if "shared_bytes" in line] == [
         ["-", "shared_bytes", "0"],
@@ -291,7 +293,7 @@ def test_compile_commands(tmp_path: Path) -> None:
         path = tmp_path / f"{config.symbol}.cu"
         path.write_text(render(config), encoding="utf-8")
         files[path] = find(str(path), archs=ARCHS)
-    gpu, cpu = json.loads(inspect.compile_commands(files))
+    gpu, cpu = json.loads(editors.compile_commands(files))
     toolkit = toolchain.find_toolkit()
     assert {"-xcuda", f"--cuda-path={toolkit.home}", "--cuda-gpu-arch=sm_90a"} <= set(gpu["arguments"])
     assert (toolkit.include / "cuda_runtime.h").exists()

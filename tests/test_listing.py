@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import PRESETS, KernelConfig, preset
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader
-from typer.testing import CliRunner
 
 OTHER = KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=2)
 LENGTHS = preset("nsa-decode-3-lengths-only").replace(target="cpu")
@@ -61,7 +61,7 @@ def test_what_is_built_where_it_is_found(store: Store, tmp_path: Path, monkeypat
     (line,) = [line for line in text.splitlines() if line.startswith("nsa-decode-3-lengths-only")]
     assert line.split()[1] == lengths.key[:16]
     assert line.split()[-1] == "cpu"
-    assert text.splitlines()[-2] == "built, and no preset"
+    assert text.splitlines()[-2] == "other builds"
     assert text.splitlines()[-1].split()[-1] == OTHER.symbol
     # The same entries, whichever verb lists them, and whichever folder holds them.
     listed = json.loads(CliRunner().invoke(app, ["cache", "list", "--json"]).stdout)

@@ -18,13 +18,13 @@ from typing import Any
 import jinja2
 import markupsafe
 import pytest
+from click.testing import CliRunner
 from onelaunch import KernelConfig, StoreError
 from onelaunch.build import binary
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, pack
 from processes import light_package
-from typer.testing import CliRunner
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import PRESETS, ConfigError, KernelConfig
-from onelaunch.build import toolchain
+from onelaunch.build import process, toolchain
 from onelaunch.cache import failures
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, prebuild
 from onelaunch.load.prebuild import Job
-from typer.testing import CliRunner
+from processes import until
 
 SMALL = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]
 REAL = toolchain.find_host_compiler().path
@@ -64,8 +67,16 @@ set = { fields = "cache_seqlens+cu_seqlens_k", num_backends = 2 }
         ("[[build]]\nset = { page_sise = 3 }", "page_sise"),
         ("builds = 1", r"must hold tables \[\[build\]\]"),
         ("[[build", "can't be read"),
+        ("build = [1]", r"\[\[build\]\] is 1; it must be a table"),
+        ("[[build]]\npreset = 7", "has preset = 7; write preset = "),
+        ("[[build]]\nset = 'x'", "has set = 'x'; write set = "),
+        ("[[build]]\narchs = '90a'", "has archs = '90a'; write archs = "),
+        ("[[build]]\nset = { page_size = " + "9" * 5000 + " }", "can't be read"),
+        ("x = " + "[" * 20_000, "can't be read"),
+        (b"[[build]]\nset = '\xff'", "can't be read"),
+        ("[[build]]\nset = { " + ", ".join(f"k{i} = {list(range(99))}" for i in range(4)) + " }", "96059601 builds"),
     ):
-        file.write_text(text)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ConfigError, match=sentence):
             prebuild.read_matrix(file)
 
@@ -80,7 +91,7 @@ def test_workers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prebuild.workers(None, 100) == 2
     monkeypatch.setattr(prebuild, "_available_bytes", lambda: prebuild.WORKER_BYTES // 2)
     assert prebuild.workers(16, 100) == 1
-    for value in ("none", "0"):
+    for value in ("none", "0", "²", "9" * 5000):
         monkeypatch.setenv(prebuild.JOBS_VARIABLE, value)
         with pytest.raises(ConfigError, match=f"MAX_JOBS is '{value}'; it must be a whole number, 1 or more"):
             prebuild.workers(None, 1)
@@ -119,7 +130,7 @@ def test_one_that_hangs_is_ended_with_its_compiler(
     """And the others are built. Time is over when the compiler hangs, however busy the machine is."""
     compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 600")
     monkeypatch.setenv("CXX", str(compiler))
-    line, end = prebuild._Worker._line, time.monotonic() + 300
+    line = process._Builder._line
 
     def hangs() -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -127,37 +138,51 @@ def test_one_that_hangs_is_ended_with_its_compiler(
             return " Z " not in Path(f"/proc/{pid}/stat").read_text()
         return False
 
-    def until_it_hangs(self: prebuild._Worker, timeout: float) -> bytes:
-        while True:
+    def until_it_hangs(self: process._Builder, deadline: float | None) -> Any:
+        while deadline is not None:
             try:
-                return line(self, 0.1)
+                return line(self, time.monotonic() + 0.1)
             except TimeoutError:
-                if hangs() or time.monotonic() > end:
+                if hangs() or self.killed:
                     raise
+        return line(self, None)
 
-    monkeypatch.setattr(prebuild._Worker, "_line", until_it_hangs)
+    monkeypatch.setattr(process._Builder, "_line", until_it_hangs)
     words = [word for config in SMALL for word in ("--set", config.settings())]
     result = verb(*words, "--jobs", "1", "--timeout", "77")
     assert result.exit_code == 2
-    *rows, summary = result.output.splitlines()
+    *rows, summary = result.stdout.splitlines()
     assert [row.startswith("failed") for row in rows] == [False, True, False]
     assert f"{SMALL[1].symbol} wasn't built in 77 s; --timeout sets how long it may take" in rows[1]
     assert summary.startswith("2 built, 0 there before, 1 failed, in ")
     assert len(store.stored_keys()) == 2
     assert (tmp_path / "pid").exists()
     assert not hangs()
-    # It isn't a failure that would repeat itself: nothing is remembered, no lock is left, and it is compiled again.
+    # Nothing is remembered, no lock is held, and it is compiled again.
     compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
-    key = loader.content_key(SMALL[1], (), loader.toolchain.find_tools("cpu").versions())
+    key = loader.content_key(SMALL[1], (), toolchain.find_tools("cpu").versions())
     assert failures.recall(store, key) is None
     assert loader.load(SMALL[1]).key == key
     assert list((store.root / "staging").iterdir()) == []
 
 
-def test_a_worker_that_doesnt_start(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prebuild, "START_SECONDS", 0.0)
-    (done,) = prebuild.build_all([Job(SMALL[0])], 1)
-    assert done.error == f"The worker for {SMALL[0].symbol} didn't start in 0 s."
+def test_ctrl_c_ends_the_builds(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in sessions of their own, so the terminal doesn't tell them."""
+    compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 600")
+    monkeypatch.setenv("CXX", str(compiler))
+
+    def interrupt() -> None:
+        until((tmp_path / "pid").exists, "the compiler hangs")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        prebuild.build_all([Job(SMALL[1]), Job(SMALL[2])], 1)
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text(), "it ended")
+    assert store.stored_keys() == []
+    assert list((store.root / "staging").iterdir()) == []
+    assert list((store.root / "failed").rglob(failures.RECORD)) == []
 
 
 def test_one_that_fails_is_in_the_summary_and_remembered(
@@ -170,20 +195,20 @@ def test_one_that_fails_is_in_the_summary_and_remembered(
     assert result.exit_code == 2
     assert "1 built, 0 there before, 1 failed" in result.output
     assert "no such luck" in result.output
-    assert "It failed so on" in verb(*words, "--jobs", "1").output
-    # The compiler is mended: only --retry finds out.
+    assert "and is not retried until its inputs change" in verb(*words, "--jobs", "1").output
+    # The compiler works again: only --retry finds out.
     compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
     result = verb("--set", SMALL[1].settings(), "--retry")
     assert result.exit_code == 0, result.output
     assert failures.RETRY_VARIABLE not in os.environ
 
 
-def test_a_worker_that_is_killed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by the kernel, for want of memory: it is said, another worker takes the rest, and nothing is remembered."""
-    killing = fake_compiler(tmp_path, "kill -9 $(cut -d' ' -f6 /proc/$$/stat); sleep 600")  # its session's first
+def test_a_build_process_that_is_killed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the kernel, when memory ran out: it is reported, the rest is built, and nothing is remembered."""
+    killing = fake_compiler(tmp_path, "kill -9 $(cut -d' ' -f6 /proc/$$/stat); sleep 600")  # its session's leader
     monkeypatch.setenv("CXX", str(killing))
     killed, other = prebuild.build_all([Job(SMALL[1]), Job(SMALL[2])], 1)
-    assert f"The worker that built {SMALL[1].symbol} ended by signal 9" in killed.error
-    assert killed.error.endswith("If memory ran out, build fewer at once with --jobs.")
+    assert "wasn't built, since its build process ended by signal 9" in killed.error
+    assert "If memory ran out, build fewer at once with --jobs" in killed.error
     assert other.built
-    assert list((store.root / "failed").glob("*")) == []
+    assert list((store.root / "failed").rglob(failures.RECORD)) == []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import FIELDS, PRESETS, KernelConfig
 from onelaunch import render as render_anew
 from onelaunch.cli.generate import check_folder, emitted, write_folder
@@ -24,7 +25,6 @@ from onelaunch.emit.render import _shift, render_baseline, render_binding
 from onelaunch.spec import layout
 from processes import light_package
 from support import ALL_FIELDS
-from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 GENERATED = ROOT / "generated"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,20 @@ import numpy as np
 import onelaunch
 import pytest
 import torch
-import typer
+from click.testing import CliRunner
 from onelaunch import MetadataBuffers
-from onelaunch.cli.common import check_writable
-from onelaunch.cli.lab.replay import (
-    Distribution,
-    Extent,
-    ReplayOptions,
-    Verify,
-    refresh_with_tensor_ops,
-    replay,
-    run_replay,
-)
+from onelaunch.cli.lab.replay.command import replay
+from onelaunch.cli.lab.replay.options import Extent, ReplayOptions, Verify
+from onelaunch.cli.lab.replay.simulated import refresh_with_tensor_ops, run_replay
+from onelaunch.cli.lab.replay.summary import Distribution
+from onelaunch.cli.output import check_writable
 from onelaunch.errors import ArgumentError
-from typer.testing import CliRunner
 
 DATA = Path(__file__).parent / "data"
 AZURE = DATA / "azure_2023_conversation.csv"
 MOONCAKE = DATA / "mooncake_conversation.csv"
 
 SMALL = ReplayOptions(AZURE, max_batch=8, context_len=1024, max_steps=40, verify=Verify.every, index_topk=600)
-
-app = typer.Typer()
-app.command()(replay)
 
 
 class CorruptingPlan:
@@ -87,7 +79,7 @@ def test_replay_of_a_real_trace_has_no_mismatch(trace: Path, extent: Extent) -> 
     summary = run_replay(options)
     assert summary.steps == summary.launches == summary.verified_steps == 40
     assert summary.mismatches == 0
-    assert summary.first_offence is None
+    assert summary.first_mismatch is None
     assert summary.batch.max == 8
     assert summary.queued_steps > 0
     # Whole buffers of three backends were compared, the untouched part too.
@@ -142,7 +134,7 @@ def test_a_wrong_element_is_counted_and_named(
     right = corrupt_at(monkeypatch, step=5, backend=1, field=field, index=index)
     summary = run_replay(dataclasses.replace(SMALL, max_steps=10))
     assert summary.mismatches == 1
-    offence = summary.first_offence
+    offence = summary.first_mismatch
     assert offence is not None
     assert (offence.step, offence.backend, offence.field, offence.index) == (5, 1, field, index)
     assert (offence.got, offence.expected) == (right[0] ^ 1, right[0])
@@ -163,7 +155,7 @@ def test_an_element_that_is_never_written_again_is_seen(monkeypatch: pytest.Monk
     one_request = dataclasses.replace(SMALL, requests=1, max_steps=4, backends=1)
     summary = run_replay(one_request)
     assert summary.launches == 3
-    offence = summary.first_offence
+    offence = summary.first_mismatch
     assert offence is not None
     assert offence.step == 3
     length = summary.length.max
@@ -269,14 +261,14 @@ ARGUMENTS = [str(AZURE), "--device", "cpu", "--max-batch", "4", "--context-len",
 
 def test_command_prints_a_plain_table_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "summary.json"
-    result = CliRunner().invoke(app, [*ARGUMENTS, "--json", str(file)])
+    result = CliRunner().invoke(replay, [*ARGUMENTS, "--json", str(file)])
     assert result.exit_code == 0, result.output
     lines = dict(line.split("  ", 1) for line in result.stdout.splitlines())
     facts = {name.strip(): value.strip() for name, value in lines.items()}
     summary = json.loads(file.read_text())
     assert summary["steps"] == summary["launches"] == 20
     assert summary["mismatches"] == 0
-    assert summary["first_offence"] is None
+    assert summary["first_mismatch"] is None
     assert facts["launches"] == "20"
     assert facts["mismatches"].startswith("0 of ")
     assert facts["bytes written"] == f"{summary['bytes_written']:,}"
@@ -285,7 +277,7 @@ def test_command_prints_a_plain_table_and_writes_json(tmp_path: Path) -> None:
 
 
 def test_command_keeps_standard_output_for_json() -> None:
-    result = CliRunner().invoke(app, [*ARGUMENTS, "--json", "-"])
+    result = CliRunner().invoke(replay, [*ARGUMENTS, "--json", "-"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["steps"] == 20
     assert "mismatches" in result.stderr
@@ -293,7 +285,7 @@ def test_command_keeps_standard_output_for_json() -> None:
 
 def test_command_fails_on_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     corrupt_at(monkeypatch, step=2, backend=2, field="nsa_cache_seqlens", index=(0,))
-    result = CliRunner().invoke(app, [*ARGUMENTS, "--verify", "every"])
+    result = CliRunner().invoke(replay, [*ARGUMENTS, "--verify", "every"])
     assert result.exit_code == 1
     assert "step 2, backend 2: nsa_cache_seqlens[0] is" in result.stdout
 
@@ -301,10 +293,10 @@ def test_command_fails_on_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_explains_what_it_cannot_use(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("arrival_ms,input_tokens,output_tokens\n0,many,1\n")
-    result = CliRunner().invoke(app, [str(trace), "--device", "cpu"])
+    result = CliRunner().invoke(replay, [str(trace), "--device", "cpu"])
     assert result.exit_code == 2
     assert f"onelaunch: {trace}, line 2, column input_tokens: 'many'" in result.stderr
-    result = CliRunner().invoke(app, [*ARGUMENTS, "--json", str(tmp_path / "no" / "summary.json")])
+    result = CliRunner().invoke(replay, [*ARGUMENTS, "--json", str(tmp_path / "no" / "summary.json")])
     assert result.exit_code == 2
     assert "can't be written" in result.stderr
 
@@ -324,7 +316,7 @@ def test_what_can_be_written_is_known_before_the_work(tmp_path: Path, monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_missing_device_is_explained() -> None:
-    result = CliRunner().invoke(app, [str(AZURE), "--device", "cuda"])
+    result = CliRunner().invoke(replay, [str(AZURE), "--device", "cuda"])
     assert result.exit_code == 2
     assert "PyTorch sees no CUDA device" in result.stderr
 
@@ -337,3 +329,18 @@ def test_replay_on_the_gpu(trace: Path) -> None:
     assert summary.device != "cpu"
     assert summary.steps == summary.launches == 200
     assert summary.mismatches == 0
+
+
+def test_replay_on_a_terminal_shows_progress_and_a_table() -> None:
+    arguments = [str(DATA / "azure_2023_conversation.csv"), "--device", "cpu", "--max-batch", "4"]
+    environment = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "120"}
+    for limit in (["--max-steps", "20"], ["--requests", "2"]):
+        result = CliRunner().invoke(
+            replay,
+            [*arguments, "--context-len", "256", "--verify", "none", "--step-ms", "500", *limit],
+            env=environment,
+        )
+        assert result.exit_code == 0, result.output
+        assert "\x1b[" in result.output
+        assert "0 (nothing was checked)" in re.sub(r"\x1b\[[\d;]*m", "", result.output)
+    assert "2 of 2 requests finished" in re.sub(r"\x1b\[[\d;]*m", "", result.output)

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onelaunch.cli.lab.serving import PagedAllocator, ServingSimulation, Step, Trace, row_width
+from onelaunch.cli.lab.replay.pool import PagedAllocator, row_width
+from onelaunch.cli.lab.replay.serving import ServingSimulation, Step
+from onelaunch.cli.lab.replay.traces import Trace
 from onelaunch.errors import ArgumentError
 
 DATA = Path(__file__).parent / "data"

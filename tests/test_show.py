@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from onelaunch import KernelConfig, preset, render
+from onelaunch.cache import files
 from onelaunch.cli.main import app
-from onelaunch.cli.show import LEXERS, What, show
-from onelaunch.inspect import kernels as inspect
+from onelaunch.cli.show import LEXERS, show
+from onelaunch.inspect import views
+from onelaunch.inspect.kernels import find
 from onelaunch.load import loader
-from typer.testing import CliRunner
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
 
@@ -29,7 +31,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, *arguments: Any, **environment: str) -> str:
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, *words: str, **environment: str) -> str:
     screen = Terminal()
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -37,23 +39,32 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, *arguments: Any, 
         monkeypatch.setenv(name, value)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", screen)
-        show(*arguments)
+        show(list(words), standalone_mode=False)
     return screen.getvalue()
 
 
-def test_every_view_is_there() -> None:
-    assert tuple(What) == tuple(LEXERS) == inspect.VIEWS
+def test_it_prints_the_source_and_nothing_else() -> None:
+    wanted = preset("nsa-decode-3").replace(page_size=16, extent="full")
+    for words, config in (
+        (["nsa-decode-3"], preset("nsa-decode-3")),
+        ([], KernelConfig()),
+        (["nsa-decode-3", "--set", "page_size=16, extent=full"], wanted),
+        (["--set", wanted.settings()], wanted),
+    ):
+        result = invoke(*words)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == render(config)
 
 
 def test_each_view_is_what_inspect_says() -> None:
     key = loader.load(CPU).key[:16]
-    found = inspect.find(key)
+    found = find(key)
     for what in ("cuda", "binding", "command", "key"):
         result = invoke(key, "--what", what)
         assert (result.exit_code, result.stderr) == (0, "")
-        assert result.stdout == inspect.view(found, what)
+        assert result.stdout == views.view(found, what)
     for what in ("command", "key"):
-        assert json.loads(invoke(key, "--what", what, "--json").stdout) == inspect.facts(found, what)
+        assert json.loads(invoke(key, "--what", what, "--json").stdout) == views.facts(found, what)
 
 
 @pytest.mark.nvcc
@@ -82,11 +93,12 @@ def test_colours_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_lexer_is_one(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from pygments.lexers import get_lexer_by_name
 
+    assert tuple(LEXERS) == views.VIEWS
     for lexer in (*LEXERS.values(), "json", "diff"):
         assert get_lexer_by_name(lexer)
     loader.load(CPU)
-    text = on_a_terminal(monkeypatch, 200, None, What(what), CPU.settings())
-    assert re.sub(r"\x1b\[[\d;]*m", "", text) == inspect.view(inspect.find(None, CPU.settings()), what)
+    text = on_a_terminal(monkeypatch, 200, "--what", what, "--set", CPU.settings())
+    assert re.sub(r"\x1b\[[\d;]*m", "", text) == views.view(find(None, CPU.settings()), what)
 
 
 def test_into_a_folder_with_what_editors_want(tmp_path: Path) -> None:
@@ -105,18 +117,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "k.cu"
     file.write_text("mine\n")
 
-    def interrupted(self: Path, data: bytes) -> int:
-        with open(self, "wb") as half:
-            half.write(data[:100])
+    def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", interrupted)
+        patch.setattr(files.os, "fsync", interrupted)
         result = invoke("nsa-decode-1", "-o", str(file))
     assert (result.exit_code, result.stderr) == (130, "onelaunch: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["k.cu"]
     assert file.read_text() == "mine\n"
-    # A link stays one, and what isn't a file is written to as it is.
+    # A symbolic link is kept, and a device is written to directly.
     (tmp_path / "link.cu").symlink_to(file)
     assert invoke("nsa-decode-1", "-o", str(tmp_path / "link.cu")).exit_code == 0
     assert (tmp_path / "link.cu").is_symlink()
@@ -133,10 +143,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         (["nsa-decode-1", "--annotate"], "--annotate is for ptx and sass"),
         (["--set", CPU.settings(), "--what", "sass"], "is built for the CPU and has no machine code"),
         (["no/such.cu"], "no/such.cu can't be read or written: No such file or directory."),
+        (["-o", "no/such/folder.cu"], "no/such/folder.cu can't be read or written: No such file or directory."),
+        (["/dev/zero"], "/dev/zero isn't a kernel's source: it is no file, or larger than any source."),
+        (["latin-1.cu"], "latin-1.cu isn't a kernel's source: it isn't UTF-8"),
+        (["no-such"], "the preset's name is 'no-such'; allowed: 'nsa-decode-1'"),
+        (["nsa-decod-1"], "Did you mean 'nsa-decode-1'?"),
+        (["--set", "page_size"], "'page_size' is not of the form key=value"),
+        (["--set", "page_size=many"], "page_size is 'many'; it must be a whole number"),
+        (["--set", "page_sise=3"], "Did you mean 'page_size'?"),
+        (["--set", "num_backends=0"], "num_backends is 0; allowed: 1 or more"),
+        (["--set", "num_backends=100000"], "Refresh the backends in several plans."),
         (["0123456789abcdef"], "No entry's key begins with '0123456789abcdef'; `onelaunch list` shows them."),
     ],
 )
-def test_what_it_refuses(words: list[str], text: str) -> None:
+def test_what_it_refuses(words: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin-1.cu").write_bytes("// größer\n".encode("latin-1"))
     result = invoke(*words)
     assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()

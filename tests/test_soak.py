@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from onelaunch.cli.lab.serving import Trace
+from onelaunch.cli.lab.replay.traces import Trace
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "gpu"))
@@ -19,7 +19,7 @@ import soak  # noqa: E402
 def test_serving_under_load(name: str, context_len: int) -> None:
     trace = HERE / "data" / "full" / f"{name}.csv"
     done = soak.soak(trace, (1, 3), torch.device("cpu"), max_batch=256, context_len=context_len)
-    assert done["mismatches"] == 0, done["first_offence"]
+    assert done["mismatches"] == 0, done["first_mismatch"]
     assert done["checked_steps"] == done["steps"]
     assert done["finished"] == len(Trace.load(trace))
     assert done["preemptions"] > 100

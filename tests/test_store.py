@@ -30,7 +30,7 @@ from onelaunch.build import compile as compiler
 from onelaunch.cache import store as stores
 from onelaunch.cache import trust
 from onelaunch.cache.store import CACHE_VARIABLE, KEPT_SUFFIXES, MANIFEST, Entry, Store
-from onelaunch.cli.lab.serving import PagedAllocator
+from onelaunch.cli.lab.replay.pool import PagedAllocator
 from onelaunch.errors import ArgumentError
 from onelaunch.load import loader
 from onelaunch.run import api, remembered

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from onelaunch.build import toolchain
+from onelaunch.build import programs, toolchain
+from onelaunch.build import toolkit as toolkits
 from onelaunch.errors import ToolchainError
 
 HOST_CONFIG = """
@@ -56,7 +57,7 @@ def toolkit(
         f"""echo "$@" >> {home}/calls
 case "$1" in
 --version) echo 'Cuda compilation tools, release {release}, V{version}'; echo 'Build cuda_{release}.r/c.1';;
---dryrun) {top};;
+--dryrun) {{ {top}; }} >&2;;
 --help) echo "Allowed: 'sm_80','sm_90','sm_90a','sm_100','sm_100a','sm_100f'";;
 esac""",
     )
@@ -75,7 +76,8 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler(tmp_path / "bin" / "c++")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
-    monkeypatch.setattr(toolchain, "SYSTEM_ROOT", tmp_path / "local")
+    monkeypatch.setattr(toolkits, "SYSTEM_ROOT", tmp_path / "local")
+    monkeypatch.setenv("ONELAUNCH_CACHE_DIR", str(tmp_path / "cache"))
     # pip's toolkits are found through sys.path; an imported namespace package would follow it too.
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
@@ -144,7 +146,7 @@ def test_headers_and_libraries_that_nvcc_itself_names_are_used(tmp_path: Path, m
     usr = f"{tmp_path}/opt/usr"
     (tmp_path / "opt/usr/lib/stubs").mkdir()
     named = f'echo \'#$ INCLUDES="-I{usr}/include" \'; echo \'#$ LIBRARIES=  "-L{usr}/lib/stubs" "-L{usr}/lib"\''
-    script(home / "bin" / "nvcc", text.replace("--dryrun) ", f"--dryrun) {named}; "))
+    script(home / "bin" / "nvcc", text.replace("--dryrun) { ", f"--dryrun) {{ {named}; "))
     monkeypatch.setenv("CUDA_HOME", str(home))
     found = toolchain.find_toolkit()
     assert (found.include, found.libdirs) == (tmp_path / "opt/usr/include", (tmp_path / "opt/usr/lib",))
@@ -365,7 +367,6 @@ def test_pair_error_names_a_compiler_that_is_there(tmp_path: Path, monkeypatch: 
 def test_ninja_of_the_package_then_beside_the_interpreter_then_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ninja", None)
     with pytest.raises(ToolchainError, match=r"(?s)ninja package.*beside the interpreter.*PATH.*pip install ninja"):
         toolchain.find_ninja()
     on_path = script(tmp_path / "bin" / "ninja", "echo 1.11")
@@ -374,8 +375,14 @@ def test_ninja_of_the_package_then_beside_the_interpreter_then_path(
     beside = script(tmp_path / "venv" / "bin" / "ninja", "echo 1.12")
     assert toolchain.find_ninja() == beside
     toolchain.reset()
-    package = script(tmp_path / "package" / "ninja", "echo 1.13")
-    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=str(tmp_path / "package")))
+    # A module of that name isn't the tool, and isn't imported.
+    touch(tmp_path / "site" / "ninja.py", "raise SystemExit('imported')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
+    assert toolchain.find_ninja() == beside
+    toolchain.reset()
+    package = script(tmp_path / "site" / "bin" / "ninja", "echo 1.13")
+    touch(tmp_path / "site" / "ninja-1.13.dist-info" / "METADATA", "Name: ninja\nVersion: 1.13\n")
+    touch(tmp_path / "site" / "ninja-1.13.dist-info" / "RECORD", "bin/ninja,,\n")
     assert toolchain.find_ninja() == package
     toolchain.reset()
     script(package, "exit 1")
@@ -437,7 +444,7 @@ def test_gencode_flags(tmp_path: Path) -> None:
         toolchain.gencode_flags(["x"])
 
 
-# Caching
+# What is remembered
 
 
 def test_a_search_runs_once_until_the_environment_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,11 +459,82 @@ def test_a_search_runs_once_until_the_environment_changes(tmp_path: Path, monkey
     assert toolchain.find_toolkit().version == "13.0.88"
 
 
+def answered(program: Path) -> int:
+    """How often a program is asked by a process that has nothing in its memory."""
+    asked: list[Path] = []
+    programs.answer(program, lambda path: (asked.append(path), "13.0")[1])
+    programs.save_answers()
+    programs.reset()
+    return len(asked)
+
+
+def binary(path: Path, *more: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(ELF + "".join(more).encode())
+    return path
+
+
+def test_a_binarys_answer_is_remembered_until_it_changes(tmp_path: Path) -> None:
+    """By the real file behind links; only where there is a cache already, in one small file that no one else wrote."""
+    real = binary(tmp_path / "gcc-13" / "g++")
+    link = tmp_path / "g++"
+    link.symlink_to(real)
+    assert [answered(link), answered(link)] == [1, 1]
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "cache").mkdir(mode=0o700)
+    assert [answered(link), answered(link)] == [1, 0]
+    binary(real, "upgraded")
+    assert [answered(link), answered(link)] == [1, 0]
+    os.utime(real, (1, 1))
+    assert [answered(link), answered(link)] == [1, 0]
+    link.unlink()
+    link.symlink_to(binary(tmp_path / "gcc-14" / "g++", "upgraded"))
+    assert [answered(link), answered(link)] == [1, 0]
+    file = tmp_path / "cache" / programs.ANSWERS_FILE
+    for text in ("[]", "{", '{"a": 1}', '{"a": {}}', file.read_text().replace('"13.0"', "13")):
+        file.write_text(text)
+        assert [answered(link), answered(link)] == [1, 0], text
+    file.chmod(0o666)
+    assert [answered(link), answered(link)] == [1, 0], "written anew"
+    (tmp_path / "cache").chmod(0o777)
+    assert [answered(link), answered(link)] == [1, 1]
+
+
+def test_what_stands_for_another_program_is_asked_each_time(tmp_path: Path) -> None:
+    """A compiler that was upgraded behind a script or a launcher's link must be noticed."""
+    (tmp_path / "cache").mkdir(mode=0o700)
+    ccache = tmp_path / "lib" / "g++"
+    ccache.parent.mkdir()
+    ccache.symlink_to(binary(tmp_path / "bin" / "ccache"))
+    for program in (script(tmp_path / "wrapper", "exec g++"), ccache):
+        assert [answered(program), answered(program)] == [1, 1]
+
+
+def test_what_a_tool_says_on_stderr_is_not_its_version(tmp_path: Path) -> None:
+    """As a dynamic linker that can't preload something."""
+    script(tmp_path / "bin" / "c++", f"echo 'ERROR: ld.so: object cannot be preloaded' >&2; echo '{GCC_12}'")
+    assert toolchain.find_host_compiler().version == GCC_12.removeprefix("g++ ")
+    script(tmp_path / "bin" / "c++", f"echo '{GCC_12}' >&2")
+    toolchain.reset()
+    with pytest.raises(ToolchainError, match=r"c\+\+ --version ended with status 0: g\+\+ \(GCC\)"):
+        toolchain.find_host_compiler()
+
+
+def test_tools_are_asked_in_the_clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("LD_PRELOAD", "NVCC_APPEND_FLAGS", "CPATH", "LIBRARY_PATH", "CFLAGS", "LC_MESSAGES", "LANG")
+    for name in names:
+        monkeypatch.setenv(name, "/somebody's")
+    script(tmp_path / "bin" / "c++", f"echo '{GCC_12}'; /usr/bin/env >{tmp_path}/seen")
+    toolchain.find_host_compiler()
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert not set(names) & set(seen)
+    assert seen["LC_ALL"] == "C"
+
+
 # The report
 
 
 def test_describe_turns_failures_into_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ninja", None)
     monkeypatch.setenv("ONELAUNCH_CUDA_ARCH", "120a")
     rows = {tool: (value, where) for tool, value, where in toolchain.describe()}
     assert rows["CUDA toolkit"][0] == rows["ninja"][0] == toolchain.NOT_USABLE

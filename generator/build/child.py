@@ -1,7 +1,9 @@
-"""The child process of a build: a Python in the staging folder that compiles one kernel and answers how that ended.
+"""The builder: a Python of its own that compiles kernels, each in a fork that starts as it did.
 
-It is started by path (see process.py), so it imports nothing of onelaunch. The job comes as JSON on stdin, the answer
-goes as JSON to stdout. Everything that load_inline reads from its process is set here, where nobody else is disturbed.
+It is started by path (see process.py), so it imports nothing of onelaunch. Jobs come as lines of JSON on stdin. For
+each it answers {"pid"}, the leader of the build's session, then {"status", "answer", "errors"}. It imports torch once,
+which takes as long as a build; a build's fork has the folder, the environment and the session of that build, so it can
+set all that load_inline reads from its process. The builder ends when its parent does, or after IDLE_SECONDS.
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
+IDLE_SECONDS = 30.0
+_POLL_SECONDS = 0.02
 # Every path that ninja and the compilers see begins with it, so no character of the cache's path can confuse them, and
-# the object doesn't depend on the folder it was built in. All of them run in the staging folder.
+# the object doesn't depend on the folder that it was built in. All of them run in the staging folder.
 HERE = "/proc/self/cwd"
 
 # load_inline names these libraries on every link line. The object uses none of them, so an empty linker script stands
@@ -28,7 +32,7 @@ _UNUSED_LIBRARIES = ("c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda", "tor
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
-    """Compiles, links and loads.
+    """Compiles, links and loads, in the working folder and with this process's environment.
 
     Args:
         job: "arguments" of load_inline; "ninja", its path; "toolkit", the CUDA toolkit's folder or None.
@@ -36,19 +40,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     Returns:
         {"commands": every command of the build}, or {"step": "compile" or "load", "output": text, "status": of ninja}.
     """
-    # On import it warns that there is no GPU, which an ahead-of-time build doesn't need.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils import cpp_extension
-
-    extension: Any = cpp_extension
-    # torch doesn't quote this folder, which is inside a virtual environment: one with a space in its path.
-    extension.TORCH_LIB_PATH = "stubs"
-    extension.CUDNN_HOME = None
-    extension.SUBPROCESS_DECODE_ARGS = ("utf-8", "replace")
-    # It locks the folder, which is nobody else's and whose file system may have no locks; and it deletes precompiled
-    # headers below site-packages, which are the user's.
-    extension.FileLock = lambda path: contextlib.nullcontext()
-    extension.remove_extension_h_precompiler_headers = lambda: None
+    extension = _cpp_extension()
     os.mkdir("stubs")
     for library in _UNUSED_LIBRARIES:
         Path("stubs", f"lib{library}.so").write_text("/* unused */\n", encoding="utf-8")
@@ -69,9 +61,11 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def kill_session(session: int) -> None:
-    """Ends every process of a session, its leader last. ninja gives each command a process group of its own, so what
-    a build's processes share is the session."""
-    while members := _members(session):
+    """Ends every process of a session, its leader last; session 0 is none.
+
+    ninja gives each command a process group of its own, so what a build's processes share is the session.
+    """
+    while session and (members := _members(session)):
         for pid in [pid for pid in members if pid != session] or members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -89,32 +83,106 @@ def _members(session: int) -> list[int]:
     return found
 
 
+def _cpp_extension() -> Any:
+    # On import it warns that there is no GPU, which an ahead-of-time build doesn't need.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils import cpp_extension  # not at the top: onelaunch imports this module, too
+
+    extension: Any = cpp_extension
+    # torch doesn't quote this folder, which is inside a virtual environment: one with a space in its path.
+    extension.TORCH_LIB_PATH = "stubs"
+    extension.CUDNN_HOME = None
+    extension.SUBPROCESS_DECODE_ARGS = ("utf-8", "replace")
+    # It locks the folder, which is nobody else's and whose file system may have no locks; and it deletes precompiled
+    # headers below site-packages, which are the user's.
+    extension.FileLock = lambda path: contextlib.nullcontext()
+    extension.remove_extension_h_precompiler_headers = lambda: None
+    return extension
+
+
 def _here(text: str) -> str:
     return text.replace(HERE, ".")
 
 
-def _end_with(lifeline: int) -> None:
-    """The parent holds the other end of a pipe; when that closes, the parent is dead and nobody wants the result."""
-    os.read(lifeline, 1)
-    kill_session(os.getpid())
+def _in_fork(job: dict[str, Any], answer: int, errors: int) -> None:
+    """One build, in a session, a folder and an environment of its own. Doesn't return."""
+    os.setsid()
+    # Compilers and libraries may write anywhere but to the parent.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(errors, 1)
+    os.dup2(errors, 2)
+    try:
+        os.environ.clear()
+        os.environ.update(job["environment"])
+        os.chdir(job["folder"])
+        result = build(job)
+    except BaseException:
+        result = {"step": "python", "output": traceback.format_exc(), "status": 0}
+    with os.fdopen(answer, "wb") as file:
+        file.write(json.dumps(result).encode())
+    os._exit(0)
+
+
+def _run(job: dict[str, Any]) -> None:
+    """Builds in a fork, and answers how it ended."""
+    try:
+        _cpp_extension()
+    except Exception:
+        _reply({"pid": 0})
+        _reply({"status": 0, "answer": {"step": "python", "output": traceback.format_exc(), "status": 0}, "errors": ""})
+        return
+    # Files in memory: no pipe can fill up, and no folder either.
+    answer, errors = os.memfd_create("answer"), os.memfd_create("errors")
+    pid = os.fork()
+    if pid == 0:
+        _in_fork(job, answer, errors)
+    _reply({"pid": pid})
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if select.select([0], [], [], _POLL_SECONDS)[0]:  # the end of file: the parent is gone
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            kill_session(pid)
+            os._exit(0)
+    status = os.waitstatus_to_exitcode(ended[1])
+    if status != 0:
+        kill_session(pid)  # its compilers may still run
+    _reply({"status": status, "answer": _parsed(_text(answer)), "errors": _text(errors)})
+
+
+def _reply(message: dict[str, Any]) -> None:
+    data = json.dumps(message).encode() + b"\n"
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def _text(descriptor: int) -> str:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read().decode("utf-8", "replace")
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(text)
+    except ValueError:  # it died before it could answer
+        return {}
+    return answer if isinstance(answer, dict) else {}
 
 
 def main() -> None:
-    """Reads the job, and writes the answer where neither a compiler nor a library writes."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
-    job = json.load(sys.stdin)
-    # Where the parent's torch is, in case this interpreter finds none by itself.
-    sys.path += job["path"]
-    try:
-        answer = build(job)
-    except Exception:
-        answer = {"step": "python", "output": traceback.format_exc(), "status": 0}
-    json.dump(answer, answers)
-    answers.flush()
-    # torch starts threads, and nothing that is left to do at exit is worth the wait.
-    os._exit(0)
+    """Takes jobs until nobody has one."""
+    line = b""
+    while select.select([0], [], [], IDLE_SECONDS)[0]:
+        part = os.read(0, 1 << 20)
+        if not part:
+            return
+        line += part
+        if line.endswith(b"\n"):
+            job = json.loads(line)
+            line = b""
+            # Where the parent's torch is, in case this interpreter finds none by itself.
+            sys.path += [folder for folder in job["path"] if folder not in sys.path]
+            _run(job)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Runs a build in a child process: the caller's environment never changes, and a compiler's death is an exit status."""
+"""Runs builds in child processes: the caller's environment never changes, and a compiler's death is an exit status."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,18 +19,19 @@ from typing import IO, Any
 from ..errors import ToolchainError
 from . import child
 
-_running: set[int] = set()
+_idle: list[_Builder] = []
+_busy: set[_Builder] = set()
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended.
+    """How a build's process ended.
 
     Attributes:
         answer: what it answered, see child.build; {} if it ended without an answer.
         status: its exit status, negative for a signal; None if it ran out of time and was killed.
-        errors: what it wrote to stderr.
+        errors: what it wrote to stdout and stderr.
     """
 
     answer: Mapping[str, Any]
@@ -36,100 +40,186 @@ class Outcome:
 
 
 def run(job: Mapping[str, Any], stage: Path, environment: Mapping[str, str], timeout: float | None = None) -> Outcome:
-    """Builds in a folder.
+    """Builds in a folder, in a session of its own.
 
     Args:
         job: see child.build.
-        stage: the working folder of the child.
-        environment: all of the child's variables.
-        timeout: seconds; then the child is killed with every compiler that it started. None waits for ever.
+        stage: the working folder of the build.
+        environment: all of its variables.
+        timeout: seconds; then it is killed with every compiler that it started. None waits for ever.
 
     Raises:
         ToolchainError: no process can be started.
         OSError: the folder is gone.
     """
-    if not sys.executable:
-        raise ToolchainError(
-            f"sys.executable is {sys.executable!r}: a build runs in a Python of its own, and this process doesn't say "
-            "which one that is. Build ahead of time with `onelaunch build`."
-        )
     stage.stat()
     torch = sys.modules.get("torch")
     path = [str(Path(torch.__file__).parent.parent)] if torch is not None and torch.__file__ else []
-    try:
-        # Files in memory: no pipe can fill up, and no folder either.
-        with _memory("job") as asked, _memory("answer") as answer, _memory("errors") as errors:
-            asked.write(json.dumps({**job, "path": path}).encode())
-            asked.seek(0)
-            with _lifeline() as lifeline:
-                # -P: the working folder is no place to import from.
-                started = subprocess.Popen(
-                    [sys.executable, "-P", os.path.abspath(child.__file__), str(lifeline)],
-                    cwd=stage,
-                    env=environment,
-                    stdin=asked,
-                    stdout=answer,
-                    stderr=errors,
-                    pass_fds=[lifeline],
-                    start_new_session=True,
-                )
-                status = _wait(started, timeout)
-            return Outcome(_parsed(_text(answer)), status, _text(errors))
-    except OSError as error:
-        raise ToolchainError(
-            f"A build can't be started with {sys.executable}: {error.strerror}. Free some processes, files or memory, "
-            "or build ahead of time with `onelaunch build`."
-        ) from error
+    message = {**job, "folder": str(stage), "environment": dict(environment), "path": path}
+    while True:
+        builder, fresh = _take(environment)
+        try:
+            outcome = builder.run(message, timeout)
+        except BaseException:
+            builder.end()  # Ctrl-C, say
+            raise
+        finally:
+            with _lock:
+                _busy.discard(builder)
+        if outcome is not None:
+            if builder.alive:
+                with _lock:
+                    _idle.append(builder)
+            return outcome
+        outcome = builder.end()
+        if fresh or builder.killed:
+            return outcome
+        # It had just ended, since nobody wanted anything for a while.
 
 
 def kill_running() -> None:
-    """Ends every build of this process, whichever thread waits for it."""
+    """Kills every build of this process, whichever thread waits for it."""
     with _lock:
-        sessions = list(_running)
-    for session in sessions:
-        child.kill_session(session)
+        busy = list(_busy)
+    for builder in busy:
+        builder.kill()
 
 
-def _wait(started: subprocess.Popen[bytes], timeout: float | None) -> int | None:
+def _take(environment: Mapping[str, str]) -> tuple[_Builder, bool]:
+    """A builder for one build, and whether it is a new one."""
     with _lock:
-        _running.add(started.pid)
-    try:
-        return started.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if started.returncode != 0:  # it still runs, as after Ctrl-C; or it died, and its compilers may still run
-            child.kill_session(started.pid)
-            started.wait()
-        with _lock:
-            _running.discard(started.pid)
+        fresh = not _idle
+        builder = _Builder(environment) if fresh else _idle.pop()
+        _busy.add(builder)
+    return builder, fresh
 
 
-@contextlib.contextmanager
-def _lifeline() -> Iterator[int]:
-    """The end of a pipe that a child reads; it is closed when this process ends, however that happens."""
-    read, write = os.pipe()
-    try:
-        yield read
-    finally:
-        os.close(read)
-        os.close(write)
+class _Builder:
+    """A child process that builds one kernel after another; see child.py."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        if not sys.executable:
+            raise ToolchainError(
+                f"sys.executable is {sys.executable!r}: a build runs in a Python of its own, and this process doesn't "
+                "say which one that is. Build ahead of time with `onelaunch build`."
+            )
+        try:
+            self._said: IO[bytes] = os.fdopen(os.memfd_create("onelaunch-builder"), "w+b", buffering=0)
+            # -P: the working folder is no place to import from. One thread: it forks.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", os.path.abspath(child.__file__)],
+                cwd="/",
+                env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                bufsize=0,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ToolchainError(
+                f"A build can't be started with {sys.executable}: {error.strerror}. Free some processes, files or "
+                "memory, or build ahead of time with `onelaunch build`."
+            ) from error
+        self._session = 0
+        self._rest = b""
+        self.killed = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can build again."""
+        return self._process.poll() is None
+
+    def run(self, message: Mapping[str, Any], timeout: float | None) -> Outcome | None:
+        """One build; None if the builder ended before it began."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            self._send(json.dumps(message).encode() + b"\n")
+            started = self._line(deadline)
+            if started is None:
+                return None
+            self._session = int(started["pid"])
+            ended = self._line(deadline)
+        except TimeoutError:
+            return Outcome({}, None, self.end().errors)
+        except OSError:  # its end of the pipe is closed
+            return None
+        if ended is None:
+            return self.end()
+        self._session = 0
+        return Outcome(ended["answer"], ended["status"], ended["errors"])
+
+    def kill(self) -> None:
+        """Kills it, and the build that it is at with every compiler of that."""
+        self.killed = True
+        self._process.kill()
+        if self._session:
+            child.kill_session(self._session)
+
+    def end(self) -> Outcome:
+        """kill(), and what it left."""
+        self.kill()
+        status = self._process.wait()
+        with contextlib.suppress(OSError, ValueError, TimeoutError):
+            if not self._session and (started := self._line(time.monotonic())) is not None:
+                self._session = int(started.get("pid", 0))
+                child.kill_session(self._session)
+        self._said.seek(0)
+        outcome = Outcome({}, status, self._said.read().decode("utf-8", "replace"))
+        self.close()
+        return outcome
+
+    def close(self) -> None:
+        """Lets it end by itself: it ends with its stdin."""
+        for file in (self._process.stdin, self._process.stdout, self._said):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    def wait(self) -> None:
+        """Waits for the end that close() let happen."""
+        self._process.wait()
+
+    def _send(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        while data:
+            data = data[self._process.stdin.write(data) or 0 :]
+
+    def _line(self, deadline: float | None) -> dict[str, Any] | None:
+        """The next message; None at the end of the pipe. TimeoutError after the deadline."""
+        assert self._process.stdout is not None
+        while b"\n" not in self._rest:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._process.stdout], [], [], left)[0]:
+                raise TimeoutError
+            part = os.read(self._process.stdout.fileno(), 1 << 20)
+            if not part:
+                return None
+            self._rest += part
+        line, _, self._rest = self._rest.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
 
 
-@contextlib.contextmanager
-def _memory(name: str) -> Iterator[IO[bytes]]:
-    with os.fdopen(os.memfd_create(f"onelaunch-{name}"), "w+b", buffering=0) as file:
-        yield file
+def _forked() -> None:
+    """The parent's builders are the parent's, and a lock that another thread held would stay held."""
+    global _lock
+    _lock = threading.Lock()
+    for builder in (*_idle, *_busy):
+        builder.close()
+        _not_ours.append(builder)
+    _idle.clear()
+    _busy.clear()
 
 
-def _text(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode("utf-8", "replace")
+def _at_exit() -> None:
+    while _idle:
+        builder = _idle.pop()
+        builder.close()
+        builder.wait()
 
 
-def _parsed(text: str) -> Mapping[str, Any]:
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) else {}
+# Never collected: a collected Popen waits for its process, which is no child of this one.
+_not_ours: list[_Builder] = []
+os.register_at_fork(after_in_child=_forked)
+atexit.register(_at_exit)

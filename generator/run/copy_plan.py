@@ -83,7 +83,7 @@ class CopyPlan:
         self.kernel: Kernel = self._bound.kernel
         self._run = self._bound.run
         named = [(f"precomputed.{name}", tensor) for name, tensor in sources.items()]
-        self._storages = HeldStorages([*destinations.all(), *named] if keep else [])
+        self._storages = HeldStorages([*destinations.named(), *named] if keep else [])
 
     def run(
         self,

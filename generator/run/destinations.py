@@ -30,9 +30,15 @@ class Room(NamedTuple):
     name: str
 
 
-class _Named(NamedTuple):
+class _Destination(NamedTuple):
     name: str
     tensor: Tensor
+    region: Region
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for tensors that are the same memory with the same shape and strides."""
+        return self.region.start, self.tensor.shape, self.tensor.stride()
 
 
 class Destinations:
@@ -61,13 +67,15 @@ class Destinations:
     ) -> None:
         self.count = len(backends)
         device: torch.device | None = None
-        tensors: dict[str, dict[tuple[Any, ...], _Named]] = {}
+        by_field: dict[str, dict[tuple[Any, ...], _Destination]] = {}
         room: dict[str, list[Room]] = {"request": [], "row": []}
-        first: dict[str, _Named] = {}
+        first: dict[str, _Destination] = {}
         for index, backend in enumerate(backends):
-            given = {field.name: _Named(name_of(index, field.name), tensor) for field, tensor in backend.items()}
-            for name, (label, tensor) in given.items():
-                device = check_destination(label, tensor, dim=FIELDS[name].dim, device=device).device
+            given: dict[str, _Destination] = {}
+            for field, tensor in backend.items():
+                label = name_of(index, field.name)
+                device = check_destination(label, tensor, dim=field.dim, device=device).device
+                given[field.name] = _Destination(label, tensor, Region.of(label, tensor))
             given = _without_aliases(given, page_size, mode)
             if index == 0:
                 first = given
@@ -77,15 +85,15 @@ class Destinations:
                     f"{name_of(lacks, name)} is None but {name_of(has, name)} is a tensor; all backends must have the "
                     "same fields. Bind backends with other fields to a plan of their own."
                 )
-            for name, (label, tensor) in given.items():
-                field = FIELDS[name]
+            for name, destination in given.items():
+                field, label, tensor = FIELDS[name], destination.name, destination.tensor
                 if field.extra and tensor.numel() == 0:
                     raise ArgumentError(f"{label} is empty; it must have room for the first 0, shape [bs + 1].")
                 if field.kind == "schedule":
                     _check_schedule(name, label, tensor)
                 if field.sized_by_batch:
                     room[field.per].append(Room(tensor.shape[0] - field.extra, label))
-                tensors.setdefault(name, {}).setdefault(_identity(label, tensor), _Named(label, tensor))
+                by_field.setdefault(name, {}).setdefault(destination.identity, destination)
         if device is None:
             raise ArgumentError("backends have no field at all; give at least one tensor.")
         self.device = device
@@ -94,14 +102,14 @@ class Destinations:
             room["request"] = room["row"] = room["request"] + room["row"]
         unlimited = [Room(MAX_BATCH, "")]
         self.requests, self.rows = min(room["request"] or unlimited), min(room["row"] or unlimited)
-        self._named = {name: list(tensors[name].values()) for name in self.fields}
-        self.tensors = {name: [named.tensor for named in different] for name, different in self._named.items()}
-        self.regions = [Region.of(*named) for named in self.all()]
+        self._different = {name: list(by_field[name].values()) for name in self.fields}
+        self.tensors = {name: [d.tensor for d in different] for name, different in self._different.items()}
+        self.regions = [d.region for different in self._different.values() for d in different]
         check_disjoint(self.regions)
 
-    def all(self) -> list[_Named]:
+    def named(self) -> list[tuple[str, Tensor]]:
         """All different tensors with their names in messages."""
-        return [named for different in self._named.values() for named in different]
+        return [(d.name, d.tensor) for different in self._different.values() for d in different]
 
     def width(self, name: str) -> int | None:
         """The columns that all backends have in a table; None if there is no such field.
@@ -116,11 +124,11 @@ class Destinations:
         return self._common(name, 0, "rows" if FIELDS[name].dim == 2 else "elements", "Slice them: tensor[:length].")
 
     def _common(self, name: str, dim: int, what: str, remedy: str) -> int | None:
-        different = self._named.get(name)
+        different = self._different.get(name)
         if not different:
             return None
         first = different[0]
-        for label, tensor in different:
+        for label, tensor, _ in different:
             if tensor.shape[dim] != first.tensor.shape[dim]:
                 raise ArgumentError(
                     f"{label} has {tensor.shape[dim]} {what} and {first.name} has {first.tensor.shape[dim]}; all "
@@ -148,8 +156,8 @@ class Destinations:
                 continue
             if limited and width < -(-columns // tokens):
                 raise ArgumentError(
-                    f"{self._named[table][0].name} has {width} columns; {columns} tokens in {unit} of {tokens} need "
-                    f"{-(-columns // tokens)}. Allocate a wider table, or narrow the others."
+                    f"{self._different[table][0].name} has {width} columns; {columns} tokens in {unit} of {tokens} "
+                    f"need {-(-columns // tokens)}. Allocate a wider table, or narrow the others."
                 )
             columns, limited = min(columns, width * tokens), True
         return columns
@@ -187,12 +195,12 @@ class Destinations:
         """
         checked = check_offsets(offsets, self.count)
         if len(set(checked)) > 1:
-            for name, different in self._named.items():
+            for name, different in self._different.items():
                 if len(different) < self.count and (FIELDS[name].kind != "table" or len(different) > 1):
                     raise ArgumentError(
                         f"{different[0].name} and the other backends' are {len(different)} different tensors, and "
-                        f"seqlen_offsets is {checked}; backends with different offsets may share a table only if all "
-                        "of them share it, and no other field. Allocate one for each."
+                        f"seqlen_offsets is {checked}; backends of different lengths share a table that all of them "
+                        "have, or nothing. Allocate one for each."
                     )
         return checked
 
@@ -234,26 +242,21 @@ def tensor_words(tensor: Tensor) -> list[int]:
     return [tensor.data_ptr(), tensor.stride(0)] if tensor.dim() == 2 else [tensor.data_ptr()]
 
 
-def _without_aliases(given: dict[str, _Named], page_size: int, mode: str) -> dict[str, _Named]:
+def _without_aliases(given: dict[str, _Destination], page_size: int, mode: str) -> dict[str, _Destination]:
     """The fields of a backend without those that are only another name for the same memory."""
     expanded, cache = given.get("seqlens_expanded"), given.get("cache_seqlens")
     dropped = set()
-    if mode == "decode" and expanded is not None and cache is not None and _identity(*expanded) == _identity(*cache):
+    if mode == "decode" and expanded is not None and cache is not None and expanded.identity == cache.identity:
         dropped.add("seqlens_expanded")
     real, wide = given.get("real_page_table"), given.get("page_indices")
     if page_size == 1 and real is not None:
-        if wide is None or _identity(*real) != _identity(*wide):
+        if wide is None or real.identity != wide.identity:
             raise ArgumentError(
                 f"{real.name} is a tensor of its own, but with pages of one token it is the same table as "
                 "page_indices; pass None, or the very same tensor."
             )
         dropped.add("real_page_table")
-    return {name: named for name, named in given.items() if name not in dropped}
-
-
-def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory with the same shape and strides."""
-    return Region.of(name, tensor).start, tensor.shape, tensor.stride()
+    return {name: destination for name, destination in given.items() if name not in dropped}
 
 
 def _check_schedule(name: str, label: str, tensor: Tensor) -> None:
@@ -261,7 +264,7 @@ def _check_schedule(name: str, label: str, tensor: Tensor) -> None:
     rows = tensor.shape[0]
     if tensor.shape[1] != words or not low <= rows <= high:
         raise ArgumentError(
-            f"{label} has shape {tuple(tensor.shape)}; it must be {FIELDS[name].shape}, with {low} to {high} rows."
+            f"{label} has shape {tuple(tensor.shape)}; it must be {FIELDS[name].shape}, of {low} to {high} rows."
         )
     if not tensor.is_contiguous():
         raise ArgumentError(f"{label} has strides {tensor.stride()}; a schedule must be contiguous.")

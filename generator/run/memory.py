@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,8 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from ..errors import ArgumentError
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """The memory of one tensor.
 
     Attributes:
@@ -98,13 +96,6 @@ def check_disjoint(
         open_regions.append(region)
 
 
-class _Storage(NamedTuple):
-    name: str
-    storage: torch.UntypedStorage
-    address: int
-    nbytes: int
-
-
 class HeldStorages:
     """The storages of bound tensors. A kernel holds bare addresses, so a plan holds these for as long as it lives.
 
@@ -116,18 +107,24 @@ class HeldStorages:
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        held: dict[int, _Storage] = {}
-        for name, tensor in tensors:
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            held.setdefault(address, _Storage(name, storage, address, storage.nbytes()))
-        self._held = list(held.values())
+        held = {tensor.untyped_storage().data_ptr(): (name, tensor.untyped_storage()) for name, tensor in tensors}
+        self._names = [name for name, _ in held.values()]
+        self._storages = [storage for _, storage in held.values()]
+        self._places = self._read()
+
+    def _read(self) -> list[tuple[int, int]]:
+        """(address, bytes) of each storage; by map() for speed, as every run() with other arguments needs it."""
+        storage = torch.UntypedStorage
+        return list(zip(map(storage.data_ptr, self._storages), map(storage.nbytes, self._storages), strict=True))
 
     def check(self) -> None:
         """Raises ArgumentError if a storage was resized."""
-        for name, storage, address, nbytes in self._held:
-            if storage.data_ptr() != address or storage.nbytes() < nbytes:
+        places = self._read()
+        if places == self._places:
+            return
+        for name, before, after in zip(self._names, self._places, places, strict=True):
+            if before != after:
                 raise ArgumentError(
-                    f"the storage of {name} was resized after the plan was bound, from {nbytes} bytes to "
-                    f"{storage.nbytes()}, so its memory is elsewhere. Bind a new plan."
+                    f"the storage of {name} was resized after the plan was bound, from {before[1]} bytes to "
+                    f"{after[1]}, so the bound memory is gone. Bind a new plan."
                 )

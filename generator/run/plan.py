@@ -50,6 +50,7 @@ class Plan:
         self.config = config
         self.device = destinations.device
         self.regions = destinations.regions
+        self._spans = [(region.start, region.end, region) for region in self.regions]  # for a quick test in _check
         self.launches = 0
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
@@ -87,7 +88,7 @@ class Plan:
         )
         self.kernel: Kernel = self._bound.kernel
         self._run = self._bound.run
-        self._storages = HeldStorages([*destinations.all(), ("req_to_token", req_to_token)] if keep else [])
+        self._storages = HeldStorages([*destinations.named(), ("req_to_token", req_to_token)] if keep else [])
 
     def run(
         self,
@@ -165,8 +166,9 @@ class Plan:
         for name, tensor, dtype, read in inputs:
             check_tensor(name, tensor, dim=1, dtypes=(dtype,) if read else INT_DTYPES, device=self.device)
             region = Region.of(name, tensor)
-            for destination in self.regions:
-                if region.overlaps(destination):
+            start, end = region.start, region.end
+            for first, last, destination in self._spans:
+                if start < last and first < end and region.overlaps(destination):
                     raise ArgumentError(
                         f"{name} overlaps {destination.name} in memory; the kernel would read what it is writing. "
                         "Pass a copy (note that .to(torch.int32) returns the same tensor if it is int32 already)."

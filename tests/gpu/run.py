@@ -23,8 +23,9 @@ from typing import Any
 import soak
 import torch
 from onelaunch import PRESETS, __version__
-from onelaunch.cli.lab import baselines, measure
-from onelaunch.cli.lab.scene import Scene
+from onelaunch.cli.lab.bench import baselines
+from onelaunch.cli.lab.bench.cuda_meter import CudaMeter
+from onelaunch.cli.lab.bench.scene import Scene
 from onelaunch.inspect.kernels import fingerprint
 
 HERE = Path(__file__).parent
@@ -148,7 +149,7 @@ def timings() -> dict[str, Any]:
     """Microseconds a call in a CUDA graph, N=3, page 64, table width 163911, side by side with the ideal fan-out."""
     generator = torch.Generator().manual_seed(3)
     out: dict[str, Any] = {}
-    meter = measure.Meter()
+    meter = CudaMeter()
     for name, (bs, low, high) in TIMED.items():
         lengths = torch.randint(low, high + 1, (bs,), generator=generator).tolist()
         sets = max(6, min(24, int(3 * 60e6 // (sum(lengths) * 16)) + 1))

@@ -15,8 +15,10 @@ import numpy as np
 import onelaunch
 import torch
 from onelaunch import MetadataBuffers
-from onelaunch.cli.lab.replay import Checker, _allocate
-from onelaunch.cli.lab.serving import ServingSimulation, Trace
+from onelaunch.cli.lab.replay.checker import Checker
+from onelaunch.cli.lab.replay.serving import ServingSimulation
+from onelaunch.cli.lab.replay.simulated import allocate
+from onelaunch.cli.lab.replay.traces import Trace
 from onelaunch.spec import reference
 
 CAPTURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -60,7 +62,7 @@ def soak(
         device=device,
     )
     pool = simulation.req_to_token
-    targets = [[_allocate(max_batch, pool.shape[1], PAGE_SIZE, device) for _ in range(count)] for count in counts]
+    targets = [[allocate(max_batch, pool.shape[1], PAGE_SIZE, device) for _ in range(count)] for count in counts]
     plans = [onelaunch.bind(t, req_to_token=pool, index_topk=INDEX_TOPK, page_size=PAGE_SIZE) for t in targets]
     # Graphs read their inputs here; on the CPU a plan does.
     seq_lens = torch.ones(max_batch, dtype=torch.int64, device=device)
@@ -120,7 +122,7 @@ def soak(
         "checked_steps": checker.steps,
         "elements_checked": checker.elements,
         "mismatches": checker.mismatches,
-        "first_offence": str(checker.first) if checker.first else None,
+        "first_mismatch": str(checker.first) if checker.first else None,
         "finished": simulation.finished,
         "preemptions": simulation.preemptions,
         "batch_sizes": len(sizes),

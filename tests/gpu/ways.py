@@ -19,8 +19,9 @@ from typing import Any
 import onelaunch
 import torch
 from onelaunch import MetadataBuffers
-from onelaunch.cli.lab import measure
-from onelaunch.cli.lab.scene import WIDE, Scene
+from onelaunch.cli.lab.bench.cases import WIDE
+from onelaunch.cli.lab.bench.cuda_meter import CudaMeter
+from onelaunch.cli.lab.bench.scene import Scene
 
 SHAPES = ((1, 4096), (8, 8192), (64, 8192), (128, 32768), (256, 4096))
 SETS = 12
@@ -111,7 +112,7 @@ def _both(first: Callable[[], object], second: Callable[[], object]) -> Callable
 
 def answers(n: int = 3) -> dict[str, Any]:
     """Every question at every shape."""
-    meter = measure.Meter(0.05)
+    meter = CudaMeter(0.05)
     found: dict[str, Any] = {}
     for bs, length in SHAPES:
         lengths = torch.randint(length // 2, length + 1, (bs,), generator=torch.Generator().manual_seed(3)).tolist()

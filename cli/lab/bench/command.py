@@ -11,12 +11,11 @@ import click
 import onelaunch
 from onelaunch.cli.faults import sentence
 from onelaunch.errors import ArgumentError, ConfigError
-from rich.console import Console
 
 from .cases import trace_lengths
 from .figure import need_matplotlib, plot
 from .selection import Selected, numbers, parts_of, select
-from .tables import print_tables
+from .tables import lines
 from .verdicts import verdicts
 
 if TYPE_CHECKING:
@@ -95,7 +94,8 @@ def bench(
                 series=series,
             )
             data = _measure([] if host else selected, traces, json_to, seconds)
-        print_tables(data, Console())
+        for line in lines(data):
+            click.echo(line)
         if plot_to is not None:
             plot(data, plot_to)
 

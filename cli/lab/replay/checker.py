@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Offence:
+class Mismatch:
     """The first element that was wrong: where, what it held and what the reference says."""
 
     step: int
@@ -53,7 +53,7 @@ class Checker:
         self.steps = 0
         self.elements = 0
         self.mismatches = 0
-        self.first: Offence | None = None
+        self.first: Mismatch | None = None
 
     def before(self, step: int) -> None:
         """Prepare the destinations, and the shadow with what each of them must hold after ``step``."""
@@ -77,7 +77,7 @@ class Checker:
                 self.mismatches += len(places)
                 if self.first is None:
                     index = tuple(places[0].tolist())
-                    self.first = Offence(step, backend, field.name, index, int(got[index]), int(expected[index]))
+                    self.first = Mismatch(step, backend, field.name, index, int(got[index]), int(expected[index]))
 
 
 def _like(buffers: MetadataBuffers, allocate: Callable[[Tensor], Tensor]) -> MetadataBuffers:

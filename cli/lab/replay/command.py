@@ -77,20 +77,19 @@ def replay(json_to: str | None, **settings: Any) -> None:
     from .report import print_summary, run_with_progress
 
     options = ReplayOptions(**settings)
-    errors = Console(stderr=True)
 
     def run() -> ReplaySummary:
         if json_to is not None and json_to != "-":
             with _named(json_to):
                 check_writable(Path(json_to))  # before the work
-        summary = run_with_progress(options, errors)
+        summary = run_with_progress(options, Console(stderr=True))
         if json_to is not None:
             _write_json(summary, json_to)
         return summary
 
     summary = sentence(run)
-    # Standard output is one JSON document or the table, never both.
-    print_summary(summary, errors if json_to == "-" else Console())
+    # Standard output is one JSON document or the summary, never both.
+    print_summary(summary, to_stderr=json_to == "-")
     if summary.mismatches or summary.launches != summary.steps:
         raise click.exceptions.Exit(1)
 

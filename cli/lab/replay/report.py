@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from rich import box
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from .options import ReplayOptions
 from .serving import ServingSimulation
@@ -44,26 +42,16 @@ def run_with_progress(options: ReplayOptions, console: Console) -> ReplaySummary
         return run_replay(options, on_step if console.is_terminal else None)
 
 
-def print_summary(summary: ReplaySummary, console: Console) -> None:
-    """The summary as a table; in plain text, without lines, where the output isn't a terminal."""
+def print_summary(summary: ReplaySummary, to_stderr: bool) -> None:
+    """Prints the summary, a line for each value."""
 
     def spread(of: Distribution, unit: str) -> str:
         return f"{of.min} min, {of.median} median, {of.p95} p95, {of.max} max {unit}"
 
-    def microseconds(value: float | None) -> str:
-        return "not timed" if value is None else f"{value:,.1f} us"
-
-    good = summary.mismatches == 0
-    verdict = f"{summary.mismatches}"
+    checked = "nothing was checked"
     if summary.verified_steps:
-        verdict += f" of {summary.elements_checked:,} elements in {summary.verified_steps:,} checked steps"
-    else:
-        verdict += " (nothing was checked)"
-    speedup = ""
-    if summary.refresh_us and summary.torch_us:
-        speedup = f" ({summary.torch_us / summary.refresh_us:.1f} times)"
-
-    rows: list[tuple[str, str | Text]] = [
+        checked = f"of {summary.elements_checked:,} elements in {summary.verified_steps:,} checked steps"
+    rows = [
         ("trace", f"{summary.trace}: {summary.finished:,} of {summary.requests:,} requests finished"),
         ("device", f"{summary.device}, {summary.backends} backends, extent {summary.extent}"),
         ("steps", f"{summary.steps:,}, {summary.queued_steps:,} with requests waiting"),
@@ -73,20 +61,23 @@ def print_summary(summary: ReplaySummary, console: Console) -> None:
         ("prompts clipped", f"{summary.clipped_prompts:,}"),
         ("preemptions", f"{summary.preemptions:,}"),
         ("bytes written", f"{summary.bytes_written:,}"),
-        ("refresh, a step", f"{microseconds(summary.refresh_us)} (median of {summary.timed_steps:,})"),
-        ("PyTorch, a step", microseconds(summary.torch_us) + speedup),
-        ("mismatches", Text(verdict, style="green" if good else "bold red")),
+        *_times(summary),
+        ("mismatches", f"{summary.mismatches:,} ({checked})"),
     ]
-    if summary.first_offence:
-        rows.append(("first mismatch", str(summary.first_offence)))
-    if console.is_terminal:
-        table = Table(box=box.SIMPLE, show_header=False)
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in rows:
-            table.add_row(name, value if isinstance(value, Text) else Text(value))
-        console.print(table)
-    else:
-        # One line a fact, of any length: a table would be folded at a width that nobody set.
-        for name, value in rows:
-            console.print(f"{name:<16}  {value}", markup=False, highlight=False, soft_wrap=True)
+    if summary.first_mismatch:
+        rows.append(("first mismatch", str(summary.first_mismatch)))
+    for name, value in rows:
+        colour = ("red" if summary.mismatches else "green") if name == "mismatches" else None
+        click.secho(f"{name:<16}  {value}", fg=colour, err=to_stderr)
+
+
+def _times(summary: ReplaySummary) -> list[tuple[str, str]]:
+    """The times of a GPU. On a CPU they depend on the number of threads more than on the code, so they aren't shown."""
+    if summary.refresh_us is None or summary.torch_us is None:
+        return [("time", "not measured")]
+    if summary.device == "cpu":
+        return [("time", "not shown: times on a CPU say nothing about a GPU")]
+    return [
+        ("refresh, a step", f"{summary.refresh_us:,.1f} us (median of {summary.timed_steps:,})"),
+        ("PyTorch, a step", f"{summary.torch_us:,.1f} us ({summary.torch_us / summary.refresh_us:.1f} times)"),
+    ]

@@ -64,8 +64,8 @@ def refresh_with_tensor_ops(
             destination[:bs, : source.shape[1]].copy_(source)
 
 
-def _allocate(max_batch: int, width: int, page_size: int, device: torch.device) -> MetadataBuffers:
-    """Destinations of one backend for ``max_batch`` requests, tables as wide as the pool; all elements -1."""
+def allocate(max_batch: int, width: int, page_size: int, device: torch.device) -> MetadataBuffers:
+    """One backend's destinations for ``max_batch`` requests, with tables as wide as the pool, filled with -1."""
 
     def new(*shape: int) -> Tensor:
         return torch.full(shape, -1, dtype=torch.int32, device=device)
@@ -127,7 +127,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
     pool = simulation.req_to_token
 
     def destinations() -> list[MetadataBuffers]:
-        return [_allocate(options.max_batch, pool.shape[1], options.page_size, device) for _ in range(options.backends)]
+        return [allocate(options.max_batch, pool.shape[1], options.page_size, device) for _ in range(options.backends)]
 
     ours, theirs = destinations(), destinations()
     plan = onelaunch.bind(
@@ -229,7 +229,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         bytes_written=bytes_written,
         elements_checked=checker.elements if checker else 0,
         mismatches=checker.mismatches if checker else 0,
-        first_offence=checker.first if checker else None,
+        first_mismatch=checker.first if checker else None,
         refresh_us=float(np.median(our_us)) if our_us else None,
         torch_us=float(np.median(their_us)) if their_us else None,
     )

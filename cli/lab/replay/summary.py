@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checker import Offence
+from .checker import Mismatch
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ReplaySummary:
         bytes_written: bytes that the refreshes had to write, in all backends.
         elements_checked: destination elements compared, those that had to stay untouched among them.
         mismatches: elements that weren't what the reference says.
-        first_offence: the first of them, None if there is none.
+        first_mismatch: the first of them, None if there is none.
         refresh_us, torch_us: median microseconds from call to completion on the device, for the plan and for
             the same refresh in tensor operations; None if no step was timed.
     """
@@ -74,7 +74,7 @@ class ReplaySummary:
     bytes_written: int
     elements_checked: int
     mismatches: int
-    first_offence: Offence | None
+    first_mismatch: Mismatch | None
     refresh_us: float | None
     torch_us: float | None
 

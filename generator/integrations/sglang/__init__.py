@@ -1,0 +1,28 @@
+"""SGLang: the metadata of its CUDA graphs, refreshed before a replay by one launch for all draft steps.
+
+One line attaches it to a backend, before the engine captures its graphs, and one takes it off again::
+
+    from onelaunch.integrations import sglang
+
+    attachment = sglang.attach(draft_attn_backend)
+    print(attachment)  # what the launch refreshes, and what stays the engine's
+    ...
+    attachment.detach()
+
+Served are the multi-step draft backends of DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA, FlashInfer and FlashInfer-MLA,
+and the single backends of the first five, in target_verify and, but for FA3, in decode and draft_extend. Whatever isn't
+served is refused in one sentence that names the attribute. Where a batch isn't served (ragged verification, an encoder)
+the engine's own code runs, as it does in all other modes.
+
+With ``ONELAUNCH_SGLANG=1`` an unmodified engine attaches it itself: see ``onelaunch.integrations.plugin``. With
+``ONELAUNCH_DISABLE=1`` nothing is attached.
+
+``Refresher`` is the launch alone, for an engine with code of its own: it finds what was captured for a batch size by
+attribute names, of any version of SGLang, and refreshes it.
+"""
+
+from .attach import DISABLE_VARIABLE, Attachment, attach
+from .captured import buffers_from, mode_of
+from .refresher import Refresher, bind_backends
+
+__all__ = ["DISABLE_VARIABLE", "Attachment", "Refresher", "attach", "bind_backends", "buffers_from", "mode_of"]

@@ -1,0 +1,142 @@
+"""Where a refresh goes in each of SGLang's backends, and the engine's steps that follow it.
+
+A place is chosen by the class of the backend. ``after`` runs the steps that stay the engine's, with the engine's own
+functions, on each child and its metadata.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .captured import SCHEDULE
+
+# The children with their metadata, as Refresher.run returns them, the forward batch, its mode, and whether the launch
+# made DeepGEMM's schedules.
+After = Callable[[list[tuple[Any, Any]], Any, str, bool], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One class of SGLang's.
+
+    Attributes:
+        refreshed: what the launch refreshes, for people.
+        stays: the engine's steps that are still called, for people.
+        modes: the modes that are served; others run the engine's own code.
+        after: the steps of ``stays``.
+        in_graph: whether the launch is recorded in the graph, in place of the engine's kernel.
+        csr: whether the launch replaces the kernel that fills kv_indptr and kv_indices.
+    """
+
+    refreshed: str
+    stays: str
+    modes: tuple[str, ...]
+    after: After
+    in_graph: bool = False
+    csr: bool = False
+
+
+def _dsa(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    for child, metadata in pairs:
+        child.set_dsa_prefill_impl(forward_batch=None)
+        if getattr(metadata, SCHEDULE, None) is not None:
+            lengths = child._build_paged_mqa_schedule_2d_ctx_lens(
+                _forward_mode(batch, child),
+                metadata.cache_seqlens_int32,
+                metadata.dsa_seqlens_expanded,
+                batch.batch_size,
+            )
+            if not schedules:
+                child._refresh_paged_mqa_schedule_metadata(metadata, lengths)
+            child._refresh_topk_v2_plan(metadata)
+            # A view of the lengths where they have one column, so it holds these numbers already.
+            if metadata.paged_mqa_ctx_lens_2d.data_ptr() != lengths.data_ptr():
+                metadata.paged_mqa_ctx_lens_2d.copy_(lengths)
+        if child.dsa_decode_impl == "flashmla_kv":
+            lengths = metadata.dsa_cache_seqlens_int32
+            metadata.flashmla_metadata.slice(slice(0, len(lengths) + 1)).copy_(
+                child._compute_flashmla_metadata(cache_seqlens=lengths, seq_len_q=1)
+            )
+        child.forward_metadata = metadata
+
+
+def _forward_mode(batch: Any, child: Any) -> Any:
+    """The mode that a child sees: a multi-step backend's children decode, whatever the batch does."""
+    if batch.forward_mode.is_target_verify() or batch.forward_mode.is_draft_extend_v2():
+        return batch.forward_mode
+    return sys.modules[type(child).__module__].ForwardMode.DECODE
+
+
+def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    for child, metadata in pairs:
+        child.forward_metadata = metadata
+        child.forward_metadata_spec_decode_expand = None
+
+
+def _flashmla(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    """Dense FlashMLA's schedule, which all children have alike, and the object that attention reads."""
+    bs, child = batch.batch_size, pairs[0][0]
+    engine = sys.modules[type(child).__module__]
+    lengths = batch.seq_lens[:bs]
+    if mode == "target_verify":
+        lengths = lengths + child.num_draft_tokens
+    rows = 1 if mode == "decode" else child.num_draft_tokens
+    schedule, splits = engine.get_mla_metadata(
+        lengths.to(torch.int32), rows * child.num_q_heads, 1, is_fp8_kvcache=child.is_fp8_kvcache
+    )
+    parts = schedule.shape[0]
+    longest = batch.seq_lens_cpu
+    for child, table in pairs:
+        child.cuda_graph_mla_metadata[:parts].copy_(schedule)
+        child.cuda_graph_num_splits[: bs + 1].copy_(splits)
+        child.cuda_graph_mla_metadata_view = child.cuda_graph_mla_metadata[:parts]
+        child.cuda_graph_num_splits_view = child.cuda_graph_num_splits[: bs + 1]
+        columns = child.cuda_graph_kv_indices.shape[1]
+        if longest is not None:
+            added = child.num_draft_tokens if mode == "target_verify" else 0
+            columns = -(-(int(longest[:bs].max()) + added) // engine.PAGE_SIZE)
+        child.forward_metadata = engine.FlashMLADecodeMetadata(
+            child.cuda_graph_mla_metadata_view,
+            child.cuda_graph_num_splits_view,
+            child.cuda_graph_kv_indices[:bs, :columns],
+            table.seq_lens_k,
+        )
+
+
+def _nothing(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    """The launch is all there is, or the engine's own code runs around it."""
+
+
+_EVERY_MODE = ("decode", "target_verify", "draft_extend")
+_DSA_STAYS = "DeepGEMM's schedule, the top-k plan and sparse FlashMLA's schedule"
+_LENGTHS = "lengths, running sums and tables"
+
+PLACES = {
+    "DeepseekSparseAttnMultiStepBackend": Place(_LENGTHS, _DSA_STAYS, ("decode",), _dsa),
+    "DeepseekSparseAttnBackend": Place(_LENGTHS, _DSA_STAYS, _EVERY_MODE, _dsa),
+    "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3),
+    "FlashAttentionBackend": Place(
+        _LENGTHS, "decoding with its scheduler_metadata and draft extension with its cu_seqlens_q",
+        ("target_verify",), _fa3,
+    ),
+    "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), _nothing, in_graph=True),
+    "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, _nothing, in_graph=True),
+    "FlashMLAMultiStepDraftBackend": Place("tables", "FlashMLA's schedule", ("decode",), _flashmla),
+    "FlashMLABackend": Place("tables and lengths", "FlashMLA's schedule", _EVERY_MODE, _flashmla),
+    "TRTLLMMLAMultiStepDraftBackend": Place("tables and lengths", "nothing", ("decode",), _nothing),
+    "TRTLLMMLABackend": Place("tables and lengths", "nothing", _EVERY_MODE, _nothing),
+    "FlashInferMultiStepDraftBackend": Place(
+        "kv_indptr and kv_indices", "FlashInfer's plans on the host", ("decode",), _nothing, csr=True
+    ),
+    "FlashInferMLAMultiStepDraftBackend": Place(
+        "kv_indptr and kv_indices", "FlashInfer's plans on the host", ("decode",), _nothing, csr=True
+    ),
+    "TritonMultiStepDraftBackend": Place(
+        "kv_indptr and kv_indices", "the numbers of splits", ("decode",), _nothing, csr=True
+    ),
+}  # fmt: skip

@@ -1,0 +1,287 @@
+"""One plan for each captured batch size and mode of an SGLang backend."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError
+from ...run.plan import Plan, bind
+from ...spec.fields import MetadataBuffers
+from ..attributes import has, read
+from .captured import (
+    DSA,
+    MHA,
+    MLA,
+    SCHEDULE,
+    STEPS,
+    Captured,
+    Names,
+    buffers_from,
+    captured_for,
+    family_of,
+    mode_of,
+)
+
+# On SM100 DeepGEMM gives the splits that are left over to the first multiprocessors, before that to the last.
+_FIRST_REMAINDER = (10, 0)
+
+
+def bind_backends(
+    backend: Any,
+    bs: int,
+    req_to_token: Tensor | None = None,
+    *,
+    mode: Any = "decode",
+    leave: Collection[str] = (),
+    schedules: bool = False,
+    **facts: Any,
+) -> Plan:
+    """Binds what an SGLang backend captured for a batch size: all children of a multi-step one, or itself.
+
+    Read from the children, unless ``facts`` has them: page_size, index_topk, index_kpool, next_n (the number of draft
+    tokens) and, for FA3 and TRTLLM-MHA, the steps' offsets. Their tables, and those of FlashMLA and TRTLLM-MLA, have a
+    row a request in every mode, so there target_verify is decode with lengths that are next_n longer.
+
+    Args:
+        backend: a multi-step backend with ``attn_backends``, or a single backend.
+        bs: a batch size that it captured.
+        req_to_token: int32 [pool rows, W]; None is the children's own.
+        mode: SGLang's ForwardMode or a name of bind()'s modes.
+        leave: see buffers_from.
+        schedules: whether to refresh DSA's paged_mqa_schedule_metadata, of multiprocessors that share splits of 256
+            tokens, as DeepGEMM's own function does. In target_verify and draft_extend it is of rows where the captured
+            paged_mqa_ctx_lens_2d has one column, else of requests; schedule_atoms must then be given.
+        facts: arguments of onelaunch.bind, which override what the children have. page_fill is -1 for
+            block_kv_indices if it isn't given.
+
+    Raises:
+        ArgumentError: an attribute isn't there, or nothing was captured for ``bs``; and see onelaunch.bind.
+    """
+    mode = mode_of(mode)
+    return _bind(captured_for(backend, bs, mode), has(backend, STEPS), req_to_token, mode, leave, schedules, facts)
+
+
+def _bind(
+    captured: list[Captured],
+    several: bool,
+    req_to_token: Tensor | None,
+    mode: str,
+    leave: Collection[str],
+    schedules: bool,
+    facts: Mapping[str, Any],
+) -> Plan:
+    child = captured[0].child
+    names = family_of(captured[0].metadata)
+    given = dict(facts)
+
+    def fact(name: str, attributes: tuple[str, ...], **default: Any) -> Any:
+        if name not in given:
+            given[name] = read("the backend", child, attributes, f"Pass {name}=.", **default)
+        return given[name]
+
+    if req_to_token is None:
+        req_to_token = read("the backend", child, ("req_to_token",), "Pass req_to_token=.")
+        assert req_to_token is not None
+    branches = getattr(child, "topk", None) or 1
+    if (several or mode != "decode") and branches > 1:
+        raise ArgumentError(
+            f"the backend's topk is {branches}; allowed: 0 and 1. A draft tree has rows for each branch, which "
+            "onelaunch doesn't refresh."
+        )
+    block_size = {"default": 64} if names is MLA else {}
+    page_size = fact("page_size", ("physical_page_size", "real_page_size", "page_size"), **block_size)
+    if mode == "decode" or given.get("extend") == "variable":
+        given.pop("next_n", None)
+    else:
+        fact("next_n", ("speculative_num_draft_tokens", "num_draft_tokens"))
+    buffers = [buffers_from(c.metadata, page_size=page_size, leave=leave, schedules=schedules) for c in captured]
+    if names is DSA:
+        fact("index_topk", ("dsa_index_topk", "nsa_index_topk"))
+        fact("index_kpool", ("dsa_index_kpool", "nsa_index_kpool"), default=1)
+        given["mode"] = mode
+        if schedules and getattr(captured[0].metadata, SCHEDULE, None) is not None:
+            _schedule_facts(captured[0].metadata, given)
+    else:
+        _row_a_request(captured, buffers, names, several and names is MHA, mode, given)
+    return bind(buffers, req_to_token=req_to_token, **given)
+
+
+def _row_a_request(
+    captured: list[Captured],
+    buffers: list[MetadataBuffers],
+    names: Names,
+    growing: bool,
+    mode: str,
+    given: dict[str, Any],
+) -> None:
+    """Facts of tables with a row a request in every mode; a verification's second tensor of lengths joins buffers."""
+    added = given.pop("next_n", 0)
+    for name in ("extend", "extend_seq_lens_dtype"):
+        given.pop(name, None)
+    if mode == "target_verify":
+        for c, b in list(zip(captured, buffers, strict=True)):
+            lengths = getattr(c.metadata, "global_seq_lens_k", None)
+            if lengths is not None:  # TRTLLM-MLA's; the same table makes it a backend of its own
+                buffers.append(MetadataBuffers(cache_seqlens=lengths, real_page_table=b.real_page_table))
+        given.setdefault("seqlen_offsets", [added] * len(buffers))
+    elif mode == "decode" and growing:
+        given.setdefault(
+            "seqlen_offsets",
+            [1 + read("the backend", c.child, ("speculative_step_id",), "Pass seqlen_offsets=.") for c in captured],
+        )
+    if names is MLA:
+        given.setdefault("page_fill", -1)
+
+
+def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
+    """What DeepGEMM's lengths are of, from their shape, and where its remainder goes, from the device."""
+    if given["index_kpool"] > 1:
+        raise ArgumentError(
+            f"schedules is True and index_kpool is {given['index_kpool']}; DSA has a second schedule, of pools, which "
+            "onelaunch doesn't make. Pass schedules=False."
+        )
+    device = getattr(metadata, SCHEDULE).device
+    if device.type == "cuda" and "schedule_remainder" not in given:  # pragma: gpu
+        first = torch.cuda.get_device_capability(device) >= _FIRST_REMAINDER
+        given["schedule_remainder"] = "first" if first else "last"
+    if given["mode"] == "decode" or "schedule_per" in given:
+        return
+    lengths = read("metadata", metadata, ("paged_mqa_ctx_lens_2d",), "Pass schedule_per=.")
+    if lengths is None or lengths.dim() != 2:
+        raise ArgumentError(
+            "metadata.paged_mqa_ctx_lens_2d isn't 2-D, so it doesn't show how many rows a request has. Pass "
+            "schedule_per=."
+        )
+    given["schedule_per"] = "row" if lengths.shape[1] == 1 else "request"
+    if lengths.shape[1] > 1 and "schedule_atoms" not in given:
+        raise ArgumentError(
+            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows a request, and only "
+            "DeepGEMM knows how many atoms they are. Pass schedule_atoms=, or schedules=False."
+        )
+
+
+class _Bound(NamedTuple):
+    plan: Plan
+    captured: list[Captured]
+    pairs: list[tuple[Any, Any]]
+    pools: list[Tensor | None]
+
+    def current(self, bs: int) -> bool:
+        """Whether the children still hold these captures and this pool."""
+        return all(
+            c.current(bs) and getattr(c.child, "req_to_token", None) is pool
+            for c, pool in zip(self.captured, self.pools, strict=True)
+        )
+
+
+class Refresher:
+    """Refreshes an SGLang backend's captured metadata, with one plan for each captured batch size and mode.
+
+    A plan is made at the first run() of its batch size, or by prepare(); from then on a call is one launch. A batch
+    size that was captured again, or a pool that was exchanged, gets a new plan.
+
+    Args:
+        backend, req_to_token, leave, schedules, facts: see bind_backends.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        req_to_token: Tensor | None = None,
+        *,
+        leave: Collection[str] = (),
+        schedules: bool = False,
+        **facts: Any,
+    ) -> None:
+        self._backend, self._pool, self._leave, self._schedules = backend, req_to_token, leave, schedules
+        self._facts = facts
+        self._bound: dict[tuple[Any, ...], _Bound] = {}
+
+    @property
+    def plans(self) -> dict[tuple[Any, ...], Plan]:
+        """The plans by (batch size, mode, dtypes of seq_lens, req_pool_indices and extend_seq_lens or None)."""
+        return {key: bound.plan for key, bound in self._bound.items()}
+
+    def prepare(
+        self,
+        bs: int,
+        *,
+        mode: Any = "decode",
+        seq_lens_dtype: torch.dtype = torch.int64,
+        req_pool_indices_dtype: torch.dtype = torch.int64,
+        extend_seq_lens_dtype: torch.dtype | None = None,
+    ) -> Plan:
+        """The plan of a captured batch size, made now if there is none. Must not be called inside a capture.
+
+        The dtypes are those of run()'s tensors; extend_seq_lens_dtype is None where run() gets no extend_seq_lens.
+
+        Raises:
+            ArgumentError: see bind_backends.
+        """
+        key = (bs, mode_of(mode), seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype)
+        return self._prepared(key).plan
+
+    def run(
+        self,
+        bs: int,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None = None,
+        *,
+        mode: Any = "decode",
+    ) -> list[tuple[Any, Any]]:
+        """Refreshes everything that was captured for a batch size: one launch on the current stream.
+
+        Args:
+            bs: the captured batch size.
+            seq_lens, req_pool_indices: int32 or int64, bs elements or more, of which the first bs count.
+            extend_seq_lens: likewise, the tokens that draft_extend extends each request by; None for the same number.
+                What was captured has room for their sum, which the caller vouches for.
+            mode: SGLang's ForwardMode or a name of bind()'s modes.
+
+        Returns:
+            Each child with its metadata, for the steps that stay the engine's. FlashMLA's is its table alone.
+
+        Raises:
+            ArgumentError: see bind_backends and Plan.run; nothing was written.
+            LaunchError: CUDA refused the launch.
+        """
+        tensors = {"seq_lens": seq_lens, "req_pool_indices": req_pool_indices}
+        if extend_seq_lens is not None:
+            tensors["extend_seq_lens"] = extend_seq_lens
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.dim() != 1 or len(tensor) < bs:
+                shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ArgumentError(f"{name} is {shape} and bs is {bs}; it must be a tensor of {bs} elements or more.")
+        extend_dtype = None if extend_seq_lens is None else extend_seq_lens.dtype
+        bound = self._prepared((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype, extend_dtype))
+        variable = bound.plan.config.extend == "variable"
+        bound.plan.run(
+            seq_lens if len(seq_lens) == bs else seq_lens[:bs],
+            req_pool_indices if len(req_pool_indices) == bs else req_pool_indices[:bs],
+            extend_seq_lens[:bs] if extend_seq_lens is not None and variable else None,
+        )
+        return bound.pairs
+
+    def _prepared(self, key: tuple[Any, ...]) -> _Bound:
+        bs, mode, seq_lens_dtype, pool_dtype, extend_dtype = key
+        bound = self._bound.get(key)
+        if bound is None or not bound.current(bs):
+            captured = captured_for(self._backend, bs, mode)
+            facts = {**self._facts, "seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": pool_dtype}
+            if extend_dtype is not None:
+                if mode != "draft_extend":
+                    raise ArgumentError(
+                        f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' alone. Pass None."
+                    )
+                facts |= {"extend": "variable", "extend_seq_lens_dtype": extend_dtype}
+            several = has(self._backend, STEPS)
+            plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
+            pairs = [(c.child, c.metadata) for c in captured]
+            pools = [getattr(c.child, "req_to_token", None) for c in captured]
+            bound = self._bound[key] = _Bound(plan, captured, pairs, pools)
+        return bound

@@ -1,0 +1,270 @@
+"""What SGLang imports and a machine without a GPU can't have: empty binary modules, and a torch.cuda that says yes.
+
+``install()`` must run before sglang is imported. Nothing of SGLang's own is replaced: its classes, its Triton kernels
+(under Triton's interpreter) and its PyTorch code run as they are.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import sys
+import types
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+# Modules with compiled code for a GPU, or that only a server needs. Their distributions are not installed.
+BINARY = (
+    "partial_json_parser",
+    "openai",
+    "gguf",
+    "compressed_tensors",
+    "sentencepiece",
+    "torchvision",
+    "httpcore2",
+    "httpx2",
+    "aiohttp",
+    "IPython",
+    "cuda",
+    "cutlass",
+    "decord",
+    "deep_ep",
+    "deep_gemm",
+    "flash_mla",
+    "flashinfer",
+    "humming",
+    "llguidance",
+    "nvshmem",
+    "openai_harmony",
+    "outlines",
+    "pynvml",
+    "quack",
+    "sgl_kernel",
+    "tilelang",
+    "torch_memory_saver",
+    "triton_kernels",
+    "tvm_ffi",
+    "xgrammar",
+)
+# Distributions whose version SGLang asks for at import.
+DISTRIBUTIONS = ("flashinfer_python", "sgl_deep_gemm", "sgl_flash_mla", "sglang_kernel", "nvidia_cutlass_dsl")
+_VERSION = "99.0"
+
+_BINARY_OPERATORS = ("or", "ror", "and", "rand", "add", "radd", "sub", "rsub", "mul", "rmul", "lshift", "rshift")
+
+
+class _Empty(type):
+    """The type of everything that an empty module has: a class that can be called, subscripted, entered and derived."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _empty(f"{cls.__name__}.{name}")
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__dict__.get("_is_empty"):  # a class of SGLang's that derives from one
+            return super().__call__(*args, **kwargs)
+        if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, type)):
+            return args[0]  # a decorator leaves what it decorates
+        return cls
+
+    def __iter__(cls) -> Any:
+        return iter(())
+
+    def __getitem__(cls, key: Any) -> Any:
+        return cls
+
+    def __enter__(cls) -> Any:
+        return cls
+
+    def __exit__(cls, *error: Any) -> bool:
+        return False
+
+    def __int__(cls) -> int:
+        return 0
+
+    def __index__(cls) -> int:
+        return 0
+
+
+def _same(cls: Any, other: Any) -> Any:
+    return cls
+
+
+for _operator in _BINARY_OPERATORS:
+    setattr(_Empty, f"__{_operator}__", _same)
+
+
+def _schema(cls: Any, *args: Any) -> Any:
+    from pydantic_core import core_schema
+
+    return core_schema.any_schema()
+
+
+def _empty(name: str) -> Any:
+    members = {
+        "_is_empty": True,
+        "__module__": "empty",
+        "__get_pydantic_core_schema__": classmethod(_schema),
+        "__init_subclass__": classmethod(lambda cls, **kwargs: None),
+    }
+    return _Empty(name, (), members)
+
+
+class _EmptyModule(types.ModuleType):
+    __version__ = _VERSION
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = _empty(f"{self.__name__}.{name}")
+        setattr(self, name, value)
+        return value
+
+
+class _EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = frozenset(names)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname.partition(".")[0] in self._names:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> Any:
+        module = _EmptyModule(spec.name)
+        module.__path__ = []
+        return module
+
+    def exec_module(self, module: Any) -> None:
+        """There is nothing to execute."""
+
+
+class _Stream:
+    cuda_stream = 0
+    device = torch.device("cpu")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: Any) -> bool:
+        return False
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+
+def pretend_cuda(capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) -> None:
+    """torch.cuda describes a GPU of this compute capability; its tensors are the CPU's."""
+    stream = _Stream()
+    properties = SimpleNamespace(
+        name="a GPU that isn't there",
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=multiprocessors,
+        total_memory=80 << 30,
+        warp_size=32,
+        L2_cache_size=50 << 20,
+        gcnArchName="",
+        shared_memory_per_block_optin=232448,
+        shared_memory_per_multiprocessor=233472,
+        max_threads_per_multi_processor=2048,
+        regs_per_multiprocessor=65536,
+    )
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "init": None,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "current_stream": stream,
+        "is_current_stream_capturing": False,
+        "get_device_name": properties.name,
+        "get_device_capability": capability,
+        "get_device_properties": properties,
+        "mem_get_info": (70 << 30, 80 << 30),
+    }
+    for name, value in answers.items():
+        setattr(torch.cuda, name, _answering(value))
+    torch.cuda.Stream = _Stream  # type: ignore[misc,assignment]
+    torch.Tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign]
+    # SGLang's launchers assert it before they launch.
+    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment,misc]
+    for name in ("empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "empty_like", "zeros_like"):
+        setattr(torch, name, _on_the_cpu(getattr(torch, name)))
+
+
+def _answering(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _on_the_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def install() -> None:
+    """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch."""
+    sys.meta_path.append(_EmptyModules(BINARY))
+    ask = importlib.metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return ask(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name.replace("-", "_") in (*BINARY, *DISTRIBUTIONS):
+                return _VERSION
+            raise
+
+    importlib.metadata.version = version
+    pretend_cuda()
+    _replace_compiled_functions()
+
+
+def digest(lengths: torch.Tensor, *shape: int) -> torch.Tensor:
+    """int32 numbers that differ if the lengths or their shape do: what a schedule of these lengths is, in the tests."""
+    flat = lengths.reshape(-1).to(torch.int64)
+    weight = int((flat * (2 * torch.arange(len(flat)) + 3)).sum()) + 7 * lengths.dim() + len(flat)
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count) + 1) * (weight % 10007 + 1) % 1_000_003).to(torch.int32).reshape(shape)
+
+
+def _replace_compiled_functions() -> None:
+    """Schedules and plans that are compiled for a GPU become digests of the lengths that they are called with."""
+    import deep_gemm
+
+    parts = torch.cuda.get_device_properties(0).multi_processor_count
+    deep_gemm.get_num_sms = lambda: parts
+    deep_gemm.get_paged_mqa_logits_metadata = lambda lengths, block, sms, **more: digest(lengths, sms + 1, 2)
+
+    jit = importlib.import_module("sglang.kernels.jit.utils")
+
+    def load_jit(name: str, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{name} is compiled for a GPU, and the tests have none.")
+
+    # What can't be had here has a fallback in PyTorch in the engine, which is what is compared.
+    jit.load_jit = load_jit
+    topk = importlib.import_module("sglang.kernels.ops.attention.dsv4.topk")
+    topk.plan_topk_v2 = lambda lengths, *more, **keywords: digest(lengths, len(lengths) + 1, 4)
+    fixup = importlib.import_module("sglang.kernels.ops.attention.fixup_zero_kv")
+    fixup._jit_fixup_module = lambda *args: None
+
+    def get_mla_metadata(cache_seqlens: torch.Tensor, *more: Any, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return digest(cache_seqlens, parts, 8), digest(cache_seqlens, len(cache_seqlens) + 1)
+
+    importlib.import_module("sglang.kernels.ops.attention.flash_mla_interface").get_mla_metadata = get_mla_metadata

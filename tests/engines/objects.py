@@ -1,0 +1,291 @@
+"""SGLang's own attention backends on a CPU, and what they need around them: a model runner, a pool of tokens, a batch.
+
+Only plain facts are made up here. Whatever has behaviour (backends, ForwardMode, translators, kernels) is SGLang's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POOL_ROWS = 12
+CONTEXT = 640
+# Speculative decoding lets a length overshoot the context, so SGLang's pool is wider than that.
+WIDTH = CONTEXT + 60
+HEADS = 16
+
+_settings: Any = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of SGLang's attention backends.
+
+    Attributes:
+        module: where it is.
+        multi, single: its multi-step draft class and its single class; "" where this project serves none.
+        mla: whether its models have latent attention.
+        pages: the page sizes that it supports, of those that are tested.
+        in_graph: whether the metadata kernel is recorded in the graph.
+    """
+
+    module: str
+    multi: str
+    single: str
+    mla: bool
+    pages: tuple[int, ...]
+    in_graph: bool = False
+
+
+FAMILIES = {
+    "dsa": Family("dsa_backend", "DeepseekSparseAttnMultiStepBackend", "DeepseekSparseAttnBackend", True, (64, 1)),
+    "fa3": Family(
+        "flashattention_backend", "FlashAttentionMultiStepBackend", "FlashAttentionBackend", False, (64, 32, 16, 1)
+    ),
+    "trtllm_mha": Family(
+        "trtllm_mha_backend", "TRTLLMHAAttnMultiStepDraftBackend", "TRTLLMHAAttnBackend", False, (64, 32, 16), True
+    ),
+    "flashmla": Family("flashmla_backend", "FlashMLAMultiStepDraftBackend", "FlashMLABackend", True, (64,)),
+    "trtllm_mla": Family("trtllm_mla_backend", "TRTLLMMLAMultiStepDraftBackend", "TRTLLMMLABackend", True, (64, 32)),
+    "triton": Family("triton_backend", "TritonMultiStepDraftBackend", "", False, (1, 16, 64)),
+    "flashinfer": Family("flashinfer_backend", "FlashInferMultiStepDraftBackend", "", False, (1, 16, 64)),
+    "flashinfer_mla": Family("flashinfer_mla_backend", "FlashInferMLAMultiStepDraftBackend", "", True, (1, 64)),
+}
+
+
+def settings(**fields: Any) -> None:
+    """Server arguments, in place of those of the last call."""
+    from sglang.srt.runtime_context import get_context, get_parallel
+
+    global _settings
+    if _settings is not None:
+        _settings.restore()
+    _settings = get_context().override_server_args(**fields)
+    _settings.install()
+    ranks = ("tp_rank", "attn_tp_rank", "attn_cp_rank", "attn_dp_rank", "attn_dcp_rank", "dcp_rank", "pp_rank")
+    for rank in ranks:
+        get_parallel().override_permanently(**{rank: 0})
+
+
+def token_pool(page: int, seed: int) -> Tensor:
+    """req_to_token, int32 [POOL_ROWS + 1, WIDTH], with whole pages in any order. Row 0 is padding's: all 0."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = -(-WIDTH // page)
+    order = torch.randperm((POOL_ROWS + 1) * pages, generator=generator).view(POOL_ROWS + 1, pages) + 1
+    tokens = (order[:, :, None] * page + torch.arange(page)).reshape(POOL_ROWS + 1, -1)[:, :WIDTH]
+    tokens[0] = 0
+    return tokens.to(torch.int32).contiguous()
+
+
+class _KVPool(SimpleNamespace):
+    """The facts of a KV cache that backends read when they are made."""
+
+    def get_kv_cache_quant_method(self) -> Any:
+        access = SimpleNamespace(kind=None, scale_recipe=None)
+        return SimpleNamespace(resolve_attention_access=lambda *a, **k: access, supports_attention=lambda *a: True)
+
+    def get_key_buffer(self, layer: int) -> Tensor:
+        return torch.zeros(1, 1, 64)
+
+    get_value_buffer = get_key_buffer
+
+
+def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, index_topk: int = 256) -> Any:
+    """What a backend's constructor takes."""
+    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+    from sglang.srt.runtime_context import get_context
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    hf_config = SimpleNamespace(
+        architectures=["DeepseekV32ForCausalLM"],
+        model_type="of the tests",
+        index_topk=index_topk,
+        index_kpool=1,
+        num_attention_heads=HEADS,
+        num_key_value_heads=4,
+        num_hidden_layers=2,
+        attn_logit_softcapping=None,
+        hidden_size=64,
+        head_dim=64,
+    )
+    hf_config.get_text_config = lambda: hf_config
+    model_config = SimpleNamespace(
+        hf_config=hf_config,
+        hf_text_config=hf_config,
+        context_len=CONTEXT,
+        num_attention_heads=HEADS,
+        num_key_value_heads=4,
+        num_hidden_layers=2,
+        get_num_kv_heads=lambda *a: 4,
+        get_max_num_attention_heads=lambda *a: HEADS,
+        hidden_size=64,
+        head_dim=64,
+        v_head_dim=128,
+        swa_v_head_dim=128,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        kv_lora_rank=512,
+        scaling=1.0,
+        dtype=torch.bfloat16,
+        attention_arch=AttentionArch.MLA if mla else AttentionArch.MHA,
+        is_encoder_decoder=False,
+        is_local_attention_model=False,
+        is_hybrid_swa=False,
+        is_multimodal=False,
+        linear_attn_registry_result=None,
+        sliding_window_size=None,
+    )
+    pool = _KVPool(
+        size=4096,
+        dtype=torch.bfloat16,
+        page_size=page,
+        index_page_size=page,
+        start_layer=0,
+        layer_transfer_counter=None,
+        kv_cache_dim=576,
+        dsa_kv_cache_store_fp8=False,
+    )
+    allocator = SimpleNamespace(get_kvcache=lambda: pool, page_size=page)
+    return SimpleNamespace(
+        device="cpu",
+        gpu_id=0,
+        page_size=page,
+        model_config=model_config,
+        model=SimpleNamespace(modules=list),
+        token_to_kv_pool=pool,
+        token_to_kv_pool_allocator=allocator,
+        req_to_token_pool=SimpleNamespace(size=POOL_ROWS, req_to_token=req_to_token),
+        kv_index_translator=KVIndexTranslator(
+            req_to_token=req_to_token,
+            token_to_kv_pool_allocator=allocator,
+            token_to_kv_pool=pool,
+            page_size=page,
+            device="cpu",
+            is_draft_worker=draft,
+        ),
+        is_draft_worker=draft,
+        spec_algorithm=SpeculativeAlgorithm.from_string("EAGLE"),
+        server_args=get_context().server_args,
+        decode_num_tokens_per_req=lambda *a: 4,
+        max_running_requests=POOL_ROWS,
+        max_total_num_tokens=4096,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=torch.bfloat16,
+        kv_cache_dtype_str="auto",
+        prefill_attention_backend_str="of the tests",
+        decode_attention_backend_str="of the tests",
+        sliding_window_size=None,
+        attention_chunk_size=None,
+        is_hybrid_swa=False,
+        hisparse_coordinator=None,
+    )
+
+
+def backend(name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft_tokens: int = 4) -> Any:
+    """A backend of a family: a multi-step one for draft steps, else the single one that verifies and extends.
+
+    Args:
+        steps: speculative_num_steps, of which one less are drafted in the graph; 0 for a single backend.
+        draft_tokens: speculative_num_draft_tokens.
+    """
+    family = FAMILIES[name]
+    settings(
+        device="cuda",
+        page_size=page,
+        speculative_algorithm="EAGLE",
+        speculative_eagle_topk=1,
+        speculative_num_steps=steps or 3,
+        speculative_num_draft_tokens=draft_tokens,
+    )
+    runner = model_runner(req_to_token, page=page, mla=family.mla, draft=bool(steps))
+    module = import_module(f"sglang.srt.layers.attention.{family.module}")
+    if steps:
+        return getattr(module, family.multi)(runner, 1, steps)
+    return getattr(module, family.single)(runner)
+
+
+class _DraftInput(SimpleNamespace):
+    """The spec_info of a batch, as far as backends read it."""
+
+    def is_draft_input(self) -> bool:
+        return True
+
+    def is_verify_input(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a forward batch is made from, so that two can be made alike.
+
+    Attributes:
+        lengths: of the real requests.
+        captured: the batch size of the graph; requests behind the real ones are padding.
+        mode: onelaunch's name of the forward mode.
+        tokens: draft tokens of a request.
+        drafting: whether the batch has a spec_info; a target model's plain decode has none.
+    """
+
+    lengths: tuple[int, ...]
+    captured: int
+    mode: str
+    tokens: int
+    seed: int = 0
+    drafting: bool = True
+
+    def make(self, *, cpu_lengths: bool = True) -> Any:
+        """A forward batch as a graph's runner hands it to a backend: its own buffers, with padding."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        modes = {
+            "decode": ForwardMode.DECODE,
+            "target_verify": ForwardMode.TARGET_VERIFY,
+            "draft_extend": ForwardMode.DRAFT_EXTEND_V2,
+        }
+        bs, real = self.captured, len(self.lengths)
+        fill = self.tokens if self.mode == "draft_extend" else 1
+        generator = torch.Generator().manual_seed(self.seed)
+        seq_lens = torch.tensor([*self.lengths, *[fill] * (bs - real)], dtype=torch.int64)
+        rows = torch.randperm(POOL_ROWS, generator=generator)[:bs] + 1
+        rows[real:] = 0
+        tokens = bs * (1 if self.mode == "decode" else self.tokens)
+        # Padded requests of a draft graph have position 0 although their length is 1.
+        positions = torch.where(torch.arange(bs) < real, seq_lens, 0) if self.mode == "decode" else torch.zeros(tokens)
+        spec_info = _DraftInput(
+            num_tokens_per_req=self.tokens,
+            draft_token_num=self.tokens,
+            ragged_verify_layout=None,
+            extend_seq_lens_tensor=None,
+            extend_seq_lens_cpu=None,
+            num_accept_tokens=None,
+            custom_mask=None,
+            kv_indptr=None,
+            kv_indices=None,
+            window_kv_indptr=None,
+            window_kv_indices=None,
+        )
+        return SimpleNamespace(
+            batch_size=bs,
+            forward_mode=modes[self.mode],
+            actual_forward_mode=None,
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens.clone() if cpu_lengths else None,
+            seq_lens_sum=int(seq_lens.sum()) if cpu_lengths else None,
+            req_pool_indices=rows,
+            positions=positions.to(torch.int64),
+            out_cache_loc=torch.arange(tokens * 8),
+            out_cache_loc_virtual=None,
+            origin_out_cache_loc=None,
+            input_ids=torch.zeros(tokens, dtype=torch.int64),
+            extend_seq_lens=torch.full((bs,), self.tokens, dtype=torch.int32),
+            encoder_lens=None,
+            kv_loc_plan=None,
+            kv_loc_cols=None,
+            spec_info=spec_info if self.drafting else None,
+        )

@@ -1,0 +1,214 @@
+"""onelaunch build: what it builds, what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import onelaunch
+import pytest
+from click.testing import CliRunner
+from onelaunch import KernelConfig, preset
+from onelaunch.build import toolchain
+from onelaunch.cache.store import MANIFEST, Store
+from onelaunch.cli.main import app
+from onelaunch.load import loader, prebuild
+
+SMALL = "fields=cache_seqlens"
+
+
+def invoke(*arguments: str, **environment: str) -> Any:
+    return CliRunner().invoke(app, ["build", *arguments], env=environment)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store, which the command builds into."""
+    store = Store(tmp_path / "cache")
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    monkeypatch.setattr(loader, "_loaded", {})
+    return store
+
+
+def compiler_that(does: str, tmp_path: Path) -> str:
+    """A compiler that tells its version, and otherwise runs this line of shell."""
+    program = tmp_path / "c++"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo "c++ (X) 12.2.0"; exit;; esac\n{does}\n')
+    program.chmod(0o755)
+    return str(program)
+
+
+def assert_one_sentence(result: Any, *texts: str) -> None:
+    """Nothing on standard output, one line on standard error, exit code 2 and no traceback."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("onelaunch: ")
+    for text in texts:
+        assert text in line
+
+
+def test_build_then_nothing_to_build(store: Store) -> None:
+    first = invoke("--set", SMALL, "--target", "cpu")
+    assert first.exit_code == 0, first.output
+    config = KernelConfig(fields=("cache_seqlens",), target="cpu")
+    (entry,) = store.entries()
+    said = re.fullmatch(rf"(\w{{16}})  +(\d+\.\d\d) s  {config.symbol}  (.+)\n", first.stdout)
+    assert said is not None, first.stdout
+    assert said[1] == entry.key[:16]
+    assert said[3] == str(entry.module_path)
+    loader._loaded.clear()
+    onelaunch.freeze()
+    second = invoke("--set", SMALL, "--target", "cpu")
+    assert second.exit_code == 0, second.output
+    assert second.stdout.split()[-1] == str(entry.module_path)
+
+
+def test_build_as_json(store: Store, tmp_path: Path) -> None:
+    config = KernelConfig(fields=("cache_seqlens",), target="cpu")
+    other = KernelConfig(fields=("cu_seqlens_k",), target="cpu")
+    words = ("--set", SMALL, "--target", "cpu", "--json")
+    first = json.loads(invoke(*words).stdout)
+    (entry,) = store.entries()
+    (kernel,) = first["kernels"]
+    assert kernel.pop("seconds") > 0
+    assert kernel == {
+        "symbol": config.symbol,
+        "configuration": config.to_dict(),
+        "archs": [],
+        "key": entry.key,
+        "path": str(entry.module_path),
+        "built": True,
+        "error": "",
+    }
+    loader._loaded.clear()
+    again = json.loads(invoke(*words).stdout)
+    assert (again["kernels"][0]["built"], again["failed"]) == (False, 0)
+    assert again["kernels"][0]["path"] == str(entry.module_path)
+    several = invoke(*words, "--set", other.settings())
+    assert several.exit_code == 0, several.output
+    document = json.loads(several.stdout)
+    assert [k["symbol"] for k in document["kernels"]] == [config.symbol, other.symbol]
+    assert [k["built"] for k in document["kernels"]] == [False, True]
+    broken = compiler_that("exit 1", tmp_path)
+    more = KernelConfig(fields=("nsa_cache_seqlens",), target="cpu").settings()
+    for settings in ((more,), (more, f"{more},index_topk=3")):
+        flags = [word for text in settings for word in ("--set", text)]
+        result = invoke(*flags, "--target", "cpu", "--json", CXX=broken)
+        assert result.exit_code == 2
+        assert "Traceback" not in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("onelaunch: The kernel ") or len(settings) > 1
+        failed = json.loads(result.stdout)
+        assert failed["failed"] == len(failed["kernels"]) == len(settings)
+        assert all(k["error"].startswith("The kernel ") and k["key"] == k["path"] == "" for k in failed["kernels"])
+
+
+def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[prebuild.Job] = []
+
+    def build_all(jobs: list[prebuild.Job], at_once: int, timeout: float, report: Any, retry: bool) -> Any:
+        asked.extend(jobs)
+        ended = [prebuild.Done(job, "k" * 64, "/there", 0.5, True, "") for job in jobs]
+        for done in ended:
+            report(done)
+        return ended
+
+    def specialize(config: KernelConfig, archs: Any) -> loader.Kernel:
+        asked.append(prebuild.Job(config, archs))
+        return loader.Kernel(config, "k" * 64, Path("/there"), archs or (), {}, sys)
+
+    monkeypatch.setattr(prebuild, "build_all", build_all)
+    monkeypatch.setattr(onelaunch, "specialize", specialize)
+    result = invoke("nsa-decode-1", "nsa-copy-3", "--arch", "90a, 100a", "--set", "unroll=4")
+    assert result.exit_code == 0, result.output
+    configs = [preset(name).replace(unroll=4) for name in ("nsa-decode-1", "nsa-copy-3")]
+    assert asked == [prebuild.Job(config, ("90a", "100a")) for config in configs]
+    *rows, summary = result.stdout.splitlines()
+    assert [line.split()[-2:] for line in rows] == [[config.symbol, "/there"] for config in configs]
+    assert summary.startswith("2 built, 0 there before, 0 failed, in ")
+    # A single one is built by the command's own process.
+    assert invoke().exit_code == 0
+    assert asked[-1] == prebuild.Job(KernelConfig(), toolchain.current_architectures())
+    # Several without --arch are for the GPU that is here, which the children don't ask.
+    monkeypatch.setattr(toolchain, "current_architectures", lambda: ("89",))
+    assert invoke("nsa-decode-1", "nsa-copy-3").exit_code == 0
+    assert [job.archs for job in asked[-2:]] == [("89",), ("89",)]
+
+
+def test_build_names_a_wrong_preset_before_it_builds_another(store: Store) -> None:
+    result = invoke("nsa-decode-1", "nsa-decode-1000", "--target", "cpu")
+    assert_one_sentence(result, "the preset's name is 'nsa-decode-1000'")
+    assert not (store.root / "entries").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--target", "gpu"], "target is 'gpu'; allowed: 'cuda', 'cpu'."),
+        (["nsa-decode-1", "--set", "threads=48"], "threads is 48; on the cuda target it must be a power of two"),
+    ],
+)
+def test_build_refuses_in_one_sentence(arguments: list[str], text: str, store: Store) -> None:
+    assert_one_sentence(invoke(*arguments), text)
+
+
+@pytest.mark.nvcc
+def test_build_refuses_an_architecture_that_is_none(store: Store) -> None:
+    assert_one_sentence(invoke("nsa-decode-1", "--arch", "hopper"), "'hopper'", "write 90a")
+
+
+def test_build_is_a_wish_that_no_policy_refuses(store: Store) -> None:
+    """ONELAUNCH_JIT is for the builds that a call would start; what the command built, such a call then finds."""
+    result = invoke("--set", SMALL, "--target", "cpu", ONELAUNCH_JIT="error")
+    assert result.exit_code == 0, result.output
+    (entry,) = store.entries()
+    assert result.stdout.split()[-1] == str(entry.module_path)
+    assert loader.POLICY_VARIABLE not in os.environ
+    assert "ONELAUNCH_JIT=error doesn't refuse this" in invoke("--help", COLUMNS="200").stdout
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
+    """With one build here and with several in workers: nothing stays in the cache, and no process either."""
+    compiler = compiler_that(f"echo $$ > {tmp_path}/running.$$; exec sleep 300", tmp_path)
+    settings = [f"--set=fields=cache_seqlens,num_backends={n}" for n in range(1, jobs + 1)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onelaunch.cli.main", "build", *settings, "--target", "cpu", "--jobs", str(jobs)],
+        env={**os.environ, "CXX": compiler, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 120
+        while len(running := list(tmp_path.glob("running.*"))) < jobs:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert stderr.splitlines()[-1] == "onelaunch: interrupted"
+    assert "Traceback" not in stderr
+    cache = tmp_path / "cache"
+    assert not list((cache / "staging").glob("*"))
+    assert not list(cache.glob(f"entries/*/{MANIFEST}"))
+    assert not list((cache / "failed").glob("*")), "an interruption isn't a failure to remember"
+    assert Store(cache).stored_keys() == []
+    for pid in (int(path.suffix[1:]) for path in running):
+        end = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            assert time.monotonic() < end, "a compiler still runs"
+            time.sleep(0.05)

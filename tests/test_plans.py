@@ -1,0 +1,206 @@
+"""A plan and its tensors: what backends share, one tensor under two names, columns of one allocation, reuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onelaunch
+import pytest
+import support
+import torch
+from cases import CONFIGURATIONS, SHAPES, batch
+from checker import check
+from onelaunch import KernelConfig, MetadataBuffers
+from onelaunch.spec import reference
+from support import POISON, SIX_FIELDS, assert_same, assert_untouched
+from torch import Tensor
+
+POOL_ROWS = 61
+SETTINGS: dict[str, Any] = {"index_topk": 50, "page_size": 16}
+
+
+def inputs_for(bs: int, width: int, device: torch.device, layout: str = "plain") -> tuple[Tensor, Tensor]:
+    """seq_lens and req_pool_indices: "plain", "strided" (every other element), or "expanded" (one length, stride 0)."""
+    rows = support.vector(support.pool_rows(bs, POOL_ROWS), torch.int64, device, "plain")
+    if layout == "expanded":
+        return torch.tensor([support.lengths(11, width, 16)[bs % 11]], device=device).expand(bs), rows
+    return support.vector(support.lengths(bs, width, 16), torch.int64, device, layout), rows
+
+
+# ------------------------------------------------------------------------------------------------ shared tensors
+
+
+@pytest.mark.parametrize("name", ["shared", "shared rows", "offsets, shared", "schedules alone", "indices of int64"])
+def test_a_tensor_that_backends_share_is_written_once(device: torch.device, name: str) -> None:
+    """bind() finds out which tensors are shared: check() refuses a plan of another configuration."""
+    config = CONFIGURATIONS[name]
+    assert config.distinct
+    for shape in (*SHAPES[:3], batch(33, 300)):
+        check(config, shape, device)
+
+
+def test_the_same_memory_under_two_tensors_counts_as_shared(device: torch.device) -> None:
+    table = torch.full((4, 80), POISON, dtype=torch.int32, device=device)
+    pool = support.token_pool(5, 80, device=device)
+    plan = onelaunch.bind(
+        [MetadataBuffers(page_indices=table), MetadataBuffers(page_indices=table[:])], req_to_token=pool
+    )
+    assert dict(plan.config.distinct) == {"page_indices": 1}
+
+
+def test_expanded_lengths_that_are_cache_seqlens_are_not_a_field_of_their_own(device: torch.device) -> None:
+    """Engines hand over one tensor under both names in decode, and page_indices as real_page_table."""
+    for page_size in (16, 1):
+        backend = support.destination(SIX_FIELDS, 5, 80, page_size, device=device)
+        backend.buffers.seqlens_expanded = backend.buffers.cache_seqlens
+        backend.storages["seqlens_expanded"] = backend.storages["cache_seqlens"]
+        pool = support.token_pool(POOL_ROWS, 80, device=device)
+        settings = {"index_topk": 9, "page_size": page_size, "extent": "live"}
+        plan = onelaunch.bind([backend.buffers], req_to_token=pool, **settings)
+        assert plan.config.fields == tuple(n for n in SIX_FIELDS if page_size > 1 or n != "real_page_table")
+        seq_lens, rows = inputs_for(5, 80, device)
+        plan.run(seq_lens, rows)
+        assert_same([backend], support.expected_refresh([backend], seq_lens, rows, pool, **settings))
+
+
+def test_interleaved_column_slices_of_one_table(device: torch.device) -> None:
+    """Backends may own column ranges of one allocation: nobody's columns are written by another."""
+    bs, width = 6, 40
+    table = torch.full((bs + 1, 3 * width + 1), POISON, dtype=torch.int32, device=device)
+    slices = [table[:, b * width : (b + 1) * width] for b in range(3)]
+    pool = support.token_pool(POOL_ROWS, width, device=device)
+    plan = onelaunch.bind([MetadataBuffers(page_indices=s) for s in slices], req_to_token=pool)
+    seq_lens, rows = inputs_for(bs, width, device)
+    plan.run(seq_lens, rows)
+    wanted = torch.full(table.shape, POISON, dtype=torch.int32)
+    reference.refresh(
+        [MetadataBuffers(page_indices=wanted[:, b * width : (b + 1) * width]) for b in range(3)],
+        seq_lens.cpu(),
+        rows.cpu(),
+        pool.cpu(),
+        index_topk=1,
+        page_size=1,
+        extent="live",
+    )
+    assert torch.equal(table.cpu(), wanted)
+
+
+def test_rows_that_start_at_different_16_byte_phases_get_4_byte_stores(device: torch.device) -> None:
+    for offset, stride in ((1, 0), (0, 1), (1, 1)):
+        backends = [
+            support.destination(("page_indices",), 9 + b, 300, 16, extra_stride=stride * b, offset=offset * b, device=device)
+            for b in range(3)
+        ]  # fmt: skip
+        pool = support.token_pool(POOL_ROWS, 300, strides="odd", device=device)
+        plan = onelaunch.bind(support.buffers_of(backends), req_to_token=pool)
+        assert (plan.config.vector_bytes, plan.capacity) == (4, 9)
+        seq_lens, rows = inputs_for(9, 300, device)
+        plan.run(seq_lens, rows)
+        for backend in backends:
+            settings = {"index_topk": 1, "page_size": 1, "extent": "live"}
+            assert_same([backend], support.expected_refresh([backend], seq_lens, rows, pool, **settings))
+
+
+# ------------------------------------------------------------------------------------------------ reuse
+
+
+@pytest.mark.parametrize("extent", ["live", "full"])
+def test_a_plan_is_reused_with_other_batches_inputs_and_bounds(device: torch.device, extent: str) -> None:
+    width, capacity = 200, 300
+    pool = support.token_pool(POOL_ROWS, width, strides="odd", device=device)
+    backends = [support.destination(SIX_FIELDS, capacity, width, 16, device=device) for _ in range(3)]
+    plan = onelaunch.bind(support.buffers_of(backends), req_to_token=pool, extent=extent, **SETTINGS)
+    assert plan.launches == 0
+    wanted = support.plain_copy(backends[0].buffers)
+    # Nothing is cleared between calls: what an earlier, larger batch wrote stays where a later one writes nothing.
+    for step, (bs, layout, max_len) in enumerate(
+        [(300, "plain", None), (1, "plain", None), (0, "plain", None), (257, "strided", 77), (256, "expanded", 0),
+         (33, "strided", None), (300, "expanded", 200)]
+    ):  # fmt: skip
+        seq_lens, rows = inputs_for(bs, width, device, layout)
+        plan.run(seq_lens, rows, max_len=max_len)
+        reference.refresh(
+            [wanted], seq_lens.cpu(), rows.cpu(), pool.cpu(), extent=extent, max_len=max_len, **SETTINGS
+        )  # fmt: skip
+        assert_same(backends, wanted)
+        assert plan.launches == step + 1
+
+
+def test_a_plan_of_schedules_serves_every_batch(device: torch.device) -> None:
+    fields = ("paged_mqa_schedule_metadata", "flashmla_metadata", "num_splits")
+    shapes = {"paged_mqa_schedule_metadata": (9, 2), "flashmla_metadata": (8, 8)}
+    pool = support.token_pool(5, 130, device=device)
+    backend = support.destination(fields, 300, 130, 16, device=device, shapes=shapes)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool)
+    for bs in (300, 3, 0, 257):
+        seq_lens = torch.tensor(batch(bs, 5_000).lengths, dtype=torch.int64, device=device)
+        rows = torch.zeros_like(seq_lens)
+        wanted = support.plain_copy(backend.buffers)
+        plan.run(seq_lens, rows)
+        reference.refresh([wanted], seq_lens.cpu(), rows.cpu(), pool.cpu(), extent="live", **SETTINGS)
+        assert_same([backend], wanted)
+
+
+def test_a_plan_of_variable_lengths_is_reused(device: torch.device) -> None:
+    pool = support.token_pool(POOL_ROWS, 90, device=device)
+    backends = [support.destination(support.SEVEN_FIELDS, 40, 90, 16, requests=50, device=device)]
+    plan = onelaunch.bind(
+        support.buffers_of(backends), req_to_token=pool, mode="draft_extend", extend="variable", **SETTINGS
+    )
+    wanted = support.plain_copy(backends[0].buffers)
+    seq_lens, rows = inputs_for(20, 90, device)
+    extends = torch.zeros(20, dtype=torch.int64, device=device)
+    settings: dict[str, Any] = {**SETTINGS, "extent": "live", "mode": "draft_extend"}
+    for step in range(5):
+        extends.copy_(torch.arange(20) * (step + 1) % 4)  # in place, as a captured step updates it
+        plan.run(seq_lens, rows, extends)
+        reference.refresh([wanted], seq_lens.cpu(), rows.cpu(), pool.cpu(), extend_seq_lens=extends.cpu(), **settings)
+        assert_same(backends, wanted)
+
+
+def test_variable_lengths_that_are_all_zero(device: torch.device) -> None:
+    """No rows at all: what belongs to requests is written, and the first 0 of the rows' running sum."""
+    backend = support.destination(support.SEVEN_FIELDS, 2, 40, 16, requests=3, device=device)
+    pool = support.token_pool(POOL_ROWS, 40, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, mode="draft_extend", extend="variable", page_size=16)
+    zeros = torch.zeros(3, dtype=torch.int64, device=device)
+    plan.run(torch.tensor([9, 1, 40], device=device), zeros, zeros)
+    wanted = {"cache_seqlens": [9, 1, 40], "cu_seqlens_k": [0, 9, 10, 50], "nsa_cu_seqlens_k": [0, POISON, POISON]}
+    for field, tensor in backend.buffers.items():
+        got = tensor.tolist()
+        assert got == wanted.get(field.name, torch.full(tensor.shape, POISON).tolist()), field.name
+
+
+def test_one_row_of_the_last_request(device: torch.device) -> None:
+    """The only row belongs to the last request: its 16-byte phase must not be looked for at that request's number."""
+    config = KernelConfig(fields=support.TABLES, vector_bytes=4, page_size=16, mode="draft_extend", extend="variable")
+    check(config, batch(4, 333, extends=(0, 0, 0, 1), spare_rows=0), device)
+
+
+def test_inputs_changed_in_place_are_read_again(device: torch.device) -> None:
+    """The plan remembers that it checked these tensors, not what was in them: a captured step updates them in place."""
+    backend = support.destination(SIX_FIELDS, 3, 200, 16, device=device)
+    pool = support.token_pool(POOL_ROWS, 200, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=pool, extent="full", **SETTINGS)
+    seq_lens, rows = inputs_for(3, 200, device)
+    for step in range(4):
+        plan.run(seq_lens, rows)
+        assert_same(
+            [backend], support.expected_refresh([backend], seq_lens, rows, pool, extent="full", **SETTINGS)
+        )  # fmt: skip
+        seq_lens += step + 1
+        rows.copy_(rows.roll(1))
+        pool[1:9] += 64
+
+
+def test_a_refused_call_leaves_the_plan_usable(device: torch.device) -> None:
+    backend = support.destination(("cache_seqlens",), 3, 0, 1, device=device)
+    plan = onelaunch.bind([backend.buffers], req_to_token=support.token_pool(2, 4, device=device))
+    seq_lens = torch.tensor([5, 6], device=device)
+    with pytest.raises(onelaunch.ArgumentError):
+        plan.run(seq_lens.repeat(2), seq_lens.repeat(2))
+    assert_untouched([backend])
+    assert plan.launches == 0
+    plan.run(seq_lens, seq_lens)
+    assert backend.buffers.cache_seqlens is not None
+    assert backend.buffers.cache_seqlens.tolist() == [5, 6, POISON]

@@ -1,0 +1,57 @@
+"""The command answers at once: what needs no GPU and no build imports none of the large packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+# Seconds to import: torch 2 to 5, matplotlib and numpy 0.2 each, rich and jinja2 0.1 each.
+LARGE = ("torch", "numpy", "matplotlib", "triton", "rich", "jinja2")
+RUN = """
+import json, sys
+from onelaunch.cli.main import app
+try:
+    app(sys.argv[1:], prog_name="onelaunch")
+finally:
+    sys.stderr.write("\\n" + json.dumps(sorted(sys.modules)))
+"""
+VERBS = {
+    "--help": (),
+    "show --help": (),
+    "list": (),
+    "cache list": (),
+    "describe nsa-decode-3": (),
+    # The only one that renders.
+    "show nsa-decode-3": ("jinja2",),
+}
+
+
+def run(words: str, **environment: str) -> tuple[list[str], float]:
+    """The large packages that a command imports, and its seconds of CPU time, which other processes don't lengthen."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", RUN, *words.split()]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stderr.splitlines()[-1])
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return [name for name in LARGE if name in loaded], seconds
+
+
+@pytest.mark.parametrize("words", VERBS)
+def test_quick_verbs_import_no_large_package(words: str) -> None:
+    loaded, seconds = run(words)
+    assert tuple(loaded) == VERBS[words]
+    # 0.1 to 0.35 s. The first run may compile modules, and a loaded machine may take twice as long.
+    assert min(seconds, run(words)[1]) < 0.8
+
+
+def test_completion_imports_no_large_package() -> None:
+    for words, number in (("onelaunch re", "1"), ("onelaunch show nsa-dec", "2")):
+        complete = {"_ONELAUNCH_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": number}
+        assert run("", **complete)[0] == []
