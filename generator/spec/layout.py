@@ -27,7 +27,7 @@ class Member:
         name: its name, in the struct and in a plan.
         type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
             "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to where a checked
-            kernel tells what it found).
+            kernel records the first violation).
         count: array length, or None for a single member.
         per_call: set at each call; the rest is set once, when a plan is bound.
         comment: what it holds.
