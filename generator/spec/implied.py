@@ -94,6 +94,16 @@ class Implied:
         return not self.copies and any(setting in settings_of(name) for name in self.fields)
 
     @property
+    def uses_topk(self) -> bool:
+        """Whether the kernel depends on index_topk."""
+        return self.uses("index_topk")
+
+    @property
+    def uses_pools(self) -> bool:
+        """Whether the kernel depends on index_kpool."""
+        return self.uses("index_kpool")
+
+    @property
     def added_lengths(self) -> tuple[int, ...]:
         """What the backends' lengths are longer than seq_lens by: one number for all of them, or one each."""
         verified = self.next_n if self.mode == "target_verify" else 0
