@@ -12,14 +12,13 @@ from onelaunch import FIELDS, ConfigError, KernelConfig
 from onelaunch.spec import reference
 from onelaunch.spec.fields import Field, RunningSum, Vector
 from onelaunch.spec.vectors import (
+    element,
     evaluate_vectors,
     formula,
-    inputs_of,
     locals_of,
     parse_declaration,
     settings_of,
     substituted,
-    value,
 )
 from torch import Tensor
 
@@ -108,9 +107,9 @@ def emitted(per: str, **settings: Any) -> tuple[dict[str, str], dict[str, str]]:
     config = KernelConfig(**{"fields": VECTORS, **settings})
     of_rows = config.row_fields
     fields = [name for name in config.vectors if (name in of_rows) == (per == "row")]
-    found = locals_of(config, per)  # type: ignore[arg-type]
+    found = locals_of(config, fields)
     assert {local.type for local in found} <= {"std::int32_t"}
-    return {local.name: local.cpp for local in found}, {name: value(config, name) for name in fields}
+    return {local.name: local.cpp for local in found}, {name: element(config, name) for name in fields}
 
 
 def test_in_decode_fields_of_rows_are_those_of_requests() -> None:
@@ -131,19 +130,17 @@ def test_in_decode_fields_of_rows_are_those_of_requests() -> None:
 
 def test_offsets_and_pools() -> None:
     found, _ = emitted("request", index_kpool=4, seqlen_offsets=(7,))
-    tail = "floor_mod(seq_len, kIndexKpool)"
-    complete = f"static_cast<std::int32_t>(static_cast<std::uint32_t>(seq_len) - {tail})"
-    clamped = f"static_cast<std::uint32_t>(min({complete}, kIndexTopk))"
     assert found == {
-        "nsa_cache_seqlens": f"static_cast<std::int32_t>({clamped} + {tail})",
+        "pool_tail": "floor_mod(seq_len, kIndexKpool)",
+        "nsa_cache_seqlens": "wrap(bits(min(wrap(bits(seq_len) - pool_tail), kIndexTopk)) + pool_tail)",
         "pooled_cache_seqlens": "floor_div(seq_len, kIndexKpool)",
-        "kv_indptr": "static_cast<std::int32_t>(static_cast<std::uint32_t>(max(base_len, 0)) + offset)",
+        "kv_indptr": "wrap(bits(max(base_len, 0)) + offset)",
     }
 
 
 def test_what_rows_have_of_their_own() -> None:
     found, values = emitted("row", mode="target_verify", next_n=4)
-    expanded = "max(static_cast<std::int32_t>(static_cast<std::uint32_t>(seq_len) - rows + row + 1), 0)"
+    expanded = "max(wrap(bits(seq_len) - rows + row + 1), 0)"
     assert found == {"seqlens_expanded": expanded, "nsa_cache_seqlens": "min(seqlens_expanded, kIndexTopk)"}
     assert list(found) == ["seqlens_expanded", "nsa_cache_seqlens"], "in the order in which they can be computed"
     assert values == {
@@ -155,15 +152,6 @@ def test_what_rows_have_of_their_own() -> None:
     # A vector that is named needn't be a field of the configuration.
     found, _ = emitted("row", mode="draft_extend", fields=("nsa_cu_seqlens_k",), next_n=2)
     assert list(found) == ["seqlens_expanded", "nsa_cache_seqlens"]
-
-
-def test_which_inputs_are_read() -> None:
-    everything = KernelConfig(fields=VECTORS, mode="target_verify", next_n=2)
-    assert inputs_of(everything, "request") == {"seq_len", "base_len", "offset"}
-    assert inputs_of(everything, "row") == {"seq_len", "rows", "row"}
-    assert inputs_of(KernelConfig(fields=VECTORS), "request") == {"seq_len", "base_len"}
-    assert inputs_of(KernelConfig(fields=("kv_indptr",)), "request") == {"base_len"}
-    assert inputs_of(KernelConfig(fields=("page_indices",)), "request") == set()
 
 
 # --------------------------------------------------------------------------------------------------- declarations

@@ -16,7 +16,7 @@ A formula may name:
 * ``row``: which of them the element is, from 0 on; only in fields with an element a row;
 * ``request`` and ``step``: the number of the request, and of the backend;
 * the settings ``index_topk``, ``index_kpool`` and ``page_size``;
-* other vectors. A name stands for a formula, not for memory: the vector needn't be bound.
+* other vectors, and TERMS. A name stands for a formula, not for memory: the vector needn't be bound.
 
 In the formulas of the other kinds ``pool_row`` is the request's row of req_to_token and W the width of page_indices.
 """
@@ -186,10 +186,8 @@ class MetadataBuffers:
     cache_seqlens: Tensor | None = vector("seq_len", "request")
     cu_seqlens_k: Tensor | None = running_sum("cache_seqlens", "request")
     page_indices: Tensor | None = special("table", "[bs, W]", "req_to_token[pool_row, column]")
-    # Complete pools are clamped, and the tokens behind the last one are always kept.
-    nsa_cache_seqlens: Tensor | None = vector(
-        "min(seqlens_expanded - seqlens_expanded % index_kpool, index_topk) + seqlens_expanded % index_kpool"
-    )
+    # Complete pools are clamped; the tokens behind the last one stay.
+    nsa_cache_seqlens: Tensor | None = vector("min(seqlens_expanded - pool_tail, index_topk) + pool_tail")
     nsa_cu_seqlens_k: Tensor | None = running_sum("nsa_cache_seqlens")
     real_page_table: Tensor | None = special(
         "table",
@@ -232,6 +230,9 @@ class MetadataBuffers:
             if tensor is not None:
                 yield field, tensor
 
+
+# Vectors that formulas name, and that no buffer holds.
+TERMS: dict[str, Field] = {"pool_tail": Field("pool_tail", Vector("seqlens_expanded % index_kpool"))}
 
 FIELDS: dict[str, Field] = {
     f.name: Field(f.name, f.metadata["declaration"]) for f in dataclasses.fields(MetadataBuffers)

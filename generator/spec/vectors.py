@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from .arithmetic import evaluate, fold
 from .cpp import cpp
 from .expressions import Constant, Dtype, Name, Node, Number, Operation, names, parse, size, substitute
-from .fields import FIELDS, Declaration, Field, Per, Vector
+from .fields import FIELDS, TERMS, Declaration, Field, Vector
 
 if TYPE_CHECKING:
     # Only for annotations: configurations ask this module which settings their fields use.
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 INPUTS = ("base_len", "offset", "seq_len", "rows", "row", "request", "step")
 # Settings that formulas may name. Those from 1 on may divide.
 CONSTANTS = ("index_topk", "index_kpool", "page_size")
+
+# What has a formula.
+_VECTORS = {name: field for name, field in (FIELDS | TERMS).items() if isinstance(field.declaration, Vector)}
 
 # Of a formula whose references are substituted.
 MAX_NODES = 1_000
@@ -41,6 +44,11 @@ class Local:
     type: str
     cpp: str
 
+    def declaration(self, indent: int) -> str:
+        """The line that declares it, or two where it is longer than 120 columns."""
+        line = f"const {self.type} {self.name} = {self.cpp};"
+        return line if indent + len(line) <= 120 else line.replace(" = ", f" =\n{' ' * (indent + 4)}", 1)
+
 
 # -------------------------------------------------------------------------------------------------------- declarations
 
@@ -48,7 +56,7 @@ class Local:
 @cache
 def formula(name: str, mode: str) -> Node:
     """The parsed formula of a standard vector or running sum in a forward mode."""
-    return parse_declaration(FIELDS[name], {n: field.declaration for n, field in FIELDS.items()}, mode)
+    return parse_declaration(_VECTORS[name], {n: field.declaration for n, field in _VECTORS.items()}, mode)
 
 
 def parse_declaration(field: Field, declarations: Mapping[str, Declaration], mode: str) -> Node:
@@ -106,7 +114,7 @@ def settings_of(name: str) -> frozenset[str]:
     declared = FIELDS[name].declaration
     if not isinstance(declared, Vector):
         return frozenset(declared.settings)
-    formulas = {n: formula(n, "target_verify") for n, field in FIELDS.items() if isinstance(field.declaration, Vector)}
+    formulas = {n: formula(n, "target_verify") for n in _VECTORS}
     return frozenset(names(substituted(name, formulas))) & frozenset(CONSTANTS)
 
 
@@ -118,21 +126,24 @@ def formula_in(config: KernelConfig, name: str, dtype: Dtype) -> Node:
     known: dict[str, Node] = {setting: Constant(setting, getattr(config, setting)) for setting in CONSTANTS}
     if config.mode == "decode":
         known |= {"rows": Number(1), "row": Number(0)}
-    if not any(config.added_lengths):
+    if not any(config.length_offsets):
         known |= {"offset": Number(0)}
     # A vector that is no more than another name or number needs no local of its own.
     node = substitute(formula(name, config.mode), known)
     for named in names(node):
-        if named in FIELDS:
+        if named in _VECTORS:
             leaf = formula_in(config, named, dtype)
             known[named] = Name(_local(named, dtype)) if isinstance(leaf, Operation) else leaf
     return fold(substitute(node, known), dtype)
 
 
-def locals_of(config: KernelConfig, per: Per) -> list[Local]:
-    """What emitted code computes for each request, or for each row, in the order in which it can be computed.
+def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
+    """The local constants by which emitted code computes some fields, in the order in which they can be computed.
 
-    ``value`` is the expression of a field by these locals. Those of requests are there for rows, too.
+    Args:
+        config: the configuration.
+        fields: vectors and running sums that all have an element a request, or all one a row. The locals of fields
+            with an element a request are there where those of rows are computed, and aren't repeated.
     """
     found: dict[str, Local] = {}
 
@@ -147,30 +158,29 @@ def locals_of(config: KernelConfig, per: Per) -> list[Local]:
             kind = "std::int64_t" if dtype == "int64" else "std::int32_t"
             found.setdefault(local, Local(local, kind, cpp(node, dtype)))
 
-    for name in config.vectors:
-        if per == ("row" if name in config.row_fields else "request"):
-            visit(name, FIELDS[name].dtype)
-    if per == "row":
-        for local in locals_of(config, "request"):
+    for name in fields:
+        visit(name, FIELDS[name].dtype)
+    if any(name in config.row_fields for name in fields):
+        for local in locals_of(config, config.request_vectors):
             found.pop(local.name, None)
     return list(found.values())
 
 
-def value(config: KernelConfig, name: str) -> str:
+def element(config: KernelConfig, name: str) -> str:
     """The C++ of a vector's element, or of what a running sum adds up, by the locals of locals_of."""
     dtype = FIELDS[name].dtype
     node = formula_in(config, name, dtype)
     return _local(name, dtype) if isinstance(node, Operation) else cpp(node, dtype)
 
 
-def inputs_of(config: KernelConfig, per: Per) -> frozenset[str]:
-    """Which of INPUTS the code for each request, or for each row, reads."""
-    found: set[str] = set()
-    for name in config.vectors:
-        if per == ("row" if name in config.row_fields else "request"):
-            formulas = {n: formula_in(config, n, FIELDS[name].dtype) for n in _VECTORS}
-            found |= set(names(substituted(name, formulas)))
-    return frozenset(found) & frozenset(INPUTS)
+def functions_of(config: KernelConfig) -> frozenset[str]:
+    """Which of the functions of templates/device/ the emitted formulas call."""
+    if config.copies:
+        return frozenset()
+    written = [local.cpp for name in config.vectors for local in locals_of(config, [name])]
+    return frozenset(
+        function for function in ("floor_div", "floor_mod", "ceil_div") if f"{function}(" in " ".join(written)
+    )
 
 
 def evaluate_vectors(
@@ -191,7 +201,7 @@ def evaluate_vectors(
     counts = base_len.new_full(base_len.shape, 1 if config.mode == "decode" else config.next_n)
     if config.variable_rows and extend_seq_lens is not None:
         counts = extend_seq_lens.int().clamp(min=0)
-    offset = base_len.new_full(base_len.shape, config.added_lengths[step % len(config.added_lengths)])
+    offset = base_len.new_full(base_len.shape, config.length_offsets[step % len(config.length_offsets)])
     request = base_len.new_ones(base_len.shape).cumsum(0) - 1
     inputs = {"base_len": base_len, "offset": offset, "seq_len": base_len + offset, "rows": counts, "request": request}
     inputs |= {"step": base_len.new_full(base_len.shape, step)}
@@ -215,9 +225,6 @@ def evaluate_vectors(
     return values
 
 
-_VECTORS = tuple(name for name, field in FIELDS.items() if isinstance(field.declaration, Vector))
-
-
 def _local(name: str, dtype: Dtype) -> str:
     """The local constant with a vector's value. A field of another width computes it anew, in its own width."""
-    return name if (dtype == "int64") == (FIELDS[name].dtype == "int64") else f"{name}_{dtype}"
+    return name if (dtype == "int64") == (_VECTORS[name].dtype == "int64") else f"{name}_{dtype}"

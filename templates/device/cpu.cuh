@@ -1,15 +1,20 @@
-// ---- CPU target: the few CUDA names that the code below uses, with one thread a block and blocks in turn -----------
+// ---- CPU target: the CUDA names that the code below uses. A block is one thread, and blocks run one after another --
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #define __global__ static
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 
 namespace {
+
+using std::max;
+using std::min;
 
 struct dim3 {
   unsigned x, y, z;
@@ -36,29 +41,45 @@ thread_local dim3 blockIdx;
 thread_local dim3 gridDim;
 
 inline void __syncthreads() {}
-[[maybe_unused]] inline int __syncthreads_or(int predicate) { return predicate; }
-[[maybe_unused]] inline unsigned __ballot_sync(unsigned, bool vote) { return vote ? 1u : 0u; }
+inline int __syncthreads_or(int predicate) {
+  return predicate;
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  return vote ? 1u : 0u;
+}
+
 template <typename T>
 T __shfl_sync(unsigned, T value, int) {
   return value;
 }
-[[maybe_unused]] inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-[[maybe_unused]] inline unsigned __umulhi(unsigned a, unsigned b) {
+
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned) {
+  return value;
+}
+
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+
+inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }
-[[maybe_unused]] inline std::uint64_t __umul64hi(std::uint64_t a, std::uint64_t b) {
+
+inline std::uint64_t __umul64hi(std::uint64_t a, std::uint64_t b) {
   return static_cast<std::uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
-{% if config is defined and config.checked %}
+
 template <typename T>
 T atomicCAS(T* address, T expected, T value) {
   const T found = *address;
   if (found == expected) *address = value;
   return found;
 }
-{% endif %}
+
 template <typename T>
-inline T __ldg(const T* address) {
+T __ldg(const T* address) {
   return *address;
 }
 
@@ -66,12 +87,20 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+inline cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
+
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "no error";
+}
+
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
+
 template <typename... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Arguments...), const Arguments&... arguments) {

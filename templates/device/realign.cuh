@@ -1,5 +1,4 @@
-{# realign and the misalignment helpers, for configurations with 16-byte stores. #}
-{% if realigns %}
+// ---- 16-byte reads of int32 rows that begin anywhere --------------------------------------------------------------
 // The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
 // array, which would live in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
@@ -19,30 +18,12 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
-{% endif %}
-{% if pages_from_registers %}
-// One of four words, without an indexed array either.
-__device__ __forceinline__ std::int32_t word_of(int4 words, int number) {
-  const std::int32_t even = number & 2 ? words.z : words.x;
-  const std::int32_t odd = number & 2 ? words.w : words.y;
-  return number & 1 ? odd : even;
-}
-
-{% endif %}
-// An address that words are read from by their distance. Left to itself the compiler works out one for each word.
-__device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
-{% if config.target == "cuda" %}
-  asm("" : "+l"(address));
-{% endif %}
-  return address;
-}
-
 // The 16-byte boundary at or before an address.
 __device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
   return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
 }
 
-// How many words an address lies past it, 0 to 3.
+// How many words an address lies behind that boundary, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
