@@ -33,7 +33,6 @@ using SeqLen = std::int64_t;
 constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
 constexpr int kNextN = 1;  // rows of a request
 constexpr std::int32_t kIndexTopk = 2048;  // tokens
-constexpr int kIndexKpool = 1;  // tokens or pages of a pool
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row

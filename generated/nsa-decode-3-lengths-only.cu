@@ -30,7 +30,6 @@ constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute 
 using SeqLen = std::int64_t;
 constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
 constexpr std::int32_t kIndexTopk = 2048;  // tokens
-constexpr int kIndexKpool = 1;  // tokens or pages of a pool
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 // Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no

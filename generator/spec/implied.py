@@ -94,6 +94,12 @@ class Implied:
         return not self.copies and any(setting in settings_of(name) for name in self.fields)
 
     @property
+    def names_pools(self) -> bool:
+        """Whether the emitted code names index_kpool: in formulas a pool of one token is folded away."""
+        named = self.has_mqa_schedule or "pooled_real_page_table" in self.fields
+        return self.uses("index_kpool") and (named or self.index_kpool > 1)
+
+    @property
     def has_mqa_schedule(self) -> bool:
         """Whether it computes DeepGEMM's schedule."""
         return "paged_mqa_schedule_metadata" in self.fields
@@ -173,7 +179,7 @@ class Implied:
         That caps the registers: without it ptxas takes, or spills, some more for blocks that the grid doesn't have.
         """
         threads = {"live": 1024, "equal": 1024, "variable": 1024, "indices": 1280}.get(self.strategy or "", 0)
-        return threads // self.threads
+        return threads // int(self.threads)
 
     @property
     def wide_tiles(self) -> int:
