@@ -580,7 +580,7 @@ MUTATIONS = [
         FULL,
         Case("nothing", (700, 30), width=1503, max_len=0, token_phase=4, table_phase=12, table_pad=2),
         "device/equal.cuh",
-        r"columns == 0 \? 0 : ",
+        r"if \(columns == 0\) warps = 0;",
         "",
         "none",
         "emulation",
