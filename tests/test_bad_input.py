@@ -471,7 +471,7 @@ def test_run_with_extend_lengths(
     assert_untouched(scene.poisoned)
 
 
-def test_run_with_extend_lengths_that_nobody_asked_for(device: torch.device) -> None:
+def test_run_with_extend_lengths_that_the_plan_does_not_take(device: torch.device) -> None:
     scene = Scene(device)
     plan = bind(scene)
     fragments = ("extend_seq_lens is a Tensor", "1 rows each in decode", "must be None")
@@ -655,7 +655,7 @@ def test_precompute_of_new_buffers(
     refused(ArgumentError, fragments, lambda: precompute(scene))
 
 
-def test_precompute_of_rows_that_nobody_counted(device: torch.device) -> None:
+def test_precompute_allocates_only_for_a_known_number_of_rows(device: torch.device) -> None:
     scene = Scene(device)
     facts = {"max_len": WIDTH, "nsa_index_topk": 9, "real_page_size": PAGE_SIZE, "extend_seq_lens": scene.rows}
 
@@ -830,7 +830,7 @@ def test_nothing_is_built_for_a_refused_call(device: torch.device, monkeypatch: 
     """Bad input must not cost a build first."""
 
     def load(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a kernel was asked for")
+        raise AssertionError("a kernel was loaded")
 
     monkeypatch.setattr("onelaunch.load.loader.load", load)
     scene = Scene(device)
