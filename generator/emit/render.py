@@ -12,6 +12,7 @@ from ..spec.config import KernelConfig
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
 from ..spec.violations import VIOLATIONS
+from .binding import render_plain_binding
 
 if TYPE_CHECKING:
     import jinja2
@@ -129,20 +130,6 @@ def _roles(config: KernelConfig) -> list[str]:
     return [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
 
 
-def render_binding(config: KernelConfig, module: str) -> str:
-    """The C++ of the Python binding; ``module`` is the import name baked into it."""
-    return (
-        _environment()
-        .get_template("binding.cpp.j2")
-        .render(
-            symbol=config.symbol,
-            module=module,
-            param_words=len(layout.param_words(config)),
-            call_words=layout.call_words(config),
-        )
-    )
-
-
 def render_baseline(
     name: str,
     symbol: str,
@@ -169,15 +156,6 @@ def render_baseline(
         context["members"] = [*context["members"], *more]
     source = _environment().get_template(f"baselines/{name}.cu.j2").render(context)
     return source, render_plain_binding(symbol, call_words, words)
-
-
-def render_plain_binding(symbol: str, call_words: Sequence[str], words: int) -> str:
-    """The binding of a kernel that no configuration describes; its module is named ``<symbol>_binding``."""
-    return (
-        _environment()
-        .get_template("binding.cpp.j2")
-        .render(symbol=symbol, module=f"{symbol}_binding", param_words=max(words, 1), call_words=call_words)
-    )
 
 
 def _banner(config: KernelConfig) -> list[tuple[str, str]]:

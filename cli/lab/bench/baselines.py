@@ -18,6 +18,7 @@ import torch
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
 from onelaunch.build import key, toolchain
+from onelaunch.cache.module import import_entry
 from onelaunch.emit.render import render_baseline
 from onelaunch.load import loader
 from onelaunch.load.obtain import obtain
@@ -99,7 +100,7 @@ def built(symbol: str, source: str, binding: str, target: str) -> ModuleType:
     entry = store.find(recipe.key)
     if entry is None:
         entry = obtain(recipe, tools, store)[0]
-    return loader.import_module(entry)
+    return import_entry(entry)
 
 
 def kernel(name: str, target: str, call_words: Sequence[str] = (), words: int = 0, **facts: Any) -> ModuleType:
