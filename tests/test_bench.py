@@ -29,7 +29,7 @@ from onelaunch.cli.lab.bench.selection import Selected, select
 from onelaunch.cli.lab.bench.verdicts import verdicts
 from onelaunch.cli.main import app
 from onelaunch.emit.render import render, render_baseline
-from onelaunch.errors import ArgumentError, ConfigError
+from onelaunch.errors import ConfigError
 from onelaunch.spec import layout
 
 CPU = torch.device("cpu")
@@ -615,8 +615,8 @@ def test_without_matplotlib_it_says_what_to_install(kept: Path, monkeypatch: pyt
     assert "pip install 'onelaunch[bench]'" in result.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so_in_a_sentence() -> None:
+def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = invoke("bench")
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
@@ -669,9 +669,3 @@ def test_a_file_that_cannot_be_written_is_known_before_anything_is_measured(monk
     result = invoke("bench", "--json", "/nowhere/at/all.json")
     assert result.exit_code == 2
     assert "can't be read or written" in result.stderr
-
-
-def test_the_device_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ArgumentError, match="onelaunch bench measures on a CUDA device"):
-        command.device_meter("onelaunch bench")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from click.testing import CliRunner
 from onelaunch import KernelConfig, preset, render
 from onelaunch.cli.main import app
@@ -55,9 +54,3 @@ def test_targets_and_what_the_cpu_has_not() -> None:
     result = invoke("nsa-decode-1", "nsa-decode-3", "--target", "cpu", "--what", "resources")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "is built for the CPU and has no resources" in result.stderr
-
-
-@pytest.mark.nvcc
-def test_resources_that_dont_differ() -> None:
-    words = ["fields=cache_seqlens", "--what", "resources", "--arch", "90a"]
-    assert invoke(words[0], *words).output == "no difference in resources\n"
