@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 from onelaunch.cache import collect, trust
-from onelaunch.cache.store import MANIFEST, Entry, Store
+from onelaunch.cache.manifest import MANIFEST, Entry
+from onelaunch.cache.store import Store
 from onelaunch.errors import StoreError
 from onelaunch.load import loader
 

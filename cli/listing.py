@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import click
-from onelaunch.cache.store import tiers
+from onelaunch.cache.tiers import tiers
 from onelaunch.load import loader
 from onelaunch.spec.presets import PRESETS
 

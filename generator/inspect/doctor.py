@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..build import binary, toolchain
-from ..cache.store import Store, prebuilt
-from ..cache.trust import CACHE_VARIABLE, check_owner
+from ..cache.store import Store
+from ..cache.tiers import prebuilt
+from ..cache.trust import CACHE_VARIABLE, check_ancestors, check_owner
 from ..errors import OnelaunchError, ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig
@@ -99,16 +100,18 @@ def _versions(cuda: str, has: dict[str, object]) -> list[Row]:
 def _cache() -> list[Row]:
     store = loader.default_store()
     source = CACHE_VARIABLE if os.environ.get(CACHE_VARIABLE) else "the platform's cache folder"
-    rows = [Row("prebuilt", "ok", str(tier.root), f"{len(tier.stored_keys())} entries") for tier in prebuilt()]
-    folder = store.root
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    rows: list[Row] = []
     try:
+        rows += [Row("prebuilt", "ok", str(tier.root), f"{len(tier.stored_keys())} entries") for tier in prebuilt()]
+        folder = store.root
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        check_ancestors(folder / "cache")
         if folder == store.root:
             check_owner(folder)
         room = shutil.disk_usage(folder).free
     except (OSError, OnelaunchError) as error:
-        return [*rows, Row("cache", "fix", str(store.root), str(error))]
+        return [*rows, Row("cache", "fix", store.place or "the platform's cache folder", str(error))]
     if not os.access(folder, os.W_OK):
         return [*rows, Row("cache", "note", f"{store.root} (can't be written)", f"set {CACHE_VARIABLE}")]
     if room < _MIN_FREE_BYTES:

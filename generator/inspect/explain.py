@@ -8,7 +8,9 @@ from typing import Any
 
 from ..build import toolchain
 from ..cache import failures
-from ..cache.store import Entry, Store, tiers
+from ..cache.manifest import Entry
+from ..cache.store import Store
+from ..cache.tiers import tiers
 from ..errors import ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig

@@ -15,7 +15,9 @@ from functools import cached_property
 from pathlib import Path
 
 from ..build import toolchain
-from ..cache.store import MANIFEST, Entry, Store, tiers
+from ..cache.manifest import MANIFEST, Entry
+from ..cache.store import Store
+from ..cache.tiers import tiers
 from ..emit import override
 from ..emit.render import render
 from ..errors import ConfigError, StoreError, ToolchainError

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..build import compile as compiler
 from ..build import toolchain
-from ..emit.render import render_binding
+from ..emit.binding import render_binding
 from ..errors import ArgumentError, ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,8 @@ import torch
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
 from onelaunch.build import key, toolchain
-from onelaunch.emit.render import render, render_baseline, render_plain_binding
+from onelaunch.cache.module import import_entry
+from onelaunch.emit.render import render_baseline
 from onelaunch.load import loader
 from onelaunch.load.obtain import obtain
 from onelaunch.spec import layout
@@ -100,7 +100,7 @@ def built(symbol: str, source: str, binding: str, target: str) -> ModuleType:
     entry = store.find(recipe.key)
     if entry is None:
         entry = obtain(recipe, tools, store)[0]
-    return loader.import_module(entry)
+    return import_entry(entry)
 
 
 def kernel(name: str, target: str, call_words: Sequence[str] = (), words: int = 0, **facts: Any) -> ModuleType:
@@ -235,72 +235,15 @@ def _runtime(scene: Scene, case: Case) -> list[list[Call]]:
 
 
 def runtime_config(extent: Any, target: Any) -> KernelConfig:
-    """The configuration whose emitted kernel becomes the one with runtime arguments."""
+    """The configuration whose strategy and parameter block the kernel with runtime arguments has."""
     return KernelConfig(num_backends=RUNTIME_BACKENDS, page_size=2, index_topk=1, extent=extent, target=target)
 
 
 def runtime_kernel(config: KernelConfig) -> ModuleType:
-    """The module of runtime_source."""
-    source = runtime_source(config)
-    symbol = f"onelaunch_baseline_runtime_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    """The kernel of runtime_config with N, page size, top-k and fields as arguments of the call."""
     words = len(layout.param_words(config)) + len(_RUNTIME_WORDS)
-    binding = render_plain_binding(symbol, layout.call_words(config), words)
-    return built(symbol, source.replace(config.symbol, symbol), binding, config.target)
-
-
-_RUNTIME_TYPES = """
-// A power of two that only the call knows.
-struct PageSize {
-  int shift;
-};
-__device__ __forceinline__ int operator+(int value, PageSize page) { return value + (1 << page.shift); }
-__device__ __forceinline__ int operator/(int value, PageSize page) { return value >> page.shift; }
-__device__ __forceinline__ std::int64_t operator*(std::int64_t value, PageSize page) { return value << page.shift; }
-
-// The destinations of a field, none where it isn't wanted.
-__device__ __forceinline__ int backends_of(const Params& p, const std::int32_t* first) {
-  return first != nullptr ? static_cast<int>(p.num_backends) : 0;
-}
-__device__ __forceinline__ int backends_of(const Params& p, const Table& first) { return backends_of(p, first.data); }
-"""
-
-
-def runtime_source(config: KernelConfig) -> str:
-    """The emitted kernel of a configuration, with N, page size, top-k and fields made arguments of the call.
-
-    Made from the emitted text, so that the algorithm stays the same one.
-
-    Raises:
-        Unsupported: the emitted text isn't what this expects any more.
-    """
-    text = render(config)
-    words = len(layout.param_words(config))
-    steps = (
-        (r"constexpr int kBackends = \d+;", f"constexpr int kMostBackends = {RUNTIME_BACKENDS};"),
-        (r"\[kBackends\]", "[kMostBackends]"),
-        (r"constexpr std::int32_t kIndexTopk = .*\n", ""),
-        (r"constexpr int kPageSize = .*\n", ""),
-        (
-            rf"\}};\nconstexpr int kParamWords = {words};",
-            "".join(f"  std::int64_t {name};\n" for name in _RUNTIME_WORDS)
-            + f"}};\nconstexpr int kParamWords = {words + len(_RUNTIME_WORDS)};",
-        ),
-        (r"(static_assert\(sizeof\(Params\).*\n)", rf"\1{_RUNTIME_TYPES}"),
-        (r"\bkIndexTopk\b", "static_cast<std::int32_t>(p.index_topk)"),
-        (r"\bkPageSize\b", "PageSize{static_cast<int>(p.page_shift)}"),
-        (r"\btoken >> 1\b", "token >> p.page_shift"),
-        (r"\bpage_of\(", "page_of(p, "),
-        (r"page_of\(p, Token token\)", "page_of(const Params& p, Token token)"),
-        (r"b < kBackends; (\+\+b\)(?:(?!kBackends).)*?p\.(\w+)\[b\])", r"b < backends_of(p, p.\2[0]); \1"),
-    )
-    for pattern, replacement in steps:
-        text, count = re.subn(pattern, replacement, text, flags=re.DOTALL if "kBackends;" in pattern else 0)
-        if not count:
-            raise Unsupported(f"the emitted kernel has nothing like {pattern!r}; runtime_source must follow it")
-    for name in ("kBackends", "kIndexTopk", "kPageSize"):
-        if re.search(rf"\b{name}\b", text):
-            raise Unsupported(f"{name} is still in the emitted kernel; runtime_source must follow it")
-    return text
+    call_words = layout.call_words(config)
+    return kernel("runtime", config.target, call_words, words, config=config, plan_words=_RUNTIME_WORDS)
 
 
 def _empty(scene: Scene, case: Case) -> list[list[Call]]:
