@@ -2,8 +2,8 @@
 
     python tests/gpu/run.py [PATH]
 
-Writes evidence.json beside this file (or to PATH): what was run, and by preset the fingerprint of the kernel that it was
-run with; a test fails where a shipped kernel has none. Prints a short table last.
+Writes evidence.json beside this file (or to PATH): what was run and, by preset, the fingerprint of the kernel that
+was run; a test fails where a shipped kernel has none. Prints a short table last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRACES = ROOT / "tests" / "data" / "full"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-def tests(only: Sequence[str] = ()) -> dict[str, Any]:
+def tests(only: Sequence[str] = ()) -> dict[str, Any]:  # noqa: PT028 (no test)
     """The GPU tests of the suite, or those named."""
     report = Path(tempfile.mkdtemp()) / "report.xml"
     workers = str(max(1, min(14, (os.cpu_count() or 2) - 2)))
@@ -127,7 +127,7 @@ def replays() -> dict[str, Any]:
 
 
 def timings() -> dict[str, Any]:
-    """Microseconds a call in a CUDA graph, N = 3, page 64, extent live, beside the ideal fan-out; the bench's shapes."""
+    """Microseconds per call in a CUDA graph, N = 3, page 64, extent live, beside the ideal fan-out; bench's shapes."""
     out: dict[str, Any] = {}
     meter = cuda_meter.CudaMeter()
     for name in SHAPES:
