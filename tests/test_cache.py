@@ -19,7 +19,7 @@ from onelaunch.cache import collect
 from onelaunch.cache.module import import_entry
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
-from onelaunch.emit.render import render_binding
+from onelaunch.emit.binding import render_binding
 from onelaunch.inspect.explain import explain
 from onelaunch.load import loader
 from onelaunch.load.obtain import obtain
