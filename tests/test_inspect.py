@@ -13,7 +13,7 @@ import pytest
 from onelaunch import PRESETS, ArgumentError, ConfigError, KernelConfig, StoreError, ToolchainError, preset, render
 from onelaunch.build import binary, toolchain
 from onelaunch.cache.store import Store
-from onelaunch.emit.render import render_binding
+from onelaunch.emit.binding import render_binding
 from onelaunch.inspect import editors, kernels, machine_code
 from onelaunch.inspect.diff import difference
 from onelaunch.inspect.kernels import Subject, find

@@ -80,7 +80,8 @@ def find_tools(target: str) -> Tools:
     Raises:
         ToolchainError: one is missing.
     """
-    return Tools(find_host_compiler(), find_toolkit() if target == "cuda" else None)
+    cuda = find_toolkit() if target == "cuda" else None
+    return Tools(find_host_compiler(), cuda)
 
 
 def find_ninja() -> Path:
