@@ -1,4 +1,4 @@
-// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+// Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
 //   onelaunch show flashinfer-decode-3
 //
 // configuration
@@ -19,21 +19,23 @@
 
 namespace {
 
-// ---- what this kernel is specialized to --------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
-constexpr std::int32_t kLongestOffset = 3;  // the most that a backend's lengths have more than seq_lens
-using SeqLen = std::int64_t;
-using PoolIndex = std::int64_t;
-using Token = std::int32_t;
-constexpr int kThreads = 256;  // a block
+constexpr int kThreads = 256;  // per block
+constexpr int kResidentBlocks = 5;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kBlocksPerSm = 4;
+constexpr int kLengthSets = kBackends;  // lengths of a request: one for all backends, or one each
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+using SeqLen = std::int64_t;
+constexpr std::int32_t kLongestOffset = 3;  // the most that a backend adds to seq_lens
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
+constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kLengthBlocks = kBackends;  // block b writes the lengths of backend b, the rest the tables
+constexpr int kBlocksPerSm = 4;  // at most
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -54,130 +56,183 @@ struct Params {
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
+  std::int64_t req_to_token_width;  // elements of a row that may be read
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int64_t kv_indices_capacity;  // elements
   std::int32_t* kv_indptr[kBackends];  // [bs + 1]
   std::int32_t* kv_indices[kBackends];  // [capacity]
 };
-constexpr int kParamWords = 17;
+constexpr int kParamWords = 18;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// ---- running sums ------------------------------------------------------------------------------------------------
-// Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
-
-// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
-__device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
-    if (lane >= distance) value += other;
-  }
-  return value;
+// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+__device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
+  const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
+  return static_cast<std::int32_t>(length);
 }
 
-// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
-// for any block of whole warps, whatever part of it holds requests.
-__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
-  __shared__ std::uint32_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
-  __syncthreads();
-  std::uint32_t sum = 0;
-  std::uint32_t before = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) before = sum;
-    sum += warp_totals[w];
-  }
-  __syncthreads();  // the next sum writes warp_totals again
-  total = sum;
-  return before + in_warp;
-}
-
-// The same for what may not wrap.
-__device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const std::uint64_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
-    if (lane >= distance) value += other;
-  }
-  return value;
-}
-
-__device__ __forceinline__ std::uint64_t block_running_sum(std::uint64_t value, std::uint64_t& total) {
-  __shared__ std::uint64_t warp_totals[kWarps];
-  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
-  const std::uint64_t in_warp = warp_running_sum(value);
-  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
-  __syncthreads();
-  std::uint64_t sum = 0;
-  std::uint64_t before = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) before = sum;
-    sum += warp_totals[w];
-  }
-  __syncthreads();  // the next sum writes warp_totals again
-  total = sum;
-  return before + in_warp;
-}
-
-// ---- requests ----------------------------------------------------------------------------------------------------
-// What the lengths of backend b have more than seq_lens. Static: an array that a block indexes would be on its stack.
+// What backend b adds to seq_lens. Static: an array that a block indexes would be on its stack.
 __device__ __forceinline__ std::int32_t length_offset(int b) {
   static constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
   return offsets[b];
 }
 
-// ---- lengths -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-__device__ void refresh_lengths(const Params& p, int b) {
-  const int batch_size = static_cast<int>(p.batch_size);
-  std::uint32_t kv_indptr_carry = 0;
-  if (threadIdx.x == 0) {
-    p.kv_indptr[b][0] = 0;
+// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+__device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
+  const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
+  return row;
+}
+
+// Unchecked: tokens beyond the capacity of kv_indices are dropped without a report.
+__device__ __forceinline__ void check_capacity(const Params&, std::int64_t, std::int64_t) {}
+
+// ---- running sums ------------------------------------------------------------------------------------------------
+// T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
+// may not wrap has 64 bits.
+
+// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+template <typename T>
+__device__ __forceinline__ T warp_running_sum(T value) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const T other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    if (lane >= distance) value += other;
   }
-  for (int first = 0; first < batch_size; first += kThreads) {
-    const int request = first + static_cast<int>(threadIdx.x);
-    const bool present = request < batch_size;
-    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
-    const std::int32_t seq_len = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
-    // A length below zero counts as no tokens, so that requests never overlap.
-    const std::uint32_t more = static_cast<std::uint32_t>(length_offset(b));
-    const std::uint32_t kv_length = present ? static_cast<std::uint32_t>(seq_len > 0 ? seq_len : 0) + more : 0;
-    std::uint32_t kv_indptr_chunk;
-    const std::uint32_t kv_indptr = kv_indptr_carry + block_running_sum(kv_length, kv_indptr_chunk);
-    kv_indptr_carry += kv_indptr_chunk;
-    if (present) {
-      p.kv_indptr[b][request + 1] = static_cast<std::int32_t>(kv_indptr);
-    }
+  return value;
+}
+
+// The inclusive running sum over the threads of the block; `total` gets the block's sum. All threads must call it.
+template <typename T>
+__device__ __forceinline__ T block_running_sum(T value, T& total) {
+  __shared__ T warp_totals[kWarps];
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
+  const T in_warp = warp_running_sum(value);
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
+  __syncthreads();
+  T sum = 0;
+  T before = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = sum;
+    sum += warp_totals[w];
+  }
+  __syncthreads();  // the next sum writes warp_totals again
+  total = sum;
+  return before + in_warp;
+}
+
+// A running sum over more values than a block has threads: one chunk of kThreads after another.
+template <typename T>
+struct RunningSum {
+  T carry = 0;  // the sum of all chunks so far
+
+  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  __device__ __forceinline__ T add(T value) {
+    T chunk;
+    const T sum = carry + block_running_sum(value, chunk);
+    carry += chunk;
+    return sum;
+  }
+};
+
+// ---- destinations ------------------------------------------------------------------------------------------------
+// How often a loop over so many destinations is unrolled: fully while that stays short.
+[[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
+  return destinations <= 8 ? destinations : 1;
+}
+
+// ---- storing an element ------------------------------------------------------------------------------------------
+// Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
+template <int N>
+__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+  if constexpr (kLengthSets > 1) {
+    to[b][index] = value;
+  } else {
+#pragma unroll(unrolled(N))
+    for (int i = 0; i < N; ++i) to[i][index] = value;
   }
 }
 
-// ---- the tokens of all requests, one after the other -------------------------------------------------------------
-// Where a request's tokens go depends on the lengths of all requests before it. Every block adds those up for itself,
-// beside the tiles that it counts anyhow, and carries the sum from window to window: no block waits for another, and
-// the sum has no limit. Nothing is written beyond the destinations' capacity.
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
+__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
 
-// The tokens of a request, without what backends have more.
+// ---- whose tile it is --------------------------------------------------------------------------------------------
+// The tiles of up to kThreads requests, a window, in shared memory. Each thread counts those of one request; then every
+// warp of every block can look up which request a tile belongs to.
+struct Window {
+  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, within its warp
+  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
+};
+
+struct Place {
+  int slot;  // of the request in the window
+  std::uint32_t tile;  // among the request's tiles
+};
+
+// Adds up the tiles of the window's requests: `tiles` is the number of this thread's request. Returns the sum of all;
+// lane w gets in `warp_end` the sum up to and including warp w. All threads must call it, behind a barrier that
+// follows the last look-up. Ends with a barrier before the sums are read: what a thread wrote to shared memory before
+// the call can be read after it.
+__device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
+  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const std::uint32_t in_warp = warp_running_sum(tiles);
+  window.tile_end[threadIdx.x] = in_warp;
+  if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
+  __syncthreads();
+  std::uint32_t sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    sum += window.warp_tiles[w];
+    if (w <= lane) warp_end = sum;  // the lanes after the last warp hold the window's sum
+  }
+  return sum;
+}
+
+// Looks a tile up: first how many warps' requests end at or before it, then how many requests of the next warp do.
+__device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t warp_end, std::uint32_t tile) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int warp = __popc(__ballot_sync(kFullMask, warp_end <= tile));
+  const std::uint32_t before = __shfl_sync(kFullMask, warp_end, warp > 0 ? warp - 1 : 0);
+  const std::uint32_t in_warp = tile - (warp > 0 ? before : 0);
+  const int passed = __popc(__ballot_sync(kFullMask, window.tile_end[warp * kWarpSize + lane] <= in_warp));
+  const int slot = warp * kWarpSize + passed;
+  return {slot, in_warp - (passed > 0 ? window.tile_end[slot - 1] : 0)};
+}
+
+// ---- strategy: the tokens of all requests, one after the other ---------------------------------------------------
+// Where a request's tokens go depends on the lengths of all requests before it. Every block adds those up for itself,
+// window by window, beside the tiles that it counts: no block waits for another, and the sum has 64 bits. The warps of
+// all blocks take the tiles in turn. Nothing is written beyond the destinations' capacity.
+//
+//   block   0 .. kFirstTableBlock   the other blocks
+//          +-----------------------+-----------------------------------------+
+//          | vectors, schedules    | tile, tile + warps, ...                 |
+//          +-----------------------+-----------------------------------------+
+//
+//   kv_indices   | tokens of request 0 | request 1 | tokens of request 2 ...
+//                ^ 0                   ^ kv_indptr[1]
+
+// The tokens of a request, without a backend's offset.
 __device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
-  const std::int32_t length = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
+  const std::int32_t length = request_length(p, request);
   return length > 0 ? length : 0;
 }
 
-// The tokens of a request that are read for a backend whose lengths have so many `more`.
-__device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t more) {
-  const std::int64_t length = std::int64_t{tokens} + more;
+// The tokens of a request that are read for a backend with this offset.
+__device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t offset) {
+  const std::int64_t length = std::int64_t{tokens} + offset;
   return static_cast<int>(length < p.columns ? length : p.columns);
 }
 
-// One warp reads the columns [first, first + kTileColumns) of a row once, and writes them to every backend. There are
-// `before` tokens of the requests before.
-__device__ __forceinline__ void copy_indices(
+// Moves one tile of a request to every backend. `before` is the number of tokens of the requests before it, without the
+// backends' offsets.
+__device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t request, std::int64_t pool_row, std::int64_t before, std::int32_t tokens, int first) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
@@ -189,93 +244,104 @@ __device__ __forceinline__ void copy_indices(
     const int column = first + lane + i * kWarpSize;
     words[i] = column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
   }
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    const int end_of_b = read_columns(p, tokens, length_offset(b));
+  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(std::int32_t*);
+#pragma unroll(unrolled(kDestinations))
+  for (int b = 0; b < kDestinations; ++b) {
+    const int stop = read_columns(p, tokens, length_offset(b));
     const std::int64_t begin = before + request * length_offset(b);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
-      if (column < end_of_b && at < p.kv_indices_capacity) p.kv_indices[b][at] = words[i];
+      if (column < stop && at < p.kv_indices_capacity) p.kv_indices[b][at] = words[i];
     }
   }
 }
 
-__device__ void gather_indices(const Params& p) {
+__device__ void write_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
-  const int lane = slot % kWarpSize;
-  const std::uint32_t warps = (gridDim.x - kLengthBlocks) * kWarps;
-  std::uint32_t tile = (blockIdx.x - kLengthBlocks) * kWarps + threadIdx.x / kWarpSize;
-  __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and with a request of the window
+  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
+  __shared__ Window window;
   __shared__ std::int32_t window_tokens[kThreads];
   __shared__ std::uint64_t tokens_before[kThreads];
   __shared__ std::int64_t pool_rows[kThreads];
-  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
-  std::uint64_t carry = 0;
+  RunningSum<std::uint64_t> token_sum;
   for (int first = 0; first < batch_size; first += kThreads) {
-    const int asked = first + slot;
+    const int request = first + slot;
     std::int32_t tokens = 0;
     std::uint32_t tiles = 0;
     std::int64_t pool_row = 0;
-    if (asked < batch_size) {
-      tokens = request_tokens(p, asked);
+    if (request < batch_size) {
+      tokens = request_tokens(p, request);
       const int columns = read_columns(p, tokens, kLongestOffset);
       if (columns > 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
-      pool_row = p.req_pool_indices[asked * p.req_pool_indices_stride];
+      pool_row = request_row(p, request);
+      if (pool_row < 0) tiles = 0;
     }
-    std::uint64_t tokens_of_window;
-    const std::uint64_t tokens_end = carry + block_running_sum(static_cast<std::uint64_t>(tokens), tokens_of_window);
-    carry += tokens_of_window;
-    std::uint32_t window_tiles;
-    // Behind the sums' barriers nobody is at the last window any more.
-    tile_end[slot] = block_running_sum(tiles, window_tiles);
+    // After the sum's barriers no warp looks tiles up in the last window any more.
+    const std::uint64_t tokens_end = token_sum.add(static_cast<std::uint64_t>(tokens));
+    if (request < batch_size) {
+      check_capacity(p, request, static_cast<std::int64_t>(tokens_end) + (std::int64_t{request} + 1) * kLongestOffset);
+    }
     pool_rows[slot] = pool_row;
     window_tokens[slot] = tokens;
     tokens_before[slot] = tokens_end - static_cast<std::uint64_t>(tokens);
-    __syncthreads();
+    std::uint32_t warp_end = 0;
+    const std::uint32_t window_tiles = count_tiles(window, tiles, warp_end);
     for (; tile < window_tiles; tile += warps) {
-      // Whose tile it is: how many warps, then how many of the next warp's requests, end at or before it.
-      const bool passed_warp = lane < kWarps && tile_end[lane * kWarpSize + kWarpSize - 1] <= tile;
-      const int group = __popc(__ballot_sync(kFullMask, passed_warp));
-      const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= tile));
-      const int found = group * kWarpSize + passed;
-      const std::uint32_t in_row = tile - (found > 0 ? tile_end[found - 1] : 0);
-      const std::int64_t before = static_cast<std::int64_t>(tokens_before[found]);
-      const int column = static_cast<int>(in_row) * kTileColumns;
-      copy_indices(p, first + found, pool_rows[found], before, window_tokens[found], column);
+      const Place place = find_tile(window, warp_end, tile);
+      const std::int64_t before = static_cast<std::int64_t>(tokens_before[place.slot]);
+      const int column = static_cast<int>(place.tile) * kTileColumns;
+      copy_tile(p, first + place.slot, pool_rows[place.slot], before, window_tokens[place.slot], column);
     }
     tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
   }
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
-    onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85(const __grid_constant__ Params p) {
-  if (blockIdx.x < kLengthBlocks) {
-    refresh_lengths(p, static_cast<int>(blockIdx.x));
-  } else {
-    gather_indices(p);
+// ---- host side of the strategy
+// As many blocks as the indices could need, up to a number that suits the device.
+unsigned grid_blocks(const Params& p) {
+  const std::int64_t tiles = p.batch_size * ((p.columns - 1) / kTileColumns + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t limit = p.sm_count * kBlocksPerSm;
+  const std::int64_t blocks = wanted < limit ? wanted : limit;
+  return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+// Where the backends' lengths differ, block b writes those of backend b.
+__device__ void refresh_vectors(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const std::int32_t offset = length_offset(b);
+  RunningSum<std::uint32_t> kv_indptr_sum;
+  if (threadIdx.x == 0) store(p.kv_indptr, b, 0, 0);
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
+    const std::int32_t kv_indptr = wrapping_add(base_len > 0 ? base_len : 0, offset);
+    const std::uint32_t kv_indptr_end = kv_indptr_sum.add(static_cast<std::uint32_t>(kv_indptr));
+    if (!present) continue;
+    store(p.kv_indptr, b, request + 1, static_cast<std::int32_t>(kv_indptr_end));
   }
 }
 
-}  // namespace
-
-// ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to a number that suits the device.
-static unsigned grid_blocks(const Params& p) {
-  std::int64_t tiles = 0;
-  tiles += p.batch_size * ((p.columns + kVectorWords - 2) / kTileColumns + 1);
-  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  const std::int64_t most = p.sm_count * kBlocksPerSm;
-  const std::int64_t blocks = wanted < most ? wanted : most;
-  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
+// ---- the one launch ----------------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85(const __grid_constant__ Params p) {
+  int block = blockIdx.x;
+  if (block < kLengthSets) return refresh_vectors(p, block);
+  write_tables(p);
 }
 
+// ---- host side ---------------------------------------------------------------------------------------------------
 // Runs `call` with the plan's device as the current one.
 template <typename Call>
-static cudaError_t on_device(std::int64_t device, const Call& call) {
+cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
@@ -285,6 +351,8 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
   const cudaError_t restored = cudaSetDevice(current);
   return error != cudaSuccess ? error : restored;
 }
+
+}  // namespace
 
 extern "C" {
 

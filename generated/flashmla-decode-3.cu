@@ -1,4 +1,4 @@
-// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+// Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
 //   onelaunch show flashmla-decode-3
 //
 // configuration
@@ -19,22 +19,27 @@
 
 namespace {
 
-// ---- what this kernel is specialized to --------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
-constexpr int kPageSize = 64;  // tokens
-constexpr std::int32_t kPageFill = -1;  // in columns that aren't live
-using SeqLen = std::int64_t;
-using PoolIndex = std::int64_t;
-using Token = std::int32_t;
-constexpr int kThreads = 256;  // a block
-constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
+constexpr int kThreads = 256;  // per block
+constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+using SeqLen = std::int64_t;
+constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
+constexpr int kNextN = 1;  // rows of a request
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
+constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kSpreadTiles = 16;  // a multiprocessor: with fewer half of each block's warps take them
-constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
+constexpr int kWideTiles = 1;  // tiles that a warp takes at once where there is enough to do
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr int kPageSize = 64;  // tokens
+constexpr int kPageShift = 6;  // its binary logarithm, if it is a power of two
+constexpr bool kFillsPages = true;  // whether dead columns are written too
+constexpr std::int32_t kPageFill = -1;  // with this
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -55,136 +60,292 @@ struct Params {
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
+  std::int64_t req_to_token_width;  // elements of a row that may be read
   Table real_page_table[kBackends];  // [bs, ceil(W / P)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int64_t real_page_table_width;  // columns
   std::int32_t* cache_seqlens[kBackends];  // [bs]
 };
-constexpr int kParamWords = 20;
+constexpr int kParamWords = 21;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
+// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+__device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
+  const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
+  return static_cast<std::int32_t>(length);
+}
+
+// What every backend adds to seq_lens.
+__device__ __forceinline__ std::int32_t length_offset(int) {
+  return kLongestOffset;
+}
+
+// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+__device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
+  const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
+  return row;
+}
+
+// Columns of every row of the tables, whatever a request's length: pages.
+__host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
+  return p.real_page_table_width;
+}
+
+// Rows of the tables and of the vectors with an element for each row.
+struct Rows {
+  std::int64_t first, stop;
+};
+
+// The rows of a request.
+__device__ __forceinline__ Rows rows_of(std::int64_t request) {
+  return {request * kNextN, (request + 1) * kNextN};
+}
+
+// Calls write(table, pages per column) for each table whose columns are pages, or pools of pages.
+template <typename Write>
+__device__ __forceinline__ void for_each_page_table(const Params& p, const Write& write) {
+  write(p.real_page_table, 1);
+}
+
+// ---- destinations ------------------------------------------------------------------------------------------------
+// How often a loop over so many destinations is unrolled: fully while that stays short.
+[[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
+  return destinations <= 8 ? destinations : 1;
+}
+
+// ---- storing an element ------------------------------------------------------------------------------------------
+// Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
+template <int N>
+__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+  if constexpr (kLengthSets > 1) {
+    to[b][index] = value;
+  } else {
+#pragma unroll(unrolled(N))
+    for (int i = 0; i < N; ++i) to[i][index] = value;
+  }
+}
+
+// ---- division ----------------------------------------------------------------------------------------------------
+// The quotient rounded down, as Python's //; the divisor is positive.
+template <typename T>
+__device__ __forceinline__ T floor_div(T value, int divisor) {
+  return value / divisor - (value % divisor < 0 ? 1 : 0);
+}
+
 // ---- lengths -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-__device__ void refresh_lengths(const Params& p) {
-  const int batch_size = static_cast<int>(p.batch_size);
-  for (int first = 0; first < batch_size; first += kThreads) {
-    const int request = first + static_cast<int>(threadIdx.x);
-    const bool present = request < batch_size;
-    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
-    const std::int32_t length = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
-    if (present) {
+// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
+__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+
+// ---- where rows end: at the same column in all destinations ------------------------------------------------------
+// The end is the first column that is not written.
+struct SameEnd {
+  int end;
+};
+__device__ __forceinline__ int longest_end(SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ bool ends_differ(const Table (&)[N], SameEnd) {
+  return false;
+}
+
+template <int N>
+__device__ __forceinline__ int shortest_end(const Table (&)[N], SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
+  return ends.end;
+}
+
+// ---- how far rows are written: as far as a request's tokens go ---------------------------------------------------
+// Live columns are those below a request's length, within the table.
+using Ends = SameEnd;
+
+__device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) {
+  if constexpr (kLongestOffset == 0) {
+    const std::int32_t length = request_length(p, request);
+    const int columns = static_cast<int>(p.columns);
+    return length < 0 ? 0 : length < columns ? length : columns;
+  }
+  const std::int64_t length = std::int64_t{request_length(p, request)} + kLongestOffset;
+  return static_cast<int>(length < 0 ? 0 : length < p.columns ? length : p.columns);
+}
+
+__device__ __forceinline__ Ends ends_at(const Params&, int reach) {
+  return {reach};
+}
+
+// ---- pages -------------------------------------------------------------------------------------------------------
+// The pages that a number of tokens takes.
+__device__ __forceinline__ int pages_of(int tokens) {
+  return tokens / kPageSize + (tokens % kPageSize != 0);
+}
+
+// The page of a token, rounded down: padding tokens are negative.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  if constexpr ((kPageSize & (kPageSize - 1)) == 0) return static_cast<std::int32_t>(token >> kPageShift);
+  return static_cast<std::int32_t>(floor_div(token, kPageSize));
+}
+
+// ---- tables of pages alone ---------------------------------------------------------------------------------------
+// The columns of a tile are pages.
+[[maybe_unused]] __device__ __forceinline__ int written_columns(const Params& p, Ends ends) {
+  return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
+}
+
+__device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
+  return 0;
+}
+
+inline std::int64_t largest_offset(const Params&) {
+  return 0;
+}
+
+// Stores this lane's pages of a tile to one table.
+template <int kWords, int N>
+__device__ __forceinline__ void store_pages(
+    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kWords],
+    int first, Ends ends) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    const int live = pages_of(end_of(to, ends, b));
+    const std::int64_t stop = kFillsPages ? row_columns(p) : live;
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      std::int32_t* data = to[b].data + row * to[b].row_stride;
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.cache_seqlens[b][request] = length;
+      for (int i = 0; i < kWords; ++i) {
+        const int page = first + lane + i * kWarpSize;
+        const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
+        if (page < stop && page % pages_per_column == 0) {
+          data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
+        }
+      }
     }
   }
 }
 
-// ---- one tile of a table row -------------------------------------------------------------------------------------
-// The page of a token, rounded down for padding tokens below zero too.
-__device__ __forceinline__ std::int32_t page_of(Token token) {
-  return static_cast<std::int32_t>(token >> 6);
-}
-
-// One warp writes the pages [first, first + kTileColumns), as far as they lie in [0, end): the token that begins each
-// page is read once, and its page written to every backend.
-__device__ __forceinline__ void write_pages(
-    const Params& p, std::int64_t row, const Token* source, int first, int end) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+template <int kTiles>
+__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+  static_assert(kTiles == 1);
   constexpr int kWords = kTileColumns / kWarpSize;
-  std::int32_t words[kWords];
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int end = pages_of(longest_end(ends));
+  std::int32_t numbers[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int page = first + lane + i * kWarpSize;
-    words[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
+    numbers[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
   }
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.real_page_table[b].data + row * p.real_page_table[b].row_stride;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int page = first + lane + i * kWarpSize;
-      if (page < p.real_page_table_width) to[page] = words[i];
-    }
-  }
+  for_each_page_table(p, [&](const auto& table, int pages_per_column) {
+    store_pages(p, table, pages_per_column, rows, numbers, first, ends);
+  });
 }
 
-// Everything that one tile of a request's row needs: `end` is the first column that isn't live.
-__device__ __forceinline__ void copy_tile(
-    const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
-  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  write_pages(p, row, source, first, end);
-}
+// ---- strategy: rows of equal length ------------------------------------------------------------------------------
+// Every row has as many tiles, whatever the requests' lengths, and every warp takes one of them: tile `tile` of row
+// `row` belongs to warp row * tiles + tile. A loop would make the compiler fetch the constants of all destinations
+// before the first load.
+//
+//   block   0 .. kFirstTableBlock   0             1             2
+//          +-----------------------+-------------+-------------+-------------+
+//          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
+//          +-----------------------+-------------+-------------+-------------+
+constexpr int kWideFrom = 12;  // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
+constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half of each block's warps take them
 
-// ---- which warp takes which tile ---------------------------------------------------------------------------------
-// What the host works out for a launch: dividing by a number that isn't a constant takes a thread dozens of
-// instructions, one after the other.
+// The host's share: dividing by a number that isn't a constant takes a thread dozens of dependent instructions.
 struct Split {
   std::uint32_t tiles;  // of a row
-  std::uint32_t warps;  // of a block that take tiles
+  std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
+  std::uint32_t warps;  // of a block that take tiles; none where rows have no columns
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
-// The columns of a request that its length makes live, in pages.
-__device__ __forceinline__ int live_columns(const Params& p, std::uint32_t request) {
-  const std::int32_t length = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
-  const int most = static_cast<int>(p.columns);
-  const int columns = length < 0 ? 0 : length < most ? length : most;
-  return columns / kPageSize + (columns % kPageSize != 0);
-}
-
-// Every row is written to its end: each warp takes one tile of equal rows. A loop would have the compiler
-// fetch the constants of all destinations before the first read.
-__device__ void gather_tables(const Params& p, const Split& split) {
-  const int columns = static_cast<int>(p.real_page_table_width);
+__device__ void write_tables(const Params& p, const Split& split) {
+  const int columns = static_cast<int>(row_columns(p));
   const std::uint32_t warp = threadIdx.x / kWarpSize;
   if (warp >= split.warps) return;
-  // 32 bits hold the count of tiles of any table that fits a device.
-  const std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
+  // 32 bits hold the number of tiles of any table that fits a device.
+  const std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * split.warps + warp;
   const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
   const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
-  const int column = static_cast<int>(in_row) * kTileColumns;
+  const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
+  const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
   if (row >= p.batch_size || column >= columns) return;
-  const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
-  const int end = live_columns(p, static_cast<int>(row));
-  copy_tile(p, row, pool_row, column, end);
+  const std::int64_t pool_row = request_row(p, row);
+  if (pool_row < 0) return;
+  const Ends ends = ends_at(p, row_reach(p, row));
+  if (tile_columns > kTileColumns) {
+    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
+  } else {
+    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+  }
+}
+
+// ---- host side of the strategy
+Split split_of(const Params& p) {
+  const std::int64_t columns = row_columns(p);
+  // A warp takes more at once where there is enough for all warps.
+  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
+  const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
+  // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
+  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
+  return {
+      static_cast<std::uint32_t>(tiles),
+      static_cast<std::int32_t>(tile_columns),
+      static_cast<std::uint32_t>(
+          columns == 0 ? 0
+          : few        ? (kWarps + 1) / 2
+                       : kWarps),
+      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles),
+  };
+}
+
+// As many blocks as the tables need.
+unsigned grid_blocks(const Params& p, const Split& split) {
+  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
+  return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+// Where the backends' lengths differ, block b writes those of backend b.
+__device__ void refresh_vectors(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const std::int32_t offset = length_offset(b);
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
+    const std::int32_t cache_seqlens = seq_len;
+    if (!present) continue;
+    store(p.cache_seqlens, b, request, cache_seqlens);
+  }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_44bc678e2472d90c(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
-  if (blockIdx.x < kLengthBlocks) {
-    refresh_lengths(p);
-  } else {
-    gather_tables(p, split);
-  }
+  int block = blockIdx.x;
+  if (block < kLengthSets) return refresh_vectors(p, block);
+  write_tables(p, split);
 }
-
-}  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-static Split split_of(const Params& p) {
-  const std::int64_t columns = p.real_page_table_width;
-  const std::int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
-  // Where there are few tiles half of a block's warps take them, so that twice as many blocks take part.
-  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
-  return {
-      static_cast<std::uint32_t>(tiles),
-      static_cast<std::uint32_t>(few ? (kWarps + 1) / 2 : kWarps),
-      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
-  };
-}
-
-// As many blocks as the tables need.
-static unsigned grid_blocks(const Params& p, const Split& split) {
-  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
-  const std::int64_t blocks = (tiles + split.warps - 1) / split.warps;
-  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
-}
-
 // Runs `call` with the plan's device as the current one.
 template <typename Call>
-static cudaError_t on_device(std::int64_t device, const Call& call) {
+cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
@@ -195,6 +356,8 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
   return error != cudaSuccess ? error : restored;
 }
 
+}  // namespace
+
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
@@ -204,8 +367,7 @@ int onelaunch_broadcast_decode_n3_44bc678e2472d90c_launch(const std::int64_t* wo
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
     const Split split = split_of(params);
-    const unsigned blocks = grid_blocks(params, split);
-    config.gridDim = dim3(blocks, 1, 1);
+    config.gridDim = dim3(grid_blocks(params, split), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
     return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_44bc678e2472d90c, split, params);

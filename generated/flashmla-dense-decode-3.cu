@@ -1,4 +1,4 @@
-// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+// Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
 //   onelaunch show flashmla-dense-decode-3
 //
 // configuration
@@ -19,27 +19,31 @@
 
 namespace {
 
-// ---- what this kernel is specialized to --------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
-constexpr int kPageSize = 64;  // tokens
-constexpr std::int32_t kPageFill = -1;  // in columns that aren't live
-constexpr int kMlaBlock = 64;    // tokens
-constexpr int kMlaOverhead = 5;  // blocks
-constexpr int kMaxSmParts = 512;
-using SeqLen = std::int64_t;
-using PoolIndex = std::int64_t;
-using Token = std::int32_t;
-constexpr int kThreads = 256;  // a block
-constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
+constexpr int kThreads = 256;  // per block
+constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
+constexpr int kFirstTableBlock = 2 * kLengthSets;  // the blocks before compute vectors and schedules
+using SeqLen = std::int64_t;
+constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
+constexpr int kNextN = 1;  // rows of a request
+constexpr int kMaxSmParts = 512;
+constexpr int kFlashMlaOrder = 2026;  // of the words of a part
+constexpr bool kHasNumSplits = true;
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of four words that a thread has in flight
+constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kSpreadTiles = 16;  // a multiprocessor: with fewer half of each block's warps take them
-constexpr int kScheduleBlocks = 1;  // the first ones, a schedule each
-constexpr int kLengthBlocks = kScheduleBlocks + 1;  // and those that write lengths; the others write tables
+constexpr int kWideTiles = 1;  // tiles that a warp takes at once where there is enough to do
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr int kPageSize = 64;  // tokens
+constexpr int kPageShift = 6;  // its binary logarithm, if it is a power of two
+constexpr bool kFillsPages = true;  // whether dead columns are written too
+constexpr std::int32_t kPageFill = -1;  // with this
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -60,6 +64,7 @@ struct Params {
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
+  std::int64_t req_to_token_width;  // elements of a row that may be read
   Table real_page_table[kBackends];  // [bs, ceil(W / P)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
@@ -69,33 +74,73 @@ struct Params {
   std::int32_t* flashmla_metadata[kBackends];  // [num_sm_parts, 8]
   std::int32_t* num_splits[kBackends];  // [bs + 1]
 };
-constexpr int kParamWords = 27;
+constexpr int kParamWords = 28;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// ---- running sums ------------------------------------------------------------------------------------------------
-// Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+__device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
+  const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
+  return static_cast<std::int32_t>(length);
+}
 
-// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
-__device__ __forceinline__ std::uint64_t warp_running_sum(std::uint64_t value) {
+// What every backend adds to seq_lens.
+__device__ __forceinline__ std::int32_t length_offset(int) {
+  return kLongestOffset;
+}
+
+// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+__device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
+  const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
+  return row;
+}
+
+// Columns of every row of the tables, whatever a request's length: pages.
+__host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
+  return p.real_page_table_width;
+}
+
+// Rows of the tables and of the vectors with an element for each row.
+struct Rows {
+  std::int64_t first, stop;
+};
+
+// The rows of a request.
+__device__ __forceinline__ Rows rows_of(std::int64_t request) {
+  return {request * kNextN, (request + 1) * kNextN};
+}
+
+// Calls write(table, pages per column) for each table whose columns are pages, or pools of pages.
+template <typename Write>
+__device__ __forceinline__ void for_each_page_table(const Params& p, const Write& write) {
+  write(p.real_page_table, 1);
+}
+
+// ---- running sums ------------------------------------------------------------------------------------------------
+// T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
+// may not wrap has 64 bits.
+
+// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+template <typename T>
+__device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const std::uint64_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    const T other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
     if (lane >= distance) value += other;
   }
   return value;
 }
 
-// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
-// for any block of whole warps, whatever part of it holds requests.
-__device__ __forceinline__ std::uint64_t block_running_sum(std::uint64_t value, std::uint64_t& total) {
-  __shared__ std::uint64_t warp_totals[kWarps];
+// The inclusive running sum over the threads of the block; `total` gets the block's sum. All threads must call it.
+template <typename T>
+__device__ __forceinline__ T block_running_sum(T value, T& total) {
+  __shared__ T warp_totals[kWarps];
   const int warp = static_cast<int>(threadIdx.x / kWarpSize);
-  const std::uint64_t in_warp = warp_running_sum(value);
+  const T in_warp = warp_running_sum(value);
   if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
-  std::uint64_t sum = 0;
-  std::uint64_t before = 0;
+  T sum = 0;
+  T before = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before = sum;
@@ -106,75 +151,106 @@ __device__ __forceinline__ std::uint64_t block_running_sum(std::uint64_t value, 
   return before + in_warp;
 }
 
-// ---- lengths -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-__device__ void refresh_lengths(const Params& p) {
-  const int batch_size = static_cast<int>(p.batch_size);
-  for (int first = 0; first < batch_size; first += kThreads) {
-    const int request = first + static_cast<int>(threadIdx.x);
-    const bool present = request < batch_size;
-    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
-    const std::int32_t length = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
-    if (present) {
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.cache_seqlens[b][request] = length;
-    }
+// A running sum over more values than a block has threads: one chunk of kThreads after another.
+template <typename T>
+struct RunningSum {
+  T carry = 0;  // the sum of all chunks so far
+
+  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  __device__ __forceinline__ T add(T value) {
+    T chunk;
+    const T sum = carry + block_running_sum(value, chunk);
+    carry += chunk;
+    return sum;
+  }
+};
+
+// ---- destinations ------------------------------------------------------------------------------------------------
+// How often a loop over so many destinations is unrolled: fully while that stays short.
+[[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
+  return destinations <= 8 ? destinations : 1;
+}
+
+// ---- storing an element ------------------------------------------------------------------------------------------
+// Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
+template <int N>
+__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+  if constexpr (kLengthSets > 1) {
+    to[b][index] = value;
+  } else {
+#pragma unroll(unrolled(N))
+    for (int i = 0; i < N; ++i) to[i][index] = value;
   }
 }
 
-// ---- schedules ---------------------------------------------------------------------------------------------------
-// Blocks of their own compute them from seq_lens, however many requests there are: in chunks of kThreads.
-// What the consumer takes for a request's length.
-__device__ __forceinline__ std::int32_t scheduled_length(const Params& p, int request) {
-  return static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
+// ---- division ----------------------------------------------------------------------------------------------------
+// The quotient rounded down, as Python's //; the divisor is positive.
+template <typename T>
+__device__ __forceinline__ T floor_div(T value, int divisor) {
+  return value / divisor - (value % divisor < 0 ? 1 : 0);
 }
 
-__device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request) {
-  const std::int32_t length = scheduled_length(p, request);
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
+__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+
+// ---- FlashMLA's schedule -----------------------------------------------------------------------------------------
+// One block computes it from seq_lens, however many requests there are: in chunks of kThreads. The parts take blocks of
+// the requests one after the other, so one thread walks them: past all requests of a chunk at once, or in steps that
+// double while whole requests fit into a part. That takes as many turns as there are parts and chunks. It notes where
+// each part begins; from that all threads derive the rest.
+constexpr int kMlaBlock = 64;  // tokens
+constexpr int kMlaOverhead = 5;  // what a request costs a part beside its blocks, in blocks
+
+// Where the parts begin, in shared memory.
+struct Parts {
+  std::int32_t request[kMaxSmParts];
+  std::int32_t block[kMaxSmParts];  // of that request
+  std::int32_t split[kMaxSmParts];  // splits of that request in the parts before
+  std::int32_t cuts[kMaxSmParts];  // parts up to and including this one that begin within a request; -1 behind the walk
+};
+
+__device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request, int b) {
+  const std::int32_t length = wrapping_add(request_length(p, request), length_offset(b));
   return length > 0 ? (length - 1) / kMlaBlock + 1 : 1;
 }
 
 // What a request costs in blocks, as long as no part begins within it.
-__device__ __forceinline__ std::uint64_t mla_cost(const Params& p, int request) {
-  return static_cast<std::uint64_t>(mla_blocks(p, request) + kMlaOverhead);
+__device__ __forceinline__ std::uint64_t mla_cost(const Params& p, int request, int b) {
+  return static_cast<std::uint64_t>(mla_blocks(p, request, b) + kMlaOverhead);
 }
 
-// FlashMLA's schedule. The parts take blocks of the requests one after the other, so one thread walks them: past all
-// requests of a chunk at once, or in steps that double while whole requests fit into a part: as many turns as there are
-// parts and chunks. It notes where each part begins; from that all threads derive the rest.
-__device__ void schedule_flashmla(const Params& p) {
+// Fills `begin`; ends with a barrier.
+__device__ __forceinline__ void walk_parts(const Params& p, int b, Parts& begin) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int parts = static_cast<int>(p.num_sm_parts);
   const int slot = static_cast<int>(threadIdx.x);
   std::uint64_t cost = 0;
-  for (int request = slot; request < batch_size; request += kThreads) cost += mla_cost(p, request);
+  for (int request = slot; request < batch_size; request += kThreads) cost += mla_cost(p, request, b);
   std::uint64_t total;
   block_running_sum(cost, total);
   const std::uint64_t share = (total + static_cast<std::uint64_t>(parts) - 1) / static_cast<std::uint64_t>(parts);
   const std::int64_t payload = static_cast<std::int64_t>(share) + kMlaOverhead;
 
-  __shared__ std::int64_t ends[kThreads];  // the cost of the requests up to and with one of the chunk
-  __shared__ std::int32_t begin_request[kMaxSmParts], begin_block[kMaxSmParts];
-  __shared__ std::int32_t begin_split[kMaxSmParts];  // splits of that request in the parts before
-  __shared__ std::int32_t cuts[kMaxSmParts];  // parts up to this one that begin within a request, -1 behind the walk
+  __shared__ std::int64_t ends[kThreads];  // the cost of the requests up to and including one of the chunk
   // The walk's place, in the thread that walks.
   std::int64_t place = 0;  // the cost of what was taken, without that of splitting
   std::int64_t remain = payload;
   int part = 0;
   std::int32_t block = 0, split = 0, cut = 0;
   for (int i = slot; i < parts; i += kThreads) {
-    // As the parts behind the walk's end are; the walk overwrites the others.
-    begin_request[i] = i == 0 ? 0 : batch_size;
-    begin_block[i] = begin_split[i] = 0;
-    cuts[i] = i == 0 ? 0 : -1;
+    // The values of parts behind the walk's end; the walk overwrites the others.
+    begin.request[i] = i == 0 ? 0 : batch_size;
+    begin.block[i] = begin.split[i] = 0;
+    begin.cuts[i] = i == 0 ? 0 : -1;
   }
-  std::uint64_t carry = 0;
+  RunningSum<std::uint64_t> cost_sum;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
-    std::uint64_t chunk;
-    const std::uint64_t own = request < batch_size ? mla_cost(p, request) : 0;
-    ends[slot] = static_cast<std::int64_t>(carry + block_running_sum(own, chunk));
-    carry += chunk;
+    // After the sum's barriers the walk doesn't read the last chunk's ends any more.
+    ends[slot] = static_cast<std::int64_t>(cost_sum.add(request < batch_size ? mla_cost(p, request, b) : 0));
     __syncthreads();
     const int count = batch_size - first < kThreads ? batch_size - first : kThreads;
     int at = 0;  // in the chunk: the first request that isn't done
@@ -205,155 +281,271 @@ __device__ void schedule_flashmla(const Params& p) {
       }
       remain = payload;
       ++part;
-      begin_request[part] = first + at;
-      begin_block[part] = block;
-      begin_split[part] = split;
-      cuts[part] = cut;
-    }  // and nobody is at ends any more when the next chunk's sum is done
-  }
-  __syncthreads();
-
-  for (int i = slot; i < parts; i += kThreads) {
-    const bool ends_within = i + 1 < parts && begin_block[i + 1] > 0;
-    const std::int32_t last = (i + 1 < parts ? begin_request[i + 1] : batch_size) - (ends_within ? 0 : 1);
-    const std::int32_t of_last = last >= 0 ? mla_blocks(p, last) : 0;
-    const std::int32_t stop = ends_within ? begin_block[i + 1] : of_last;
-    const bool first_is_split = begin_block[i] != 0;
-    const bool last_is_split = stop != of_last;
-    const bool one = begin_request[i] == last;
-    const std::int32_t begins_split = first_is_split || (one && last_is_split);
-    const std::int32_t ends_split = last_is_split || (one && first_is_split);
-    const std::int32_t begin[3] = {begin_request[i], begin_block[i], begin_split[i]};
-    const std::int32_t row[8] = {begin[0], last, begin[1], stop, begin[2], begins_split, ends_split, 0};
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) {
-#pragma unroll
-      for (int w = 0; w < 8; ++w) p.flashmla_metadata[b][8 * i + w] = row[w];
+      begin.request[part] = first + at;
+      begin.block[part] = block;
+      begin.split[part] = split;
+      begin.cuts[part] = cut;
     }
   }
+  __syncthreads();
+}
 
-  // A request has one split, and one more for each part that begins within it.
-  for (int request = slot - 1; request < batch_size; request += kThreads) {
+// A request has one split, and one more for each part that begins within it. A template, because Params has num_splits
+// only if it is a field.
+template <typename P>
+__device__ __forceinline__ void write_num_splits(const P& p, int b, const Parts& begin) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int parts = static_cast<int>(p.num_sm_parts);
+  for (int request = static_cast<int>(threadIdx.x) - 1; request < batch_size; request += kThreads) {
     int found = 0;  // the last part that begins in this request or before it
     if (request >= 0) {
       for (int step = kMaxSmParts / 2; step > 0; step /= 2) {
-        if (found + step < parts && cuts[found + step] >= 0 && begin_request[found + step] <= request) found += step;
+        const int part = found + step;
+        if (part < parts && begin.cuts[part] >= 0 && begin.request[part] <= request) found = part;
       }
     }
-    const std::int32_t splits = request + 1 + (request >= 0 ? cuts[found] : 0);
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.num_splits[b][request + 1] = splits;
+    store(p.num_splits, b, request + 1, request + 1 + (request >= 0 ? begin.cuts[found] : 0));
   }
 }
 
-// ---- one tile of a table row -------------------------------------------------------------------------------------
-// The page of a token, rounded down for padding tokens below zero too.
-__device__ __forceinline__ std::int32_t page_of(Token token) {
-  return static_cast<std::int32_t>(token >> 6);
+__device__ void schedule_flashmla(const Params& p, int b) {
+  __shared__ Parts begin;
+  walk_parts(p, b, begin);
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int parts = static_cast<int>(p.num_sm_parts);
+  for (int i = static_cast<int>(threadIdx.x); i < parts; i += kThreads) {
+    const bool ends_within = i + 1 < parts && begin.block[i + 1] > 0;
+    const std::int32_t last = (i + 1 < parts ? begin.request[i + 1] : batch_size) - (ends_within ? 0 : 1);
+    const std::int32_t blocks_of_last = last >= 0 ? mla_blocks(p, last, b) : 0;
+    const std::int32_t stop = ends_within ? begin.block[i + 1] : blocks_of_last;
+    const std::int32_t request = begin.request[i];
+    const std::int32_t block = begin.block[i];
+    if constexpr (kFlashMlaOrder == 2026) {
+      const bool first_is_split = block != 0;
+      const bool last_is_split = stop != blocks_of_last;
+      const std::int32_t begins_split = first_is_split || (request == last && last_is_split);
+      const std::int32_t ends_split = last_is_split || (request == last && first_is_split);
+      const std::int32_t row[8] = {request, last, block, stop, begin.split[i], begins_split, ends_split, 0};
+#pragma unroll
+      for (int w = 0; w < 8; ++w) store(p.flashmla_metadata, b, 8 * i + w, row[w]);
+    } else {
+      const std::int32_t row[8] = {request, block, last, stop, begin.split[i], 0, 0, 0};
+#pragma unroll
+      for (int w = 0; w < 8; ++w) store(p.flashmla_metadata, b, 8 * i + w, row[w]);
+    }
+  }
+  if constexpr (kHasNumSplits) write_num_splits(p, b, begin);
 }
 
-// One warp writes the pages [first, first + kTileColumns), as far as they lie in [0, end): the token that begins each
-// page is read once, and its page written to every backend.
-__device__ __forceinline__ void write_pages(
-    const Params& p, std::int64_t row, const Token* source, int first, int end) {
+// ---- where rows end: at the same column in all destinations ------------------------------------------------------
+// The end is the first column that is not written.
+struct SameEnd {
+  int end;
+};
+__device__ __forceinline__ int longest_end(SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ bool ends_differ(const Table (&)[N], SameEnd) {
+  return false;
+}
+
+template <int N>
+__device__ __forceinline__ int shortest_end(const Table (&)[N], SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
+  return ends.end;
+}
+
+// ---- how far rows are written: as far as a request's tokens go ---------------------------------------------------
+// Live columns are those below a request's length, within the table.
+using Ends = SameEnd;
+
+__device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) {
+  if constexpr (kLongestOffset == 0) {
+    const std::int32_t length = request_length(p, request);
+    const int columns = static_cast<int>(p.columns);
+    return length < 0 ? 0 : length < columns ? length : columns;
+  }
+  const std::int64_t length = std::int64_t{request_length(p, request)} + kLongestOffset;
+  return static_cast<int>(length < 0 ? 0 : length < p.columns ? length : p.columns);
+}
+
+__device__ __forceinline__ Ends ends_at(const Params&, int reach) {
+  return {reach};
+}
+
+// ---- pages -------------------------------------------------------------------------------------------------------
+// The pages that a number of tokens takes.
+__device__ __forceinline__ int pages_of(int tokens) {
+  return tokens / kPageSize + (tokens % kPageSize != 0);
+}
+
+// The page of a token, rounded down: padding tokens are negative.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  if constexpr ((kPageSize & (kPageSize - 1)) == 0) return static_cast<std::int32_t>(token >> kPageShift);
+  return static_cast<std::int32_t>(floor_div(token, kPageSize));
+}
+
+// ---- tables of pages alone ---------------------------------------------------------------------------------------
+// The columns of a tile are pages.
+[[maybe_unused]] __device__ __forceinline__ int written_columns(const Params& p, Ends ends) {
+  return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
+}
+
+__device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
+  return 0;
+}
+
+inline std::int64_t largest_offset(const Params&) {
+  return 0;
+}
+
+// Stores this lane's pages of a tile to one table.
+template <int kWords, int N>
+__device__ __forceinline__ void store_pages(
+    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kWords],
+    int first, Ends ends) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    const int live = pages_of(end_of(to, ends, b));
+    const std::int64_t stop = kFillsPages ? row_columns(p) : live;
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      std::int32_t* data = to[b].data + row * to[b].row_stride;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int page = first + lane + i * kWarpSize;
+        const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
+        if (page < stop && page % pages_per_column == 0) {
+          data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
+        }
+      }
+    }
+  }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+  static_assert(kTiles == 1);
   constexpr int kWords = kTileColumns / kWarpSize;
-  std::int32_t words[kWords];
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int end = pages_of(longest_end(ends));
+  std::int32_t numbers[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int page = first + lane + i * kWarpSize;
-    words[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
+    numbers[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
   }
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.real_page_table[b].data + row * p.real_page_table[b].row_stride;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int page = first + lane + i * kWarpSize;
-      if (page < p.real_page_table_width) to[page] = words[i];
-    }
-  }
+  for_each_page_table(p, [&](const auto& table, int pages_per_column) {
+    store_pages(p, table, pages_per_column, rows, numbers, first, ends);
+  });
 }
 
-// Everything that one tile of a request's row needs: `end` is the first column that isn't live.
-__device__ __forceinline__ void copy_tile(
-    const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
-  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  write_pages(p, row, source, first, end);
-}
+// ---- strategy: rows of equal length ------------------------------------------------------------------------------
+// Every row has as many tiles, whatever the requests' lengths, and every warp takes one of them: tile `tile` of row
+// `row` belongs to warp row * tiles + tile. A loop would make the compiler fetch the constants of all destinations
+// before the first load.
+//
+//   block   0 .. kFirstTableBlock   0             1             2
+//          +-----------------------+-------------+-------------+-------------+
+//          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
+//          +-----------------------+-------------+-------------+-------------+
+constexpr int kWideFrom = 12;  // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
+constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half of each block's warps take them
 
-// ---- which warp takes which tile ---------------------------------------------------------------------------------
-// What the host works out for a launch: dividing by a number that isn't a constant takes a thread dozens of
-// instructions, one after the other.
+// The host's share: dividing by a number that isn't a constant takes a thread dozens of dependent instructions.
 struct Split {
   std::uint32_t tiles;  // of a row
-  std::uint32_t warps;  // of a block that take tiles
+  std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
+  std::uint32_t warps;  // of a block that take tiles; none where rows have no columns
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
-// The columns of a request that its length makes live, in pages.
-__device__ __forceinline__ int live_columns(const Params& p, std::uint32_t request) {
-  const std::int32_t length = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
-  const int most = static_cast<int>(p.columns);
-  const int columns = length < 0 ? 0 : length < most ? length : most;
-  return columns / kPageSize + (columns % kPageSize != 0);
-}
-
-// Every row is written to its end: each warp takes one tile of equal rows. A loop would have the compiler
-// fetch the constants of all destinations before the first read.
-__device__ void gather_tables(const Params& p, const Split& split) {
-  const int columns = static_cast<int>(p.real_page_table_width);
+__device__ void write_tables(const Params& p, const Split& split) {
+  const int columns = static_cast<int>(row_columns(p));
   const std::uint32_t warp = threadIdx.x / kWarpSize;
   if (warp >= split.warps) return;
-  // 32 bits hold the count of tiles of any table that fits a device.
-  const std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
+  // 32 bits hold the number of tiles of any table that fits a device.
+  const std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * split.warps + warp;
   const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
   const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
-  const int column = static_cast<int>(in_row) * kTileColumns;
+  const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
+  const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
   if (row >= p.batch_size || column >= columns) return;
-  const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
-  const int end = live_columns(p, static_cast<int>(row));
-  copy_tile(p, row, pool_row, column, end);
+  const std::int64_t pool_row = request_row(p, row);
+  if (pool_row < 0) return;
+  const Ends ends = ends_at(p, row_reach(p, row));
+  if (tile_columns > kTileColumns) {
+    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
+  } else {
+    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+  }
+}
+
+// ---- host side of the strategy
+Split split_of(const Params& p) {
+  const std::int64_t columns = row_columns(p);
+  // A warp takes more at once where there is enough for all warps.
+  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
+  const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
+  // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
+  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
+  return {
+      static_cast<std::uint32_t>(tiles),
+      static_cast<std::int32_t>(tile_columns),
+      static_cast<std::uint32_t>(
+          columns == 0 ? 0
+          : few        ? (kWarps + 1) / 2
+                       : kWarps),
+      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles),
+  };
+}
+
+// As many blocks as the tables need.
+unsigned grid_blocks(const Params& p, const Split& split) {
+  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
+  return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+// Where the backends' lengths differ, block b writes those of backend b.
+__device__ void refresh_vectors(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const std::int32_t offset = length_offset(b);
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
+    const std::int32_t cache_seqlens = seq_len;
+    if (!present) continue;
+    store(p.cache_seqlens, b, request, cache_seqlens);
+  }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_d7c39656c367a96b(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
-  const int block = static_cast<int>(blockIdx.x);
-  if (block < 1) {
-    schedule_flashmla(p);
-  } else if (block < kLengthBlocks) {
-    refresh_lengths(p);
-  } else {
-    gather_tables(p, split);
-  }
+  int block = blockIdx.x;
+  if (block < kLengthSets) return schedule_flashmla(p, block);
+  block -= kLengthSets;
+  if (block < kLengthSets) return refresh_vectors(p, block);
+  write_tables(p, split);
 }
-
-}  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-static Split split_of(const Params& p) {
-  const std::int64_t columns = p.real_page_table_width;
-  const std::int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
-  // Where there are few tiles half of a block's warps take them, so that twice as many blocks take part.
-  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
-  return {
-      static_cast<std::uint32_t>(tiles),
-      static_cast<std::uint32_t>(few ? (kWarps + 1) / 2 : kWarps),
-      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
-  };
-}
-
-// As many blocks as the tables need.
-static unsigned grid_blocks(const Params& p, const Split& split) {
-  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
-  const std::int64_t blocks = (tiles + split.warps - 1) / split.warps;
-  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
-}
-
 // Runs `call` with the plan's device as the current one.
 template <typename Call>
-static cudaError_t on_device(std::int64_t device, const Call& call) {
+cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
@@ -364,6 +556,8 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
   return error != cudaSuccess ? error : restored;
 }
 
+}  // namespace
+
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
@@ -373,8 +567,7 @@ int onelaunch_broadcast_decode_n3_d7c39656c367a96b_launch(const std::int64_t* wo
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
     const Split split = split_of(params);
-    const unsigned blocks = grid_blocks(params, split);
-    config.gridDim = dim3(blocks, 1, 1);
+    config.gridDim = dim3(grid_blocks(params, split), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
     return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_d7c39656c367a96b, split, params);

@@ -1,4 +1,4 @@
-// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+// Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
 //   onelaunch show nsa-copy-3-rows
 //
 // configuration
@@ -19,15 +19,17 @@
 
 namespace {
 
-// ---- what this kernel is specialized to --------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
-constexpr int kThreads = 256;  // a block
+constexpr int kThreads = 256;  // per block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocksPerSm = 4;
+constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
+constexpr int kBlocksPerSm = 4;  // at most
+constexpr bool kEqualRows = true;  // whether all rows are written equally far
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -64,38 +66,93 @@ struct Params {
 constexpr int kParamWords = 42;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// ---- copying fields that were computed before --------------------------------------------------------------------
-__device__ void copy_lengths(const Params& p) {
-  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (; i <= p.batch_size; i += threads) {
-    const std::int32_t cu_seqlens_k = p.from_cu_seqlens_k[i];
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.cu_seqlens_k[b][i] = cu_seqlens_k;
-    if (i == p.batch_size) break;  // only running sums have one element more
-    const std::int32_t cache_seqlens = p.from_cache_seqlens[i];
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.cache_seqlens[b][i] = cache_seqlens;
+// Rows of the tables and of the vectors with an element for each row.
+struct Rows {
+  std::int64_t first, stop;
+};
+
+// ---- destinations ------------------------------------------------------------------------------------------------
+// How often a loop over so many destinations is unrolled: fully while that stays short.
+[[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
+  return destinations <= 8 ? destinations : 1;
+}
+
+// ---- storing an element ------------------------------------------------------------------------------------------
+// Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
+template <int N>
+__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+  if constexpr (kLengthSets > 1) {
+    to[b][index] = value;
+  } else {
+#pragma unroll(unrolled(N))
+    for (int i = 0; i < N; ++i) to[i][index] = value;
   }
 }
 
-__device__ void copy_row_lengths(const Params& p) {
-  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (; i <= p.rows; i += threads) {
-    const std::int32_t nsa_cu_seqlens_k = p.from_nsa_cu_seqlens_k[i];
+// ---- where rows end: at the same column in all destinations ------------------------------------------------------
+// The end is the first column that is not written.
+struct SameEnd {
+  int end;
+};
+__device__ __forceinline__ int longest_end(SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ bool ends_differ(const Table (&)[N], SameEnd) {
+  return false;
+}
+
+template <int N>
+__device__ __forceinline__ int shortest_end(const Table (&)[N], SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
+  return ends.end;
+}
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// A tile is kTileColumns columns of a request's rows. One warp reads it once and writes it to every destination.
+
+// Keeps one base address in a register. Otherwise the compiler computes an address for each load.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* address) {
+  if constexpr (kWarpSize > 1) asm("" : "+l"(address));
+  return address;
+}
+
+// Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
+// at a boundary before the row) and from the row's end on are skipped.
+template <int kTiles, typename T, int N, typename RowEnds>
+__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
+  constexpr int kWords = kTiles * kTileColumns / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int end = longest_end(ends);
+  std::int32_t words[kWords];
+  // Unsigned comparison: a negative column fails the bound check too.
+  const unsigned column = static_cast<unsigned>(first + lane);
+  const T* from = opaque(source + (first + lane));
 #pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.nsa_cu_seqlens_k[b][i] = nsa_cu_seqlens_k;
-    if (i == p.rows) break;  // only running sums have one element more
-    const std::int32_t nsa_cache_seqlens = p.from_nsa_cache_seqlens[i];
+  for (int i = 0; i < kWords; ++i) {
+    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
+  }
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.nsa_cache_seqlens[b][i] = nsa_cache_seqlens;
-    const std::int32_t seqlens_expanded = p.from_seqlens_expanded[i];
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.seqlens_expanded[b][i] = seqlens_expanded;
+      for (int i = 0; i < kWords; ++i) {
+        if (column + i * kWarpSize < stop) data[i * kWarpSize] = words[i];
+      }
+    }
   }
 }
 
+// ---- 16-byte reads of int32 rows that begin anywhere --------------------------------------------------------------
 // The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
 // array, which would live in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
@@ -115,180 +172,149 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
-// An address that words are read from by their distance. Left to itself the compiler works out one for each word.
-__device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
-  asm("" : "+l"(address));
-  return address;
-}
-
 // The 16-byte boundary at or before an address.
 __device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
   return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
 }
 
-// How many words an address lies past it, 0 to 3.
+// How many words an address lies behind that boundary, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
 
-// One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
-// them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
-// `width` is how far the source row may be read.
-__device__ __forceinline__ void copy_page_indices_columns(
-    const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const int column = first + lane * kVectorWords;
-  const int shift = words_past_boundary(source + column);  // the same in all lanes
-  // Inside the row, with room for the words that realigning reads on either side, if it has to: 16-byte accesses
-  // throughout.
-  const int behind = shift > 0 ? kVectorWords - shift : 0;
-  if (first >= shift && first + kTileColumns <= end && first + kTileColumns + behind <= width) {
-    const int next = shift > 0 ? 1 : 0;
+// ---- 16-byte accesses --------------------------------------------------------------------------------------------
+// Tiles begin at multiples of this in the destination: a 128-byte line, or a whole tile if that is shorter.
+constexpr int kTileAlignment = kTileColumns < 32 ? kTileColumns : 32;  // words
+
+// How many columns before column 0 of a row its first tile begins. All destinations have the same offset modulo 16
+// bytes: destinations that don't are bound to a kernel with 4-byte stores.
+template <int N>
+__device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64_t row) {
+  const std::int32_t* begin = to[0].data + row * to[0].row_stride;
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
+}
+
+// Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
+// `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
+template <int kTiles, typename T, int N, typename RowEnds, typename Then>
+__device__ __forceinline__ bool copy_vectors(
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+  int4 words[kTiles * kUnroll];
+  constexpr int kAccesses = kTiles * kUnroll;
+  constexpr int kColumns = kTiles * kTileColumns;
+  constexpr bool kRealigns = sizeof(T) == sizeof(std::int32_t);
+  const int stop = shortest_end(to, ends);
+  const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
+  if constexpr (kRealigns) {
+    // Source rows begin anywhere: each group of four words is selected from the two aligned groups that it lies in.
+    int next = 1;
+    if constexpr (kEqualRows) {
+      // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+      const int shift = words_past_boundary(source + column);
+      next = shift > 0 ? 1 : 0;
+      const int behind = shift > 0 ? kVectorWords - shift : 0;
+      if (first < shift || first + kColumns > stop || first + kColumns + behind > width) return false;
+    } else {
+      if (first < kVectorWords || first + kColumns > stop || first + kColumns + kVectorWords > width) return false;
+    }
+    const int shift = words_past_boundary(source + column);
     const int4* aligned = boundary_before(source + column);
-    int4 words[kUnroll];
-    int4 high[kUnroll];
+    int4 high[kAccesses];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kAccesses; ++u) {
       words[u] = __ldg(aligned + u * kWarpSize);
       high[u] = __ldg(aligned + u * kWarpSize + next);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
+    for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
+  } else {
+    if (first < 0 || first + kColumns > stop) return false;
 #pragma unroll
-    for (int b = 0; b < kBackends; ++b) {
-      int4* to = reinterpret_cast<int4*>(p.page_indices[b].data + row * p.page_indices[b].row_stride + column);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) to[u * kWarpSize] = words[u];
+    for (int u = 0; u < kAccesses; ++u) {
+      const T* at = source + column + u * kWarpSize * kVectorWords;
+      words[u].x = static_cast<std::int32_t>(__ldg(at));
+      words[u].y = static_cast<std::int32_t>(__ldg(at + 1));
+      words[u].z = static_cast<std::int32_t>(__ldg(at + 2));
+      words[u].w = static_cast<std::int32_t>(__ldg(at + 3));
     }
-    return;
   }
-  // An edge of the row: single words, still one coalesced access a warp.
-  constexpr int kWords = kTileColumns / kWarpSize;
-  std::int32_t words[kWords];
-  // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned edge = static_cast<unsigned>(first + lane);
-  const std::int32_t* from = kept(source + (first + lane));
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
-    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
-  }
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
+      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
     }
+  }
+  then(words);
+  return true;
+}
+
+// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
+template <int kTiles, typename T, int N, typename RowEnds>
+__device__ __forceinline__ void copy_columns(
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, rows, source, first, ends);
   }
 }
 
-// Rows of equal length: the warps take their tiles in turn.
-__device__ void copy_page_indices(const Params& p) {
-  const int columns = static_cast<int>(p.page_indices_columns);
-  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
-  const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.rows) : 0;
+// ---- copying a table that was computed before --------------------------------------------------------------------
+// Rows of equal length: the warps of all blocks take their tiles in turn.
+template <int N>
+__device__ __forceinline__ void copy_table(
+    const Table& from, const Table (&to)[N], std::int64_t row_count, std::int64_t column_count) {
+  const int columns = static_cast<int>(column_count);
+  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kTileAlignment - 2) / kTileColumns + 1);
+  const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(row_count) : 0;
   for (std::uint32_t tile = blockIdx.x * kWarps + threadIdx.x / kWarpSize; tile < tiles; tile += gridDim.x * kWarps) {
     const std::int64_t row = tile / tiles_per_row;
-    const std::int32_t* source = p.from_page_indices.data + row * p.from_page_indices.row_stride;
-    const int lead = words_past_boundary(p.page_indices[0].data + row * p.page_indices[0].row_stride);
-    const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns - lead;
-    if (column < columns) copy_page_indices_columns(p, row, source, column, columns, columns);
+    const std::int32_t* source = from.data + row * from.row_stride;
+    const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns - alignment_offset(to, row);
+    if (column < columns) copy_columns<1>(to, {row, row + 1}, source, columns, column, SameEnd{columns});
   }
 }
 
-// One warp reads the columns [first, first + kTileColumns) of a row once, as far as they lie in [0, end), and writes
-// them to every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
-// `width` is how far the source row may be read.
-__device__ __forceinline__ void copy_real_page_table_columns(
-    const Params& p, std::int64_t row, const std::int32_t* source, int first, int end, int width) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const int column = first + lane * kVectorWords;
-  const int shift = words_past_boundary(source + column);  // the same in all lanes
-  // Inside the row, with room for the words that realigning reads on either side, if it has to: 16-byte accesses
-  // throughout.
-  const int behind = shift > 0 ? kVectorWords - shift : 0;
-  if (first >= shift && first + kTileColumns <= end && first + kTileColumns + behind <= width) {
-    const int next = shift > 0 ? 1 : 0;
-    const int4* aligned = boundary_before(source + column);
-    int4 words[kUnroll];
-    int4 high[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      words[u] = __ldg(aligned + u * kWarpSize);
-      high[u] = __ldg(aligned + u * kWarpSize + next);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) words[u] = realign(words[u], high[u], shift);
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) {
-      int4* to = reinterpret_cast<int4*>(p.real_page_table[b].data + row * p.real_page_table[b].row_stride + column);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) to[u * kWarpSize] = words[u];
-    }
-    return;
+// ---- strategy: copy ----------------------------------------------------------------------------------------------
+__device__ void write_tables(const Params& p) {
+  const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
+  const std::int64_t thread = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (std::int64_t i = thread; i <= p.batch_size; i += threads) {
+    store(p.cu_seqlens_k, 0, i, p.from_cu_seqlens_k[i]);
+    if (i == p.batch_size) break;  // only running sums have one element more
+    store(p.cache_seqlens, 0, i, p.from_cache_seqlens[i]);
   }
-  // An edge of the row: single words, still one coalesced access a warp.
-  constexpr int kWords = kTileColumns / kWarpSize;
-  std::int32_t words[kWords];
-  // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned edge = static_cast<unsigned>(first + lane);
-  const std::int32_t* from = kept(source + (first + lane));
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
-    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
+  for (std::int64_t i = thread; i <= p.rows; i += threads) {
+    store(p.nsa_cu_seqlens_k, 0, i, p.from_nsa_cu_seqlens_k[i]);
+    if (i == p.rows) break;  // only running sums have one element more
+    store(p.nsa_cache_seqlens, 0, i, p.from_nsa_cache_seqlens[i]);
+    store(p.seqlens_expanded, 0, i, p.from_seqlens_expanded[i]);
   }
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.real_page_table[b].data + row * p.real_page_table[b].row_stride + (first + lane);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
-    }
-  }
+  copy_table(p.from_page_indices, p.page_indices, p.rows, p.page_indices_columns);
+  copy_table(p.from_real_page_table, p.real_page_table, p.rows, p.real_page_table_columns);
 }
 
-// Rows of equal length: the warps take their tiles in turn.
-__device__ void copy_real_page_table(const Params& p) {
-  const int columns = static_cast<int>(p.real_page_table_columns);
-  const std::uint32_t tiles_per_row = static_cast<std::uint32_t>((columns + kVectorWords - 2) / kTileColumns + 1);
-  const std::uint32_t tiles = columns > 0 ? tiles_per_row * static_cast<std::uint32_t>(p.rows) : 0;
-  for (std::uint32_t tile = blockIdx.x * kWarps + threadIdx.x / kWarpSize; tile < tiles; tile += gridDim.x * kWarps) {
-    const std::int64_t row = tile / tiles_per_row;
-    const std::int32_t* source = p.from_real_page_table.data + row * p.from_real_page_table.row_stride;
-    const int lead = words_past_boundary(p.real_page_table[0].data + row * p.real_page_table[0].row_stride);
-    const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns - lead;
-    if (column < columns) copy_real_page_table_columns(p, row, source, column, columns, columns);
-  }
+// As many blocks as the tables could need, up to a number that suits the device.
+unsigned grid_blocks(const Params& p) {
+  std::int64_t tiles = 0;
+  tiles += p.rows * ((p.page_indices_columns + kTileAlignment - 2) / kTileColumns + 1);
+  tiles += p.rows * ((p.real_page_table_columns + kTileAlignment - 2) / kTileColumns + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t limit = p.sm_count * kBlocksPerSm * 2;  // more blocks cost nothing where none adds lengths up
+  const std::int64_t blocks = wanted < limit ? wanted : limit;
+  return static_cast<unsigned>(blocks > 1 ? blocks : 1);
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
     onelaunch_copy_target_verify_n3_4dad4ae9e1faa29e(const __grid_constant__ Params p) {
-  copy_lengths(p);
-  copy_row_lengths(p);
-  copy_page_indices(p);
-  copy_real_page_table(p);
+  write_tables(p);
 }
-
-}  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to a number that suits the device.
-static unsigned grid_blocks(const Params& p) {
-  std::int64_t tiles = 0;
-  tiles += p.rows * ((p.page_indices_columns + kVectorWords - 2) / kTileColumns + 1);
-  tiles += p.rows * ((p.real_page_table_columns + kVectorWords - 2) / kTileColumns + 1);
-  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  const std::int64_t most = p.sm_count * kBlocksPerSm * 2;  // where no block adds lengths up, more of them cost nothing
-  const std::int64_t blocks = wanted < most ? wanted : most;
-  return static_cast<unsigned>((blocks > 1 ? blocks : 1));
-}
-
 // Runs `call` with the plan's device as the current one.
 template <typename Call>
-static cudaError_t on_device(std::int64_t device, const Call& call) {
+cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
@@ -298,6 +324,8 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
   const cudaError_t restored = cudaSetDevice(current);
   return error != cudaSuccess ? error : restored;
 }
+
+}  // namespace
 
 extern "C" {
 

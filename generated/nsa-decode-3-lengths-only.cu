@@ -1,4 +1,4 @@
-// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+// Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
 //   onelaunch show nsa-decode-3-lengths-only
 //
 // configuration
@@ -18,14 +18,18 @@
 
 namespace {
 
-// ---- what this kernel is specialized to --------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
-constexpr std::int32_t kIndexTopk = 2048;
-using SeqLen = std::int64_t;
-constexpr int kThreads = 256;  // a block
+constexpr int kThreads = 256;  // per block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+using SeqLen = std::int64_t;
+constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
+constexpr std::int32_t kIndexTopk = 2048;  // tokens
+constexpr int kIndexKpool = 1;  // tokens or pages of a pool
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 // Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
@@ -45,30 +49,43 @@ struct Params {
 constexpr int kParamWords = 16;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// ---- running sums ------------------------------------------------------------------------------------------------
-// Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+__device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
+  const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
+  return static_cast<std::int32_t>(length);
+}
 
-// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
-__device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
+// What every backend adds to seq_lens.
+__device__ __forceinline__ std::int32_t length_offset(int) {
+  return kLongestOffset;
+}
+
+// ---- running sums ------------------------------------------------------------------------------------------------
+// T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
+// may not wrap has 64 bits.
+
+// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+template <typename T>
+__device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    const T other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
     if (lane >= distance) value += other;
   }
   return value;
 }
 
-// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
-// for any block of whole warps, whatever part of it holds requests.
-__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
-  __shared__ std::uint32_t warp_totals[kWarps];
+// The inclusive running sum over the threads of the block; `total` gets the block's sum. All threads must call it.
+template <typename T>
+__device__ __forceinline__ T block_running_sum(T value, T& total) {
+  __shared__ T warp_totals[kWarps];
   const int warp = static_cast<int>(threadIdx.x / kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(value);
+  const T in_warp = warp_running_sum(value);
   if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
-  std::uint32_t sum = 0;
-  std::uint32_t before = 0;
+  T sum = 0;
+  T before = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before = sum;
@@ -79,61 +96,102 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
   return before + in_warp;
 }
 
-// ---- lengths -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-__device__ void refresh_lengths(const Params& p) {
-  const int batch_size = static_cast<int>(p.batch_size);
-  std::uint32_t cu_seqlens_k_carry = 0;
-  std::uint32_t nsa_cu_seqlens_k_carry = 0;
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.cu_seqlens_k[b][0] = 0;
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.nsa_cu_seqlens_k[b][0] = 0;
+// A running sum over more values than a block has threads: one chunk of kThreads after another.
+template <typename T>
+struct RunningSum {
+  T carry = 0;  // the sum of all chunks so far
+
+  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  __device__ __forceinline__ T add(T value) {
+    T chunk;
+    const T sum = carry + block_running_sum(value, chunk);
+    carry += chunk;
+    return sum;
   }
+};
+
+// ---- destinations ------------------------------------------------------------------------------------------------
+// How often a loop over so many destinations is unrolled: fully while that stays short.
+[[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
+  return destinations <= 8 ? destinations : 1;
+}
+
+// ---- storing an element ------------------------------------------------------------------------------------------
+// Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
+template <int N>
+__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+  if constexpr (kLengthSets > 1) {
+    to[b][index] = value;
+  } else {
+#pragma unroll(unrolled(N))
+    for (int i = 0; i < N; ++i) to[i][index] = value;
+  }
+}
+
+// ---- division ----------------------------------------------------------------------------------------------------
+// The quotient rounded down, as Python's //; the divisor is positive.
+template <typename T>
+__device__ __forceinline__ T floor_div(T value, int divisor) {
+  return value / divisor - (value % divisor < 0 ? 1 : 0);
+}
+
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
+__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+
+// ---- lengths of sparse attention ---------------------------------------------------------------------------------
+// The tokens of a length that sparse attention reads: at most kIndexTopk in complete pools, and every token behind
+// the last complete pool.
+__device__ __forceinline__ std::int32_t nsa_length(std::int32_t length) {
+  if constexpr (kIndexKpool == 1) return length < kIndexTopk ? length : kIndexTopk;
+  const std::int32_t remainder = length % kIndexKpool;
+  const std::int32_t tail = remainder < 0 ? remainder + kIndexKpool : remainder;
+  const std::int32_t complete = length - tail;
+  return (complete < kIndexTopk ? complete : kIndexTopk) + tail;
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+// Where the backends' lengths differ, block b writes those of backend b.
+__device__ void refresh_vectors(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const std::int32_t offset = length_offset(b);
+  RunningSum<std::uint32_t> cu_seqlens_k_sum;
+  if (threadIdx.x == 0) store(p.cu_seqlens_k, b, 0, 0);
+  RunningSum<std::uint32_t> nsa_cu_seqlens_k_sum;
+  if (threadIdx.x == 0) store(p.nsa_cu_seqlens_k, b, 0, 0);
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
-    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
-    const std::int32_t length = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
-    const std::int32_t nsa_length = length < kIndexTopk ? length : kIndexTopk;
-    std::uint32_t cu_seqlens_k_chunk;
-    const std::uint32_t cu_seqlens_k =
-        cu_seqlens_k_carry + block_running_sum(static_cast<std::uint32_t>(length), cu_seqlens_k_chunk);
-    cu_seqlens_k_carry += cu_seqlens_k_chunk;
-    std::uint32_t nsa_cu_seqlens_k_chunk;
-    const std::uint32_t nsa_cu_seqlens_k =
-        nsa_cu_seqlens_k_carry + block_running_sum(static_cast<std::uint32_t>(nsa_length), nsa_cu_seqlens_k_chunk);
-    nsa_cu_seqlens_k_carry += nsa_cu_seqlens_k_chunk;
-    if (present) {
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.cache_seqlens[b][request] = length;
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.nsa_cache_seqlens[b][request] = nsa_length;
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) {
-        p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
-      }
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) {
-        p.nsa_cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(nsa_cu_seqlens_k);
-      }
-    }
+    const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
+    const std::int32_t cache_seqlens = seq_len;
+    const std::int32_t cu_seqlens_k = seq_len;
+    const std::int32_t nsa_cache_seqlens = nsa_length(seq_len);
+    const std::int32_t nsa_cu_seqlens_k = nsa_length(seq_len);
+    const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(static_cast<std::uint32_t>(cu_seqlens_k));
+    const std::uint32_t nsa_cu_seqlens_k_end = nsa_cu_seqlens_k_sum.add(static_cast<std::uint32_t>(nsa_cu_seqlens_k));
+    if (!present) continue;
+    store(p.cache_seqlens, b, request, cache_seqlens);
+    store(p.cu_seqlens_k, b, request + 1, static_cast<std::int32_t>(cu_seqlens_k_end));
+    store(p.nsa_cache_seqlens, b, request, nsa_cache_seqlens);
+    store(p.nsa_cu_seqlens_k, b, request + 1, static_cast<std::int32_t>(nsa_cu_seqlens_k_end));
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
     onelaunch_broadcast_decode_n3_07858aa8f5e4c324(const __grid_constant__ Params p) {
-  refresh_lengths(p);
+  int block = blockIdx.x;
+  if (block < kLengthSets) return refresh_vectors(p, block);
 }
-
-}  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
 // Runs `call` with the plan's device as the current one.
 template <typename Call>
-static cudaError_t on_device(std::int64_t device, const Call& call) {
+cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
@@ -144,6 +202,8 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
   return error != cudaSuccess ? error : restored;
 }
 
+}  // namespace
+
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
@@ -152,7 +212,7 @@ int onelaunch_broadcast_decode_n3_07858aa8f5e4c324_launch(const std::int64_t* wo
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(1, 1, 1);
+    config.gridDim = dim3(kFirstTableBlock, 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
     return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_07858aa8f5e4c324, params);

@@ -1,4 +1,4 @@
-// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+// Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
 //   onelaunch show nsa-decode-3-page16
 //
 // configuration
@@ -20,28 +20,30 @@
 
 namespace {
 
-// ---- what this kernel is specialized to --------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
-constexpr std::int32_t kIndexTopk = 2048;
-constexpr int kPageSize = 16;  // tokens
-using SeqLen = std::int64_t;
-using PoolIndex = std::int64_t;
-using Token = std::int32_t;
-constexpr int kThreads = 256;  // a block
-constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
+constexpr int kThreads = 256;  // per block
+constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kBlocksPerSm = 4;
+constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+using SeqLen = std::int64_t;
+constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
+constexpr int kNextN = 1;  // rows of a request
+constexpr std::int32_t kIndexTopk = 2048;  // tokens
+constexpr int kIndexKpool = 1;  // tokens or pages of a pool
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kWideTiles = 2;  // that a warp takes at once of long requests
-constexpr int kSpreadRounds = 3;  // requests that all blocks reach the end of in so many are spread over more of them
-constexpr int kManyBlocks = 8;  // for each request: then what is left is spread over all blocks, too
-constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // take neighbouring tiles where there is little to do
-constexpr int kTileAlignment = 32;  // words, a 128-byte line
-constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
+constexpr int kBlocksPerSm = 4;  // at most
+constexpr int kWideTiles = 2;  // tiles that a warp takes at once where there is enough to do
+constexpr bool kEqualRows = false;  // whether all rows are written equally far
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr int kPageSize = 16;  // tokens
+constexpr int kPageShift = 4;  // its binary logarithm, if it is a power of two
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -75,30 +77,70 @@ struct Params {
 constexpr int kParamWords = 35;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// ---- running sums ------------------------------------------------------------------------------------------------
-// Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+__device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
+  const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
+  return static_cast<std::int32_t>(length);
+}
 
-// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
-__device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
+// What every backend adds to seq_lens.
+__device__ __forceinline__ std::int32_t length_offset(int) {
+  return kLongestOffset;
+}
+
+// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+__device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
+  const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
+  return row;
+}
+
+// Columns of every row of the tables, whatever a request's length: tokens.
+__host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
+  return p.columns;
+}
+
+// Rows of the tables and of the vectors with an element for each row.
+struct Rows {
+  std::int64_t first, stop;
+};
+
+// The rows of a request.
+__device__ __forceinline__ Rows rows_of(std::int64_t request) {
+  return {request * kNextN, (request + 1) * kNextN};
+}
+
+// Calls write(table, pages per column) for each table whose columns are pages, or pools of pages.
+template <typename Write>
+__device__ __forceinline__ void for_each_page_table(const Params& p, const Write& write) {
+  write(p.real_page_table, 1);
+}
+
+// ---- running sums ------------------------------------------------------------------------------------------------
+// T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
+// may not wrap has 64 bits.
+
+// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+template <typename T>
+__device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    const T other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
     if (lane >= distance) value += other;
   }
   return value;
 }
 
-// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
-// for any block of whole warps, whatever part of it holds requests.
-__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
-  __shared__ std::uint32_t warp_totals[kWarps];
+// The inclusive running sum over the threads of the block; `total` gets the block's sum. All threads must call it.
+template <typename T>
+__device__ __forceinline__ T block_running_sum(T value, T& total) {
+  __shared__ T warp_totals[kWarps];
   const int warp = static_cast<int>(threadIdx.x / kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(value);
+  const T in_warp = warp_running_sum(value);
   if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
-  std::uint32_t sum = 0;
-  std::uint32_t before = 0;
+  T sum = 0;
+  T before = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before = sum;
@@ -109,50 +151,126 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
   return before + in_warp;
 }
 
-// ---- lengths -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-__device__ void refresh_lengths(const Params& p) {
-  const int batch_size = static_cast<int>(p.batch_size);
-  std::uint32_t cu_seqlens_k_carry = 0;
-  std::uint32_t nsa_cu_seqlens_k_carry = 0;
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.cu_seqlens_k[b][0] = 0;
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.nsa_cu_seqlens_k[b][0] = 0;
+// A running sum over more values than a block has threads: one chunk of kThreads after another.
+template <typename T>
+struct RunningSum {
+  T carry = 0;  // the sum of all chunks so far
+
+  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  __device__ __forceinline__ T add(T value) {
+    T chunk;
+    const T sum = carry + block_running_sum(value, chunk);
+    carry += chunk;
+    return sum;
   }
-  for (int first = 0; first < batch_size; first += kThreads) {
-    const int request = first + static_cast<int>(threadIdx.x);
-    const bool present = request < batch_size;
-    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
-    const std::int32_t length = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
-    const std::int32_t nsa_length = length < kIndexTopk ? length : kIndexTopk;
-    std::uint32_t cu_seqlens_k_chunk;
-    const std::uint32_t cu_seqlens_k =
-        cu_seqlens_k_carry + block_running_sum(static_cast<std::uint32_t>(length), cu_seqlens_k_chunk);
-    cu_seqlens_k_carry += cu_seqlens_k_chunk;
-    std::uint32_t nsa_cu_seqlens_k_chunk;
-    const std::uint32_t nsa_cu_seqlens_k =
-        nsa_cu_seqlens_k_carry + block_running_sum(static_cast<std::uint32_t>(nsa_length), nsa_cu_seqlens_k_chunk);
-    nsa_cu_seqlens_k_carry += nsa_cu_seqlens_k_chunk;
-    if (present) {
+};
+
+// ---- destinations ------------------------------------------------------------------------------------------------
+// How often a loop over so many destinations is unrolled: fully while that stays short.
+[[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
+  return destinations <= 8 ? destinations : 1;
+}
+
+// ---- storing an element ------------------------------------------------------------------------------------------
+// Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
+template <int N>
+__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+  if constexpr (kLengthSets > 1) {
+    to[b][index] = value;
+  } else {
+#pragma unroll(unrolled(N))
+    for (int i = 0; i < N; ++i) to[i][index] = value;
+  }
+}
+
+// ---- division ----------------------------------------------------------------------------------------------------
+// The quotient rounded down, as Python's //; the divisor is positive.
+template <typename T>
+__device__ __forceinline__ T floor_div(T value, int divisor) {
+  return value / divisor - (value % divisor < 0 ? 1 : 0);
+}
+
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
+__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+
+// ---- lengths of sparse attention ---------------------------------------------------------------------------------
+// The tokens of a length that sparse attention reads: at most kIndexTopk in complete pools, and every token behind
+// the last complete pool.
+__device__ __forceinline__ std::int32_t nsa_length(std::int32_t length) {
+  if constexpr (kIndexKpool == 1) return length < kIndexTopk ? length : kIndexTopk;
+  const std::int32_t remainder = length % kIndexKpool;
+  const std::int32_t tail = remainder < 0 ? remainder + kIndexKpool : remainder;
+  const std::int32_t complete = length - tail;
+  return (complete < kIndexTopk ? complete : kIndexTopk) + tail;
+}
+
+// ---- where rows end: at the same column in all destinations ------------------------------------------------------
+// The end is the first column that is not written.
+struct SameEnd {
+  int end;
+};
+__device__ __forceinline__ int longest_end(SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ bool ends_differ(const Table (&)[N], SameEnd) {
+  return false;
+}
+
+template <int N>
+__device__ __forceinline__ int shortest_end(const Table (&)[N], SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
+  return ends.end;
+}
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// A tile is kTileColumns columns of a request's rows. One warp reads it once and writes it to every destination.
+
+// Keeps one base address in a register. Otherwise the compiler computes an address for each load.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* address) {
+  if constexpr (kWarpSize > 1) asm("" : "+l"(address));
+  return address;
+}
+
+// Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
+// at a boundary before the row) and from the row's end on are skipped.
+template <int kTiles, typename T, int N, typename RowEnds>
+__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
+  constexpr int kWords = kTiles * kTileColumns / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int end = longest_end(ends);
+  std::int32_t words[kWords];
+  // Unsigned comparison: a negative column fails the bound check too.
+  const unsigned column = static_cast<unsigned>(first + lane);
+  const T* from = opaque(source + (first + lane));
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.cache_seqlens[b][request] = length;
+  for (int i = 0; i < kWords; ++i) {
+    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
+  }
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.nsa_cache_seqlens[b][request] = nsa_length;
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) {
-        p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
-      }
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) {
-        p.nsa_cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(nsa_cu_seqlens_k);
+      for (int i = 0; i < kWords; ++i) {
+        if (column + i * kWarpSize < stop) data[i * kWarpSize] = words[i];
       }
     }
   }
 }
 
-// ---- one tile of a table row -------------------------------------------------------------------------------------
+// ---- 16-byte reads of int32 rows that begin anywhere --------------------------------------------------------------
 // The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
 // array, which would live in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
@@ -172,50 +290,197 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
-// One of four words, without an indexed array either.
-__device__ __forceinline__ std::int32_t word_of(int4 words, int number) {
-  const std::int32_t even = number & 2 ? words.z : words.x;
-  const std::int32_t odd = number & 2 ? words.w : words.y;
-  return number & 1 ? odd : even;
-}
-
-// An address that words are read from by their distance. Left to itself the compiler works out one for each word.
-__device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
-  asm("" : "+l"(address));
-  return address;
-}
-
 // The 16-byte boundary at or before an address.
 __device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
   return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
 }
 
-// How many words an address lies past it, 0 to 3.
+// How many words an address lies behind that boundary, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
 
-// The page of a token, rounded down for padding tokens below zero too.
-__device__ __forceinline__ std::int32_t page_of(Token token) {
-  return static_cast<std::int32_t>(token >> 4);
+// ---- 16-byte accesses --------------------------------------------------------------------------------------------
+// Tiles begin at multiples of this in the destination: a 128-byte line, or a whole tile if that is shorter.
+constexpr int kTileAlignment = kTileColumns < 32 ? kTileColumns : 32;  // words
+
+// How many columns before column 0 of a row its first tile begins. All destinations have the same offset modulo 16
+// bytes: destinations that don't are bound to a kernel with 4-byte stores.
+template <int N>
+__device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64_t row) {
+  const std::int32_t* begin = to[0].data + row * to[0].row_stride;
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
 }
 
-__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token) {
-  const std::int32_t number = page_of(token);
+// Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
+// `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
+template <int kTiles, typename T, int N, typename RowEnds, typename Then>
+__device__ __forceinline__ bool copy_vectors(
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+  int4 words[kTiles * kUnroll];
+  constexpr int kAccesses = kTiles * kUnroll;
+  constexpr int kColumns = kTiles * kTileColumns;
+  constexpr bool kRealigns = sizeof(T) == sizeof(std::int32_t);
+  const int stop = shortest_end(to, ends);
+  const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
+  if constexpr (kRealigns) {
+    // Source rows begin anywhere: each group of four words is selected from the two aligned groups that it lies in.
+    int next = 1;
+    if constexpr (kEqualRows) {
+      // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+      const int shift = words_past_boundary(source + column);
+      next = shift > 0 ? 1 : 0;
+      const int behind = shift > 0 ? kVectorWords - shift : 0;
+      if (first < shift || first + kColumns > stop || first + kColumns + behind > width) return false;
+    } else {
+      if (first < kVectorWords || first + kColumns > stop || first + kColumns + kVectorWords > width) return false;
+    }
+    const int shift = words_past_boundary(source + column);
+    const int4* aligned = boundary_before(source + column);
+    int4 high[kAccesses];
 #pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
+    for (int u = 0; u < kAccesses; ++u) {
+      words[u] = __ldg(aligned + u * kWarpSize);
+      high[u] = __ldg(aligned + u * kWarpSize + next);
+    }
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
+  } else {
+    if (first < 0 || first + kColumns > stop) return false;
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) {
+      const T* at = source + column + u * kWarpSize * kVectorWords;
+      words[u].x = static_cast<std::int32_t>(__ldg(at));
+      words[u].y = static_cast<std::int32_t>(__ldg(at + 1));
+      words[u].z = static_cast<std::int32_t>(__ldg(at + 2));
+      words[u].w = static_cast<std::int32_t>(__ldg(at + 3));
+    }
+  }
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+#pragma unroll
+      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
+    }
+  }
+  then(words);
+  return true;
+}
+
+// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
+template <int kTiles, typename T, int N, typename RowEnds>
+__device__ __forceinline__ void copy_columns(
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, rows, source, first, ends);
   }
 }
 
-// Writes the pages that begin in a tile which lies inside the row, from the registers that hold its tokens.
+// ---- how far rows are written: as far as a request's tokens go ---------------------------------------------------
+// Live columns are those below a request's length, within the table.
+using Ends = SameEnd;
+
+__device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) {
+  if constexpr (kLongestOffset == 0) {
+    const std::int32_t length = request_length(p, request);
+    const int columns = static_cast<int>(p.columns);
+    return length < 0 ? 0 : length < columns ? length : columns;
+  }
+  const std::int64_t length = std::int64_t{request_length(p, request)} + kLongestOffset;
+  return static_cast<int>(length < 0 ? 0 : length < p.columns ? length : p.columns);
+}
+
+__device__ __forceinline__ Ends ends_at(const Params&, int reach) {
+  return {reach};
+}
+
+// ---- pages -------------------------------------------------------------------------------------------------------
+// The pages that a number of tokens takes.
+__device__ __forceinline__ int pages_of(int tokens) {
+  return tokens / kPageSize + (tokens % kPageSize != 0);
+}
+
+// The page of a token, rounded down: padding tokens are negative.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  if constexpr ((kPageSize & (kPageSize - 1)) == 0) return static_cast<std::int32_t>(token >> kPageShift);
+  return static_cast<std::int32_t>(floor_div(token, kPageSize));
+}
+
+// ---- the columns of a tile are tokens ----------------------------------------------------------------------------
+[[maybe_unused]] __device__ __forceinline__ int written_columns(const Params&, Ends ends) {
+  return longest_end(ends);
+}
+
+__device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t row) {
+  return alignment_offset(p.page_indices, row);
+}
+
+// The largest alignment offset of the table's rows: 0 if all of them begin at a boundary.
+inline std::int64_t largest_offset(const Params& p) {
+  const Table& table = p.page_indices[0];
+  const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
+  const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
+  return begin % kTileAlignment == 0 && stride % kTileAlignment == 0 ? 0 : kTileAlignment - 1;
+}
+
+// ---- the pages that begin in a tile of tokens --------------------------------------------------------------------
+// Stores one page to a table with a column for each page, or for each `pages_per_column` of them.
+template <int N>
+__device__ __forceinline__ void store_page(
+    const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {
+  if (page % pages_per_column != 0) return;
+  const std::int32_t value = floor_div(number, pages_per_column);
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    if (ends_differ(to, ends) && page >= pages_of(end_of(to, ends, b))) continue;
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      to[b].data[row * to[b].row_stride + page / pages_per_column] = value;
+    }
+  }
+}
+
+__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token, Ends ends) {
+  const std::int32_t number = page_of(token);
+  for_each_page_table(p, [&](const auto& table, int pages_per_column) {
+    store_page(table, pages_per_column, rows, page, number, ends);
+  });
+}
+
+// Writes the pages that begin in kTiles tiles. Their numbers come from req_to_token, never from a destination that
+// other threads are writing.
+template <int kTiles>
+__device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Token* source, int first, Ends ends) {
+  constexpr int kColumns = kTiles * kTileColumns;
+  const int end = longest_end(ends);
+  const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
+  const unsigned stop = static_cast<unsigned>(first + kColumns < end ? first + kColumns : end);
+  const unsigned stop_page = (stop - 1) / kPageSize + 1;
+  unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
+  for (; page < stop_page; page += kWarpSize) {
+    write_page(p, rows, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
+    if constexpr (kColumns <= kWarpSize * kPageSize) break;  // a lane has one page at most
+  }
+}
+
+// ---- tables of tokens and of pages, whose tokens are in registers already ----------------------------------------
+// With a tile's tokens come the pages that begin in it. Where a page is a multiple of four
+// tokens, the tokens that begin pages are all the same one of a lane's four words.
+// One of four words. Selects instead of an indexed array, which would live in local memory.
+__device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
+  const std::int32_t even = index & 2 ? words.z : words.x;
+  const std::int32_t odd = index & 2 ? words.w : words.y;
+  return index & 1 ? odd : even;
+}
+
+// Writes the pages that begin in a tile inside the row. `words` holds the tile's tokens.
 template <int kAccesses>
 __device__ __forceinline__ void write_held_pages(
-    const Params& p, std::int64_t row, const int4 (&words)[kAccesses], int first) {
+    const Params& p, Rows rows, const int4 (&words)[kAccesses], int first, Ends ends) {
   constexpr int kGroup = kWarpSize * kVectorWords;  // columns that the warp holds in each of its words
   static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
   const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
-  // Where in the tile the page begins that this lane writes, and which lane holds its token.
+  // Where in the tile this lane's page begins, and which lane holds its token.
   const int column = before + static_cast<int>(threadIdx.x % kWarpSize) * kPageSize;
   const int holder = column / kVectorWords % kWarpSize;
   std::int32_t token = 0;
@@ -224,273 +489,233 @@ __device__ __forceinline__ void write_held_pages(
     const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
     if (column / kGroup == u) token = found;
   }
-  if (column < kAccesses * kGroup) {
-    write_page(p, row, (first + column) / kPageSize, token);
-  }
+  if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);
 }
 
-// One warp reads kTiles tiles of a row once, from column `first` on as far as they lie in [0, end), and writes them to
-// every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
-// `width` is how far the source row may be read.
-// Returns whether it wrote the pages that begin there, too.
 template <int kTiles>
-__device__ __forceinline__ bool copy_columns(
-    const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
-  constexpr int kAccesses = kTiles * kUnroll;
-  constexpr int kColumns = kTiles * kTileColumns;
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  // Inside the row, with room for the words that realigning reads on either side: 16-byte accesses throughout.
-  if (first >= kVectorWords && first + kColumns <= end && first + kColumns + kVectorWords <= width) {
-    const int column = first + lane * kVectorWords;
-    const int shift = words_past_boundary(source + column);  // the same in all lanes
-    const int4* aligned = boundary_before(source + column);
-    int4 words[kAccesses];
-    int4 high[kAccesses];
-#pragma unroll
-    for (int u = 0; u < kAccesses; ++u) {
-      words[u] = __ldg(aligned + u * kWarpSize);
-      high[u] = __ldg(aligned + u * kWarpSize + 1);
-    }
-#pragma unroll
-    for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) {
-      int4* to = reinterpret_cast<int4*>(p.page_indices[b].data + row * p.page_indices[b].row_stride + column);
-#pragma unroll
-      for (int u = 0; u < kAccesses; ++u) to[u * kWarpSize] = words[u];
-    }
-    write_held_pages(p, row, words, first);
-    return true;
-  }
-  // An edge of the row: single words, still one coalesced access a warp.
-  constexpr int kWords = kColumns / kWarpSize;
-  std::int32_t words[kWords];
-  // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned edge = static_cast<unsigned>(first + lane);
-  const Token* from = kept(source + (first + lane));
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
-    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
-  }
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
-    }
-  }
-  return false;
-}
-
-// Everything that one tile of a request's row needs: `end` is the first column that isn't written.
-template <int kTiles>
-__device__ __forceinline__ void copy_tile(
-    const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
-  constexpr int kColumns = kTiles * kTileColumns;
+__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  if (copy_columns<kTiles>(p, row, source, first, end, static_cast<int>(p.req_to_token_width))) return;
-  // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
-  // writing.
-  const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
-  const unsigned stop = static_cast<unsigned>(first + kColumns < end ? first + kColumns : end);
-  const unsigned stop_page = (stop - 1) / kPageSize + 1;
-  const unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
-  if (page < stop_page) {
-    write_page(p, row, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
-  }
+  const int width = static_cast<int>(p.req_to_token_width);
+  if (copy_vectors<kTiles>(p.page_indices, rows, source, width, first, ends, [&](const auto& words) {
+        write_held_pages(p, rows, words, first, ends);
+      }))
+    return;
+  copy_words<kTiles>(p.page_indices, rows, source, first, ends);
+  read_pages<kTiles>(p, rows, source, first, ends);
 }
 
-// ---- which warp takes which tile ---------------------------------------------------------------------------------
-// How a launch shares the requests out. The host works it out: dividing by a number that isn't a constant takes a
-// thread dozens of instructions, one after the other.
-// It is the kernel's first parameter, so that what a thread needs before its first load lies in one line of the
-// constant cache.
-struct Split {
-  std::uint32_t own_blocks;  // whose warps belong to one request each; the others share out what those leave
-  std::uint32_t reciprocal;  // (2^32 - 1) / requests
-  std::uint32_t requests;
-  std::int32_t wide_from;  // columns of a request beyond which its own warps take kWideTiles at once
-  std::uint32_t own_tiles;  // of a request: one for each of its own warps
-  std::uint8_t all_own;  // whether those warps reach the end of the table
-  std::uint8_t spread;  // whether a block's warps take tiles of their request far from each other
-  std::uint8_t rest_spread;  // whether those that share out what is left do
-  std::uint8_t together;  // binary logarithm of the warps of a block that belong to the same request
+// ---- whose tile it is --------------------------------------------------------------------------------------------
+// The tiles of up to kThreads requests, a window, in shared memory. Each thread counts those of one request; then every
+// warp of every block can look up which request a tile belongs to.
+struct Window {
+  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, within its warp
+  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
 };
 
-// Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
-// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a
-// kernel with 4-byte stores.
-__device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
-  const std::int32_t* begin = p.page_indices[0].data + row * p.page_indices[0].row_stride;
-  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
+struct Place {
+  int slot;  // of the request in the window
+  std::uint32_t tile;  // among the request's tiles
+};
+
+// Adds up the tiles of the window's requests: `tiles` is the number of this thread's request. Returns the sum of all;
+// lane w gets in `warp_end` the sum up to and including warp w. All threads must call it, behind a barrier that
+// follows the last look-up. Ends with a barrier before the sums are read: what a thread wrote to shared memory before
+// the call can be read after it.
+__device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
+  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const std::uint32_t in_warp = warp_running_sum(tiles);
+  window.tile_end[threadIdx.x] = in_warp;
+  if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
+  __syncthreads();
+  std::uint32_t sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    sum += window.warp_tiles[w];
+    if (w <= lane) warp_end = sum;  // the lanes after the last warp hold the window's sum
+  }
+  return sum;
 }
 
-// The columns of a request that its length makes live.
-__device__ __forceinline__ int live_columns(const Params& p, std::uint32_t request) {
-  const std::int32_t length = static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]);
-  const int most = static_cast<int>(p.columns);
-  const int columns = length < 0 ? 0 : length < most ? length : most;
-  return columns;
+// Looks a tile up: first how many warps' requests end at or before it, then how many requests of the next warp do.
+__device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t warp_end, std::uint32_t tile) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int warp = __popc(__ballot_sync(kFullMask, warp_end <= tile));
+  const std::uint32_t before = __shfl_sync(kFullMask, warp_end, warp > 0 ? warp - 1 : 0);
+  const std::uint32_t in_warp = tile - (warp > 0 ? before : 0);
+  const int passed = __popc(__ballot_sync(kFullMask, window.tile_end[warp * kWarpSize + lane] <= in_warp));
+  const int slot = warp * kWarpSize + passed;
+  return {slot, in_warp - (passed > 0 ? window.tile_end[slot - 1] : 0)};
 }
 
-// What the requests' own warps leave of long requests, shared out among the warps of the blocks behind them: none gets
-// more than its share, however uneven the requests are. They begin at once: a long request among short ones doesn't
-// wait until its own warps are done.
-__device__ __forceinline__ void gather_rest(const Params& p, const Split& split) {
+// ---- strategy: live columns --------------------------------------------------------------------------------------
+// The cost follows the requests' lengths, not the tables' width. Live columns are those below a request's length. Each
+// request has warps of its own, which take its first tiles; the remainder tiles of long requests are shared out among
+// the warps of other blocks.
+//
+//   blocks  0 .. kFirstTableBlock - 1   then split.own_blocks          then the other blocks
+//          +---------------------------+-----------------------------+---------------------------+
+//          | vectors and schedules     | own tiles: a warp has one   | remainder tiles, in turn  |
+//          +---------------------------+-----------------------------+---------------------------+
+//
+//   request 0  [  own tile  ][  own tile  ][ remainder  ][ remainder  ][ rem        a long request
+//   request 1  [  own tile  ][  ow                                                  one without a remainder
+//   request 2  [  own tile  ][  own tile  ][ remai
+//              ^ column 0, less the alignment offset    ^ the live columns end where the row of tiles does
+//
+// No warp with an own tile waits for the lengths of other requests: for short requests there is nothing else to do, and
+// every instruction before the first load shows. The remainder starts at the same time: a long request among short ones
+// doesn't wait until its own warps are done. Every block that takes remainder tiles counts all of them, so that no warp
+// gets more than its share, however uneven the requests are.
+constexpr int kSpreadRounds = 3;  // up to so many rounds of own tiles, a block's warps take distant tiles of a request
+constexpr int kManyBlocks = 8;  // from so many blocks per request on, neighbouring remainder tiles go to all blocks
+constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that take neighbouring tiles even then
+
+// How a launch shares the requests out. The host computes it: dividing by a number that isn't a constant takes a thread
+// dozens of dependent instructions. It is the kernel's first parameter, so that what a thread needs before its first
+// load lies in one line of the constant cache.
+struct Split {
+  std::uint32_t own_blocks;  // blocks whose warps have own tiles; the others take remainder tiles
+  std::uint32_t reciprocal;  // (2^32 - 1) / requests
+  std::uint32_t requests;  // of the batch
+  std::int32_t wide_from;  // columns of a request beyond which its own warps take kWideTiles tiles at once
+  std::uint32_t own_tiles;  // of a request: one for each of its own warps
+  std::uint8_t all_own;  // whether own tiles reach the end of every row
+  std::uint8_t spread;  // whether a block's warps take distant tiles of their request
+  std::uint8_t spread_remainder;  // whether neighbouring remainder tiles go to different blocks
+  std::uint8_t log2_warps_per_request;  // among the warps of a block
+};
+
+__device__ __forceinline__ void copy_remainder(const Params& p, const Split& split) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const std::uint32_t warp = threadIdx.x / kWarpSize;
-  const std::uint32_t blocks = gridDim.x - kLengthBlocks - split.own_blocks;
-  const std::uint32_t block = blockIdx.x - kLengthBlocks - split.own_blocks;
+  const std::uint32_t blocks = gridDim.x - kFirstTableBlock - split.own_blocks;
+  const std::uint32_t block = blockIdx.x - kFirstTableBlock - split.own_blocks;
   const std::uint32_t warps = blocks * kWarps;
-  std::uint32_t tile = split.rest_spread ? warp * blocks + block : block * kWarps + warp;
-  // Every block sums the tiles of a window of kThreads requests, and the warps of all blocks take them in turn.
-  __shared__ std::uint32_t tile_end[kThreads];  // wide tiles up to and with a request, counted within its warp
-  __shared__ std::uint32_t warp_tiles[kWarps];  // wide tiles of all requests of a warp
-  __shared__ std::int32_t live[kThreads];  // columns of a request
-  __shared__ std::int32_t begins[kThreads];  // the column that a request's first tile begins at
+  std::uint32_t tile = split.spread_remainder ? warp * blocks + block : block * kWarps + warp;
+  // Every block counts the remainder tiles of a window of requests, and the warps of all blocks take them in turn.
+  __shared__ Window window;
+  __shared__ std::int32_t reaches[kThreads];  // how far a request is written
+  __shared__ std::int32_t begins[kThreads];  // the column that its remainder begins at
   __shared__ std::int64_t pool_rows[kThreads];
-  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
   int first = -kThreads;  // the window's first request: there is none yet
   std::uint32_t window_tiles = 0;  // that the warps take in turn
-  std::uint32_t warp_end = 0;  // lane w: wide tiles up to and with warp w's requests
-  bool wide = false;  // whether a warp takes kWideTiles at once
+  std::uint32_t warp_end = 0;
+  bool wide = false;  // whether a warp takes kWideTiles tiles at once
   const int own_columns = static_cast<int>(split.own_tiles) * kTileColumns;
   while (true) {
     while (tile >= window_tiles) {
       tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
       first += kThreads;
       if (first >= batch_size) return;
-      const int asked = first + slot;
-      int asked_columns = 0;
+      const int request = first + slot;
+      int reach = 0;
       int begin = 0;
       std::uint32_t tiles = 0;
       std::int64_t pool_row = -1;
-      if (asked < batch_size) {
-        pool_row = p.req_pool_indices[asked * p.req_pool_indices_stride];
-        asked_columns = live_columns(p, asked);
-        const int lead = row_lead(p, asked);
-        begin = (asked_columns + lead > split.wide_from ? kWideTiles * own_columns : own_columns) - lead;
-        if (asked_columns > 0 && asked_columns > begin && pool_row >= 0) {
-          tiles = static_cast<std::uint32_t>(asked_columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
+      if (request < batch_size) {
+        pool_row = request_row(p, request);
+        reach = row_reach(p, request);
+        const int columns = written_columns(p, ends_at(p, reach));
+        const int offset = alignment_offset(p, request);
+        begin = (columns + offset > split.wide_from ? kWideTiles * own_columns : own_columns) - offset;
+        if (columns > 0 && columns > begin && pool_row >= 0) {
+          tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
-      if (first > 0) __syncthreads();  // nobody looks tiles up in the last window any more
+      if (first > 0) __syncthreads();  // no warp looks tiles up in the last window any more
       pool_rows[slot] = pool_row;
-      live[slot] = asked_columns;
+      reaches[slot] = reach;
       begins[slot] = begin;
-      const std::uint32_t in_warp = warp_running_sum(tiles);
-      tile_end[slot] = in_warp;
-      if (lane == kWarpSize - 1) warp_tiles[slot / kWarpSize] = in_warp;
-      __syncthreads();
-      window_tiles = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        window_tiles += warp_tiles[w];
-        if (w <= lane) warp_end = window_tiles;  // the lanes after the last warp hold the window's sum
+      window_tiles = count_tiles(window, tiles, warp_end);
+      if constexpr (kWideTiles > 1) {
+        wide = window_tiles * kWideTiles > warps;
+        if (!wide) window_tiles *= kWideTiles;
       }
-      wide = window_tiles * kWideTiles > warps;
-      if (!wide) window_tiles *= kWideTiles;
     }
-    // Whose tile it is: how many warps, then how many of the next warp's requests, end at or before it.
-    const std::uint32_t wide_tile = wide ? tile : tile / kWideTiles;
-    const int group = __popc(__ballot_sync(kFullMask, warp_end <= wide_tile));
-    const std::uint32_t before = __shfl_sync(kFullMask, warp_end, group > 0 ? group - 1 : 0);
-    const std::uint32_t in_group = wide_tile - (group > 0 ? before : 0);
-    const int passed = __popc(__ballot_sync(kFullMask, tile_end[group * kWarpSize + lane] <= in_group));
-    const int found = group * kWarpSize + passed;
-    const std::uint32_t in_row = in_group - (passed > 0 ? tile_end[found - 1] : 0);
-    int column = begins[found] + static_cast<int>(in_row) * kWideTiles * kTileColumns;
+    const Place place = find_tile(window, warp_end, wide ? tile : tile / kWideTiles);
+    const Rows rows = rows_of(first + place.slot);
+    const std::int64_t pool_row = pool_rows[place.slot];
+    const Ends ends = ends_at(p, reaches[place.slot]);
+    int column = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
     if (wide) {
-      copy_tile<kWideTiles>(p, first + found, pool_rows[found], column, live[found]);
+      copy_tile<kWideTiles>(p, rows, pool_row, column, ends);
     } else {
       column += static_cast<int>(tile % kWideTiles) * kTileColumns;
-      if (column < live[found]) copy_tile<1>(p, first + found, pool_rows[found], column, live[found]);
+      if (kWideTiles == 1 || column < written_columns(p, ends)) copy_tile<1>(p, rows, pool_row, column, ends);
     }
     tile += warps;
   }
 }
 
-// The cost follows the live length, not the table's width. Every request has warps of its own, so that none of them
-// waits for other requests' lengths: for short requests that is all. So little is to be done then that every
-// instruction before the first load shows.
-__device__ void gather_tables(const Params& p, const Split& split) {
-  const std::uint32_t block = blockIdx.x - kLengthBlocks;
+__device__ void write_tables(const Params& p, const Split& split) {
+  const std::uint32_t block = blockIdx.x - kFirstTableBlock;
   if (block < split.own_blocks) {
     const std::uint32_t warp = threadIdx.x / kWarpSize;
-    const std::uint32_t place = (block * kWarps + warp) >> split.together;
-    const std::uint32_t turn = __umulhi(place + 1, split.reciprocal);  // place / requests
-    const std::uint32_t request = place - turn * split.requests;
-    const std::int64_t pool_row = p.req_pool_indices[request * p.req_pool_indices_stride];
-    int columns = live_columns(p, request);
-    std::uint32_t tile = (turn << split.together) + (warp & ((1u << split.together) - 1));
-    // Few requests would keep few multiprocessors busy if a block took neighbouring tiles alone.
+    const std::uint32_t place = (block * kWarps + warp) >> split.log2_warps_per_request;
+    const std::uint32_t round = __umulhi(place + 1, split.reciprocal);  // place / requests
+    const std::uint32_t request = place - round * split.requests;
+    const std::int64_t pool_row = request_row(p, request);
+    const int reach = row_reach(p, request);
+    const Ends ends = ends_at(p, reach);
+    int columns = written_columns(p, ends);
+    std::uint32_t tile = (round << split.log2_warps_per_request) + (warp & ((1u << split.log2_warps_per_request) - 1));
+    // Few requests would keep few multiprocessors busy if a block took neighbouring tiles only.
     if (split.spread) {
-      tile = warp / kNearWarps * (split.own_tiles / (kWarps / kNearWarps)) + turn * kNearWarps + warp % kNearWarps;
+      tile = warp / kNearWarps * (split.own_tiles / (kWarps / kNearWarps)) + round * kNearWarps + warp % kNearWarps;
     }
-    if (pool_row < 0) columns = 0;  // there is none, but asking makes the compiler read it beside the length, not after
+    if (pool_row < 0) columns = 0;  // the test makes the compiler load the row beside the length, not after
     if (tile >= split.own_tiles) columns = 0;  // the last block's warps without a request
-    const int lead = row_lead(p, request);
-    if (columns + lead > split.wide_from) {
-      const int column = kWideTiles * static_cast<int>(tile) * kTileColumns - lead;
-      if (column < columns) copy_tile<kWideTiles>(p, request, pool_row, column, columns);
-      return;
+    const int offset = alignment_offset(p, request);
+    if constexpr (kWideTiles > 1) {
+      if (columns + offset > split.wide_from) {
+        const int column = kWideTiles * static_cast<int>(tile) * kTileColumns - offset;
+        if (column < columns) copy_tile<kWideTiles>(p, rows_of(request), pool_row, column, ends);
+        return;
+      }
     }
-    const int column = static_cast<int>(tile) * kTileColumns - lead;
-    if (column < columns && columns > 0) copy_tile<1>(p, request, pool_row, column, columns);
+    const int column = static_cast<int>(tile) * kTileColumns - offset;
+    if (column < columns && columns > 0) copy_tile<1>(p, rows_of(request), pool_row, column, ends);
     return;
   }
-  if (!split.all_own) gather_rest(p, split);
+  if (!split.all_own) copy_remainder(p, split);
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_834a0702a07ba88c(
-    const __grid_constant__ Split split, const __grid_constant__ Params p) {
-  if (blockIdx.x < kLengthBlocks) {
-    refresh_lengths(p);
-  } else {
-    gather_tables(p, split);
-  }
-}
-
-}  // namespace
-
-// ---- host side ---------------------------------------------------------------------------------------------------
-// As many blocks as the tables could need, up to a number that suits the device.
-static std::int64_t table_blocks(const Params& p) {
-  std::int64_t tiles = 0;
-  tiles += p.batch_size * ((p.columns + kTileAlignment - 2) / kTileColumns + 1);
-  std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  // With little to do a block has tiles for kNearWarps alone, and more multiprocessors take part.
+// ---- host side of the strategy
+// Blocks for the tables: as many as they could need, up to a number that suits the device.
+std::int64_t table_blocks(const Params& p) {
+  const std::int64_t tiles = p.batch_size * ((row_columns(p) + largest_offset(p) - 1) / kTileColumns + 1);
+  std::int64_t blocks = (tiles + kWarps - 1) / kWarps;
+  // With little to do, a block has tiles for kNearWarps of its warps, and more multiprocessors take part.
   const std::int64_t spread = (tiles + kNearWarps - 1) / kNearWarps;
-  if (wanted < p.sm_count) wanted = spread < p.sm_count ? spread : p.sm_count;
-  const std::int64_t most = p.sm_count * kBlocksPerSm;
-  const std::int64_t blocks = wanted < most ? wanted : most;
+  if (blocks < p.sm_count) blocks = spread < p.sm_count ? spread : p.sm_count;
+  const std::int64_t limit = p.sm_count * kBlocksPerSm;
+  if (blocks > limit) blocks = limit;
   return blocks > 1 ? blocks : 1;
 }
 
-static Split split_of(const Params& p, std::int64_t blocks) {
+Split split_of(const Params& p) {
+  const std::int64_t blocks = table_blocks(p);
   const std::int64_t requests = p.batch_size > 0 ? p.batch_size : 1;
-  const std::int64_t columns = p.columns;
+  const std::int64_t columns = row_columns(p);
   std::int64_t share = blocks / requests;  // blocks for each request
-  const bool all_own = columns <= share * kWarps * kWideTiles * kTileColumns - (kTileAlignment - 1);
+  const bool all_own = columns <= share * kWarps * kWideTiles * kTileColumns - largest_offset(p);
   const bool spread = columns <= kSpreadRounds * share * kWarps * kTileColumns;
   const bool many = blocks >= kManyBlocks * requests;
-  // Otherwise half of the blocks, or warps of them, belong to requests. The other half is for what those leave.
+  // Unless all tiles are own tiles, half of the blocks, or warps of them, get own tiles, and half get the remainder.
   const std::int64_t half = blocks / 2;
   if (!all_own) share = half / requests;
   std::int64_t own_blocks = share * p.batch_size;
   std::int64_t own_tiles = share * kWarps;
-  std::uint8_t together = 0;
-  while (1 << together < kWarps) ++together;
+  std::uint8_t log2_warps = 0;
+  while (1 << log2_warps < kWarps) ++log2_warps;
   if (share == 0) {
+    // Fewer blocks than requests: several requests share a block, each with fewer of its warps.
     own_tiles = kWarps;
     for (own_blocks = requests; own_blocks > half && own_tiles > 1; own_blocks = (own_blocks + 1) / 2) {
       own_tiles /= 2;
-      --together;
+      --log2_warps;
     }
     // With more requests the threads' division by the reciprocal isn't exact.
     if (own_blocks > half || requests > 0xffff) own_blocks = own_tiles = 0;
@@ -499,27 +724,66 @@ static Split split_of(const Params& p, std::int64_t blocks) {
   split.own_blocks = static_cast<std::uint32_t>(own_blocks);
   split.reciprocal = static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests);
   split.requests = static_cast<std::uint32_t>(p.batch_size);
-  // Where requests have few warps of their own, those take more at once the sooner.
+  // With few warps per request, switch to wide tiles at a shorter length.
   const std::int64_t rounds = all_own || share == 0 ? 1 : many ? 3 : 2;
   split.wide_from = static_cast<std::int32_t>(rounds * own_tiles * kTileColumns);
   split.own_tiles = static_cast<std::uint32_t>(own_tiles);
   split.all_own = all_own;
   split.spread = spread && share > 0;
-  split.rest_spread = many;
-  split.together = together;
+  split.spread_remainder = many;
+  split.log2_warps_per_request = log2_warps;
   return split;
 }
 
-static unsigned grid_blocks(std::int64_t blocks, const Split& split) {
-  // Where each request has few blocks they may leave much. Those that there is no room for at first begin when the
-  // blocks of short requests are done: what is left isn't spread over them.
-  const bool more = !split.all_own && !split.rest_spread;
-  return static_cast<unsigned>(kLengthBlocks + blocks + (more ? blocks / 2 : 0));
+unsigned grid_blocks(const Params& p, const Split& split) {
+  const std::int64_t blocks = table_blocks(p);
+  // Where each request has few blocks, the remainder may be long. Blocks beyond those that run at once start when the
+  // blocks of short requests end.
+  const bool more = !split.all_own && !split.spread_remainder;
+  return static_cast<unsigned>(kFirstTableBlock + blocks + (more ? blocks / 2 : 0));
 }
 
+// ---- vectors -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+// Where the backends' lengths differ, block b writes those of backend b.
+__device__ void refresh_vectors(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const std::int32_t offset = length_offset(b);
+  RunningSum<std::uint32_t> cu_seqlens_k_sum;
+  if (threadIdx.x == 0) store(p.cu_seqlens_k, b, 0, 0);
+  RunningSum<std::uint32_t> nsa_cu_seqlens_k_sum;
+  if (threadIdx.x == 0) store(p.nsa_cu_seqlens_k, b, 0, 0);
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
+    const std::int32_t cache_seqlens = seq_len;
+    const std::int32_t cu_seqlens_k = seq_len;
+    const std::int32_t nsa_cache_seqlens = nsa_length(seq_len);
+    const std::int32_t nsa_cu_seqlens_k = nsa_length(seq_len);
+    const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(static_cast<std::uint32_t>(cu_seqlens_k));
+    const std::uint32_t nsa_cu_seqlens_k_end = nsa_cu_seqlens_k_sum.add(static_cast<std::uint32_t>(nsa_cu_seqlens_k));
+    if (!present) continue;
+    store(p.cache_seqlens, b, request, cache_seqlens);
+    store(p.cu_seqlens_k, b, request + 1, static_cast<std::int32_t>(cu_seqlens_k_end));
+    store(p.nsa_cache_seqlens, b, request, nsa_cache_seqlens);
+    store(p.nsa_cu_seqlens_k, b, request + 1, static_cast<std::int32_t>(nsa_cu_seqlens_k_end));
+  }
+}
+
+// ---- the one launch ----------------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_834a0702a07ba88c(
+    const __grid_constant__ Split split, const __grid_constant__ Params p) {
+  int block = blockIdx.x;
+  if (block < kLengthSets) return refresh_vectors(p, block);
+  write_tables(p, split);
+}
+
+// ---- host side ---------------------------------------------------------------------------------------------------
 // Runs `call` with the plan's device as the current one.
 template <typename Call>
-static cudaError_t on_device(std::int64_t device, const Call& call) {
+cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
@@ -530,6 +794,8 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
   return error != cudaSuccess ? error : restored;
 }
 
+}  // namespace
+
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
@@ -538,10 +804,8 @@ int onelaunch_broadcast_decode_n3_834a0702a07ba88c_launch(const std::int64_t* wo
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    const std::int64_t for_tables = table_blocks(params);
-    const Split split = split_of(params, for_tables);
-    const unsigned blocks = grid_blocks(for_tables, split);
-    config.gridDim = dim3(blocks, 1, 1);
+    const Split split = split_of(params);
+    config.gridDim = dim3(grid_blocks(params, split), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
     return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_834a0702a07ba88c, split, params);

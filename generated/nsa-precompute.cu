@@ -1,4 +1,4 @@
-// Emitted by onelaunch from templates/metadata.cu.j2. Do not edit: change the template, then regenerate with
+// Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
 //   onelaunch show nsa-precompute
 //
 // configuration
@@ -20,26 +20,29 @@
 
 namespace {
 
-// ---- what this kernel is specialized to --------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 1;
-constexpr std::int32_t kIndexTopk = 2048;
-constexpr int kPageSize = 64;  // tokens
-using SeqLen = std::int64_t;
-using PoolIndex = std::int64_t;
-using Token = std::int32_t;
-constexpr int kThreads = 256;  // a block
-constexpr int kResidentBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
+constexpr int kThreads = 256;  // per block
+constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+using SeqLen = std::int64_t;
+constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
+constexpr int kNextN = 1;  // rows of a request
+constexpr std::int32_t kIndexTopk = 2048;  // tokens
+constexpr int kIndexKpool = 1;  // tokens or pages of a pool
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kWideTiles = 2;  // that a warp takes at once in large tables
-constexpr int kWideFrom = 12;  // tiles a multiprocessor
-constexpr int kSpreadTiles = 16;  // a multiprocessor: with fewer half of each block's warps take them
-constexpr int kTileAlignment = 32;  // words, a 128-byte line
-constexpr int kLengthBlocks = 1;  // block 0 writes the lengths, the others the tables
+constexpr int kWideTiles = 2;  // tiles that a warp takes at once where there is enough to do
+constexpr bool kEqualRows = true;  // whether all rows are written equally far
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr int kPageSize = 64;  // tokens
+constexpr int kPageShift = 6;  // its binary logarithm, if it is a power of two
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -73,30 +76,70 @@ struct Params {
 constexpr int kParamWords = 19;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// ---- running sums ------------------------------------------------------------------------------------------------
-// Unsigned, because sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow isn't defined.
+// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+__device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
+  const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
+  return static_cast<std::int32_t>(length);
+}
 
-// The inclusive running sum of `value` over the lanes of a warp, doubling the distance.
-__device__ __forceinline__ std::uint32_t warp_running_sum(std::uint32_t value) {
+// What every backend adds to seq_lens.
+__device__ __forceinline__ std::int32_t length_offset(int) {
+  return kLongestOffset;
+}
+
+// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+__device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
+  const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
+  return row;
+}
+
+// Columns of every row of the tables, whatever a request's length: tokens.
+__host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
+  return p.columns;
+}
+
+// Rows of the tables and of the vectors with an element for each row.
+struct Rows {
+  std::int64_t first, stop;
+};
+
+// The rows of a request.
+__device__ __forceinline__ Rows rows_of(std::int64_t request) {
+  return {request * kNextN, (request + 1) * kNextN};
+}
+
+// Calls write(table, pages per column) for each table whose columns are pages, or pools of pages.
+template <typename Write>
+__device__ __forceinline__ void for_each_page_table(const Params& p, const Write& write) {
+  write(p.real_page_table, 1);
+}
+
+// ---- running sums ------------------------------------------------------------------------------------------------
+// T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
+// may not wrap has 64 bits.
+
+// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+template <typename T>
+__device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    const T other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
     if (lane >= distance) value += other;
   }
   return value;
 }
 
-// The same over the threads of the block; `total` gets the block's sum. The warps' totals meet in shared memory: right
-// for any block of whole warps, whatever part of it holds requests.
-__device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, std::uint32_t& total) {
-  __shared__ std::uint32_t warp_totals[kWarps];
+// The inclusive running sum over the threads of the block; `total` gets the block's sum. All threads must call it.
+template <typename T>
+__device__ __forceinline__ T block_running_sum(T value, T& total) {
+  __shared__ T warp_totals[kWarps];
   const int warp = static_cast<int>(threadIdx.x / kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(value);
+  const T in_warp = warp_running_sum(value);
   if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
   __syncthreads();
-  std::uint32_t sum = 0;
-  std::uint32_t before = 0;
+  T sum = 0;
+  T before = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before = sum;
@@ -107,50 +150,126 @@ __device__ __forceinline__ std::uint32_t block_running_sum(std::uint32_t value, 
   return before + in_warp;
 }
 
-// ---- lengths -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-__device__ void refresh_lengths(const Params& p) {
-  const int batch_size = static_cast<int>(p.batch_size);
-  std::uint32_t cu_seqlens_k_carry = 0;
-  std::uint32_t nsa_cu_seqlens_k_carry = 0;
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.cu_seqlens_k[b][0] = 0;
-#pragma unroll
-    for (int b = 0; b < kBackends; ++b) p.nsa_cu_seqlens_k[b][0] = 0;
+// A running sum over more values than a block has threads: one chunk of kThreads after another.
+template <typename T>
+struct RunningSum {
+  T carry = 0;  // the sum of all chunks so far
+
+  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  __device__ __forceinline__ T add(T value) {
+    T chunk;
+    const T sum = carry + block_running_sum(value, chunk);
+    carry += chunk;
+    return sum;
   }
-  for (int first = 0; first < batch_size; first += kThreads) {
-    const int request = first + static_cast<int>(threadIdx.x);
-    const bool present = request < batch_size;
-    // Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
-    const std::int32_t length = present ? static_cast<std::int32_t>(p.seq_lens[request * p.seq_lens_stride]) : 0;
-    const std::int32_t nsa_length = length < kIndexTopk ? length : kIndexTopk;
-    std::uint32_t cu_seqlens_k_chunk;
-    const std::uint32_t cu_seqlens_k =
-        cu_seqlens_k_carry + block_running_sum(static_cast<std::uint32_t>(length), cu_seqlens_k_chunk);
-    cu_seqlens_k_carry += cu_seqlens_k_chunk;
-    std::uint32_t nsa_cu_seqlens_k_chunk;
-    const std::uint32_t nsa_cu_seqlens_k =
-        nsa_cu_seqlens_k_carry + block_running_sum(static_cast<std::uint32_t>(nsa_length), nsa_cu_seqlens_k_chunk);
-    nsa_cu_seqlens_k_carry += nsa_cu_seqlens_k_chunk;
-    if (present) {
+};
+
+// ---- destinations ------------------------------------------------------------------------------------------------
+// How often a loop over so many destinations is unrolled: fully while that stays short.
+[[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
+  return destinations <= 8 ? destinations : 1;
+}
+
+// ---- storing an element ------------------------------------------------------------------------------------------
+// Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
+template <int N>
+__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+  if constexpr (kLengthSets > 1) {
+    to[b][index] = value;
+  } else {
+#pragma unroll(unrolled(N))
+    for (int i = 0; i < N; ++i) to[i][index] = value;
+  }
+}
+
+// ---- division ----------------------------------------------------------------------------------------------------
+// The quotient rounded down, as Python's //; the divisor is positive.
+template <typename T>
+__device__ __forceinline__ T floor_div(T value, int divisor) {
+  return value / divisor - (value % divisor < 0 ? 1 : 0);
+}
+
+// ---- lengths -----------------------------------------------------------------------------------------------------
+// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
+__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+
+// ---- lengths of sparse attention ---------------------------------------------------------------------------------
+// The tokens of a length that sparse attention reads: at most kIndexTopk in complete pools, and every token behind
+// the last complete pool.
+__device__ __forceinline__ std::int32_t nsa_length(std::int32_t length) {
+  if constexpr (kIndexKpool == 1) return length < kIndexTopk ? length : kIndexTopk;
+  const std::int32_t remainder = length % kIndexKpool;
+  const std::int32_t tail = remainder < 0 ? remainder + kIndexKpool : remainder;
+  const std::int32_t complete = length - tail;
+  return (complete < kIndexTopk ? complete : kIndexTopk) + tail;
+}
+
+// ---- where rows end: at the same column in all destinations ------------------------------------------------------
+// The end is the first column that is not written.
+struct SameEnd {
+  int end;
+};
+__device__ __forceinline__ int longest_end(SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ bool ends_differ(const Table (&)[N], SameEnd) {
+  return false;
+}
+
+template <int N>
+__device__ __forceinline__ int shortest_end(const Table (&)[N], SameEnd ends) {
+  return ends.end;
+}
+
+template <int N>
+__device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
+  return ends.end;
+}
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// A tile is kTileColumns columns of a request's rows. One warp reads it once and writes it to every destination.
+
+// Keeps one base address in a register. Otherwise the compiler computes an address for each load.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* address) {
+  if constexpr (kWarpSize > 1) asm("" : "+l"(address));
+  return address;
+}
+
+// Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
+// at a boundary before the row) and from the row's end on are skipped.
+template <int kTiles, typename T, int N, typename RowEnds>
+__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
+  constexpr int kWords = kTiles * kTileColumns / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int end = longest_end(ends);
+  std::int32_t words[kWords];
+  // Unsigned comparison: a negative column fails the bound check too.
+  const unsigned column = static_cast<unsigned>(first + lane);
+  const T* from = opaque(source + (first + lane));
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.cache_seqlens[b][request] = length;
+  for (int i = 0; i < kWords; ++i) {
+    const bool inside = column + i * kWarpSize < static_cast<unsigned>(end);
+    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
+  }
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
-      for (int b = 0; b < kBackends; ++b) p.nsa_cache_seqlens[b][request] = nsa_length;
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) {
-        p.cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(cu_seqlens_k);
-      }
-#pragma unroll
-      for (int b = 0; b < kBackends; ++b) {
-        p.nsa_cu_seqlens_k[b][request + 1] = static_cast<std::int32_t>(nsa_cu_seqlens_k);
+      for (int i = 0; i < kWords; ++i) {
+        if (column + i * kWarpSize < stop) data[i * kWarpSize] = words[i];
       }
     }
   }
 }
 
-// ---- one tile of a table row -------------------------------------------------------------------------------------
+// ---- 16-byte reads of int32 rows that begin anywhere --------------------------------------------------------------
 // The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
 // array, which would live in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
@@ -170,82 +289,53 @@ __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   return low;
 }
 
-// One of four words, without an indexed array either.
-__device__ __forceinline__ std::int32_t word_of(int4 words, int number) {
-  const std::int32_t even = number & 2 ? words.z : words.x;
-  const std::int32_t odd = number & 2 ? words.w : words.y;
-  return number & 1 ? odd : even;
-}
-
-// An address that words are read from by their distance. Left to itself the compiler works out one for each word.
-__device__ __forceinline__ const std::int32_t* kept(const std::int32_t* address) {
-  asm("" : "+l"(address));
-  return address;
-}
-
 // The 16-byte boundary at or before an address.
 __device__ __forceinline__ const int4* boundary_before(const std::int32_t* address) {
   return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
 }
 
-// How many words an address lies past it, 0 to 3.
+// How many words an address lies behind that boundary, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
 
-// The page of a token, rounded down for padding tokens below zero too.
-__device__ __forceinline__ std::int32_t page_of(Token token) {
-  return static_cast<std::int32_t>(token >> 6);
+// ---- 16-byte accesses --------------------------------------------------------------------------------------------
+// Tiles begin at multiples of this in the destination: a 128-byte line, or a whole tile if that is shorter.
+constexpr int kTileAlignment = kTileColumns < 32 ? kTileColumns : 32;  // words
+
+// How many columns before column 0 of a row its first tile begins. All destinations have the same offset modulo 16
+// bytes: destinations that don't are bound to a kernel with 4-byte stores.
+template <int N>
+__device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64_t row) {
+  const std::int32_t* begin = to[0].data + row * to[0].row_stride;
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
 }
 
-__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token) {
-  const std::int32_t number = page_of(token);
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    p.real_page_table[b].data[row * p.real_page_table[b].row_stride + page] = number;
-  }
-}
-
-// Writes the pages that begin in a tile which lies inside the row, from the registers that hold its tokens.
-template <int kAccesses>
-__device__ __forceinline__ void write_held_pages(
-    const Params& p, std::int64_t row, const int4 (&words)[kAccesses], int first) {
-  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that the warp holds in each of its words
-  static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
-  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
-  // Where in the tile the page begins that this lane writes, and which lane holds its token.
-  const int column = before + static_cast<int>(threadIdx.x % kWarpSize) * kPageSize;
-  const int holder = column / kVectorWords % kWarpSize;
-  std::int32_t token = 0;
-#pragma unroll
-  for (int u = 0; u < kAccesses; ++u) {
-    const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
-    if (column / kGroup == u) token = found;
-  }
-  if (column < kAccesses * kGroup) {
-    write_page(p, row, (first + column) / kPageSize, token);
-  }
-}
-
-// One warp reads kTiles tiles of a row once, from column `first` on as far as they lie in [0, end), and writes them to
-// every backend. `first` counts from a 16-byte boundary of the destination row, so it can be negative.
-// `width` is how far the source row may be read.
-// Returns whether it wrote the pages that begin there, too.
-template <int kTiles>
-__device__ __forceinline__ bool copy_columns(
-    const Params& p, std::int64_t row, const Token* source, int first, int end, int width) {
+// Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
+// `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
+template <int kTiles, typename T, int N, typename RowEnds, typename Then>
+__device__ __forceinline__ bool copy_vectors(
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+  int4 words[kTiles * kUnroll];
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const int column = first + lane * kVectorWords;
-  const int shift = words_past_boundary(source + column);  // the same in all lanes
-  // Inside the row, with room for the words that realigning reads on either side, if it has to: 16-byte accesses
-  // throughout.
-  const int behind = shift > 0 ? kVectorWords - shift : 0;
-  if (first >= shift && first + kColumns <= end && first + kColumns + behind <= width) {
-    const int next = shift > 0 ? 1 : 0;
+  constexpr bool kRealigns = sizeof(T) == sizeof(std::int32_t);
+  const int stop = shortest_end(to, ends);
+  const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
+  if constexpr (kRealigns) {
+    // Source rows begin anywhere: each group of four words is selected from the two aligned groups that it lies in.
+    int next = 1;
+    if constexpr (kEqualRows) {
+      // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+      const int shift = words_past_boundary(source + column);
+      next = shift > 0 ? 1 : 0;
+      const int behind = shift > 0 ? kVectorWords - shift : 0;
+      if (first < shift || first + kColumns > stop || first + kColumns + behind > width) return false;
+    } else {
+      if (first < kVectorWords || first + kColumns > stop || first + kColumns + kVectorWords > width) return false;
+    }
+    const int shift = words_past_boundary(source + column);
     const int4* aligned = boundary_before(source + column);
-    int4 words[kAccesses];
     int4 high[kAccesses];
 #pragma unroll
     for (int u = 0; u < kAccesses; ++u) {
@@ -254,137 +344,267 @@ __device__ __forceinline__ bool copy_columns(
     }
 #pragma unroll
     for (int u = 0; u < kAccesses; ++u) words[u] = realign(words[u], high[u], shift);
+  } else {
+    if (first < 0 || first + kColumns > stop) return false;
 #pragma unroll
-    for (int b = 0; b < kBackends; ++b) {
-      int4* to = reinterpret_cast<int4*>(p.page_indices[b].data + row * p.page_indices[b].row_stride + column);
-#pragma unroll
-      for (int u = 0; u < kAccesses; ++u) to[u * kWarpSize] = words[u];
-    }
-    write_held_pages(p, row, words, first);
-    return true;
-  }
-  // An edge of the row: single words, still one coalesced access a warp.
-  constexpr int kWords = kColumns / kWarpSize;
-  std::int32_t words[kWords];
-  // Compared without a sign, what lies before the row lies behind it too.
-  const unsigned edge = static_cast<unsigned>(first + lane);
-  const Token* from = kept(source + (first + lane));
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const bool inside = edge + i * kWarpSize < static_cast<unsigned>(end);
-    words[i] = inside ? static_cast<std::int32_t>(__ldg(from + i * kWarpSize)) : 0;
-  }
-#pragma unroll
-  for (int b = 0; b < kBackends; ++b) {
-    std::int32_t* to = p.page_indices[b].data + row * p.page_indices[b].row_stride + (first + lane);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      if (edge + i * kWarpSize < static_cast<unsigned>(end)) to[i * kWarpSize] = words[i];
+    for (int u = 0; u < kAccesses; ++u) {
+      const T* at = source + column + u * kWarpSize * kVectorWords;
+      words[u].x = static_cast<std::int32_t>(__ldg(at));
+      words[u].y = static_cast<std::int32_t>(__ldg(at + 1));
+      words[u].z = static_cast<std::int32_t>(__ldg(at + 2));
+      words[u].w = static_cast<std::int32_t>(__ldg(at + 3));
     }
   }
-  return false;
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+#pragma unroll
+      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
+    }
+  }
+  then(words);
+  return true;
 }
 
-// Everything that one tile of a request's row needs: `end` is the first column that isn't written.
+// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
+template <int kTiles, typename T, int N, typename RowEnds>
+__device__ __forceinline__ void copy_columns(
+    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, rows, source, first, ends);
+  }
+}
+
+// ---- how far rows are written: to max_len, whatever a request's length -------------------------------------------
+using Ends = SameEnd;
+
+__device__ __forceinline__ int row_reach(const Params& p, std::int64_t) {
+  return static_cast<int>(p.columns);
+}
+
+__device__ __forceinline__ Ends ends_at(const Params&, int reach) {
+  return {reach};
+}
+
+// ---- pages -------------------------------------------------------------------------------------------------------
+// The pages that a number of tokens takes.
+__device__ __forceinline__ int pages_of(int tokens) {
+  return tokens / kPageSize + (tokens % kPageSize != 0);
+}
+
+// The page of a token, rounded down: padding tokens are negative.
+__device__ __forceinline__ std::int32_t page_of(Token token) {
+  if constexpr ((kPageSize & (kPageSize - 1)) == 0) return static_cast<std::int32_t>(token >> kPageShift);
+  return static_cast<std::int32_t>(floor_div(token, kPageSize));
+}
+
+// ---- the columns of a tile are tokens ----------------------------------------------------------------------------
+[[maybe_unused]] __device__ __forceinline__ int written_columns(const Params&, Ends ends) {
+  return longest_end(ends);
+}
+
+__device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t row) {
+  return alignment_offset(p.page_indices, row);
+}
+
+// The largest alignment offset of the table's rows: 0 if all of them begin at a boundary.
+inline std::int64_t largest_offset(const Params& p) {
+  const Table& table = p.page_indices[0];
+  const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
+  const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
+  return begin % kTileAlignment == 0 && stride % kTileAlignment == 0 ? 0 : kTileAlignment - 1;
+}
+
+// ---- the pages that begin in a tile of tokens --------------------------------------------------------------------
+// Stores one page to a table with a column for each page, or for each `pages_per_column` of them.
+template <int N>
+__device__ __forceinline__ void store_page(
+    const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {
+  if (page % pages_per_column != 0) return;
+  const std::int32_t value = floor_div(number, pages_per_column);
+#pragma unroll(unrolled(N))
+  for (int b = 0; b < N; ++b) {
+    if (ends_differ(to, ends) && page >= pages_of(end_of(to, ends, b))) continue;
+    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+      to[b].data[row * to[b].row_stride + page / pages_per_column] = value;
+    }
+  }
+}
+
+__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token, Ends ends) {
+  const std::int32_t number = page_of(token);
+  for_each_page_table(p, [&](const auto& table, int pages_per_column) {
+    store_page(table, pages_per_column, rows, page, number, ends);
+  });
+}
+
+// Writes the pages that begin in kTiles tiles. Their numbers come from req_to_token, never from a destination that
+// other threads are writing.
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(
-    const Params& p, std::int64_t row, std::int64_t pool_row, int first, int end) {
+__device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Token* source, int first, Ends ends) {
   constexpr int kColumns = kTiles * kTileColumns;
-  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  if (copy_columns<kTiles>(p, row, source, first, end, static_cast<int>(p.req_to_token_width))) return;
-  // The pages that begin in the tile. Their numbers come from req_to_token, never from a table that other threads are
-  // writing.
+  const int end = longest_end(ends);
   const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
   const unsigned stop = static_cast<unsigned>(first + kColumns < end ? first + kColumns : end);
   const unsigned stop_page = (stop - 1) / kPageSize + 1;
-  const unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
-  if (page < stop_page) {
-    write_page(p, row, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize));
+  unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
+  for (; page < stop_page; page += kWarpSize) {
+    write_page(p, rows, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
+    if constexpr (kColumns <= kWarpSize * kPageSize) break;  // a lane has one page at most
   }
 }
 
-// ---- which warp takes which tile ---------------------------------------------------------------------------------
-// What the host works out for a launch: dividing by a number that isn't a constant takes a thread dozens of
-// instructions, one after the other.
+// ---- tables of tokens and of pages, whose tokens are in registers already ----------------------------------------
+// With a tile's tokens come the pages that begin in it. Where a page is a multiple of four
+// tokens, the tokens that begin pages are all the same one of a lane's four words.
+// One of four words. Selects instead of an indexed array, which would live in local memory.
+__device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
+  const std::int32_t even = index & 2 ? words.z : words.x;
+  const std::int32_t odd = index & 2 ? words.w : words.y;
+  return index & 1 ? odd : even;
+}
+
+// Writes the pages that begin in a tile inside the row. `words` holds the tile's tokens.
+template <int kAccesses>
+__device__ __forceinline__ void write_held_pages(
+    const Params& p, Rows rows, const int4 (&words)[kAccesses], int first, Ends ends) {
+  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that the warp holds in each of its words
+  static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
+  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
+  // Where in the tile this lane's page begins, and which lane holds its token.
+  const int column = before + static_cast<int>(threadIdx.x % kWarpSize) * kPageSize;
+  const int holder = column / kVectorWords % kWarpSize;
+  std::int32_t token = 0;
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
+    if (column / kGroup == u) token = found;
+  }
+  if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);
+}
+
+template <int kTiles>
+__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  const int width = static_cast<int>(p.req_to_token_width);
+  if (copy_vectors<kTiles>(p.page_indices, rows, source, width, first, ends, [&](const auto& words) {
+        write_held_pages(p, rows, words, first, ends);
+      }))
+    return;
+  copy_words<kTiles>(p.page_indices, rows, source, first, ends);
+  read_pages<kTiles>(p, rows, source, first, ends);
+}
+
+// ---- strategy: rows of equal length ------------------------------------------------------------------------------
+// Every row has as many tiles, whatever the requests' lengths, and every warp takes one of them: tile `tile` of row
+// `row` belongs to warp row * tiles + tile. A loop would make the compiler fetch the constants of all destinations
+// before the first load.
+//
+//   block   0 .. kFirstTableBlock   0             1             2
+//          +-----------------------+-------------+-------------+-------------+
+//          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
+//          +-----------------------+-------------+-------------+-------------+
+constexpr int kWideFrom = 12;  // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
+constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half of each block's warps take them
+
+// The host's share: dividing by a number that isn't a constant takes a thread dozens of dependent instructions.
 struct Split {
   std::uint32_t tiles;  // of a row
   std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
-  std::uint32_t warps;  // of a block that take tiles
+  std::uint32_t warps;  // of a block that take tiles; none where rows have no columns
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
-// Tiles begin at boundaries of kTileAlignment words in the first backend's row, which lie this many columns before
-// column 0. Modulo 16 bytes all backends agree on it: a plan whose destinations don't is bound to a
-// kernel with 4-byte stores.
-__device__ __forceinline__ int row_lead(const Params& p, std::int64_t row) {
-  const std::int32_t* begin = p.page_indices[0].data + row * p.page_indices[0].row_stride;
-  return static_cast<int>(reinterpret_cast<std::uintptr_t>(begin) / sizeof(std::int32_t) % kTileAlignment);
-}
-
-// Every row has max_len columns: each warp takes one tile of equal rows. A loop would have the compiler
-// fetch the constants of all destinations before the first read.
-__device__ void gather_tables(const Params& p, const Split& split) {
-  const int columns = static_cast<int>(p.columns);
+__device__ void write_tables(const Params& p, const Split& split) {
+  const int columns = static_cast<int>(row_columns(p));
   const std::uint32_t warp = threadIdx.x / kWarpSize;
   if (warp >= split.warps) return;
-  // 32 bits hold the count of tiles of any table that fits a device.
-  const std::uint32_t tile = (blockIdx.x - kLengthBlocks) * split.warps + warp;
+  // 32 bits hold the number of tiles of any table that fits a device.
+  const std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * split.warps + warp;
   const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
   const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
-  const int column = static_cast<int>(in_row) * split.tile_columns - row_lead(p, row);
-  if (row >= p.batch_size || column >= columns || columns <= 0) return;
-  const std::int64_t pool_row = p.req_pool_indices[row * p.req_pool_indices_stride];
-  if (split.tile_columns > kTileColumns) {
-    copy_tile<kWideTiles>(p, row, pool_row, column, columns);
+  const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
+  const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
+  if (row >= p.batch_size || column >= columns) return;
+  const std::int64_t pool_row = request_row(p, row);
+  if (pool_row < 0) return;
+  const Ends ends = ends_at(p, row_reach(p, row));
+  if (tile_columns > kTileColumns) {
+    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
   } else {
-    copy_tile<1>(p, row, pool_row, column, columns);
+    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+  }
+}
+
+// ---- host side of the strategy
+Split split_of(const Params& p) {
+  const std::int64_t columns = row_columns(p);
+  // A warp takes more at once where there is enough for all warps.
+  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
+  const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
+  // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
+  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
+  return {
+      static_cast<std::uint32_t>(tiles),
+      static_cast<std::int32_t>(tile_columns),
+      static_cast<std::uint32_t>(
+          columns == 0 ? 0
+          : few        ? (kWarps + 1) / 2
+                       : kWarps),
+      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles),
+  };
+}
+
+// As many blocks as the tables need.
+unsigned grid_blocks(const Params& p, const Split& split) {
+  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
+  return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
+// Where the backends' lengths differ, block b writes those of backend b.
+__device__ void refresh_vectors(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const std::int32_t offset = length_offset(b);
+  RunningSum<std::uint32_t> cu_seqlens_k_sum;
+  if (threadIdx.x == 0) store(p.cu_seqlens_k, b, 0, 0);
+  RunningSum<std::uint32_t> nsa_cu_seqlens_k_sum;
+  if (threadIdx.x == 0) store(p.nsa_cu_seqlens_k, b, 0, 0);
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
+    const std::int32_t cache_seqlens = seq_len;
+    const std::int32_t cu_seqlens_k = seq_len;
+    const std::int32_t nsa_cache_seqlens = nsa_length(seq_len);
+    const std::int32_t nsa_cu_seqlens_k = nsa_length(seq_len);
+    const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(static_cast<std::uint32_t>(cu_seqlens_k));
+    const std::uint32_t nsa_cu_seqlens_k_end = nsa_cu_seqlens_k_sum.add(static_cast<std::uint32_t>(nsa_cu_seqlens_k));
+    if (!present) continue;
+    store(p.cache_seqlens, b, request, cache_seqlens);
+    store(p.cu_seqlens_k, b, request + 1, static_cast<std::int32_t>(cu_seqlens_k_end));
+    store(p.nsa_cache_seqlens, b, request, nsa_cache_seqlens);
+    store(p.nsa_cu_seqlens_k, b, request + 1, static_cast<std::int32_t>(nsa_cu_seqlens_k_end));
   }
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_70e64caf87158162(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
-  if (blockIdx.x < kLengthBlocks) {
-    refresh_lengths(p);
-  } else {
-    gather_tables(p, split);
-  }
+  int block = blockIdx.x;
+  if (block < kLengthSets) return refresh_vectors(p, block);
+  write_tables(p, split);
 }
-
-}  // namespace
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-static Split split_of(const Params& p) {
-  const std::int64_t columns = p.columns;
-  // A warp takes more at once where there is enough for all warps.
-  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
-  const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
-  // Rows that all begin at a boundary have no lead.
-  const Table& table = p.page_indices[0];
-  const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
-  const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
-  const bool aligned = begin % kTileAlignment == 0 && stride % kTileAlignment == 0;
-  const std::int64_t tiles = (columns + (aligned ? 0 : kTileAlignment - 1) - 1) / tile_columns + 1;
-  // Where there are few tiles half of a block's warps take them, so that twice as many blocks take part.
-  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
-  return {
-      static_cast<std::uint32_t>(tiles),
-      static_cast<std::int32_t>(tile_columns),
-      static_cast<std::uint32_t>(few ? (kWarps + 1) / 2 : kWarps),
-      ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles > 0 ? tiles : 1),
-  };
-}
-
-// As many blocks as the tables need.
-static unsigned grid_blocks(const Params& p, const Split& split) {
-  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
-  const std::int64_t blocks = (tiles + split.warps - 1) / split.warps;
-  return static_cast<unsigned>(kLengthBlocks + (blocks > 1 ? blocks : 1));
-}
-
 // Runs `call` with the plan's device as the current one.
 template <typename Call>
-static cudaError_t on_device(std::int64_t device, const Call& call) {
+cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
@@ -395,6 +615,8 @@ static cudaError_t on_device(std::int64_t device, const Call& call) {
   return error != cudaSuccess ? error : restored;
 }
 
+}  // namespace
+
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
@@ -404,8 +626,7 @@ int onelaunch_broadcast_decode_n1_70e64caf87158162_launch(const std::int64_t* wo
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
     const Split split = split_of(params);
-    const unsigned blocks = grid_blocks(params, split);
-    config.gridDim = dim3(blocks, 1, 1);
+    config.gridDim = dim3(grid_blocks(params, split), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
     return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_70e64caf87158162, split, params);

@@ -1,9 +1,15 @@
-"""Bad input, one by one: the error's class, a sentence that names the argument and its value, and nothing written."""
+"""Bad input, one argument at a time: the error's class, a message that names the argument, and nothing written.
+
+All functions share the checks of destinations and pools, so bind() gets every case of them and the others a few, which
+show that the check is made and that the message has the function's own names.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import onelaunch
@@ -20,7 +26,7 @@ META = torch.device("meta")
 
 @dataclass
 class Scene:
-    """Arguments of a good call. A case spoils one of them."""
+    """Arguments of a good call. A case changes one of them for the worse."""
 
     device: torch.device
     fields: Sequence[str] = SIX_FIELDS
@@ -38,8 +44,14 @@ class Scene:
         self.rows: Any = torch.tensor([1, 2, 3, 4], device=self.device)
         self.extends: Any = None
 
+    def poison(self) -> None:
+        """Poisons all destinations again."""
+        for backend in self.poisoned:
+            for storage in backend.storages.values():
+                storage.fill_(support.POISON)
+
     def set(self, name: str, change: Callable[[Tensor], Any], backend: int = 1) -> None:
-        """Spoils one destination."""
+        """Changes one destination."""
         buffers = self.backends[backend]
         setattr(buffers, name, change(getattr(buffers, name)))
 
@@ -54,7 +66,7 @@ def refused(error: type[Exception], fragments: Sequence[str], call: Callable[[],
     assert type(caught.value) is error
     message = str(caught.value)
     for fragment in fragments:
-        assert fragment in message, f"{fragment!r} isn't in: {message}"
+        assert fragment in message
     assert message.endswith((".", "?")), message
 
 
@@ -77,8 +89,18 @@ def named(cases: Sequence[tuple[Any, ...]]) -> Any:
     return pytest.mark.parametrize(("change", "fragments"), [c[1:] for c in cases], ids=[c[0] for c in cases])
 
 
-# Spoilt destinations and pools, the same for every function that takes them. {0} stands for the name of backend 1's
-# field in the function's messages.
+# Bad destinations and pools. {name} stands for what a function calls backend 1's field in its messages.
+
+
+def engine_object(tensor: Tensor) -> Any:
+    """What has a tensor's attributes and isn't one."""
+    return SimpleNamespace(dtype=tensor.dtype, shape=tensor.shape, device=tensor.device, tensor=tensor)
+
+
+def nested(tensor: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        return torch.nested.nested_tensor([tensor[0], tensor[1, 1:]])
 
 
 def overlap_by_a_column(scene: Scene) -> None:
@@ -111,41 +133,36 @@ def overlap_of_cumulative_tails(scene: Scene) -> None:
     scene.backends[0].cu_seqlens_k, scene.backends[1].cu_seqlens_k = memory[: BS + 1], memory[BS:]
 
 
+def overlap_of_the_pool(scene: Scene) -> None:
+    memory = torch.full((7 * WIDTH,), support.POISON, dtype=torch.int32, device=scene.device)
+    scene.pool = memory[: 6 * WIDTH].view(6, WIDTH)
+    scene.set("cache_seqlens", lambda t: memory[6 * WIDTH - 1 :][:BS])
+
+
 DESTINATIONS: list[Case] = [
-    *[(f"dtype of {name}", spoil(name, Tensor.long), (f"{{{name}}} has dtype int64", "int32")) for name in SIX_FIELDS],
-    ("dtype float", spoil("page_indices", Tensor.float), ("{page_indices} has dtype float32", "int32")),
-    ("dtype bool", spoil("cache_seqlens", Tensor.bool), ("{cache_seqlens} has dtype bool", "int32")),
-    *[(f"device of {name}", spoil(name, lambda t: t.to(META)), (f"{{{name}}} is on meta",)) for name in SIX_FIELDS],
-    (
-        "rank of a vector",
-        spoil("cache_seqlens", lambda t: t[None]),
-        ("{cache_seqlens} has shape (1, 5)", "1 dimension."),
-    ),
+    ("dtype", spoil("page_indices", Tensor.long), ("{page_indices} has dtype int64", "int32")),
+    ("dtype of a sum", spoil("nsa_cu_seqlens_k", Tensor.float), ("{nsa_cu_seqlens_k} has dtype float32", "int32")),
+    ("device", spoil("cache_seqlens", lambda t: t.to(META)), ("{cache_seqlens} is on meta",)),
+    ("device of a table", spoil("real_page_table", lambda t: t.to(META)), ("{real_page_table} is on meta",)),
+    ("rank", spoil("cache_seqlens", lambda t: t[None]), ("{cache_seqlens} has shape (1, 5)", "1 dimension.")),
     ("rank of a sum", spoil("cu_seqlens_k", lambda t: t[0]), ("{cu_seqlens_k} has shape ()", "1 dimension.")),
-    ("rank 1 of a table", spoil("page_indices", lambda t: t[0]), ("{page_indices} has shape (40,)", "2 dimensions.")),
-    (
-        "rank 3 of a table",
-        spoil("real_page_table", lambda t: t[None]),
-        ("{real_page_table} has shape (1, 5, 3)", "2 dim"),
-    ),
+    ("rank of a table", spoil("page_indices", lambda t: t[0]), ("{page_indices} has shape (40,)", "2 dimensions.")),
+    ("rank 3", spoil("real_page_table", lambda t: t[None]), ("{real_page_table} has shape (1, 5, 3)", "2 dimensions.")),
     ("a list", spoil("cache_seqlens", Tensor.tolist), ("{cache_seqlens} is a list", "torch.Tensor")),
+    ("an object", spoil("page_indices", engine_object), ("{page_indices} is a SimpleNamespace", "torch.Tensor")),
     ("a sparse tensor", spoil("page_indices", Tensor.to_sparse), ("{page_indices} has layout torch.sparse_coo",)),
+    ("a nested tensor", spoil("page_indices", nested), ("{page_indices} is a nested tensor", "one shape")),
     ("widths", spoil("page_indices", lambda t: t[:, :-1]), ("{page_indices} has 39 columns", "40")),
     ("widths of pages", spoil("real_page_table", lambda t: t[:, :-1]), ("{real_page_table} has 2 columns", "3")),
     ("an empty sum", spoil("nsa_cu_seqlens_k", lambda t: t[:0]), ("{nsa_cu_seqlens_k} is empty", "bs + 1")),
-    ("stride of a vector", spoil("cache_seqlens", lambda t: t.repeat(2)[::2]), ("{cache_seqlens} has stride 2",)),
-    ("expanded vector", spoil("cache_seqlens", lambda t: t[:1].expand(5)), ("{cache_seqlens} has stride 0",)),
+    ("stride", spoil("cache_seqlens", lambda t: t.repeat(2)[::2]), ("{cache_seqlens} has stride 2",)),
+    ("expanded", spoil("cache_seqlens", lambda t: t[:1].expand(5)), ("{cache_seqlens} has stride 0",)),
     (
         "inner stride",
         spoil("page_indices", lambda t: t.repeat(1, 2)[:, ::2]),
         ("{page_indices} has strides (80, 2)", "inner stride must be 1"),
     ),
     ("transposed", spoil("page_indices", lambda t: t.repeat(8, 1).T[:, :40]), ("{page_indices} has strides (1, 40)",)),
-    (
-        "inner stride of pages",
-        spoil("real_page_table", lambda t: t.repeat(1, 2)[:, ::2]),
-        ("{real_page_table} has strides (6, 2)", "inner stride must be 1"),
-    ),
     (
         "expanded rows",
         spoil("page_indices", lambda t: t[:1].expand(5, -1)),
@@ -159,31 +176,23 @@ DESTINATIONS: list[Case] = [
     ("overlap by a column", overlap_by_a_column, ("{page_indices} overlaps", "in memory")),
     ("overlap by a row", overlap_by_a_row, ("{page_indices} overlaps", "in memory")),
     ("overlap of two fields", overlap_of_two_fields, ("{nsa_cache_seqlens}", "{cache_seqlens}", "overlaps")),
-    (
-        "overlap of a vector with a table",
-        overlap_of_a_vector_with_a_table,
-        ("{cache_seqlens} overlaps", "page_indices"),
-    ),
+    ("overlap of kinds", overlap_of_a_vector_with_a_table, ("{cache_seqlens} overlaps", "page_indices")),
     ("overlap of other row strides", overlap_of_other_row_strides, ("{page_indices} overlaps", "in memory")),
     ("overlap of one element", overlap_of_cumulative_tails, ("{cu_seqlens_k} overlaps", "in memory")),
 ]
 
 POOLS: list[Case] = [
-    (
-        "pool: dtype int16",
-        attribute("pool", lambda s: s.pool.short()),
-        ("req_to_token has dtype int16", "int32 or int64"),
-    ),
-    (
-        "pool: dtype float",
-        attribute("pool", lambda s: s.pool.float()),
-        ("req_to_token has dtype float32", "int32 or int64"),
-    ),
+    ("pool: dtype", attribute("pool", lambda s: s.pool.short()), ("req_to_token has dtype int16", "int32 or int64")),
     ("pool: device", attribute("pool", lambda s: s.pool.to(META)), ("req_to_token is on meta",)),
-    ("pool: rank 1", attribute("pool", lambda s: s.pool[0]), ("req_to_token has shape (40,)", "2 dimensions")),
-    ("pool: rank 3", attribute("pool", lambda s: s.pool[None]), ("req_to_token has shape (1, 6, 40)", "2 dimensions")),
+    ("pool: rank", attribute("pool", lambda s: s.pool[0]), ("req_to_token has shape (40,)", "2 dimensions")),
     ("pool: a list", attribute("pool", lambda s: s.pool.tolist()), ("req_to_token is a list", "torch.Tensor")),
     ("pool: none", attribute("pool", lambda s: None), ("req_to_token is a NoneType", "torch.Tensor")),
+    (
+        "pool: an object",
+        attribute("pool", lambda s: engine_object(s.pool)),
+        ("req_to_token is a SimpleNamespace", "torch.Tensor"),
+    ),
+    ("pool: a nested tensor", attribute("pool", lambda s: nested(s.pool)), ("req_to_token is a nested tensor",)),
     (
         "pool: inner stride",
         attribute("pool", lambda s: s.pool.repeat(1, 2)[:, ::2]),
@@ -199,42 +208,24 @@ POOLS: list[Case] = [
         lambda s: setattr(s, "pool", s.backends[1].page_indices),
         ("{page_indices} overlaps req_to_token",),
     ),
-    (
-        "pool: shares a word with a destination",
-        lambda s: (
-            setattr(
-                s,
-                "pool",
-                torch.full((7 * WIDTH,), support.POISON, dtype=torch.int32, device=s.device)[: 6 * WIDTH].view(
-                    6, WIDTH
-                ),
-            ),
-            s.set("cache_seqlens", lambda t: s.pool.as_strided((BS,), (1,), 6 * WIDTH - 1)),
-        ),
-        ("{cache_seqlens} overlaps req_to_token",),
-    ),
+    ("pool: shares a word with a destination", overlap_of_the_pool, ("{cache_seqlens} overlaps req_to_token",)),
 ]
-
-
-def numbers(name: str, low: int, high: int | None, shown: str | None = None) -> list[tuple[str, Any, tuple[str, ...]]]:
-    """Values that no whole-number argument takes: (id, value, fragments)."""
-    shown = shown or name
-    cases: list[tuple[str, Any, tuple[str, ...]]] = [
-        (f"{name}: below", low - 1, (f"{shown} is {low - 1}; allowed: {low}",)),
-        (f"{name}: far below", -(2**40), (f"{shown} is {-(2**40)}; allowed: {low}",)),
-        (f"{name}: bool", True, (f"{shown} is True (bool)", "Python int")),
-        (f"{name}: float", 16.0, (f"{shown} is 16.0 (float)", "Python int")),
-        (f"{name}: text", "16", (f"{shown} is '16' (str)", "Python int")),
-        (f"{name}: tensor", torch.tensor(16), (f"{shown} is tensor(16) (Tensor)", "Python int")),
-        (f"{name}: list", [16], (f"{shown} is [16] (list)", "Python int")),
-    ]
-    if high is not None:
-        cases.append((f"{name}: above", high + 1, (f"{shown} is {high + 1}; allowed: {low} to {high}",)))
-    return cases
+# Those that the other functions get, too.
+FEW = ("dtype", "a list", "an object", "pool: dtype", "pool: a list", "pool: an object", "pool: is a destination")
+SOME: list[Case] = [case for case in [*DESTINATIONS, *POOLS] if case[0] in FEW]
 
 
 def number_facts(name: str, low: int, high: int | None) -> list[Case]:
-    return [(case, fact(**{name: value}), fragments) for case, value, fragments in numbers(name, low, high)]
+    """Values that a whole-number argument refuses."""
+    cases: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("below", low - 1, (f"{name} is {low - 1}; allowed: {low}",)),
+        ("bool", True, (f"{name} is True (bool)", "Python int")),
+        ("float", 16.0, (f"{name} is 16.0 (float)", "Python int")),
+        ("tensor", torch.tensor(16), (f"{name} is tensor(16) (Tensor)", "Python int")),
+    ]
+    if high is not None:
+        cases.append(("above", high + 1, (f"{name} is {high + 1}; allowed: {low} to {high}",)))
+    return [(f"{name}: {case}", fact(**{name: value}), fragments) for case, value, fragments in cases]
 
 
 def with_names(fragments: Sequence[str], pattern: str) -> list[str]:
@@ -254,6 +245,7 @@ BIND: list[Case] = [
     ("backends: one", attribute("backends", lambda s: s.backends[0]), ("backends is a MetadataBuffers", "list of")),
     ("backends: none", attribute("backends", lambda s: None), ("backends is a NoneType", "list of MetadataBuffers")),
     ("backends: empty", attribute("backends", lambda s: []), ("backends is empty", "at least one")),
+    ("backends: text", attribute("backends", lambda s: "ab"), ("backends is a str", "list of MetadataBuffers")),
     ("backends: one none", attribute("backends", lambda s: [s.backends[0], None]), ("backends[1] is a NoneType",)),
     ("backends: a dict", attribute("backends", lambda s: [{}, *s.backends]), ("backends[0] is a dict",)),
     (
@@ -367,10 +359,7 @@ def test_bind(device: torch.device, change: Callable[[Scene], None], fragments: 
         ("page_fill", fact(page_fill=-1), ("page_fill is -1", "only table")),
         ("page_fill: 0", fact(page_fill=0), ("page_fill is 0", "None, -1")),
         ("checked", fact(checked=1), ("checked is 1", "False, True")),
-        ("mode misspelt", fact(mode="decod"), ("mode is 'decod'", "Did you mean 'decode'?")),
         ("extent", fact(extent="everything"), ("extent is 'everything'", "'live', 'full'")),
-        ("extent misspelt", fact(extent="ful"), ("extent is 'ful'", "Did you mean 'full'?")),
-        ("extent: none", fact(extent=None), ("extent is None", "'live', 'full'")),
         ("extent: a list", fact(extent=["full"]), ("extent is ['full']", "'live', 'full'")),
     ]
 )
@@ -400,31 +389,19 @@ def test_bind_accepts_what_only_looks_like_an_overlap(device: torch.device) -> N
 
 INPUTS: list[Case] = [
     ("seq_lens: float", attribute("seq_lens", lambda s: s.seq_lens.float()), ("seq_lens has dtype float32",)),
-    ("seq_lens: bool", attribute("seq_lens", lambda s: s.seq_lens.bool()), ("seq_lens has dtype bool",)),
     ("rows: int16", attribute("rows", lambda s: s.rows.short()), ("req_pool_indices has dtype int16",)),
-    ("seq_lens: device", attribute("seq_lens", lambda s: s.seq_lens.to(META)), ("seq_lens is on meta",)),
     ("rows: device", attribute("rows", lambda s: s.rows.to(META)), ("req_pool_indices is on meta",)),
-    (
-        "seq_lens: rank 2",
-        attribute("seq_lens", lambda s: s.seq_lens[None]),
-        ("seq_lens has shape (1, 4)", "1 dimension."),
-    ),
+    ("seq_lens: rank 2", attribute("seq_lens", lambda s: s.seq_lens[None]), ("seq_lens has shape (1, 4)", "1 dim")),
     ("seq_lens: rank 0", attribute("seq_lens", lambda s: s.seq_lens[0]), ("seq_lens has shape ()", "1 dimension.")),
-    (
-        "rows: rank 2",
-        attribute("rows", lambda s: s.rows[:, None]),
-        ("req_pool_indices has shape (4, 1)", "1 dimension."),
-    ),
     ("rows: fewer", attribute("rows", lambda s: s.rows[:3]), ("req_pool_indices has 3 elements", "seq_lens has 4")),
-    (
-        "rows: more",
-        attribute("seq_lens", lambda s: s.seq_lens[:1]),
-        ("req_pool_indices has 4 elements", "seq_lens has 1"),
-    ),
+    ("rows: more", attribute("seq_lens", lambda s: s.seq_lens[:1]), ("req_pool_indices has 4 elements", "has 1")),
     ("seq_lens: none", attribute("seq_lens", lambda s: None), ("seq_lens is a NoneType", "torch.Tensor")),
-    ("seq_lens: a list", attribute("seq_lens", lambda s: [1, 2]), ("seq_lens is a list", "torch.Tensor")),
-    ("rows: none", attribute("rows", lambda s: None), ("req_pool_indices is a NoneType", "torch.Tensor")),
     ("rows: a list", attribute("rows", lambda s: [1, 2]), ("req_pool_indices is a list", "torch.Tensor")),
+    (
+        "seq_lens: an object",
+        attribute("seq_lens", lambda s: engine_object(s.seq_lens)),
+        ("seq_lens is a SimpleNamespace", "torch.Tensor"),
+    ),
     (
         "more requests than room",
         lambda s: (setattr(s, "seq_lens", s.seq_lens.repeat(2)), setattr(s, "rows", s.rows.repeat(2))),
@@ -454,9 +431,7 @@ def test_run(device: torch.device, change: Callable[[Scene], None], fragments: t
     if earlier:
         plan.run(scene.seq_lens, scene.rows, max_len=1)
         plan.run(scene.seq_lens, scene.rows, max_len=16)
-        for backend in scene.poisoned:
-            for storage in backend.storages.values():
-                storage.fill_(support.POISON)
+        scene.poison()
     change(scene)
     refused(ArgumentError, fragments, lambda: plan.run(scene.seq_lens, scene.rows, **scene.facts))
     assert_untouched(scene.poisoned)
@@ -513,9 +488,6 @@ VARIABLE = {"mode": "draft_extend", "extend": "variable"}
             attribute("extends", lambda s: s.extends.int()),
             ("extend_seq_lens has dtype int32", "int64"),
         ),
-        ("float", attribute("extends", lambda s: s.extends.float()), ("extend_seq_lens has dtype float32",)),
-        ("rank", attribute("extends", lambda s: s.extends[None]), ("extend_seq_lens has shape (1, 4)", "1 dimension.")),
-        ("device", attribute("extends", lambda s: s.extends.to(META)), ("extend_seq_lens is on meta",)),
     ]
 )
 def test_run_with_extend_lengths(
@@ -526,9 +498,7 @@ def test_run_with_extend_lengths(
     scene.facts = dict(VARIABLE)
     plan = bind(scene)
     plan.run(scene.seq_lens, scene.rows, scene.extends)
-    for backend in scene.poisoned:
-        for storage in backend.storages.values():
-            storage.fill_(support.POISON)
+    scene.poison()
     change(scene)
     refused(ArgumentError, fragments, lambda: plan.run(scene.seq_lens, scene.rows, scene.extends))
     assert_untouched(scene.poisoned)
@@ -597,14 +567,14 @@ BROADCAST: list[Case] = [
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["first call", "later call"])
-@named([*DESTINATIONS, *POOLS, *BROADCAST])
+@named([*SOME, *BROADCAST])
 def test_broadcast(
     device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...], earlier: bool
 ) -> None:
     """A remembered plan of the same tensors must not let a bad argument through."""
     scene = Scene(device)
     if earlier:
-        # These equal the bool and the float of number_facts.
+        # Equal to the bool and the float of number_facts.
         for value in (1, 16):
             page_table = {"real_page_table_list": None} if value == 1 else {}
             scene.facts = {"max_len": value, "nsa_index_topk": value, "real_page_size": value}
@@ -612,9 +582,7 @@ def test_broadcast(
         for facts in ({"max_len": 1}, {"nsa_index_topk": 1}, {"max_len": 16}, {"nsa_index_topk": 16}):
             scene.facts = facts
             broadcast(scene)
-        for backend in scene.poisoned:
-            for storage in backend.storages.values():
-                storage.fill_(support.POISON)
+        scene.poison()
         scene.facts = {}
     change(scene)
     refused(ArgumentError, with_names(fragments, "{}_list[1]"), lambda: broadcast(scene))
@@ -635,7 +603,6 @@ LISTS: list[tuple[str, dict[str, Callable[[Scene], Any]], tuple[str, ...]]] = [
     ("one empty", {"page_indices_list": lambda s: []}, ("page_indices_list has 0 tensors", "has 2")),
     ("all empty", {f"{name}_list": lambda s: [] for name in SIX_FIELDS}, ("empty", "at least one")),
     ("a tensor", {"cache_seqlens_list": lambda s: s.new(2, BS)}, ("cache_seqlens_list is a Tensor", "list of tensors")),
-    ("a scalar", {"cache_seqlens_list": lambda s: s.new()}, ("cache_seqlens_list is a Tensor", "list of tensors")),
     ("a number", {"cache_seqlens_list": lambda s: 2}, ("cache_seqlens_list is a int", "list of tensors")),
     (
         "none in it",
@@ -660,7 +627,7 @@ def test_broadcast_lists(
     assert_untouched(scene.poisoned)
 
 
-@pytest.mark.parametrize("extent", ["half", None, 3, ["full"]], ids=str)
+@pytest.mark.parametrize("extent", ["half", ["full"]], ids=str)
 def test_broadcast_extent(device: torch.device, extent: Any) -> None:
     scene = Scene(device)
     scene.facts = {"extent": extent}
@@ -702,9 +669,7 @@ def precompute(scene: Scene) -> MetadataBuffers:
 
 
 PRECOMPUTE: list[Case] = [
-    *[case for case in DESTINATIONS if not case[0].startswith(("widths", "overlap"))],
-    ("overlap of two fields", overlap_of_two_fields, ("{nsa_cache_seqlens}", "{cache_seqlens}", "overlaps")),
-    *POOLS,
+    *SOME,
     *INPUTS,
     *number_facts("max_len", 0, WIDTH),
     *number_facts("nsa_index_topk", 0, 2**31 - 1),
@@ -792,7 +757,8 @@ def into_the_source(name: str) -> Callable[[CopyScene], None]:
 
 
 COPY: list[tuple[str, Callable[[CopyScene], None], tuple[str, ...]]] = [
-    *DESTINATIONS,
+    *[case for case in SOME if not case[0].startswith("pool:")],
+    ("overlap of two fields", overlap_of_two_fields, ("{nsa_cache_seqlens}", "{cache_seqlens}", "overlaps")),
     ("source: none", attribute("source", lambda s: None), ("precomputed is a NoneType", "MetadataBuffers")),
     ("source: a list", attribute("source", lambda s: [s.source]), ("precomputed is a list", "MetadataBuffers")),
     ("source: a field less", spoil_source("cu_seqlens_k", lambda t: None), ("precomputed.cu_seqlens_k is None",)),
@@ -802,21 +768,10 @@ COPY: list[tuple[str, Callable[[CopyScene], None], tuple[str, ...]]] = [
         ("precomputed.cache_seqlens has dtype int64", "int32"),
     ),
     ("source: device", spoil_source("page_indices", lambda t: t.to(META)), ("precomputed.page_indices is on meta",)),
-    ("source: rank", spoil_source("page_indices", lambda t: t[0]), ("precomputed.page_indices has shape (40,)",)),
-    (
-        "source: inner stride",
-        spoil_source("page_indices", lambda t: t.repeat(1, 2)[:, ::2]),
-        ("precomputed.page_indices has strides (80, 2)",),
-    ),
-    (
-        "source: stride",
-        spoil_source("cache_seqlens", lambda t: t.repeat(2)[::2]),
-        ("precomputed.cache_seqlens has stride",),
-    ),
     ("source: a number", spoil_source("cache_seqlens", lambda t: 3), ("precomputed.cache_seqlens is a int",)),
     *[
         (f"source: is destination {name}", into_the_source(name), (f"{{{name}}} overlaps precomputed.{name}",))
-        for name in ALL_FIELDS
+        for name in ("cu_seqlens_k", "page_indices")
     ],
     ("destinations: none", attribute("backends", lambda s: None), ("destinations is None", "MetadataBuffers")),
     ("destinations: empty", attribute("backends", lambda s: []), ("destinations is empty", "at least one")),
@@ -853,7 +808,7 @@ def test_copy(device: torch.device, change: Callable[[CopyScene], None], fragmen
     assert_untouched(scene.poisoned)
 
 
-@pytest.mark.parametrize("bad", [-1, True, 3.0, "3"], ids=repr)
+@pytest.mark.parametrize("bad", [-1, True], ids=repr)
 def test_copy_of_lengths_alone_checks_max_len(device: torch.device, bad: Any) -> None:
     """No table needs the number, but it is as wrong as ever."""
     scene = CopyScene(device, fields=("cache_seqlens", "cu_seqlens_k"))
@@ -888,7 +843,53 @@ def test_copy_names_the_only_destination_without_an_index(device: torch.device) 
     assert_untouched(scene.poisoned)
 
 
-# ------------------------------------------------------------------------------------------ builds that mustn't be
+# ------------------------------------------------------------------------------------------------ other entries
+
+
+@pytest.mark.parametrize(
+    ("call", "fragments"),
+    [
+        (lambda s: onelaunch.bind_groups(None, [[0]], req_to_token=s.pool), ("backends is a NoneType", "list of")),
+        (lambda s: onelaunch.bind_groups(s.backends, None, req_to_token=s.pool), ("groups is None", "each of the 2")),
+        (lambda s: onelaunch.bind_groups(s.backends, [[0, 1]], req_to_token=s.pool, fields=()), ("fields isn't an",)),
+        (lambda s: onelaunch.specialize(3), ("config is a int", "it must be a KernelConfig")),
+        (lambda s: onelaunch.specialize(onelaunch.KernelConfig(), 90), ("arch is 90", 'such as "90a"')),
+        (lambda s: onelaunch.specialize(onelaunch.KernelConfig(), [90]), ("arch is [90]", 'such as "90a"')),
+    ],
+    ids=["no backends", "no groups", "a foreign setting", "no configuration", "a number", "a list of numbers"],
+)
+def test_other_entries(call: Callable[[Scene], Any], fragments: tuple[str, ...]) -> None:
+    refused(ArgumentError, fragments, lambda: call(Scene(torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("page_size", [2, 64])
+def test_pages_of_several_tokens_with_kv_indices(page_size: int) -> None:
+    """They were ignored: kv_indptr counts tokens whatever the page size."""
+    scene = Scene(torch.device("cpu"))
+    scene.backends = [MetadataBuffers(kv_indptr=scene.new(BS + 1), kv_indices=scene.new(400))]
+    scene.facts = {"page_size": page_size}
+    refused(ArgumentError, (f"page_size is {page_size} with kv_indices", "allowed: 1"), lambda: bind(scene))
+    for facts in ({"page_size": 1}, {"page_size": None}):
+        scene.facts = facts
+        bind(scene).run(scene.seq_lens, scene.rows)
+        assert scene.backends[0].kv_indptr.tolist() == [0, 3, 43, 60, 60]
+
+
+def test_a_checked_plan_bound_in_inference_mode_reports() -> None:
+    scene = Scene(torch.device("cpu"))
+    scene.facts = {"checked": True}
+    with torch.inference_mode():
+        plan = bind(scene)
+    scene.rows[1] = 17
+    plan.run(scene.seq_lens, scene.rows)
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            refused(ArgumentError, ("req_pool_indices[1] is 17",), plan.check)
+            plan.check()
+            plan.run(scene.seq_lens, scene.rows)
+
+
+# --------------------------------------------------------------------------------------- no build for bad input
 
 
 def test_nothing_is_built_for_a_refused_call(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

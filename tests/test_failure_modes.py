@@ -74,7 +74,7 @@ from onelaunch import CompileError, JitPolicyError, KernelConfig, StoreError
 from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
 from onelaunch.build.key import Recipe
-from onelaunch.cache import failures, lock, trust
+from onelaunch.cache import failures, lock, tiers, trust
 from onelaunch.cache import store as stores
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.load import find, loader
@@ -111,7 +111,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel, warning or temporary store of another test."""
     monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.setattr(stores, "_warned", set())
-    monkeypatch.setattr(stores, "_spare", None)
+    monkeypatch.setattr(tiers, "_fallback", None)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_lock_file_of_a_dead_process_holds_nobody(store: Store) -> None:
         assert held.held
         assert f'"pid": {os.getpid()}' in path.read_text()
     assert time.monotonic() - began < 1
-    assert path.read_text() == ""
+    assert not path.exists(), "lock files don't pile up"
 
 
 def test_a_wait_that_takes_too_long_ends_in_a_build(
@@ -285,46 +285,15 @@ compiler.build = together
     assert list((children.cache / "staging").iterdir()) == []
 
 
-def test_what_is_swept_from_staging(store: Store) -> None:
-    """Not what another host, another container of this host name, or this process is building."""
-    folder = trust.private(store.root / "staging")
-    here = socket.gethostname()
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    names = {
-        "dead": f"{here}.{gone.pid}.a",
-        "dead, yet locked by another container's process": f"{here}.{gone.pid}.b",
-        "alive": f"{here}.{os.getpid()}.c",
-        "another host's": f"node-7.example.org.{gone.pid}.d",
-        "another host's, two days old": f"node-7.example.org.{gone.pid}.e",
-    }
-    for name in names.values():
-        (folder / name).mkdir()
-    old = time.time() - 2 * 86_400
-    os.utime(folder / names["another host's, two days old"], (old, old))
-    locked = os.open(folder / names["dead, yet locked by another container's process"], os.O_RDONLY)
-    fcntl.flock(locked, fcntl.LOCK_EX)
-    with store.staging() as mine:
-        left = {path.name for path in folder.iterdir()}
-        assert mine.name in left
-        assert store.sweep() == []
-    os.close(locked)
-    assert left - {mine.name} == {
-        names["dead, yet locked by another container's process"],
-        names["alive"],
-        names["another host's"],
-    }
-
-
 def test_a_rename_that_shows_late(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system may answer that the entry isn't there for a while after it was put there."""
     find, blind = Store.find, [2]
 
-    def late(self: Store, key: str) -> Any:
+    def late(self: Store, key: str, expect: Any = None) -> Any:
         if (self.root / "entries" / key).exists() and blind[0]:
             blind[0] -= 1
             return None
-        return find(self, key)
+        return find(self, key, expect)
 
     monkeypatch.setattr(Store, "find", late)
     assert loader.load(SMALL, store=store).path.is_file()
@@ -370,7 +339,7 @@ def test_a_named_folder_whose_place_is_taken(tmp_path: Path, monkeypatch: pytest
     loader._loaded.clear()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    monkeypatch.setenv(stores.PREBUILT_VARIABLE, str(shelf.root))
+    monkeypatch.setenv(tiers.PREBUILT_VARIABLE, str(shelf.root))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert loader.load(SMALL, store=Store()).path == kernel.path
@@ -406,7 +375,7 @@ def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children)
 
 
 @pytest.mark.parametrize("how", ["group", "everybody", "somebody else's", "symlink"])
-@pytest.mark.parametrize("what", ["entries", "index", "locks", "staging"])
+@pytest.mark.parametrize("what", ["entries", "index"])
 def test_folders_that_others_could_have_written(
     store: Store, tmp_path: Path, what: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,13 +394,11 @@ def test_folders_that_others_could_have_written(
     else:
         folder.chmod(0o770 if how == "group" else 0o707)
         expected = f"Run: chmod go-w {folder}"
-    # A build needs all of them, a load the first two.
-    wanted = SMALL if what in ("entries", "index") else OTHER
     with pytest.raises(StoreError, match=expected):
-        loader.load(wanted, store=Store(store.root))
+        loader.load(SMALL, store=Store(store.root))
     if how != "symlink":
         monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
-        assert loader.load(wanted, store=Store(store.root)).path.is_file()
+        assert loader.load(SMALL, store=Store(store.root)).path.is_file()
 
 
 def test_a_shared_cache_takes_its_rights_from_the_umask(children: Children) -> None:

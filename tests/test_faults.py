@@ -26,7 +26,7 @@ from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, T
 from onelaunch.build import compile as compiler
 from onelaunch.build import diagnosis, toolchain, toolkit
 from onelaunch.build.key import Recipe
-from onelaunch.cache import failures
+from onelaunch.cache import failures, tiers
 from onelaunch.cache import store as stores
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
@@ -53,7 +53,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def no_spare(patch: pytest.MonkeyPatch) -> None:
     """As in a fresh process: there is no temporary store, and nothing was warned of."""
-    patch.setattr(stores, "_spare", None)
+    patch.setattr(tiers, "_fallback", None)
     patch.setattr(stores, "_warned", set())
 
 
@@ -426,14 +426,14 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
             no_spare(patch)
             met = full_at(call, write, store, patch)
             patch.setattr(compiler, "build", a_build_of_nothing)
-            patch.setattr(loader, "import_module", lambda entry: entry)
+            patch.setattr(loader, "import_entry", lambda entry, *_: entry)
             said = [""]
             try:
                 kernel = loader.load(SMALL, store=store)
                 if not kernel.path.is_relative_to(store.root):
-                    assert stores._spare is not None
-                    assert kernel.path.is_relative_to(stores._spare[1].root)
-                    assert leftovers(stores._spare[1]) == []
+                    assert tiers._fallback is not None
+                    assert kernel.path.is_relative_to(tiers._fallback[1].root)
+                    assert leftovers(tiers._fallback[1]) == []
                     said = [str(warning.message) for warning in warned]
             except StoreError as error:
                 said = [str(error)]
@@ -470,7 +470,7 @@ import json, os, pathlib, sys, warnings
 import torch, onelaunch
 from onelaunch import KernelConfig, MetadataBuffers, StoreError, CompileError
 from onelaunch.load import loader
-from onelaunch.cache import store
+from onelaunch.cache import store, tiers
 small = KernelConfig(fields=("cache_seqlens",), target="cpu")
 disk = pathlib.Path(sys.argv[1])
 cache = store.Store(disk / "cache")
@@ -485,7 +485,7 @@ for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
         except OSError:
             os.ftruncate(file.fileno(), max(0, file.tell() - 4096 * free_pages))
     loader._loaded.clear()
-    store._spare = None
+    tiers._fallback = None
     store._warned.clear()
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -493,7 +493,7 @@ for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
             kernel = loader.load(small, store=cache)
         if kernel.path.is_relative_to(disk):
             break
-        assert kernel.path.is_relative_to(store._spare[1].root)
+        assert kernel.path.is_relative_to(tiers._fallback[1].root)
         (warning,) = warned
         said.append([free_pages, "spared", str(warning.message)])
     except (StoreError, CompileError) as error:
@@ -502,7 +502,7 @@ for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
         (disk / "ballast").unlink()
     for folder in ("staging", "entries"):
         assert not (disk / "cache" / folder).exists() or list((disk / "cache" / folder).iterdir()) == [], free_pages
-store._spare = None
+tiers._fallback = None
 loader._loaded.clear()
 out = torch.full((4,), -1, dtype=torch.int32)
 plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
@@ -545,14 +545,14 @@ ON_A_READ_ONLY_DISK = """
 import pathlib, sys, warnings
 from onelaunch import KernelConfig
 from onelaunch.load import loader
-from onelaunch.cache import store
+from onelaunch.cache import store, tiers
 small = KernelConfig(fields=("cache_seqlens",), target="cpu")
 with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     kernel = loader.load(small, store=store.Store(pathlib.Path(sys.argv[1]) / sys.argv[2]))
     loader._loaded.clear()
     again = loader.load(small, store=store.Store(pathlib.Path(sys.argv[1]) / sys.argv[2]))
-assert kernel.path == again.path and kernel.path.is_relative_to(store._spare[1].root)
+assert kernel.path == again.path and kernel.path.is_relative_to(tiers._fallback[1].root)
 (warning,) = warned
 print(warning.message)
 """
@@ -597,8 +597,8 @@ def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.Monk
         )
         with pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "):
             kernel = loader.load(SMALL)
-        assert stores._spare is not None
-        assert kernel.path.is_relative_to(stores._spare[1].root)
+        assert tiers._fallback is not None
+        assert kernel.path.is_relative_to(tiers._fallback[1].root)
     no_spare(monkeypatch)
     loader._loaded.clear()
     assert_usable(store)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
-import importlib.resources
 import os
 import re
 import shlex
@@ -22,7 +20,7 @@ from onelaunch import render as render_anew
 from onelaunch.cli.generate import check_folder, emitted, write_folder
 from onelaunch.cli.main import app
 from onelaunch.emit.binding import render_binding
-from onelaunch.emit.render import _shift, render_baseline
+from onelaunch.emit.render import device_files, render_baseline
 from onelaunch.spec import layout
 from processes import light_package
 from support import ALL_FIELDS
@@ -139,7 +137,7 @@ def _nothing_of_another_run() -> None:
 
 every_config = pytest.mark.parametrize("config", BOTH_TARGETS.values(), ids=BOTH_TARGETS)
 
-FACTS = "// ---- what this kernel is specialized to"
+FACTS = "// ---- settings"
 
 
 def below_the_banner(source: str) -> str:
@@ -231,8 +229,8 @@ def test_symbols_carry_the_key(config: KernelConfig) -> None:
 def test_the_banner(config: KernelConfig) -> None:
     source = render(config)
     banner = source[: source.index("\n\n")]
-    assert "templates/metadata.cu.j2" in banner
-    assert (ROOT / "templates" / "metadata.cu.j2").is_file()
+    assert "templates/kernel.cu.j2" in banner
+    assert (ROOT / "templates" / "kernel.cu.j2").is_file()
     assert "Do not edit" in banner
     assert f"key {config.key}" in banner
     text = re.sub(r"\n//\s{20,}", " ", banner)
@@ -265,10 +263,12 @@ def test_the_command_in_the_banner_gives_this_text(config: KernelConfig) -> None
 
 @every_config
 def test_no_trace_of_a_field_that_is_not_there(config: KernelConfig) -> None:
-    code = below_the_banner(render(config))
+    code = re.sub(r"//.*", "", below_the_banner(render(config)))
     for name in FIELDS:
         # The names of the NSA fields and of the pooled ones end like the others'.
-        rest = re.sub(rf"(nsa|pooled)_{name}", "", code)
+        rest = re.sub(rf"(nsa|pooled|write)_{name}", "", code)
+        if name == "num_splits" and "flashmla_metadata" in config.fields:
+            continue  # the schedule's file has the code for it, under if constexpr
         if name in config.fields:
             assert name in rest
         else:
@@ -277,7 +277,7 @@ def test_no_trace_of_a_field_that_is_not_there(config: KernelConfig) -> None:
 
 @every_config
 def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
-    code = "\n".join(below_the_prelude(config))
+    code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
     copies = config.operation == "copy"
     gathers = bool(config.tables) and not copies
     for name, there in (
@@ -286,54 +286,61 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
         ("req_to_token", gathers),
         ("kIndexTopk", not copies and any(n.startswith("nsa_") for n in config.fields)),
         ("kPageSize", not copies and bool(config.paged_tables)),
-        ("kIndexKpool", not copies and (config.index_kpool > 1 or "pooled_" in "".join(config.fields))),
+        ("kIndexKpool", config.uses_pools),
         ("extend_seq_lens", config.extend == "variable"),
-        (
-            "kNextN",
-            not copies and config.extend == "uniform" and (bool(config.row_fields) or config.schedule_per == "row"),
-        ),
-        ("offset", len(config.seqlen_offsets) > 1),
-        ("kPageFill", config.page_fill is not None),
+        ("static constexpr std::int32_t offsets", config.needs_lengths and len(config.seqlen_offsets) > 1),
         ("atomicCAS", config.checked),
-        ("ffence", config.checked),
+        ("iolation", config.checked),
         ("report(", config.checked),
         ("int4*", config.vector_bytes == 16),
-        ("gridDim.x", copies or (bool(config.tables) and not config.equal_rows)),
+        ("gridDim.x", config.strategy not in (None, "equal") and bool(config.fields != config.vectors or copies)),
         ("from_", copies),
-        (
-            "__ballot_sync",
-            bool(config.tables) and (config.extend == "variable" or (config.live and config.page_fill is None)),
-        ),
+        ("__ballot_sync", config.strategy in ("live", "variable", "indices")),
     ):
         assert (name in code) == there, name
 
 
 @every_config
-def test_no_dead_branch(config: KernelConfig) -> None:
-    """What a configuration decides is decided when it is emitted: no preprocessor, no constant condition."""
+def test_files_of_kinds_and_strategies_that_are_not_there_are_left_out(config: KernelConfig) -> None:
+    """A kernel has the whole text of the files of its fields and of its one strategy, and of no others."""
+    source, files = render(config), device_files(config)
+    strategies = {"live", "equal", "variable", "indices"}
+    assert set(files) & strategies == {config.strategy} - {"copy", None}
+    for path in sorted((ROOT / "templates" / "device").glob("*.cuh")):
+        text = path.read_text(encoding="utf-8").rstrip("\n")
+        always = path.stem == "launch" or (path.stem == "cpu" and config.target == "cpu")
+        there = always or path.stem in files or (path.stem == "checks" and config.checked)
+        assert (text in source) == there, path.name
+    assert ("mqa_schedule" in files) == ("paged_mqa_schedule_metadata" in config.fields)
+    assert ("flashmla_schedule" in files) == ("flashmla_metadata" in config.fields)
+    assert ("pages" in files) == (config.operation != "copy" and bool(config.paged_tables))
+
+
+@every_config
+def test_no_preprocessor_and_no_constant_condition(config: KernelConfig) -> None:
+    """What a configuration decides is decided when it is emitted, or by if constexpr on a named setting."""
     code = below_the_banner(render(config))
     assert not re.search(r"^\s*#\s*(if|ifdef|ifndef|else|elif)\b", code, re.M)
     assert not re.search(r"\bif (constexpr )?\((true|false|0|1)\)", code)
-    assert "if constexpr" not in code
     assert not {"extent", "vector_bytes", "mode", "live_tables", "None", "True", "False"} & words(
         re.sub(r"//.*", "", code)
     )
 
 
 @every_config
-def test_every_constant_and_function_is_used(config: KernelConfig) -> None:
+def test_every_setting_and_function_is_used(config: KernelConfig) -> None:
+    """The compilers warn of what isn't, except for templates and for what says that it may be."""
     code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
-    defined = re.findall(r"constexpr [\w:]+ (\w+) =", code)
+    defined = re.findall(r"^constexpr [\w: ]+ (\w+) =", code, re.M)
     defined += re.findall(r"^using (\w+) =", code, re.M)
-    defined += re.findall(r"__device__ (?:__forceinline__ )?[\w:]+ (\w+)\(", code)
+    defined += re.findall(r"^(?!template)[^\n]*\n__device__ (?:__forceinline__ )?[\w:]+ (\w+)\(", code, re.M)
     assert "kThreads" in defined
     for name in defined:
         assert len(re.findall(rf"\b{name}\b", code)) > 1, name
 
 
 DEFINITIONS = re.compile(
-    r"constexpr [\w: ]+ (\w+)(?: =|\[)|^using (\w+) =|^struct (\w+)|"
-    r"__device__ (?:__forceinline__ )?(?:[\w:]+|\{\{.*?\}\}) (\w+)\(",
+    r"constexpr [\w: ]+ (\w+)(?: =|\[)|^using (\w+) =|^struct (\w+)|__device__ (?:__forceinline__ )?[\w:]+ (\w+)\(",
     re.M,
 )
 
@@ -345,18 +352,23 @@ def defined_in(code: str) -> set[str]:
 IN_TEMPLATES = set().union(
     *(
         defined_in(path.read_text(encoding="utf-8"))
-        for path in (ROOT / "templates" / "parts").glob("*.j2")
-        if path.name != "prelude_cpu.cu.j2"
+        for path in (ROOT / "templates").rglob("*.*")
+        if path.suffix in (".j2", ".cuh") and path.stem != "cpu" and "baselines" not in path.parts
     )
-)
+) - defined_in((ROOT / "templates" / "binding.cpp.j2").read_text(encoding="utf-8"))
 
 
 @every_config
 def test_what_a_kernel_uses_it_defines(config: KernelConfig) -> None:
     """Of the constants, types and functions that the templates have. The compilers say so too, and take longer."""
-    assert {"kBackends", "Token", "Params", "live_end", "block_running_sum"} <= IN_TEMPLATES
+    assert {"kBackends", "Token", "Params", "request_row", "block_running_sum"} <= IN_TEMPLATES
     code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
-    assert IN_TEMPLATES & words(code) <= defined_in(code)
+    discarded = set()
+    if config.req_to_token_dtype == "int64":
+        # In the branch of if constexpr that int64 tokens don't take.
+        discarded = defined_in((ROOT / "templates" / "device" / "realign.cuh").read_text(encoding="utf-8"))
+    checks = {"report", "Violation"} if config.checked else set()  # these come before the parameter block
+    assert IN_TEMPLATES & words(code) <= defined_in(code) | discarded | checks
 
 
 # ------------------------------------------------------------------------------------------------- two targets
@@ -364,46 +376,21 @@ def test_what_a_kernel_uses_it_defines(config: KernelConfig) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_both_targets_are_one_text_below_the_prelude(config: KernelConfig) -> None:
-    """These lines differ, and no others: the launch shape, and what one thread a block needn't exchange."""
-    lane = "  const int lane = static_cast<int>(threadIdx.x % kWarpSize);"
-    resident = ";  // of a multiprocessor at least: 64 registers a thread"
-    shuffle = [
-        "#pragma unroll",
-        "  for (int distance = 1; distance < kWarpSize; distance *= 2) {",
-        "    const std::uint32_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));",
-        "    const std::uint64_t other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));",
-        "    if (lane >= distance) value += other;",
-        "  }",
-        "  if (lane == kWarpSize - 1) warp_totals[warp] = value;",
-    ]
-    cuda_only = {
-        f"constexpr int kThreads = {config.threads};  // a block",
-        "constexpr int kWarpSize = 32;",
-        f"constexpr int kBlocksPerSm = {config.blocks_per_sm};",
-        f"constexpr int kResidentBlocks = {1024 // config.threads}{resident}",
-        "constexpr unsigned kFullMask = 0xffffffffu;",
-        "constexpr int kTileAlignment = 32;  // words, a 128-byte line",
-        '  asm("" : "+l"(address));',
-        lane,
-        *shuffle,
-    }
-    cpu_only = {
-        "constexpr int kThreads = 1;  // a block",
-        "constexpr int kWarpSize = 1;",
-        "constexpr int kBlocksPerSm = 1;",
-        f"constexpr int kResidentBlocks = 1024{resident}",
-        f"constexpr int kTileAlignment = {min(32, 4 * config.unroll)};  // words",
-        "  warp_totals[warp] = value;",
-    }
-    cuda = below_the_prelude(config)
-    cpu = below_the_prelude(config.replace(target="cpu"))
-    assert len(cuda) > 30
-    differing = [line for line in difflib.ndiff(cuda, cpu) if line[:2] in ("- ", "+ ")]
-    assert {line[2:] for line in differing if line[0] == "-"} <= cuda_only
-    assert {line[2:] for line in differing if line[0] == "+"} <= cpu_only
-    # "}" and "#pragma unroll" occur elsewhere too: each of these lines may differ once for each type that is summed.
-    types = 2 if config.schedules or "kv_indices" in config.fields else 1
-    assert max(differing.count(line) for line in differing) <= types
+    """Only settings of the launch differ."""
+    launch = re.compile(r"constexpr int (kThreads|kWarpSize|kBlocksPerSm|kResidentBlocks) = (\d+);")
+
+    def split(lines: list[str]) -> tuple[dict[str, int], list[str]]:
+        found = [launch.match(line) for line in lines]
+        rest = [line for line, match in zip(lines, found, strict=True) if match is None]
+        return {match[1]: int(match[2]) for match in found if match}, rest
+
+    cuda, text = split(below_the_prelude(config))
+    cpu, same = split(below_the_prelude(config.replace(target="cpu")))
+    assert len(text) > 30
+    assert text == same
+    assert cuda.keys() == cpu.keys()
+    assert cuda["kThreads"] == config.threads
+    assert cpu["kThreads"] == cpu.get("kWarpSize", 1) == cpu.get("kBlocksPerSm", 1) == 1
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -517,23 +504,31 @@ def test_the_baselines_of_the_timings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "split"),
+    ("facts", "strategy", "split"),
     [
-        ({}, "own_blocks"),
-        ({"mode": "target_verify", "next_n": 2}, "own_blocks"),
-        ({"seqlen_offsets": (1, 2), "num_backends": 2}, "own_blocks"),
-        ({"extent": "full"}, "tiles"),
-        ({"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1}, "tiles"),
-        ({"fields": ("seqlens_expanded", "page_indices"), "mode": "draft_extend", "extend": "variable"}, None),
-        ({"fields": ("kv_indices",)}, None),
-        ({"operation": "copy"}, None),
-        ({"fields": ("cache_seqlens",)}, None),
+        ({}, "live", "own_blocks"),
+        ({"mode": "target_verify", "next_n": 2}, "live", "own_blocks"),
+        ({"seqlen_offsets": (1, 2), "num_backends": 2}, "live", "own_blocks"),
+        ({"extent": "full"}, "equal", "tiles"),
+        ({"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1}, "equal", "tiles"),
+        (
+            {"fields": ("seqlens_expanded", "page_indices"), "mode": "draft_extend", "extend": "variable"},
+            "variable",
+            None,
+        ),
+        ({"fields": ("kv_indices",)}, "indices", None),
+        ({"operation": "copy"}, "copy", None),
+        ({"fields": ("cache_seqlens",)}, None, None),
     ],
     ids=str,
 )
-def test_the_host_divides_where_threads_would_have_to(facts: dict[str, Any], split: str | None) -> None:
+def test_the_host_divides_where_threads_would_have_to(
+    facts: dict[str, Any], strategy: str | None, split: str | None
+) -> None:
     """Blocks among requests where lengths count, tiles among rows where all are equal; else nothing is divided."""
-    source = render(KernelConfig(**facts))
+    config = KernelConfig(**facts)
+    assert config.strategy == strategy
+    source = render(config)
     assert ("std::uint32_t own_blocks;" in source) == (split == "own_blocks")
     assert ("std::uint32_t tiles;  // of a row" in source) == (split == "tiles")
     assert ("split_of(params" in source) == (split is not None)
@@ -541,7 +536,7 @@ def test_the_host_divides_where_threads_would_have_to(facts: dict[str, Any], spl
 
 
 @pytest.mark.parametrize(
-    ("facts", "most"),
+    ("facts", "limit"),
     [
         ({}, "p.sm_count * kBlocksPerSm;"),
         ({"operation": "copy"}, "p.sm_count * kBlocksPerSm * 2;"),
@@ -555,56 +550,57 @@ def test_the_host_divides_where_threads_would_have_to(facts: dict[str, Any], spl
     ],
     ids=str,
 )
-def test_equal_rows_have_as_many_blocks_as_they_need(facts: dict[str, Any], most: str | None) -> None:
+def test_equal_rows_have_as_many_blocks_as_they_need(facts: dict[str, Any], limit: str | None) -> None:
     """Others, as many as suit the device: with a loop, which equal rows do without."""
     config = KernelConfig(**facts)
-    found = re.search(r"const std::int64_t most = (.*?;)", render(config))
-    assert (found[1] if found else None) == most
-    assert config.equal_rows == (most is None)
-    assert (config == config.replace(blocks_per_sm=7)) == (most is None)
+    found = re.search(r"const std::int64_t limit = (p\.sm_count.*?;)", render(config))
+    assert (found[1] if found else None) == limit
+    assert config.equal_rows == (limit is None)
+    assert (config == config.replace(blocks_per_sm=7)) == (limit is None)
 
 
 @pytest.mark.parametrize(
-    ("facts", "wide"),
+    ("facts", "tiles"),
     [
-        ({"num_backends": 3}, True),
-        ({"num_backends": 4}, False),
-        ({"num_backends": 8, "distinct": (("page_indices", 1),)}, True),
-        ({"num_backends": 2, "mode": "target_verify", "next_n": 2}, False),
-        ({"num_backends": 2, "seqlen_offsets": (1, 2)}, False),
-        ({"unroll": 4}, False),
-        ({"vector_bytes": 4}, False),
-        ({"num_backends": 7, "extent": "full"}, True),
+        ({"num_backends": 3}, 2),
+        ({"num_backends": 4}, 1),
+        ({"num_backends": 8, "distinct": (("page_indices", 1),)}, 2),
+        ({"num_backends": 2, "mode": "target_verify", "next_n": 2}, 1),
+        ({"num_backends": 2, "seqlen_offsets": (1, 2)}, 1),
+        ({"unroll": 4}, 1),
+        ({"vector_bytes": 4}, 1),
+        ({"num_backends": 7, "extent": "full"}, 2),
     ],
     ids=str,
 )
-def test_a_warp_takes_two_tiles_at_once_where_registers_allow_it(facts: dict[str, Any], wide: bool) -> None:
-    """With more to write for each word there is enough under way without."""
-    source = render(KernelConfig(**facts))
-    assert ("copy_tile<kWideTiles>" in source) == wide
-    assert ("constexpr int kWideTiles = 2;" in source) == wide
+def test_a_warp_takes_two_tiles_at_once_where_registers_allow_it(facts: dict[str, Any], tiles: int) -> None:
+    """With more to write for each word there is enough in flight without."""
+    config = KernelConfig(**facts)
+    assert config.wide_tiles == tiles
+    assert f"constexpr int kWideTiles = {tiles};" in render(config)
 
 
-@pytest.mark.parametrize(
-    ("offsets", "most"), [((), "0"), ((7,), "kLengthOffset"), ((1, 2), "kLongestOffset"), ((5, 2, 3), "kLongestOffset")]
-)
-def test_indices_are_read_for_the_longest_backend(offsets: tuple[int, ...], most: str) -> None:
+@pytest.mark.parametrize(("offsets", "longest"), [((), 0), ((7,), 7), ((1, 2), 2), ((5, 2, 3), 5)])
+def test_indices_are_read_for_the_longest_backend(offsets: tuple[int, ...], longest: int) -> None:
     facts: dict[str, Any] = {"num_backends": max(2, len(offsets)), "seqlen_offsets": offsets}
     source = render(KernelConfig(fields=("kv_indptr", "kv_indices"), **facts))
-    assert set(re.findall(r"read_columns\(p, tokens, (\w+)\)", source)) == {most}
-    assert ("kLongestOffset = " in source) == (len(offsets) > 1)
-    assert f"kLongestOffset = {max(offsets, default=0)};" in source or len(offsets) < 2
-    assert ("kLengthOffset = 7;" in source) == (offsets == (7,))
+    assert set(re.findall(r"read_columns\(p, tokens, (\w+)\)", source)) == {"kLongestOffset"}
+    assert f"kLongestOffset = {longest};" in source
 
 
 def test_pages_are_shifted_out_only_where_they_are_a_power_of_two() -> None:
-    assert [_shift(size) for size in (2, 16, 64, 2**30, 1)] == [1, 4, 6, 30, 0]
-    assert [_shift(size) for size in (3, 6, 48, 2**31 - 1)] == [None] * 4
+    for size, shift in ((2, 1), (16, 4), (64, 6), (2**30, 30)):
+        assert f"constexpr int kPageShift = {shift};" in render(KernelConfig(page_size=size))
+    assert "if constexpr ((kPageSize & (kPageSize - 1)) == 0)" in render(KernelConfig(page_size=48))
 
 
 # A warp takes up to two tiles at once, of up to two accesses.
-@pytest.mark.parametrize(("unroll", "one_pass"), [(1, 8), (2, 16), (4, 16), (8, 32)])
-def test_a_tile_whose_pages_outnumber_a_warp_is_looped_over(unroll: int, one_pass: int) -> None:
-    for page_size, once in ((one_pass - 1, False), (one_pass, True)):
-        source = render(KernelConfig(unroll=unroll, page_size=page_size))
-        assert ("  const unsigned page = (begin" in source) == once
+@pytest.mark.parametrize(("unroll", "one_pass"), [(1, 8), (2, 16)])
+def test_pages_come_from_registers_where_each_lane_has_one_at_most(unroll: int, one_pass: int) -> None:
+    for page_size, held in ((one_pass // 2, False), (one_pass, True), (4 * one_pass, True), (one_pass + 4, False)):
+        config = KernelConfig(unroll=unroll, page_size=page_size)
+        assert config.holds_page_tokens == held
+        assert ("held_pages" in device_files(config)) == held
+    assert not KernelConfig(unroll=unroll, page_size=2048).holds_page_tokens
+    assert not KernelConfig(unroll=4).holds_page_tokens
+    assert not KernelConfig(req_to_token_dtype="int64").holds_page_tokens

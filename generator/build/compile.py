@@ -22,8 +22,16 @@ if TYPE_CHECKING:
     from .key import Recipe
 
 # Python.h of the limited C-API of 3.11. The rest is what makes a small, self-contained object.
-# C++14, since with C++17 <math.h>, which Python.h includes, takes the compiler as long as all the rest.
-HOST_FLAGS = ("-O2", "-std=c++14", "-fvisibility=hidden", "-DPy_LIMITED_API=0x030B0000", "-Wno-unknown-pragmas")
+# The macro makes libstdc++'s <math.h>, which Python.h includes, C's own: the one of C++17 takes the compiler as long as
+# all the rest.
+HOST_FLAGS = (
+    "-O2",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-DPy_LIMITED_API=0x030B0000",
+    "-D_GLIBCXX_INCLUDE_NEXT_C_HEADERS",
+    "-Wno-unknown-pragmas",
+)
 CUDA_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden")
 # --as-needed and the empty libraries of child.py leave libc as the only library that the object needs at run time.
 LINK_FLAGS = ("-Wl,--as-needed", "-Wl,-Bsymbolic", "-Wl,--exclude-libs,ALL")

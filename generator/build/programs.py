@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -11,13 +10,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..cache import files, trust
 from ..cache.store import Store
 from ..errors import StoreError, ToolchainError
 from . import environment
 
-ANSWERS_FILE = "compilers.json"
-"""Below the user's cache folder: {program: {"path", "size", "mtime_ns", "answer"}}."""
+ANSWERS_NOTE = "compilers"
+"""A note in the user's cache: {program: {"path", "size", "mtime_ns", "answer"}}."""
 
 LAUNCHERS = frozenset({"ccache", "sccache", "distcc", "icecc", "buildcache"})
 _TIMEOUT_SECONDS = 60.0
@@ -99,11 +97,12 @@ def save_answers() -> None:
     if not _new_answers:
         return
     with contextlib.suppress(OSError, StoreError):
-        folder = Store().root
-        trust.check_owner(folder)
+        store = Store()
+        if not store.root.is_dir():
+            return
         merged = {**_known_answers(), **_new_answers}
         current = {name: known for name, known in merged.items() if _state(Path(name)) == {**known, "answer": ""}}
-        files.replace(folder / ANSWERS_FILE, json.dumps(current, indent=1, sort_keys=True) + "\n")
+        store.write_note(ANSWERS_NOTE, current)
         _new_answers.clear()
 
 
@@ -144,9 +143,7 @@ def _state(program: Path) -> dict[str, Any] | None:
 
 def _known_answers() -> dict[str, dict[str, Any]]:
     try:
-        folder = Store().root
-        trust.check_owner(folder)
-        known = json.loads(trust.read(folder / ANSWERS_FILE))
-        return {str(name): dict(noted) for name, noted in known.items() if "answer" in noted}
-    except (OSError, ValueError, AttributeError, TypeError, StoreError):
+        known = Store().read_note(ANSWERS_NOTE) or {}
+        return {name: dict(noted) for name, noted in known.items() if "answer" in noted}
+    except (ValueError, TypeError, StoreError):
         return {}

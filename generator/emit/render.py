@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.resources
-import re
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
 from ..spec.config import KernelConfig
-from ..spec.fields import FIELDS
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
 from ..spec.violations import VIOLATIONS
@@ -19,33 +17,48 @@ from .binding import render_plain_binding
 if TYPE_CHECKING:
     import jinja2
 
+# The functions that compute a schedule or the vectors, each in blocks of its own.
+_SCHEDULERS = {"paged_mqa_schedule_metadata": "schedule_mqa", "flashmla_metadata": "schedule_flashmla"}
+_MEMBER_TYPES = {
+    "int64": "std::int64_t ",
+    "lengths": "const SeqLen* ",
+    "extends": "const ExtendLen* ",
+    "pool": "const PoolIndex* ",
+    "token": "const Token* ",
+    "int32": "std::int32_t* ",
+    "table": "Table ",
+    "violation": "Violation* ",
+}
+
+
+def _read(name: str) -> str | None:
+    path = importlib.resources.files("onelaunch.templates").joinpath(*name.split("/"))
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _device(name: str) -> str:
+    """The text of device/<name>.cuh, emitted as it is."""
+    text = _read(f"device/{name}.cuh")
+    if text is None:
+        raise LookupError(f"there is no device/{name}.cuh among the templates.")
+    return text.rstrip("\n")
+
 
 @cache
 def _environment() -> jinja2.Environment:
     # Imported here: a process that finds its kernel in the cache renders nothing.
     import jinja2
 
-    templates = importlib.resources.files("onelaunch.templates")
-
-    def source(name: str) -> str | None:
-        path = templates.joinpath(*name.split("/"))
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(source),
+        loader=jinja2.FunctionLoader(_read),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters["deeper"] = _deeper
+    environment.globals["device"] = _device
     return environment
-
-
-def _deeper(code: str) -> str:
-    """Two more columns of indentation, except for pragmas."""
-    return re.sub(r"^(?=[^#\n])", "  ", code, flags=re.MULTILINE)
 
 
 def render(config: KernelConfig) -> str:
@@ -53,109 +66,68 @@ def render(config: KernelConfig) -> str:
 
     The text depends on the configuration and the templates alone: no time, no path, no machine.
     """
-    text = _environment().get_template("metadata.cu.j2").render(_context(config))
-    return re.sub(r"\n{3,}", "\n\n", text)  # a part that is left out leaves its blank line behind
+    return _environment().get_template("kernel.cu.j2").render(_context(config))
 
 
 def _context(config: KernelConfig) -> dict[str, Any]:
-    copies = config.operation == "copy"
-    members = layout.members(config)
-    wide = "page_indices" in config.fields
-    variable = config.extend == "variable"
-    live = config.live
-    # Rows of equal length go by a simple count of tiles, others by windows of requests.
-    windows = bool(config.tables) and not copies and not config.equal_rows
-    # What the backends' lengths have more than seq_lens, one number for all or one each.
-    added = (
-        [0]
-        if copies
-        else [
-            offset + (config.next_n if config.mode == "target_verify" else 0)
-            for offset in config.seqlen_offsets or (0,)
-        ]
-    )
-    row_vectors = [name for name in config.row_fields if name in config.vectors and not copies]
-    uses_kpool = not copies and (config.index_kpool > 1 or any(name.startswith("pooled_") for name in config.fields))
-    sums = any(FIELDS[name].kind == "cumulative" for name in config.fields)
-    csr = "kv_indices" in config.fields
-    pages = bool(config.paged_tables) and not copies
-    splits = bool(config.tables) and not copies and not csr and not variable
-    # Tiles that a warp takes at once, in large tables and of long requests; 0 where it never takes more than one: with
-    # more to write for each word there is enough under way without, and the registers are needed for addresses.
-    few_writes = wide and len(added) == 1 and config.destinations("page_indices") * config.next_n <= 3
-    fits = config.vector_bytes == 16 and config.unroll <= 2
-    wide_tiles = 2 if splits and wide and fits and (few_writes or not windows) else 0
-    most_columns = config.tile_columns * (wide_tiles or 1)
-    # They may have more pages than a warp has lanes.
-    several_pages = most_columns > config.warp_size * config.page_size
-    # Registers that hold tokens hold those that begin pages, each the same word of four.
-    pages_from_registers = (
-        bool(wide_tiles)
-        and pages
-        and config.req_to_token_dtype == "int32"
-        and config.page_size % 4 == 0
-        and config.page_size <= 1024
-        and _shift(config.page_size) is not None
-        and not several_pages
-    )
-    scheduled = "paged_mqa_schedule_metadata" in config.fields
-    schedule_rows = scheduled and config.schedule_per == "row"
-    # Which running sums there are, and whether over blocks too. What positions follow from doesn't wrap.
-    block_sums = {}
-    if not copies and (sums or windows or variable):
-        block_sums["std::uint32_t"] = sums or variable or csr
-    if config.schedules or csr:
-        block_sums["std::uint64_t"] = True
+    files = device_files(config)
     return {
         "config": config,
         "symbol": config.symbol,
-        "facts": _facts(config),
+        "banner": _banner(config),
         "regenerate": _regenerate(config),
-        "members": members,
-        "column_limits": layout.column_limits(config),
-        "copied": _copied(config),
-        "copies": copies,
-        "gathers": bool(config.tables) and not copies,
-        "wide": wide,
-        "pages": pages,
-        "several_pages": several_pages,
-        "wide_tiles": wide_tiles,
-        # Left to itself, ptxas spills a register of some kernels for blocks that the grid doesn't have.
-        "resident_blocks": 1024 // config.threads if (splits or windows) and not csr else 0,
-        "pages_from_registers": pages_from_registers,
-        "splits": splits,
-        "page_shift": _shift(config.page_size),
-        "several_rows": not copies and bool(config.row_fields),
-        "row_vectors": row_vectors,
-        "variable": variable,
-        "added": added,
-        "pooled": any(name.startswith("pooled_") for name in config.fields) or (scheduled and config.index_kpool > 1),
-        "pooled_pages": "pooled_real_page_table" in config.fields,
-        "uses_kpool": uses_kpool,
-        "fills": config.page_fill is not None,
-        "violations": [o for o in VIOLATIONS if o.applies(config)],
-        "has_requests_part": not copies
-        and bool(config.checked or any(added) or config.row_fields or uses_kpool or schedule_rows),
-        "own_lengths": len(added) > 1 and bool(config.vectors),
-        "own_schedules": len(added) > 1 and bool(config.schedules),
-        "own_ends": len(added) > 1 and live,
-        "own_pages": any(config.destinations(name) == config.num_backends for name in config.paged_tables),
-        "live": live,
-        "windows": windows,
-        "scans": bool(block_sums),
-        "sum_types": list(block_sums),
-        "block_sums": block_sums,
-        "counts_lengths": any(name != "kv_indptr" for name in config.vectors),
-        "csr": csr,
-        "csr_most": "kLongestOffset" if len(added) > 1 else "kLengthOffset" if added[0] else "0",
-        "gather": "gather_indices" if csr else "gather_tables",
-        "schedule_rows": schedule_rows,
+        "files": files,
+        "roles": _roles(config),
+        # Whether the kernel has the type Rows: it writes tables with rows, or vectors of rows.
+        "has_rows": "tile" in files or "lone_pages" in files or bool(config.row_vectors and not config.copies),
+        "members": layout.members(config),
+        "member_types": _MEMBER_TYPES,
+        "violations": {v.constant: v.number for v in VIOLATIONS if config.checked and v.applies(config)},
         "max_sm_parts": MAX_SM_PARTS,
-        "vectorized": config.vector_bytes == 16,
-        "realigns": config.vector_bytes == 16 and (copies or config.req_to_token_dtype == "int32"),
-        "uses_topk": not copies and any(name.startswith("nsa_") for name in config.fields),
-        "uses_backends": any(config.destinations(name) == config.num_backends for name in config.fields),
     }
+
+
+def device_files(config: KernelConfig) -> list[str]:
+    """The files of templates/device/ that a configuration's kernel has, without their suffix, in order."""
+    strategy, copies = config.strategy, config.copies
+    rows = bool(config.tables) and strategy != "indices"  # tables with a row for each request, or for each of its rows
+    tokens, pages = copies or "page_indices" in config.fields, not copies and bool(config.paged_tables)
+    counts = strategy in ("live", "variable", "indices")  # tiles of requests of different length
+    computes = not copies and bool(config.vectors or config.schedules)
+    vectorized = config.vector_bytes == 16
+    ends = "live_ends" if config.live else "full_ends"
+    beside = "held_pages" if config.holds_page_tokens else "tokens_and_pages"
+    wanted = {
+        "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
+        "destinations": True,
+        "store": bool(config.vectors or config.schedules),
+        "floor_div": pages or config.uses_pools,
+        "lengths": computes,
+        "expanded_length": not copies and bool(config.row_vectors or config.has_mqa_schedule),
+        "nsa_lengths": config.uses_topk,
+        "mqa_schedule": config.has_mqa_schedule,
+        "flashmla_schedule": "flashmla_metadata" in config.fields,
+        "same_end": rows and not (config.live and config.lengths_differ),
+        "tile": rows and tokens,
+        "realign": rows and tokens and vectorized and config.req_to_token_dtype == "int32",
+        "aligned_tile" if vectorized else "unaligned_tile": rows and tokens,
+        "backend_ends" if config.live and config.lengths_differ else ends: rows and not copies,
+        "pages": pages,
+        "token_columns": rows and tokens and not copies,
+        "token_pages": tokens and pages,
+        (beside if pages else "tokens") if tokens else "lone_pages": rows and not copies,
+        "window": counts,
+        "copy_table": rows and copies,
+        str(strategy): strategy not in (None, "copy"),
+    }
+    return [name for name, there in wanted.items() if there]
+
+
+def _roles(config: KernelConfig) -> list[str]:
+    """The functions of the blocks before those that write tables."""
+    if config.copies:
+        return []
+    return [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
 
 
 def render_baseline(
@@ -164,6 +136,7 @@ def render_baseline(
     call_words: Sequence[str],
     words: int,
     config: KernelConfig | None = None,
+    plan_words: Sequence[str] = (),
     **facts: Any,
 ) -> tuple[str, str]:
     """The CUDA and the binding of a kernel that onelaunch is measured against.
@@ -173,34 +146,28 @@ def render_baseline(
         symbol: stem of the exported names.
         call_words: names of the parameter words that each call sets.
         words: 64-bit words of its parameter block.
-        config: a configuration whose facts and parameter block the template uses.
+        config: a configuration whose settings and parameter block the template uses.
+        plan_words: names of 64-bit words that the template adds at the end of that block.
         facts: what else the template asks for.
     """
     context = {"target": "cuda", **(_context(config) if config else {}), **facts, "symbol": symbol}
+    if config:
+        more = [layout.Member(word, "int64", None, False, "of this baseline") for word in plan_words]
+        context["members"] = [*context["members"], *more]
     source = _environment().get_template(f"baselines/{name}.cu.j2").render(context)
     return source, render_plain_binding(symbol, call_words, words)
 
 
-def _copied(config: KernelConfig) -> list[dict[str, Any]]:
-    """The vectors that a copy copies: one group where rows are requests, else those of requests and those of rows."""
-    groups: list[dict[str, Any]] = [{"function": "copy_lengths", "limit": "batch_size", "lengths": [], "sums": []}]
-    if config.row_fields:
-        groups.append({"function": "copy_row_lengths", "limit": "rows", "lengths": [], "sums": []})
-    for name in config.vectors:
-        group = groups[-1 if name in config.row_fields else 0]
-        group["lengths" if FIELDS[name].kind == "lengths" else "sums"].append(name)
-    return [group for group in groups if group["lengths"] or group["sums"]]
-
-
-def _facts(config: KernelConfig) -> list[tuple[str, str]]:
-    facts = []
+def _banner(config: KernelConfig) -> list[tuple[str, str]]:
+    """The settings as the banner shows them."""
+    shown = []
     for name, value in config.shown_settings().items():
         if isinstance(value, dict):
             value = ", ".join(f"{field}: {count}" for field, count in value.items()) or "all"
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
-        facts.append((name, str(value)))
-    return facts
+        shown.append((name, str(value)))
+    return shown
 
 
 def _regenerate(config: KernelConfig) -> str:
@@ -208,8 +175,3 @@ def _regenerate(config: KernelConfig) -> str:
         if known == config:
             return f"onelaunch show {name}"
     return f"onelaunch show --set {config.settings()}"
-
-
-def _shift(page_size: int) -> int | None:
-    """log2 of a power of two, else None."""
-    return page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else None

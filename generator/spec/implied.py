@@ -120,6 +120,93 @@ class Implied:
         return self.schedule_atoms or self.atoms_of_next_n
 
     @property
+    def sums(self) -> tuple[str, ...]:
+        """The vectors that are running sums: one element more than requests or rows, the first one 0."""
+        return tuple(name for name in self.fields if FIELDS[name].kind == "cumulative")
+
+    @property
+    def request_vectors(self) -> tuple[str, ...]:
+        """The vectors with an element for each request."""
+        return tuple(name for name in self.vectors if name not in self.row_fields)
+
+    @property
+    def row_vectors(self) -> tuple[str, ...]:
+        """The vectors with an element for each of the rows that a request has several of."""
+        return tuple(name for name in self.vectors if name in self.row_fields)
+
+    @property
+    def strategy(self) -> str | None:
+        """How the tables are written, None where no block writes any.
+
+        "live" writes as far as each request's length, "equal" all rows equally far, "variable" requests with a number
+        of rows of their own; "indices" writes kv_indices, "copy" what was computed before.
+        """
+        if self.operation == "copy":
+            return "copy"
+        if not self.tables:
+            return None
+        if "kv_indices" in self.fields:
+            return "indices"
+        if self.variable_rows:
+            return "variable"
+        return "equal" if self.equal_rows else "live"
+
+    @property
+    def length_offsets(self) -> tuple[int, ...]:
+        """What the backends add to seq_lens: one number for all, or one each. target_verify adds its rows."""
+        verified = self.next_n if self.mode == "target_verify" else 0
+        return tuple(offset + verified for offset in self.seqlen_offsets or (0,))
+
+    @property
+    def lengths_differ(self) -> bool:
+        """Whether each backend has lengths of its own."""
+        return self.needs_lengths and len(self.seqlen_offsets) > 1
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that a multiprocessor has room for at least, 0 where that is the compiler's choice.
+
+        That caps the registers: without it ptxas takes, or spills, some more for blocks that the grid doesn't have.
+        """
+        threads = {"live": 1024, "equal": 1024, "variable": 1024, "indices": 1280}.get(self.strategy or "", 0)
+        return threads // self.threads
+
+    @property
+    def wide_tiles(self) -> int:
+        """Tiles that a warp takes at once in large tables and of long requests: 2, or 1 where it never takes more.
+
+        With more to write for each word there is enough in flight without, and the registers are needed for addresses.
+        """
+        if self.strategy not in ("live", "equal") or "page_indices" not in self.fields:
+            return 1
+        writes = self.destinations("page_indices") * self.next_n
+        few = self.equal_rows or (writes <= 3 and len(self.seqlen_offsets) <= 1)
+        return 2 if few and self.vector_bytes == 16 and self.unroll <= 2 else 1
+
+    @property
+    def holds_page_tokens(self) -> bool:
+        """Whether the registers that hold a tile's tokens hold those that begin pages, each the same word of four.
+
+        So it is where a tile has at most one page for each lane.
+        """
+        tokens = self.tile_columns * self.wide_tiles
+        power = self.page_size & (self.page_size - 1) == 0
+        return (
+            self.wide_tiles > 1
+            and bool(self.paged_tables)
+            and self.req_to_token_dtype == "int32"
+            and power
+            and 4 <= self.page_size <= 1024
+            and tokens <= self.warp_size * self.page_size
+        )
+
+    @property
+    def copied_vectors(self) -> dict[str, tuple[str, ...]]:
+        """The vectors that a copy copies, by the parameter that says how many elements they have (sums one more)."""
+        groups = {"batch_size": self.request_vectors, "rows": self.row_vectors}
+        return {count: names for count, names in groups.items() if names}
+
+    @property
     def warp_size(self) -> int:
         """Threads that exchange registers: 32 on a GPU; 1 where one thread runs a whole block."""
         return 32 if self.target == "cuda" else 1

@@ -26,8 +26,8 @@ class Member:
     Attributes:
         name: its name, in the struct and in a plan.
         type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
-            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to where a checked
-            kernel tells what it found).
+            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to the record of a
+            checked kernel).
         count: array length, or None for a single member.
         per_call: set at each call; the rest is set once, when a plan is bound.
         comment: what it holds.
@@ -47,7 +47,7 @@ class Member:
 
 def members(config: KernelConfig) -> list[Member]:
     """The parameter struct's members, per-call ones first."""
-    copies = config.operation == "copy"
+    copies = config.copies
     out: list[Member] = []
 
     def add(name: str, type: str, comment: str, *, count: int | None = None, per_call: bool = False) -> None:
@@ -71,8 +71,7 @@ def members(config: KernelConfig) -> list[Member]:
     if config.tables and not copies:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
-        if config.vector_bytes == 16 and config.req_to_token_dtype == "int32":
-            add("req_to_token_width", "int64", "elements of a row that may be read")
+        add("req_to_token_width", "int64", "elements of a row that may be read")
 
     def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
         for name in names:
@@ -104,7 +103,7 @@ def members(config: KernelConfig) -> list[Member]:
 
 def column_limits(config: KernelConfig) -> list[str]:
     """The per-call members that bound the columns: one where tables share a source, one a table in a copy."""
-    if config.operation == "copy":
+    if config.copies:
         return [f"{name}_columns" for name in config.tables]
     return ["columns"] if config.tables else []
 

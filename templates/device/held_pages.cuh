@@ -1,0 +1,40 @@
+// ---- tables of tokens and of pages, whose tokens are in registers already ----------------------------------------
+// With a tile's tokens come the pages that begin in it. Where a page is a multiple of four
+// tokens, the tokens that begin pages are all the same one of a lane's four words.
+// One of four words. Selects instead of an indexed array, which would live in local memory.
+__device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
+  const std::int32_t even = index & 2 ? words.z : words.x;
+  const std::int32_t odd = index & 2 ? words.w : words.y;
+  return index & 1 ? odd : even;
+}
+
+// Writes the pages that begin in a tile inside the row. `words` holds the tile's tokens.
+template <int kAccesses>
+__device__ __forceinline__ void write_held_pages(
+    const Params& p, Rows rows, const int4 (&words)[kAccesses], int first, Ends ends) {
+  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that the warp holds in each of its words
+  static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
+  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
+  // Where in the tile this lane's page begins, and which lane holds its token.
+  const int column = before + static_cast<int>(threadIdx.x % kWarpSize) * kPageSize;
+  const int holder = column / kVectorWords % kWarpSize;
+  std::int32_t token = 0;
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
+    if (column / kGroup == u) token = found;
+  }
+  if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);
+}
+
+template <int kTiles>
+__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  const int width = static_cast<int>(p.req_to_token_width);
+  if (copy_vectors<kTiles>(p.page_indices, rows, source, width, first, ends, [&](const auto& words) {
+        write_held_pages(p, rows, words, first, ends);
+      }))
+    return;
+  copy_words<kTiles>(p.page_indices, rows, source, first, ends);
+  read_pages<kTiles>(p, rows, source, first, ends);
+}

@@ -1,0 +1,104 @@
+// ---- strategy: the tokens of all requests, one after the other ---------------------------------------------------
+// Where a request's tokens go depends on the lengths of all requests before it. Every block adds those up for itself,
+// window by window, beside the tiles that it counts: no block waits for another, and the sum has 64 bits. The warps of
+// all blocks take the tiles in turn. Nothing is written beyond the destinations' capacity.
+//
+//   block   0 .. kFirstTableBlock   the other blocks
+//          +-----------------------+-----------------------------------------+
+//          | vectors, schedules    | tile, tile + warps, ...                 |
+//          +-----------------------+-----------------------------------------+
+//
+//   kv_indices   | tokens of request 0 | request 1 | tokens of request 2 ...
+//                ^ 0                   ^ kv_indptr[1]
+
+// The tokens of a request, without a backend's offset.
+__device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
+  const std::int32_t length = request_length(p, request);
+  return length > 0 ? length : 0;
+}
+
+// The tokens of a request that are read for a backend with this offset.
+__device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t offset) {
+  const std::int64_t length = std::int64_t{tokens} + offset;
+  return static_cast<int>(length < p.columns ? length : p.columns);
+}
+
+// Moves one tile of a request to every backend. `before` is the number of tokens of the requests before it, without the
+// backends' offsets.
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t request, std::int64_t pool_row, std::int64_t before, std::int32_t tokens, int first) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  const int end = read_columns(p, tokens, kLongestOffset);
+  constexpr int kWords = kTileColumns / kWarpSize;
+  std::int32_t words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int column = first + lane + i * kWarpSize;
+    words[i] = column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+  }
+  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(std::int32_t*);
+#pragma unroll(unrolled(kDestinations))
+  for (int b = 0; b < kDestinations; ++b) {
+    const int stop = read_columns(p, tokens, length_offset(b));
+    const std::int64_t begin = before + request * length_offset(b);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int column = first + lane + i * kWarpSize;
+      const std::int64_t at = begin + column;
+      if (column < stop && at < p.kv_indices_capacity) p.kv_indices[b][at] = words[i];
+    }
+  }
+}
+
+__device__ void write_tables(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int slot = static_cast<int>(threadIdx.x);
+  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
+  __shared__ Window window;
+  __shared__ std::int32_t window_tokens[kThreads];
+  __shared__ std::uint64_t tokens_before[kThreads];
+  __shared__ std::int64_t pool_rows[kThreads];
+  RunningSum<std::uint64_t> token_sum;
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + slot;
+    std::int32_t tokens = 0;
+    std::uint32_t tiles = 0;
+    std::int64_t pool_row = 0;
+    if (request < batch_size) {
+      tokens = request_tokens(p, request);
+      const int columns = read_columns(p, tokens, kLongestOffset);
+      if (columns > 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
+      pool_row = request_row(p, request);
+      if (pool_row < 0) tiles = 0;
+    }
+    // After the sum's barriers no warp looks tiles up in the last window any more.
+    const std::uint64_t tokens_end = token_sum.add(static_cast<std::uint64_t>(tokens));
+    if (request < batch_size) {
+      check_capacity(p, request, static_cast<std::int64_t>(tokens_end) + (std::int64_t{request} + 1) * kLongestOffset);
+    }
+    pool_rows[slot] = pool_row;
+    window_tokens[slot] = tokens;
+    tokens_before[slot] = tokens_end - static_cast<std::uint64_t>(tokens);
+    std::uint32_t warp_end = 0;
+    const std::uint32_t window_tiles = count_tiles(window, tiles, warp_end);
+    for (; tile < window_tiles; tile += warps) {
+      const Place place = find_tile(window, warp_end, tile);
+      const std::int64_t before = static_cast<std::int64_t>(tokens_before[place.slot]);
+      const int column = static_cast<int>(place.tile) * kTileColumns;
+      copy_tile(p, first + place.slot, pool_rows[place.slot], before, window_tokens[place.slot], column);
+    }
+    tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+  }
+}
+
+// ---- host side of the strategy
+// As many blocks as the indices could need, up to a number that suits the device.
+unsigned grid_blocks(const Params& p) {
+  const std::int64_t tiles = p.batch_size * ((p.columns - 1) / kTileColumns + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t limit = p.sm_count * kBlocksPerSm;
+  const std::int64_t blocks = wanted < limit ? wanted : limit;
+  return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
+}

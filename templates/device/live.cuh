@@ -1,0 +1,194 @@
+// ---- strategy: live columns --------------------------------------------------------------------------------------
+// The cost follows the requests' lengths, not the tables' width. Live columns are those below a request's length. Each
+// request has warps of its own, which take its first tiles; the remainder tiles of long requests are shared out among
+// the warps of other blocks.
+//
+//   blocks  0 .. kFirstTableBlock - 1   then split.own_blocks          then the other blocks
+//          +---------------------------+-----------------------------+---------------------------+
+//          | vectors and schedules     | own tiles: a warp has one   | remainder tiles, in turn  |
+//          +---------------------------+-----------------------------+---------------------------+
+//
+//   request 0  [  own tile  ][  own tile  ][ remainder  ][ remainder  ][ rem        a long request
+//   request 1  [  own tile  ][  ow                                                  one without a remainder
+//   request 2  [  own tile  ][  own tile  ][ remai
+//              ^ column 0, less the alignment offset    ^ the live columns end where the row of tiles does
+//
+// No warp with an own tile waits for the lengths of other requests: for short requests there is nothing else to do, and
+// every instruction before the first load shows. The remainder starts at the same time: a long request among short ones
+// doesn't wait until its own warps are done. Every block that takes remainder tiles counts all of them, so that no warp
+// gets more than its share, however uneven the requests are.
+constexpr int kSpreadRounds = 3;  // up to so many rounds of own tiles, a block's warps take distant tiles of a request
+constexpr int kManyBlocks = 8;  // from so many blocks per request on, neighbouring remainder tiles go to all blocks
+constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that take neighbouring tiles even then
+
+// How a launch shares the requests out. The host computes it: dividing by a number that isn't a constant takes a thread
+// dozens of dependent instructions. It is the kernel's first parameter, so that what a thread needs before its first
+// load lies in one line of the constant cache.
+struct Split {
+  std::uint32_t own_blocks;  // blocks whose warps have own tiles; the others take remainder tiles
+  std::uint32_t reciprocal;  // (2^32 - 1) / requests
+  std::uint32_t requests;  // of the batch
+  std::int32_t wide_from;  // columns of a request beyond which its own warps take kWideTiles tiles at once
+  std::uint32_t own_tiles;  // of a request: one for each of its own warps
+  std::uint8_t all_own;  // whether own tiles reach the end of every row
+  std::uint8_t spread;  // whether a block's warps take distant tiles of their request
+  std::uint8_t spread_remainder;  // whether neighbouring remainder tiles go to different blocks
+  std::uint8_t log2_warps_per_request;  // among the warps of a block
+};
+
+__device__ __forceinline__ void copy_remainder(const Params& p, const Split& split) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int slot = static_cast<int>(threadIdx.x);
+  const std::uint32_t warp = threadIdx.x / kWarpSize;
+  const std::uint32_t blocks = gridDim.x - kFirstTableBlock - split.own_blocks;
+  const std::uint32_t block = blockIdx.x - kFirstTableBlock - split.own_blocks;
+  const std::uint32_t warps = blocks * kWarps;
+  std::uint32_t tile = split.spread_remainder ? warp * blocks + block : block * kWarps + warp;
+  // Every block counts the remainder tiles of a window of requests, and the warps of all blocks take them in turn.
+  __shared__ Window window;
+  __shared__ std::int32_t reaches[kThreads];  // how far a request is written
+  __shared__ std::int32_t begins[kThreads];  // the column that its remainder begins at
+  __shared__ std::int64_t pool_rows[kThreads];
+  int first = -kThreads;  // the window's first request: there is none yet
+  std::uint32_t window_tiles = 0;  // that the warps take in turn
+  std::uint32_t warp_end = 0;
+  bool wide = false;  // whether a warp takes kWideTiles tiles at once
+  const int own_columns = static_cast<int>(split.own_tiles) * kTileColumns;
+  while (true) {
+    while (tile >= window_tiles) {
+      tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+      first += kThreads;
+      if (first >= batch_size) return;
+      const int request = first + slot;
+      int reach = 0;
+      int begin = 0;
+      std::uint32_t tiles = 0;
+      std::int64_t pool_row = -1;
+      if (request < batch_size) {
+        pool_row = request_row(p, request);
+        reach = row_reach(p, request);
+        const int columns = written_columns(p, ends_at(p, reach));
+        const int offset = alignment_offset(p, request);
+        begin = (columns + offset > split.wide_from ? kWideTiles * own_columns : own_columns) - offset;
+        if (columns > 0 && columns > begin && pool_row >= 0) {
+          tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
+        }
+      }
+      if (first > 0) __syncthreads();  // no warp looks tiles up in the last window any more
+      pool_rows[slot] = pool_row;
+      reaches[slot] = reach;
+      begins[slot] = begin;
+      window_tiles = count_tiles(window, tiles, warp_end);
+      if constexpr (kWideTiles > 1) {
+        wide = window_tiles * kWideTiles > warps;
+        if (!wide) window_tiles *= kWideTiles;
+      }
+    }
+    const Place place = find_tile(window, warp_end, wide ? tile : tile / kWideTiles);
+    const Rows rows = rows_of(first + place.slot);
+    const std::int64_t pool_row = pool_rows[place.slot];
+    const Ends ends = ends_at(p, reaches[place.slot]);
+    int column = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
+    if (wide) {
+      copy_tile<kWideTiles>(p, rows, pool_row, column, ends);
+    } else {
+      column += static_cast<int>(tile % kWideTiles) * kTileColumns;
+      if (kWideTiles == 1 || column < written_columns(p, ends)) copy_tile<1>(p, rows, pool_row, column, ends);
+    }
+    tile += warps;
+  }
+}
+
+__device__ void write_tables(const Params& p, const Split& split) {
+  const std::uint32_t block = blockIdx.x - kFirstTableBlock;
+  if (block < split.own_blocks) {
+    const std::uint32_t warp = threadIdx.x / kWarpSize;
+    const std::uint32_t place = (block * kWarps + warp) >> split.log2_warps_per_request;
+    const std::uint32_t round = __umulhi(place + 1, split.reciprocal);  // place / requests
+    const std::uint32_t request = place - round * split.requests;
+    const std::int64_t pool_row = request_row(p, request);
+    const int reach = row_reach(p, request);
+    const Ends ends = ends_at(p, reach);
+    int columns = written_columns(p, ends);
+    std::uint32_t tile = (round << split.log2_warps_per_request) + (warp & ((1u << split.log2_warps_per_request) - 1));
+    // Few requests would keep few multiprocessors busy if a block took neighbouring tiles only.
+    if (split.spread) {
+      tile = warp / kNearWarps * (split.own_tiles / (kWarps / kNearWarps)) + round * kNearWarps + warp % kNearWarps;
+    }
+    if (pool_row < 0) columns = 0;  // the test makes the compiler load the row beside the length, not after
+    if (tile >= split.own_tiles) columns = 0;  // the last block's warps without a request
+    const int offset = alignment_offset(p, request);
+    if constexpr (kWideTiles > 1) {
+      if (columns + offset > split.wide_from) {
+        const int column = kWideTiles * static_cast<int>(tile) * kTileColumns - offset;
+        if (column < columns) copy_tile<kWideTiles>(p, rows_of(request), pool_row, column, ends);
+        return;
+      }
+    }
+    const int column = static_cast<int>(tile) * kTileColumns - offset;
+    if (column < columns && columns > 0) copy_tile<1>(p, rows_of(request), pool_row, column, ends);
+    return;
+  }
+  if (!split.all_own) copy_remainder(p, split);
+}
+
+// ---- host side of the strategy
+// Blocks for the tables: as many as they could need, up to a number that suits the device.
+std::int64_t table_blocks(const Params& p) {
+  const std::int64_t tiles = p.batch_size * ((row_columns(p) + largest_offset(p) - 1) / kTileColumns + 1);
+  std::int64_t blocks = (tiles + kWarps - 1) / kWarps;
+  // With little to do, a block has tiles for kNearWarps of its warps, and more multiprocessors take part.
+  const std::int64_t spread = (tiles + kNearWarps - 1) / kNearWarps;
+  if (blocks < p.sm_count) blocks = spread < p.sm_count ? spread : p.sm_count;
+  const std::int64_t limit = p.sm_count * kBlocksPerSm;
+  if (blocks > limit) blocks = limit;
+  return blocks > 1 ? blocks : 1;
+}
+
+Split split_of(const Params& p) {
+  const std::int64_t blocks = table_blocks(p);
+  const std::int64_t requests = p.batch_size > 0 ? p.batch_size : 1;
+  const std::int64_t columns = row_columns(p);
+  std::int64_t share = blocks / requests;  // blocks for each request
+  const bool all_own = columns <= share * kWarps * kWideTiles * kTileColumns - largest_offset(p);
+  const bool spread = columns <= kSpreadRounds * share * kWarps * kTileColumns;
+  const bool many = blocks >= kManyBlocks * requests;
+  // Unless all tiles are own tiles, half of the blocks, or warps of them, get own tiles, and half get the remainder.
+  const std::int64_t half = blocks / 2;
+  if (!all_own) share = half / requests;
+  std::int64_t own_blocks = share * p.batch_size;
+  std::int64_t own_tiles = share * kWarps;
+  std::uint8_t log2_warps = 0;
+  while (1 << log2_warps < kWarps) ++log2_warps;
+  if (share == 0) {
+    // Fewer blocks than requests: several requests share a block, each with fewer of its warps.
+    own_tiles = kWarps;
+    for (own_blocks = requests; own_blocks > half && own_tiles > 1; own_blocks = (own_blocks + 1) / 2) {
+      own_tiles /= 2;
+      --log2_warps;
+    }
+    // With more requests the threads' division by the reciprocal isn't exact.
+    if (own_blocks > half || requests > 0xffff) own_blocks = own_tiles = 0;
+  }
+  Split split{};
+  split.own_blocks = static_cast<std::uint32_t>(own_blocks);
+  split.reciprocal = static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests);
+  split.requests = static_cast<std::uint32_t>(p.batch_size);
+  // With few warps per request, switch to wide tiles at a shorter length.
+  const std::int64_t rounds = all_own || share == 0 ? 1 : many ? 3 : 2;
+  split.wide_from = static_cast<std::int32_t>(rounds * own_tiles * kTileColumns);
+  split.own_tiles = static_cast<std::uint32_t>(own_tiles);
+  split.all_own = all_own;
+  split.spread = spread && share > 0;
+  split.spread_remainder = many;
+  split.log2_warps_per_request = log2_warps;
+  return split;
+}
+
+unsigned grid_blocks(const Params& p, const Split& split) {
+  const std::int64_t blocks = table_blocks(p);
+  // Where each request has few blocks, the remainder may be long. Blocks beyond those that run at once start when the
+  // blocks of short requests end.
+  const bool more = !split.all_own && !split.spread_remainder;
+  return static_cast<unsigned>(kFirstTableBlock + blocks + (more ? blocks / 2 : 0));
+}

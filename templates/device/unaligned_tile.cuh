@@ -1,0 +1,14 @@
+// ---- 4-byte accesses throughout ----------------------------------------------------------------------------------
+// Destinations that differ in their position modulo 16 bytes cannot take the same 16-byte stores.
+constexpr int kTileAlignment = 1;  // words
+
+template <int N>
+__device__ __forceinline__ int alignment_offset(const Table (&)[N], std::int64_t) {
+  return 0;
+}
+
+template <int kTiles, typename T, int N, typename RowEnds>
+__device__ __forceinline__ void copy_columns(
+    const Table (&to)[N], Rows rows, const T* source, int, int first, RowEnds ends) {
+  copy_words<kTiles>(to, rows, source, first, ends);
+}

@@ -1,0 +1,70 @@
+// ---- strategy: requests with a number of rows of their own -------------------------------------------------------
+// Where a request's rows are depends on the numbers of rows of all requests before it. Every block adds those up for
+// itself, window by window, beside the tiles that it counts; the warps of all blocks take the tiles in turn. The cost
+// follows the live columns, not the table's width, and no warp gets more than its share, however uneven the requests
+// are.
+//
+//   block   0 .. kFirstTableBlock   the other blocks
+//          +-----------------------+-----------------------------------------+
+//          | vectors, schedules    | tile, tile + warps, ...             |
+//          +-----------------------+-----------------------------------------+
+__device__ void write_tables(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int slot = static_cast<int>(threadIdx.x);
+  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
+  __shared__ Window window;
+  __shared__ std::int32_t reaches[kThreads];  // how far a request is written
+  __shared__ std::int32_t begins[kThreads];  // the column that its first tile begins at
+  __shared__ std::int64_t pool_rows[kThreads];
+  __shared__ Rows window_rows[kThreads];
+  int first = -kThreads;  // the window's first request: there is none yet
+  std::uint32_t window_tiles = 0;  // that the warps take in turn
+  std::uint32_t warp_end = 0;
+  RunningSum<std::uint32_t> row_sum;
+  while (true) {
+    while (tile >= window_tiles) {
+      tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+      first += kThreads;
+      if (first >= batch_size) return;
+      const int request = first + slot;
+      const int count = request < batch_size ? request_rows(p, request) : 0;
+      const std::int64_t stop_row = row_sum.add(static_cast<std::uint32_t>(count));
+      const Rows rows = rows_within(p, request, {stop_row - count, stop_row});
+      int reach = 0;
+      int begin = 0;
+      std::uint32_t tiles = 0;
+      std::int64_t pool_row = -1;
+      if (rows.first < rows.stop) {
+        reach = row_reach(p, request);
+        begin = -alignment_offset(p, request);
+        const int columns = written_columns(p, ends_at(p, reach));
+        if (columns > 0) tiles = static_cast<std::uint32_t>(columns - begin - 1) / kTileColumns + 1;
+      }
+      // After this barrier no warp looks tiles up in the last window any more.
+      window_tiles = 0;
+      if (!__syncthreads_or(tiles > 0)) continue;
+      if (tiles > 0) pool_row = request_row(p, request);
+      if (pool_row < 0) tiles = 0;
+      window_rows[slot] = rows;
+      pool_rows[slot] = pool_row;
+      reaches[slot] = reach;
+      begins[slot] = begin;
+      window_tiles = count_tiles(window, tiles, warp_end);
+    }
+    const Place place = find_tile(window, warp_end, tile);
+    const int column = begins[place.slot] + static_cast<int>(place.tile) * kTileColumns;
+    copy_tile<1>(p, window_rows[place.slot], pool_rows[place.slot], column, ends_at(p, reaches[place.slot]));
+    tile += warps;
+  }
+}
+
+// ---- host side of the strategy
+// As many blocks as the tables could need, up to a number that suits the device.
+unsigned grid_blocks(const Params& p) {
+  const std::int64_t tiles = p.batch_size * ((row_columns(p) + largest_offset(p) - 1) / kTileColumns + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t limit = p.sm_count * kBlocksPerSm;
+  const std::int64_t blocks = wanted < limit ? wanted : limit;
+  return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
+}

@@ -1,0 +1,43 @@
+// ---- whose tile it is --------------------------------------------------------------------------------------------
+// The tiles of up to kThreads requests, a window, in shared memory. Each thread counts those of one request; then every
+// warp of every block can look up which request a tile belongs to.
+struct Window {
+  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, within its warp
+  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
+};
+
+struct Place {
+  int slot;  // of the request in the window
+  std::uint32_t tile;  // among the request's tiles
+};
+
+// Adds up the tiles of the window's requests: `tiles` is the number of this thread's request. Returns the sum of all;
+// lane w gets in `warp_end` the sum up to and including warp w. All threads must call it, behind a barrier that
+// follows the last look-up. Ends with a barrier before the sums are read: what a thread wrote to shared memory before
+// the call can be read after it.
+__device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
+  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const std::uint32_t in_warp = warp_running_sum(tiles);
+  window.tile_end[threadIdx.x] = in_warp;
+  if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
+  __syncthreads();
+  std::uint32_t sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    sum += window.warp_tiles[w];
+    if (w <= lane) warp_end = sum;  // the lanes after the last warp hold the window's sum
+  }
+  return sum;
+}
+
+// Looks a tile up: first how many warps' requests end at or before it, then how many requests of the next warp do.
+__device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t warp_end, std::uint32_t tile) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int warp = __popc(__ballot_sync(kFullMask, warp_end <= tile));
+  const std::uint32_t before = __shfl_sync(kFullMask, warp_end, warp > 0 ? warp - 1 : 0);
+  const std::uint32_t in_warp = tile - (warp > 0 ? before : 0);
+  const int passed = __popc(__ballot_sync(kFullMask, window.tile_end[warp * kWarpSize + lane] <= in_warp));
+  const int slot = warp * kWarpSize + passed;
+  return {slot, in_warp - (passed > 0 ? window.tile_end[slot - 1] : 0)};
+}
