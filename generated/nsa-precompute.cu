@@ -545,14 +545,12 @@ Split split_of(const Params& p) {
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
   // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
-  const bool few = p.batch_size * tiles < p.sm_count * kSpreadTiles;
+  std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+  if (columns == 0) warps = 0;
   return {
       static_cast<std::uint32_t>(tiles),
       static_cast<std::int32_t>(tile_columns),
-      static_cast<std::uint32_t>(
-          columns == 0 ? 0
-          : few        ? (kWarps + 1) / 2
-                       : kWarps),
+      warps,
       ~std::uint64_t{0} / static_cast<std::uint64_t>(tiles),
   };
 }

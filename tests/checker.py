@@ -364,6 +364,9 @@ class Scene:
         plan.check()  # only once
 
 
+_DEFAULT_LAUNCH = {name: getattr(KernelConfig(), name) for name in ("threads", "unroll", "blocks_per_sm")}
+
+
 def check(config: KernelConfig, shape: Shape, device: torch.device | str) -> Any:
     """Binds and runs one case, compares every word, and says which plan did it.
 
