@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .arguments import arch_option, architectures, chosen, json_option, preset_names, target_option
-from .faults import sentence
 
 
 @click.command()
@@ -70,28 +69,24 @@ def build(
       onelaunch build --config kernels.toml --arch 90a,100a
       onelaunch build nsa-decode-3 --arch 90a --json
     """
-
-    def run() -> None:
-        archs, here = architectures(arch), functools.cache(toolchain.current_architectures)
-        names: list[str | None] = [*configs, *presets]
-        wanted = [
-            Job(chosen(name, facts, target), archs)
-            for name in names or ([None] if config is None or settings else [])
-            for facts in settings or ("",)
-        ]
-        for job in prebuild.read_matrix(config) if config is not None else ():
-            changed = job.config.replace(target=target) if target else job.config
-            wanted.append(Job(changed, archs or job.archs))
-        # The architecture is resolved here, so that the children needn't initialize CUDA.
-        wanted = prebuild.distinct(
-            [job if job.archs or job.config.target == "cpu" else Job(job.config, here()) for job in wanted]
-        )
-        if len(wanted) == 1 and timeout is None:
-            _here(wanted[0], retry, as_json)
-        else:
-            _in_children(wanted, jobs, timeout, retry, as_json)
-
-    sentence(run)
+    archs, here = architectures(arch), functools.cache(toolchain.current_architectures)
+    names: list[str | None] = [*configs, *presets]
+    wanted = [
+        Job(chosen(name, facts, target), archs)
+        for name in names or ([None] if config is None or settings else [])
+        for facts in settings or ("",)
+    ]
+    for job in prebuild.read_matrix(config) if config is not None else ():
+        changed = job.config.replace(target=target) if target else job.config
+        wanted.append(Job(changed, archs or job.archs))
+    # The architecture is resolved here, so that the children needn't initialize CUDA.
+    wanted = prebuild.distinct(
+        [job if job.archs or job.config.target == "cpu" else Job(job.config, here()) for job in wanted]
+    )
+    if len(wanted) == 1 and timeout is None:
+        _here(wanted[0], retry, as_json)
+    else:
+        _in_children(wanted, jobs, timeout, retry, as_json)
 
 
 def _here(job: Job, retry: bool, as_json: bool) -> None:

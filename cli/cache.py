@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 from onelaunch.cache import collect, trust
-from onelaunch.cache.store import MANIFEST, Entry, Store
+from onelaunch.cache.manifest import MANIFEST, Entry
+from onelaunch.cache.store import Store
 from onelaunch.errors import StoreError
 from onelaunch.load import loader
 
 from .arguments import json_option
-from .faults import sentence
 from .output import size, write_whole
 
 
@@ -88,7 +88,7 @@ def list_entries(as_json: bool) -> None:
       onelaunch cache list --json
     """
     store = loader.default_store()
-    rows = sentence(lambda: listed(store))
+    rows = listed(store)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
@@ -110,7 +110,7 @@ def info(keys: tuple[str, ...]) -> None:
     Examples:
       onelaunch cache info 1f3a
     """
-    for entry in sentence(lambda: _matching(keys)):
+    for entry in _matching(keys):
         click.echo(json.dumps(dict(entry.manifest), indent=1, sort_keys=True))
 
 
@@ -124,7 +124,7 @@ def verify() -> None:
     """
     store = loader.default_store()
     before = store.stored_keys()
-    good = sentence(lambda: list(store.entries()))
+    good = list(store.entries())
     click.echo(f"{len(good)} of {len(before)} entries are whole, in {store.root}")
     if len(good) < len(before):
         raise click.exceptions.Exit(1)
@@ -143,19 +143,15 @@ def gc(max_size: str | None, older_than: str | None) -> None:
       onelaunch cache gc
       onelaunch cache gc --max-size 500M --older-than 30d
     """
-
-    def run() -> Any:
-        limit = max_size or (None if older_than else collect.default_max_size())
-        return collect.collect(
-            loader.default_store(),
-            collect.parse_size(limit, "--max-size") if limit else None,
-            collect.parse_age(older_than, "--older-than") if older_than else None,
-        )
-
-    done = sentence(run)
+    limit = max_size or (None if older_than else collect.default_max_size())
+    done = collect.collect(
+        loader.default_store(),
+        collect.parse_size(limit, "--max-size") if limit else None,
+        collect.parse_age(older_than, "--older-than") if older_than else None,
+    )
     click.echo(
         f"removed {len(done.keys)} entries ({size(done.freed)}) and {done.remains} leftovers; "
-        f"{size(done.kept)} of entries are kept"
+        f"{size(done.kept)} of entries remain"
     )
 
 
@@ -167,14 +163,10 @@ def clear() -> None:
     Examples:
       onelaunch cache clear
     """
-
-    def run() -> int:
-        store = loader.default_store()
-        if store.root.exists():
-            trust.check_owner(store.root)
-        return collect.clear(store)
-
-    click.echo(f"removed {size(sentence(run))} from {loader.default_store().root}")
+    store = loader.default_store()
+    if store.root.exists():
+        trust.check_owner(store.root)
+    click.echo(f"removed {size(collect.clear(store))} from {loader.default_store().root}")
 
 
 @app.command("pack")
@@ -192,16 +184,12 @@ def pack(output: Path, keys: tuple[str, ...]) -> None:
       onelaunch cache pack -o kernels.tar.gz
       onelaunch cache pack -o two.tar.gz 1f3a 82be
     """
+    # Imported here for start-up time: archives are for two verbs only.
+    from onelaunch.load.pack import to_bytes
 
-    def run() -> Any:
-        # Imported here for start-up time: archives are for two verbs only.
-        from onelaunch.load.pack import to_bytes
-
-        entries = _matching(keys)
-        write_whole(output, to_bytes(entries))
-        return entries
-
-    for entry in sentence(run):
+    entries = _matching(keys)
+    write_whole(output, to_bytes(entries))
+    for entry in entries:
         needs = entry.manifest.get("requires", {})
         click.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  needs {_needs(needs)}")
     click.echo(f"wrote {output}, {size(output.stat().st_size)}")
@@ -218,14 +206,10 @@ def unpack(file: Path) -> None:
     Examples:
       onelaunch cache unpack kernels.tar.gz
     """
+    # Imported here for start-up time: archives are for two verbs only.
+    from onelaunch.load.pack import read_file
 
-    def run() -> Any:
-        # Imported here for start-up time: archives are for two verbs only.
-        from onelaunch.load.pack import read_file
-
-        return read_file(file, loader.default_store())
-
-    done = sentence(run)
+    done = read_file(file, loader.default_store())
     for entry in done.entries:
         click.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  {entry.module_path}")
     for name, reason in done.refused:

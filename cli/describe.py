@@ -12,7 +12,6 @@ from onelaunch.spec.config import KernelConfig
 from onelaunch.spec.fields import FIELDS
 
 from .arguments import config_argument, json_option, settings_option, target_option
-from .faults import sentence
 from .output import size
 from .show import kernel
 
@@ -20,14 +19,16 @@ from .show import kernel
 @click.command()
 @config_argument
 @settings_option
-@click.option("--batch", type=click.IntRange(min=1), default=64, help="Requests.")
-@click.option("--length", type=click.IntRange(min=0), default=8192, help="Tokens of each request.")
+@click.option("--batch", type=click.IntRange(1, 2**20), default=64, help="Requests.")
+@click.option("--length", type=click.IntRange(0, 2**31 - 1), default=8192, help="Tokens of each request.")
 @click.option(
-    "--width", type=click.IntRange(min=0), help="Columns of the tables; default: the longest length, offsets included."
+    "--width",
+    type=click.IntRange(0, 2**31 - 1),
+    help="Columns of the tables; default: the longest length, offsets included.",
 )
 @click.option(
     "--rows",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 2**20),
     default=1,
     help="Rows of each request, where a call says how many (variable extends, copies).",
 )
@@ -59,26 +60,20 @@ def describe(
       onelaunch describe --set num_backends=7,page_size=16 --batch 128 --length 32768
       onelaunch describe nsa-decode-3 --batch 1 --length 4096 --json
     """
-
-    def run() -> dict[str, Any]:
-        found = kernel(config, settings, target, None)
-        if found.config is None:
-            raise ArgumentError(f"{found.name} doesn't say which configuration it is for; name a preset.")
-        moved = traffic(
-            found.config, [length] * batch, width, rows=[rows] * batch, page_size=page_size, num_sms=num_sms
-        )
-        edited = str(found.edited) if found.edited else None
-        return {
-            "name": found.name,
-            "symbol": found.symbol,
-            "edited": edited,
-            "configuration": found.config.to_dict(),
-            "batch": batch,
-            "length": length,
-            **_moved(found.config, moved),
-        }
-
-    facts = sentence(run)
+    found = kernel(config, settings, target, None)
+    if found.config is None:
+        raise ArgumentError(f"{found.name} doesn't say which configuration it is for; name a preset.")
+    moved = traffic(found.config, [length] * batch, width, rows=[rows] * batch, page_size=page_size, num_sms=num_sms)
+    edited = str(found.edited) if found.edited else None
+    facts = {
+        "name": found.name,
+        "symbol": found.symbol,
+        "edited": edited,
+        "configuration": found.config.to_dict(),
+        "batch": batch,
+        "length": length,
+        **_moved(found.config, moved),
+    }
     click.echo(json.dumps(facts, indent=1) if as_json else _text(facts))
 
 

@@ -9,7 +9,6 @@ from onelaunch.inspect.diff import COMPARED, difference
 from onelaunch.inspect.kernels import Subject
 
 from .arguments import arch_option, preset_names, target_option
-from .faults import sentence
 from .output import print_text
 from .show import kernel
 
@@ -37,15 +36,12 @@ def diff(one: str, other: str, what: str, target: str | None, arch: str | None, 
       onelaunch diff nsa-decode-1 nsa-decode-7 --what resources
     """
 
-    def run() -> str:
-        def subject(text: str) -> Subject:
-            # A setting has an equals sign, which no preset and no key has.
-            is_settings = "=" in text and not Path(text).exists()
-            return kernel(None if is_settings else text, text if is_settings else None, target, arch)
+    def subject(text: str) -> Subject:
+        # A setting has an equals sign, which no preset and no key has.
+        is_settings = "=" in text and not Path(text).exists()
+        return kernel(None if is_settings else text, text if is_settings else None, target, arch)
 
-        return difference(subject(one), subject(other), what, context)
-
-    found = sentence(run)
+    found = difference(subject(one), subject(other), what, context)
     if not found:
         click.echo(f"no difference in {what}")
         return

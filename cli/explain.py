@@ -6,11 +6,9 @@ import json
 
 import click
 from onelaunch.build import toolchain
-from onelaunch.inspect.explain import Explanation
 from onelaunch.inspect.explain import explain as look_up
 
 from .arguments import arch_option, architectures, chosen, config_argument, json_option, settings_option, target_option
-from .faults import sentence
 
 
 @click.command()
@@ -29,13 +27,9 @@ def explain(config: str | None, settings: str | None, target: str | None, arch: 
       onelaunch explain nsa-decode-3 --arch 90a
       onelaunch explain --set num_backends=5 --json
     """
-
-    def run() -> Explanation:
-        wanted = chosen(config, settings, target)
-        archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.current_architectures()
-        return look_up(wanted, archs)
-
-    found = sentence(run)
+    wanted = chosen(config, settings, target)
+    archs = () if wanted.target == "cpu" else architectures(arch) or toolchain.current_architectures()
+    found = look_up(wanted, archs)
     if as_json:
         facts = {
             "hit": str(found.hit.path) if found.hit else None,

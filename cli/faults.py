@@ -30,22 +30,6 @@ def take_traceback(words: list[str]) -> list[str]:
     return [word for word in words if word != "--traceback"]
 
 
-def sentence(run: Callable[[], Result]) -> Result:
-    """Runs a verb's body. An error of onelaunch, or of a file, becomes one sentence and exit code 2."""
-    try:
-        return run()
-    except OnelaunchError as error:
-        message = str(error)
-        show_traceback()
-    except BrokenPipeError:
-        raise  # see guarded()
-    except OSError as error:
-        message = f"{error.filename or 'a file'} can't be read or written: {error.strerror or error}."
-        show_traceback()
-    click.echo(f"onelaunch: {message}", err=True)
-    raise click.exceptions.Exit(2)
-
-
 def show_traceback() -> None:
     """Prints where the current exception was raised, if --traceback was given."""
     if _wants_traceback:
@@ -53,26 +37,27 @@ def show_traceback() -> None:
 
 
 def guarded(run: Callable[[], Result]) -> Result:
-    """Runs the command. Ctrl-C and an exception that a verb doesn't handle, a defect, become a sentence and a code."""
+    """Runs a verb. Whatever it raises becomes one sentence on standard error, and an exit code."""
     try:
         return run()
     except KeyboardInterrupt:
-        click.echo("onelaunch: interrupted", err=True)
-        raise click.exceptions.Exit(130) from None
+        message, code = "interrupted", 130
     except BrokenPipeError:
-        raise  # standard output was closed, as by `| head`: the library ends the command
-    except OSError as error:
-        # Verbs read and write files inside sentence(); what they print comes after it.
+        raise  # nobody reads standard output any more, as after `| head`: the library ends the command
+    except OnelaunchError as error:
+        message, code = str(error), 2
         show_traceback()
-        click.echo(f"onelaunch: standard output can't be written: {error.strerror or error}.", err=True)
-        raise click.exceptions.Exit(2) from None
+    except OSError as error:
+        # An error of a file names it.
+        place = error.filename or "standard output"
+        message, code = f"{place} can't be read or written: {error.strerror or error}.", 2
+        show_traceback()
     except Exception as error:
         # Usage errors and exits are the library's to show.
         if type(error).__module__.partition(".")[0] == "click":
             raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        message, code = f"a defect of onelaunch: {text}. Please report it, with what --traceback adds.", 70
         show_traceback()
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        click.echo(
-            f"onelaunch: a defect of onelaunch: {message}. Please report it, with what --traceback adds.", err=True
-        )
-        raise click.exceptions.Exit(70) from error
+    click.echo(f"onelaunch: {message}", err=True)
+    raise click.exceptions.Exit(code)

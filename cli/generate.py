@@ -10,13 +10,12 @@ from onelaunch.emit.render import render
 from onelaunch.inspect import editors
 from onelaunch.spec.presets import PRESETS
 
-from .faults import sentence
 from .output import write_whole
 
 
 @click.command()
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("generated"), help="Where the emitted CUDA is kept."
+    "--folder", type=click.Path(path_type=Path), default=Path("generated"), help="The folder of the emitted CUDA."
 )
 @click.option("--check", is_flag=True, help="Write nothing; fail if a file isn't up to date.")
 @click.option("--clangd", is_flag=True, help="Also write a compile_commands.json there, for editors.")
@@ -30,18 +29,18 @@ def generate(folder: Path, check: bool, clangd: bool) -> None:
       onelaunch generate --folder emitted --clangd
     """
     if check:
-        difference = sentence(lambda: check_folder(folder))
+        difference = check_folder(folder)
         if difference:
             click.echo(difference, nl=False)
             click.echo(f"onelaunch: {folder} isn't what the templates emit. Run: onelaunch generate", err=True)
             raise click.exceptions.Exit(1)
         click.echo(f"{folder} is up to date")
         return
-    for path in sentence(lambda: write_folder(folder)):
+    for path in write_folder(folder):
         click.echo(f"wrote {path}")
     if clangd:
         commands = folder / editors.COMMANDS
-        sentence(lambda: write_whole(commands, editors.commands_of_folder(folder)))
+        write_whole(commands, editors.commands_of_folder(folder))
         click.echo(f"wrote {commands}")
 
 

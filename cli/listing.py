@@ -6,13 +6,12 @@ import json
 from typing import Any
 
 import click
-from onelaunch.cache.store import tiers
+from onelaunch.cache.tiers import tiers
 from onelaunch.load import loader
 from onelaunch.spec.presets import PRESETS
 
 from .arguments import json_option
 from .cache import listed
-from .faults import sentence
 from .output import size
 
 
@@ -28,30 +27,26 @@ def list_kernels(as_json: bool) -> None:
       onelaunch list
       onelaunch list --json
     """
-
-    def run() -> Any:
-        builds = [row for tier in tiers(loader.default_store()) for row in listed(tier)]
-        kernels: list[dict[str, Any]] = []
-        for name, config in PRESETS.items():
-            # The CPU target of a preset is another configuration.
-            symbols = config.symbol, config.replace(target="cpu").symbol
-            own = [row for row in builds if row["symbol"] in symbols]
-            kernels.append({"preset": name, "symbol": config.symbol, "builds": own})
-        known = [row["key"] for kernel in kernels for row in kernel["builds"]]
-        return {"presets": kernels, "others": [row for row in builds if row["key"] not in known]}
-
-    found = sentence(run)
+    builds = [row for tier in tiers(loader.default_store()) for row in listed(tier)]
+    kernels: list[dict[str, Any]] = []
+    for name, config in PRESETS.items():
+        # The CPU target of a preset is another configuration.
+        symbols = config.symbol, config.replace(target="cpu").symbol
+        own = [row for row in builds if row["symbol"] in symbols]
+        kernels.append({"preset": name, "symbol": config.symbol, "builds": own})
+    known = [row["key"] for kernel in kernels for row in kernel["builds"]]
+    others = [row for row in builds if row["key"] not in known]
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps({"presets": kernels, "others": others}, indent=1))
         return
-    width = max(len(kernel["preset"]) for kernel in found["presets"])
-    for kernel in found["presets"]:
-        rows = [row_text(row) for row in kernel["builds"]] or ["not built"]
-        for number, row in enumerate(rows):
-            click.echo(f"{kernel['preset'] if number == 0 else '':{width}}  {row}")
-    if found["others"]:
+    width = max(len(kernel["preset"]) for kernel in kernels)
+    for kernel in kernels:
+        lines = [row_text(row) for row in kernel["builds"]] or ["not built"]
+        for number, line in enumerate(lines):
+            click.echo(f"{kernel['preset'] if number == 0 else '':{width}}  {line}")
+    if others:
         click.echo("other builds")
-        for row in found["others"]:
+        for row in others:
             click.echo(f"{'':{width}}  {row_text(row)}  {row['symbol']}")
 
 

@@ -11,7 +11,6 @@ from onelaunch.inspect import editors, views
 from onelaunch.inspect.kernels import Subject, find
 
 from .arguments import arch_option, architectures, config_argument, settings_option, target_option
-from .faults import sentence
 from .output import print_text, write_whole
 
 # How each is highlighted; the GNU assembler's rules fit SASS well enough.
@@ -64,29 +63,25 @@ def show(
       onelaunch show nsa-decode-3 --what resources --arch 90a --json
       onelaunch show nsa-decode-3 -o edited/ --clangd
     """
-
-    def run() -> str:
-        if as_json and what not in ("resources", "command", "key"):
-            raise ArgumentError(f"--json is for resources, command and key; {what} is text.")
-        if clangd and (output is None or what != "cuda"):
-            raise ArgumentError("--clangd describes the file that -o writes, and reads CUDA: give -o, and no --what.")
-        found = kernel(config, settings, target, arch)
-        if as_json:
-            text = json.dumps(views.facts(found, what), indent=1) + "\n"
-        else:
-            text = views.view(found, what, annotate)
-        if output is None:
-            return text
-        path = Path(output)
-        if path.is_dir() or output.endswith("/"):
-            path.mkdir(parents=True, exist_ok=True)
-            path = path / f"{found.symbol}.{'cu' if what == 'cuda' else what}"
-        write_whole(path, text)
-        if clangd:
-            write_whole(path.parent / editors.COMMANDS, editors.commands_of_folder(path.parent))
-        return ""
-
-    print_text(sentence(run), "json" if as_json else LEXERS[what])
+    if as_json and what not in ("resources", "command", "key"):
+        raise ArgumentError(f"--json is for resources, command and key; {what} is text.")
+    if clangd and (output is None or what != "cuda"):
+        raise ArgumentError("--clangd describes the file that -o writes, and reads CUDA: give -o, and no --what.")
+    found = kernel(config, settings, target, arch)
+    if as_json:
+        text = json.dumps(views.facts(found, what), indent=1) + "\n"
+    else:
+        text = views.view(found, what, annotate)
+    if output is None:
+        print_text(text, "json" if as_json else LEXERS[what])
+        return
+    path = Path(output)
+    if path.is_dir() or output.endswith("/"):
+        path.mkdir(parents=True, exist_ok=True)
+        path = path / f"{found.symbol}.{'cu' if what == 'cuda' else what}"
+    write_whole(path, text)
+    if clangd:
+        write_whole(path.parent / editors.COMMANDS, editors.commands_of_folder(path.parent))
 
 
 def kernel(name: str | None, settings: str | None, target: str | None, arch: str | None) -> Subject:

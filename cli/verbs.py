@@ -74,7 +74,7 @@ class Verbs(click.Group):
         except SystemExit as end:
             failure = _flush()
             if failure and not end.code:
-                click.echo(f"onelaunch: standard output can't be written: {failure}.", err=True)
+                click.echo(f"onelaunch: standard output can't be read or written: {failure}.", err=True)
                 raise SystemExit(2) from None
             raise
 

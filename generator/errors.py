@@ -1,4 +1,7 @@
-"""One class a fault. Every message is a sentence: the argument, its value, what is allowed, what to do next."""
+"""The exceptions of onelaunch, a class for each kind of fault.
+
+A message names the argument, its value, what is allowed and what to do.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 
 class OnelaunchError(Exception):
-    """Base of every error that onelaunch raises on purpose."""
+    """Base class of all errors that onelaunch raises."""
 
 
 class ConfigError(OnelaunchError, ValueError):
@@ -15,7 +18,7 @@ class ConfigError(OnelaunchError, ValueError):
 
 
 class ArgumentError(OnelaunchError, ValueError):
-    """A tensor or a number that a call cannot accept. Nothing was written."""
+    """An argument that a call can't accept. Nothing was written."""
 
 
 class ToolchainError(OnelaunchError, RuntimeError):
@@ -27,7 +30,7 @@ class CompileError(OnelaunchError, RuntimeError):
 
     Attributes:
         key: key of the entry that was being built.
-        command: the failing compiler command, or "" if the log doesn't hold it.
+        command: the failing compiler command, or "" if it isn't in the log.
         log: path of the full build log.
         source: path of the emitted source.
         lasting: whether another try would fail again; False where memory, disk or time ran out.
@@ -38,7 +41,7 @@ class CompileError(OnelaunchError, RuntimeError):
         self.key, self.command, self.log, self.source, self.lasting = key, command, log, source, lasting
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions are pickled by their positional arguments alone, and workers send them to their parents.
+        # By default only positional arguments are pickled, and ranks send each other this error.
         return _compile_error, (str(self), self.key, self.command, self.log, self.source, self.lasting)
 
 
@@ -55,4 +58,4 @@ class JitPolicyError(OnelaunchError, RuntimeError):
 
 
 class LaunchError(OnelaunchError, RuntimeError):
-    """The CUDA runtime refused a launch; the message carries its code and text."""
+    """The CUDA runtime refused a launch; the message has its error code and text."""

@@ -1,4 +1,4 @@
-"""What onelaunch does, a line for each build, load and bind: the logger "onelaunch", shown by $ONELAUNCH_LOG."""
+"""The logger "onelaunch": a line for each build, load and bind. $ONELAUNCH_LOG shows them on standard error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger.addHandler(logging.NullHandler())
 
 
 def event(
-    what: str, symbol: str, key: str, outcome: str, seconds: float, *facts: str, level: int = logging.INFO
+    what: str, symbol: str, key: str, outcome: str, seconds: float, *details: str, level: int = logging.INFO
 ) -> None:
     """Logs one line.
 
@@ -26,11 +26,11 @@ def event(
         key: content key of its build.
         outcome: "hit" or "miss".
         seconds: how long it took.
-        facts: whatever else there is to say; "" is left out.
+        details: further parts of the line; "" is omitted.
     """
     if logger.isEnabledFor(level):
-        said = ", ".join((f"{seconds * 1000:.1f} ms", *filter(None, facts)))
-        logger.log(level, "%s %s key=%s %s %s", what, symbol, key[:16], outcome, said)
+        text = ", ".join((f"{seconds * 1000:.1f} ms", *filter(None, details)))
+        logger.log(level, "%s %s key=%s %s %s", what, symbol, key[:16], outcome, text)
 
 
 def notice(text: str) -> None:
@@ -40,15 +40,15 @@ def notice(text: str) -> None:
             print(f"onelaunch: {text}", file=sys.stderr, flush=True)
 
 
-def _show(wanted: str) -> None:
+def _show(name: str) -> None:
     """Sends the lines to standard error; an application that configures logging itself leaves the variable unset."""
-    if wanted not in _LEVELS:
-        warnings.warn(f"{LOG_VARIABLE} is {wanted!r}; allowed: info, debug. Nothing is logged.", stacklevel=2)
+    if name not in _LEVELS:
+        warnings.warn(f"{LOG_VARIABLE} is {name!r}; allowed: info, debug. Nothing is logged.", stacklevel=2)
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(asctime)s %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
-    logger.setLevel(_LEVELS[wanted])
+    logger.setLevel(_LEVELS[name])
     logger.propagate = False
 
 

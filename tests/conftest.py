@@ -22,17 +22,10 @@ CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 TEST_CACHE_VARIABLE = "ONELAUNCH_TEST_CACHE"
 NO_DEVICE = "there is no CUDA device"
 
-# Mutation testing names thousands of tests for each mutant. pytest would look up one after the other for seconds.
-MANY = 100
-
 # What takes long and rarely finds anything; runs where it is selected (make test-long), and by name.
 LONG_MARKER = "long: takes long and rarely finds anything; make test-long runs it"
 
-# Begun first: what takes a minute at the end of a run leaves the other workers without work.
-LONG = ("tests/test_soak.py",)
-
 _own_folder = pytest.StashKey[Path]()
-_wanted = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,9 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # waiting for one another, which takes the cores from the other workers.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    if len(config.args) > MANY and all("::" in name for name in config.args):
-        config.stash[_wanted] = {name: place for place, name in enumerate(config.args)}
-        config.args = list(dict.fromkeys(name.split("::")[0] for name in config.args))
     if hasattr(config, "workerinput"):
         return
     own = config.stash[_own_folder] = Path(tempfile.mkdtemp(prefix="onelaunch-tests-"))
@@ -62,11 +52,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = config.stash.get(_wanted, None)
-    if wanted is not None:
-        items[:] = sorted((item for item in items if item.nodeid in wanted), key=lambda item: wanted[item.nodeid])
-    else:
-        items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     if "long" not in config.option.markexpr and not any("::" in argument for argument in config.args):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]

@@ -11,14 +11,14 @@ from pathlib import Path
 from onelaunch import KernelConfig, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
-from onelaunch.emit.render import render_binding
+from onelaunch.emit.binding import render_binding
 
 # Where tests find the compiler itself.
 PLAIN_VARIABLE = "ONELAUNCH_TEST_PLAIN_CXX"
 # Where tests find one for kernels of which they look at the results alone: it doesn't optimize, and takes half as long.
 QUICK_VARIABLE = "ONELAUNCH_TEST_QUICK_CXX"
-# What an emitted source begins with, up to the code.
-DIRECTIVES = r"^\s*#\s*(?:include|define|ifndef|endif)\b.*\n"
+# What an emitted source begins with, up to the code; the macros of a binding are its own.
+DIRECTIVES = r"^\s*#\s*(?:include|define(?! ONELAUNCH_)|ifndef|endif)\b.*\n"
 
 
 def precompiled(folder: Path) -> dict[str, str]:

@@ -1,14 +1,13 @@
-"""What the tests share: token pools, poisoned destinations with guard zones, cases, and the comparison."""
+"""What the tests share: token pools, poisoned destinations with guard zones, the comparison, what ptxas says."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import random
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ POISON = -559038737
 GUARD = 32
 
 # What a batch alone gives a shape to. Schedules and kv_indices have tests of their own.
-ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("lengths", "cumulative", "table"))
-BY_BATCH = ALL_FIELDS
+ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum", "table"))
 SIX_FIELDS = (
     "cache_seqlens",
     "cu_seqlens_k",
@@ -168,7 +166,7 @@ def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequen
         wanted = expected if isinstance(expected, MetadataBuffers) else expected[index]
         for field, tensor in backend.buffers.items():
             want = getattr(wanted, field.name)
-            got_all = backend.storages[field.name].cpu()
+            got_all = backend.storages[field.name]
             want_all = torch.full_like(got_all, POISON)
             view = want_all.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             assert want is not None, f"the expectation has no {field.name}"
@@ -256,62 +254,6 @@ def pool_rows(bs: int, rows: int, seed: int = 0) -> list[int]:
     some = [i % rows for i in range(bs)]
     numbers.shuffle(some)
     return some
-
-
-# ------------------------------------------------------------------------------------------------ cases
-
-
-def all_pairs(
-    factors: Mapping[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], bool] = lambda case: True, seed: int = 1
-) -> list[dict[str, Any]]:
-    """Cases in which any two values of any two factors meet at least once, where that is allowed.
-
-    Greedy and deterministic: each case starts from a pair that is still missing, and takes the values, factor by
-    factor, that meet the most missing pairs.
-    """
-    numbers = random.Random(seed)
-    names = list(factors)
-    missing = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(names, 2)
-        for i in range(len(factors[a]))
-        for j in range(len(factors[b]))
-    }
-
-    def values(picks: Mapping[str, int]) -> dict[str, Any]:
-        return {name: factors[name][i] for name, i in picks.items()}
-
-    def pairs(picks: Mapping[str, int]) -> set[tuple[tuple[str, int], tuple[str, int]]]:
-        known = [(name, picks[name]) for name in names if name in picks]
-        return set(itertools.combinations(known, 2))
-
-    cases = []
-    while missing:
-        picks = dict(min(missing))
-        if not allowed(values(picks)):
-            missing.discard(min(missing))
-            continue
-        for name in names:
-            if name in picks:
-                continue
-            choices = [i for i in range(len(factors[name])) if allowed(values({**picks, name: i}))]
-            numbers.shuffle(choices)
-            picks[name] = max(choices, key=lambda i, name=name: len(pairs({**picks, name: i}) & missing))
-        missing -= pairs(picks)
-        cases.append({name: factors[name][picks[name]] for name in names})
-    return cases
-
-
-def case_name(case: Mapping[str, Any]) -> str:
-    """A readable test id."""
-    parts = []
-    for value in case.values():
-        if isinstance(value, tuple):
-            text = {ALL_FIELDS: "all", SIX_FIELDS: "six"}.get(value) or "+".join(value)
-        else:
-            text = str(value).removeprefix("torch.")
-        parts.append(text)
-    return "-".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------ compilers

@@ -419,7 +419,7 @@ def test_one_that_goes_may_call_back(module: ModuleType) -> None:
 
 def test_what_is_wrong_with_a_memo_is_said(module: ModuleType) -> None:
     for bad in (0, -1):
-        with pytest.raises(ValueError, match=f"one object or more, not {bad}"):
+        with pytest.raises(ValueError, match=f"max_count is {bad}; a memo has room for 1 object or more"):
             module.memo(bad)
     with pytest.raises(TypeError):
         module.memo("many")

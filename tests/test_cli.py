@@ -220,7 +220,7 @@ def test_the_emitted_text_doesnt_depend_on_the_locale(tmp_path: Path) -> None:
         (">&-", 0, ""),
         ("2>&-", 0, ""),
         ("| head -n 1", 0, ""),
-        (">/dev/full", 2, "onelaunch: standard output can't be written: No space left on device.\n"),
+        (">/dev/full", 2, "onelaunch: standard output can't be read or written: No space left on device.\n"),
     ],
 )
 def test_standard_output_that_is_closed_or_full(redirection: str, code: int, text: str) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+import checker
 import onelaunch
 import pytest
 import torch
+from cases import batch
 from click.testing import CliRunner
 from onelaunch import FIELDS, PRESETS, ArgumentError, KernelConfig, preset
 from onelaunch.cli.lab.bench.scene import Scene
 from onelaunch.cli.main import app
 from onelaunch.inspect.traffic import traffic
 from support import ALL_FIELDS, POISON, buffers_of, destination, token_pool
-
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-import cases
 
 EVIDENCE = json.loads((Path(__file__).parent / "gpu" / "evidence.json").read_text(encoding="utf-8"))
 
@@ -32,23 +30,26 @@ def invoke(*words: str) -> Any:
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_refresh_of_a_preset_writes_is_what_it_says(name: str, bs: int, width: int) -> None:
     config = PRESETS[name]
-    scene = cases.run(config, bs, width, torch.device("cpu"))
+    shape = batch(bs, width, max_indices=10**6, extends=(2, 0, 1, 5, 0))
+    scene = checker.Scene(config, shape)
+    scene.run(scene.bind())
+    scene.compare()
     moved = traffic(
         config,
-        scene["seq_lens"].tolist(),
+        list(shape.lengths),
         width,
-        rows=scene["extends"].tolist(),
-        page_size=16,
-        num_sms=cases.SIZES["paged_mqa_schedule_metadata"][0] - 1,
-        num_sm_parts=cases.SIZES["flashmla_metadata"][0],
+        rows=scene.extend_seq_lens.tolist(),
+        page_size=scene.page_size,
+        num_sms=shape.num_sms,
+        num_sm_parts=shape.num_sm_parts,
     )
     changed = {
-        field: sum(int((getattr(backend, field) != cases.POISON).sum()) for backend in scene["backends"])
+        field: sum(int((getattr(backend.buffers, field) != POISON).sum()) for backend in scene.backends)
         for field in config.fields
     }
     assert {written.field: written.bytes for written in moved.written} == {f: 4 * n for f, n in changed.items()}
     assert moved.bytes_written == 4 * sum(changed.values())
-    assert moved.rows == scene["rows_in_all"]
+    assert moved.rows == scene.rows
     for written in moved.written:
         assert written.tensors == config.num_backends
         assert written.bytes == pytest.approx(4 * written.tensors * math.prod(written.shape))
@@ -60,7 +61,7 @@ def test_what_a_refresh_of_a_preset_writes_is_what_it_says(name: str, bs: int, w
         ("live", ALL_FIELDS, 16),
         ("full", tuple(name for name in ALL_FIELDS if name != "seqlens_expanded"), 4),
         ("live", ("cache_seqlens", "cu_seqlens_k", "real_page_table"), 8),
-        ("live", ("kv_indptr", "kv_indices"), 8),
+        ("live", ("kv_indptr", "kv_indices"), 1),
     ],
 )
 @pytest.mark.parametrize(
@@ -198,7 +199,9 @@ def test_as_json_and_of_an_entry() -> None:
     assert json.loads(invoke(key, "--batch", "3", "--length", "9", "--json").stdout)["symbol"] == facts["symbol"]
 
 
-@pytest.mark.parametrize("words", [["--batch", "0"], ["--length", "-1"], ["--width", "-1"], ["no-such"]])
+@pytest.mark.parametrize(
+    "words", [["--batch", "0"], ["--batch", str(10**12)], ["--length", "-1"], ["--width", "-1"], ["no-such"]]
+)
 def test_what_it_refuses(words: list[str]) -> None:
     result = invoke(*words)
     assert (result.exit_code, result.stdout) == (2, "")

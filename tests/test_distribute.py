@@ -9,12 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onelaunch
 import pytest
+from onelaunch.errors import ArgumentError
 
-HOWS = ("all well", "two groups", "leader fails", "another fails", "they differ")
+HOWS = (
+    "all well",
+    "two architectures",
+    "leader fails",
+    "another fails",
+    "they differ",
+    "a group of two",
+    "slower than the time-out",
+    "leader is interrupted",
+)
 
 RANK = """
-import json, os, sys
+import datetime, json, os, sys, threading, time
 import onelaunch
 import torch.distributed as dist
 from onelaunch import KernelConfig
@@ -27,8 +38,17 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, 
 rendering, build = sys.modules["onelaunch.emit.render"], compiler.build
 render, unpack = onelaunch.render, pack.from_bytes
 builds = []
+groups = {
+    "a group of two": dist.new_group([0, 1]),
+    "slower than the time-out": dist.new_group(timeout=datetime.timedelta(seconds=5)),
+}
+join = threading.Thread.join
+def interrupted(thread, seconds=None):
+    raise KeyboardInterrupt
 def counted(recipe, *args, **kwargs):
     builds.append(recipe.module)
+    if how == "slower than the time-out" and len(builds) == 1:
+        time.sleep(7)
     return build(recipe, *args, **kwargs)
 def broken(*args):
     raise ValueError("no room for it")
@@ -41,19 +61,21 @@ for how in json.loads(os.environ["HOWS"]):
     pack.from_bytes = broken if how == "another fails" and rank == 1 else unpack
     if how == "they differ" and rank == 2:
         configs = configs[:1]
-    archs = ("100a",) if how == "two groups" and rank == 2 else ("90a",)
+    archs = ("100a",) if how == "two architectures" and rank == 2 else ("90a",)
     store = Store(folder / how / f"cache-{rank}")
     builds.clear()
+    threading.Thread.join = interrupted if how == "leader is interrupted" and rank == 0 else join
     try:
-        kernels = onelaunch.distribute(configs, archs=archs, store=store)
+        kernels = onelaunch.distribute(configs, groups.get(how), archs=archs, store=store)
         said[how] = {
             "keys": [kernel.key for kernel in kernels],
             "paths": [str(kernel.path) for kernel in kernels],
             "works": all(hasattr(kernel.module, "bind") for kernel in kernels),
             "builds": len(builds),
         }
-    except onelaunch.OnelaunchError as error:
+    except (onelaunch.OnelaunchError, KeyboardInterrupt) as error:
         said[how] = {"error": [type(error).__name__, str(error)]}
+    threading.Thread.join = join
 print(json.dumps(said))
 dist.destroy_process_group()
 """
@@ -80,7 +102,7 @@ def said(folder: Path) -> dict[str, list[dict[str, Any]]]:
     results = []
     try:
         for process in started:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=300)
             assert process.returncode == 0, err
             results.append(json.loads(out.splitlines()[-1]))
     finally:
@@ -89,7 +111,10 @@ def said(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {how: [result[how] for result in results] for how in HOWS}
 
 
-@pytest.mark.parametrize(("how", "builds"), [("all well", [2, 0, 0]), ("two groups", [2, 0, 2])])
+@pytest.mark.parametrize(
+    ("how", "builds"),
+    [("all well", [2, 0, 0]), ("two architectures", [2, 0, 2]), ("slower than the time-out", [2, 0, 0])],
+)
 def test_one_rank_builds_and_all_have_it(
     said: dict[str, list[dict[str, Any]]], folder: Path, how: str, builds: list[int]
 ) -> None:
@@ -105,7 +130,7 @@ def test_one_rank_builds_and_all_have_it(
     [
         ("leader fails", "CompileError", "Rank 0: The kernel"),
         ("another fails", "StoreError", "Rank 1 failed in onelaunch.distribute(): ValueError: no room for it"),
-        ("they differ", "StoreError", "Rank 2 asks distribute() for other configurations than rank 0"),
+        ("they differ", "StoreError", "Rank 2 calls distribute() with other configurations than rank 0"),
     ],
 )
 def test_a_rank_that_fails_makes_all_raise(
@@ -116,3 +141,23 @@ def test_a_rank_that_fails_makes_all_raise(
     ((found, message),) = errors
     assert found == kind
     assert message.startswith(text)
+
+
+def test_a_rank_outside_of_the_group_gets_a_sentence(said: dict[str, list[dict[str, Any]]]) -> None:
+    one, two, outside = said["a group of two"]
+    assert one["keys"] == two["keys"]
+    assert outside["error"] == [
+        "ArgumentError",
+        "Rank 2 isn't in the group given to distribute(): call it on the group's ranks only.",
+    ]
+
+
+def test_an_interrupt_is_passed_on(said: dict[str, list[dict[str, Any]]]) -> None:
+    first, *others = (result["error"] for result in said["leader is interrupted"])
+    assert first == ["KeyboardInterrupt", ""]
+    assert others == [["StoreError", "Rank 0 failed in onelaunch.distribute(): KeyboardInterrupt"]] * 2
+
+
+def test_without_torch_distributed() -> None:
+    with pytest.raises(ArgumentError, match="isn't initialized: call init_process_group before distribute"):
+        onelaunch.distribute([])

@@ -1,4 +1,4 @@
-"""Faults in the build path: each is told in one sentence, and the store serves the same configuration afterwards."""
+"""Faults in the build path: each is one sentence, and the store serves the same configuration afterwards."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ import torch
 from click.testing import CliRunner
 from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError
 from onelaunch.build import compile as compiler
-from onelaunch.build import toolchain
-from onelaunch.cache import failures
+from onelaunch.build import diagnosis, toolchain, toolkit
+from onelaunch.build.key import Recipe
+from onelaunch.cache import failures, tiers
 from onelaunch.cache import store as stores
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader
 from onelaunch.run import refresh
+from processes import until
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
@@ -51,7 +53,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def no_spare(patch: pytest.MonkeyPatch) -> None:
     """As in a fresh process: there is no temporary store, and nothing was warned of."""
-    patch.setattr(stores, "_spare", None)
+    patch.setattr(tiers, "_fallback", None)
     patch.setattr(stores, "_warned", set())
 
 
@@ -117,47 +119,47 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
     return write
 
 
-def refused(
-    store: Store, monkeypatch: pytest.MonkeyPatch, wanted: type[Exception], *texts: str, lasting: bool = False
-) -> Exception:
-    """Loads SMALL, which must fail with this class; the store is right again once the fake compiler is gone.
+def refused(store: Store, monkeypatch: pytest.MonkeyPatch, *texts: str, lasting: bool = False) -> CompileError:
+    """Loads SMALL, which must fail to compile; the store is right again once the fake compiler is gone.
 
-    A lasting failure is remembered: it is told again at once, and compiled again when that is asked for.
+    A lasting failure is remembered: it is raised again at once, and compiled again when that is requested.
     """
-    with pytest.raises(wanted) as caught:
+    with pytest.raises(CompileError) as caught:
         loader.load(SMALL, store=store)
-    message = str(caught.value)
+    error, message = caught.value, str(caught.value)
     for text in texts:
         assert re.search(text, message), message
     assert leftovers(store) == []
-    if isinstance(caught.value, CompileError):
-        assert caught.value.lasting is lasting, message
-        assert str(caught.value.log) in message
-        source = caught.value.source.read_text()
-        assert (failures.recall(store, caught.value.key) is not None) is lasting
+    assert error.lasting is lasting, message
+    assert str(error.log) in message
+    source = error.source.read_text()
+    assert (failures.recall(store, error.key) is not None) is lasting
     # Whichever compiler this machine's $CXX names: another one would have another key.
     monkeypatch.setenv("CXX", str(REAL))
     if lasting:
-        remembered(store, caught.value, monkeypatch)
+        remembered(store, error, monkeypatch)
     kernel = assert_usable(store)
-    if isinstance(caught.value, CompileError):
-        assert caught.value.key == kernel.key
-        assert source.startswith(kernel.source)
-        assert failures.recall(store, kernel.key) is None
-    return caught.value
+    assert error.key == kernel.key
+    assert source.startswith(kernel.source)
+    assert failures.recall(store, kernel.key) is None
+    return error
 
 
-def remembered(store: Store, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same call tells the same error without a compiler, until another try is asked for."""
-    assert isinstance(error, CompileError)
+def remembered(store: Store, error: CompileError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call raises the same error without a compiler, until another try is requested."""
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "build", lambda *args, **kwargs: pytest.fail("it was compiled again"))
         with pytest.raises(CompileError) as again:
             loader.load(SMALL, store=store)
-    assert str(again.value).startswith(f"{error} It failed so on ")
-    assert f"`onelaunch build --retry`, or with {failures.RETRY_VARIABLE}=1." in str(again.value)
+    assert str(again.value).startswith(f"{error} This build failed on ")
+    assert str(again.value).endswith(
+        f" and is not retried until its inputs change; use `onelaunch build --retry` or {failures.RETRY_VARIABLE}=1."
+    )
     assert (again.value.key, again.value.log, again.value.source) == (error.key, error.log, error.source)
     assert again.value.command == error.command
+    # A record of a clock that was wrong doesn't hold --retry up.
+    record = failures.folder(store, error.key) / failures.RECORD
+    record.write_text(json.dumps({**json.loads(record.read_text()), "when": FUTURE}))
     with monkeypatch.context() as patch:
         patch.setenv(failures.RETRY_VARIABLE, "1")
         assert loader.load(SMALL, store=store).key == error.key
@@ -174,10 +176,10 @@ def no_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(toolchain, "SYSTEM_ROOT", tmp_path / "empty")
-    find_spec = toolchain.importlib.util.find_spec
+    monkeypatch.setattr(toolkit, "SYSTEM_ROOT", tmp_path / "empty")
+    find_spec = toolkit.importlib.util.find_spec
     monkeypatch.setattr(
-        toolchain.importlib.util, "find_spec", lambda name, *rest: None if name == "nvidia" else find_spec(name, *rest)
+        toolkit.importlib.util, "find_spec", lambda name, *rest: None if name == "nvidia" else find_spec(name, *rest)
     )
 
 
@@ -201,7 +203,7 @@ def test_no_nvcc(store: Store, no_tools: None) -> None:
 @pytest.mark.nvcc
 def test_nvcc_is_gone_and_comes_back(store: Store, request: pytest.FixtureRequest) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toolchain, "_nvcc_candidates", lambda: iter([("a test", "/no/nvcc")]))
+        patch.setattr(toolkit, "_nvcc_candidates", lambda: iter([("a test", "/no/nvcc")]))
         toolchain.reset()
         request.addfinalizer(toolchain.reset)
         with pytest.raises(ToolchainError, match="there is no program '/no/nvcc'"):
@@ -228,17 +230,14 @@ def test_the_compiler_goes_during_the_build(
     store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = fake("")
-    tools = toolchain.find_tools("cpu")
-    assert tools.compiler.path == script
+    assert toolchain.find_tools("cpu").compiler.path == script
     script.unlink()
-    refused(store, monkeypatch, CompileError, "didn't compile: .*not found")
+    refused(store, monkeypatch, "didn't compile: .*not found")
 
 
 # ------------------------------------------------------------------------------------------- a compiler that fails
 
-KILLED = (
-    r"The compiler was killed, most often for want of memory: build fewer at once \(MAX_JOBS=1\), or give it more\."
-)
+KILLED = r"The compiler was killed, most often because memory ran out: build fewer at once \(MAX_JOBS=1\)"
 SPARED = (
     r"^The cache folder \S+ can't (be used|take a build) \((No space left on device|its disk is full)\); builds go to "
     r"\S+ and are lost when this process ends\. "
@@ -248,55 +247,31 @@ FULL = r"The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a fold
 
 FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "it is killed while compiling": ("kill -KILL $$", (KILLED,)),
-    "it is killed while linking": ('[ "$step" = link ] && kill -KILL $$', (KILLED,)),
-    "its part is killed": ("(kill -KILL $(exec sh -c 'echo $PPID')); exit $?", (KILLED,)),
-    "it is out of memory": ("exit 137", (KILLED,)),
-    "its part is out of memory": (
-        "echo 'c++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1",
-        (KILLED, "fatal error: Killed signal"),
-    ),
+    "it is terminated while linking": ('[ "$step" = link ] && kill -TERM $$', ("didn't compile",)),
     "ninja is killed": (
         # The shell between ninja and the compiler may have replaced itself by it.
         "parent=$PPID; grep -q ninja /proc/$parent/comm || parent=$(cut -d' ' -f4 /proc/$parent/stat);"
         " kill -KILL $parent; sleep 0.2; exit 1",
         ("didn't compile",),
     ),
+    "its whole session is killed": ("kill -KILL $(cut -d' ' -f6 /proc/$$/stat); sleep 9", ("ended by signal 9",)),
     "the disk is full": (
         '[ "$step" = compile ] && { set -- $(echo "$@" | sed "s|-o [^ ]*|-o /dev/full|"); exec "$real" "$@"; }',
         (FULL, "No space left on device"),
     ),
     "it fails without a word": ("exit 1", ("didn't compile",)),
+    "its words are no UTF-8": (r"printf 'c++: error: \377\n' >&2; exit 1", ("didn't compile: c\\+\\+: error: \ufffd",)),
     "the link makes garbage": (
         '[ "$step" = link ] && { head -c 4096 /dev/zero >"$out"; exit 0; }',
-        ("didn't compile", "invalid ELF header"),
-    ),
-    "the link makes an empty file": ('[ "$step" = link ] && { : >"$out"; exit 0; }', ("didn't compile", "too short")),
-    "the link makes half a file": (
-        '[ "$step" = link ] && { "$real" "$@"; head -c 600 "$out" >"$out.half"; mv "$out.half" "$out"; exit 0; }',
-        ("didn't compile",),
+        ("was built and can't be loaded", "invalid ELF header"),
     ),
     "the link makes another library": (
         '[ "$step" = link ] && { echo | "$real" -shared -x c++ -o "$out" -; exit 0; }',
-        ("didn't compile", "PyInit_"),
+        ("was built and can't be loaded", "PyInit_"),
     ),
-    "the link makes nothing": ('[ "$step" = link ] && exit 0', ("didn't compile",)),
-    "the objects are garbage": (
-        '[ "$step" = compile ] && { echo garbage >"$out"; exit 0; }',
-        ("didn't compile",),
-    ),
-    "the staging folder vanishes while compiling": ('rm -rf "$PWD"; exit 1', ("didn't compile",)),
-    "the staging folder vanishes while linking": ('[ "$step" = link ] && rm -rf "$PWD"', ("didn't compile",)),
-}
-
-# What the compiler did by itself, alive and with all its files there: it would do so again.
-LASTING = {
-    "it fails without a word",
-    "the link makes garbage",
-    "the link makes an empty file",
-    "the link makes half a file",
-    "the link makes another library",
-    "the link makes nothing",
-    "the objects are garbage",
+    "the objects are garbage": ('[ "$step" = compile ] && { echo garbage >"$out"; exit 0; }', ("didn't compile",)),
+    "the staging folder vanishes": ('[ "$step" = link ] && rm -rf "$PWD"', ("didn't compile",)),
+    "it refuses the source": ("echo 'main.cpp:3:5: error: no such type' >&2; exit 1", ("no such type",)),
 }
 
 
@@ -304,14 +279,52 @@ LASTING = {
 def test_a_compiler_that_fails(
     fault: str, store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Only what it says of the source is remembered."""
     text, expected = FAILURES[fault]
     fake(text)
     if fault == "the disk is full":
         # It was tried again in a temporary folder, which is on the same disk here.
         with pytest.warns(UserWarning, match=r"can't take a build \(its disk is full\); builds go to "):
-            refused(store, monkeypatch, CompileError, *expected)
+            refused(store, monkeypatch, *expected)
         return
-    refused(store, monkeypatch, CompileError, *expected, lasting=fault in LASTING)
+    refused(store, monkeypatch, *expected, lasting=fault == "it refuses the source")
+
+
+VERDICTS = {
+    "./main.cpp:12:3: error: 'x' was not declared in this scope": True,
+    "main.cpp:12: error: no such luck": True,
+    './cuda.cu(40): error: identifier "x" is undefined': True,
+    "ptxas /proc/self/cwd/tmpxft_0.ptx, line 31; error   : Illegal operand type": True,
+    "/usr/bin/ld: main.o: in function `f':\n./main.cpp:3: undefined reference to `onelaunch_launch'": True,
+    "./main.cpp:3:10: fatal error: Python.h: No such file or directory": False,
+    "./main.cpp:3:10: internal compiler error: Segmentation fault": False,
+    "./main.cpp:3:10: error: x\nc++: fatal error: Killed signal terminated program cc1plus": False,
+    "./main.cpp:3:10: error: x\nvirtual memory exhausted: Cannot allocate memory": False,
+    "./main.cpp:3:10: error: x\n/tmp/cc.s: Fatal error: can't write: No space left on device": False,
+    "c++: fatal error: cannot execute 'cc1plus': posix_spawnp: No such file or directory": False,
+    "/usr/bin/ld: cannot open output file x.so: Permission denied": False,
+    "/usr/bin/ld: cannot find -lrt: Too many open files": False,
+    "ninja: error: unknown target": False,
+    "ptxas fatal   : Memory allocation failure": False,
+    "nvcc fatal   : Unsupported gpu architecture 'compute_999'": False,
+    "FAILED: main.o": False,
+    "": False,
+}
+
+
+@pytest.mark.parametrize("output", VERDICTS)
+def test_what_is_a_verdict_on_the_source(output: str) -> None:
+    """A list of what passes would never be complete; so only a compiler's or linker's own words are lasting."""
+    assert diagnosis.is_lasting(f"ninja: Entering directory\n{output}\nninja: build stopped") is VERDICTS[output]
+
+
+def test_a_log_that_cant_be_written_anywhere(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a full disk that has the cache and the temporary folder."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    error = diagnosis.compile_error("failed", "./main.cpp:1:1: error: x", "s", "k" * 64, tmp_path / "file" / "f", True)
+    assert "Its log can't be written anywhere" in str(error)
+    assert error.log.read_text() == ""
 
 
 @pytest.mark.nvcc
@@ -343,16 +356,20 @@ def test_the_process_is_killed_during_the_build(
     store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is published and the lock is free: the next process builds, without waiting."""
-    fake('kill -KILL "$FAULT_PROCESS"; sleep 0.2; exit 1')
+    pid = store.root.parent / "pid"
+    fake(f"echo $$ >{pid}.compiler; kill -KILL $(cat {pid}); exec sleep 600")
     code = (
-        "import os; os.environ['FAULT_PROCESS'] = str(os.getpid())\n"
+        f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
         "from onelaunch import KernelConfig\nfrom onelaunch.load import loader\n"
         "loader.load(KernelConfig(fields=('cache_seqlens',), target='cpu'))\n"
     )
     environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(store.root)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (store.root / "entries").exists()
+    assert store.stored_keys() == []
+    # Nor does anything of the build go on.
+    compiling = Path("/proc") / Path(f"{pid}.compiler").read_text().strip()
+    until(lambda: not compiling.exists() or " Z " in (compiling / "stat").read_text(), "the compiler ended")
     monkeypatch.setenv("CXX", str(REAL))
     # What the dead process leaves in staging belongs to nobody, and isn't in the way.
     (left,) = (store.root / "staging").iterdir()
@@ -409,14 +426,14 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
             no_spare(patch)
             met = full_at(call, write, store, patch)
             patch.setattr(compiler, "build", a_build_of_nothing)
-            patch.setattr(loader, "import_module", lambda entry: entry)
+            patch.setattr(loader, "import_entry", lambda entry, *_: entry)
             said = [""]
             try:
                 kernel = loader.load(SMALL, store=store)
                 if not kernel.path.is_relative_to(store.root):
-                    assert stores._spare is not None
-                    assert kernel.path.is_relative_to(stores._spare[1].root)
-                    assert leftovers(stores._spare[1]) == []
+                    assert tiers._fallback is not None
+                    assert kernel.path.is_relative_to(tiers._fallback[1].root)
+                    assert leftovers(tiers._fallback[1]) == []
                     said = [str(warning.message) for warning in warned]
             except StoreError as error:
                 said = [str(error)]
@@ -440,12 +457,11 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
     assert_usable(store)
 
 
-def a_build_of_nothing(name: str, source: str, binding: str, *, stage: Path, **_: Any) -> compiler.Build:
+def a_build_of_nothing(recipe: Recipe, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
     """The files of a build, as a compiler would have left them, and no compiler."""
-    (stage / "stubs").mkdir()
-    for file in (f"{name}.so", "main.cpp", "build.ninja", "main.o"):
+    for file in (f"{recipe.module}.so", "main.cpp", "build.ninja", "main.o"):
         (stage / file).write_text("x")
-    return compiler.Build(sys, f"{name}.so", "main.cpp", "c++ -c", 1.0, {}, {})
+    return compiler.Build(f"{recipe.module}.so", "main.cpp", "c++ -c", 1.0, {}, {})
 
 
 ON_A_SMALL_DISK = """
@@ -453,7 +469,7 @@ import json, os, pathlib, sys, warnings
 import torch, onelaunch
 from onelaunch import KernelConfig, MetadataBuffers, StoreError, CompileError
 from onelaunch.load import loader
-from onelaunch.cache import store
+from onelaunch.cache import store, tiers
 small = KernelConfig(fields=("cache_seqlens",), target="cpu")
 disk = pathlib.Path(sys.argv[1])
 cache = store.Store(disk / "cache")
@@ -468,7 +484,7 @@ for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
         except OSError:
             os.ftruncate(file.fileno(), max(0, file.tell() - 4096 * free_pages))
     loader._loaded.clear()
-    store._spare = None
+    tiers._fallback = None
     store._warned.clear()
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -476,7 +492,7 @@ for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
             kernel = loader.load(small, store=cache)
         if kernel.path.is_relative_to(disk):
             break
-        assert kernel.path.is_relative_to(store._spare[1].root)
+        assert kernel.path.is_relative_to(tiers._fallback[1].root)
         (warning,) = warned
         said.append([free_pages, "spared", str(warning.message)])
     except (StoreError, CompileError) as error:
@@ -485,7 +501,7 @@ for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
         (disk / "ballast").unlink()
     for folder in ("staging", "entries"):
         assert not (disk / "cache" / folder).exists() or list((disk / "cache" / folder).iterdir()) == [], free_pages
-store._spare = None
+tiers._fallback = None
 loader._loaded.clear()
 out = torch.full((4,), -1, dtype=torch.int32)
 plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
@@ -528,25 +544,24 @@ ON_A_READ_ONLY_DISK = """
 import pathlib, sys, warnings
 from onelaunch import KernelConfig
 from onelaunch.load import loader
-from onelaunch.cache import store
+from onelaunch.cache import store, tiers
 small = KernelConfig(fields=("cache_seqlens",), target="cpu")
 with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     kernel = loader.load(small, store=store.Store(pathlib.Path(sys.argv[1]) / sys.argv[2]))
     loader._loaded.clear()
     again = loader.load(small, store=store.Store(pathlib.Path(sys.argv[1]) / sys.argv[2]))
-assert kernel.path == again.path and kernel.path.is_relative_to(store._spare[1].root)
+assert kernel.path == again.path and kernel.path.is_relative_to(tiers._fallback[1].root)
 (warning,) = warned
 print(warning.message)
 """
 
 
-@pytest.mark.parametrize("folder", [".", "cache"])
-def test_a_disk_that_is_read_only(folder: str, tmp_path: Path) -> None:
+def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     script = tmp_path / "script.py"
     script.write_text(ON_A_READ_ONLY_DISK)
-    run = shlex.join([sys.executable, str(script), str(disk), folder])
+    run = shlex.join([sys.executable, str(script), str(disk), "cache"])
     done = mounted(disk, "size=1m,mode=700", f"mount -o remount,ro {shlex.quote(str(disk))} && {run}")
     assert done.returncode == 0, done.stderr
     assert str(disk) in done.stdout
@@ -556,7 +571,7 @@ def test_a_disk_that_is_read_only(folder: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told by the command too, as one sentence. (Root may write anywhere, so the question itself is answered.)"""
+    """The command says so, too, in one sentence. (Root may write anywhere, so os.access itself is replaced.)"""
     root = store.root
     access = os.access
     with monkeypatch.context() as patch:
@@ -564,10 +579,7 @@ def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.Monk
         fresh = Store(root)
         patch.setattr(loader, "default_store", lambda: fresh)
         # Nor may the temporary folder be written.
-        with (
-            pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "),
-            pytest.raises(StoreError, match="can't be used: Permission denied") as caught,
-        ):
+        with pytest.raises(StoreError, match="can't be used: Permission denied") as caught:
             loader.load(SMALL)
         result = CliRunner().invoke(app, ["build", "--set", SMALL.settings()])
     assert "Set ONELAUNCH_CACHE_DIR to a folder that this process may write." in str(caught.value)
@@ -577,43 +589,17 @@ def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.Monk
     no_spare(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(
-            os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == root) and access(path, mode)
+            os,
+            "access",
+            lambda path, mode: not (mode & os.W_OK and Path(path).is_relative_to(root)) and access(path, mode),
         )
         with pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "):
             kernel = loader.load(SMALL)
-        assert stores._spare is not None
-        assert kernel.path.is_relative_to(stores._spare[1].root)
+        assert tiers._fallback is not None
+        assert kernel.path.is_relative_to(tiers._fallback[1].root)
     no_spare(monkeypatch)
     loader._loaded.clear()
     assert_usable(store)
-
-
-def test_the_usual_folder_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds go to a private folder, with one warning."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.delenv("ONELAUNCH_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    no_spare(monkeypatch)
-    store = Store()
-    monkeypatch.setattr(loader, "default_store", lambda: store)
-    monkeypatch.setattr(loader, "_loaded", {})
-    with pytest.warns(
-        UserWarning, match=r"can't be used \(Not a directory\); builds go to .* and are lost when this process ends"
-    ) as warned:
-        loader.load(SMALL)
-    loader._loaded.clear()
-    with warnings.catch_warnings(record=True) as later:
-        warnings.simplefilter("always")
-        loader.load(SMALL)
-    assert len(warned) == 1
-    assert later == []
-    assert stores._spare is not None
-    temporary = stores._spare[1]
-    assert temporary.root.parent == tmp_path
-    assert temporary.root.stat().st_mode & 0o077 == 0
-    assert_usable(temporary)
 
 
 # --------------------------------------------------------------------------------------------- a folder that vanishes
@@ -664,7 +650,7 @@ def test_the_compiler_writes_files_of_another_time(when: int, store: Store, fake
 
 
 @pytest.mark.parametrize("when", [PAST, FUTURE])
-def test_a_cache_of_another_time(when: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_another_time(when: int, store: Store) -> None:
     """The age of a file decides nothing: neither a rebuild nor a stale kernel."""
     first = assert_usable(store)
     for path in [store.root, *store.root.rglob("*")]:
@@ -673,6 +659,3 @@ def test_a_cache_of_another_time(when: int, store: Store, monkeypatch: pytest.Mo
     onelaunch.freeze()
     assert assert_usable(store).key == first.key
     onelaunch.freeze("allow")
-    # And a compiler that changed, whatever its date, is seen.
-    monkeypatch.setattr(toolchain, "identity", lambda path: {"path": str(path), "size": 1, "mtime_ns": when})
-    assert assert_usable(store).key == first.key

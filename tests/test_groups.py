@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import onelaunch
@@ -13,9 +11,6 @@ import torch
 from onelaunch import ArgumentError
 from support import SIX_FIELDS, Poisoned, assert_same, assert_untouched, buffers_of
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-import ways as measured
 
 WIDTH, PAGE = 331, 16
 FACTS: dict[str, Any] = {"index_topk": 70, "page_size": PAGE}
@@ -91,13 +86,6 @@ def test_a_call_that_one_group_refuses_writes_to_none(device: torch.device) -> N
         groups.run([1, 2], rows)  # type: ignore[arg-type]
     assert_untouched([*backends, *small])
     assert groups.launches == 0
-
-
-def test_the_measured_partitions_cover_all_backends() -> None:
-    for n in (1, 3, 8):
-        for name, partition in measured.partitions(n).items():
-            assert sorted(index for group in partition for index in group) == list(range(n)), name
-    assert list(measured.partitions(1)) == ["one launch"]
 
 
 # ------------------------------------------------------------------------------------------------ streams

@@ -292,40 +292,15 @@ def test_what_is_given_goes_before_what_the_backend_says() -> None:
 # ------------------------------------------------------------------------------------------------ vLLM
 
 
-@pytest.mark.parametrize("name", ["block_table_tensor", "block_table", "block_tables"])
-def test_vllm_steps(name: str) -> None:
-    table = support.token_pool(7, 21, strides="aligned")
-    steps = [SimpleNamespace(seq_lens=engines.new(7), **{name: engines.new(7, 21)}) for _ in range(3)]
-    nested = [SimpleNamespace(prefill=None, decode=step) for step in steps]
-    plan = vllm.bind_backends(nested, table, seqlen_offsets=range(1, 4))
-    lengths = torch.tensor([5, 0, 300, 17], dtype=torch.int32)
-    plan.run(lengths, torch.arange(4))
-    assert plan.launches == 1
-    for offset, step in enumerate(steps, start=1):
-        assert step.seq_lens.tolist() == [5 + offset, offset, 300 + offset, 17 + offset, *[POISON] * 3]
-        assert torch.equal(getattr(step, name)[:4], table[:4])
-        assert bool((getattr(step, name)[4:] == POISON).all())
-
-
 @pytest.mark.parametrize("shape", [(12,), (4, 3)])
-def test_vllm_indexer_rows(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", ["block_table_tensor", "block_table", "block_tables"])
+def test_vllm_indexer_rows(shape: tuple[int, ...], name: str) -> None:
     table = support.token_pool(4, 21)
-    decode = SimpleNamespace(seq_lens=engines.new(*shape), block_table=engines.new(12, 21), decode_lens=engines.new(4))
+    decode = SimpleNamespace(seq_lens=engines.new(*shape), **{name: engines.new(12, 21)}, decode_lens=engines.new(4))
     plan = vllm.bind_backends([SimpleNamespace(decode=decode)], table, next_n=3)
     plan.run(torch.tensor([5, 1, 0, 17], dtype=torch.int32), torch.arange(4))
     assert decode.seq_lens.flatten().tolist() == [3, 4, 5, 0, 0, 1, 0, 0, 0, 15, 16, 17]
-    assert torch.equal(decode.block_table, table.repeat_interleave(3, dim=0))
-
-
-def test_a_block_table_that_is_the_source_is_not_written() -> None:
-    table = support.token_pool(4, 21)
-    before = table.clone()
-    steps = [SimpleNamespace(seq_lens=engines.new(4), block_table_tensor=table[:3]) for _ in range(2)]
-    plan = vllm.bind_backends(steps, table, seqlen_offsets=(1, 2))
-    assert plan.config.fields == ("cache_seqlens",)
-    plan.run(torch.tensor([9, 8, 7], dtype=torch.int32), torch.arange(3))
-    assert [step.seq_lens.tolist() for step in steps] == [[10, 9, 8, POISON], [11, 10, 9, POISON]]
-    assert torch.equal(table, before)
+    assert torch.equal(getattr(decode, name), table.repeat_interleave(3, dim=0))
 
 
 # ------------------------------------------------------------------------------------------------ FlashInfer
@@ -393,6 +368,8 @@ def test_what_flashinfers_helper_refuses() -> None:
         flashinfer.bind_backends(multi)
     with pytest.raises(ArgumentError, match=r"no attribute attn_backends; it is a object without attributes. Give"):
         flashinfer.bind_backends(object(), source)
+    with pytest.raises(ArgumentError, match=r"backend\.attn_backends is a NoneType; it must be a list"):
+        flashinfer.bind_backends(SimpleNamespace(attn_backends=None))
     with pytest.raises(ArgumentError, match="req_to_token is None; wrappers don't have the pool"):
         flashinfer.bind_backends([wrapper(4, 9)])
     with pytest.raises(ArgumentError, match=r"buffer of kv_indptr is None. Make the wrapper with use_cuda_graph=True"):
@@ -458,7 +435,7 @@ def test_the_preset_of_flashmla_has_the_lengths_that_only_an_extension_keeps(dev
 
 
 @pytest.mark.parametrize("mode", ["decode", "target_verify", "draft_extend"])
-def test_schedules_of_deepgemm_are_refreshed_where_that_is_asked_for(device: torch.device, mode: str) -> None:
+def test_schedules_of_deepgemm_are_refreshed_on_request(device: torch.device, mode: str) -> None:
     source = pool(device)
     backend = engines.DSABackend(source, n=3)
     backend.init_cuda_graph_state(max_bs=4, max_num_tokens=12)
@@ -466,7 +443,7 @@ def test_schedules_of_deepgemm_are_refreshed_where_that_is_asked_for(device: tor
     metadata = backend.decode_cuda_graph_metadata[4]
     forward = engines.batch(source, LENGTHS[4])
     sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
-    assert bool((metadata.paged_mqa_schedule_metadata == POISON).all()), "the engine's own, unless it is asked for"
+    assert bool((metadata.paged_mqa_schedule_metadata == POISON).all()), "without schedules=True it is the engine's"
     sglang.Refresher(backend, schedules=True).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
     tensors = dsa_tensors(metadata, mode=mode) | {"paged_mqa_schedule_metadata": metadata.paged_mqa_schedule_metadata}
     facts: dict[str, Any] = {} if mode == "decode" else {"next_n": 3, "schedule_per": "row"}
@@ -497,7 +474,7 @@ def test_schedules_that_are_not_known_are_refused_and_those_that_are_not_there_l
     backend.dsa_index_kpool = 2
     backend.init_cuda_graph_state(4, 16)
     backend.capture(4, "target_verify")
-    with pytest.raises(ArgumentError, match="schedules is True and index_kpool is 2; DSA keeps a schedule of pools"):
+    with pytest.raises(ArgumentError, match="schedules is True and index_kpool is 2; DSA has a second schedule"):
         sglang.bind_backends(backend, 4, schedules=True)
     backend.dsa_index_kpool = 1
     metadata = SimpleNamespace(**vars(backend.decode_cuda_graph_metadata[4]))
@@ -531,7 +508,7 @@ def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype
     assert plan.launches == 2
     refresher.run(4, forward.seq_lens, forward.req_pool_indices, mode="draft_extend")
     assert len(refresher.plans) == 2, "the same number for all is another kernel"
-    with pytest.raises(ArgumentError, match="extend_seq_lens is a tensor and mode is 'decode'; they are for"):
+    with pytest.raises(ArgumentError, match="extend_seq_lens is a tensor and mode is 'decode'; it is for"):
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows)
     with pytest.raises(ArgumentError, match=r"extend_seq_lens is \(3,\) and bs is 4"):
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows[:3], mode="draft_extend")
@@ -650,99 +627,48 @@ def test_inputs_that_are_too_short_are_refused_and_nothing_is_written() -> None:
 
 def test_vllm_refusals() -> None:
     table = support.token_pool(4, 21)
-    with pytest.raises(ArgumentError, match="no attribute block_table_tensor or block_table or block_tables; it is"):
-        vllm.bind_backends([SimpleNamespace(seq_lens=engines.new(4))], table)
+    good = SimpleNamespace(seq_lens=engines.new(12), block_table=engines.new(12, 21))
     apart = SimpleNamespace(seq_lens=engines.new(4, 6)[:, ::2], block_table=engines.new(12, 21))
-    with pytest.raises(ArgumentError, match=r"seq_lens has shape \(4, 3\) and strides \(6, 2\); it must be contiguous"):
-        vllm.bind_backends([apart], table, next_n=3)
+    without = SimpleNamespace(seq_lens=engines.new(4))
+    for metadata, source, message in (
+        ([without], table, "no attribute block_table_tensor or block_table or block_tables; it is"),
+        ([apart], table, r"seq_lens has shape \(4, 3\) and strides \(6, 2\); it must be contiguous"),
+        ([SimpleNamespace(decode=None)], table, r"metadata.decode is None: .*Bind the metadata that was captured"),
+        (good, table, "metadata is a SimpleNamespace; it must be a list"),
+        ([good], good, "req_to_token is a SimpleNamespace; it must be a torch.Tensor"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            vllm.bind_backends(metadata, source, next_n=3)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="next_n is 1; allowed: 2 to 32768"):
+        vllm.bind_backends([good], table, next_n=1)
 
 
 # ------------------------------------------------------------------------------------------------ the lines shown
 
 
-def test_the_lines_for_dsa_drafts_refresh_all_that_a_replay_reads() -> None:
-    multi = captured_dsa()
-    source = multi.attn_backends[0].req_to_token
-    forward = engines.batch(source, LENGTHS[4])
-    exec(lines_of(sglang)[0], {"self": multi, "forward_batch": forward, "bs": 4})
-    held = [child.decode_cuda_graph_metadata[4] for child in multi.attn_backends]
-    assert_refreshed(forward, source, [dsa_tensors(m) for m in held])
-    for child, metadata in zip(multi.attn_backends, held, strict=True):
-        assert child.forward_metadata is metadata
-        assert child.calls == ["prefill_impl", "topk_plan"]
-        # The schedule is made from the new lengths: a stale one can deadlock its consumer.
-        assert bool((metadata.paged_mqa_schedule_metadata == sum(LENGTHS[4])).all())
-
-
-@pytest.mark.parametrize("sm100", [False, True])
-def test_the_lines_for_verification(sm100: bool) -> None:
-    source = pool()
-    backend = engines.DSABackend(source)
-    backend.sm100 = sm100
-    backend.init_cuda_graph_state(4, 16)
-    backend.capture(4, "target_verify")
-    forward = engines.batch(source, LENGTHS[4])
-    exec(
-        lines_of(sglang)[1],
-        {
-            "Refresher": sglang.Refresher,
-            "self": backend,
-            "bs": 4,
-            "seq_lens": forward.seq_lens,
-            "req_pool_indices": forward.req_pool_indices,
-            "forward_mode": engines.ForwardMode("TARGET_VERIFY"),
-        },
-    )
-    metadata = backend.decode_cuda_graph_metadata[4]
-    assert backend.forward_metadata is metadata
-    tensors = dsa_tensors(metadata, mode="target_verify")
-    assert_refreshed(forward, source, [tensors], mode="target_verify", next_n=4)
-    wanted = [length + (4 if sm100 else j + 1) for length in LENGTHS[4] for j in range(4)]
-    assert metadata.paged_mqa_ctx_lens_2d.flatten().tolist() == wanted
-    assert bool((metadata.paged_mqa_schedule_metadata == sum(wanted)).all())
-
-
-def test_the_lines_for_fa3_drafts() -> None:
-    source = pool()
-    multi = engines.mha(source)
-    multi.init_cuda_graph_state(max_bs=4)
-    multi.capture(4)
-    forward = engines.batch(source, LENGTHS[4], spare=1)
-    forward.seq_lens_cpu[-1] = 10_000  # not of this batch
-    names = {"Refresher": sglang.Refresher, "self": multi, "forward_batch": forward, "bs": 4}
-    exec(lines_of(sglang)[2], names)
-    held = [child.forward_metadata for child in multi.attn_backends[:3]]
-    assert_refreshed(forward, source, [mha_tensors(m) for m in held], page_size=16, seqlen_offsets=(1, 2, 3))
-    assert [m.max_seq_len_k for m in held] == [332, 333, 334]
-
-
-def test_the_lines_for_flashmla_drafts() -> None:
+def test_flashmla_drafts_fill_the_dead_columns() -> None:
     source = pool()
     multi = engines.MultiStep([engines.FlashMLABackend(source) for _ in range(3)], 3)
     multi.init_cuda_graph_state(max_bs=4)
     forward = engines.batch(source, LENGTHS[4])
-    names = {"Refresher": sglang.Refresher, "self": multi, "forward_batch": forward, "bs": 4}
-    exec(lines_of(sglang)[3], names)
+    sglang.Refresher(multi).run(4, forward.seq_lens, forward.req_pool_indices)
     tables = [{"real_page_table": child.cuda_graph_kv_indices} for child in multi.attn_backends]
     assert_refreshed(forward, source, tables, page_fill=-1)
 
 
 def test_the_lines_for_vllm() -> None:
     table = support.token_pool(4, 21)
-    steps = [SimpleNamespace(seq_lens=engines.new(4), block_table=engines.new(4, 21)) for _ in range(2)]
     rows = SimpleNamespace(seq_lens=engines.new(8), block_table=engines.new(8, 21))
     names = {
         "torch": torch,
-        "metadata_of_steps": steps,
         "block_table": table,
         "seq_lens": torch.tensor([5, 6, 7, 8], dtype=torch.int32),
         "num_reqs": 3,
         "indexer_metadata": SimpleNamespace(decode=rows),
         "next_n": 2,
     }
-    for block in lines_of(vllm):
-        exec(block, names)
-    assert [step.seq_lens.tolist() for step in steps] == [[6, 7, 8, POISON], [7, 8, 9, POISON]]
+    (block,) = lines_of(vllm)
+    exec(block, names)
     assert rows.seq_lens.tolist() == [4, 5, 5, 6, 6, 7, POISON, POISON]
 
 

@@ -7,11 +7,14 @@ import io
 import json
 import os
 import platform
+import random
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ import pytest
 from click.testing import CliRunner
 from onelaunch import KernelConfig, StoreError
 from onelaunch.build import binary
+from onelaunch.cache import manifest
+from onelaunch.cache.manifest import MANIFEST
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, pack
@@ -169,16 +174,60 @@ def test_paths_that_lead_out_are_refused(data: bytes, tmp_path: Path, name: str)
     assert not store.root.exists()
 
 
+def members(*pairs: tuple[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        for name, content in pairs:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def an_index(**facts: Any) -> tuple[str, bytes]:
+    return pack.INDEX, json.dumps({"format": pack.FORMAT, "entries": [], **facts}).encode()
+
+
+def a_second_entry(m: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+    """The index names two, and the second is the first one's files under a key of its own."""
+    index = json.loads(m[0][1])
+    index["entries"].append({"key": "9" * 64})
+    m[0] = (m[0][0], json.dumps(index).encode())
+    for member, content in m[1:]:
+        copy = tarfile.TarInfo(re.sub("[0-9a-f]{64}", "9" * 64, member.name))
+        m.append((copy, content))
+
+
+def without_archs(content: bytes) -> bytes:
+    return manifest.encode({name: fact for name, fact in json.loads(content).items() if name not in ("sum", "archs")})
+
+
 BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "not a pack": lambda data: b"something else",
     "cut off": lambda data: data[: len(data) // 2],
+    "cut off at its end": lambda data: data[:-5],
+    "a wrong sum at its end": lambda data: data[:-6] + bytes([data[-6] ^ 1]) + data[-5:],
     "a link": lambda data: rewritten(data, link),
     "another format": lambda data: rewritten(
-        data, lambda m: edit(m, pack.INDEX, lambda c: c.replace(b'"format": 1', b'"format": 9'))
+        data, lambda m: edit(m, pack.INDEX, lambda c: c.replace(b'"format": 2', b'"format": 9'))
     ),
     "tampered": lambda data: rewritten(data, lambda m: edit(m, ".so", lambda c: c[:-1] + b"\0\1")),
     "a file too many": lambda data: rewritten(data, lambda m: m.append((tarfile.TarInfo(m[1][0].name + "2"), b"x"))),
+    "a file twice": lambda data: rewritten(data, lambda m: m.append(m[-1])),
     "an entry too few": lambda data: rewritten(data, lambda m: m.__delitem__(slice(1, None))),
+    "a good entry before a damaged one": lambda data: rewritten(data, a_second_entry),
+    "a manifest that isn't complete": lambda data: rewritten(
+        data,
+        lambda m: edit(
+            m,
+            MANIFEST,
+            lambda c: manifest.encode({k: v for k, v in json.loads(c).items() if k not in ("sum", "archs")}),
+        ),
+    ),
+    "no manifest": lambda data: rewritten(data, lambda m: m.__delitem__(1)),
+    "an index of a list": lambda data: members((pack.INDEX, b"[]")),
+    "an index of something else": lambda data: members(an_index(entries=[3]), ("entries/" + "0" * 64 + "/x", b"")),
+    "a deep index": lambda data: members((pack.INDEX, b"[" * 100_000)),
     "empty": lambda data: gzip.compress(b""),
 }
 
@@ -188,7 +237,67 @@ def test_broken_packs_put_nothing_anywhere(data: bytes, tmp_path: Path, how: str
     store = Store(tmp_path / "cache")
     with pytest.raises(StoreError, match=r"The pack (can't be read|is damaged)"):
         pack.from_bytes(BROKEN[how](data), store)
-    assert store.stored_keys() == []
+    assert not store.root.exists()
+
+
+def test_every_flipped_bit_of_a_pack_is_noticed(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 random ones: it is refused whole, or the bit is one of gzip's header, which says nothing of the content."""
+    chosen, put = random.Random(0), []
+    monkeypatch.setattr(pack, "_put", lambda facts, *_: put.append(facts["key"]))
+    monkeypatch.setattr(pack, "_misfit", lambda *_: None)
+    for _ in range(500):
+        at = chosen.randrange(len(data))
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << chosen.randrange(8)
+        refused = ""
+        try:
+            pack.from_bytes(bytes(flipped), Store(tmp_path / "cache"))
+        except StoreError as error:
+            refused = str(error)
+        assert refused == "" or refused.startswith(("The pack can't be read: ", "The pack is damaged: "))
+        assert bool(put) == (refused == "")
+        assert refused or at < 10, f"byte {at} of {len(data)}"
+        put.clear()
+
+
+def bomb(size: int) -> bytes:
+    """A pack of some kilobytes whose one file has that many zeros."""
+    out = io.BytesIO()
+    with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1) as file:
+        head, chunk = tarfile.TarInfo("entries/" + "0" * 64 + "/x.so"), bytes(2**20)
+        head.size = size
+        file.write(gzip.decompress(members(an_index()))[:1024])
+        file.write(head.tobuf())
+        for _ in range(size // len(chunk)):
+            file.write(chunk)
+    return out.getvalue()
+
+
+def test_a_pack_that_swells_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one file, as many, and as what follows the archive."""
+    monkeypatch.setattr(pack, "MAX_BYTES", 2**23)
+    large = bomb(2**25)
+    assert len(large) < 2**18
+    many = members(an_index(), *((f"entries/{'0' * 64}/{number}.so", bytes(2**20)) for number in range(9)))
+    after = members(an_index()) + gzip.compress(bytes(2**24))
+    for data in (large, many, after):
+        with pytest.raises(StoreError, match=f"The pack can't be read: it holds more than {2**23} bytes"):
+            pack.from_bytes(data, Store(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_entries_that_are_no_pack(built: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a pack holds, or changed since they were found."""
+    entries = list(built.entries())
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "MAX_BYTES", 1000)
+        with pytest.raises(StoreError, match="a pack holds 500; name fewer keys"):
+            pack.to_bytes(entries)
+    (entry,) = (replace(entry, path=tmp_path / "copy") for entry in entries)
+    shutil.copytree(entries[0].path, entry.path)
+    (entry.path / "main.cpp").write_text("")
+    with pytest.raises(StoreError, match=r"changed while it was packed: main\.cpp isn't the file that was published"):
+        pack.to_bytes([entry])
 
 
 HERE = {"machine": "x86_64", "glibc": "2.36", "driver": "570.86", "capabilities": ["9.0"]}

@@ -88,9 +88,11 @@ def test_interleaved_column_slices_of_one_table(device: torch.device) -> None:
 def test_rows_that_start_at_different_16_byte_phases_get_4_byte_stores(device: torch.device) -> None:
     for offset, stride in ((1, 0), (0, 1), (1, 1)):
         backends = [
-            support.destination(("page_indices",), 9 + b, 300, 16, extra_stride=stride * b, offset=offset * b, device=device)
+            support.destination(
+                ("page_indices",), 9 + b, 300, 16, extra_stride=stride * b, offset=offset * b, device=device
+            )
             for b in range(3)
-        ]  # fmt: skip
+        ]
         pool = support.token_pool(POOL_ROWS, 300, strides="odd", device=device)
         plan = onelaunch.bind(support.buffers_of(backends), req_to_token=pool)
         assert (plan.config.vector_bytes, plan.capacity) == (4, 9)
@@ -114,14 +116,19 @@ def test_a_plan_is_reused_with_other_batches_inputs_and_bounds(device: torch.dev
     wanted = support.plain_copy(backends[0].buffers)
     # Nothing is cleared between calls: what an earlier, larger batch wrote stays where a later one writes nothing.
     for step, (bs, layout, max_len) in enumerate(
-        [(300, "plain", None), (1, "plain", None), (0, "plain", None), (257, "strided", 77), (256, "expanded", 0),
-         (33, "strided", None), (300, "expanded", 200)]
-    ):  # fmt: skip
+        [
+            (300, "plain", None),
+            (1, "plain", None),
+            (0, "plain", None),
+            (257, "strided", 77),
+            (256, "expanded", 0),
+            (33, "strided", None),
+            (300, "expanded", 200),
+        ]
+    ):
         seq_lens, rows = inputs_for(bs, width, device, layout)
         plan.run(seq_lens, rows, max_len=max_len)
-        reference.refresh(
-            [wanted], seq_lens.cpu(), rows.cpu(), pool.cpu(), extent=extent, max_len=max_len, **SETTINGS
-        )  # fmt: skip
+        reference.refresh([wanted], seq_lens.cpu(), rows.cpu(), pool.cpu(), extent=extent, max_len=max_len, **SETTINGS)
         assert_same(backends, wanted)
         assert plan.launches == step + 1
 
@@ -185,9 +192,7 @@ def test_inputs_changed_in_place_are_read_again(device: torch.device) -> None:
     seq_lens, rows = inputs_for(3, 200, device)
     for step in range(4):
         plan.run(seq_lens, rows)
-        assert_same(
-            [backend], support.expected_refresh([backend], seq_lens, rows, pool, extent="full", **SETTINGS)
-        )  # fmt: skip
+        assert_same([backend], support.expected_refresh([backend], seq_lens, rows, pool, extent="full", **SETTINGS))
         seq_lens += step + 1
         rows.copy_(rows.roll(1))
         pool[1:9] += 64

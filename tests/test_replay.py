@@ -16,10 +16,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onelaunch import MetadataBuffers
-from onelaunch.cli.lab.replay.command import replay
 from onelaunch.cli.lab.replay.options import Extent, ReplayOptions, Verify
 from onelaunch.cli.lab.replay.simulated import refresh_with_tensor_ops, run_replay
 from onelaunch.cli.lab.replay.summary import Distribution
+from onelaunch.cli.main import app
 from onelaunch.cli.output import check_writable
 from onelaunch.errors import ArgumentError
 
@@ -239,6 +239,9 @@ def test_distribution_agrees_with_numpy(values: list[int]) -> None:
         ({"backends": 0}, "--backends is 0"),
         ({"index_topk": 0}, "--index-topk is 0"),
         ({"context_len": 0}, "context_len is 0"),
+        ({"max_batch": 10**9}, r"needs [\d,]+ GiB.* Lower --max-batch \(1000000000\)"),
+        ({"backends": 10**8}, r"Lower .*--backends \(100000000\)"),
+        ({"pages": 2**31 - 1, "page_size": 1}, "GiB|int32"),
         ({"trace": DATA / "README.md"}, "line 1: the header has 0 columns arrival_ms"),
         ({"trace": DATA / "no.csv"}, "can't be opened"),
     ],
@@ -259,9 +262,9 @@ def test_each_step_is_reported() -> None:
 ARGUMENTS = [str(AZURE), "--device", "cpu", "--max-batch", "4", "--context-len", "512", "--max-steps", "20"]
 
 
-def test_command_prints_a_plain_table_and_writes_json(tmp_path: Path) -> None:
+def test_command_prints_a_summary_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "summary.json"
-    result = CliRunner().invoke(replay, [*ARGUMENTS, "--json", str(file)])
+    result = CliRunner().invoke(app, ["replay", *ARGUMENTS, "--json", str(file)])
     assert result.exit_code == 0, result.output
     lines = dict(line.split("  ", 1) for line in result.stdout.splitlines())
     facts = {name.strip(): value.strip() for name, value in lines.items()}
@@ -273,11 +276,12 @@ def test_command_prints_a_plain_table_and_writes_json(tmp_path: Path) -> None:
     assert facts["mismatches"].startswith("0 of ")
     assert facts["bytes written"] == f"{summary['bytes_written']:,}"
     assert "azure_2023_conversation.csv" in facts["trace"]
+    assert facts["time"].startswith("not shown"), "a CPU's times were compared"
     assert "\x1b" not in result.output
 
 
 def test_command_keeps_standard_output_for_json() -> None:
-    result = CliRunner().invoke(replay, [*ARGUMENTS, "--json", "-"])
+    result = CliRunner().invoke(app, ["replay", *ARGUMENTS, "--json", "-"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["steps"] == 20
     assert "mismatches" in result.stderr
@@ -285,7 +289,7 @@ def test_command_keeps_standard_output_for_json() -> None:
 
 def test_command_fails_on_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     corrupt_at(monkeypatch, step=2, backend=2, field="nsa_cache_seqlens", index=(0,))
-    result = CliRunner().invoke(replay, [*ARGUMENTS, "--verify", "every"])
+    result = CliRunner().invoke(app, ["replay", *ARGUMENTS, "--verify", "every"])
     assert result.exit_code == 1
     assert "step 2, backend 2: nsa_cache_seqlens[0] is" in result.stdout
 
@@ -293,10 +297,10 @@ def test_command_fails_on_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_explains_what_it_cannot_use(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("arrival_ms,input_tokens,output_tokens\n0,many,1\n")
-    result = CliRunner().invoke(replay, [str(trace), "--device", "cpu"])
+    result = CliRunner().invoke(app, ["replay", str(trace), "--device", "cpu"])
     assert result.exit_code == 2
     assert f"onelaunch: {trace}, line 2, column input_tokens: 'many'" in result.stderr
-    result = CliRunner().invoke(replay, [*ARGUMENTS, "--json", str(tmp_path / "no" / "summary.json")])
+    result = CliRunner().invoke(app, ["replay", *ARGUMENTS, "--json", str(tmp_path / "no" / "summary.json")])
     assert result.exit_code == 2
     assert "can't be written" in result.stderr
 
@@ -316,7 +320,7 @@ def test_what_can_be_written_is_known_before_the_work(tmp_path: Path, monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_missing_device_is_explained() -> None:
-    result = CliRunner().invoke(replay, [str(AZURE), "--device", "cuda"])
+    result = CliRunner().invoke(app, ["replay", str(AZURE), "--device", "cuda"])
     assert result.exit_code == 2
     assert "PyTorch sees no CUDA device" in result.stderr
 
@@ -336,8 +340,8 @@ def test_replay_on_a_terminal_shows_progress_and_a_table() -> None:
     environment = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "120"}
     for limit in (["--max-steps", "20"], ["--requests", "2"]):
         result = CliRunner().invoke(
-            replay,
-            [*arguments, "--context-len", "256", "--verify", "none", "--step-ms", "500", *limit],
+            app,
+            ["replay", *arguments, "--context-len", "256", "--verify", "none", "--step-ms", "500", *limit],
             env=environment,
         )
         assert result.exit_code == 0, result.output

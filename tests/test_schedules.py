@@ -6,14 +6,17 @@ import itertools
 import random
 from typing import Any
 
+import cases
 import onelaunch
 import pytest
 import support
 import torch
+from cases import Shape
+from checker import check
 from onelaunch import KernelConfig, MetadataBuffers
 from onelaunch.errors import ArgumentError, ConfigError
 from onelaunch.spec import reference
-from support import assert_same, assert_untouched
+from support import assert_untouched
 
 MQA = "paged_mqa_schedule_metadata"
 BATCHES = (0, 1, 2, 3, 7, 31, 255, 256, 257, 600)
@@ -130,138 +133,24 @@ def test_unknown_conventions_are_refused() -> None:
 # ------------------------------------------------------------------------------------------------ kernels
 
 
-def check(
-    device: torch.device,
-    lengths: list[int],
-    *,
-    fields: tuple[str, ...],
-    n: int = 2,
-    num_sms: int = 132,
-    parts: int = 132,
-    mode: str = "decode",
-    next_n: int = 1,
-    offset: int = 0,
-    shared: bool = False,
-    checked: bool = False,
-    plan: Any = None,
-    **facts: Any,
-) -> onelaunch.Plan:
-    """Binds poisoned backends, refreshes them and compares every word."""
-    bs = len(lengths)
-    rows = bs * next_n if mode != "decode" else bs
-    shapes = {MQA: (num_sms + 1, 2), "flashmla_metadata": (parts, 8)}
-    backends = [
-        support.destination(
-            fields, rows + 1, WIDTH, 16, device=device, requests=bs + 1, shapes=shapes, offset=b % 4,
-            index_kpool=facts.get("index_kpool", 1),
-        )
-        for b in range(n)
-    ]  # fmt: skip
-    buffers = support.buffers_of([backends[0]] * n if shared else backends)
-    pool = support.token_pool(5, WIDTH, device=device)
-    facts = {"index_topk": 90, "page_size": 16, "mode": mode, "next_n": next_n, **facts}
-    plan = onelaunch.bind(buffers, req_to_token=pool, checked=checked, **facts)
-    seq_lens = torch.tensor(lengths, dtype=torch.int64, device=device)
-    rows_of_pool = support.vector(support.pool_rows(bs, 5), torch.int64, device)
-    plan.run(seq_lens, rows_of_pool)
-    offsets = facts.pop("seqlen_offsets", None)
-    expected = [
-        support.expected_refresh(
-            backends, seq_lens, rows_of_pool, pool, extent="live", seqlen_offsets=offset and [offset], **facts
-        )
-        for offset in offsets or [0] * n
-    ]
-    if shared:
-        backends, expected = backends[:1], expected[:1]
-    assert_same(backends, expected)
-    return plan
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("remainder", "order"), [("last", "2026"), ("first", "2025")])
+def test_schedules_of_any_lengths(remainder: str, order: str, kind: str, device: torch.device) -> None:
+    config = KernelConfig(num_backends=2, fields=cases.SCHEDULES, schedule_remainder=remainder, flashmla_order=order)
+    for bs in BATCHES:
+        for num_sms, parts in ((1, 1), (5, 5), (132, 132), (7, 512)):
+            lengths = tuple(lengths_for(bs, kind))
+            shape = Shape(f"{bs} {kind}", lengths, num_sms=num_sms, num_sm_parts=parts, spare_rows=1)
+            check(config, shape, device)
 
 
-@pytest.mark.parametrize("bs", BATCHES)
-@pytest.mark.parametrize("remainder", ["last", "first"])
-def test_paged_mqa_schedule_of_any_batch(bs: int, remainder: str, device: torch.device) -> None:
-    for kind in KINDS:
-        for num_sms in (1, 5, 132):
-            lengths = lengths_for(bs, kind)
-            check(device, lengths, fields=(MQA,), num_sms=num_sms, schedule_remainder=remainder)
-
-
-@pytest.mark.parametrize("bs", BATCHES)
-@pytest.mark.parametrize("order", ["2026", "2025"])
-def test_flashmla_schedule_of_any_batch(bs: int, order: str, device: torch.device) -> None:
-    for kind in KINDS:
-        for parts in (1, 5, 132, 512):
-            fields = ("flashmla_metadata", "num_splits")
-            check(device, lengths_for(bs, kind), fields=fields, parts=parts, flashmla_order=order)
-
-
-@pytest.mark.usefixtures("quick_builds")
-@pytest.mark.parametrize("mode", ["decode", "target_verify", "draft_extend"])
-@pytest.mark.parametrize("per", ["request", "row"])
-@pytest.mark.parametrize("atoms", [0, 3])
-def test_schedules_in_every_mode(mode: str, per: str, atoms: int, device: torch.device) -> None:
-    for next_n in (1,) if mode == "decode" else (3,) if atoms else (1, 2, 3, 4):
-        facts = {"mode": mode, "next_n": next_n, "schedule_per": per, "schedule_atoms": atoms}
-        fields = (MQA, "flashmla_metadata", "num_splits", "cache_seqlens")
-        plan = check(device, lengths_for(37, "edges"), fields=fields, **facts)
-        by_rows = per == "row" and mode != "decode"
-        assert plan.config.atoms == (1 if by_rows else atoms or (next_n + 1) // 2)
-
-
-@pytest.mark.parametrize("remainder", ["last", "first"])
-def test_schedule_of_pools(remainder: str, device: torch.device) -> None:
-    for bs, kind in ((300, "edges"), (7, "zero"), (5, "random")):
-        check(device, lengths_for(bs, kind), fields=(MQA,), index_kpool=4, schedule_remainder=remainder)
-    for per in ("request", "row"):
-        facts: dict[str, Any] = {"mode": "target_verify", "next_n": 3, "schedule_per": per}
-        check(device, lengths_for(9, "edges"), fields=(MQA, "pooled_cache_seqlens"), index_kpool=3, **facts)
-
-
-@pytest.mark.parametrize("offsets", [(1, 2, 3), (7, 7, 7)])
-@pytest.mark.parametrize("mode", ["decode", "target_verify"])
-def test_backends_of_other_lengths_get_other_schedules(
-    offsets: tuple[int, ...], mode: str, device: torch.device
-) -> None:
-    for fields in ((MQA,), ("flashmla_metadata", "num_splits"), (MQA, "flashmla_metadata", "cu_seqlens_k")):
-        facts = {"seqlen_offsets": offsets, "mode": mode, "next_n": 2 if mode == "target_verify" else 1}
-        check(device, lengths_for(41, "edges"), fields=fields, n=3, **facts)
-
-
-def test_beside_all_other_fields(device: torch.device) -> None:
-    fields = (*support.ALL_FIELDS, MQA, "flashmla_metadata", "num_splits")
-    for mode, next_n in (("decode", 1), ("target_verify", 3)):
-        facts: dict[str, Any] = {"mode": mode, "next_n": next_n, "index_kpool": 2}
-        lengths = [length % WIDTH for length in lengths_for(33, "edges")]
-        plan = check(device, lengths, fields=fields, n=3, checked=True, **facts)
-        if mode == "decode":
-            plan.check()
-
-
-def test_a_schedule_that_backends_share_is_written_once(device: torch.device) -> None:
-    plan = check(device, lengths_for(9, "edges"), fields=(MQA, "flashmla_metadata"), n=4, shared=True)
-    assert plan.config.distinct == ((MQA, 1), ("flashmla_metadata", 1))
-
-
-def test_no_cap_on_the_batch(device: torch.device) -> None:
-    lengths = [(i * 7919) % 100_003 for i in range(65_536)]
-    check(device, lengths, fields=(MQA, "flashmla_metadata", "num_splits"), n=1)
-
-
-def test_a_plan_serves_every_batch(device: torch.device) -> None:
-    fields = (MQA, "flashmla_metadata", "num_splits")
-    shapes = {MQA: (9, 2), "flashmla_metadata": (8, 8)}
-    pool = support.token_pool(5, WIDTH, device=device)
-    backend = support.destination(fields, 300, WIDTH, 16, device=device, shapes=shapes)
-    plan = onelaunch.bind([backend.buffers], req_to_token=pool)
-    for bs in (300, 3, 0, 257):
-        seq_lens = torch.tensor(lengths_for(bs, "edges"), dtype=torch.int64, device=device)
-        rows = torch.zeros_like(seq_lens)
-        wanted = support.plain_copy(backend.buffers)
-        plan.run(seq_lens, rows)
-        reference.refresh(
-            [wanted], seq_lens.cpu(), rows.cpu(), pool.cpu(), index_topk=2048, page_size=64, extent="live"
-        )
-        assert_same([backend], wanted)
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+def test_the_atoms_of_a_verified_request(next_n: int, device: torch.device) -> None:
+    """Half of next_n, rounded up, unless their number is given; a row is one."""
+    for settings, atoms in (({}, (next_n + 1) // 2), ({"schedule_atoms": 3}, 3), ({"schedule_per": "row"}, 1)):
+        config = KernelConfig(fields=(MQA,), mode="target_verify", next_n=next_n, **settings)
+        assert config.atoms == atoms
+        check(config, Shape("edges", tuple(lengths_for(37, "edges"))), device)
 
 
 # ------------------------------------------------------------------------------------------------ the sparse schedule
@@ -279,9 +168,13 @@ def test_the_sparse_schedule_is_that_of_equal_lengths() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [((-1, 64, 4), "rows is -1"), ((2, 0, 4), "topk is 0"), ((2, 64, 0), "num_sm_parts is 0"),
-     ((2, 64, "4"), "num_sm_parts is '4'")],
-)  # fmt: skip
+    [
+        ((-1, 64, 4), "rows is -1"),
+        ((2, 0, 4), "topk is 0"),
+        ((2, 64, 0), "num_sm_parts is 0"),
+        ((2, 64, "4"), "num_sm_parts is '4'"),
+    ],
+)
 def test_a_sparse_schedule_of_nothing_is_refused(arguments: tuple[Any, ...], told: str) -> None:
     with pytest.raises(ArgumentError, match=told):
         onelaunch.sparse_flashmla_metadata(*arguments)

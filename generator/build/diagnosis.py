@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
-from ..cache import trust
+from ..cache import staging, trust
 from ..errors import CompileError
 
 # A compiler's or linker's own verdict on the emitted files. Only that is lasting; a list of passing causes would never
@@ -51,7 +50,7 @@ _HINTS = (
     (r"cannot find -l", "A library is missing: `onelaunch doctor` checks the toolchain."),
     (r"Unsupported gpu architecture", "This nvcc doesn't know the architecture: choose another or a newer toolkit."),
 )
-# The line that says most, best first.
+# Patterns of the most informative line, best first.
 _FIRST_ERROR = (r"\berror\b|undefined reference|cannot find|Killed", r"not found$", r"^FAILED: ", r"\S")
 
 
@@ -107,6 +106,6 @@ def _write(folder: Path, output: str, source: str) -> tuple[Path, Path] | None:
         return write(trust.private(folder))
     except OSError:
         try:
-            return write(Path(tempfile.mkdtemp(prefix="onelaunch-failed-")))
+            return write(staging.failed_folder())
         except OSError:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..cache.manifest import key_of
 from ..emit import binding, override
 from ..emit import render as emission
 from ..spec.config import SCHEMA_VERSION, KernelConfig
@@ -65,11 +65,6 @@ class Recipe:
     def key(self) -> str:
         """64 hex digits."""
         return key_of(self.ingredients)
-
-
-def key_of(ingredients: Mapping[str, Any]) -> str:
-    """The digest of a recipe's ingredients, 64 hex digits."""
-    return _sha256(json.dumps(ingredients, sort_keys=True))
 
 
 def recipe(

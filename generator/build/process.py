@@ -71,10 +71,10 @@ def run(job: Mapping[str, Any], stage: Path, environment: Mapping[str, str], tim
                 with _lock:
                     _idle.append(builder)
             return outcome
+        again = not fresh and not builder.killed  # it had just ended, since nobody wanted anything for a while
         outcome = builder.end()
-        if fresh or builder.killed:
+        if not again:
             return outcome
-        # It had just ended, since nobody wanted anything for a while.
 
 
 def kill_running() -> None:

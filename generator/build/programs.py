@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -11,13 +10,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..cache import files, trust
 from ..cache.store import Store
 from ..errors import StoreError, ToolchainError
 from . import environment
 
-ANSWERS_FILE = "compilers.json"
-"""Below the user's cache folder: {program: {"path", "size", "mtime_ns", "answer"}}."""
+ANSWERS_NOTE = "compilers"
+"""A note in the user's cache: {program: {"path", "size", "mtime_ns", "answer"}}."""
 
 LAUNCHERS = frozenset({"ccache", "sccache", "distcc", "icecc", "buildcache"})
 _TIMEOUT_SECONDS = 60.0
@@ -31,7 +29,7 @@ class Rejected(Exception):
 
 
 def locate(name: str) -> Path:
-    """The absolute path of a program, symbolic links kept: clang++ and ccache's links go by the name they are called.
+    """The absolute path of a program, symbolic links not resolved: clang++ and ccache go by the name they are called.
 
     Raises:
         Rejected: there is none.
@@ -81,7 +79,7 @@ def version_of(program: Path) -> str:
 def answer(program: Path, ask: Callable[[Path], str]) -> str:
     """ask(program), or what it gave an earlier process, as long as the binary is the same file.
 
-    A script or a launcher stands for a program that this function can't see, so it is asked each time.
+    A script or a launcher stands for a program that this function can't see, so it runs each time.
     """
     state = _state(program)
     if state is None:
@@ -95,20 +93,21 @@ def answer(program: Path, ask: Callable[[Path], str]) -> str:
 
 
 def save_answers() -> None:
-    """Writes what this process asked for to the user's cache folder, if there is one. A failure costs only time."""
+    """Writes the new answers to the user's cache folder, if there is one. A failure costs only time."""
     if not _new_answers:
         return
     with contextlib.suppress(OSError, StoreError):
-        folder = Store().root
-        trust.check_owner(folder)
+        store = Store()
+        if not store.root.is_dir():
+            return
         merged = {**_known_answers(), **_new_answers}
         current = {name: known for name, known in merged.items() if _state(Path(name)) == {**known, "answer": ""}}
-        files.replace(folder / ANSWERS_FILE, json.dumps(current, indent=1, sort_keys=True) + "\n")
+        store.write_note(ANSWERS_NOTE, current)
         _new_answers.clear()
 
 
 def reset() -> None:
-    """Forgets what this process asked for and didn't save."""
+    """Forgets the answers that this process got and didn't save."""
     _new_answers.clear()
 
 
@@ -144,9 +143,7 @@ def _state(program: Path) -> dict[str, Any] | None:
 
 def _known_answers() -> dict[str, dict[str, Any]]:
     try:
-        folder = Store().root
-        trust.check_owner(folder)
-        known = json.loads(trust.read(folder / ANSWERS_FILE))
-        return {str(name): dict(noted) for name, noted in known.items() if "answer" in noted}
-    except (OSError, ValueError, AttributeError, TypeError, StoreError):
+        known = Store().read_note(ANSWERS_NOTE) or {}
+        return {name: dict(noted) for name, noted in known.items() if "answer" in noted}
+    except (ValueError, TypeError, StoreError):
         return {}

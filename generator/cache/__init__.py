@@ -1,1 +1,1 @@
-"""Builds on disk: found, verified, locked, published and kept finite."""
+"""Builds on disk: found, verified, locked, published, loaded and bounded in size."""

@@ -1,18 +1,16 @@
-"""Keeps the cache finite: what was used longest ago goes first, and what no entry needs goes with it."""
+"""Bounds the cache: what was used longest ago is removed first, and with it what no entry needs."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import shutil
 import time
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import StoreError
-from .store import Store
+from . import files, lock
+from .store import TAG, Store, warn_once
 
 MAX_SIZE_VARIABLE = "ONELAUNCH_CACHE_MAX_SIZE"
 DEFAULT_MAX_SIZE = "2G"
@@ -29,10 +27,10 @@ class Collected:
     """What a collection removed.
 
     Attributes:
-        keys: of the entries, in the order they went.
+        keys: of the entries, in the order of removal.
         freed: bytes of those entries.
-        kept: bytes of the entries that are left.
-        remains: staging, failures, damaged entries and notes that went too.
+        kept: bytes of the remaining entries.
+        remains: how many staging folders, lock files, failures, damaged entries, notes and stamps.
     """
 
     keys: tuple[str, ...]
@@ -57,18 +55,9 @@ def parse_age(text: str, what: str) -> float:
     return float(found[1]) * _TIMES[found[2]]
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 if it is gone."""
-    with contextlib.suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            return sum(size_of(child) for child in path.iterdir())
-        return path.lstat().st_size
-    return 0
-
-
 def sizes(store: Store) -> dict[str, int]:
     """Bytes of every entry by key."""
-    return {key: size_of(store.root / "entries" / key) for key in store.stored_keys()}
+    return {path.name: files.size_of(path) for path in store.listed("entries")}
 
 
 def default_max_size() -> str:
@@ -85,18 +74,22 @@ def limit() -> int:
     return parse_size(default_max_size(), MAX_SIZE_VARIABLE)
 
 
-def bound(store: Store, keep: str, most: int) -> None:
+def bound(store: Store, keep: str, max_bytes: int) -> None:
     """Keeps the cache below a bound; called when an entry was added.
 
     Args:
         keep: the key that was added.
-        most: bytes.
+        max_bytes: of all entries together.
     """
     known = sizes(store)
-    if sum(known.values()) > most:
-        now = time.time()
-        fresh = {key for key in known if now - store.used(key) < FRESH_SECONDS}
-        _remove_entries(store, known, most, None, fresh | {keep})
+    if sum(known.values()) <= max_bytes:
+        return
+    if not store.is_marked:
+        warn_once(f"The kernel cache {store.root} is above {MAX_SIZE_VARIABLE}. {_unmarked(store)}")
+        return
+    now = time.time()
+    fresh = {key for key in known if now - store.used(key) < FRESH_SECONDS}
+    _remove_entries(store, known, max_bytes, None, fresh | {keep})
 
 
 def collect(store: Store, max_bytes: int | None, older_than: float | None) -> Collected:
@@ -104,33 +97,65 @@ def collect(store: Store, max_bytes: int | None, older_than: float | None) -> Co
 
     Args:
         store: the cache.
-        max_bytes: most bytes that the entries may have; None is no bound.
+        max_bytes: of all entries together; None is no bound.
         older_than: remove what wasn't used for so many seconds; None removes nothing for its age.
+
+    Raises:
+        StoreError: the folder isn't marked as a cache of onelaunch.
     """
+    check_marked(store)
     known = sizes(store)
     gone = _remove_entries(store, known, max_bytes, older_than, set())
     freed = sum(known[key] for key in gone)
-    return Collected(tuple(gone), freed, sum(known.values()) - freed, _remains(store))
+    return Collected(tuple(gone), freed, sum(known.values()) - freed, _remove_leftovers(store))
 
 
-def remove(store: Store, key: str) -> None:
-    """Removes one entry. Whoever looks for it meanwhile finds it whole or not at all."""
-    path = store.root / "entries" / key
-    aside = store.root / "staging" / f"removed.0.{uuid.uuid4().hex[:12]}"
-    aside.parent.mkdir(mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-    (store.root / "stamps" / key).unlink(missing_ok=True)
+def remove(store: Store, key: str) -> bool:
+    """Removes one entry in one step, and returns whether it is gone; a reader finds it whole or not at all.
+
+    The entry of a key that a process is building, or has just published, stays.
+    """
+    if lock.is_path_held(store.root / "locks" / f"{key}.lock"):
+        return False
+    with contextlib.suppress(OSError, StoreError), store.staging() as stage:
+        os.rename(store.root / "entries" / key, stage / key)
+    if os.path.lexists(store.root / "entries" / key):
+        return False
+    if files.is_folder(store.root / "stamps"):
+        files.remove(store.root / "stamps" / key)
+    return True
 
 
 def clear(store: Store) -> int:
-    """Removes everything in the cache; returns its bytes. Lock files stay, for the processes that hold them."""
-    before = size_of(store.root)
-    for name in ("index", "entries", "stamps", "failed", "damaged"):
-        shutil.rmtree(store.root / name, ignore_errors=True)
+    """Removes everything but what processes are using at this moment; returns the bytes.
+
+    The folders stay, so that nobody who publishes at this moment misses one.
+
+    Raises:
+        StoreError: the folder isn't marked as a cache of onelaunch.
+    """
+    check_marked(store)
+    before = files.size_of(store.root)
+    for key in store.stored_keys():
+        remove(store, key)
+    for name in ("index", "stamps", "failed", "damaged"):
+        for path in store.listed(name):
+            files.remove(path)
     store.sweep()
-    return before - size_of(store.root)
+    return max(0, before - files.size_of(store.root))
+
+
+def check_marked(store: Store) -> None:
+    """Raises StoreError where a folder is there and may hold what isn't the cache's."""
+    if os.path.lexists(store.root) and not store.is_marked:
+        raise StoreError(_unmarked(store))
+
+
+def _unmarked(store: Store) -> str:
+    return (
+        f"Nothing is removed from {store.root}, because it has no {TAG} of onelaunch: something else was in it before "
+        f"the cache. Use an empty folder; or, if all of it is the cache's, copy the {TAG} of another cache into it."
+    )
 
 
 def _remove_entries(
@@ -141,37 +166,22 @@ def _remove_entries(
     for key in sorted(known, key=lambda key: used[key]):
         old = older_than is not None and now - used[key] > older_than
         large = max_bytes is not None and total > max_bytes
-        if (old or large) and key not in keep:
-            remove(store, key)
+        if (old or large) and key not in keep and remove(store, key):
             total -= known[key]
             gone.append(key)
     return gone
 
 
-def _remains(store: Store) -> int:
-    count = len(store.sweep())
-    now = time.time()
+def _remove_leftovers(store: Store) -> int:
+    """Removes what no entry and no process needs; returns how many."""
+    now, keys = time.time(), set(store.stored_keys())
+    gone = []
     for name in ("failed", "damaged"):
-        for path in _children(store.root / name):
+        for path in store.listed(name):
             with contextlib.suppress(OSError):
-                if now - path.lstat().st_mtime > REMAINS_SECONDS:
-                    shutil.rmtree(path)
-                    count += 1
-    keys = set(store.stored_keys())
-    for path in _children(store.root / "index"):
-        noted = store.read_index(path.stem) if path.suffix == ".json" else None
-        if noted is None or noted["key"] not in keys:
-            path.unlink(missing_ok=True)
-            count += 1
-    for path in _children(store.root / "stamps"):
-        if path.name not in keys:
-            path.unlink(missing_ok=True)
-            count += 1
-    return count
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
+                gone += [path] if now - path.lstat().st_mtime > REMAINS_SECONDS else []
+    for path in store.listed("index"):
+        noted = store.read_note(path.stem)
+        gone += [path] if noted is None or noted.get("key", "") not in {*keys, ""} else []
+    gone += [path for path in store.listed("stamps") if path.name not in keys]
+    return len(store.sweep()) + sum(files.remove(path) for path in gone)

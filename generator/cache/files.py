@@ -1,23 +1,31 @@
-"""Files that are never seen half written."""
+"""Files and folders: written whole or not at all, synced, listed and removed without following links."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import stat
 import tempfile
 from pathlib import Path
 
 
 def replace(path: Path, content: str | bytes, mode: int = 0o600) -> None:
-    """Writes a file whole or not at all, whoever reads it meanwhile.
+    """Writes a file in one step: a reader, or a crash, sees the old file or the new one.
+
+    Args:
+        content: text is written as UTF-8.
+        mode: permission bits of the new file.
 
     Raises:
-        OSError: it can't be written; what was there stays.
+        OSError: it can't be written. The old file stays.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    data = content.encode() if isinstance(content, str) else content
+    # In the same folder, because a rename between file systems is a copy.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, mode)
@@ -26,3 +34,50 @@ def replace(path: Path, content: str | bytes, mode: int = 0o600) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def sync(path: Path) -> None:
+    """Returns once a file or folder is on the disk, as far as the file system supports that."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Some network file systems have no fsync for folders.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the path is a folder. A symbolic link to one isn't."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def children(folder: Path) -> list[Path]:
+    """What is in a folder, sorted; [] for a link, for anything else, and for what can't be read."""
+    try:
+        return sorted(folder.iterdir()) if is_folder(folder) else []
+    except OSError:
+        return []
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 if it is gone. Links are not followed."""
+    if is_folder(path):
+        return sum(size_of(child) for child in children(path))
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
+def remove(path: Path) -> bool:
+    """Removes a file, a link itself, or a folder with what is in it; returns whether the path is gone."""
+    if is_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return not os.path.lexists(path)

@@ -1,27 +1,27 @@
-"""A lock between processes that says who holds it, and that is only an optimization.
+"""A lock between processes that says who holds it. It saves work, and correctness never depends on it.
 
-It keeps processes that ask at once from building the same thing. Correctness never depends on it: a build is published
-by rename, and whoever comes second takes what is there. So a file system without locks, a lock that is broken, or a
-wait that became too long cost a second build and nothing else.
+It keeps processes that start at once from building the same kernel. A build is published by rename, and whoever comes
+second takes what is there. So a file system without locks, a lock that is broken, or a wait that became too long cost a
+second build and nothing else.
 
-This isn't filelock, because a lock that speaks writes its holder into the file that waiters read, and because where
-flock is missing, filelock turns to a lock file that outlives a dead holder: the very hang that this is to prevent.
+This isn't filelock: a holder writes its name into the file for those that wait, and where flock is missing, filelock
+uses a lock file that outlives a dead holder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import socket
-import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import log
 from ..errors import StoreError
 from . import trust
 
@@ -31,35 +31,63 @@ POLL_SECONDS = 0.05
 FIRST_NOTICE_SECONDS = 2.0
 NOTICE_SECONDS = 5.0
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+# flock belongs to the open file, which a forked child shares: the child would keep the lock of a parent that died.
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 class Lock:
-    """What a builder holds; its phase is what waiters say.
+    """A lock that this process holds, or the lack of one.
 
     Args:
-        descriptor: the open lock file; None where the file system has no locks.
+        descriptor: the open and locked file or folder; None where there is no lock.
     """
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
         self._since = time.time()
+        if descriptor is not None:
+            _held.add(self)
 
     @property
     def held(self) -> bool:
-        """False where the file system has no locks, or the wait for one was given up."""
+        """False without a lock: the file system has none, the wait was given up, or this is a forked child."""
         return self._descriptor is not None
 
     def phase(self, text: str) -> None:
-        """Notes for waiters what the holder is doing."""
+        """Writes for those that wait what the holder is doing."""
         if self._descriptor is None:
             return
-        noted = {"host": socket.gethostname(), "pid": os.getpid(), "since": self._since, "phase": text}
-        data = json.dumps(noted).encode()
-        # A full disk must not stop the holder; one write over the old text, so that a reader never finds it empty.
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": self._since, "phase": text}
+        data = json.dumps(holder).encode() + b"\n"
+        # A full disk must not stop the holder. One write over the old text, so that no reader finds the file empty.
         with contextlib.suppress(OSError):
-            os.pwrite(self._descriptor, data + b"\n", 0)
-            os.ftruncate(self._descriptor, len(data) + 1)
+            os.pwrite(self._descriptor, data, 0)
+            os.ftruncate(self._descriptor, len(data))
+
+    def release(self, path: Path | None = None) -> None:
+        """Lets go, and first removes the lock file, so that lock files don't pile up.
+
+        Whoever already waits for the removed file finds out in _is_current, and opens the new one.
+        """
+        if self._descriptor is not None:
+            if path is not None and _is_current(self._descriptor, path):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _forked() -> None:
+    for lock in list(_held):
+        lock._close()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def timeout_seconds() -> float:
@@ -82,46 +110,41 @@ def timeout_seconds() -> float:
 def hold(path: Path, what: str, done: Callable[[], bool]) -> Iterator[Lock]:
     """Holds the lock of a path, or goes on without it where that can't be.
 
-    While another process has it, says on stderr every few seconds who that is. The wait ends when the holder lets go
-    or dies (the kernel releases a dead process's lock), when ``done`` says that its work is there, or after
-    $ONELAUNCH_LOCK_TIMEOUT seconds. A wait that ends so isn't an error: the block runs without the lock (``held`` is
-    False), and its caller builds for itself, in a staging folder of its own. Should the holder finish after all, the
-    one that publishes second takes the entry of the first.
+    While another process has it, a line on stderr says every few seconds who that is. The wait ends when the holder
+    lets go or dies (the kernel releases a dead process's lock), when ``done`` says that its work is there, or after
+    $ONELAUNCH_LOCK_TIMEOUT seconds. In the last two cases, and where the lock file can't be opened, the block runs
+    without the lock (``held`` is False): its caller builds in a staging folder of its own, and the one that publishes
+    second takes the entry of the first.
 
     Args:
-        path: the lock file; it stays, since unlinking it would split waiters over two files.
+        path: the lock file; it is removed at the end.
         what: what is waited for, as in "waiting for <what>".
         done: whether there is no more reason to wait.
 
     Raises:
         StoreError: $ONELAUNCH_LOCK_TIMEOUT isn't a number of seconds.
-        OSError: the lock file can't be made.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    lock = Lock(_wait(path, what, done))
+    lock.phase("starting")
     try:
-        descriptor = os.open(path, flags, 0o666 if trust.shared() else 0o600)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        yield Lock(None)
-        return
-    try:
-        got = _acquire(descriptor, what, done)
-        lock = Lock(descriptor if got else None)
-        lock.phase("starting")
-        try:
-            yield lock
-        finally:
-            if got:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(descriptor, 0)
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+        yield lock
     finally:
-        os.close(descriptor)
+        lock.release(path)
+
+
+def hold_folder(path: Path) -> Lock:
+    """Locks a folder of this process, as a sign that its owner lives (see staging.py).
+
+    Raises:
+        OSError: the folder can't be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    is_held(descriptor)
+    return Lock(descriptor)
 
 
 def is_held(descriptor: int) -> bool | None:
-    """Whether another process holds the lock of an open file or folder; None where that can't be asked."""
+    """Locks an open file or folder if it is free. True: another process holds it; None: there are no locks here."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -131,46 +154,89 @@ def is_held(descriptor: int) -> bool | None:
     return False
 
 
-def _acquire(descriptor: int, what: str, done: Callable[[], bool]) -> bool:
-    limit = timeout_seconds()
-    start = time.monotonic()
-    notice = FIRST_NOTICE_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                _say("the cache's file system has no locks; other processes may build the same at this time")
-                return False
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR):
-                raise
-        if done():
+def is_path_held(path: Path) -> bool:
+    """Whether another process holds the lock of a path."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return is_held(descriptor) is True
+    finally:
+        os.close(descriptor)
+
+
+def remove_if_free(path: Path) -> bool:
+    """Removes a lock file that nobody holds, such as a killed process's; returns whether it did."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        if is_held(descriptor) is not False or not _is_current(descriptor, path):
             return False
+        path.unlink()
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _wait(path: Path, what: str, done: Callable[[], bool]) -> int | None:
+    """The locked descriptor of the file, or None as hold explains."""
+    limit, start, notice = timeout_seconds(), time.monotonic(), FIRST_NOTICE_SECONDS
+    # Opened anew for each try, because a holder removes the file at its end.
+    while (descriptor := _open(path)) is not None:
+        held = is_held(descriptor)
+        if held is False and _is_current(descriptor, path):
+            return descriptor
+        holder = _holder(descriptor)
+        os.close(descriptor)
+        if held is None:
+            log.notice("the cache's file system has no locks; other processes may build the same at this time")
+            return None
+        if held is False:
+            continue
         waited = time.monotonic() - start
+        if done():
+            return None
         if waited >= limit:
-            _say(
-                f"gave up the wait for {what} after {waited:.0f} s ({_holder(descriptor)}); building it here. "
+            log.notice(
+                f"gave up the wait for {what} after {waited:.0f} s ({holder}); building it here. "
                 f"{TIMEOUT_VARIABLE} sets how long to wait."
             )
-            return False
+            return None
         if waited >= notice:
-            _say(f"waiting for {what} since {waited:.0f} s: {_holder(descriptor)}")
+            log.notice(f"waiting for {what} since {waited:.0f} s: {holder}")
             notice = waited + NOTICE_SECONDS
         time.sleep(POLL_SECONDS)
+    return None
+
+
+def _open(path: Path) -> int | None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o666 if trust.shared() else 0o600)
+    except OSError:
+        return None
+
+
+def _is_current(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False
 
 
 def _holder(descriptor: int) -> str:
     try:
-        noted: Any = json.loads(os.pread(descriptor, 4096, 0).split(b"\n")[0])
-        clock = time.strftime("%H:%M:%S", time.localtime(float(noted["since"])))
+        holder: Any = json.loads(os.pread(descriptor, 4096, 0).split(b"\n")[0])
+        clock = time.strftime("%H:%M:%S", time.localtime(float(holder["since"])))
         return (
-            f"host {noted['host']}, pid {noted['pid']}, holds it since {clock} "
-            f"({time.time() - float(noted['since']):.0f} s) and is {noted['phase']}"
+            f"host {holder['host']}, pid {holder['pid']}, holds it since {clock} "
+            f"({time.time() - float(holder['since']):.0f} s) and is {holder['phase']}"
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return "its holder didn't say who it is"
-
-
-def _say(text: str) -> None:
-    print(f"onelaunch: {text}", file=sys.stderr, flush=True)

@@ -1,158 +1,162 @@
-"""The cache on disk: finished builds by content key, published whole or not at all, verified before they are loaded.
+"""The cache on disk: finished builds by key, published whole or not at all, verified before they are used.
 
-Layout below the root: ``entries/<key>/`` holds one build, ``index/<request>.json`` leads a warm process to its key
-without running a compiler, ``locks/`` holds one file a key that was ever built, ``staging/`` the private folders that
-builds happen in, ``stamps/<key>`` when an entry was last used, ``failed/`` what didn't compile, ``damaged/`` what
-didn't verify. An entry is complete when its ``manifest.json`` is there: staging is renamed into place after that.
+Below the root, every name has the form that is given here, and only such names are ever removed:
+
+=====================================  ===============================================================================
+CACHEDIR.TAG                           made with the root, in an empty folder; without it nothing is removed
+entries/<key>/                         one build; complete when it is there, since it is renamed from staging/
+entries/<key>/manifest.json            facts about the build, sizes and sums of its files, and its own sum
+index/<name>.json                      small notes, which only save time (see read_note)
+locks/<key>.lock                       while a process builds that key
+staging/<host>.<pid>.<random>/         what a process builds or removes, locked while that process lives
+stamps/<key>                           when the entry was last used
+failed/<16 digits>/                    log, source and record of a build that failed
+damaged/<16 digits>.<random>/          what didn't verify
+=====================================  ===============================================================================
+
+Who may write: this user and root, nobody else (trust.py), except with $ONELAUNCH_SHARED_CACHE=1.
+
+=====================================  ===============================================================================
+when                                   what is verified
+=====================================  ===============================================================================
+find                                   every folder from / down, owner and mode of each file, the manifest's sum and
+                                       keys, the key from its ingredients, size and sum of each file, and the facts
+                                       that the caller expects
+publish                                the same, after the rename
+module.import_entry                    the sum of the open object, which is then loaded through that descriptor
+pack.unpack                            as find, of all entries, before one is put into the store
+=====================================  ===============================================================================
+
+Damage (a file that is missing or isn't what was published) is set aside once, with a warning, and built again. What
+can't be read is passed over where it lies. A part that can't be written costs nothing but its purpose: without locks/
+two processes may build the same, without stamps/ and index/ there are no stamps and notes, and what entries/ or
+staging/ can't take goes to the temporary store of tiers.py.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
-import shutil
-import socket
-import tempfile
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from . import files, manifest, staging, trust
 from . import lock as locks
-from .trust import CACHE_VARIABLE, check_owner, private, read, restrict, shared, sync
+from .manifest import KEY, MANIFEST, Entry
+from .trust import CACHE_VARIABLE
 
-PREBUILT_VARIABLE = "ONELAUNCH_PREBUILT"
-MANIFEST = "manifest.json"
-# Kept beside the shared object, so that a person can read what was built and how.
+TAG = "CACHEDIR.TAG"
+# The first line is the standard's, see bford.info/cachedir. The second distinguishes it from other programs' caches.
+TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of onelaunch.\n"
+# Folders below the root, and the names in them that are the cache's own.
+OWN_NAMES = {
+    "entries": KEY,
+    "index": re.compile(r"[0-9a-z_-]{1,80}\.json"),
+    "locks": re.compile(r"[0-9a-f]{64}\.lock"),
+    "staging": re.compile(r".+\.\d+\.[0-9a-f]{12}"),
+    "stamps": KEY,
+    "failed": re.compile("[0-9a-f]{16}"),
+    "damaged": re.compile(r"[0-9a-f]{16}\.[0-9a-f]{8}"),
+}
+# Published beside the shared object, so that a person can read what was built and how.
 KEPT_SUFFIXES = (".so", ".cu", ".cpp", ".ninja", ".log", ".json")
-# A use is stamped at most this often.
+# A stamp younger than this isn't renewed.
 STAMP_SECONDS = 3600.0
-# The staging of another host, which can't be asked whether it still builds, is swept after this.
-ABANDONED_SECONDS = 24 * 3600.0
-_UNKNOWN_SECONDS = 600.0
 # Network file systems may show another host's rename only after a while.
 _VISIBLE_AFTER_SECONDS = (0.02, 0.1, 0.5, 1.0)
-# What a reader runs out of.
-_NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
+# An entry that was exchanged while it was read is read again, so often.
+_LOOKS = 5
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+_UNREADABLE = (errno.EACCES, errno.EPERM)
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _warned: set[str] = set()
-_spare: tuple[int, Store] | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A published build.
-
-    Attributes:
-        key: its content key, 64 hex digits.
-        path: its folder.
-        manifest: the parsed manifest.
-    """
-
-    key: str
-    path: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def module_path(self) -> Path:
-        """The shared object."""
-        return self.path / str(self.manifest["module_file"])
-
-    @property
-    def source(self) -> str:
-        """The emitted source that was compiled."""
-        return (self.path / str(self.manifest["source_file"])).read_text(encoding="utf-8")
-
-    @property
-    def size(self) -> int:
-        """Bytes of its files, the manifest left out."""
-        return sum(int(known["size"]) for known in self.manifest["files"].values())
 
 
 class Store:
     """One cache folder. Nothing is made on disk before something is built.
 
     Args:
-        root: the folder; None is $ONELAUNCH_CACHE_DIR, else the platform's cache folder.
+        root: the folder; None is $ONELAUNCH_CACHE_DIR, else $XDG_CACHE_HOME/onelaunch, else ~/.cache/onelaunch.
         read_only: never write there, as in the folders of $ONELAUNCH_PREBUILT.
     """
 
     def __init__(self, root: Path | None = None, *, read_only: bool = False) -> None:
-        self.place = str(root or os.environ.get(CACHE_VARIABLE) or "")
+        named = os.environ.get(CACHE_VARIABLE) or ""
+        self.place = str(root) if root else os.path.expanduser(named)
+        self._source = "" if root else CACHE_VARIABLE
         self.read_only = read_only
         self._swept = False
 
     @cached_property
     def root(self) -> Path:
-        """The folder, which need not exist."""
-        if self.place:
-            return Path(self.place).absolute()
-        import platformdirs
-
-        return Path(platformdirs.user_cache_dir("onelaunch"))
-
-    def writable(self) -> Store:
-        """This store, or a private temporary one where this one can't be written, with one warning a process.
+        """The absolute path of the folder, which need not exist.
 
         Raises:
-            StoreError: somebody else could have written to the folder.
+            StoreError: the path can't be written as UTF-8, or nothing says where this user's home is.
         """
-        try:
-            private(self.root)
-        except OSError as error:
-            return spare(f"The cache folder {self.root} can't be used ({error.strerror})")
-        return self
+        return usable_path(self.place, self._source) if self.place else _default_root()
 
-    def find(self, key: str) -> Entry | None:
-        """The entry of a key, or None. An entry that is damaged is set aside, with a warning.
+    def find(self, key: str, expect: Mapping[str, Any] | None = None) -> Entry | None:
+        """The verified entry of a key, or None. Damage is set aside, with a warning.
+
+        Args:
+            key: 64 hex digits.
+            expect: facts that its manifest must have, such as "config" and "archs" (see manifest.satisfies); an entry
+                without them is a miss.
 
         Raises:
-            StoreError: the entry could have been written by somebody else.
-            OSError: this process has no room to read it, which says nothing of the entry.
+            StoreError: somebody else could have written the entry.
+            OSError: this process lacks memory or descriptors, or the disk fails: that says nothing of the entry.
         """
         path = self.root / "entries" / key
-        try:
-            for folder in (self.root, path.parent, path):
-                check_owner(folder)
-            manifest = json.loads(read(path / MANIFEST))
-            if manifest["key"] != key:
-                raise ValueError(f"it is the manifest of {manifest['key']}")
-            for name, known in manifest["files"].items():
-                if "/" in name or name.startswith("."):
-                    raise ValueError(f"{name!r} isn't the name of a file in it")
-                data = read(path / name)
-                if len(data) != known["size"] or hashlib.sha256(data).hexdigest() != known["sha256"]:
-                    raise ValueError(f"{name} isn't the file that was published")
-            if manifest["module_file"] not in manifest["files"]:
-                raise ValueError("its manifest doesn't list the shared object")
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if path.is_dir():
-                self._set_aside(path, f"{error.filename} is missing")
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, OSError) and error.errno in _NOT_DAMAGE:
-                raise
-            self._set_aside(path, str(error))
-            return None
-        return Entry(key, path, manifest)
+        for _ in range(_LOOKS if KEY.fullmatch(key) else 0):
+            descriptor, facts, reason = -1, {}, ""
+            try:
+                descriptor = self._open_entry(path)
+                facts = manifest.decode(trust.read(path / MANIFEST, descriptor, manifest.MAX_MANIFEST_BYTES), key)
+                for name in facts["files"]:
+                    manifest.check_file(facts, name, trust.read(path / name, descriptor))
+            except FileNotFoundError as error:
+                if descriptor < 0:
+                    return None
+                reason = f"{Path(error.filename).name} is missing"
+            except OSError as error:
+                if error.errno in _UNREADABLE and not os.path.lexists(path):
+                    return None
+                if error.errno in _UNREADABLE:
+                    warn_once(f"The cache entry {path} can't be read ({error.strerror}); it is passed over.")
+                    return None
+                if error.errno not in _DAMAGE:
+                    raise
+                reason = str(error)
+            except ValueError as error:
+                reason = str(error)
+            finally:
+                exchanged = descriptor >= 0 and not _is_at(descriptor, path)
+                if descriptor >= 0:
+                    os.close(descriptor)
+            if exchanged:
+                continue
+            if reason and os.path.lexists(path):
+                self._set_aside(path, reason)
+            expected = not reason and (expect is None or manifest.satisfies(facts, expect))
+            return Entry(key, path, facts) if expected else None
+        return None
 
     def stored_keys(self) -> list[str]:
         """The keys of every entry, unverified."""
-        try:
-            names = os.listdir(self.root / "entries")
-        except OSError:
-            return []
-        return sorted(name for name in names if len(name) == 64)
+        return [path.name for path in self.listed("entries")]
 
     def entries(self) -> Iterator[Entry]:
         """Every entry that verifies."""
@@ -161,39 +165,54 @@ class Store:
             if entry is not None:
                 yield entry
 
+    def listed(self, name: str) -> list[Path]:
+        """What is in a folder of the root and has a name of the cache's own."""
+        return [path for path in files.children(self.root / name) if OWN_NAMES[name].fullmatch(path.name)]
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the root has the cache's own CACHEDIR.TAG, without which nothing below it is removed."""
+        try:
+            return trust.read(self.root / TAG, max_bytes=4096).startswith(TAG_TEXT.encode())
+        except (OSError, ValueError, StoreError):
+            return False
+
+    def folder(self, name: str) -> Path:
+        """A folder of the root, made with the root and its CACHEDIR.TAG if need be; errors as of trust.private."""
+        trust.private(self.root)
+        self._mark()
+        return trust.private(self.root / name)
+
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
         """A private folder on the store's file system, removed at the end if it wasn't published.
 
-        It is locked while its owner lives, so that a sweep can tell.
+        Raises:
+            StoreError, OSError: see trust.private.
         """
-        folder = self._folder("staging")
+        parent = self.folder("staging")
         if not self._swept:
             self._swept = True
             self.sweep()
-        path = folder / f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
-        try:
-            private(path)
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                locks.is_held(descriptor)
-                yield path
-            finally:
-                os.close(descriptor)
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+        with staging.folder(parent) as path:
+            yield path
 
     def sweep(self) -> list[Path]:
-        """Removes the staging folders of processes that are gone; returns them."""
-        gone = [path for path in _listed(self.root / "staging") if _abandoned(path)]
-        for path in gone:
-            shutil.rmtree(path, ignore_errors=True)
-        return gone
+        """Removes staging folders and lock files of processes that are gone; returns them."""
+        if not self.is_marked:
+            return []
+        free = [path for path in self.listed("locks") if locks.remove_if_free(path)]
+        return staging.sweep(self.root / "staging") + free
 
     @contextlib.contextmanager
     def lock(self, key: str, what: str = "", done: Callable[[], bool] = lambda: False) -> Iterator[locks.Lock]:
-        """Held while a key is being built, so that processes asking at once build it once. See lock.hold."""
-        with locks.hold(self._folder("locks") / f"{key}.lock", what or f"the build of {key[:16]}", done) as held:
+        """Held while a key is being built, so that processes that start at once build it once. See lock.hold."""
+        try:
+            path = self.folder("locks") / f"{key}.lock"
+        except (OSError, StoreError):
+            yield locks.Lock(None)
+            return
+        with locks.hold(path, what or f"the build of {key[:16]}", done) as held:
             yield held
 
     def publish(self, stage: Path, key: str, facts: Mapping[str, Any]) -> Entry:
@@ -201,93 +220,68 @@ class Store:
 
         Args:
             stage: the folder that staging() gave, with the build in it.
-            key: the content key.
+            key: the build's key.
             facts: the manifest's contents; needs module_file and source_file.
 
         Raises:
+            ValueError: the facts make no manifest of this key.
             OSError: the disk is full, or can't be written.
             StoreError: what was published can't be read back.
         """
+        for path in files.children(stage):
+            if files.is_folder(path) or path.is_symlink() or path.suffix not in KEPT_SUFFIXES:
+                files.remove(path)
+        known = {}
         for path in sorted(stage.iterdir()):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.suffix not in KEPT_SUFFIXES:
-                path.unlink()
-        files = {}
-        for path in sorted(stage.iterdir()):
-            restrict(path)
+            trust.restrict(path)
             data = path.read_bytes()
-            files[path.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            sync(path)
-        manifest = {**facts, "key": key, "files": files}
-        (stage / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        return self.place_folder(stage, key)
+            known[path.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            files.sync(path)
+        whole = json.loads(json.dumps({**facts, "key": key, "files": known}))
+        manifest.check(whole, key)
+        (stage / MANIFEST).write_bytes(manifest.encode(whole))
+        trust.restrict(stage / MANIFEST)
+        files.sync(stage / MANIFEST)
+        files.sync(stage)
+        return self._place(stage, key)
 
-    def place_folder(self, stage: Path, key: str) -> Entry:
-        """publish, for a folder that has its manifest."""
-        restrict(stage / MANIFEST)
-        sync(stage / MANIFEST)
-        sync(stage)
-        target = self._folder("entries") / key
-        for pause in _VISIBLE_AFTER_SECONDS:
-            try:
-                os.rename(stage, target)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ESTALE):
-                    raise
-            sync(target.parent)
-            # Another's damaged entry is set aside here, and the next rename succeeds.
-            if (entry := self.find(key)) is not None:
-                self.stamp(key)
-                return entry
-            time.sleep(pause)
-        raise StoreError(
-            f"The entry {target} can't be read back after it was published. Is the disk of {self.root} failing or "
-            f"out of sync with another host's? Set {CACHE_VARIABLE} to a folder on a local disk."
-        )
+    def read_note(self, name: str) -> dict[str, Any] | None:
+        """What an earlier process noted under a name of up to 80 of [0-9a-z_-], or None.
 
-    def read_index(self, request: str) -> dict[str, Any] | None:
-        """What an earlier process noted for a request, or None.
+        A note has no sum: whoever reads it checks what it leads to.
 
         Raises:
             StoreError: somebody else could have written it.
         """
+        path = self.root / "index" / f"{name}.json"
         try:
-            path = self.root / "index" / f"{request}.json"
-            check_owner(self.root)
-            check_owner(path.parent)
-            noted = json.loads(read(path))
-        except (OSError, ValueError):
+            trust.check_ancestors(self.root)
+            for folder in (self.root, path.parent):
+                trust.check_owner(folder)
+            noted = json.loads(trust.read(path, max_bytes=manifest.MAX_MANIFEST_BYTES))
+        except (OSError, ValueError, RecursionError):
             return None
-        key = noted.get("key") if isinstance(noted, dict) else None
-        # It becomes the name of a folder.
-        return noted if isinstance(key, str) and re.fullmatch("[0-9a-z]+", key) else None
+        return noted if isinstance(noted, dict) else None
 
-    def write_index(self, request: str, noted: Mapping[str, Any]) -> None:
-        """Notes something for later processes; a failure to write it only costs them time."""
+    def write_note(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Notes something for later processes. A failure to write it only costs them time."""
+        if self.read_only:
+            return
         with contextlib.suppress(OSError):
-            folder = self._folder("index")
-            handle, name = tempfile.mkstemp(dir=folder)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(noted, file)
-                if shared():
-                    restrict(Path(name))
-                os.replace(name, folder / f"{request}.json")
-            except OSError:
-                os.unlink(name)
+            path = self.folder("index") / f"{name}.json"
+            files.replace(path, json.dumps(dict(facts)), trust.new_file_mode())
 
     def stamp(self, key: str) -> None:
         """Notes that an entry was used. Times of access are no help: most file systems are mounted without."""
         if self.read_only:
             return
         path = self.root / "stamps" / key
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StoreError):
             try:
                 if time.time() - path.lstat().st_mtime < STAMP_SECONDS:
                     return
             except FileNotFoundError:
-                self._folder("stamps")
+                self.folder("stamps")
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             os.utime(path)
 
@@ -299,7 +293,7 @@ class Store:
         return 0.0
 
     def unusable(self, error: OSError) -> StoreError:
-        """A file or folder that can't be made, written or read, as a sentence that says what to do."""
+        """The error for a file or folder of the cache that can't be made, written or read; it says what to do."""
         if error.errno == errno.ENOSPC:
             hint = f"The disk is full: free some space, or set {CACHE_VARIABLE} to a folder on another disk."
         else:
@@ -308,10 +302,40 @@ class Store:
         where = error.filename or self.__dict__.get("root", "folder")
         return StoreError(f"The kernel cache {where} can't be used: {error.strerror or error}. {hint}")
 
-    def _folder(self, name: str) -> Path:
-        """A folder below the root. Of folders made on the way to another, the umask alone would say who may write."""
-        private(self.root)
-        return private(self.root / name)
+    def _open_entry(self, path: Path) -> int:
+        trust.check_ancestors(self.root)
+        for folder in (self.root, path.parent, path):
+            trust.check_owner(folder)
+        return os.open(path, _FOLDER)
+
+    def _place(self, stage: Path, key: str) -> Entry:
+        target = self.folder("entries") / key
+        for pause in _VISIBLE_AFTER_SECONDS:
+            try:
+                os.rename(stage, target)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.ENOENT, errno.ESTALE):
+                    raise
+            files.sync(target.parent)
+            # Another's damaged entry is set aside here, and the next rename succeeds.
+            if (entry := self.find(key)) is not None:
+                self.stamp(key)
+                return entry
+            time.sleep(pause)
+        raise StoreError(
+            f"The entry {target} can't be read back after it was published. Was it removed meanwhile? Is the disk of "
+            f"{self.root} failing, or out of sync with another host's? Set {CACHE_VARIABLE} to a folder on a local "
+            "disk."
+        )
+
+    def _mark(self) -> None:
+        """Writes CACHEDIR.TAG where the root holds nothing, or only folders of the cache's own names."""
+        tag = self.root / TAG
+        with contextlib.suppress(OSError):
+            if not os.path.lexists(tag):
+                others = {name for name in os.listdir(self.root) if not name.startswith(".")}
+                if others <= {*OWN_NAMES, "lost+found"}:
+                    files.replace(tag, TAG_TEXT, trust.new_file_mode())
 
     def _set_aside(self, path: Path, reason: str) -> None:
         if self.read_only:
@@ -319,42 +343,29 @@ class Store:
             return
         warnings.warn(f"The cache entry {path} is damaged ({reason}); it is set aside and built again.", stacklevel=3)
         with contextlib.suppress(OSError):
-            path.rename(self._folder("damaged") / f"{path.name[:16]}.{uuid.uuid4().hex[:8]}")
+            path.rename(self.folder("damaged") / f"{path.name[:16]}.{uuid.uuid4().hex[:8]}")
 
 
-def prebuilt() -> list[Store]:
-    """The folders of $ONELAUNCH_PREBUILT, in its order."""
-    stores = []
-    for name in filter(None, os.environ.get(PREBUILT_VARIABLE, "").split(os.pathsep)):
-        if os.path.isdir(name):
-            stores.append(Store(Path(name), read_only=True))
-        else:
-            warn_once(f"{PREBUILT_VARIABLE} names {name}, which isn't a folder; it is passed over.")
-    return stores
-
-
-def tiers(store: Store) -> list[Store]:
-    """Where a build is looked for, best first: what was prebuilt, the user's cache, this process's temporary one."""
-    temporary = [_spare[1]] if _spare is not None and _spare[0] == os.getpid() else []
-    return [*prebuilt(), store, *temporary]
-
-
-def spare(reason: str) -> Store:
-    """A private temporary store that goes when this process ends.
+def usable_path(text: str, source: str = "") -> Path:
+    """An absolute path.
 
     Args:
-        reason: why it is needed, for the warning.
+        text: the path.
+        source: the variable that it comes from, in which ~ has been expanded; "" takes ~ as a name.
+
+    Raises:
+        StoreError: it can't be written as UTF-8, has a NUL in it, or begins with the ~ of an unknown user.
     """
-    global _spare
-    if _spare is None or _spare[0] != os.getpid():
-        folder = Path(tempfile.mkdtemp(prefix="onelaunch-"))
-        _spare = (os.getpid(), Store(folder))
-        atexit.register(_remove, folder, os.getpid())
-    warn_once(
-        f"{reason}; builds go to {_spare[1].root} and are lost when this process ends. Set {CACHE_VARIABLE} to a "
-        "folder that this process may write and that has room."
-    )
-    return _spare[1]
+    what = source or "The cache folder"
+    if source and text.startswith("~"):
+        raise StoreError(f"{what} is {text!r}, and no such user's home folder is known; write the whole path.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise StoreError(f"{what} is {text!a}, which can't be written as UTF-8; choose another folder.") from None
+    if "\0" in text:
+        raise StoreError(f"{what} is {text!a}, which has a NUL character in it; choose another folder.")
+    return Path(text).absolute()
 
 
 def warn_once(text: str) -> None:
@@ -364,46 +375,21 @@ def warn_once(text: str) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-def _remove(folder: Path, pid: int) -> None:
-    # A forked child runs this too, and the folder is its parent's.
-    if os.getpid() == pid:
-        shutil.rmtree(folder, ignore_errors=True)
+def _default_root() -> Path:
+    place = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(place):  # the standard says that others are ignored
+        place = os.path.expanduser("~/.cache")
+        if place.startswith("~"):
+            raise StoreError(
+                f"There is no folder for the kernel cache: HOME isn't set, and user {os.geteuid()} has no entry in the "
+                f"password database. Set {CACHE_VARIABLE} to a folder that this process may write."
+            )
+    return usable_path(place) / "onelaunch"
 
 
-def _listed(folder: Path) -> list[Path]:
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open folder still has its path."""
     try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
-
-
-def _abandoned(path: Path) -> bool:
-    """Whether the process that made a staging folder is gone."""
-    host, _, rest = path.name.rpartition(".")[0].rpartition(".")
-    try:
-        age = time.time() - path.lstat().st_mtime
-        if host != socket.gethostname() or not rest.isdigit():
-            return age > ABANDONED_SECONDS
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError:
         return False
-    try:
-        held = locks.is_held(descriptor)
-    finally:
-        os.close(descriptor)
-    if held:
-        return False
-    # A free lock is the sign of a dead owner, but for the moment between making the folder and locking it. Where locks
-    # can't be asked, a number that looks dead may belong to another container of the same host name.
-    dead = not _alive(int(rest))
-    return (held is False and (dead or age > _UNKNOWN_SECONDS)) or (dead and age > _UNKNOWN_SECONDS)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -1,9 +1,16 @@
-"""Who may write where: code that is loaded from a cache runs as this user, so only this user may have put it there."""
+"""Who may write where. Code that is loaded from a cache runs as this user, so nobody else may have put it there.
+
+A path is trusted if every folder from / down to it belongs to this user or to root, and is not writable by anybody
+else; a folder with the sticky bit, such as /tmp, may be, because there nobody can rename what belongs to another.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import grp
 import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -11,6 +18,10 @@ from ..errors import StoreError
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 SHARED_VARIABLE = "ONELAUNCH_SHARED_CACHE"
+# As many as the kernel follows.
+_MAX_LINKS = 40
+# O_NONBLOCK: opening a fifo must not wait for a writer.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def shared() -> bool:
@@ -19,82 +30,171 @@ def shared() -> bool:
 
 
 def private(path: Path) -> Path:
-    """The folder, made if need be, that only this user may write (with $ONELAUNCH_SHARED_CACHE, as the umask says).
+    """Makes a folder, and those above it that are missing, with mode 0700; returns the path.
+
+    With $ONELAUNCH_SHARED_CACHE=1 the umask decides about the mode.
 
     Raises:
-        StoreError: somebody else could have written there.
+        StoreError: somebody else could write there.
         OSError: it can't be made or written.
     """
-    path.mkdir(mode=0o777 if shared() else 0o700, parents=True, exist_ok=True)
+    for folder in (*reversed(path.parents), path):
+        if not folder.exists():
+            folder.mkdir(mode=0o777 if shared() else 0o700, exist_ok=True)
+    check_ancestors(path)
     check_owner(path)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(13, "Permission denied", str(path))
     return path
 
 
+def check_ancestors(path: Path) -> None:
+    """Checks every folder above an absolute path, and above what the links on the way lead to.
+
+    Raises:
+        StoreError: somebody else could exchange one of them.
+        OSError: one is missing or can't be looked at.
+    """
+    if shared():
+        return
+    at, names, links = Path("/"), list(reversed(path.parent.parts[1:])), 0
+    _check_ancestor(at, at.lstat())
+    while names:
+        name = names.pop()
+        step = at.parent if name == ".." else at / name
+        status = step.lstat()
+        _check_ancestor(step, status)
+        if not stat.S_ISLNK(status.st_mode):
+            at = step
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(40, "Too many levels of symbolic links", str(path))
+        target = Path(os.readlink(step))
+        if target.is_absolute():
+            at = Path("/")
+        names += reversed([part for part in target.parts if part != "/"])
+
+
 def check_owner(path: Path) -> None:
-    """Raises StoreError where somebody else could have put the file or folder there; OSError where it is missing."""
+    """Checks a file or folder itself.
+
+    Raises:
+        StoreError: it is a link, belongs to another user, or can be written by others.
+        OSError: it is missing.
+    """
     check_status(path, path.lstat())
 
 
 def check_status(path: Path, status: os.stat_result) -> None:
-    """check_owner, for what is already known of a file."""
+    """check_owner, for a status that is known."""
     if stat.S_ISLNK(status.st_mode):
         raise StoreError(
             f"{path} in the kernel cache is a symbolic link; replace it by the folder or file it leads to."
         )
     if shared():
         return
-    opt_in = f"or, if you trust everybody who can write there, set {SHARED_VARIABLE}=1."
     if status.st_uid not in (os.geteuid(), 0):
-        raise StoreError(
-            f"{path} in the kernel cache belongs to user {status.st_uid}, and code from it would run as user "
-            f"{os.geteuid()}. Set {CACHE_VARIABLE} to a folder of your own, {opt_in}"
-        )
+        raise _owned_by_another(f"{path} in the kernel cache", status)
     if status.st_mode & 0o022:
-        raise StoreError(
-            f"{path} in the kernel cache can be written by others (mode {stat.S_IMODE(status.st_mode):o}). "
-            f"Run: chmod go-w {path} {opt_in}"
-        )
+        raise _writable_by_others(path, f"{path} in the kernel cache", status)
 
 
-def read(path: Path) -> bytes:
-    """A file's bytes; it must be a plain file that nobody else could have written.
+def open_file(path: Path, folder: int | None = None) -> int:
+    """Opens a plain file for reading and returns its descriptor.
+
+    Args:
+        path: the file.
+        folder: descriptor of the folder that it is in, which may have another name by now; None goes by the path.
 
     Raises:
-        StoreError: somebody else could have.
-        OSError: it can't be read, or is a symbolic link.
+        StoreError: somebody else could have written it.
+        ValueError: it isn't a plain file.
+        OSError: it can't be opened, or is a link.
     """
-    # O_NONBLOCK: a fifo in its place must not make this wait.
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
+    descriptor = os.open(path if folder is None else path.name, _READ, dir_fd=folder)
+    try:
+        status = os.fstat(descriptor)
         check_status(path, status)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path.name} isn't a plain file")
-        return file.read()
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read(path: Path, folder: int | None = None, max_bytes: int = -1) -> bytes:
+    """A plain file's bytes; arguments and errors as of open_file.
+
+    Args:
+        max_bytes: ValueError for a longer file; -1 is no bound.
+    """
+    with open(open_file(path, folder), "rb") as file:
+        data = file.read(max_bytes + 1 if max_bytes >= 0 else -1)
+    if 0 <= max_bytes < len(data):
+        raise ValueError(f"{path.name} is longer than {max_bytes} bytes")
+    return data
+
+
+def new_file_mode() -> int:
+    """Permission bits of a new file in the cache: this user's alone, or as the umask says in a shared cache."""
+    return 0o666 & ~_umask() if shared() else 0o600
 
 
 def restrict(path: Path) -> None:
-    """Takes a new file from everybody else, unless the cache is shared."""
-    path.chmod(0o666 & ~_umask() if shared() else 0o600)
+    """Gives a file the mode of new files in the cache."""
+    path.chmod(new_file_mode())
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk, where the file system can say so."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # Some network file systems have no fsync for folders.
-        if path.is_dir():
-            with contextlib.suppress(OSError):
-                os.fsync(descriptor)
-        else:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _check_ancestor(path: Path, status: os.stat_result) -> None:
+    if status.st_uid not in (os.geteuid(), 0, _unmapped_root()):
+        raise _owned_by_another(f"{path}, which leads to the kernel cache,", status)
+    # The mode of a link means nothing. Only its owner can change it, given that its folder passed this check.
+    if stat.S_ISLNK(status.st_mode) or status.st_mode & stat.S_ISVTX:
+        return
+    others = status.st_mode & 0o022
+    if others == 0o020 and _is_own_group(status.st_gid):
+        return
+    if others:
+        raise _writable_by_others(path, f"{path}, which leads to the kernel cache,", status)
+
+
+def _owned_by_another(what: str, status: os.stat_result) -> StoreError:
+    return StoreError(
+        f"{what} belongs to user {status.st_uid}, and code from it would run as user {os.geteuid()}. Set "
+        f"{CACHE_VARIABLE} to a folder of your own, or, if you trust everybody who can write there, set "
+        f"{SHARED_VARIABLE}=1."
+    )
+
+
+def _writable_by_others(path: Path, what: str, status: os.stat_result) -> StoreError:
+    return StoreError(
+        f"{what} can be written by others (mode {stat.S_IMODE(status.st_mode):o}). Run: chmod go-w {path} or, if you "
+        f"trust everybody who can write there, set {SHARED_VARIABLE}=1."
+    )
+
+
+def _is_own_group(group: int) -> bool:
+    """Whether a group is this user's private one, as distributions with umask 002 make it: same name, nobody else."""
+    with contextlib.suppress(KeyError, OSError):
+        known, user = grp.getgrgid(group), pwd.getpwuid(os.geteuid())
+        return known.gr_gid == user.pw_gid and known.gr_name == user.pw_name and set(known.gr_mem) <= {user.pw_name}
+    return False
+
+
+@functools.cache
+def _unmapped_root() -> int:
+    """The user that root of the host appears as in a user namespace that doesn't map it; 0 elsewhere."""
+    with contextlib.suppress(OSError, ValueError):
+        maps = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
+        if maps and maps[1:3] != ["0", "4294967295"]:
+            return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    return 0
 
 
 def _umask() -> int:
-    # Only the process itself can be asked, and asking sets it; /proc tells without that.
+    # os.umask returns it only while setting another one, which other threads would see. /proc has it, too.
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))

@@ -1,7 +1,43 @@
-"""The C++ of a kernel's Python binding."""
+"""The C++ of a kernel's Python binding: templates/binding.cpp behind a few macros."""
 
 from __future__ import annotations
 
-from .render import render_binding, render_plain_binding
+import importlib.resources
+from collections.abc import Sequence
+from functools import cache
 
-__all__ = ["render_binding", "render_plain_binding"]
+from ..spec import layout
+from ..spec.config import KernelConfig
+
+
+@cache
+def _text() -> str:
+    return importlib.resources.files("onelaunch.templates").joinpath("binding.cpp").read_text(encoding="utf-8")
+
+
+def render_binding(config: KernelConfig, module: str) -> str:
+    """The binding of a configuration's kernel; ``module`` is the import name that is baked into it."""
+    return _binding(config.symbol, module, layout.call_words(config), len(layout.param_words(config)))
+
+
+def render_plain_binding(symbol: str, call_words: Sequence[str], words: int) -> str:
+    """The binding of a kernel that no configuration describes; its module is named ``<symbol>_binding``.
+
+    Args:
+        symbol: stem of the exported names.
+        call_words: names of the parameter words that each call sets.
+        words: 64-bit words of its parameter block.
+    """
+    return _binding(symbol, f"{symbol}_binding", call_words, max(words, 1))
+
+
+def _binding(symbol: str, module: str, call_words: Sequence[str], words: int) -> str:
+    return f"""\
+// Emitted by onelaunch from templates/binding.cpp. Do not edit.
+#define ONELAUNCH_SYMBOL {symbol}
+#define ONELAUNCH_MODULE {module}
+#define ONELAUNCH_PLAN_WORDS {words}
+#define ONELAUNCH_CALL_WORDS {len(call_words)}
+#define ONELAUNCH_CALL_NAMES "{"".join(f"{word}, " for word in call_words)}"
+
+{_text()}"""

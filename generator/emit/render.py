@@ -11,7 +11,9 @@ from ..spec import layout
 from ..spec.config import KernelConfig
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
+from ..spec.vectors import element, functions_of, locals_of
 from ..spec.violations import VIOLATIONS
+from .binding import render_plain_binding
 
 if TYPE_CHECKING:
     import jinja2
@@ -56,7 +58,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals["device"] = _device
+    environment.globals |= {"device": _device, "locals_of": locals_of, "element": element}
     return environment
 
 
@@ -101,10 +103,11 @@ def device_files(config: KernelConfig) -> list[str]:
         "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
         "store": bool(config.vectors or config.schedules),
-        "floor_div": pages or config.uses_pools,
-        "lengths": computes,
-        "expanded_length": not copies and bool(config.row_vectors or config.has_mqa_schedule),
-        "nsa_lengths": config.uses_topk,
+        "floor_div": pages or config.has_mqa_schedule or "floor_div" in functions_of(config),
+        "floor_mod": "floor_mod" in functions_of(config),
+        "ceil_div": "ceil_div" in functions_of(config),
+        "wrapping": computes,
+        "expanded_length": config.has_mqa_schedule,
         "mqa_schedule": config.has_mqa_schedule,
         "flashmla_schedule": "flashmla_metadata" in config.fields,
         "same_end": rows and not (config.live and config.lengths_differ),
@@ -128,20 +131,6 @@ def _roles(config: KernelConfig) -> list[str]:
     if config.copies:
         return []
     return [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
-
-
-def render_binding(config: KernelConfig, module: str) -> str:
-    """The C++ of the Python binding; ``module`` is the import name baked into it."""
-    return (
-        _environment()
-        .get_template("binding.cpp.j2")
-        .render(
-            symbol=config.symbol,
-            module=module,
-            param_words=len(layout.param_words(config)),
-            call_words=layout.call_words(config),
-        )
-    )
 
 
 def render_baseline(
@@ -170,15 +159,6 @@ def render_baseline(
         context["members"] = [*context["members"], *more]
     source = _environment().get_template(f"baselines/{name}.cu.j2").render(context)
     return source, render_plain_binding(symbol, call_words, words)
-
-
-def render_plain_binding(symbol: str, call_words: Sequence[str], words: int) -> str:
-    """The binding of a kernel that no configuration describes; its module is named ``<symbol>_binding``."""
-    return (
-        _environment()
-        .get_template("binding.cpp.j2")
-        .render(symbol=symbol, module=f"{symbol}_binding", param_words=max(words, 1), call_words=call_words)
-    )
 
 
 def _banner(config: KernelConfig) -> list[tuple[str, str]]:

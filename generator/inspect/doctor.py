@@ -1,4 +1,4 @@
-"""What this machine has, whether it fits together, and whether a kernel really builds, loads and runs."""
+"""The tools of this machine, whether they fit together, and whether a kernel builds, loads and runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..build import binary, toolchain
-from ..cache.store import Store, prebuilt
-from ..cache.trust import CACHE_VARIABLE, check_owner
+from ..cache.store import Store
+from ..cache.tiers import prebuilt
+from ..cache.trust import CACHE_VARIABLE, check_ancestors, check_owner
 from ..errors import OnelaunchError, ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig
 from ..spec.fields import MetadataBuffers
 
 LEVELS = ("ok", "note", "fix")
-_LEAST_ROOM = 64 * 2**20
+_MIN_FREE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Row:
 
     Attributes:
         name: what was looked at.
-        level: "ok"; "note", which stops nothing; "fix", which does.
+        level: "ok"; "note", which prevents nothing; "fix", which prevents builds or runs.
         value: what there is.
         origin: where it came from, or what to do.
     """
@@ -42,8 +43,9 @@ class Row:
 
 
 def examine() -> list[Row]:
-    """Every finding, in the order in which to fix them. Compiles in a temporary folder, for seconds."""
-    rows = [Row("Python", "ok", platform.python_version(), sys.executable)]
+    """Every finding, in the order in which to fix them. It compiles in a temporary folder, which takes seconds."""
+    rows = [Row("Python", "ok", platform.python_version(), sys.executable or "embedded in another program")]
+    # Imported here for start-up time: `onelaunch doctor --help` needs none of it.
     import torch
 
     cuda = str(getattr(torch.version, "cuda", None) or "none")
@@ -60,7 +62,7 @@ def examine() -> list[Row]:
         where = "cuda" if torch.cuda.is_available() else ""
         rows.append(_trial("a kernel for the GPU", KernelConfig(fields=("cache_seqlens",)), where))
     if not has.get("driver"):
-        # Without a GPU there is nothing that CUDA's tools are needed for, unless kernels are built here for others.
+        # Without a GPU, CUDA's tools are needed only to build kernels for other machines.
         rows = [
             Row(row.name, "note", row.value, row.origin)
             if row.level == "fix" and row.name in ("CUDA toolkit", "nvcc with host compiler")
@@ -84,7 +86,7 @@ def _versions(cuda: str, has: dict[str, object]) -> list[Row]:
     except ToolchainError:
         return rows
     if cuda != "none" and cuda.split(".")[0] != toolkit.version.split(".")[0]:
-        advice = f"torch is for CUDA {cuda}; kernels hold their own CUDA runtime, so this stops nothing by itself"
+        advice = f"torch is for CUDA {cuda}; kernels hold their own CUDA runtime, so this prevents nothing by itself"
         rows.append(Row("nvcc with torch", "note", toolkit.version, advice))
     elif cuda != "none":
         rows.append(Row("nvcc with torch", "ok", f"{toolkit.version} and {cuda}", "one CUDA release"))
@@ -99,25 +101,28 @@ def _versions(cuda: str, has: dict[str, object]) -> list[Row]:
 def _cache() -> list[Row]:
     store = loader.default_store()
     source = CACHE_VARIABLE if os.environ.get(CACHE_VARIABLE) else "the platform's cache folder"
-    rows = [Row("prebuilt", "ok", str(tier.root), f"{len(tier.stored_keys())} entries") for tier in prebuilt()]
-    folder = store.root
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    rows: list[Row] = []
     try:
+        rows += [Row("prebuilt", "ok", str(tier.root), f"{len(tier.stored_keys())} entries") for tier in prebuilt()]
+        folder = store.root
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        check_ancestors(folder / "cache")
         if folder == store.root:
             check_owner(folder)
         room = shutil.disk_usage(folder).free
     except (OSError, OnelaunchError) as error:
-        return [*rows, Row("cache", "fix", str(store.root), str(error))]
+        return [*rows, Row("cache", "fix", store.place or "the platform's cache folder", str(error))]
     if not os.access(folder, os.W_OK):
         return [*rows, Row("cache", "note", f"{store.root} (can't be written)", f"set {CACHE_VARIABLE}")]
-    if room < _LEAST_ROOM:
+    if room < _MIN_FREE_BYTES:
         return [*rows, Row("cache", "fix", f"{store.root}, {room // 2**20} MB free", "free some space")]
     return [*rows, Row("cache", "ok", f"{store.root}, {len(store.stored_keys())} entries", source)]
 
 
 def _trial(name: str, config: KernelConfig, device: str) -> Row:
-    """Builds a small kernel in a folder of its own, and runs it where there is a device for it."""
+    """Builds a small kernel in a temporary folder, and runs it if there is a device for it."""
+    # Imported here for start-up time, as above.
     import torch
 
     from ..run import plan

@@ -1,4 +1,4 @@
-"""Whether a configuration's kernel would be found, where, and if not, what the nearest build has that differs."""
+"""Whether a configuration's kernel is built, where, and if not, how the nearest build differs."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from typing import Any
 
 from ..build import toolchain
 from ..cache import failures
-from ..cache.store import Entry, Store, tiers
+from ..cache.manifest import Entry
+from ..cache.store import Store
+from ..cache.tiers import tiers
 from ..errors import ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig
 
-# These follow from the configuration or the flags, and are named only where nothing else differs.
+# These follow from the others, and are shown only if nothing else differs.
 _DERIVED = ("source", "binding", "flags")
 _LABELS = {"compilers.nvcc": "nvcc", "compilers.nvcc_build": "nvcc's build", "compilers.host_compiler": "host compiler"}
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a lookup would give.
+    """The outcome of a lookup.
 
     Attributes:
         hit: the entry that would be loaded, or None.
-        key: the content key that was looked for; "" where there is no compiler to name it.
+        key: the build's key; "" if there is no compiler, whose version is part of it.
         nearest: on a miss, the entry that differs least.
         differs: on a miss, (what, in the nearest entry, wanted) for each difference.
         failed: the error of an earlier build of this key, if it failed.
         looked_in: the folders.
-        missing: why no key can be named, "" if one can.
+        missing: why there is no key; "" if there is one.
     """
 
     hit: Entry | None
@@ -83,7 +85,7 @@ def explain(config: KernelConfig, archs: tuple[str, ...], store: Store | None = 
     nearest: tuple[Entry, tuple[tuple[str, str, str], ...]] | None = None
     for tier in tiers(store):
         for entry in tier.entries():
-            if "config" not in entry.manifest:  # a baseline of a measurement
+            if "config" not in entry.manifest:  # a kernel of `onelaunch bench`
                 continue
             known = _flat(entry.manifest["ingredients"])
             differs = _differences(known, wanted)
@@ -103,7 +105,7 @@ def explain(config: KernelConfig, archs: tuple[str, ...], store: Store | None = 
 def _differences(known: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[tuple[str, str, str], ...]:
     names = [name for name in wanted if known.get(name) != wanted[name]]
     plain = [name for name in names if name not in _DERIVED]
-    # Another configuration emits another source; a changed compiler doesn't explain one.
+    # A changed source is explained by another configuration, but not by another compiler.
     explained = any(name.startswith("config.") or name == "archs" for name in plain)
     chosen = plain if explained else plain + [name for name in names if name in _DERIVED]
     return tuple(

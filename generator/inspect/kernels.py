@@ -15,7 +15,9 @@ from functools import cached_property
 from pathlib import Path
 
 from ..build import toolchain
-from ..cache.store import MANIFEST, Entry, Store, tiers
+from ..cache.manifest import MANIFEST, Entry
+from ..cache.store import Store
+from ..cache.tiers import tiers
 from ..emit import override
 from ..emit.render import render
 from ..errors import ConfigError, StoreError, ToolchainError
@@ -43,7 +45,7 @@ class Subject:
         config: what it is specialized to; None where that isn't known.
         edited: where its source was edited by hand: the file, or the entry's folder; None if it wasn't.
         text: the source as it was read; None where the configuration says what it is.
-        requested: the GPU architectures that were asked for; None if none were.
+        requested: the GPU architectures that were named; None if none were.
         published: the entry of the cache that it was found by, if any.
         store: where its build is looked for; None looks nowhere.
     """

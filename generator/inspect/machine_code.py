@@ -51,7 +51,7 @@ def resources(kernel: Subject) -> dict[str, dict[str, int]]:
 
 
 def _ordered(used: Mapping[str, int]) -> dict[str, int]:
-    """As binary.resources has them; a manifest is sorted by name."""
+    """In the order of binary.resources; a manifest is sorted by name."""
     names = ("registers", "shared_bytes", "stack_bytes", "local_bytes", "spill_bytes")
     return {name: used[name] for name in names}
 
@@ -97,7 +97,7 @@ def _cubin(kernel: Subject, arch: str, folder: Path) -> Path:
 
 def _ptx(kernel: Subject, arch: str, folder: Path, *, annotate: bool) -> str:
     text = _compiled(kernel, arch, folder, "--ptx").read_text(encoding="utf-8")
-    # From here on there is debug information as bytes.
+    # The rest is debug information as bytes.
     body = re.split(r"^\t\.(?:file|section)\b", text, maxsplit=1, flags=re.M)[0]
     files = {number: Path(name).name for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
     lines: list[str | tuple[str, str, int]] = []
@@ -123,7 +123,7 @@ def _sass(kernel: Subject, arch: str, folder: Path, *, annotate: bool) -> str:
 
 
 def _annotated(kernel: Subject, lines: Iterable[str | tuple[str, str, int]]) -> str:
-    """The lines, with the text of the source line in place of each (indentation, file, line number) that is new."""
+    """The lines, with each (indentation, file, line number) replaced by that source line unless it repeats the last."""
     source = kernel.source.splitlines()
     out: list[str] = []
     last: tuple[str, str, int] | None = None
@@ -139,12 +139,12 @@ def _annotated(kernel: Subject, lines: Iterable[str | tuple[str, str, int]]) -> 
 
 
 def _readable(text: str) -> str:
-    """The names as they are in the source. Mangled ones also carry a hash of the path that was compiled."""
+    """The text with names as in the source. Mangled names also carry a hash of the compiled path."""
     return re.sub(r"_Z\w+", lambda found: _demangled(found[0]), text)
 
 
 def _demangled(name: str) -> str:
-    """What a mangled name names, without namespaces and parameters; enough of the Itanium ABI for emitted kernels."""
+    """A mangled name without namespaces and parameters: as much of the Itanium ABI as emitted kernels use."""
 
     def identifiers(rest: str) -> tuple[list[str], str]:
         found = []
@@ -158,14 +158,14 @@ def _demangled(name: str) -> str:
     own = [part for part in path if not part.startswith(("_GLOBAL__N_", "_INTERNAL_"))]
     if not own:
         return name
-    # A variable of a function comes after the function's parameters; PTX hangs the number of a parameter on the name.
+    # A variable of a function comes after the function's parameters; PTX appends a parameter's number to the name.
     for local in re.finditer(r"E(?=(\d+)([A-Za-z_]))", rest) if name.startswith("_ZZ") else ():
         inner, after = identifiers(rest[local.end() :])
         if not after:
             own += inner
             break
     parameter = re.search(r"_param_\d+$", name)
-    # What PTX takes in a name, so that ptxas takes the text.
+    # Only characters that PTX allows in a name, so that ptxas accepts the text.
     return "__".join(own) + (parameter[0] if parameter else "")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..build import compile as compiler
 from ..build import toolchain
-from ..emit.render import render_binding
+from ..emit.binding import render_binding
 from ..errors import ArgumentError, ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig
@@ -53,7 +53,7 @@ def facts(kernel: Subject, what: str) -> dict[str, Any]:
 
 
 def table(values: Mapping[str, Any], indent: str = "") -> str:
-    """Facts as lines ``name  value``, those inside others indented."""
+    """Values as lines ``name  value``, nested ones indented."""
     width = max((len(name) for name, value in values.items() if not isinstance(value, dict)), default=0)
     lines = []
     for name, value in values.items():
@@ -82,7 +82,7 @@ def _key(kernel: Subject) -> dict[str, Any]:
 
 
 def _commands(kernel: Subject) -> dict[str, Any]:
-    """What builds it: onelaunch's command, and the compiler's, as it was recorded or as it would be."""
+    """The commands that build it: onelaunch's, and the compiler's as it was recorded or as it would be."""
     values = {}
     if kernel.config is not None:
         values["onelaunch"] = loader.build_command(kernel.config, kernel.archs)

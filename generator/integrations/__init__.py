@@ -1,8 +1,8 @@
 """Engines: helpers that find the tensors to refresh in an engine's own objects, by attribute names alone.
 
-No engine is imported. Each module's docstring has the lines that put onelaunch into its engine:
+No engine is imported. The docstring of each module shows the lines that put onelaunch into its engine:
 
-* ``sglang``: DSA (once NSA), FA3, TRTLLM-MHA, FlashMLA and TRTLLM-MLA.
-* ``vllm``: block tables and lengths.
-* ``flashinfer``: kv_indptr and kv_indices, of SGLang's FlashInfer and Triton draft backends and of wrappers.
+* ``sglang``: DSA (formerly NSA), FA3, TRTLLM-MHA, FlashMLA and TRTLLM-MLA.
+* ``vllm``: the decode metadata of the sparse indexer.
+* ``flashinfer``: kv_indptr and kv_indices of SGLang's FlashInfer draft backends and of wrappers.
 """

@@ -1,4 +1,4 @@
-"""Reading objects of which only the attribute names are known."""
+"""Reading an engine's objects by attribute names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ArgumentError
 
 REQUIRED: Any = object()
-_TOLD = 16
+_MAX_LISTED = 16
 
 
 def has(owner: Any, names: Sequence[str]) -> bool:
@@ -17,17 +17,17 @@ def has(owner: Any, names: Sequence[str]) -> bool:
 
 
 def read(label: str, owner: Any, names: Sequence[str], advice: str, default: Any = REQUIRED) -> Any:
-    """The first of the attributes that isn't None; None if those that are there all are.
+    """The first of the attributes that isn't None; None if all that exist are None.
 
     Args:
-        label: what the object is, for messages.
+        label: the object's name in messages.
         owner: the object.
-        names: an attribute's names in the engine's versions.
-        advice: what to do about it, a sentence.
-        default: what an object without any of them gives, if that is allowed.
+        names: names of the attribute in different versions of the engine.
+        advice: the end of the message: what to do.
+        default: the value for an object that has none of the attributes; without a default that is an error.
 
     Raises:
-        ArgumentError: there is none of them, and no default.
+        ArgumentError: the object has none of the attributes, and there is no default.
     """
     present = [name for name in names if hasattr(owner, name)]
     if present:
@@ -38,8 +38,8 @@ def read(label: str, owner: Any, names: Sequence[str], advice: str, default: Any
 
 
 def described(owner: Any) -> str:
-    """The type of an object and the attributes that it has."""
+    """An object's type and attribute names, for messages."""
     names = [name for name in getattr(owner, "__dict__", dir(owner)) if not name.startswith("_")]
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     kind = type(owner).__name__
-    return f"a {kind} with {', '.join(names[:_TOLD])}{more}" if names else f"a {kind} without attributes"
+    return f"a {kind} with {', '.join(names[:_MAX_LISTED])}{more}" if names else f"a {kind} without attributes"

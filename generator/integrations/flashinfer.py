@@ -1,8 +1,8 @@
 """FlashInfer: kv_indptr and kv_indices of several draft steps or wrappers, refreshed by one launch.
 
-For pages of one token, as SGLang has them: kv_indices are rows of the KV cache, the tokens of a request behind those of
-the request before it. SGLang's multi-step draft backends of FlashInfer, FlashInfer MLA and Triton keep both for all
-captured batch sizes in two tensors with a row a step, so one plan serves them all. Step i sees i + 1 tokens more::
+For pages of one token, as SGLang has them: kv_indices are rows of the KV cache, request after request. SGLang's
+multi-step draft backends of FlashInfer and FlashInfer MLA keep both for all captured batch sizes in two tensors with a
+row for each step, so one plan serves every batch size. Step i sees i + 1 more tokens than seq_lens says::
 
     from onelaunch.integrations import flashinfer
 
@@ -12,8 +12,8 @@ captured batch sizes in two tensors with a row a step, so one plan serves them a
     # common_template, for self.cuda_graph_kv_indices, in place of the call of generate_draft_decode_kv_indices
     self.plan.run(forward_batch.seq_lens[:num_seqs], forward_batch.req_pool_indices[:num_seqs])
 
-Without SGLang, for wrappers that were made with ``use_cuda_graph=True``. Those of draft steps differ in their lengths,
-others in nothing::
+Without SGLang, for wrappers that were made with ``use_cuda_graph=True``. The lengths of draft steps differ; for other
+wrappers omit seqlen_offsets::
 
     # once for each batch size
     plan = flashinfer.bind_backends(wrappers, req_to_token, seqlen_offsets=range(1, len(wrappers) + 1))
@@ -21,9 +21,10 @@ others in nothing::
     # each round, before the replay
     plan.run(seq_lens, req_pool_indices)
 
-What FlashInfer plans on the host from a copy of kv_indptr (``plan``, or SGLang's ``fast_decode_plan``) is still to be
-called, with the same tensors, which it then doesn't copy. kv_last_page_len is 1 everywhere and never changes. Draft
-trees (a topk above 1) have a list of tokens for each branch, which onelaunch doesn't make.
+FlashInfer's own planning on the host (``plan``, or SGLang's ``fast_decode_plan``) must still be called, with the same
+tensors; it doesn't copy them then. kv_last_page_len is 1 everywhere and never changes. The MLA wrapper's
+``_kv_len_arr_buf`` isn't refreshed. Pages of several tokens are refused, and so are draft trees (a topk above 1), which
+have a list of tokens for each branch, and int64 kv_indices, as Triton's draft backend has them.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ _INDICES = ("_paged_kv_indices_buf", "_kv_indices_buf")
 
 
 def buffers_from(wrapper: Any) -> MetadataBuffers:
-    """The tensors of one of FlashInfer's wrappers that reads its indices from buffers: for CUDA graphs.
+    """The tensors of one of FlashInfer's wrappers for CUDA graphs, which reads its indices from buffers.
 
     Args:
         wrapper: BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper or
             BatchMLAPagedAttentionWrapper, or an object with their attributes.
 
     Raises:
-        ArgumentError: an attribute isn't there, or there is no buffer.
+        ArgumentError: an attribute is missing, or there is no buffer.
     """
     found = {
         "kv_indptr": read("the wrapper", wrapper, _INDPTR, _ADVICE),
@@ -64,24 +65,24 @@ def buffers_from(wrapper: Any) -> MetadataBuffers:
     return MetadataBuffers(**found)
 
 
-def bind_backends(backend: Any, req_to_token: Tensor | None = None, **facts: Any) -> Plan:
-    """Binds the steps of one of SGLang's multi-step draft backends, or wrappers.
+def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: Any) -> Plan:
+    """Binds the steps of one of SGLang's multi-step draft backends, or a list of wrappers.
 
     Args:
         backend: a multi-step backend with attn_backends, and kv_indptr [steps, max_bs + 1] and cuda_graph_kv_indices
             [steps, capacity], of whose rows the first len(attn_backends) are refreshed; or a list of wrappers.
         req_to_token: int32 or int64 [pool rows, W]; None is the multi-step backend's own.
-        facts: arguments of onelaunch.bind, such as seq_lens_dtype. seqlen_offsets are 1, 2, ... for a multi-step
-            backend and none for wrappers, if not given.
+        settings: arguments of onelaunch.bind, such as seq_lens_dtype. Unless given, seqlen_offsets are 1, 2, ... for a
+            multi-step backend, and none for wrappers.
 
     Returns:
-        A plan; run() takes the lengths without the drafts' own tokens, and each request's row of the pool. Tokens
-        beyond the capacity aren't written.
+        A plan; run() takes the lengths without the draft tokens, and each request's row of the pool. Tokens beyond the
+        capacity aren't written.
 
     Raises:
-        ArgumentError: an attribute isn't there or doesn't fit; see onelaunch.bind.
+        ArgumentError: an attribute is missing or doesn't fit; see onelaunch.bind.
     """
-    given = dict(facts)
+    given = dict(settings)
     if has(backend, ("attn_backends",)):
         buffers = _steps(backend)
         if req_to_token is None:
@@ -102,12 +103,15 @@ def bind_backends(backend: Any, req_to_token: Tensor | None = None, **facts: Any
 
 
 def _steps(backend: Any) -> list[MetadataBuffers]:
-    count = len(read("backend", backend, ("attn_backends",), _ADVICE))
+    children = read("backend", backend, ("attn_backends",), _ADVICE)
+    if not isinstance(children, Sequence):
+        raise ArgumentError(f"backend.attn_backends is a {type(children).__name__}; it must be a list. {_ADVICE}")
+    count = len(children)
     branches = getattr(backend, "topk", None) or 1
     if branches > 1:
         raise ArgumentError(
             f"the backend's topk is {branches}; allowed: 0 and 1. A draft tree has a list of tokens for each branch, "
-            "which onelaunch doesn't make."
+            "which onelaunch doesn't support."
         )
     rows = {}
     for field, name in (("kv_indptr", "kv_indptr"), ("kv_indices", "cuda_graph_kv_indices")):
@@ -115,8 +119,8 @@ def _steps(backend: Any) -> list[MetadataBuffers]:
         if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.shape[0] < count:
             what = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
             raise ArgumentError(
-                f"backend.{name} is {what} and there are {count} attn_backends; it must be a tensor with a row a step. "
-                f"{_ADVICE}"
+                f"backend.{name} is {what} and there are {count} attn_backends; it must be a tensor with a row "
+                f"for each step. {_ADVICE}"
             )
         rows[field] = tensor
     return [MetadataBuffers(**{field: tensor[step] for field, tensor in rows.items()}) for step in range(count)]

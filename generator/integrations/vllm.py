@@ -1,27 +1,20 @@
-"""vLLM: lengths and block tables of several metadata objects, refreshed by one launch.
+"""vLLM: the decode metadata of the sparse indexer, refreshed by one launch.
 
-vLLM's block table has a column a block, and a batch's requests are its first rows. So the source of the tables is the
-block table itself, a request's row in it is its place in the batch, and a table is a copy of the rows.
-
-A draft that builds one metadata object a step, each a token further (``AttentionMetadataBuilder.build_for_drafting``
-for the first, then lengths + 1)::
+It has next_n rows for each request, with lengths max(s - next_n + j + 1, 0) and a request's row of the block table in
+each of them. vLLM's block table has a column for each block, and a batch's requests are its first rows. So the block
+table itself is the source, and a request's row in it is its place in the batch::
 
     from onelaunch.integrations import vllm
 
     # once, for objects that a CUDA graph reads
-    plan = vllm.bind_backends(metadata_of_steps, block_table, seqlen_offsets=range(1, len(metadata_of_steps) + 1))
+    plan = vllm.bind_backends([indexer_metadata], block_table, next_n=next_n)
     rows = torch.arange(block_table.shape[0], device=block_table.device)
 
     # each round, before the replay
     plan.run(seq_lens[:num_reqs], rows[:num_reqs])
 
-The sparse indexer's decode metadata has next_n rows a request, with lengths max(s - next_n + j + 1, 0)::
-
-    plan = vllm.bind_backends([indexer_metadata.decode], block_table, next_n=next_n)
-    plan.run(seq_lens[:num_reqs], rows[:num_reqs])
-
-Where vLLM keeps one persistent object for all steps and adds 1 to its lengths in place there is nothing to gain. Slot
-mappings, positions and schedules stay vLLM's. Lengths beyond the model's longest aren't clamped.
+Rows beyond the batch, which vLLM zeroes, are left as they are. Slot mappings, positions and schedules stay vLLM's. Its
+draft steps advance one object in place, so a launch for all of them has nothing to write.
 """
 
 from __future__ import annotations
@@ -33,31 +26,34 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..run.checks import check_int
 from ..run.plan import Plan, bind
 from ..spec.fields import MetadataBuffers
-from .attributes import read
+from ..spec.parts import MAX_NEXT_N
+from .attributes import has, read
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
 
-def buffers_from(metadata: Any, *, next_n: int = 1) -> MetadataBuffers:
-    """The tensors of one of vLLM's metadata objects.
+def buffers_from(metadata: Any) -> MetadataBuffers:
+    """The tensors of one of the sparse indexer's metadata objects.
 
     Args:
-        metadata: CommonAttentionMetadata (seq_lens, block_table_tensor), a backend's (seq_lens, block_table or
-            block_tables), or one with a ``decode`` part, which is read then.
-        next_n: rows of a request. With several, seq_lens is one length a row, [R] or [bs, next_n].
+        metadata: an object with seq_lens ([R] or [bs, next_n]) and a block table with a row for each of them, or with
+            such an object as ``decode``.
 
     Raises:
-        ArgumentError: an attribute isn't there.
+        ArgumentError: an attribute is missing, or there is no decode part.
     """
-    decode = getattr(metadata, "decode", None)
-    if decode is not None:
-        metadata = decode
+    if has(metadata, ("decode",)):
+        metadata = metadata.decode
+        if metadata is None:
+            raise ArgumentError(
+                "metadata.decode is None: the batch has no decode requests, so there is nothing to refresh. Bind the "
+                "metadata that was captured."
+            )
     seq_lens = read("metadata", metadata, ("seq_lens",), _ADVICE)
     table = read("metadata", metadata, ("block_table_tensor", "block_table", "block_tables"), _ADVICE)
-    if next_n == 1:
-        return MetadataBuffers(cache_seqlens=seq_lens, page_indices=table)
     if isinstance(seq_lens, Tensor) and seq_lens.dim() == 2:
         if not seq_lens.is_contiguous():
             raise ArgumentError(
@@ -68,14 +64,14 @@ def buffers_from(metadata: Any, *, next_n: int = 1) -> MetadataBuffers:
     return MetadataBuffers(seqlens_expanded=seq_lens, page_indices=table)
 
 
-def bind_backends(metadata: Sequence[Any], block_table: Tensor, *, next_n: int = 1, **facts: Any) -> Plan:
-    """Binds the metadata objects of several draft steps or backends.
+def bind_backends(metadata: Sequence[Any], block_table: Tensor, *, next_n: int, **settings: Any) -> Plan:
+    """Binds the sparse indexer's metadata objects, as draft_extend with pages of one block.
 
     Args:
         metadata: the objects, see buffers_from.
-        block_table: int32 [requests, blocks], the source. A table that is a view of its first rows isn't written.
-        next_n: rows of a request; several are refreshed as draft_extend's.
-        facts: arguments of onelaunch.bind, such as seqlen_offsets; seq_lens_dtype is torch.int32 if not given.
+        block_table: int32 [requests, blocks], the source.
+        next_n: rows of each request, 2 or more.
+        settings: arguments of onelaunch.bind; seq_lens_dtype is torch.int32 if not given.
 
     Returns:
         A plan; run() takes the lengths, and for each request its row in the block table.
@@ -83,17 +79,9 @@ def bind_backends(metadata: Sequence[Any], block_table: Tensor, *, next_n: int =
     Raises:
         ArgumentError: see buffers_from and onelaunch.bind.
     """
-    buffers = [buffers_from(m, next_n=next_n) for m in metadata]
-    if all(_same_start(b.page_indices, block_table) for b in buffers):
-        for b in buffers:
-            b.page_indices = None
-    given = {"extent": "full", "seq_lens_dtype": torch.int32, "page_size": 1, **facts}
-    if "seqlen_offsets" in given and given["seqlen_offsets"] is not None:
-        given["seqlen_offsets"] = list(given["seqlen_offsets"])
-    if next_n > 1:
-        given |= {"mode": "draft_extend", "next_n": next_n}
-    return bind(buffers, req_to_token=block_table, **given)
-
-
-def _same_start(table: Any, source: Tensor) -> bool:
-    return isinstance(table, Tensor) and table.data_ptr() == source.data_ptr() and table.stride() == source.stride()
+    check_int("next_n", next_n, 2, MAX_NEXT_N)
+    given = {"extent": "full", "seq_lens_dtype": torch.int32, "page_size": 1, **settings}
+    if not isinstance(metadata, Sequence):
+        raise ArgumentError(f"metadata is a {type(metadata).__name__}; it must be a list of the indexer's objects.")
+    buffers = [buffers_from(m) for m in metadata]
+    return bind(buffers, req_to_token=block_table, mode="draft_extend", next_n=next_n, **given)

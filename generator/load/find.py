@@ -13,7 +13,9 @@ from typing import Any
 
 from ..build import compile as compiler
 from ..build import key, toolchain
-from ..cache.store import Entry, Store, tiers
+from ..cache.manifest import Entry
+from ..cache.store import Store
+from ..cache.tiers import tiers
 from ..emit import override
 from ..errors import ToolchainError
 from ..spec.config import KernelConfig
@@ -58,6 +60,12 @@ class Request:
         ]
         return hashlib.sha256("\n".join(material).encode()).hexdigest()
 
+    @property
+    def expect(self) -> dict[str, Any]:
+        """What the manifest of its build says, see Store.find."""
+        edited = self.edit.digest if self.edit else ""
+        return {"config": self.config.to_dict(), "archs": list(self.archs), "edited": edited}
+
     def recipe(self, versions: Mapping[str, str]) -> key.Recipe:
         """What is built for it. Renders; see key.recipe."""
         return key.recipe(self.config, self.archs, versions, self.edit)
@@ -74,11 +82,14 @@ def by_note(request: Request, store: Store, any_compiler: bool = False) -> tuple
         OSError: this process has no room to read it.
     """
     for tier in tiers(store):
-        noted = tier.read_index(request.digest)
+        noted = tier.read_note(request.digest)
         if noted is None:
             continue
         holds = any_compiler or tier.read_only or noted.get("adopted")
-        if (holds or noted.get("compilers") == _versions(request.config)) and (entry := tier.find(noted["key"])):
+        if not holds and noted.get("compilers") != _versions(request.config):
+            continue
+        # A note has no sum, so what it leads to must be what was requested.
+        if (entry := tier.find(str(noted.get("key")), request.expect)) is not None:
             return entry, tier
     return None
 
@@ -100,12 +111,12 @@ def note(request: Request, store: Store, noted: Mapping[str, Any]) -> None:
     """Notes a key for a request, and for a request of each single architecture that has no build of its own."""
     if store.read_only:
         return
-    store.write_index(request.digest, noted)
+    store.write_note(request.digest, noted)
     for arch in request.archs if len(request.archs) > 1 else ():
         single = Request(request.config, (arch,), request.edit)
-        known = store.read_index(single.digest)
-        if known is None or known["key"] not in store.stored_keys():
-            store.write_index(single.digest, noted)
+        known = store.read_note(single.digest)
+        if known is None or known.get("key") not in store.stored_keys():
+            store.write_note(single.digest, noted)
 
 
 @functools.cache

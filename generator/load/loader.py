@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import importlib.util
 import logging
 import os
 import sys
@@ -20,10 +18,12 @@ from .. import log
 from ..build import key as keys
 from ..build import toolchain
 from ..build.programs import save_answers
-from ..cache.store import Entry, Store, warn_once
+from ..cache.manifest import Entry
+from ..cache.module import EntryChanged, import_entry
+from ..cache.store import Store, warn_once
 from ..emit import override
 from ..emit import render as emission
-from ..errors import JitPolicyError, StoreError, ToolchainError
+from ..errors import JitPolicyError, ToolchainError
 from ..spec.config import KernelConfig
 from . import find
 from .obtain import Bounds, obtain, speaking_of
@@ -110,7 +110,7 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
         config: the configuration.
         archs: GPU architectures, such as ("90a",); None is toolchain.current_architectures(). Ignored on the CPU
             target.
-        store: where builds are kept; None is the user's. The folders of $ONELAUNCH_PREBUILT come before it.
+        store: where builds are; None is the user's. The folders of $ONELAUNCH_PREBUILT come before it.
 
     Raises:
         ToolchainError: a build is needed and a tool is missing or doesn't fit the others.
@@ -203,7 +203,11 @@ def _targets(config: KernelConfig, archs: Sequence[str] | None) -> tuple[str, ..
 def _load(request: find.Request, store: Store) -> Kernel:
     _refuse_during_capture(request.config, request.archs)
     entry, home, built = _entry(request, store, Bounds(), obey_policy=True)
-    module = import_module(entry)
+    try:
+        module = import_entry(entry, request.expect)
+    except EntryChanged:  # `cache clear` in another process, for example
+        entry, home, built = _entry(request, store, Bounds(), obey_policy=True)
+        module = import_entry(entry, request.expect)
     home.stamp(entry.key)
     archs = tuple(str(arch) for arch in entry.manifest["archs"])
     return Kernel(request.config, entry.key, entry.module_path, archs, entry.manifest, module, built)
@@ -256,29 +260,6 @@ def is_edited(manifest: Mapping[str, Any]) -> bool:
 def entry_of(kernel: Kernel) -> Entry:
     """The entry that a kernel was loaded from."""
     return Entry(kernel.key, kernel.path.parent, kernel.manifest)
-
-
-def import_module(entry: Entry) -> ModuleType:
-    """Loads an entry's binding, without ninja and without torch.utils.cpp_extension.
-
-    Raises:
-        StoreError: this host can't run it; the message says why.
-    """
-    name = str(entry.manifest["module"])
-    loader = importlib.machinery.ExtensionFileLoader(name, str(entry.module_path))
-    spec = importlib.util.spec_from_file_location(name, entry.module_path, loader=loader)
-    assert spec is not None
-    try:
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    except ImportError as error:
-        reason = str(error)
-        if "failed to map segment" in reason or "Operation not permitted" in reason:
-            hint = "Its file system is mounted noexec: set ONELAUNCH_CACHE_DIR to a folder on another one."
-        else:
-            hint = f"Remove {entry.path}, and it is built here if there is a compiler."
-        raise StoreError(f"The kernel {entry.module_path} can't be loaded: {reason}. {hint}") from error
-    return module
 
 
 def build_command(config: KernelConfig, archs: Sequence[str]) -> str:

@@ -14,7 +14,9 @@ from ..build.key import Recipe
 from ..build.toolchain import Tools
 from ..cache import collect, failures
 from ..cache.lock import Lock
-from ..cache.store import MANIFEST, Entry, Store, spare
+from ..cache.manifest import MANIFEST, Entry
+from ..cache.store import Store
+from ..cache.tiers import fallback, writable
 from ..errors import CompileError
 
 EDITED_FILE = "edited.cu"
@@ -55,18 +57,18 @@ def obtain(recipe: Recipe, tools: Tools, store: Store, bounds: Bounds | None = N
     limit = collect.limit()  # a setting that can't be read is reported before the work
     home = store
     with speaking_of(lambda: home):
-        home = store.writable()
+        home = writable(store, recipe.key)
         try:
             found = _obtain(recipe, tools, home, bounds)
         except OSError as trouble:
             if trouble.errno not in _CANT_BE_WRITTEN:
                 raise
-            home = spare(f"The cache folder {home.root} can't take a build ({trouble.strerror})")
+            home = fallback(f"The cache folder {home.root} can't take a build ({trouble.strerror})")
             found = _obtain(recipe, tools, home, bounds)
         except CompileError as error:
             if error.lasting or not diagnosis.NO_SPACE.search(error.log.read_text(encoding="utf-8", errors="replace")):
                 raise
-            home = spare(f"The cache folder {home.root} can't take a build (its disk is full)")
+            home = fallback(f"The cache folder {home.root} can't take a build (its disk is full)")
             found = _obtain(recipe, tools, home, bounds)
         collect.bound(home, recipe.key, limit)
         return found[0], home, found[1]
@@ -123,6 +125,7 @@ def _build(recipe: Recipe, tools: Tools, home: Store, held: Lock, bounds: Bounds
             "schema": recipe.ingredients["schema"],
             **({"config": dict(recipe.config)} if recipe.config is not None else {}),
             "ingredients": recipe.ingredients,
+            "edited": recipe.ingredients["source"] if recipe.edited else "",
             "symbol": recipe.symbol,
             "archs": list(recipe.archs),
             "module": recipe.module,

@@ -1,31 +1,49 @@
-"""Built kernels as one file, for hosts that have no compiler: what they need is checked where they arrive."""
+"""Built kernels as one file, for hosts that have no compiler: a gzipped tar, verified whole before any of it is used.
+
+The format, version 2: first a member ``onelaunch-pack.json``, {"format", "entries": [{"key", "symbol", "archs",
+"requires", "compilers"}]}, then ``entries/<key>/<file>`` for each file of each entry, its manifest first.
+"""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..build import binary
-from ..cache.store import MANIFEST, Entry, Store
-from ..cache.trust import restrict
+from ..cache import manifest
+from ..cache.manifest import FILE_NAME, KEY, MANIFEST, Entry
+from ..cache.store import Store
+from ..cache.tiers import writable
 from ..errors import ConfigError, StoreError
 from ..spec.config import KernelConfig
 from . import loader
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "onelaunch-pack.json"
-# Nothing that onelaunch builds comes near these.
-_MOST_FILES = 100_000
-_MOST_BYTES = 256 * 2**20
-_MEMBER = re.compile(r"entries/([0-9a-f]{64})/([A-Za-z0-9_][A-Za-z0-9_.+-]*)")
+# A pack is verified in memory. A kernel has some megabytes, and a matrix of some hundreds fits.
+MAX_BYTES = 2**30
+_MEMBER = re.compile(rf"entries/({KEY.pattern})/({FILE_NAME.pattern})")
+# What a damaged or foreign file may make gzip, tarfile and json raise.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    tarfile.TarError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +63,13 @@ def pack(entries: Iterable[Entry], file: BinaryIO) -> list[Entry]:
     """Writes entries, with an index first that says what each needs. Equal entries give equal bytes.
 
     Raises:
-        StoreError: there is no entry.
+        StoreError: there is no entry, they are more than a pack may hold, or one changed since it was found.
     """
     packed = sorted(entries, key=lambda entry: entry.key)
     if not packed:
         raise StoreError("There is nothing to pack: build something first, with `onelaunch build`.")
+    if (total := sum(entry.size for entry in packed)) > MAX_BYTES // 2:
+        raise StoreError(f"The entries have {total} bytes and a pack holds {MAX_BYTES // 2}; name fewer keys.")
     index = {
         "format": FORMAT,
         "entries": [
@@ -63,43 +83,37 @@ def pack(entries: Iterable[Entry], file: BinaryIO) -> list[Entry]:
     ):
         _add(archive, INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
         for entry in packed:
-            for name in (MANIFEST, *sorted(entry.manifest["files"])):
-                _add(archive, f"entries/{entry.key}/{name}", (entry.path / name).read_bytes())
+            _add(archive, f"entries/{entry.key}/{MANIFEST}", manifest.encode(entry.manifest))
+            for name in sorted(entry.manifest["files"]):
+                try:
+                    _add(archive, f"entries/{entry.key}/{name}", entry.read(name))
+                except (OSError, ValueError) as error:
+                    raise StoreError(f"The entry {entry.path} changed while it was packed: {error}.") from error
     return packed
 
 
 def unpack(file: BinaryIO, store: Store) -> Unpacked:
     """Puts a pack's entries into a store, from where they are loaded whichever compilers are here.
 
-    The code in a pack runs as this user: unpack only what comes from somebody you trust. Paths, sizes and sums are
-    checked, so that a damaged pack puts nothing anywhere.
+    The code in a pack runs as this user: unpack only what comes from somebody you trust. The whole file is read and
+    verified first, so that a damaged pack puts nothing anywhere.
 
     Raises:
-        StoreError: it isn't a pack, or it is damaged.
+        StoreError: it isn't a pack, it is damaged or too large, or the store can't take it.
     """
     try:
         folders = _read(file)
-    except (OSError, tarfile.TarError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"The pack can't be read: {error}. Was it written by `onelaunch cache pack`?") from error
-    home = store.writable()
-    entries, refused = [], []
+    except _UNREADABLE as error:
+        text = str(error) or type(error).__name__
+        raise StoreError(f"The pack can't be read: {text}. Was it written by `onelaunch cache pack`?") from error
+    manifests = {key: _verified(key, files) for key, files in sorted(folders.items())}
     here = binary.host()
-    for key, files in sorted(folders.items()):
-        manifest = _verified(key, files)
-        archs = tuple(str(arch) for arch in manifest["archs"])
-        reason = binary.misfit(manifest.get("requires", {}), archs, here) or _other_source(manifest)
-        if reason is not None:
-            refused.append((str(manifest.get("symbol", key[:16])), reason))
-            continue
-        entry = home.find(key)
-        if entry is None:
-            with home.staging() as stage:
-                for name, data in files.items():
-                    (stage / name).write_bytes(data)
-                    restrict(stage / name)
-                entry = home.place_folder(stage, key)
-        loader.note(home, KernelConfig.from_dict(manifest["config"]), archs, {"key": key, "adopted": True})
-        entries.append(entry)
+    reasons = {key: _misfit(facts, here) for key, facts in manifests.items()}
+    refused = [(str(manifests[key].get("symbol", key[:16])), reason) for key, reason in reasons.items() if reason]
+    try:
+        entries = [_put(manifests[key], folders[key], store) for key, reason in reasons.items() if not reason]
+    except OSError as error:
+        raise store.unusable(error) from error
     return Unpacked(tuple(entries), tuple(refused))
 
 
@@ -115,6 +129,38 @@ def from_bytes(data: bytes, store: Store) -> Unpacked:
     return unpack(io.BytesIO(data), store)
 
 
+def read_file(path: Path, store: Store) -> Unpacked:
+    """unpack, from a path.
+
+    Raises:
+        StoreError: the file can't be opened; and see unpack.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise StoreError(f"{path} can't be unpacked: {error.strerror}.") from error
+    with file:
+        return unpack(file, store)
+
+
+class _Bounded(io.RawIOBase):
+    """The decompressed bytes of a pack, up to MAX_BYTES: some kilobytes of gzip can stand for gigabytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._source = gzip.GzipFile(fileobj=file, mode="rb")
+        self._room = MAX_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read(min(size, 2**20) if size >= 0 else 2**20)
+        self._room -= len(data)
+        if self._room < 0:
+            raise ValueError(f"it holds more than {MAX_BYTES} bytes")
+        return data
+
+
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), 0o600
@@ -124,23 +170,26 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def _read(file: BinaryIO) -> dict[str, dict[str, bytes]]:
     """Every file by key and name. Nothing is extracted: names are matched, contents stay in memory."""
     folders: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(fileobj=file, mode="r:gz") as archive:
-        for number, member in enumerate(archive):
-            if number > _MOST_FILES or member.size > _MOST_BYTES:
-                raise ValueError(f"{member.name!r} is too much for a pack")
+    index: Any = None
+    stream = _Bounded(file)
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
             content = archive.extractfile(member) if member.isreg() else None
             if content is None:
                 raise ValueError(f"{member.name!r} isn't a plain file")
             data = content.read()
-            if number == 0:
+            if index is None:
                 index = json.loads(data) if member.name == INDEX else {}
                 if index.get("format") != FORMAT:
                     raise ValueError(f"its format is {index.get('format')!r}, and this onelaunch reads {FORMAT}")
                 continue
             found = _MEMBER.fullmatch(member.name)
-            if found is None:
+            if found is None or found[2] in folders.get(found[1], {}):
                 raise ValueError(f"{member.name!r} isn't the path of a file in an entry")
             folders.setdefault(found[1], {})[found[2]] = data
+    # To the end, where gzip has its own sum of all that was read.
+    while stream.read():
+        pass
     missing = {str(known["key"]) for known in index["entries"]} ^ set(folders) if folders else {"everything"}
     if missing:
         raise ValueError(f"its index and its contents differ in {', '.join(sorted(missing))}")
@@ -149,42 +198,49 @@ def _read(file: BinaryIO) -> dict[str, dict[str, bytes]]:
 
 def _verified(key: str, files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads(files[MANIFEST])
-        if manifest["key"] != key or set(manifest["files"]) != set(files) - {MANIFEST}:
-            raise ValueError("its manifest is another's")
-        for name, known in manifest["files"].items():
-            if hashlib.sha256(files[name]).hexdigest() != known["sha256"] or len(files[name]) != known["size"]:
-                raise ValueError(f"{name} isn't the file that was packed")
-        if manifest["module_file"] not in manifest["files"] or not isinstance(manifest["archs"], list):
-            raise ValueError("its manifest isn't complete")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        facts = manifest.decode(files[MANIFEST], key)
+        if set(facts["files"]) != set(files) - {MANIFEST}:
+            raise ValueError("its files aren't those of its manifest")
+        for name in facts["files"]:
+            manifest.check_file(facts, name, files[name])
+        for name in ("archs", "config", "ingredients", "requires"):
+            if name not in facts:
+                raise ValueError(f"its manifest has no {name!r}")
+    except (ValueError, KeyError) as error:
         raise StoreError(f"The pack is damaged: entry {key[:16]}: {error}. Pack it again.") from error
-    return manifest
+    return facts
 
 
-def _other_source(manifest: Mapping[str, Any]) -> str | None:
+def _put(facts: Mapping[str, Any], files: Mapping[str, bytes], store: Store) -> Entry:
+    key = str(facts["key"])
+    home = writable(store, key)
+    entry = home.find(key)
+    if entry is None:
+        with home.staging() as stage:
+            for name in facts["files"]:
+                (stage / name).write_bytes(files[name])
+            entry = home.publish(stage, key, facts)
+    config = KernelConfig.from_dict(facts["config"])
+    loader.note(home, config, tuple(facts["archs"]), {"key": key, "adopted": True})
+    return entry
+
+
+def _misfit(facts: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """Why an entry can't be used here, as the end of a sentence; None if nothing is known against it."""
+    archs = tuple(str(arch) for arch in facts["archs"])
+    return binary.misfit(facts["requires"], archs, here) or _other_source(facts)
+
+
+def _other_source(facts: Mapping[str, Any]) -> str | None:
     """Whether this onelaunch emits what was compiled, as the end of a sentence if not."""
-    made_of = manifest.get("ingredients", {})
+    made_of = facts["ingredients"]
     try:
-        here = loader.ingredients(KernelConfig.from_dict(manifest["config"]), manifest["archs"], {})
-    except (ConfigError, KeyError, TypeError) as error:
+        here = loader.ingredients(KernelConfig.from_dict(facts["config"]), facts["archs"], {})
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         return f"its configuration isn't one of this onelaunch: {error}"
     for name in ("source", "binding"):
         if made_of.get(name) != here[name]:
-            if loader.is_edited(manifest):
+            if loader.is_edited(facts):
                 return "its source was edited by hand, and $ONELAUNCH_OVERRIDE_DIR has no such edit here"
             return "another version of onelaunch emitted its source; pack it with the version that is installed here"
     return None
-
-
-def read_file(path: Path, store: Store) -> Unpacked:
-    """unpack, from a path.
-
-    Raises:
-        StoreError: the file can't be read, or isn't a pack.
-    """
-    try:
-        with open(path, "rb") as file:
-            return unpack(file, store)
-    except OSError as error:
-        raise StoreError(f"{path} can't be unpacked: {error.strerror}.") from error

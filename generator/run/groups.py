@@ -2,8 +2,8 @@
 
 One launch for all backends reads each token once and stores it N times; with groups, every group reads the tokens
 again, and its stream costs a fork and a join. So groups are for backends that one plan can't hold: those with other
-fields, or more of them than a kernel's parameters can address. Everything else is faster in one plan (measured by
-``tests/gpu/ways.py``).
+fields, or more of them than a kernel's parameters can address. Everything else is faster in one plan (measured: see
+``tests/gpu/NOTES.md``).
 """
 
 from __future__ import annotations

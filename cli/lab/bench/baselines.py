@@ -18,6 +18,7 @@ import torch
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
 from onelaunch.build import key, toolchain
+from onelaunch.cache.module import import_entry
 from onelaunch.emit.render import render_baseline
 from onelaunch.load import loader
 from onelaunch.load.obtain import obtain
@@ -43,16 +44,16 @@ class Implementation:
     """One way to do a refresh.
 
     Attributes:
-        name: its row in the table.
-        what: the same for people.
-        calls: a list of variants, each with a call a set; the fastest counts.
-        live: whether it leaves alone what a request's length doesn't make live. Otherwise it writes every column below
-            the longest request, or of the whole table with ``whole``.
+        name: its name in the table.
+        what: what it does, in words.
+        calls: gives a list of variants, each with a call for every set; the fastest variant counts.
+        live: whether it writes the live columns only. Otherwise it writes every column below the longest request's
+            length or, with ``whole``, every column of the table.
         whole: see ``live``.
-        first_sums: whether it writes the first 0 of the running sums; engines' tensor code relies on finding it.
-        checked: whether it does a refresh at all.
-        writes: the fields that it writes, if it does a part of the refresh alone.
-        limit: requests times columns times backends that are worth waiting for; None is no limit.
+        first_sums: whether it writes the first 0 of the running sums; the engines' tensor code expects it to be there.
+        checked: whether it does a refresh, which can be checked.
+        writes: the fields that it writes; fewer than all if it does only a part of the refresh.
+        limit: maximum requests times columns times backends, as more would take too long; None is no limit.
     """
 
     name: str
@@ -99,7 +100,7 @@ def built(symbol: str, source: str, binding: str, target: str) -> ModuleType:
     entry = store.find(recipe.key)
     if entry is None:
         entry = obtain(recipe, tools, store)[0]
-    return loader.import_module(entry)
+    return import_entry(entry)
 
 
 def kernel(name: str, target: str, call_words: Sequence[str] = (), words: int = 0, **facts: Any) -> ModuleType:
@@ -113,7 +114,7 @@ def kernel(name: str, target: str, call_words: Sequence[str] = (), words: int = 
 def _words(config: KernelConfig, scene: Scene, number: int) -> list[int]:
     """The words that a plan of the configuration would be bound with, for a set.
 
-    What isn't there, a field or a backend that the configuration has beyond the scene's, is a null pointer.
+    A field or a backend that the configuration has and the scene lacks is a null pointer.
     """
     pool = scene.inputs[number][2]
     backends = [*scene.buffers[number], *[None] * (config.num_backends - scene.backends)]
@@ -135,13 +136,13 @@ def _words(config: KernelConfig, scene: Scene, number: int) -> list[int]:
 
 
 def _bound_calls(
-    module: ModuleType, scene: Scene, columns: int, words: Callable[[int], list[int]], kept: Sequence[Tensor] = ()
+    module: ModuleType, scene: Scene, columns: int, words: Callable[[int], list[int]], tensors: Sequence[Tensor] = ()
 ) -> list[Call]:
-    """A call a set of a kernel that takes the per-call words of a decode configuration.
+    """A call for each set, of a kernel with the per-call words of a decode configuration.
 
     Args:
-        words: the others, of a set.
-        kept: tensors that words point to and the scene doesn't hold.
+        words: gives the words that a set is bound with.
+        tensors: tensors that these words point to and that the scene doesn't hold.
     """
     index, cuda = scene.device.index or 0, scene.device.type == "cuda"
 
@@ -150,7 +151,7 @@ def _bound_calls(
         run = module.bind(words(number)).launch
         first = [seq_lens.data_ptr(), 1, rows.data_ptr(), 1, seq_lens.numel(), columns]
 
-        def launch(kept: Sequence[Tensor] = kept) -> None:
+        def launch(tensors: Sequence[Tensor] = tensors) -> None:
             run(*first, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
 
         return launch
@@ -167,7 +168,7 @@ def _listed(scene: Scene, case: Case) -> list[list[Call]]:
 
 
 def listed_calls(scene: Scene, extent: Any = "live", unroll: int = 2) -> list[Call]:
-    """A call a set, of a kernel that is told all tiles of page_indices: what they cost where they lie."""
+    """A call for each set, of a kernel that gets a precomputed list of all tiles of page_indices."""
     config = KernelConfig(
         num_backends=scene.backends,
         fields=("page_indices",),
@@ -186,20 +187,20 @@ def listed_calls(scene: Scene, extent: Any = "live", unroll: int = 2) -> list[Ca
 
 
 def _tiles(config: KernelConfig, scene: Scene, extent: Any, number: int) -> Tensor:
-    """int32 [tiles, 4] of a set: row, row of req_to_token, first column, the row's end."""
+    """int32 [tiles, 4] of a set: row, row of req_to_token, first column, end of the row's live columns."""
     table = scene.buffers[number][0].page_indices
     assert table is not None
     ends = torch.tensor(scene.lengths).clamp(0, scene.width)
     if extent == "full":
         ends.fill_(scene.width)
-    # As in the emitted kernel, tiles begin at boundaries of the destination.
+    # As in the emitted kernel, tiles begin at aligned addresses of the destination.
     begins = table.data_ptr() // 4 + torch.arange(len(ends)) * table.stride(0)
-    leads = begins % config.tile_alignment if config.vector_bytes == 16 else torch.zeros_like(begins)
-    counts = torch.where(ends > 0, (ends + leads + config.tile_columns - 1) // config.tile_columns, 0)
+    offsets = begins % config.tile_alignment if config.vector_bytes == 16 else torch.zeros_like(begins)
+    counts = torch.where(ends > 0, (ends + offsets + config.tile_columns - 1) // config.tile_columns, 0)
     row = torch.arange(len(ends)).repeat_interleave(counts)
     in_row = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
     pool_rows = scene.inputs[number][1].cpu()
-    listed = torch.stack((row, pool_rows[row], in_row * config.tile_columns - leads[row], ends[row]), 1)
+    listed = torch.stack((row, pool_rows[row], in_row * config.tile_columns - offsets[row], ends[row]), 1)
     return listed.to(scene.device, torch.int32)
 
 
@@ -224,7 +225,7 @@ def _runtime(scene: Scene, case: Case) -> list[list[Call]]:
     if case.page_size & (case.page_size - 1):
         raise Unsupported("its page size is a power of two")
     config = runtime_config(case.extent, target_of(scene.device))
-    # Without pages there is at most one a row, whose number goes nowhere.
+    # Pages of one token have no real_page_table. With this shift a row has at most one page, which is stored nowhere.
     shift = case.page_size.bit_length() - 1 if case.page_size > 1 else 30
 
     def words(number: int) -> list[int]:
@@ -256,7 +257,7 @@ def _ideal(scene: Scene, case: Case) -> list[list[Call]]:
 
 
 def ideal_calls(scene: Scene, extent: str = "live", unroll: int = 4) -> list[Call]:
-    """A call a set, of the ideal fan-out of as many words: contiguous, aligned, one read and N writes."""
+    """A call for each set, of the ideal fan-out of as many words: contiguous, aligned, one read and N writes."""
     words = scene.live if extent == "live" else scene.width * len(scene.lengths)
     target = target_of(scene.device)
     module = kernel("ideal", target, ("vectors",), scene.backends + 2, num_backends=scene.backends, unroll=unroll)
@@ -314,8 +315,8 @@ def _triton(scene: Scene, case: Case) -> list[list[Call]]:
     return [[call(n, *choice) for n in range(scene.sets)] for choice in triton_refresh.CHOICES]
 
 
-# Words that one block writes in some 50 milliseconds.
-_PATIENT = 16_000_000
+# Words that one block writes in about 50 milliseconds.
+_MAX_SINGLE_BLOCK_WORDS = 16_000_000
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     i.name: i
@@ -325,13 +326,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         ),
         Implementation(
             "listed",
-            "the same tiles of the same rows, listed before the launch; no lengths, no pages",
+            "the same tiles, from a precomputed list; no lengths, no pages",
             _listed,
             writes=("page_indices",),
         ),
         Implementation("empty", "a launch of a kernel that does nothing", _empty, checked=False),
-        Implementation("onelaunch", "the plan that bind gives", _onelaunch),
-        Implementation("triton", "a Triton launch a backend, live chunks only", _triton),
+        Implementation("onelaunch", "onelaunch: the plan of bind", _onelaunch),
+        Implementation("triton", "a Triton launch for each backend, live chunks only", _triton),
         Implementation("runtime", "our kernel with N, page size, top-k and fields as arguments", _runtime),
         Implementation(
             "torch-copies",
@@ -366,7 +367,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             "one block of 256 threads, up to the longest request",
             _single_block,
             live=False,
-            limit=_PATIENT,
+            limit=_MAX_SINGLE_BLOCK_WORDS,
         ),
     )
 }
@@ -374,10 +375,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def warmed(cases: Sequence[Case], names: Sequence[str], device: torch.device) -> list[str]:
-    """Builds what the cases need, so that no build falls into their measurements.
+    """Builds what the cases need, so that no measurement includes a build.
 
     Returns:
-        What couldn't be built, in sentences; measuring it will say so too.
+        What couldn't be built, a sentence each. Measuring it reports the same failure.
     """
     failed = []
     small = dict.fromkeys(case.replace(batch=2, length=5, width=64, kind="uniform") for case in cases)

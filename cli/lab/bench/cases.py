@@ -20,6 +20,7 @@ INDEX_TOPK = 2048
 # bytes only.
 WIDE = 163_911
 _ROOM = 71
+MAX_BATCH, MAX_LENGTH = 2**20, 2**31 - 1
 SHAPES = ("1x4k", "8x8k", "32x4k", "64x8k", "128x32k", "256x4k", "16x130k", "1x1M", "512x2k")
 _UNITS = {"": 1, "k": 1024, "M": 1024 * 1024}
 
@@ -29,12 +30,13 @@ class Case:
     """One shape to measure.
 
     Attributes:
-        batch, length: requests, and the tokens that the longest of most of them has.
+        batch: requests.
+        length: tokens of the longest request; of the longest short request for the kind "one-long".
         backends: N.
         width: columns of req_to_token and of every page_indices.
         page_size: P.
         extent: "live" or "full".
-        kind: "uniform" draws lengths from half the named length to the named length; "one-long" is that with one
+        kind: "uniform" draws lengths from ``length / 2`` to ``length``; "one-long" is that with one
             request 64 times as long, as far as the table is wide; otherwise the name of a trace.
     """
 
@@ -48,7 +50,7 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """Such as 64x8k."""
+        """The shape in short, such as 64x8k."""
         return f"{self.batch}x{short(self.length)}"
 
     def __str__(self) -> str:
@@ -59,23 +61,23 @@ class Case:
         """The tokens of each request, the same in every run.
 
         Args:
-            traced: lengths that a trace's requests reach, for a kind that is a trace.
+            traced: lengths to draw from, for a kind that is a trace.
         """
         draw = random.Random(f"{self.batch} {self.length} {self.kind}")
         if self.kind not in ("uniform", "one-long"):
             return [min(draw.choice(traced), self.width) for _ in range(self.batch)]
         drawn = [draw.randint((self.length + 1) // 2, self.length) for _ in range(self.batch)]
-        # One has the named length, so that it is the longest.
+        # One request has exactly the longest length.
         drawn[draw.randrange(self.batch)] = self.length * (64 if self.kind == "one-long" else 1)
         return [min(length, self.width) for length in drawn]
 
     def replace(self, **changes: Any) -> Case:
-        """A copy with some facts changed."""
+        """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
 
 
 def short(number: int) -> str:
-    """8192 is 8k, 1048576 is 1M, 1000 is 1000."""
+    """A number with a binary unit: 8192 is 8k, 1048576 is 1M, 1000 is 1000."""
     for unit in ("M", "k"):
         if number and number % _UNITS[unit] == 0:
             return f"{number // _UNITS[unit]}{unit}"
@@ -83,15 +85,18 @@ def short(number: int) -> str:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """64x8k is (64, 8192).
+    """Reads a shape: 64x8k is (64, 8192).
 
     Raises:
         ConfigError: it isn't of that form.
     """
-    found = re.fullmatch(r"(\d+)\s*[x×]\s*(\d+)([kM]?)", text.strip())
+    found = re.fullmatch(r"(\d{1,10})\s*[x×]\s*(\d{1,10})([kM]?)", text.strip())
     if not found or int(found[1]) < 1 or int(found[2]) < 1:
         raise ConfigError(f"the shape {text!r} isn't of the form BATCHxLENGTH, for example 64x8k.")
-    return int(found[1]), int(found[2]) * _UNITS[found[3]]
+    batch, length = int(found[1]), int(found[2]) * _UNITS[found[3]]
+    if batch > MAX_BATCH or length > MAX_LENGTH:
+        raise ConfigError(f"the shape {text!r} is too large; allowed: BATCHxLENGTH up to {MAX_BATCH}x{MAX_LENGTH}.")
+    return batch, length
 
 
 def wide_enough(length: int) -> int:

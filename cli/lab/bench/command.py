@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import onelaunch
-from onelaunch.cli.faults import sentence
 from onelaunch.errors import ArgumentError, ConfigError
 
 from .cases import trace_lengths
@@ -70,36 +69,32 @@ def bench(
       onelaunch bench --shapes 64x8k --n 1,3,7 --only onelaunch,ideal
       onelaunch bench --from bench.json --plot bench.png
     """
-
-    def run() -> None:
-        if plot_to is not None:
-            need_matplotlib()  # known before anything is measured
-        if read is not None:
-            others = shapes, n, page_size, extent, width, only, trace, quick, everything, series, host, seconds, json_to
-            if any(others):
-                raise ConfigError("--from shows an earlier run, so only --plot goes with it. Leave the others out.")
-            data = _read(read)
-        else:
-            traces = {path.stem: path for path in trace}
-            selected = select(
-                _names(only),
-                shapes=parts_of(shapes),
-                backends=numbers("--n", n),
-                pages=numbers("--page-size", page_size),
-                extents=parts_of(extent),
-                widths=parts_of(width),
-                traces=list(traces),
-                quick=quick,
-                everything=everything,
-                series=series,
-            )
-            data = _measure([] if host else selected, traces, json_to, seconds)
-        for line in lines(data):
-            click.echo(line)
-        if plot_to is not None:
-            plot(data, plot_to)
-
-    sentence(run)
+    if plot_to is not None:
+        need_matplotlib()  # known before anything is measured
+    if read is not None:
+        others = shapes, n, page_size, extent, width, only, trace, quick, everything, series, host, seconds, json_to
+        if any(others):
+            raise ConfigError("--from shows an earlier run, so only --plot goes with it. Leave the others out.")
+        data = _read(read)
+    else:
+        traces = {path.stem: path for path in trace}
+        selected = select(
+            _names(only),
+            shapes=parts_of(shapes),
+            backends=numbers("--n", n),
+            pages=numbers("--page-size", page_size),
+            extents=parts_of(extent),
+            widths=parts_of(width),
+            traces=list(traces),
+            quick=quick,
+            everything=everything,
+            series=series,
+        )
+        data = _measure([] if host else selected, traces, json_to, seconds)
+    for line in lines(data):
+        click.echo(line)
+    if plot_to is not None:
+        plot(data, plot_to)
 
 
 def _measure(

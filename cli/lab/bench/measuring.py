@@ -38,7 +38,7 @@ class Record:
 
 
 def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implementation) -> dict[str, Any]:
-    """One implementation on one case: checked eagerly and in a graph, then timed.
+    """Checks one implementation on one case, eagerly and in a graph, then times it.
 
     Returns:
         ``status`` "ok" with the figures; else "wrong", "failed" or "left out", and the ``reason``.
@@ -55,7 +55,9 @@ def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implemen
         for calls in variants:
             fault = implementation.check(scene, case, calls[0], 0)
             estimate = meter.estimate_us(calls)
-            replay, count = meter.capture(calls[::-1], estimate)  # the last set is in the graph, however few it holds
+            replay, count = meter.capture(
+                calls[::-1], estimate
+            )  # reversed, so that even a small graph has the last set
             if implementation.checked:
                 scene.poison(last, **({} if implementation.first_sums else {"first_sums": 0}))
             replay()
@@ -88,7 +90,7 @@ def measure_case(
     """Measures every implementation of a case: a row each, with bytes, share of the ceiling and ratio to the ideal.
 
     Args:
-        ceiling: gigabytes a second.
+        ceiling: gigabytes per second.
         traced: lengths of the case's trace.
         report: called with each row as it is done.
     """
@@ -109,7 +111,7 @@ def measure_case(
     ideal: float | None = None
     for name in selected.names:
         row = {**facts, **measure_one(meter, scene, case, IMPLEMENTATIONS[name])}
-        # These move the words of page_indices alone.
+        # These write page_indices only.
         fewest = scene.live if case.extent == "live" else case.batch * case.width
         moved = {**dict.fromkeys(("ideal", "listed"), 4 * fewest * (1 + case.backends)), "empty": 0}
         row["bytes"] = moved.get(name, scene.bytes(case.extent))
@@ -127,7 +129,7 @@ def measure_case(
 
 
 def ceilings(meter: Meter) -> dict[str, float]:
-    """Gigabytes a second that a large copy and a large ideal fan-out to three places reach; the larger counts."""
+    """Gigabytes per second of a large copy, and of a large ideal fan-out to three places; the larger is the ceiling."""
     case = Case(32, 2**20, width=2**20, page_size=1)
     scene = meter.scene(case, [case.length] * case.batch)
     row = measure_one(meter, scene, case, IMPLEMENTATIONS["ideal"])
@@ -148,10 +150,10 @@ def run_bench(
     """Measures the selected cases, and records the results.
 
     Args:
-        traces: lengths by the names that cases have as their kind.
+        traces: lengths of requests, by the name of the trace.
         host: measure host time too.
         seconds: begin no case after that many.
-        say: gets a line of progress.
+        say: called with lines of progress.
     """
 
     began = time.monotonic()

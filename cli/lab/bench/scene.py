@@ -17,12 +17,12 @@ from torch import Tensor
 from .cases import INDEX_TOPK, Extent
 
 Call = Callable[[], object]
-# Lies in every word before a check; no token, length or sum has this value.
+# Fills every word before a check; no token, length or sum has this value.
 POISON = -858993460
 
 
 class Scene:
-    """Buffers and inputs of one shape, in several sets, so that a repeated call doesn't find its data in a cache.
+    """Buffers and inputs of one shape, in several sets, so that repeated calls don't find their data in a cache.
 
     Args:
         lengths: tokens of each request.
@@ -73,16 +73,16 @@ class Scene:
 
     @property
     def live(self) -> int:
-        """Live words of page_indices, one backend."""
+        """Live words of one backend's page_indices."""
         return sum(min(length, self.width) for length in self.lengths)
 
     @property
     def longest(self) -> int:
-        """The longest request, as far as the table is wide."""
+        """Tokens of the longest request, at most the table's width."""
         return min(max(self.lengths), self.width)
 
     def bytes(self, extent: Extent = "live") -> int:
-        """Bytes that one refresh must move: what it reads once, everything written N times."""
+        """Bytes of one refresh: each input read once, each field written N times."""
         config = KernelConfig(num_backends=self.backends, page_size=self.page_size, extent=extent)
         return traffic(config, self.lengths, self.width).bytes
 
@@ -90,12 +90,11 @@ class Scene:
         """A plan for each set; ``launch`` are settings of the launch shape, such as threads."""
         settings = {"index_topk": INDEX_TOPK, "page_size": self.page_size, "extent": extent, **launch}
         return [
-            make_plan(buffers, pool, settings)
-            for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True)
+            make_plan(buffers, pool, settings) for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True)
         ]
 
     def refresh_calls(self, extent: str = "live", **facts: Any) -> list[Call]:
-        """A call a set, of onelaunch's plan."""
+        """A call for each set, of onelaunch's plan."""
 
         def call(bound: onelaunch.Plan, seq_lens: Tensor, rows: Tensor) -> Call:
             return lambda: bound.run(seq_lens, rows)
@@ -106,26 +105,29 @@ class Scene:
         ]
 
     def poison(self, number: int, first_sums: int = POISON) -> None:
-        """Fills a set's destinations with what nothing may leave there.
+        """Fills a set's destinations with a value that no refresh writes.
 
         Args:
             number: the set.
-            first_sums: what the running sums begin with; 0 for those that never write it, as in engines.
+            first_sums: the first element of the running sums; 0 for implementations that don't write it.
         """
         for backend in self.buffers[number]:
             for field, tensor in backend.items():
                 tensor.fill_(POISON)
-                if field.kind == "cumulative":
+                if field.kind == "running_sum":
                     tensor[0] = first_sums
 
     def fault(
         self, number: int, extent: str, max_len: int | None = None, fields: Container[str] = tuple(FIELDS)
     ) -> str:
-        """Compares every word of a set, poisoned before, with the reference; "" if all agree.
+        """Compares every word of a poisoned and refreshed set with the reference.
 
         Args:
             extent, max_len: as in reference.refresh.
-            fields: names of those to compare; the others must be as they were poisoned.
+            fields: names of the fields that were written; the others must still be poisoned.
+
+        Returns:
+            The first wrong word, in words; "" if there is none.
         """
         seq_lens, rows, pool = self.inputs[number]
         expected = [

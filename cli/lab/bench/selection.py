@@ -15,7 +15,7 @@ QUICK_NAMES = ("ideal", "onelaunch", "triton", "torch-copies")
 # Measured on the quick shapes alone, unless shapes are named.
 FEW_NAMES = ("empty", "torch-compile")
 SERIES_NAMES = ("ideal", "onelaunch", "triton")
-# Shapes with one long request among short ones.
+# Shapes of the cases with one long request among short ones.
 RAGGED = ("64x2k", "256x2k")
 # Batch sizes of the requests that are drawn from a trace.
 TRACED = (64, 256)
@@ -23,7 +23,7 @@ TRACED = (64, 256)
 
 @dataclass(frozen=True)
 class Selected:
-    """A case and what is measured on it. ``series`` names the figure's curve that it belongs to, if any."""
+    """A case, and the implementations to measure on it. ``series`` is the figure's curve that it belongs to, if any."""
 
     case: Case
     names: tuple[str, ...]
@@ -112,7 +112,7 @@ def _width(text: str, length: int) -> int:
         return length
     if text == "wide":
         return wide_enough(length)
-    if not text.isdigit() or int(text) < 1:
+    if not _is_number(text) or int(text) < 1:
         raise ConfigError(f"--width is {text!r}; allowed: 'live', 'wide', or a number of columns.")
     return int(text)
 
@@ -125,7 +125,7 @@ def numbers(option: str, text: str | None) -> list[int]:
     """
     parts = parts_of(text)
     for part in parts:
-        if not part.isdigit():
+        if not _is_number(part):
             raise ConfigError(f"{option} is {text!r}; it must be whole numbers, such as 1,3,7.")
     return [int(part) for part in parts]
 
@@ -133,3 +133,8 @@ def numbers(option: str, text: str | None) -> list[int]:
 def parts_of(text: str | None) -> list[str]:
     """The parts of a comma list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _is_number(text: str) -> bool:
+    # str.isdigit() alone accepts characters that int() doesn't, such as "²".
+    return text.isascii() and text.isdigit() and len(text) < 10

@@ -18,7 +18,7 @@ from .scene import Call, Scene
 class Views:
     """A set's tensors, sliced in advance to what is read and written: slicing would cost time in every call.
 
-    ``tables`` and ``pages`` are the sources' columns and one column a page.
+    ``tables`` has the columns of req_to_token, ``pages`` the first column of each page.
     """
 
     seq_lens: Tensor
@@ -117,11 +117,12 @@ def call(how: str, views: Views) -> Call:
 
 @cache
 def compiled() -> Callable[..., None]:
-    """``fused`` under torch.compile, with sizes that may change: one build serves the shapes of a run."""
+    """``fused`` under torch.compile, with dynamic sizes: one build serves all shapes of a run."""
     # Imported here because it takes seconds.
     import torch._dynamo
 
-    # A build for each list length, for batches of one and for odd strides; by default the ninth would run uncompiled.
+    # There is a build for each number of backends, for batches of one and for odd strides. By default, the ninth build
+    # would run uncompiled.
     settings: Any = torch._dynamo.config
     settings.recompile_limit = settings.accumulated_recompile_limit = 512
     settings.fail_on_recompile_limit_hit = True

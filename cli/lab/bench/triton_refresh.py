@@ -1,6 +1,6 @@
-"""A refresh of one backend in Triton, in the manner of the engines' own: a launch a backend, a program a chunk.
+"""A refresh of one backend in Triton, in the manner of the engines' own: a launch per backend, a program per chunk.
 
-It gathers through the token pool, leaves chunks alone in which nothing is live, and isn't specialized to the batch
+It gathers through the token pool, skips chunks without live columns, and isn't specialized to the batch
 size. With TRITON_INTERPRET=1, set before this is imported, it runs on the CPU.
 """
 

@@ -1,4 +1,4 @@
-"""What was aimed at, what was measured, and whether it holds."""
+"""The targets of onelaunch's speed, and whether a run meets them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .cases import WIDE
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], host: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What was aimed at and what was measured: ``item``, ``of``, ``target``, ``measured``, and whether it ``holds``.
+    """The verdicts on a run: ``item``, ``of`` (the case), ``target``, ``measured``, and whether the target ``holds``.
 
-    ``holds`` is None where there is nothing to hold.
+    ``holds`` is None where there is no target.
     """
     out: list[dict[str, Any]] = []
 
@@ -20,7 +20,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], host: Sequence[Mapping[str, Any]
 
     by_case: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        if row["status"] == "ok" and not row["series"]:  # a series may have a case that is judged, too
+        if row["status"] == "ok" and not row["series"]:  # a series may repeat a case that is judged
             by_case.setdefault(row["label"], {})[row["implementation"]] = row
     for label, found in by_case.items():
         ours, ideal = found.get("onelaunch"), found.get("ideal")

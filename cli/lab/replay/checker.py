@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first element that was wrong: where, what it held and what the reference says."""
+    """A wrong element: its place, its value, and the reference's."""
 
     step: int
     backend: int
@@ -35,8 +35,8 @@ class Checker:
 
     Before a checked step the destinations are filled with a value that no refresh writes, and so are shadow
     buffers, which the reference then refreshes: one backend's, as all backends get the same. Filled anew each
-    time, because tables change little from step to step: an element that the plan forgot would otherwise still
-    hold the right value.
+    time, because tables change little from step to step: an element that the plan didn't write would otherwise
+    often hold the right value.
 
     Attributes:
         steps, elements: what was checked.
@@ -56,8 +56,8 @@ class Checker:
         self.first: Mismatch | None = None
 
     def before(self, step: int) -> None:
-        """Prepare the destinations, and the shadow with what each of them must hold after ``step``."""
-        # Negative, so neither a length nor a slot; another one each time, so that nothing old passes for it.
+        """Poisons the destinations, and computes in the shadow what each of them must hold after ``step``."""
+        # Negative, so it is no length and no slot; different in each step, so that an old value isn't taken for it.
         poison = -1 - step % 2**30
         for buffers in (*self._real, self._shadow):
             for _, tensor in buffers.items():
@@ -65,7 +65,7 @@ class Checker:
         self._refresh([self._shadow])
 
     def after(self, step: int) -> None:
-        """Compare."""
+        """Compares the destinations with the shadow."""
 
         self.steps += 1
         for backend, real in enumerate(self._real):

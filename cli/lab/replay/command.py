@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from onelaunch.cli.faults import sentence
 from onelaunch.cli.output import check_writable, write_whole
 from onelaunch.errors import ArgumentError
 from rich.console import Console
@@ -78,16 +77,12 @@ def replay(json_to: str | None, **settings: Any) -> None:
 
     options = ReplayOptions(**settings)
 
-    def run() -> ReplaySummary:
-        if json_to is not None and json_to != "-":
-            with _named(json_to):
-                check_writable(Path(json_to))  # before the work
-        summary = run_with_progress(options, Console(stderr=True))
-        if json_to is not None:
-            _write_json(summary, json_to)
-        return summary
-
-    summary = sentence(run)
+    if json_to is not None and json_to != "-":
+        with _named(json_to):
+            check_writable(Path(json_to))  # before the work
+    summary = run_with_progress(options, Console(stderr=True))
+    if json_to is not None:
+        _write_json(summary, json_to)
     # Standard output is one JSON document or the summary, never both.
     print_summary(summary, to_stderr=json_to == "-")
     if summary.mismatches or summary.launches != summary.steps:

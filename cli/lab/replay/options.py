@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-# In mode "sample". The timed steps lie between the checked ones, which leave the caches full of other things.
+# In mode "sample". Timed steps are between the checked ones, since a check fills the caches with other data.
 SAMPLE_EVERY = 16
 TIME_EVERY = 16
 TIME_PHASE = 8

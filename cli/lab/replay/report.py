@@ -48,7 +48,7 @@ def print_summary(summary: ReplaySummary, to_stderr: bool) -> None:
     def spread(of: Distribution, unit: str) -> str:
         return f"{of.min} min, {of.median} median, {of.p95} p95, {of.max} max {unit}"
 
-    checked = "nothing was checked"
+    checked = "(nothing was checked)"
     if summary.verified_steps:
         checked = f"of {summary.elements_checked:,} elements in {summary.verified_steps:,} checked steps"
     rows = [
@@ -62,7 +62,7 @@ def print_summary(summary: ReplaySummary, to_stderr: bool) -> None:
         ("preemptions", f"{summary.preemptions:,}"),
         ("bytes written", f"{summary.bytes_written:,}"),
         *_times(summary),
-        ("mismatches", f"{summary.mismatches:,} ({checked})"),
+        ("mismatches", f"{summary.mismatches:,} {checked}"),
     ]
     if summary.first_mismatch:
         rows.append(("first mismatch", str(summary.first_mismatch)))

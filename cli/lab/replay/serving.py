@@ -27,7 +27,7 @@ class Request:
         number: its place in the trace, from 0.
         prompt_tokens: prompt length in tokens, clipped to the context length.
         output_tokens: tokens after which it is finished.
-        generated: tokens generated before it last left the batch; kept over a preemption.
+        generated: tokens generated before it last left the batch; preserved over a preemption.
     """
 
     number: int
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One decoding step: what a metadata refresh gets. Valid until the simulation is asked for the next one.
+    """One decoding step: what a metadata refresh gets. Valid until the next step.
 
     Attributes:
         number: from 0.
@@ -70,7 +70,7 @@ class ServingSimulation:
     Requests are admitted in the order of their arrival, when the batch has a place and the pool has pages for
     their tokens and a round of drafts. In a step every request accepts 1 to num_backends + 1 tokens, and
     finishes when it has its output or fills the context. If decoding runs out of pages, the request that was
-    admitted last gives up its own and waits at the head of the queue, its tokens kept.
+    admitted last gives up its own and waits at the head of the queue, with the tokens it has generated.
 
     Args:
         trace: the requests.
@@ -244,7 +244,7 @@ class ServingSimulation:
         return Step(
             number=number,
             clock_ms=self.clock_ms,
-            # Copies: a caller who keeps one can't change the host's values, nor the other way round.
+            # Copies, so that later changes on either side don't affect the other.
             seq_lens=torch.tensor(lengths, device=self.device),
             req_pool_indices=torch.tensor(rows, device=self.device),
             lengths=lengths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .checker import Checker
 from .options import SAMPLE_EVERY, TIME_EVERY, TIME_PHASE, Extent, ReplayOptions, Verify
+from .pool import row_width
 from .serving import ServingSimulation, Step
 from .summary import Distribution, ReplaySummary
 from .traces import Trace
@@ -76,7 +78,7 @@ def allocate(max_batch: int, width: int, page_size: int, device: torch.device) -
         page_indices=new(max_batch, width),
         nsa_cache_seqlens=new(max_batch),
         nsa_cu_seqlens_k=new(max_batch + 1),
-        # With pages of one token it would be page_indices once more; engines take that one for both.
+        # With pages of one token it would equal page_indices, which engines then use for both.
         real_page_table=new(max_batch, -(-width // page_size)) if page_size > 1 else None,
     )
 
@@ -88,6 +90,22 @@ def _device(choice: str) -> torch.device:
     return torch.device("cuda" if choice != "cpu" and available else "cpu")
 
 
+def _check_memory(options: ReplayOptions, device: torch.device) -> None:
+    """Refuses what can't fit in memory before anything is allocated: the system would end the process instead."""
+    words = row_width(options.context_len, options.backends + 1, options.page_size) * (options.max_batch + 1)
+    # The pool, and two sets of destinations; on the host two arrays of 64-bit page numbers.
+    needed = 4 * words * (1 + 2 * options.backends) + 16 * (options.pages or 0)
+    if device.type == "cuda":  # pragma: gpu
+        room = torch.cuda.mem_get_info(device)[0]
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > room:
+        raise ArgumentError(
+            f"The replay needs {needed / 2**30:,.0f} GiB, and there are {room / 2**30:,.0f}. Lower --max-batch "
+            f"({options.max_batch}), --context-len ({options.context_len}), --backends ({options.backends}) or --pages."
+        )
+
+
 def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplaySummary:
     """Replay a trace: one refresh of all backends in each step of a simulated serving run.
 
@@ -97,7 +115,8 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
             requests to be served.
 
     Raises:
-        ArgumentError: an option is out of range, the trace isn't one, or there is no such device.
+        ArgumentError: an option is out of range or needs too much memory, the trace isn't one, or there is no such
+            device.
     """
     for name, value in (
         ("--requests", options.requests),
@@ -108,6 +127,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         if value is not None and value < 1:
             raise ArgumentError(f"{name} is {value}; it must be 1 or more.")
     device = _device(options.device)
+    _check_memory(options, device)
     trace = Trace.load(options.trace)
     if options.requests is not None:
         trace = trace.head(options.requests)
@@ -188,7 +208,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
             checker.before(step.number)
         if step.number % TIME_EVERY == TIME_PHASE:
             timed = [(run_ours, our_us), (run_theirs, their_us)]
-            # Taking turns: whoever goes second finds the rows of the pool in the cache.
+            # They take turns to go first: the second finds the pool's rows in the cache.
             for run, times in timed if len(our_us) % 2 == 0 else reversed(timed):
                 times.append(_microseconds(run, device))
         else:
@@ -203,7 +223,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         if on_step:
             on_step(steps, simulation, len(trace))
     if device.type == "cuda":  # pragma: gpu
-        # A fault of the last launches must show here, not after the summary.
+        # An error of the last launches is raised here, before the summary.
         torch.cuda.synchronize(device)
 
     return ReplaySummary(
@@ -236,7 +256,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
 
 
 def _microseconds(run: Callable[[], None], device: torch.device) -> float:
-    """Wall time of ``run`` until the device is done with it."""
+    """Wall time of ``run``, in microseconds, until the device has finished it."""
     if device.type == "cuda":  # pragma: gpu
         torch.cuda.synchronize(device)
     start = time.perf_counter_ns()

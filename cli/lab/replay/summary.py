@@ -1,4 +1,4 @@
-"""What a replay did and saw."""
+"""The results of a replay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .checker import Mismatch
 
 @dataclass(frozen=True)
 class Distribution:
-    """Spread of a whole number over the run."""
+    """The distribution of a whole number over the run."""
 
     min: int
     median: int
@@ -23,9 +23,9 @@ class Distribution:
 
     @classmethod
     def of_counts(cls, counts: NDArray[np.int64]) -> Distribution:
-        """From how often each number occurred: int64 [largest number + 1], not all zero."""
+        """The distribution of numbers that occurred so often each: int64 [largest number + 1], not all zero."""
         below = np.cumsum(counts)
-        # The smallest number that at least this share of all occurrences doesn't exceed.
+        # A percentile is the smallest number that at least this share of the occurrences don't exceed.
         ranks = [1, *(max(1, -(-int(below[-1]) * percent // 100)) for percent in (50, 95)), int(below[-1])]
         low, median, p95, high = (int(i) for i in np.searchsorted(below, ranks))
         return cls(low, median, p95, high)
@@ -33,7 +33,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class ReplaySummary:
-    """What a replay did and saw.
+    """The results of a replay.
 
     Attributes:
         trace, device, backends, extent, verify, page_size, index_topk, seed: what was replayed, and how.
@@ -41,12 +41,12 @@ class ReplaySummary:
         clipped_prompts: requests whose prompt was clipped to the context length.
         preemptions: times that a request lost its pages and queued again.
         queued_steps: steps before which a request waited for a place in the batch or for pages.
-        steps: refreshes. ``launches`` is what the plan counts; it must be the same number.
+        steps: refreshes. ``launches``, which the plan counts, must be the same number.
         verified_steps, timed_steps: of these, how many were checked and how many were timed.
         batch, length: requests in a step, and tokens of a request in a step; padding requests aren't counted.
         bytes_written: bytes that the refreshes had to write, in all backends.
-        elements_checked: destination elements compared, those that had to stay untouched among them.
-        mismatches: elements that weren't what the reference says.
+        elements_checked: destination elements compared, including those that must stay untouched.
+        mismatches: elements that differed from the reference.
         first_mismatch: the first of them, None if there is none.
         refresh_us, torch_us: median microseconds from call to completion on the device, for the plan and for
             the same refresh in tensor operations; None if no step was timed.
@@ -79,5 +79,5 @@ class ReplaySummary:
     torch_us: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as JSON takes it."""
+        """The summary as JSON values."""
         return dataclasses.asdict(self)

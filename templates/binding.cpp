@@ -1,8 +1,13 @@
-// Emitted by onelaunch from templates/binding.cpp.j2. Do not edit.
-//
-// The Python side of {{ symbol }}: a plan is an array of 64-bit words, and a call sets the first of them and launches.
+// The Python side of a kernel: a plan is an array of 64-bit words, and a call sets the first of them and launches.
 // Only the limited C-API, so that one build serves every Python from 3.11 on, and no torch header at all: tensors are
 // read through the C functions that their class offers by the DLPack standard.
+//
+// emit/binding.py puts these macros before it:
+//   ONELAUNCH_SYMBOL      stem of the kernel's exported C functions
+//   ONELAUNCH_MODULE      import name of this module
+//   ONELAUNCH_PLAN_WORDS  64-bit words of the kernel's parameters
+//   ONELAUNCH_CALL_WORDS  how many of them, the first ones, each call sets
+//   ONELAUNCH_CALL_NAMES  their names, a string that ends with a comma
 #define PY_SSIZE_T_CLEAN
 #ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030B0000
@@ -12,21 +17,30 @@
 #include <cstdint>
 #include <cstring>
 
+#define ONELAUNCH_JOIN_EXPANDED(a, b) a##b
+#define ONELAUNCH_JOIN(a, b) ONELAUNCH_JOIN_EXPANDED(a, b)
+#define ONELAUNCH_TEXT_EXPANDED(a) #a
+#define ONELAUNCH_TEXT(a) ONELAUNCH_TEXT_EXPANDED(a)
+
+#define ONELAUNCH_KERNEL_LAUNCH ONELAUNCH_JOIN(ONELAUNCH_SYMBOL, _launch)
+#define ONELAUNCH_KERNEL_PREPARE ONELAUNCH_JOIN(ONELAUNCH_SYMBOL, _prepare)
+#define ONELAUNCH_KERNEL_ERROR ONELAUNCH_JOIN(ONELAUNCH_SYMBOL, _error)
+
 extern "C" {
-int {{ symbol }}_launch(const std::int64_t* words, void* stream);
-int {{ symbol }}_prepare(std::int64_t device, std::int64_t* resources);
-const char* {{ symbol }}_error(int code);
+int ONELAUNCH_KERNEL_LAUNCH(const std::int64_t* words, void* stream);
+int ONELAUNCH_KERNEL_PREPARE(std::int64_t device, std::int64_t* resources);
+const char* ONELAUNCH_KERNEL_ERROR(int code);
 }
 
 namespace {
 
-constexpr Py_ssize_t kPlanWords = {{ param_words }};
-constexpr Py_ssize_t kCallWords = {{ call_words | length }};  // {{ call_words | join(", ") }}
+constexpr Py_ssize_t kPlanWords = ONELAUNCH_PLAN_WORDS;
+constexpr Py_ssize_t kCallWords = ONELAUNCH_CALL_WORDS;
 
-constexpr Py_ssize_t kMostArguments = 4;  // of a call that is compared with the last one
+constexpr Py_ssize_t kMaxArguments = 4;  // of a call that run() compares with the previous one
 
 // ---- tensors -----------------------------------------------------------------------------------------------------
-// DLPack 1 (dlpack.h), as far as it is used here: what a tensor is, and the functions of a class of tensors.
+// The part of DLPack 1 (dlpack.h) that is used here: what a tensor is, and the functions of a class of tensors.
 struct Tensor {
   void* data;
   std::int32_t device_type, device;
@@ -42,12 +56,12 @@ constexpr std::int32_t kCuda = 2;
 struct Exchange {
   std::uint32_t major, minor;
   Exchange* older;
-  void (*managed[3])();  // they make and take tensors that somebody owns
+  void (*managed[3])();  // for tensors with an owner, not used here
   int (*read)(void* object, Tensor* tensor);  // borrows; 0, or -1 with a Python error
-  int (*current_stream)(std::int32_t device_type, std::int32_t device, void** stream);  // likewise
+  int (*current_stream)(std::int32_t device_type, std::int32_t device, void** stream);  // 0 or -1, as above
 };
 
-// What reads() was told: the classes of tensors, dtypes and MetadataBuffers, and the names of the last one's fields.
+// Set by reads(): the classes of tensors, dtypes and MetadataBuffers, and the names of the fields of MetadataBuffers.
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* dtype_type = nullptr;
 PyTypeObject* buffers_type = nullptr;
@@ -55,14 +69,14 @@ PyObject** field_names = nullptr;  // references, like the classes
 Py_ssize_t field_count = 0;
 const Exchange* exchange = nullptr;
 
-void replace(PyTypeObject*& kept, PyObject* type) {
-  auto* before = reinterpret_cast<PyObject*>(kept);
+void replace(PyTypeObject*& reference, PyObject* type) {
+  auto* before = reinterpret_cast<PyObject*>(reference);
   Py_INCREF(type);
-  kept = reinterpret_cast<PyTypeObject*>(type);
+  reference = reinterpret_cast<PyTypeObject*>(type);
   Py_XDECREF(before);
 }
 
-// reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): what plans are called and found with.
+// reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): registers the classes that arguments have.
 PyObject* reads(PyObject*, PyObject* const* args, Py_ssize_t count) {
   bool fits = count == 4 && PyTuple_Check(args[3]);
   for (int i = 0; fits && i < 3; ++i) fits = PyType_Check(args[i]);
@@ -102,15 +116,16 @@ bool is_a(PyObject* object, PyTypeObject* wanted) {
   return wanted != nullptr && (Py_TYPE(object) == wanted || PyType_IsSubtype(Py_TYPE(object), wanted));
 }
 
-// ---- telling arguments apart ---------------------------------------------------------------------------------------
-// An argument as words: equal words are the same to a kernel and to the checks before it. Neither the object's address
-// nor a reference is part of it, so nothing is kept alive and nothing dead is mistaken for what came after it.
+// ---- fingerprints of arguments -------------------------------------------------------------------------------------
+// An argument as words: arguments with equal words are the same to a kernel and to the checks before it. The words hold
+// neither the object's address nor a reference: they keep nothing alive, and a new object at a dead one's address isn't
+// mistaken for it.
 enum Kind : std::int64_t { kNone, kInt, kTensor, kDtype, kText, kBuffers, kSequence };
-constexpr std::int32_t kMostDims = 2;
-constexpr Py_ssize_t kMostWords = 2 + 2 * kMostDims;  // of one argument
+constexpr std::int32_t kMaxDims = 2;
+constexpr Py_ssize_t kMaxWords = 2 + 2 * kMaxDims;  // of one argument
 
-// Writes the words of None, an int or a tensor, and returns how many: 0 for anything else, which never equals anything.
-Py_ssize_t tell_one(PyObject* object, std::int64_t* words) {
+// Writes the words of None, an int or a tensor, and returns how many: 0 for anything else, which equals nothing.
+Py_ssize_t fingerprint_one(PyObject* object, std::int64_t* words) {
   if (object == Py_None) {
     words[0] = kNone;
     return 1;
@@ -121,7 +136,7 @@ Py_ssize_t tell_one(PyObject* object, std::int64_t* words) {
       PyErr_Clear();
       return 0;
     }
-    if (tensor.dims > kMostDims || (tensor.dims > 0 && tensor.strides == nullptr)) return 0;
+    if (tensor.dims > kMaxDims || (tensor.dims > 0 && tensor.strides == nullptr)) return 0;
     words[0] = kTensor | std::int64_t{tensor.dims} << 8 | std::int64_t{tensor.code} << 16 |
                std::int64_t{tensor.bits} << 24 | std::int64_t{tensor.device_type} << 32 |
                std::int64_t{tensor.device} << 48;
@@ -132,7 +147,7 @@ Py_ssize_t tell_one(PyObject* object, std::int64_t* words) {
     }
     return 2 + 2 * tensor.dims;
   }
-  if (PyLong_Check(object) && !PyBool_Check(object)) {  // True and 16.0 must not pass for 1 and 16
+  if (PyLong_Check(object) && !PyBool_Check(object)) {  // True and 16.0 aren't the same arguments as 1 and 16
     words[0] = kInt;
     words[1] = PyLong_AsLongLong(object);
     if (words[1] == -1 && PyErr_Occurred()) {
@@ -144,43 +159,45 @@ Py_ssize_t tell_one(PyObject* object, std::int64_t* words) {
   return 0;
 }
 
-// The words of several arguments.
-struct Told {
-  std::int64_t few[512];
-  std::int64_t* words = few;
-  Py_ssize_t count = 0, room = sizeof(few) / sizeof(few[0]);
+// The words of several arguments; on the stack until there are many.
+struct Fingerprint {
+  std::int64_t local[512];
+  std::int64_t* words = local;
+  Py_ssize_t count = 0, capacity = sizeof(local) / sizeof(local[0]);
 
-  ~Told() {
-    if (words != few) PyMem_Free(words);
+  ~Fingerprint() {
+    if (words != local) PyMem_Free(words);
   }
 
   std::size_t size() const { return static_cast<std::size_t>(count) * sizeof(std::int64_t); }
 
-  bool has_room() {
-    if (room - count >= kMostWords) return true;
-    auto* larger = static_cast<std::int64_t*>(PyMem_Malloc(2 * static_cast<std::size_t>(room) * sizeof(std::int64_t)));
+  // Room for one more argument.
+  bool reserve() {
+    if (capacity - count >= kMaxWords) return true;
+    const std::size_t bytes = 2 * static_cast<std::size_t>(capacity) * sizeof(std::int64_t);
+    auto* larger = static_cast<std::int64_t*>(PyMem_Malloc(bytes));
     if (larger == nullptr) return false;
     std::memcpy(larger, words, size());
-    if (words != few) PyMem_Free(words);
+    if (words != local) PyMem_Free(words);
     words = larger;
-    room *= 2;
+    capacity *= 2;
     return true;
   }
 
-  // False for what can't be told, perhaps with a Python error.
+  // Adds None, an int or a tensor; false for anything else, perhaps with a Python error.
   bool add(PyObject* object) {
-    if (!has_room()) return false;
-    const Py_ssize_t more = tell_one(object, words + count);
+    if (!reserve()) return false;
+    const Py_ssize_t more = fingerprint_one(object, words + count);
     count += more;
     return more > 0;
   }
 
-  // The same for all kinds; `levels` is how deep sequences may lie in sequences.
+  // Adds any kind of argument; `levels` is how deep sequences may lie in sequences.
   bool add_any(PyObject* object, int levels) {
     PyTypeObject* type = Py_TYPE(object);
     if (type == tensor_type || type == &PyLong_Type || object == Py_None) return add(object);
-    if (!has_room()) return false;
-    if (type == dtype_type) {  // torch makes each of them once, and keeps it
+    if (!reserve()) return false;
+    if (type == dtype_type) {  // torch has one object for each dtype, for ever
       words[count++] = kDtype;
       words[count++] = reinterpret_cast<std::int64_t>(object);
       return true;
@@ -194,9 +211,9 @@ struct Told {
     for (Py_ssize_t i = 0; i < length; ++i) {
       PyObject* element = PySequence_GetItem(object, i);
       if (element == nullptr) return false;
-      const bool told = add_any(element, levels - 1);
+      const bool added = add_any(element, levels - 1);
       Py_DECREF(element);
-      if (!told) return false;
+      if (!added) return false;
     }
     return true;
   }
@@ -205,7 +222,7 @@ struct Told {
     Py_ssize_t length = 0;
     const char* bytes = PyUnicode_AsUTF8AndSize(text, &length);
     constexpr Py_ssize_t kWord = sizeof(std::int64_t);
-    if (bytes == nullptr || length > (kMostWords - 1) * kWord) return false;  // no name of a mode is as long
+    if (bytes == nullptr || length > (kMaxWords - 1) * kWord) return false;  // longer than any mode's name
     words[count++] = kText | std::int64_t{length} << 8;
     const Py_ssize_t more = (length + kWord - 1) / kWord;
     if (more > 0) words[count + more - 1] = 0;
@@ -218,108 +235,107 @@ struct Told {
     words[count++] = kBuffers;
     const Py_ssize_t start = count;
     if (Py_TYPE(buffers) == buffers_type) {
-      // Its __dict__ has the fields in their order, and reading that is far quicker than looking each of them up.
+      // Its __dict__ has the fields in their order; to iterate is far quicker than to look each of them up.
       PyObject* own = PyObject_GenericGetDict(buffers, nullptr);
       if (own == nullptr) return false;
-      const bool told = add_values(own);
+      const bool added = add_values(own);
       Py_DECREF(own);
-      if (told) return true;
-      count = start;  // somebody added, removed or deleted attributes
+      if (added) return true;
+      count = start;  // somebody added or deleted attributes
     }
     for (Py_ssize_t i = 0; i < field_count; ++i) {
       PyObject* value = PyObject_GetAttr(buffers, field_names[i]);
       if (value == nullptr) return false;
-      const bool told = add(value);
+      const bool added = add(value);
       Py_DECREF(value);
-      if (!told) return false;
+      if (!added) return false;
     }
     return true;
   }
 
-  // The values of a dictionary whose keys are the names of the fields, or begin with them; false for others.
+  // Adds the values of a dictionary whose first keys are the names of the fields; false for another one.
   bool add_values(PyObject* dictionary) {
     Py_ssize_t position = 0;
     PyObject *name, *value;
     for (Py_ssize_t i = 0; i < field_count; ++i) {
-      if (!PyDict_Next(dictionary, &position, &name, &value) || name != field_names[i] || !has_room()) return false;
+      if (!PyDict_Next(dictionary, &position, &name, &value) || name != field_names[i] || !reserve()) return false;
       if (value == Py_None) {
         words[count++] = kNone;
         continue;
       }
-      Py_INCREF(value);  // to read a tensor of a class of somebody's own may run Python
-      const bool told = add(value);
+      Py_INCREF(value);  // reading a tensor of a user's class may run Python
+      const bool added = add(value);
       Py_DECREF(value);
-      if (!told) return false;
+      if (!added) return false;
     }
     return true;
   }
 };
 
-// ---- finding what was made for arguments ---------------------------------------------------------------------------
-// What was made for equal arguments, the last used first. A call that repeats the last one compares once.
-struct Made {
+// ---- a memo of objects by arguments --------------------------------------------------------------------------------
+// Least recently used last: a call that repeats the previous one compares once.
+struct Entry {
   PyObject* object;
   Py_ssize_t count;
-  std::int64_t words[1];  // as many as count says
+  std::int64_t words[1];  // count words
 };
 
 struct Memo {
-  PyObject_HEAD
-  Py_ssize_t count, most;
-  Made** made;
+  PyObject_HEAD Py_ssize_t count, max_count;
+  Entry** entries;
 };
 
 PyTypeObject* memo_type = nullptr;
 
-bool tell(Told& told, PyObject* const* args, Py_ssize_t count) {
+bool add_all(Fingerprint& fingerprint, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i) {
-    if (!told.add_any(args[i], 2)) {
-      PyErr_Clear();  // whoever checks the arguments says what is wrong with them
+    if (!fingerprint.add_any(args[i], 2)) {
+      PyErr_Clear();  // the checks of the arguments report what is wrong with them
       return false;
     }
   }
   return true;
 }
 
-void put_first(Memo* memo, Made* made, Py_ssize_t before) {
-  std::memmove(memo->made + 1, memo->made, static_cast<std::size_t>(before) * sizeof(Made*));
-  memo->made[0] = made;
+void put_first(Memo* memo, Entry* entry, Py_ssize_t before) {
+  std::memmove(memo->entries + 1, memo->entries, static_cast<std::size_t>(before) * sizeof(Entry*));
+  memo->entries[0] = entry;
 }
 
-// find(arguments...): what keep() was given with equal arguments; None if there is nothing, or nothing can be equal.
+// find(arguments...): the object that keep() got with equal arguments; None if there is none, or nothing can be equal.
 PyObject* memo_find(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  Told told;
-  if (!tell(told, args, count)) Py_RETURN_NONE;
+  Fingerprint wanted;
+  if (!add_all(wanted, args, count)) Py_RETURN_NONE;
   auto* memo = reinterpret_cast<Memo*>(self);
   for (Py_ssize_t i = 0; i < memo->count; ++i) {
-    Made* made = memo->made[i];
-    if (made->count == told.count && std::memcmp(made->words, told.words, told.size()) == 0) {
-      if (i > 0) put_first(memo, made, i);
-      Py_INCREF(made->object);
-      return made->object;
+    Entry* entry = memo->entries[i];
+    if (entry->count == wanted.count && std::memcmp(entry->words, wanted.words, wanted.size()) == 0) {
+      if (i > 0) put_first(memo, entry, i);
+      Py_INCREF(entry->object);
+      return entry->object;
     }
   }
   Py_RETURN_NONE;
 }
 
-// keep(object, arguments...): for find(), in the place of what wasn't used for longest if there is no more.
+// keep(object, arguments...): stores an object for find(); a full memo drops the least recently used one.
 PyObject* memo_keep(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (count < 1) return PyErr_Format(PyExc_TypeError, "keep takes an object and arguments");
-  Told told;
-  if (!tell(told, args + 1, count - 1)) Py_RETURN_NONE;
-  auto* made = static_cast<Made*>(PyMem_Malloc(sizeof(Made) + told.size()));
-  if (made == nullptr) return PyErr_NoMemory();
+  Fingerprint fingerprint;
+  if (!add_all(fingerprint, args + 1, count - 1)) Py_RETURN_NONE;
+  auto* entry = static_cast<Entry*>(PyMem_Malloc(sizeof(Entry) + fingerprint.size()));
+  if (entry == nullptr) return PyErr_NoMemory();
   Py_INCREF(args[0]);
-  made->object = args[0];
-  made->count = told.count;
-  std::memcpy(made->words, told.words, told.size());
+  entry->object = args[0];
+  entry->count = fingerprint.count;
+  std::memcpy(entry->words, fingerprint.words, fingerprint.size());
   auto* memo = reinterpret_cast<Memo*>(self);
-  Made* oldest = memo->count == memo->most ? memo->made[--memo->count] : nullptr;
-  put_first(memo, made, memo->count++);
+  Entry* oldest = memo->count == memo->max_count ? memo->entries[--memo->count] : nullptr;
+  put_first(memo, entry, memo->count++);
   if (oldest != nullptr) {
-    PyObject* gone = oldest->object;
+    PyObject* dropped = oldest->object;
     PyMem_Free(oldest);
-    Py_DECREF(gone);  // last, for it may run Python
+    Py_DECREF(dropped);  // last, since it may run Python
   }
   Py_RETURN_NONE;
 }
@@ -335,35 +351,35 @@ void release(PyObject* self) {
   Py_DECREF(type);
 }
 
-// memo(most): one that keeps that many objects, 1 or more.
-PyObject* memo(PyObject*, PyObject* most) {
-  const Py_ssize_t count = PyLong_AsSsize_t(most);
+// memo(max_count): a memo of at most max_count objects, 1 or more.
+PyObject* memo(PyObject*, PyObject* max_count) {
+  const Py_ssize_t count = PyLong_AsSsize_t(max_count);
   if (count < 1) {
     if (PyErr_Occurred()) return nullptr;
-    return PyErr_Format(PyExc_ValueError, "a memo keeps one object or more, not %zd", count);
+    return PyErr_Format(PyExc_ValueError, "max_count is %zd; a memo has room for 1 object or more", count);
   }
-  auto* made = static_cast<Made**>(PyMem_Calloc(static_cast<std::size_t>(count), sizeof(Made*)));
-  if (made == nullptr) return PyErr_NoMemory();
+  auto* entries = static_cast<Entry**>(PyMem_Calloc(static_cast<std::size_t>(count), sizeof(Entry*)));
+  if (entries == nullptr) return PyErr_NoMemory();
   auto* self = allocated<Memo>(memo_type);
   if (self == nullptr) {
-    PyMem_Free(made);
+    PyMem_Free(entries);
     return nullptr;
   }
   self->count = 0;
-  self->most = count;
-  self->made = made;
+  self->max_count = count;
+  self->entries = entries;
   return reinterpret_cast<PyObject*>(self);
 }
 
 void memo_dealloc(PyObject* self) {
   auto* memo = reinterpret_cast<Memo*>(self);
   while (memo->count > 0) {
-    Made* made = memo->made[--memo->count];
-    PyObject* gone = made->object;
-    PyMem_Free(made);
-    Py_DECREF(gone);
+    Entry* entry = memo->entries[--memo->count];
+    PyObject* dropped = entry->object;
+    PyMem_Free(entry);
+    Py_DECREF(dropped);
   }
-  PyMem_Free(memo->made);
+  PyMem_Free(memo->entries);
   release(self);
 }
 
@@ -371,24 +387,23 @@ void memo_dealloc(PyObject* self) {
 PyTypeObject* plan_type = nullptr;
 
 struct Plan {
-  PyObject_HEAD
-  std::int32_t device;  // whose current stream run() launches on; none if it is negative
-  Py_ssize_t seen_count;
-  std::int64_t seen[kMostArguments * kMostWords];  // the arguments of the last call of run()
-  std::int64_t words[kPlanWords];
+  PyObject_HEAD std::int32_t device;  // run() launches on its current stream; negative on the CPU target
+  Py_ssize_t last_count;
+  std::int64_t last[kMaxArguments * kMaxWords];  // the words of the previous call's arguments
+  std::int64_t words[kPlanWords];                // the kernel's parameters
 };
 
 PyObject* raise_cuda(int code) {
-  return PyErr_Format(PyExc_RuntimeError, "CUDA error %d: %s", code, {{ symbol }}_error(code));
+  return PyErr_Format(PyExc_RuntimeError, "CUDA error %d: %s", code, ONELAUNCH_KERNEL_ERROR(code));
 }
 
 PyObject* launched(const Plan* plan, void* stream) {
-  const int code = {{ symbol }}_launch(plan->words, stream);
+  const int code = ONELAUNCH_KERNEL_LAUNCH(plan->words, stream);
   if (code != 0) return raise_cuda(code);
   Py_RETURN_NONE;
 }
 
-// Reads the integers of a sequence, which must be `count`.
+// Reads a sequence of `count` integers.
 bool read_words(PyObject* sequence, std::int64_t* words, Py_ssize_t count) {
   const Py_ssize_t size = PySequence_Size(sequence);
   if (size < 0) return false;
@@ -406,21 +421,23 @@ bool read_words(PyObject* sequence, std::int64_t* words, Py_ssize_t count) {
   return true;
 }
 
-// launch(first words..., stream): one launch. Arguments are integers; the caller has checked what they mean.
+// launch(first words..., stream): one launch. The arguments are integers that the caller has checked.
 PyObject* plan_launch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (count != kCallWords + 1) {
     return PyErr_Format(PyExc_TypeError, "launch takes %zd integers, got %zd", kCallWords + 1, count);
   }
   auto* plan = reinterpret_cast<Plan*>(self);
-  plan->seen_count = 0;  // the words are no longer those of what run() saw
+  plan->last_count = 0;  // the words are no longer those of run()'s previous call
   for (Py_ssize_t i = 0; i < kCallWords; ++i) plan->words[i] = PyLong_AsLongLong(args[i]);
   void* stream = PyLong_AsVoidPtr(args[kCallWords]);
   if (PyErr_Occurred()) return nullptr;
   return launched(plan, stream);
 }
 
-// Asks owner._check(arguments...) for the first words, and keeps them; `seen` is what they are the words of.
-bool settle(Plan* plan, PyObject* const* args, Py_ssize_t count, const std::int64_t* seen, Py_ssize_t seen_count) {
+// Sets the words that a call sets to what owner._check(arguments...) returns. `fingerprint` is that of the arguments.
+bool update_arguments(
+    Plan* plan, PyObject* const* args, Py_ssize_t count, const std::int64_t* fingerprint,
+    Py_ssize_t fingerprint_count) {
   PyObject* check = PyObject_GetAttrString(args[0], "_check");
   if (check == nullptr) return false;
   PyObject* arguments = PyTuple_New(count - 1);
@@ -428,53 +445,53 @@ bool settle(Plan* plan, PyObject* const* args, Py_ssize_t count, const std::int6
     Py_INCREF(args[i]);
     PyTuple_SetItem(arguments, i - 1, args[i]);
   }
-  PyObject* found = arguments == nullptr ? nullptr : PyObject_CallObject(check, arguments);
+  PyObject* checked = arguments == nullptr ? nullptr : PyObject_CallObject(check, arguments);
   Py_XDECREF(arguments);
   Py_DECREF(check);
-  if (found == nullptr) return false;
+  if (checked == nullptr) return false;
   std::int64_t words[kCallWords + 1];
-  const bool fit = read_words(found, words, kCallWords);
-  Py_DECREF(found);
-  if (!fit) return false;
-  // From here to the launch no Python runs: another thread's call can't come between words and launch.
+  const bool valid = read_words(checked, words, kCallWords);
+  Py_DECREF(checked);
+  if (!valid) return false;
+  // No Python runs from here to the launch, so another thread's call can't come between.
   std::memcpy(plan->words, words, kCallWords * sizeof(std::int64_t));
-  std::memcpy(plan->seen, seen, static_cast<std::size_t>(seen_count) * sizeof(std::int64_t));
-  plan->seen_count = seen_count;
+  std::memcpy(plan->last, fingerprint, static_cast<std::size_t>(fingerprint_count) * sizeof(std::int64_t));
+  plan->last_count = fingerprint_count;
   return true;
 }
 
-// run(owner, arguments...): one launch on the current stream. If the arguments aren't those of the last call, or can't
-// be told from others, owner._check(arguments...) refuses them or says the first words.
+// run(owner, arguments...): one launch on the current stream. Where the arguments differ from the previous call's, or
+// have no fingerprint, owner._check(arguments...) refuses them or returns the words that the call sets.
 PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  if (count < 1 || count > 1 + kMostArguments) {
-    return PyErr_Format(PyExc_TypeError, "run takes an owner and up to %zd arguments, got %zd", kMostArguments, count);
+  if (count < 1 || count > 1 + kMaxArguments) {
+    return PyErr_Format(PyExc_TypeError, "run takes an owner and up to %zd arguments, got %zd", kMaxArguments, count);
   }
   auto* plan = reinterpret_cast<Plan*>(self);
-  std::int64_t now[kMostArguments * kMostWords];
+  std::int64_t now[kMaxArguments * kMaxWords];
   Py_ssize_t now_count = 0;
   for (Py_ssize_t i = 1; i < count; ++i) {
-    const Py_ssize_t more = tell_one(args[i], now + now_count);
+    const Py_ssize_t more = fingerprint_one(args[i], now + now_count);
     now_count += more;
     if (more == 0) {
       now_count = 0;
       break;
     }
   }
-  const bool same = now_count > 0 && now_count == plan->seen_count &&
-                    std::memcmp(now, plan->seen, static_cast<std::size_t>(now_count) * sizeof(std::int64_t)) == 0;
-  if (!same && !settle(plan, args, count, now, now_count)) return nullptr;
+  const bool same = now_count > 0 && now_count == plan->last_count &&
+                    std::memcmp(now, plan->last, static_cast<std::size_t>(now_count) * sizeof(std::int64_t)) == 0;
+  if (!same && !update_arguments(plan, args, count, now, now_count)) return nullptr;
   void* stream = nullptr;
   if (plan->device >= 0 && exchange->current_stream(kCuda, plan->device, &stream) != 0) return nullptr;
   return launched(plan, stream);
 }
 
-// bind(words after the first ones, device): a plan. Where run() isn't called, the device may be left out.
+// bind(words after those that a call sets, device): a plan. The device is for run() alone.
 PyObject* bind(PyObject*, PyObject* args) {
   PyObject* words = nullptr;
   int device = -1;
   if (!PyArg_ParseTuple(args, "O|i", &words, &device)) return nullptr;
   if (device >= 0 && exchange == nullptr) {
-    return PyErr_Format(PyExc_RuntimeError, "reads() comes first: it says where streams are found");
+    return PyErr_Format(PyExc_RuntimeError, "call reads() first: it registers where current streams are found");
   }
   auto* plan = allocated<Plan>(plan_type);
   if (plan == nullptr) return nullptr;
@@ -490,10 +507,11 @@ PyObject* prepare(PyObject*, PyObject* device) {
   const std::int64_t ordinal = PyLong_AsLongLong(device);
   if (PyErr_Occurred()) return nullptr;
   std::int64_t resources[3] = {0, 0, 0};
-  const int code = {{ symbol }}_prepare(ordinal, resources);
+  const int code = ONELAUNCH_KERNEL_PREPARE(ordinal, resources);
   if (code != 0) return raise_cuda(code);
-  return Py_BuildValue("(LLL)", static_cast<long long>(resources[0]), static_cast<long long>(resources[1]),
-                       static_cast<long long>(resources[2]));
+  return Py_BuildValue(
+      "(LLL)", static_cast<long long>(resources[0]), static_cast<long long>(resources[1]),
+      static_cast<long long>(resources[2]));
 }
 
 template <typename Function>
@@ -503,8 +521,7 @@ PyCFunction method(Function* function) {
 
 PyMethodDef plan_methods[] = {
     {"run", method(plan_run), METH_FASTCALL, "run(owner, arguments...): one launch on the current stream."},
-    {"launch", method(plan_launch), METH_FASTCALL,
-     "launch({% for word in call_words %}{{ word }}, {% endfor %}stream): one launch."},
+    {"launch", method(plan_launch), METH_FASTCALL, "launch(" ONELAUNCH_CALL_NAMES "stream): one launch."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -514,12 +531,14 @@ PyType_Slot plan_slots[] = {
     {0, nullptr},
 };
 
-PyType_Spec plan_spec = {"{{ module }}.Plan", sizeof(Plan), 0,
-                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, plan_slots};
+PyType_Spec plan_spec = {
+    ONELAUNCH_TEXT(ONELAUNCH_MODULE) ".Plan", sizeof(Plan), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    plan_slots};
 
 PyMethodDef memo_methods[] = {
-    {"find", method(memo_find), METH_FASTCALL, "find(arguments...): what was kept for equal arguments, or None."},
-    {"keep", method(memo_keep), METH_FASTCALL, "keep(object, arguments...): for find() to find."},
+    {"find", method(memo_find), METH_FASTCALL,
+     "find(arguments...): the object that keep() got with equal arguments, or None."},
+    {"keep", method(memo_keep), METH_FASTCALL, "keep(object, arguments...): stores an object for find()."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -529,24 +548,33 @@ PyType_Slot memo_slots[] = {
     {0, nullptr},
 };
 
-PyType_Spec memo_spec = {"{{ module }}.Memo", sizeof(Memo), 0,
-                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, memo_slots};
+PyType_Spec memo_spec = {
+    ONELAUNCH_TEXT(ONELAUNCH_MODULE) ".Memo", sizeof(Memo), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    memo_slots};
 
 PyMethodDef module_methods[] = {
     {"reads", method(reads), METH_FASTCALL,
-     "reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): what find() and run() read."},
-    {"memo", memo, METH_O, "memo(most): what finds again what was made for arguments."},
-    {"bind", bind, METH_VARARGS, "bind(words, device=-1): a plan with the words that no call changes."},
+     "reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): registers what arguments are read by."},
+    {"memo", memo, METH_O, "memo(max_count): objects by the arguments that they were made for."},
+    {"bind", bind, METH_VARARGS, "bind(words, device=-1): a plan with the parameters that no call sets."},
     {"prepare", prepare, METH_O, "prepare(device): loads the kernel; (registers, shared bytes, local bytes)."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef module_definition = {
-    PyModuleDef_HEAD_INIT, "{{ module }}", nullptr, -1, module_methods, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT,
+    ONELAUNCH_TEXT(ONELAUNCH_MODULE),
+    nullptr,
+    -1,
+    module_methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr};
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit_{{ module }}() {
+extern "C" __attribute__((visibility("default"))) PyObject* ONELAUNCH_JOIN(PyInit_, ONELAUNCH_MODULE)() {
   PyObject* created = PyModule_Create(&module_definition);
   if (created == nullptr) return nullptr;
   plan_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&plan_spec));

@@ -1,0 +1,95 @@
+"""The stores that a build is looked for in, and the temporary one for what the user's cache can't take."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import StoreError
+from . import files, staging
+from .lock import Lock
+from .store import Store, usable_path, warn_once
+from .trust import CACHE_VARIABLE, private
+
+PREBUILT_VARIABLE = "ONELAUNCH_PREBUILT"
+_PREFIX = "onelaunch-"
+
+# The process that made the temporary store, the store, and the lock that keeps it from being swept.
+_fallback: tuple[int, Store, Lock] | None = None
+
+
+def prebuilt() -> list[Store]:
+    """The folders of $ONELAUNCH_PREBUILT, in its order.
+
+    Raises:
+        StoreError: a path in it can't be used, see store.usable_path.
+    """
+    stores = []
+    for name in filter(None, os.environ.get(PREBUILT_VARIABLE, "").split(os.pathsep)):
+        path = usable_path(os.path.expanduser(name), PREBUILT_VARIABLE)
+        if path.is_dir():
+            stores.append(Store(path, read_only=True))
+        else:
+            warn_once(f"{PREBUILT_VARIABLE} names {name}, which isn't a folder; it is passed over.")
+    return stores
+
+
+def tiers(store: Store) -> list[Store]:
+    """Where a build is looked for, in order: prebuilt folders, the user's cache, this process's temporary store."""
+    temporary = [_fallback[1]] if _fallback is not None and _fallback[0] == os.getpid() else []
+    return [*prebuilt(), store, *temporary]
+
+
+def writable(store: Store, key: str = "") -> Store:
+    """The store, or a private temporary one where it can't take a build; with one warning a process.
+
+    Args:
+        key: what will be built; an entry of it that is there and can't be read would be in the way.
+
+    Raises:
+        StoreError: somebody else could have written to the folder or its entries.
+    """
+    try:
+        store.folder("entries")
+    except OSError as error:
+        return fallback(f"The cache folder {error.filename or store.root} can't be used ({error.strerror})")
+    try:
+        store.folder("staging")
+    except OSError as error:
+        return fallback(f"The cache folder {error.filename or store.root} can't be used ({error.strerror})")
+    except StoreError as error:
+        return fallback(f"Nothing is built in {store.root} ({error})")
+    path = store.root / "entries" / key
+    if key and os.path.lexists(path) and store.find(key) is None and os.path.lexists(path):
+        return fallback(f"The cache entry {path} can't be read or replaced")
+    return store
+
+
+def fallback(reason: str) -> Store:
+    """A private temporary store, which is removed when this process ends.
+
+    Those of processes that were killed, or that forked and ended without clean-up, are removed first.
+
+    Args:
+        reason: why it is needed, for the warning.
+    """
+    global _fallback
+    if _fallback is None or _fallback[0] != os.getpid():
+        parent = Path(tempfile.gettempdir()).absolute()
+        staging.sweep(parent, _PREFIX)
+        folder, lock = staging.make(parent, _PREFIX)
+        _fallback = (os.getpid(), Store(private(folder)), lock)
+        atexit.register(_remove, folder, os.getpid())
+    warn_once(
+        f"{reason}; builds go to {_fallback[1].root} and are lost when this process ends. Set {CACHE_VARIABLE} to a "
+        "folder that this process may write and that has room."
+    )
+    return _fallback[1]
+
+
+def _remove(folder: Path, pid: int) -> None:
+    # A forked child runs this too, and the folder is its parent's.
+    if os.getpid() == pid:
+        files.remove(folder)

@@ -1,0 +1,236 @@
+"""The process that builds: what reaches it, what it leaves alone, and which names and folders it gets along with."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from onelaunch import KernelConfig, ToolchainError
+from onelaunch.build import child, process, toolchain
+from onelaunch.cache.store import Store
+from onelaunch.load import loader
+from processes import light_package
+
+SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
+OTHER = SMALL.replace(num_backends=2)
+SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
+REAL = toolchain.find_host_compiler().path
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(loader, "_loaded", {})
+    return Store(tmp_path / "cache")
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Makes $CXX a script that does something before it is the real compiler."""
+
+    def write(text: str, name: str = "c++") -> Path:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'#!/bin/sh\n{text}\nexec {REAL} "$@"\n')
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", shlex.quote(str(path)))
+        return path
+
+    return write
+
+
+def test_nothing_is_imported_from_the_working_folder(tmp_path: Path) -> None:
+    """A file that another user left in /tmp would run as this one."""
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in ("torch", "json", "ninja", "setuptools", "subprocess", "onelaunch", "sitecustomize"):
+        (hostile / f"{name}.py").write_text(f"import os; open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    words = [word for config in (SMALL, OTHER) for word in ("--set", config.settings())]
+    # What the user puts on PYTHONPATH is the user's, but a relative folder is another one to a child.
+    code = "import os; os.environ['PYTHONPATH'] = ':.:hostile'; from onelaunch.cli.main import app; app()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "build", *words, "--jobs", "2"],
+        cwd=hostile,
+        env={**os.environ, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 built" in done.stdout
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_reaches_a_compiler(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: Callable[[str], Path]
+) -> None:
+    """Known variables: what could change the object and not its key stays behind. And this process doesn't change."""
+    names = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
+    names += ("CFLAGS", "CXXFLAGS", "LDFLAGS", "LD_PRELOAD", "NINJA_STATUS", "TORCH_CUDA_ARCH_LIST", "GCC_EXEC_PREFIX")
+    for name in names:
+        monkeypatch.setenv(name, "/somebody's")
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    monkeypatch.setenv("LANG", "de_DE.UTF-8")
+    monkeypatch.setenv("MAX_JOBS", "²")
+    compiler(f'case " $* " in *" -c "*) /usr/bin/env >{tmp_path}/seen; pwd >{tmp_path}/folder;; esac')
+    before = dict(os.environ)
+    loader.load(SMALL, store=store)
+    assert dict(os.environ) == before
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert not {*names, "LANG", "MAX_JOBS"} & set(seen)
+    assert (seen["LC_ALL"], seen["TMPDIR"]) == ("C", child.HERE)
+    assert Path((tmp_path / "folder").read_text()).parent == store.root / "staging"
+
+
+@pytest.mark.nvcc
+def test_flags_that_nvcc_would_append_are_in_no_kernel(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A debug build under the key of a release build would be served to everybody afterwards."""
+    plain = loader.load(SMALL_CUDA, ("90a",), store)
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
+    loader._loaded.clear()
+    again = loader.load(SMALL_CUDA, ("90a",), Store(store.root.with_name("again")))
+    assert (again.key, again.resources) == (plain.key, plain.resources)
+
+
+def test_a_builder_is_used_again_and_replaced_when_it_is_gone(store: Store) -> None:
+    pids = []
+    for number in range(3):
+        loader.load(SMALL.replace(num_backends=number + 3), store=store)
+        builder = process._idle[-1]
+        pids.append(builder._process.pid)
+        if number == 1:
+            os.kill(pids[-1], signal.SIGKILL)
+            builder._process.wait()
+    assert pids[0] == pids[1] != pids[2]
+
+
+def test_a_builder_inherits_no_lock(store: Store, tmp_path: Path, compiler: Callable[[str], Path]) -> None:
+    """Or others would wait for a build whose process is dead. The builder starts while its parent holds the lock."""
+    while process._idle:
+        process._idle.pop().end()
+    compiler(f"ls -l /proc/self/fd >>{tmp_path}/open")
+    loader.load(SMALL, store=store)
+    builder = process._idle[-1]._process.pid
+    open_in_builder = [os.readlink(path) for path in Path(f"/proc/{builder}/fd").iterdir()]
+    assert not [path for path in open_in_builder if str(store.root) in path]
+    assert f"{store.root}/locks" not in (tmp_path / "open").read_text()
+
+
+def test_without_a_name_for_the_interpreter(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program that embeds Python."""
+    while process._idle:
+        process._idle.pop().end()
+    monkeypatch.setattr(sys, "executable", None)
+    with pytest.raises(ToolchainError, match=r"sys\.executable is None: a build runs in a Python of its own"):
+        loader.load(SMALL, store=store)
+
+
+def test_a_process_that_cant_be_started(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    while process._idle:
+        process._idle.pop().end()
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(ToolchainError, match=r"A build can't be started with /no/such/python: No such file"):
+        loader.load(SMALL, store=store)
+    assert list((store.root / "staging").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ names and folders
+
+
+@pytest.mark.parametrize("name", ["a b", "a$b:c|d", "a\nb", "a'b\"c", "ä"])
+def test_a_cache_with_any_name(tmp_path: Path, name: str, store: Store) -> None:
+    """ninja escapes spaces alone; but every path that it sees begins with /proc/self/cwd."""
+    first = loader.load(SMALL, store=Store(tmp_path / name))
+    assert first.path.is_relative_to(tmp_path / name)
+    assert " -c ./main.cpp" in first.manifest["command"]
+
+
+@pytest.mark.nvcc
+def test_a_cuda_cache_with_any_name(tmp_path: Path, store: Store) -> None:
+    assert loader.load(SMALL_CUDA, ("90a",), Store(tmp_path / "a b$c")).path.is_file()
+
+
+def test_a_compiler_with_any_name(store: Store, compiler: Callable[[str, str], Path]) -> None:
+    """As in a virtual environment whose path has a space."""
+    path = compiler("", "my c++ (1)")
+    assert toolchain.find_host_compiler().path == path
+    assert loader.load(SMALL, store=store).path.is_file()
+
+
+def test_a_virtual_environment_with_a_space(store: Store, tmp_path: Path) -> None:
+    """torch names its own folder on the link line, without quotes."""
+    venv = tmp_path / "some one's venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    site = next(venv.glob("lib/python*/site-packages"))
+    # As if it were installed there: each package by a link.
+    packages = Path(torch.__file__).parent.parent
+    for path in packages.iterdir():
+        if path.suffix != ".pth":
+            (site / path.name).symlink_to(path)
+    code = (
+        "import sys; from pathlib import Path; import onelaunch; from onelaunch import KernelConfig;"
+        "from onelaunch.load import loader; from onelaunch.cache.store import Store;"
+        "print(loader.load(KernelConfig(fields=('cache_seqlens',), target='cpu'), store=Store(Path(sys.argv[1]))).path)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(light_package(tmp_path))}
+    done = subprocess.run(
+        [venv / "bin" / "python", "-P", "-c", code, store.root], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_file()
+
+
+def test_a_working_folder_that_is_gone(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert loader.load(SMALL, store=store).path.is_file()
+
+
+@pytest.mark.parametrize("stream", ["closed", "full", "none"])
+def test_a_progress_line_never_fails_a_build(store: Store, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        if stream == "closed":
+            full.close()
+        monkeypatch.setattr(sys, "stderr", None if stream == "none" else full)
+        assert loader.load(SMALL, store=store).path.is_file()
+        monkeypatch.undo()
+        if stream == "full":
+            with pytest.raises(OSError, match="No space left"):
+                full.close()
+
+
+def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
+    """As in a container that runs as any number; the cache is named, so nobody needs a home."""
+    code = """
+import os, pwd
+try:
+    raise SystemExit(f"{pwd.getpwuid(os.getuid())} has a name")
+except KeyError:
+    pass
+from onelaunch import KernelConfig
+from onelaunch.load import loader
+print(loader.load(KernelConfig(fields=("cache_seqlens",), target="cpu")).path)
+"""
+    become = ["unshare", "--user", "--map-user=54321"]
+    if shutil.which("unshare") is None or subprocess.run([*become, "true"], capture_output=True).returncode:
+        pytest.skip("this system gives no user without a name")
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    done = subprocess.run(
+        [*become, sys.executable, "-c", code],
+        env={**environment, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"entries/\w{64}/\w+\.so$", done.stdout)

@@ -1,0 +1,363 @@
+"""Several processes on one cache: locks that end with their holder, leftovers that are swept, a clear beside users."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from onelaunch import StoreError
+from onelaunch.cache import collect, files, lock, staging, tiers
+from onelaunch.cache import store as stores
+from onelaunch.cache.store import TAG, Store
+from processes import until
+
+KEY = "5" * 64
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tiers, "_fallback", None)
+    monkeypatch.setattr(stores, "_warned", set())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
+
+
+@pytest.fixture
+def fork() -> Iterator[Callable[[Callable[[], Any]], int]]:
+    """Starts forked children, which are killed at the end."""
+    started = []
+
+    def start(work: Callable[[], Any]) -> int:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                work()
+                status = 0
+            finally:
+                os._exit(status)
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        try:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            continue
+
+
+def publish(store: Store, key: str = KEY) -> Path:
+    with store.staging() as stage:
+        (stage / "m.so").write_bytes(b"object" * 1000)
+        (stage / "main.cpp").write_bytes(b"int x;\n")
+        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp"}).path
+
+
+# --------------------------------------------------------------------------------------------------------- locks
+
+
+def test_a_lock_keeps_others_out_and_leaves_no_file(store: Store, fork: Any, tmp_path: Path) -> None:
+    """But not of other keys. Eight that wait get it one after the other, although each removes the file."""
+    log = tmp_path / "log"
+
+    def hold() -> None:
+        with store.lock(KEY) as held:
+            assert held.held
+            with open(log, "a", buffering=1) as file:
+                file.write("+\n")
+                time.sleep(0.05)
+                file.write("-\n")
+
+    with store.lock(KEY) as mine:
+        assert mine.held
+        children = [fork(hold) for _ in range(8)]
+        with store.lock("8" * 64) as other:
+            assert other.held
+        time.sleep(0.3)
+        assert not log.exists(), "two held one lock"
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    assert log.read_text() == "+\n-\n" * 8
+    assert list((store.root / "locks").iterdir()) == []
+
+
+def test_the_lock_of_a_removed_file_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the holder ends between another's opening of the file and its lock."""
+    path, real, removed = store.folder("locks") / f"{KEY}.lock", lock.is_held, []
+
+    def after_removal(descriptor: int) -> bool | None:
+        if not removed:
+            removed.append(path.unlink())
+        return real(descriptor)
+
+    monkeypatch.setattr(lock, "is_held", after_removal)
+    with store.lock(KEY) as held:
+        assert held.held
+        assert path.exists(), "others would lock a new file"
+
+
+def test_a_forked_child_doesnt_keep_its_parents_lock(store: Store, fork: Any, tmp_path: Path) -> None:
+    """A child that was forked during a build outlives the builder, which is killed: others build at once."""
+
+    def builder() -> None:
+        with store.lock(KEY), store.staging():
+            if os.fork() == 0:
+                (tmp_path / "child").write_text(str(os.getpid()))
+                time.sleep(60)
+                os._exit(0)
+            time.sleep(60)
+
+    pid = fork(builder)
+    until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "", "the child")
+    child = int((tmp_path / "child").read_text())
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        began = time.monotonic()
+        with store.lock(KEY) as held:
+            assert held.held
+        assert time.monotonic() - began < 5
+        assert len(store.sweep()) == 1, "its staging folder"
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_child_leaves_what_its_parent_holds(store: Store) -> None:
+    """Also when it leaves the blocks itself: the parent's lock, lock file and staging folder stay."""
+    with store.lock(KEY) as held, store.staging() as stage:
+        child = os.fork()
+        if child == 0:
+            try:
+                with lock.hold(store.root / "locks" / f"{'8' * 64}.lock", "", lambda: False):
+                    assert not held.held
+                held.phase("nothing")
+                raise KeyError
+            except KeyError:
+                pass
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+            assert held.held
+            assert stage.is_dir()
+    if child == 0:
+        os._exit(0)
+    assert not stage.exists()
+    assert list((store.root / "locks").iterdir()) == []
+
+
+def test_lock_files_of_killed_processes_are_swept(store: Store, fork: Any) -> None:
+    folder = store.folder("locks")
+    (folder / f"{'1' * 64}.lock").write_text('{"host": "elsewhere", "pid": 1}')
+    (folder / "somebody's.lock").write_text("")
+    (folder / f"{'2' * 64}.lock").symlink_to(store.root / TAG)
+    with store.lock(KEY):
+
+        def sweep() -> None:
+            gone = Store(store.root).sweep()
+            assert gone == [folder / f"{'1' * 64}.lock"], gone
+
+        assert os.waitpid(fork(sweep), 0)[1] == 0
+        assert {path.name for path in folder.iterdir()} == {
+            f"{KEY}.lock",
+            "somebody's.lock",
+            f"{'2' * 64}.lock",
+        }
+    assert (store.root / TAG).is_file()
+
+
+def test_a_lock_file_that_cant_be_opened(store: Store) -> None:
+    """A lock saves work and nothing else, so the work is done without it."""
+    (store.folder("locks") / f"{KEY}.lock").mkdir()
+    with store.lock(KEY) as held:
+        assert not held.held
+        held.phase("compiling")
+
+
+# ------------------------------------------------------------------------------------------------ temporary stores
+
+
+def test_temporary_stores_of_dead_processes_are_swept(tmp_path: Path, fork: Any) -> None:
+    """Killed ones, and forked workers, which end without their parent's clean-up. The living keep theirs."""
+    parent = tmp_path / "temporary"
+
+    def use(end: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            publish(tiers.fallback("It rains"))
+        (tmp_path / f"{end}.{os.getpid()}").touch()
+        if end != "exits":
+            time.sleep(60)
+
+    children = {end: fork(lambda end=end: use(end)) for end in ("is killed", "exits", "lives")}
+    until(lambda: all((tmp_path / f"{end}.{pid}").exists() for end, pid in children.items()), "all stores")
+    os.kill(children["is killed"], signal.SIGKILL)
+    for end in ("is killed", "exits"):
+        os.waitpid(children[end], 0)
+    (parent / "onelaunch-notes").mkdir()
+    with pytest.warns(UserWarning, match="It rains; builds go to"):
+        mine = tiers.fallback("It rains").root
+    left = {path.name for path in parent.iterdir()} - {mine.name, "onelaunch-notes"}
+    assert [name.split(".")[-2] for name in left] == [str(children["lives"])]
+
+
+def test_a_temporary_store_goes_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[Any] = []
+    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
+    with pytest.warns(UserWarning, match="It rains; builds go to"):
+        first = tiers.fallback("It rains")
+    assert tiers.fallback("It rains") is first
+    ((remove, *arguments),) = at_exit
+    child = os.fork()
+    if child == 0:  # it is the parent's: not removed, not used
+        remove(*arguments)
+        unused = first.root.is_dir() and tiers.tiers(first) == [first]
+        os._exit(0 if unused and tiers.fallback("It snows").root != first.root else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    remove(*arguments)
+    assert not first.root.exists()
+    remove(*arguments)
+
+
+def test_folders_of_failed_builds_are_bounded(tmp_path: Path) -> None:
+    old, young = staging.failed_folder(), staging.failed_folder()
+    (old / "build.log").write_text("")
+    os.utime(old, (0, 0))
+    (tmp_path / "temporary" / "other").mkdir()
+    os.utime(tmp_path / "temporary" / "other", (0, 0))
+    new = staging.failed_folder()
+    assert set((tmp_path / "temporary").iterdir()) == {young, new, tmp_path / "temporary" / "other"}
+
+
+# ----------------------------------------------------------------------------------------------- what is removed
+
+
+def test_nothing_is_removed_from_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    """A project's folder, named by mistake: builds go there, and gc, clear, sweeps and the bound leave all of it."""
+    root = tmp_path / "project"
+    for name in ("src", "staging/release.1.0123456789ab", "index", "failed/0123456789abcdef", "damaged", "locks"):
+        (root / name).mkdir(parents=True)
+    root.chmod(0o700)
+    for name in ("index/page.json", "failed/0123456789abcdef/a.log", f"locks/{KEY}.lock", "damaged/goods"):
+        (root / name).write_text("")
+    for path in root.rglob("*"):
+        path.chmod(0o700)
+        os.utime(path, (0, 0))
+    before = sorted(root.rglob("*"))
+    store = Store(root)
+    path = publish(store)
+    assert not store.is_marked
+    for remove in (lambda: collect.collect(store, 0, 0.0), lambda: collect.clear(store)):
+        with pytest.raises(StoreError) as caught:
+            remove()
+        assert str(caught.value) == (
+            f"Nothing is removed from {root}, because it has no {TAG} of onelaunch: something else was in it before "
+            f"the cache. Use an empty folder; or, if all of it is the cache's, copy the {TAG} of another cache into it."
+        )
+    with pytest.warns(UserWarning, match="is above ONELAUNCH_CACHE_MAX_SIZE"):
+        collect.bound(store, "", 0)
+    assert store.sweep() == []
+    assert set(before) <= set(root.rglob("*"))
+    assert path.is_dir()
+    # Another program's tag is none of ours.
+    (root / TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n# made by cargo\n")
+    assert not store.is_marked
+
+
+def test_only_names_of_the_caches_own_are_removed(store: Store, tmp_path: Path) -> None:
+    """Links are not followed, out of the cache or within it."""
+    publish(store)
+    treasure = tmp_path / "treasure"
+    (treasure / ("7" * 64)).mkdir(parents=True)
+    (treasure / ("7" * 64) / "gold").write_text("")
+    own = [
+        store.folder("damaged") / f"{KEY[:16]}.01234567",
+        store.folder("failed") / KEY[:16],
+        store.folder("staging") / "elsewhere.1.0123456789ab",
+    ]
+    for path in own:
+        path.mkdir()
+        (path / "link").symlink_to(treasure)
+        os.utime(path, (0, 0))
+    others = [
+        store.root / name
+        for name in ("damaged/mine", "failed/mine", "staging/mine", "entries/mine", "index/mine.txt", "mine")
+    ]
+    store.folder("index")
+    for path in others:
+        path.write_text("")
+        os.utime(path, (0, 0))
+    (store.folder("entries") / ("7" * 64)).symlink_to(treasure / ("7" * 64))
+    (store.root / "stamps").rename(tmp_path / "stamps")
+    (store.root / "stamps").symlink_to(tmp_path / "stamps")
+    stamp = tmp_path / "stamps" / ("7" * 64)
+    stamp.write_text("")
+    done = collect.collect(store, 0, 0.0)
+    assert set(done.keys) == {KEY, "7" * 64}, "the link itself is the cache's"
+    assert (treasure / ("7" * 64) / "gold").exists()
+    assert stamp.exists()
+    assert not any(path.exists() for path in own)
+    assert all(path.exists() for path in others)
+    publish(store)
+    assert collect.clear(store) > 0
+    assert store.stored_keys() == []
+    assert all(path.exists() for path in others)
+    assert publish(store).is_dir()
+    assert collect.clear(Store(tmp_path / "none")) == 0
+
+
+def test_a_cache_is_marked_when_it_is_made(tmp_path: Path) -> None:
+    """One of an earlier version gets the mark, too; a folder on a disk of its own has lost+found in it."""
+    for name, content in (("new", ()), ("earlier", ("entries", "stamps")), ("disk", ("lost+found",))):
+        for folder in content:
+            (tmp_path / name / folder).mkdir(parents=True, mode=0o700)
+        store = Store(tmp_path / name)
+        publish(store)
+        assert store.is_marked, name
+        assert (store.root / TAG).read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
+    (store.root / TAG).chmod(0o666)
+    assert not store.is_marked, "anybody could have written it"
+
+
+def test_clear_beside_users(store: Store, fork: Any, tmp_path: Path) -> None:
+    """Readers, publishers and clears at once: no warning, no error, and whoever finds an entry finds it whole."""
+    keys = [str(number) * 64 for number in range(4)]
+    end = time.monotonic() + 3
+
+    def use(work: Callable[[Store, str], Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            own, rounds = Store(store.root), 0
+            while time.monotonic() < end:
+                for key in keys:
+                    work(own, key)
+                    rounds += 1
+        (tmp_path / f"done.{os.getpid()}").write_text(json.dumps(rounds))
+
+    def read(own: Store, key: str) -> None:
+        own.find(key)
+        own.stamp(key)
+
+    def build(own: Store, key: str) -> None:
+        with own.lock(key) as held:
+            assert held.held
+            publish(own, key)
+
+    works = [read, build, lambda own, key: collect.clear(own), read, build, lambda own, key: own.sweep()]
+    children = [fork(lambda work=work: use(work)) for work in works]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(works)
+    assert all(int((tmp_path / f"done.{child}").read_text()) > 4 for child in children)
+    assert store.listed("damaged") == []
+    assert files.size_of(store.root) > 0

@@ -1,0 +1,73 @@
+"""Launches and loads that the module refuses, and how a plan presents itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import onelaunch
+import pytest
+import torch
+from onelaunch import LaunchError, MetadataBuffers
+from onelaunch.cli.lab.replay.pool import PagedAllocator
+from onelaunch.errors import ArgumentError
+from onelaunch.load import loader
+from onelaunch.run import api, remembered
+from onelaunch.run.copy_plan import CopyPlan
+from onelaunch.run.destinations import Destinations
+
+
+def buffers(width: int = 4) -> MetadataBuffers:
+    return MetadataBuffers(cache_seqlens=torch.zeros(width, dtype=torch.int32))
+
+
+def test_a_launch_that_is_refused() -> None:
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    plan = onelaunch.bind([buffers()], req_to_token=table)
+    copier = CopyPlan(buffers(), Destinations([buffers()], 1, lambda index, name: name), keep=True)
+    lengths, rows = torch.tensor([5, 6]), torch.tensor([0, 0])
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("cudaErrorUnknown (999)")
+
+    again = (plan, lambda: plan.run(lengths, rows))  # these tensors are known then
+    plan._run = copier._run = refuse
+    for bound, call in (again, again, (copier, lambda: copier.run(bs=2))):
+        with pytest.raises(LaunchError, match=r"wasn't launched on cpu: cudaErrorUnknown \(999\)\.") as caught:
+            call()
+        assert bound.config.symbol in str(caught.value)
+        assert bound.launches == 0
+
+
+def test_a_kernel_that_cant_be_loaded_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(index: int) -> None:
+        raise RuntimeError("no kernel image")
+
+    kernel = SimpleNamespace(archs=("90a",), module=SimpleNamespace(prepare=prepare))
+    monkeypatch.setattr(loader, "load", lambda config, archs: kernel)
+    with pytest.raises(LaunchError, match=r"can't be loaded on cpu: no kernel image\. It was built for sm_90a\."):
+        onelaunch.bind([buffers()], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
+
+
+def test_a_plan_says_what_it_is() -> None:
+    plan = onelaunch.bind([buffers(5)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
+    assert repr(plan) == f"Plan({plan.config.symbol}, device=cpu, capacity=5)"
+
+
+def test_the_table_of_plans_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "_MAX_PLANS", 2)
+    source = buffers()
+    targets = {name: buffers() for name in "abc"}
+    made = []
+    real = api.CopyPlan
+    monkeypatch.setattr(api, "CopyPlan", lambda *args, **kwargs: (made.append(name), real(*args, **kwargs))[1])
+    for name in ("a", "b", "a", "c", "a", "b"):
+        onelaunch.fused_metadata_copy_cuda(source, targets[name])
+    assert made == ["a", "b", "c", "b"], "a was used last when c came, so b went"
+
+
+def test_a_row_that_grows_past_the_table() -> None:
+    allocator = PagedAllocator(max_requests=1, width=8, page_size=4, pages=9, rng=np.random.default_rng(0))
+    row = allocator.admit(4)
+    with pytest.raises(ArgumentError, match=f"9 tokens don't fit row {row}: it is 8 wide"):
+        allocator.grow(row, 9)

@@ -1,0 +1,319 @@
+"""Who could have written what is loaded: every folder above it, and what is loaded is what was verified."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from onelaunch import StoreError
+from onelaunch.cache import tiers, trust
+from onelaunch.cache.manifest import Entry
+from onelaunch.cache.module import EntryChanged, import_entry
+from onelaunch.cache.store import Store
+from users import ALICE, MALLORY, as_user, public_folder
+
+KEY = "5" * 64
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make folders of several users")
+    with public_folder() as folder:
+        yield folder
+
+
+def publish(store: Store, key: str = KEY) -> Entry:
+    with store.staging() as stage:
+        (stage / "m.so").write_bytes(b"object")
+        (stage / "main.cpp").write_bytes(b"int x;\n")
+        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp", "module": "m"})
+
+
+# ----------------------------------------------------------------------------------------------------- the ancestors
+
+
+def folder(path: Path, owner: int = 0, mode: int = 0o755) -> Path:
+    path.mkdir()
+    path.chmod(mode)
+    os.chown(path, owner, owner)
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(StoreError) as caught:
+        trust.check_ancestors(path)
+    return str(caught.value)
+
+
+def test_every_folder_above_is_checked(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another user, or one that others can write, lets its owner exchange the cache for another one."""
+    hers = folder(public / "hers", MALLORY)
+    expected = (
+        f"{hers}, which leads to the kernel cache, belongs to user {MALLORY}, and code from it would run as user 0. "
+        f"Set ONELAUNCH_CACHE_DIR to a folder of your own, or, if you trust everybody who can write there, set "
+        f"ONELAUNCH_SHARED_CACHE=1."
+    )
+    mine = folder(hers / "mine", mode=0o700)
+    assert refused(mine / "cache") == expected
+    # Before anything is made there, and also where all of it is there.
+    with pytest.raises(StoreError, match="which leads to the kernel cache, belongs to user"):
+        tiers.writable(Store(mine / "cache"))
+    for mode in (0o777, 0o775, 0o757):
+        everybodys = folder(public / f"mode-{mode:o}", mode=mode)
+        os.chown(everybodys, 0, MALLORY)
+        assert f"{everybodys}, which leads to the kernel cache, can be written by others (mode {mode:o})" in refused(
+            everybodys / "a" / "cache"
+        )
+    # In a folder with the sticky bit nobody can rename what belongs to another.
+    trust.check_ancestors(folder(public / "sticky", mode=0o1777) / "cache")
+    monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
+    trust.check_ancestors(mine / "cache")
+
+
+def test_links_on_the_way_are_followed_and_checked(public: Path) -> None:
+    """The folder that a link leads to, those above that one, and the link's own owner."""
+    good, hers = folder(public / "good"), folder(public / "hers", MALLORY)
+    folder(hers / "mine", mode=0o700)
+    folder(public / "way")
+    for name, target in (
+        ("absolute", hers / "mine"),
+        ("relative", "../hers/mine"),
+        ("two", "absolute"),
+        ("back", "../hers/mine/../../good"),
+    ):
+        (public / "way" / name).symlink_to(target)
+        assert f"{hers}, which leads to" in refused(public / "way" / name / "cache"), name
+    (public / "way" / "good").symlink_to(good)
+    trust.check_ancestors(public / "way" / "good" / "cache")
+    sticky = folder(public / "sticky", mode=0o1777)
+    (sticky / "link").symlink_to(good)
+    os.chown(sticky / "link", MALLORY, MALLORY, follow_symlinks=False)
+    assert f"{sticky}/link, which leads to" in refused(sticky / "link" / "cache")
+    (public / "way" / "circle").symlink_to("circle")
+    with pytest.raises(OSError, match="Too many levels"):
+        trust.check_ancestors(public / "way" / "circle" / "cache")
+
+
+def test_a_group_of_one_user_is_that_user(public: Path) -> None:
+    """As distributions with umask 002 make home folders: mode 775, and a group of the user's own name."""
+    if not trust._is_own_group(0):
+        pytest.skip("root's group has members")
+    trust.check_ancestors(folder(public / "home", mode=0o775) / "cache")
+    (public / "home").chmod(0o777)
+    assert "can be written by others (mode 777)" in refused(public / "home" / "cache")
+    assert not trust._is_own_group(MALLORY)
+
+
+def test_another_users_parent_is_no_place_for_a_cache(public: Path) -> None:
+    """Seen from a user who is not root, with all owners real."""
+    parent = folder(public / "mallory", MALLORY)
+    cache = folder(parent / "alice", ALICE, 0o700)
+    own = folder(public / "alice", ALICE, 0o700)
+
+    def attempt() -> list[str]:
+        made = [publish(Store(own / "deep" / "cache")).path.name]
+        with pytest.raises(StoreError) as caught:
+            publish(Store(cache / "cache"))
+        return [*made, str(caught.value), oct((own / "deep").stat().st_mode)]
+
+    (key, said, mode), warned = as_user(ALICE, attempt)
+    assert key == KEY
+    assert f"{parent}, which leads to the kernel cache, belongs to user {MALLORY}" in said
+    assert mode == "0o40700"
+    assert warned == []
+
+
+# -------------------------------------------------------------------------------------- what only some users can do
+
+
+def test_a_cache_of_root_is_read_by_everybody(public: Path) -> None:
+    """Its entries, mode and all, are found; what it lacks is built elsewhere. What can't be read isn't damaged."""
+    cache, temporary = public / "cache", folder(public / "tmp", mode=0o1777)
+    store = Store(cache)
+    for key in (KEY, "6" * 64):
+        publish(store, key)
+    subprocess.run(["chmod", "-R", "go+rX", str(cache)], check=True)
+    (cache / "entries" / ("6" * 64) / "m.so").chmod(0o600)
+
+    def attempt() -> list[object]:
+        found = [Store(cache).find(key) is not None for key in (KEY, "6" * 64, "7" * 64)]
+        home = tiers.writable(Store(cache), "7" * 64)
+        publish(home, "7" * 64)
+        return [*found, home.root.is_relative_to(temporary), str(home.root)]
+
+    (*results, root), warned = as_user(ALICE, attempt, TMPDIR=str(temporary))
+    assert results == [True, False, False, True]
+    assert len(warned) == 2
+    assert (
+        f"The cache entry {cache}/entries/{'6' * 64} can't be read (Permission denied); it is passed over." == warned[0]
+    )
+    assert f"{cache} can't be used (Permission denied); builds go to {root}" in warned[1]
+    assert store.listed("damaged") == []
+    assert store.find("6" * 64) is not None
+
+
+@pytest.mark.parametrize("part", ["locks", "entries", "staging"])
+def test_a_part_that_a_user_cant_write(public: Path, part: str) -> None:
+    """One folder of root's in a user's own cache: builds go there without the lock, or to the temporary store."""
+    temporary = folder(public / "tmp", mode=0o1777)
+    own = folder(public / "alice", ALICE, 0o700)
+    cache = own / "cache"
+    as_user(ALICE, lambda: str(publish(Store(cache)).path))
+    folder_of_root = cache / part
+    folder_of_root.mkdir(exist_ok=True)
+    os.chown(folder_of_root, 0, 0)
+    folder_of_root.chmod(0o755)
+
+    def attempt() -> list[object]:
+        store = Store(cache)
+        home = tiers.writable(store, "7" * 64)
+        with home.lock("7" * 64) as held:
+            publish(home, "7" * 64)
+        return [store.find(KEY) is not None, home is store, held.held]
+
+    result, warned = as_user(ALICE, attempt, TMPDIR=str(temporary))
+    assert result == ([True, True, False] if part == "locks" else [True, False, False])
+    assert len(warned) == (0 if part == "locks" else 1), warned
+
+
+def test_an_unreadable_entry_is_no_obstacle(public: Path) -> None:
+    """A key whose entry is there and can't be read is built in the temporary store."""
+    temporary = folder(public / "tmp", mode=0o1777)
+    own = folder(public / "alice", ALICE, 0o700)
+    as_user(ALICE, lambda: str(publish(Store(own / "cache")).path))
+    entry = own / "cache" / "entries" / KEY
+    os.chown(entry, 0, 0)
+    entry.chmod(0o700)
+
+    def attempt() -> list[bool]:
+        store = Store(own / "cache")
+        home = tiers.writable(store, KEY)
+        return [home is store, publish(home).path.is_relative_to(temporary), tiers.writable(store) is store]
+
+    result, warned = as_user(ALICE, attempt, TMPDIR=str(temporary))
+    assert result == [False, True, True]
+    assert any("can't be read or replaced; builds go to" in text for text in warned)
+
+
+# ------------------------------------------------------------------------------------------- what is loaded is it
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two real modules of one name, whose number differs."""
+    folder = tmp_path_factory.mktemp("objects")
+    made = []
+    for number in (1, 2):
+        source = folder / f"m{number}.cpp"
+        source.write_text(f"""
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+static PyObject* number(PyObject*, PyObject*) {{ return PyLong_FromLong({number}); }}
+static PyMethodDef methods[] = {{{{"number", number, METH_NOARGS, nullptr}}, {{}}}};
+static PyModuleDef definition = {{PyModuleDef_HEAD_INIT, "m", nullptr, -1, methods}};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit_m() {{ return PyModule_Create(&definition); }}
+""")
+        made.append(folder / f"m{number}.so")
+        include = subprocess.run(
+            [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('include'))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        subprocess.run(["c++", "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(made[-1])], check=True)
+    return made
+
+
+def real(store: Store, key: str, object_file: Path) -> Entry:
+    with store.staging() as stage:
+        shutil.copy(object_file, stage / "m.so")
+        (stage / "main.cpp").write_text("")
+        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp", "module": "m"})
+
+
+def test_kernels_never_stand_for_each_other(tmp_path: Path, objects: list[Path]) -> None:
+    """Descriptor numbers recur, and so do names of modules; glibc and Python take a known name for the same object."""
+    store = Store(tmp_path / "cache")
+    entries = [real(store, str(number) * 64, path) for number, path in enumerate(objects, 1)]
+    before = len(os.listdir("/proc/self/fd"))
+    loaded = []
+    for _ in range(70):
+        for number, entry in enumerate(entries, 1):
+            module = import_entry(entry)
+            assert module.number() == number
+            assert module.__file__ == str(entry.module_path)
+            loaded.append(module)
+    assert len(os.listdir("/proc/self/fd")) == before
+    # After a removal the number of the file may go to the next one, but not while the object is loaded.
+    shutil.rmtree(entries[0].path)
+    again = real(store, "3" * 64, objects[1])
+    assert import_entry(again).number() == 2
+    assert loaded[0].number() == 1
+    gc.collect()
+
+
+def test_what_is_loaded_is_what_was_verified(
+    tmp_path: Path, objects: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exchange of files after the verification has no effect, whenever it comes."""
+    store = Store(tmp_path / "cache")
+    entry = real(store, "1" * 64, objects[0])
+    check = Entry.open
+
+    def exchange_after(self: Entry, name: str) -> int:
+        descriptor = check(self, name)
+        entry.path.rename(tmp_path / "aside")
+        shutil.copytree(real(store, "2" * 64, objects[1]).path, entry.path)
+        return descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Entry, "open", exchange_after)
+        assert import_entry(entry).number() == 1
+    # Exchanged between find and load.
+    with pytest.raises(EntryChanged, match=r"changed while it was loaded: m\.so isn't the file that was published"):
+        import_entry(entry)
+    shutil.rmtree(entry.path)
+    with pytest.raises(EntryChanged, match=r"changed while it was loaded: .*No such file"):
+        import_entry(entry)
+
+
+def test_an_entry_that_isnt_expected_or_cant_run(tmp_path: Path, objects: list[Path]) -> None:
+    store = Store(tmp_path / "cache")
+    entry = real(store, "1" * 64, objects[0])
+    with pytest.raises(StoreError, match="isn't the build that was requested"):
+        import_entry(entry, {"config": {}})
+    with pytest.raises(StoreError, match=r"m\.so can't be loaded: .*Remove .*, and it is built here"):
+        import_entry(publish(store))
+    assert import_entry(entry, {"module": "m"}).number() == 1
+
+
+def test_an_attacker_beside_a_loader(public: Path, objects: list[Path]) -> None:
+    """A user who owns a parent exchanges two folders all the time; nothing of it is ever loaded."""
+    parent = folder(public / "parent", MALLORY)
+    for number, name in enumerate(("good", "bad")):
+        real(Store(public / name), "1" * 64, objects[number])
+    cache, other, third = parent / "cache", parent / "other", parent / "third"
+    (public / "good").rename(cache)
+    (public / "bad").rename(other)
+    attacker = os.fork()
+    if attacker == 0:
+        os.setgid(MALLORY)
+        os.setuid(MALLORY)
+        while True:
+            for old, new in ((cache, third), (other, cache), (third, other)):
+                os.rename(old, new)
+    try:
+        for _ in range(200):
+            with pytest.raises(StoreError, match=f"parent, which leads to the kernel cache, belongs to user {MALLORY}"):
+                Store(cache).find("1" * 64)
+    finally:
+        os.kill(attacker, signal.SIGKILL)
+        os.waitpid(attacker, 0)
