@@ -27,7 +27,6 @@ constexpr int kThreads = 256;  // per block
 constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
 constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
 using SeqLen = std::int64_t;
@@ -122,6 +121,7 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
 // ---- running sums ------------------------------------------------------------------------------------------------
 // T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
 // may not wrap has 64 bits.
+constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
 // The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
 template <typename T>
@@ -493,7 +493,7 @@ __device__ __forceinline__ void write_held_pages(
   std::int32_t token = 0;
 #pragma unroll
   for (int u = 0; u < kAccesses; ++u) {
-    const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
+    const std::int32_t found = __shfl_sync(0xffffffffu, word_of(words[u], before % kVectorWords), holder);
     if (column / kGroup == u) token = found;
   }
   if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);

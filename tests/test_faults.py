@@ -260,10 +260,7 @@ FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
         (FULL, "No space left on device"),
     ),
     "it fails without a word": ("exit 1", ("didn't compile",)),
-    "its words are no UTF-8": (
-        r"printf 'main.cpp:1: \377 \303\n' >&2; exit 1",
-        ("didn't compile: .*main.cpp:1: \ufffd",),
-    ),
+    "its words are no UTF-8": (r"printf 'c++: error: \377\n' >&2; exit 1", ("didn't compile: c\\+\\+: error: \ufffd",)),
     "the link makes garbage": (
         '[ "$step" = link ] && { head -c 4096 /dev/zero >"$out"; exit 0; }',
         ("was built and can't be loaded", "invalid ELF header"),
@@ -369,7 +366,7 @@ def test_the_process_is_killed_during_the_build(
     environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(store.root)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (store.root / "entries").exists()
+    assert store.stored_keys() == []
     # Nor does anything of the build go on.
     compiling = Path("/proc") / Path(f"{pid}.compiler").read_text().strip()
     until(lambda: not compiling.exists() or " Z " in (compiling / "stat").read_text(), "the compiler ended")
@@ -462,7 +459,6 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
 
 def a_build_of_nothing(recipe: Recipe, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
     """The files of a build, as a compiler would have left them, and no compiler."""
-    (stage / "stubs").mkdir()
     for file in (f"{recipe.module}.so", "main.cpp", "build.ninja", "main.o"):
         (stage / file).write_text("x")
     return compiler.Build(f"{recipe.module}.so", "main.cpp", "c++ -c", 1.0, {}, {})
@@ -575,7 +571,7 @@ def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told by the command too, as one sentence. (Root may write anywhere, so the question itself is answered.)"""
+    """The command says so, too, in one sentence. (Root may write anywhere, so os.access itself is replaced.)"""
     root = store.root
     access = os.access
     with monkeypatch.context() as patch:
@@ -583,10 +579,7 @@ def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.Monk
         fresh = Store(root)
         patch.setattr(loader, "default_store", lambda: fresh)
         # Nor may the temporary folder be written.
-        with (
-            pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "),
-            pytest.raises(StoreError, match="can't be used: Permission denied") as caught,
-        ):
+        with pytest.raises(StoreError, match="can't be used: Permission denied") as caught:
             loader.load(SMALL)
         result = CliRunner().invoke(app, ["build", "--set", SMALL.settings()])
     assert "Set ONELAUNCH_CACHE_DIR to a folder that this process may write." in str(caught.value)
@@ -596,7 +589,9 @@ def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.Monk
     no_spare(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(
-            os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == root) and access(path, mode)
+            os,
+            "access",
+            lambda path, mode: not (mode & os.W_OK and Path(path).is_relative_to(root)) and access(path, mode),
         )
         with pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "):
             kernel = loader.load(SMALL)

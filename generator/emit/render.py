@@ -74,6 +74,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     files = device_files(config)
     return {
         "config": config,
+        "target": config.target,
         "symbol": config.symbol,
         "banner": _banner(config),
         "regenerate": _regenerate(config),

@@ -1187,7 +1187,7 @@ MUTATIONS = [
         "that lane's value is undefined",
         DECODE,
         LONG,
-        "settings.cu.j2",
+        "device/running_sum.cuh",
         r"kFullMask = 0xffffffffu",
         "kFullMask = 0x7fffffffu",
         "none",
