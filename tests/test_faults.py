@@ -369,7 +369,7 @@ def test_the_process_is_killed_during_the_build(
     environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(store.root)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (store.root / "entries").exists()
+    assert store.stored_keys() == []
     # Nor does anything of the build go on.
     compiling = Path("/proc") / Path(f"{pid}.compiler").read_text().strip()
     until(lambda: not compiling.exists() or " Z " in (compiling / "stat").read_text(), "the compiler ended")
@@ -583,10 +583,7 @@ def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.Monk
         fresh = Store(root)
         patch.setattr(loader, "default_store", lambda: fresh)
         # Nor may the temporary folder be written.
-        with (
-            pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "),
-            pytest.raises(StoreError, match="can't be used: Permission denied") as caught,
-        ):
+        with pytest.raises(StoreError, match="can't be used: Permission denied") as caught:
             loader.load(SMALL)
         result = CliRunner().invoke(app, ["build", "--set", SMALL.settings()])
     assert "Set ONELAUNCH_CACHE_DIR to a folder that this process may write." in str(caught.value)

@@ -31,7 +31,11 @@ def make(parent: Path, prefix: str = "") -> tuple[Path, lock.Lock]:
     """
     path = parent / f"{prefix}{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
     trust.private(path)
-    return path, lock.hold_folder(path)
+    try:
+        return path, lock.hold_folder(path)
+    except OSError:
+        files.remove(path)
+        raise
 
 
 @contextlib.contextmanager
