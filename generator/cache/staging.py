@@ -31,11 +31,7 @@ def make(parent: Path, prefix: str = "") -> tuple[Path, lock.Lock]:
     """
     path = parent / f"{prefix}{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
     trust.private(path)
-    try:
-        return path, lock.hold_folder(path)
-    except OSError:
-        files.remove(path)
-        raise
+    return path, lock.hold_folder(path)
 
 
 @contextlib.contextmanager
