@@ -145,7 +145,7 @@ def test_a_process_that_cant_be_started(store: Store, monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------------------------------ names and folders
 
 
-@pytest.mark.parametrize("name", ["a b", "a$b:c|d", "a\nb", "a'b\"c", "ä\udcff"])
+@pytest.mark.parametrize("name", ["a b", "a$b:c|d", "a\nb", "a'b\"c", "ä"])
 def test_a_cache_with_any_name(tmp_path: Path, name: str, store: Store) -> None:
     """ninja escapes spaces alone; but every path that it sees begins with /proc/self/cwd."""
     first = loader.load(SMALL, store=Store(tmp_path / name))

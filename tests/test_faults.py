@@ -260,10 +260,7 @@ FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
         (FULL, "No space left on device"),
     ),
     "it fails without a word": ("exit 1", ("didn't compile",)),
-    "its words are no UTF-8": (
-        r"printf 'main.cpp:1: \377 \303\n' >&2; exit 1",
-        ("didn't compile: .*main.cpp:1: \ufffd",),
-    ),
+    "its words are no UTF-8": (r"printf 'c++: error: \377\n' >&2; exit 1", ("didn't compile: c\\+\\+: error: \ufffd",)),
     "the link makes garbage": (
         '[ "$step" = link ] && { head -c 4096 /dev/zero >"$out"; exit 0; }',
         ("was built and can't be loaded", "invalid ELF header"),
@@ -462,7 +459,6 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
 
 def a_build_of_nothing(recipe: Recipe, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
     """The files of a build, as a compiler would have left them, and no compiler."""
-    (stage / "stubs").mkdir()
     for file in (f"{recipe.module}.so", "main.cpp", "build.ninja", "main.o"):
         (stage / file).write_text("x")
     return compiler.Build(f"{recipe.module}.so", "main.cpp", "c++ -c", 1.0, {}, {})
@@ -575,7 +571,7 @@ def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told by the command too, as one sentence. (Root may write anywhere, so the question itself is answered.)"""
+    """The command says so, too, in one sentence. (Root may write anywhere, so os.access itself is replaced.)"""
     root = store.root
     access = os.access
     with monkeypatch.context() as patch:
@@ -593,7 +589,9 @@ def test_a_folder_that_may_not_be_written(store: Store, monkeypatch: pytest.Monk
     no_spare(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(
-            os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == root) and access(path, mode)
+            os,
+            "access",
+            lambda path, mode: not (mode & os.W_OK and Path(path).is_relative_to(root)) and access(path, mode),
         )
         with pytest.warns(UserWarning, match=r"can't be used \(Permission denied\); builds go to "):
             kernel = loader.load(SMALL)

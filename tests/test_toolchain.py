@@ -490,7 +490,7 @@ def test_a_binarys_answer_is_remembered_until_it_changes(tmp_path: Path) -> None
     link.unlink()
     link.symlink_to(binary(tmp_path / "gcc-14" / "g++", "upgraded"))
     assert [answered(link), answered(link)] == [1, 0]
-    file = tmp_path / "cache" / programs.ANSWERS_FILE
+    file = tmp_path / "cache" / "index" / f"{programs.ANSWERS_NOTE}.json"
     for text in ("[]", "{", '{"a": 1}', '{"a": {}}', file.read_text().replace('"13.0"', "13")):
         file.write_text(text)
         assert [answered(link), answered(link)] == [1, 0], text

@@ -17,7 +17,7 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
     """The architectures to build for, such as ("90a",).
 
     Args:
-        device: index of the CUDA device to build for. With None no GPU is asked: CUDA isn't initialised and
+        device: index of the CUDA device to build for. With None no GPU is queried: CUDA isn't initialised and
             torch isn't imported.
 
     $ONELAUNCH_CUDA_ARCH, a comma list such as "90a,100a", decides if it is set. Otherwise it is the device's
@@ -39,7 +39,7 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
         major, minor = torch.cuda.get_device_capability(device)
     except (AssertionError, RuntimeError) as error:
         raise ToolchainError(
-            f"CUDA device {device} can't be asked for its architecture: {error}. Use one of the"
+            f"CUDA device {device} doesn't answer which architecture it has: {error}. Use one of the"
             f" {torch.cuda.device_count()} visible devices, or set {ARCHITECTURE_VARIABLE}."
         ) from error
     # "a" unlocks the instructions of exactly this architecture, which exist since 9.0.

@@ -94,7 +94,7 @@ def oldest_driver(cuda: str, archs: Sequence[str]) -> str:
 
 
 def host() -> dict[str, Any]:
-    """What this host has of what requirements() names; what can't be told is left out. CUDA isn't initialised."""
+    """What this host has of what requirements() names; what can't be found out is left out. CUDA isn't initialised."""
     found: dict[str, Any] = {"machine": platform.machine()}
     library, version = platform.libc_ver()
     if library == "glibc":

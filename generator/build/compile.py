@@ -50,7 +50,7 @@ class Build:
         module_file, source_file: names of the shared object and the emitted source in the folder.
         command: the compiler command of the emitted source.
         seconds: wall time.
-        resources: registers, stack, shared and local bytes by architecture, where cuobjdump could be asked.
+        resources: registers, stack, shared and local bytes by architecture, where there is a cuobjdump.
         requires: what a host must have to run it, see binary.requirements.
     """
 

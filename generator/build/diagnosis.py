@@ -50,7 +50,7 @@ _HINTS = (
     (r"cannot find -l", "A library is missing: `onelaunch doctor` checks the toolchain."),
     (r"Unsupported gpu architecture", "This nvcc doesn't know the architecture: choose another or a newer toolkit."),
 )
-# The line that says most, best first.
+# Patterns of the most informative line, best first.
 _FIRST_ERROR = (r"\berror\b|undefined reference|cannot find|Killed", r"not found$", r"^FAILED: ", r"\S")
 
 

@@ -20,7 +20,7 @@ class HostCompiler:
     """A C++ compiler that answers ``--version``.
 
     Attributes:
-        path: absolute path, symbolic links kept.
+        path: absolute path, symbolic links not resolved.
         version: first line of ``--version`` without the program's name, the identity that goes into keys.
         origin: where it was found, and which setting of the environment had to be skipped for it.
         flags: what $CXX says after the compiler's name, such as ("--sysroot=/x",).

@@ -29,7 +29,7 @@ class Rejected(Exception):
 
 
 def locate(name: str) -> Path:
-    """The absolute path of a program, symbolic links kept: clang++ and ccache's links go by the name they are called.
+    """The absolute path of a program, symbolic links not resolved: clang++ and ccache go by the name they are called.
 
     Raises:
         Rejected: there is none.
@@ -79,7 +79,7 @@ def version_of(program: Path) -> str:
 def answer(program: Path, ask: Callable[[Path], str]) -> str:
     """ask(program), or what it gave an earlier process, as long as the binary is the same file.
 
-    A script or a launcher stands for a program that this function can't see, so it is asked each time.
+    A script or a launcher stands for a program that this function can't see, so it runs each time.
     """
     state = _state(program)
     if state is None:
@@ -93,7 +93,7 @@ def answer(program: Path, ask: Callable[[Path], str]) -> str:
 
 
 def save_answers() -> None:
-    """Writes what this process asked for to the user's cache folder, if there is one. A failure costs only time."""
+    """Writes the new answers to the user's cache folder, if there is one. A failure costs only time."""
     if not _new_answers:
         return
     with contextlib.suppress(OSError, StoreError):
@@ -107,7 +107,7 @@ def save_answers() -> None:
 
 
 def reset() -> None:
-    """Forgets what this process asked for and didn't save."""
+    """Forgets the answers that this process got and didn't save."""
     _new_answers.clear()
 
 

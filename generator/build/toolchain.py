@@ -1,6 +1,6 @@
 """The compilers of a build: found, checked against each other, and named by their versions. No variable need be set.
 
-Nothing runs at import. A search starts a few short programs when it is first asked for; its result stays for the
+Nothing runs at import. The first search starts a few short programs; its result stays for the
 process, and what a binary answers stays for later processes (see programs.answer).
 """
 

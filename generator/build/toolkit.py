@@ -189,7 +189,7 @@ def known_architectures(nvcc: Path) -> tuple[str, ...]:
     """What an nvcc can build for, such as ("80", "90", "90a").
 
     Raises:
-        ToolchainError: it can't be asked.
+        ToolchainError: it doesn't run.
     """
     return _known_architectures(nvcc)
 
@@ -200,7 +200,7 @@ def _known_architectures(nvcc: Path) -> tuple[str, ...]:
     try:
         text = run(nvcc, "--help")[1]
     except Rejected as why:
-        raise ToolchainError(f"nvcc can't be asked for its architectures: {why}. Reinstall CUDA.") from None
+        raise ToolchainError(f"nvcc doesn't say which architectures it supports: {why}. Reinstall CUDA.") from None
     names = set(re.findall(r"\bsm_(\d+[af]?)\b", text))
     return tuple(sorted(names, key=lambda name: (version_numbers(name), name)))
 

@@ -69,7 +69,7 @@ def recall(store: Store, key: str) -> CompileError | None:
 
 
 def mark(store: Store, key: str) -> str:
-    """What tells one failure of a key from the next, whatever the clock says; "" if there is none."""
+    """The identity of a key's latest failure, independent of clocks; "" if there is none."""
     noted = _record(store, key)
     return "" if noted is None else noted["id"]
 

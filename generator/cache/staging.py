@@ -30,8 +30,12 @@ def make(parent: Path, prefix: str = "") -> tuple[Path, lock.Lock]:
         StoreError, OSError: see trust.private.
     """
     path = parent / f"{prefix}{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
-    trust.private(path)
-    return path, lock.hold_folder(path)
+    try:
+        trust.private(path)
+        return path, lock.hold_folder(path)
+    except BaseException:
+        files.remove(path)
+        raise
 
 
 @contextlib.contextmanager

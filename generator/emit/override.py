@@ -10,13 +10,11 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..cache.trust import SHARED_VARIABLE, shared
 from ..errors import StoreError
-
-if TYPE_CHECKING:
-    from ..spec.config import KernelConfig
+from ..spec.config import KernelConfig
+from . import render as emission
 
 OVERRIDE_VARIABLE = "ONELAUNCH_OVERRIDE_DIR"
 
@@ -43,9 +41,10 @@ def edited(config: KernelConfig) -> Edited | None:
     name = os.environ.get(OVERRIDE_VARIABLE)
     if not name:
         return None
-    folder = Path(name).absolute()
-    path = folder / f"{config.symbol}.cu"
+    path = Path(name) / f"{config.symbol}.cu"
     try:
+        folder = Path(name).absolute()  # fails where the working folder is gone
+        path = folder / path.name
         _check(folder)
         if not path.exists():
             return None
@@ -57,17 +56,7 @@ def edited(config: KernelConfig) -> Edited | None:
             f"{OVERRIDE_VARIABLE} is {name} and {getattr(error, 'filename', None) or path} can't be read: {reason}. "
             "Name a folder of edited kernels, or unset the variable."
         ) from error
-    from .render import render
-
-    return None if text == render(config) else Edited(path, text)
-
-
-def source(config: KernelConfig) -> str:
-    """What is compiled for a configuration: its edited source, else the emitted one."""
-    from .render import render
-
-    edit = edited(config)
-    return edit.text if edit else render(config)
+    return None if text == emission.render(config) else Edited(path, text)
 
 
 def _check(path: Path) -> None:

@@ -110,7 +110,7 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
         config: the configuration.
         archs: GPU architectures, such as ("90a",); None is toolchain.current_architectures(). Ignored on the CPU
             target.
-        store: where builds are kept; None is the user's. The folders of $ONELAUNCH_PREBUILT come before it.
+        store: where builds are; None is the user's. The folders of $ONELAUNCH_PREBUILT come before it.
 
     Raises:
         ToolchainError: a build is needed and a tool is missing or doesn't fit the others.
