@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -25,7 +26,6 @@ constexpr int kThreads = 256;  // per block
 constexpr int kResidentBlocks = 5;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kLengthSets = kBackends;  // lengths of a request: one for all backends, or one each
 constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
 using SeqLen = std::int64_t;
@@ -90,6 +90,7 @@ __device__ __forceinline__ void check_capacity(const Params&, std::int64_t, std:
 // ---- running sums ------------------------------------------------------------------------------------------------
 // T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
 // may not wrap has 64 bits.
+constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
 // The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
 template <typename T>
@@ -155,10 +156,16 @@ __device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::
   }
 }
 
-// ---- lengths -----------------------------------------------------------------------------------------------------
-// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
-__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
-  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+// ---- arithmetic that wraps ---------------------------------------------------------------------------------------
+// wrap(bits(a) + b) is a sum that wraps at 2^32, as PyTorch's int32 does; signed overflow is undefined in C++.
+template <typename T>
+__device__ __forceinline__ std::make_unsigned_t<T> bits(T value) {
+  return static_cast<std::make_unsigned_t<T>>(value);
+}
+
+template <typename T>
+__device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
+  return static_cast<std::make_signed_t<T>>(value);
 }
 
 // ---- whose tile it is --------------------------------------------------------------------------------------------
@@ -322,11 +329,11 @@ __device__ void refresh_vectors(const Params& p, int b) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
     const std::int32_t base_len = present ? request_length(p, request) : 0;
-    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
-    const std::int32_t kv_indptr = wrapping_add(base_len > 0 ? base_len : 0, offset);
-    const std::uint32_t kv_indptr_end = kv_indptr_sum.add(static_cast<std::uint32_t>(kv_indptr));
+    [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
+    const std::int32_t kv_indptr = wrap(bits(max(base_len, 0)) + offset);
+    const std::uint32_t kv_indptr_end = kv_indptr_sum.add(bits(kv_indptr));
     if (!present) continue;
-    store(p.kv_indptr, b, request + 1, static_cast<std::int32_t>(kv_indptr_end));
+    store(p.kv_indptr, b, request + 1, wrap(kv_indptr_end));
   }
 }
 

@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -61,7 +62,7 @@ struct Params {
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
-  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
+  Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int64_t real_page_table_width;  // columns
@@ -133,10 +134,16 @@ __device__ __forceinline__ T floor_div(T value, int divisor) {
   return value / divisor - (value % divisor < 0 ? 1 : 0);
 }
 
-// ---- lengths -----------------------------------------------------------------------------------------------------
-// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
-__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
-  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+// ---- arithmetic that wraps ---------------------------------------------------------------------------------------
+// wrap(bits(a) + b) is a sum that wraps at 2^32, as PyTorch's int32 does; signed overflow is undefined in C++.
+template <typename T>
+__device__ __forceinline__ std::make_unsigned_t<T> bits(T value) {
+  return static_cast<std::make_unsigned_t<T>>(value);
+}
+
+template <typename T>
+__device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
+  return static_cast<std::make_signed_t<T>>(value);
 }
 
 // ---- where rows end: at the same column in all destinations ------------------------------------------------------
@@ -325,10 +332,9 @@ __device__ void refresh_vectors(const Params& p, int b) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
     const std::int32_t base_len = present ? request_length(p, request) : 0;
-    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
-    const std::int32_t cache_seqlens = seq_len;
+    [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     if (!present) continue;
-    store(p.cache_seqlens, b, request, cache_seqlens);
+    store(p.cache_seqlens, b, request, seq_len);
   }
 }
 

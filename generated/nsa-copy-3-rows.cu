@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -49,7 +50,7 @@ struct Params {
   Table from_page_indices;  // precomputed
   Table page_indices[kBackends];  // [R, W]
   Table from_real_page_table;  // precomputed
-  Table real_page_table[kBackends];  // [R, ceil(W / P)]
+  Table real_page_table[kBackends];  // [R, ceil(W / page_size)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int32_t* from_cache_seqlens;  // precomputed

@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -48,7 +49,7 @@ struct Params {
   Table from_page_indices;  // precomputed
   Table page_indices[kBackends];  // [bs, W]
   Table from_real_page_table;  // precomputed
-  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
+  Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int32_t* from_cache_seqlens;  // precomputed

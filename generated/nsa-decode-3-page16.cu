@@ -17,6 +17,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -26,14 +27,12 @@ constexpr int kThreads = 256;  // per block
 constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
 constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
 using SeqLen = std::int64_t;
 constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
 constexpr int kNextN = 1;  // rows of a request
 constexpr std::int32_t kIndexTopk = 2048;  // tokens
-constexpr int kIndexKpool = 1;  // tokens or pages of a pool
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
@@ -66,7 +65,7 @@ struct Params {
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
   Table page_indices[kBackends];  // [bs, W]
-  Table real_page_table[kBackends];  // [bs, ceil(W / P)]
+  Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // multiprocessors of the device
   std::int32_t* cache_seqlens[kBackends];  // [bs]
@@ -118,6 +117,7 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
 // ---- running sums ------------------------------------------------------------------------------------------------
 // T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
 // may not wrap has 64 bits.
+constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
 // The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
 template <typename T>
@@ -190,21 +190,16 @@ __device__ __forceinline__ T floor_div(T value, int divisor) {
   return value / divisor - (value % divisor < 0 ? 1 : 0);
 }
 
-// ---- lengths -----------------------------------------------------------------------------------------------------
-// The sum, which wraps at 2^32 as it does in PyTorch's int32; signed overflow is undefined in C++.
-__device__ __forceinline__ std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
-  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+// ---- arithmetic that wraps ---------------------------------------------------------------------------------------
+// wrap(bits(a) + b) is a sum that wraps at 2^32, as PyTorch's int32 does; signed overflow is undefined in C++.
+template <typename T>
+__device__ __forceinline__ std::make_unsigned_t<T> bits(T value) {
+  return static_cast<std::make_unsigned_t<T>>(value);
 }
 
-// ---- lengths of sparse attention ---------------------------------------------------------------------------------
-// The tokens of a length that sparse attention reads: at most kIndexTopk in complete pools, and every token behind
-// the last complete pool.
-__device__ __forceinline__ std::int32_t nsa_length(std::int32_t length) {
-  if constexpr (kIndexKpool == 1) return length < kIndexTopk ? length : kIndexTopk;
-  const std::int32_t remainder = length % kIndexKpool;
-  const std::int32_t tail = remainder < 0 ? remainder + kIndexKpool : remainder;
-  const std::int32_t complete = length - tail;
-  return (complete < kIndexTopk ? complete : kIndexTopk) + tail;
+template <typename T>
+__device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
+  return static_cast<std::make_signed_t<T>>(value);
 }
 
 // ---- where rows end: at the same column in all destinations ------------------------------------------------------
@@ -486,7 +481,7 @@ __device__ __forceinline__ void write_held_pages(
   std::int32_t token = 0;
 #pragma unroll
   for (int u = 0; u < kAccesses; ++u) {
-    const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
+    const std::int32_t found = __shfl_sync(0xffffffffu, word_of(words[u], before % kVectorWords), holder);
     if (column / kGroup == u) token = found;
   }
   if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);
@@ -757,18 +752,15 @@ __device__ void refresh_vectors(const Params& p, int b) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
     const std::int32_t base_len = present ? request_length(p, request) : 0;
-    [[maybe_unused]] const std::int32_t seq_len = wrapping_add(base_len, offset);
-    const std::int32_t cache_seqlens = seq_len;
-    const std::int32_t cu_seqlens_k = seq_len;
-    const std::int32_t nsa_cache_seqlens = nsa_length(seq_len);
-    const std::int32_t nsa_cu_seqlens_k = nsa_length(seq_len);
-    const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(static_cast<std::uint32_t>(cu_seqlens_k));
-    const std::uint32_t nsa_cu_seqlens_k_end = nsa_cu_seqlens_k_sum.add(static_cast<std::uint32_t>(nsa_cu_seqlens_k));
+    [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
+    const std::int32_t nsa_cache_seqlens = min(seq_len, kIndexTopk);
+    const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(bits(seq_len));
+    const std::uint32_t nsa_cu_seqlens_k_end = nsa_cu_seqlens_k_sum.add(bits(nsa_cache_seqlens));
     if (!present) continue;
-    store(p.cache_seqlens, b, request, cache_seqlens);
-    store(p.cu_seqlens_k, b, request + 1, static_cast<std::int32_t>(cu_seqlens_k_end));
+    store(p.cache_seqlens, b, request, seq_len);
+    store(p.cu_seqlens_k, b, request + 1, wrap(cu_seqlens_k_end));
     store(p.nsa_cache_seqlens, b, request, nsa_cache_seqlens);
-    store(p.nsa_cu_seqlens_k, b, request + 1, static_cast<std::int32_t>(nsa_cu_seqlens_k_end));
+    store(p.nsa_cu_seqlens_k, b, request + 1, wrap(nsa_cu_seqlens_k_end));
   }
 }
 

@@ -284,7 +284,7 @@ class Scene:
                 tensor, _ = self._table(values, shape.token_pad, shape.token_phase)
                 columns[name] = self.copied_columns(name)
             else:
-                count = height + (FIELDS[name].kind == "cumulative")
+                count = height + (FIELDS[name].kind == "running_sum")
                 tensor = torch.randint(-(2**31), 2**31, (count,), generator=self._random).to(torch.int32)
                 tensor = tensor.to(self.device)
             setattr(self.source, name, tensor)

@@ -26,7 +26,7 @@ POISON = -559038737
 GUARD = 32
 
 # What a batch alone gives a shape to. Schedules and kv_indices have tests of their own.
-ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("lengths", "cumulative", "table"))
+ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum", "table"))
 SIX_FIELDS = (
     "cache_seqlens",
     "cu_seqlens_k",

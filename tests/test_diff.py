@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from click.testing import CliRunner
 from onelaunch import KernelConfig, preset, render
 from onelaunch.cli.main import app
@@ -40,14 +39,12 @@ def test_an_entry_against_settings_and_an_edited_file(tmp_path: Path) -> None:
     key = loader.load(CPU).key[:16]
     assert invoke(key, CPU.settings()).exit_code == 0
     file = tmp_path / "edited.cu"
-    file.write_text(render(CPU).replace("= length;", "= length + 1;"), encoding="utf-8")
+    file.write_text(render(CPU) + "// mine\n", encoding="utf-8")
     result = invoke(key, str(file), "-U", "0")
     assert result.exit_code == 1
     assert result.stderr == f"onelaunch: {CPU.symbol} is edited by hand: {file}\n"
     assert f"+++ {file} (cuda, edited by hand)" in result.stdout
-    changed = [line[1:].strip() for line in result.stdout.splitlines()[2:] if line[0] in "+-"]
-    assert len(changed) == 2
-    assert changed[1] == changed[0].replace("= length;", "= length + 1;")
+    assert [line for line in result.stdout.splitlines()[2:] if line[0] in "+-"] == ["+// mine"]
 
 
 def test_targets_and_what_the_cpu_has_not() -> None:
@@ -55,9 +52,3 @@ def test_targets_and_what_the_cpu_has_not() -> None:
     result = invoke("nsa-decode-1", "nsa-decode-3", "--target", "cpu", "--what", "resources")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "is built for the CPU and has no resources" in result.stderr
-
-
-@pytest.mark.nvcc
-def test_resources_that_dont_differ() -> None:
-    words = ["fields=cache_seqlens", "--what", "resources", "--arch", "90a"]
-    assert invoke(words[0], *words).output == "no difference in resources\n"

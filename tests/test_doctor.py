@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,17 @@ def test_a_machine_that_can_build(store: Store) -> None:
         assert lines[name].startswith("ok"), lines[name]
     assert "built in " in lines["a kernel for the CPU"]
     assert ", ran" in lines["a kernel for the CPU"]
-    facts = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
-    assert facts["ok"] is True
-    assert facts["seconds"] > 0
-    assert {"name", "level", "value", "origin"} == set(facts["rows"][0])
+
+
+@pytest.mark.parametrize("level", ["note", "fix"])
+def test_as_json(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = doctor.Row("ninja", level, "none", "install it")
+    monkeypatch.setattr(doctor, "examine", lambda: [row])
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    facts = json.loads(result.stdout)
+    assert facts["rows"] == [dataclasses.asdict(row)]
+    assert facts["ok"] is (level == "note")
+    assert result.exit_code == int(level == "fix")
 
 
 def test_the_first_thing_to_fix(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

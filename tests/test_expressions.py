@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import itertools
 import random
 import subprocess
@@ -219,17 +220,18 @@ def test_folding_knows_the_width() -> None:
     [
         ("seq_len", "int32", "seq_len"),
         ("seq_len", "int64", "std::int64_t{seq_len}"),
-        ("seq_len - -2", "int32", "static_cast<std::int32_t>(static_cast<std::uint32_t>(seq_len) + 2)"),
+        ("seq_len - -2", "int32", "wrap(bits(seq_len) + 2)"),
         (
             "max(seq_len - rows + row + 1, 0)",
             "int32",
-            "max(static_cast<std::int32_t>(static_cast<std::uint32_t>(seq_len) - rows + row + 1), 0)",
+            "max(wrap(bits(seq_len) - rows + row + 1), 0)",
         ),
         (
             "seq_len - (rows - row)",
             "int32",
-            "static_cast<std::int32_t>(static_cast<std::uint32_t>(seq_len) - (static_cast<std::uint32_t>(rows) - row))",
+            "wrap(bits(seq_len) - (bits(rows) - row))",
         ),
+        ("seq_len * 3", "int64", "wrap(bits(std::int64_t{seq_len}) * 3)"),
         ("min(seq_len, index_topk)", "int32", "min(seq_len, kIndexTopk)"),
         ("seq_len // page_size", "int64", "floor_div(std::int64_t{seq_len}, kPageSize)"),
         ("where(row > 0, seq_len % 5, 7)", "int32", "(row > 0 ? floor_mod(seq_len, 5) : 7)"),
@@ -246,14 +248,11 @@ PRELUDE = """
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <type_traits>
+#define __device__
+#define __forceinline__ inline
 using std::max;
 using std::min;
-template <typename T> T floor_div(T value, int divisor) { return value / divisor - (value % divisor < 0 ? 1 : 0); }
-template <typename T> T floor_mod(T value, int divisor) {
-  const T rest = value % divisor;
-  return rest < 0 ? rest + divisor : rest;
-}
-template <typename T> T ceil_div(T value, int divisor) { return value / divisor + (value % divisor > 0 ? 1 : 0); }
 constexpr int kPageSize = 64;
 constexpr std::int32_t kIndexTopk = 7;
 constexpr std::int32_t kIndexKpool = 1;
@@ -262,7 +261,9 @@ constexpr std::int32_t kIndexKpool = 1;
 
 def compare(formulas: list[tuple[Node, Dtype]], inputs: list[tuple[int, ...]], folder: Path) -> None:
     """Compiles the formulas into one program, runs them on the inputs, and compares with PyTorch's values."""
-    source = [PRELUDE, f"constexpr int kInputs[][{len(INPUTS)}] = {{"]
+    device = importlib.resources.files("onelaunch.templates") / "device"
+    helpers = [(device / f"{name}.cuh").read_text() for name in ("wrapping", "floor_div", "floor_mod", "ceil_div")]
+    source = [PRELUDE, *helpers, f"constexpr int kInputs[][{len(INPUTS)}] = {{"]
     source += ["{" + ", ".join("(-2147483647 - 1)" if v == -(2**31) else str(v) for v in row) + "}," for row in inputs]
     source += ["};"]
     for number, (node, dtype) in enumerate(formulas):

@@ -435,7 +435,7 @@ def test_the_preset_of_flashmla_has_the_lengths_that_only_an_extension_keeps(dev
 
 
 @pytest.mark.parametrize("mode", ["decode", "target_verify", "draft_extend"])
-def test_schedules_of_deepgemm_are_refreshed_where_that_is_asked_for(device: torch.device, mode: str) -> None:
+def test_schedules_of_deepgemm_are_refreshed_on_request(device: torch.device, mode: str) -> None:
     source = pool(device)
     backend = engines.DSABackend(source, n=3)
     backend.init_cuda_graph_state(max_bs=4, max_num_tokens=12)
@@ -443,7 +443,7 @@ def test_schedules_of_deepgemm_are_refreshed_where_that_is_asked_for(device: tor
     metadata = backend.decode_cuda_graph_metadata[4]
     forward = engines.batch(source, LENGTHS[4])
     sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
-    assert bool((metadata.paged_mqa_schedule_metadata == POISON).all()), "the engine's own, unless it is asked for"
+    assert bool((metadata.paged_mqa_schedule_metadata == POISON).all()), "without schedules=True it is the engine's"
     sglang.Refresher(backend, schedules=True).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
     tensors = dsa_tensors(metadata, mode=mode) | {"paged_mqa_schedule_metadata": metadata.paged_mqa_schedule_metadata}
     facts: dict[str, Any] = {} if mode == "decode" else {"next_n": 3, "schedule_per": "row"}

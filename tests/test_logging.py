@@ -105,7 +105,7 @@ def test_without_the_variable_the_launch_is_called_itself(value: str | None, mon
     assert bound.run == bound._plan.run
 
 
-def test_a_torch_without_nvtx_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_nvtx_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: object) -> None:
         raise RuntimeError("NVTX functions not installed")
 

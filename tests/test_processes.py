@@ -95,6 +95,21 @@ def test_a_lock_keeps_others_out_and_leaves_no_file(store: Store, fork: Any, tmp
     assert list((store.root / "locks").iterdir()) == []
 
 
+def test_the_lock_of_a_removed_file_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the holder ends between another's opening of the file and its lock."""
+    path, real, removed = store.folder("locks") / f"{KEY}.lock", lock.is_held, []
+
+    def after_removal(descriptor: int) -> bool | None:
+        if not removed:
+            removed.append(path.unlink())
+        return real(descriptor)
+
+    monkeypatch.setattr(lock, "is_held", after_removal)
+    with store.lock(KEY) as held:
+        assert held.held
+        assert path.exists(), "others would lock a new file"
+
+
 def test_a_forked_child_doesnt_keep_its_parents_lock(store: Store, fork: Any, tmp_path: Path) -> None:
     """A child that was forked during a build outlives the builder, which is killed: others build at once."""
 

@@ -178,15 +178,22 @@ def test_the_readme_has_a_picture_of_the_flow_and_of_time() -> None:
 # ------------------------------------------------------------------------------------------------ ARCHITECTURE
 
 
-def test_every_file_has_its_place_in_the_architecture() -> None:
+def test_every_room_has_its_place_in_the_architecture() -> None:
+    """Every folder of the package has an entry, and every file that is named is there."""
     rooms = ARCHITECTURE.split("## Rooms")[1].split("\n## ")[0]
-    files = [*(ROOT / "generator").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
-    assert [path.name for path in files if path.name != "__init__.py" and f"`{path.name}`" not in rooms] == []
-    named = {span for span in spans(ARCHITECTURE) if re.fullmatch(r"[\w/]+\.py", span)}
-    there = {path.name for path in files} | {
-        f"tests/{p.relative_to(ROOT / 'tests')}" for p in (ROOT / "tests").rglob("*.py")
-    }
-    assert {name for name in named if name not in there and f"tests/{name}" not in there} == set()
+    folders = [path.parent for folder in ("generator", "cli") for path in (ROOT / folder).rglob("__init__.py")]
+    top = {f"{path.relative_to(ROOT).parts[1]}/" for path in folders if len(path.relative_to(ROOT).parts) == 2}
+    assert {f"`{name}`" for name in top - {"lab/"}} <= set(re.findall(r"`[\w/]+`", rooms))
+    files = [path for folder in ("generator", "cli", "templates", "tests") for path in (ROOT / folder).rglob("*.*")]
+    there = {str(path.relative_to(ROOT))[-len(name) :] for path in files for name in [path.name]}
+    named = {span for span in spans(rooms) if re.fullmatch(r"\w+\.(py|cuh|cpp|j2)", span)}
+    assert named - there == set()
+
+
+def test_every_module_says_first_what_it_is_for() -> None:
+    for folder in ("generator", "cli"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.read_text(encoding="utf-8").startswith('"""'), path
 
 
 def applied(diff: str, root: Path) -> set[str]:
@@ -222,16 +229,9 @@ print(sorted(set(emitted) - set(shipped)))
 @pytest.mark.parametrize(
     ("section", "files", "presets"),
     [
-        (
-            "Adding a metadata field",
-            {"generator/spec/fields.py", "templates/parts/lengths.cu.j2", "generator/spec/reference.py"},
-            [],
-        ),
-        (
-            "Adding an engine",
-            {"generator/spec/config.py", "generator/integrations/mine.py"},
-            ["mine-decode-2"],
-        ),
+        ("Adding a metadata field", {"generator/spec/fields.py", "generator/spec/reference.py"}, []),
+        ("Adding a setting", {"generator/spec/parts.py", "templates/copy.cu.j2"}, []),
+        ("Adding an engine", {"generator/spec/presets.py", "generator/integrations/mine.py"}, ["mine-decode-2"]),
     ],
 )
 def test_the_walks_of_the_architecture(section: str, files: set[str], presets: list[str], tmp_path: Path) -> None:

@@ -248,19 +248,19 @@ def test_every_field_has_a_case() -> None:
         "kv_indices",
     )
     assert {name: field.kind for name, field in FIELDS.items()} == {
-        "cache_seqlens": "lengths",
-        "cu_seqlens_k": "cumulative",
+        "cache_seqlens": "vector",
+        "cu_seqlens_k": "running_sum",
         "page_indices": "table",
-        "nsa_cache_seqlens": "lengths",
-        "nsa_cu_seqlens_k": "cumulative",
+        "nsa_cache_seqlens": "vector",
+        "nsa_cu_seqlens_k": "running_sum",
         "real_page_table": "table",
-        "seqlens_expanded": "lengths",
-        "pooled_cache_seqlens": "lengths",
+        "seqlens_expanded": "vector",
+        "pooled_cache_seqlens": "vector",
         "pooled_real_page_table": "table",
         "paged_mqa_schedule_metadata": "schedule",
         "flashmla_metadata": "schedule",
         "num_splits": "splits",
-        "kv_indptr": "cumulative",
+        "kv_indptr": "running_sum",
         "kv_indices": "indices",
     }
     assert [name for name, field in FIELDS.items() if field.per == "request"] == [

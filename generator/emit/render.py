@@ -11,6 +11,7 @@ from ..spec import layout
 from ..spec.config import KernelConfig
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
+from ..spec.vectors import element, functions_of, locals_of
 from ..spec.violations import VIOLATIONS
 from .binding import render_plain_binding
 
@@ -57,7 +58,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals["device"] = _device
+    environment.globals |= {"device": _device, "locals_of": locals_of, "element": element}
     return environment
 
 
@@ -73,6 +74,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
     files = device_files(config)
     return {
         "config": config,
+        "target": config.target,
         "symbol": config.symbol,
         "banner": _banner(config),
         "regenerate": _regenerate(config),
@@ -101,10 +103,11 @@ def device_files(config: KernelConfig) -> list[str]:
         "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
         "store": bool(config.vectors or config.schedules),
-        "floor_div": pages or config.uses_pools,
-        "lengths": computes,
-        "expanded_length": not copies and bool(config.row_vectors or config.has_mqa_schedule),
-        "nsa_lengths": config.uses_topk,
+        "floor_div": pages or config.has_mqa_schedule or "floor_div" in functions_of(config),
+        "floor_mod": "floor_mod" in functions_of(config),
+        "ceil_div": "ceil_div" in functions_of(config),
+        "wrapping": computes,
+        "expanded_length": config.has_mqa_schedule,
         "mqa_schedule": config.has_mqa_schedule,
         "flashmla_schedule": "flashmla_metadata" in config.fields,
         "same_end": rows and not (config.live and config.lengths_differ),

@@ -45,6 +45,7 @@ class Row:
 def examine() -> list[Row]:
     """Every finding, in the order in which to fix them. It compiles in a temporary folder, which takes seconds."""
     rows = [Row("Python", "ok", platform.python_version(), sys.executable or "embedded in another program")]
+    # Imported here for start-up time: `onelaunch doctor --help` needs none of it.
     import torch
 
     cuda = str(getattr(torch.version, "cuda", None) or "none")
@@ -121,6 +122,7 @@ def _cache() -> list[Row]:
 
 def _trial(name: str, config: KernelConfig, device: str) -> Row:
     """Builds a small kernel in a temporary folder, and runs it if there is a device for it."""
+    # Imported here for start-up time, as above.
     import torch
 
     from ..run import plan

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..spec import reference
 from ..spec.parts import MAX_SM_PARTS, FlashMLAOrder
+from ..spec.reference_schedules import flashmla_schedule
 from .checks import MAX_BATCH, check_int
 
 
@@ -36,7 +36,7 @@ def sparse_flashmla_metadata(
     check_int("num_sm_parts", num_sm_parts, 1, MAX_SM_PARTS)
     if order not in (allowed := get_args(FlashMLAOrder)):
         raise ArgumentError(f"order is {order!r}; allowed: {', '.join(map(repr, allowed))}.")
-    metadata, num_splits = reference.flashmla_schedule([topk] * rows, num_sm_parts, order=order)
+    metadata, num_splits = flashmla_schedule([topk] * rows, num_sm_parts, order=order)
     return (
         torch.tensor(metadata, dtype=torch.int32, device=device),
         torch.tensor(num_splits, dtype=torch.int32, device=device),

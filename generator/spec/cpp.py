@@ -10,7 +10,7 @@ def cpp(node: Node, dtype: Dtype = "int32") -> str:
     """A folded formula as a C++ expression of type std::int32_t, or std::int64_t for int64.
 
     Names are int32 variables, constants are spelled kIndexTopk and so on. Beside what C++ has it uses min and max of
-    two values of one type, and floor_div, floor_mod and ceil_div of a value and an int.
+    two values of one type, and of templates/device/ floor_div, floor_mod, ceil_div, bits and wrap.
     """
     return _Cpp("int64" if dtype == "int64" else "int32").value(node)
 
@@ -40,7 +40,7 @@ class _Cpp:
             case Name(name):
                 return self._widened(name)
             case Operation("+" | "-" | "*" | "negative"):
-                return f"static_cast<{self._type}>({self._bits(node)[0]})"
+                return f"wrap({self._bits(node)[0]})"
             case Operation("//" | "%" | "ceil_div" as op, (dividend, divisor)):
                 function = {"//": "floor_div", "%": "floor_mod"}.get(op, op)
                 return f"{function}({self.value(dividend)}, {self._leaf(divisor)})"
@@ -71,7 +71,7 @@ class _Cpp:
                 if op != "*" and number is not None and number < 0:
                     return f"{before} {'-' if op == '+' else '+'} {self._magnitude(number)}", own
                 return f"{before} {op} {self._operand(right, own)}", own
-        return f"static_cast<{self._unsigned}>({self._leaf(node)})", 5
+        return f"bits({self.value(node)})", 5
 
     def _operand(self, node: Node, own: int) -> str:
         """What stands on the right of an unsigned operator."""

@@ -216,6 +216,11 @@ def names(node: Node) -> list[str]:
     return []
 
 
+def size(node: Node) -> int:
+    """How many nodes a formula has."""
+    return 1 + sum(map(size, node.arguments)) if isinstance(node, Operation) else 1
+
+
 def substitute(node: Node, values: Mapping[str, Node]) -> Node:
     """The formula with some names replaced."""
     match node:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .fields import FIELDS
+from .vectors import settings_of
 
 
 class Implied:
@@ -46,7 +47,7 @@ class Implied:
     @property
     def vectors(self) -> tuple[str, ...]:
         """The fields that have one element a request, or one more (running sums)."""
-        return tuple(name for name in self.fields if FIELDS[name].kind in ("lengths", "cumulative"))
+        return tuple(name for name in self.fields if FIELDS[name].kind in ("vector", "running_sum"))
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -88,16 +89,15 @@ class Implied:
             return False
         return self.extent == "full" or self.page_fill is not None
 
-    @property
-    def uses_topk(self) -> bool:
-        """Whether the kernel depends on index_topk."""
-        return not self.copies and any(name.startswith("nsa_") for name in self.fields)
+    def uses(self, setting: str) -> bool:
+        """Whether one of the fields depends on a setting that formulas may name."""
+        return not self.copies and any(setting in settings_of(name) for name in self.fields)
 
     @property
-    def uses_pools(self) -> bool:
-        """Whether the kernel depends on index_kpool."""
-        pooled = any(name.startswith("pooled_") for name in self.fields)
-        return not self.copies and (self.uses_topk or pooled or self.has_mqa_schedule)
+    def names_pools(self) -> bool:
+        """Whether the emitted code names index_kpool: in formulas a pool of one token is folded away."""
+        named = self.has_mqa_schedule or "pooled_real_page_table" in self.fields
+        return self.uses("index_kpool") and (named or self.index_kpool > 1)
 
     @property
     def has_mqa_schedule(self) -> bool:
@@ -122,7 +122,7 @@ class Implied:
     @property
     def sums(self) -> tuple[str, ...]:
         """The vectors that are running sums: one element more than requests or rows, the first one 0."""
-        return tuple(name for name in self.fields if FIELDS[name].kind == "cumulative")
+        return tuple(name for name in self.fields if FIELDS[name].kind == "running_sum")
 
     @property
     def request_vectors(self) -> tuple[str, ...]:
@@ -133,6 +133,16 @@ class Implied:
     def row_vectors(self) -> tuple[str, ...]:
         """The vectors with an element for each of the rows that a request has several of."""
         return tuple(name for name in self.vectors if name in self.row_fields)
+
+    @property
+    def request_sums(self) -> tuple[str, ...]:
+        """The running sums over requests."""
+        return tuple(name for name in self.sums if name not in self.row_fields)
+
+    @property
+    def row_sums(self) -> tuple[str, ...]:
+        """The running sums over rows."""
+        return tuple(name for name in self.sums if name in self.row_fields)
 
     @property
     def strategy(self) -> str | None:
@@ -169,7 +179,7 @@ class Implied:
         That caps the registers: without it ptxas takes, or spills, some more for blocks that the grid doesn't have.
         """
         threads = {"live": 1024, "equal": 1024, "variable": 1024, "indices": 1280}.get(self.strategy or "", 0)
-        return threads // self.threads
+        return threads // int(self.threads)
 
     @property
     def wide_tiles(self) -> int:

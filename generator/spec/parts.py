@@ -138,10 +138,8 @@ class Pages(Part):
             them alone. For a real_page_table that is the only table, of extent "live".
     """
 
-    page_size: int | None = setting(
-        64, Whole(1, 2**31 - 1), used=lambda c: not c.copies and bool(c.paged_tables), unused=1
-    )
-    page_fill: Literal[-1] | None = setting(None, OneOf(None, -1), used=lambda c: not c.copies and bool(c.paged_tables))
+    page_size: int | None = setting(64, Whole(1, 2**31 - 1), used=lambda c: c.uses("page_size"), unused=1)
+    page_fill: Literal[-1] | None = setting(None, OneOf(None, -1), used=lambda c: c.uses("page_size"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +151,8 @@ class Sparse(Part):
         index_kpool: k, tokens a pool: index_topk clamps complete pools only, and pooled_* fields count pools.
     """
 
-    index_topk: int | None = setting(2048, Whole(0, 2**31 - 1), used=lambda c: c.uses_topk)
-    index_kpool: int | None = setting(1, Whole(1, 2**31 - 1), used=lambda c: c.uses_pools)
+    index_topk: int | None = setting(2048, Whole(0, 2**31 - 1), used=lambda c: c.uses("index_topk"))
+    index_kpool: int | None = setting(1, Whole(1, 2**31 - 1), used=lambda c: c.uses("index_kpool"))
 
 
 @dataclass(frozen=True, kw_only=True)

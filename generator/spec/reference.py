@@ -6,8 +6,6 @@ Written for clarity: whole-tensor operations, every row as wide as the longest. 
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .fields import MetadataBuffers
+from .reference_schedules import flashmla_schedule, paged_mqa_schedule
 
 
 def running_sum(values: Tensor) -> Tensor:
@@ -133,99 +132,6 @@ def pooled_page_table(real_page_table: Tensor, index_kpool: int) -> Tensor:
 def page_row(tokens: Tensor, page_size: int) -> Tensor:
     """int [..., columns] of tokens -> int32 [..., ceil(columns / page_size)]: the page of each page's first token."""
     return torch.div(tokens[..., ::page_size], page_size, rounding_mode="floor").to(torch.int32)
-
-
-def paged_mqa_schedule(
-    lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last"
-) -> list[list[int]]:
-    """DeepGEMM's schedule of paged MQA logits: where each multiprocessor begins, [num_sms + 1][2].
-
-    An item of length l is ceil(l / 256) splits for each of its atoms, atom after atom, and the items follow one
-    another. Multiprocessors get equal numbers of splits; some get one more, the last ones (DeepGEMM from 2026-06 on) or
-    the first ones (before). An entry is the atom, counted over all items, and the split in it; the last entry is the
-    end, (items * atoms, 0). Where no split is left, an entry is the end too; but if the remainder goes last, which
-    leaves none only where all lengths are 0, it is (the last item's first atom, 0), which consumers may look up.
-
-    Args:
-        lengths: one an item; below 0 counts as 0.
-        num_sms: multiprocessors, 1 or more.
-        atoms: query atoms of an item.
-        remainder: "last" or "first".
-
-    Raises:
-        ValueError: an unknown remainder.
-    """
-    if remainder not in ("last", "first"):
-        raise ValueError(f"remainder is {remainder!r}; allowed: 'last', 'first'.")
-    splits = [-(-max(length, 0) // 256) for length in lengths]
-    ends = list(itertools.accumulate(n * atoms for n in splits))
-    end = [len(lengths) * atoms, 0]
-    beyond = [max(len(lengths) - 1, 0) * atoms, 0] if remainder == "last" else end
-    share, more = divmod(ends[-1] if ends else 0, num_sms)
-    entries, start = [], 0
-    for sm in range(num_sms):
-        item = bisect.bisect_right(ends, start)
-        if item < len(ends):
-            atom, split = divmod(start - ends[item] + splits[item] * atoms, splits[item])
-            entries.append([item * atoms + atom, split])
-        else:
-            entries.append(list(beyond))
-        start += share + (sm >= num_sms - more if remainder == "last" else sm < more)
-    return [*entries, end]
-
-
-def flashmla_schedule(
-    lengths: Sequence[int], num_sm_parts: int, *, order: str = "2026"
-) -> tuple[list[list[int]], list[int]]:
-    """FlashMLA's tile schedule: (metadata [num_sm_parts][8], num_splits [bs + 1]).
-
-    A request of length l is max(l - 1, 0) // 64 + 1 blocks, and costs 5 more in every part that has some of it. The
-    parts walk the requests in turn: a part takes what is left of a request if that fits into its payload, else as many
-    blocks as do, if any, and ends. num_splits is 0, then the running sum of the parts that share each request.
-
-    A row is in the order "2026": first request, last request, first block, block after the last, number of the first
-    request's splits before, whether the first and the last request are split, 0; or "2025": first request, first block,
-    last request, block after the last, splits before, 0, 0, 0. A part without work begins at the end and ends with the
-    last request; without any request its last request is -1 and its blocks are 0.
-
-    Args:
-        lengths: one a request.
-        num_sm_parts: parts, 1 or more.
-        order: "2026" or "2025".
-
-    Raises:
-        ValueError: an unknown order.
-    """
-    if order not in ("2026", "2025"):
-        raise ValueError(f"order is {order!r}; allowed: '2026', '2025'.")
-    overhead = 5
-    blocks = [max(length - 1, 0) // 64 + 1 for length in lengths]
-    payload = -(-sum(n + overhead for n in blocks) // num_sm_parts) + overhead
-    metadata, num_splits = [], [0]
-    request = block = split = 0
-    for _ in range(num_sm_parts):
-        first, first_block, first_split, remain = request, block, split, payload
-        while request < len(blocks):
-            left = blocks[request] - block
-            if remain < left + overhead:
-                if remain > overhead:
-                    block += remain - overhead
-                    split += 1
-                break
-            remain -= left + overhead
-            num_splits.append(num_splits[-1] + split + 1)
-            request, block, split = request + 1, 0, 0
-        last = request if block > 0 else request - 1
-        of_last = blocks[last] if last >= 0 else 0
-        stop_block = block if block > 0 else of_last
-        splits_first, splits_last = first_block != 0, stop_block != of_last
-        if first == last:
-            splits_first = splits_last = splits_first or splits_last
-        if order == "2026":
-            metadata.append([first, last, first_block, stop_block, first_split, int(splits_first), int(splits_last), 0])
-        else:
-            metadata.append([first, first_block, last, stop_block, first_split, 0, 0, 0])
-    return metadata, num_splits
 
 
 def kv_lengths(seq_lens: Tensor, added: int) -> Tensor:
@@ -418,5 +324,5 @@ def copy(
                 count = source.shape[1] if limit is None else limit
                 destination[:height, :count] = source[:height, :count]
             else:
-                count = height + (field.kind == "cumulative")
+                count = height + (field.kind == "running_sum")
                 destination[:count] = source[:count]

@@ -1,4 +1,5 @@
 // ---- CPU target: the CUDA names that the code below uses. A block is one thread, and blocks run one after another --
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -11,6 +12,9 @@
 #define __shared__ static thread_local
 
 namespace {
+
+using std::max;
+using std::min;
 
 struct dim3 {
   unsigned x, y, z;

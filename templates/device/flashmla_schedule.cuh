@@ -15,7 +15,7 @@ struct Parts {
 };
 
 __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request, int b) {
-  const std::int32_t length = wrapping_add(request_length(p, request), length_offset(b));
+  const std::int32_t length = wrap(bits(request_length(p, request)) + length_offset(b));
   return length > 0 ? (length - 1) / kMlaBlock + 1 : 1;
 }
 

@@ -21,7 +21,7 @@ __device__ __forceinline__ void write_held_pages(
   std::int32_t token = 0;
 #pragma unroll
   for (int u = 0; u < kAccesses; ++u) {
-    const std::int32_t found = __shfl_sync(kFullMask, word_of(words[u], before % kVectorWords), holder);
+    const std::int32_t found = __shfl_sync(0xffffffffu, word_of(words[u], before % kVectorWords), holder);
     if (column / kGroup == u) token = found;
   }
   if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);

@@ -1,6 +1,7 @@
 // ---- running sums ------------------------------------------------------------------------------------------------
 // T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
 // may not wrap has 64 bits.
+constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
 // The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
 template <typename T>

@@ -2,8 +2,8 @@
 
     python tests/gpu/run.py [PATH]
 
-Writes evidence.json beside this file (or to PATH): what was run, and by preset the fingerprint of the kernel that it was
-run with; a test fails where a shipped kernel has none. Prints a short table last.
+Writes evidence.json beside this file (or to PATH): what was run, and by preset the fingerprint of the kernel that it
+was run with; a test fails where a shipped kernel has none. Prints a short table last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRACES = ROOT / "tests" / "data" / "full"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-def tests(only: Sequence[str] = ()) -> dict[str, Any]:
+def gpu_tests(only: Sequence[str] = ()) -> dict[str, Any]:
     """The GPU tests of the suite, or those named."""
     report = Path(tempfile.mkdtemp()) / "report.xml"
     workers = str(max(1, min(14, (os.cpu_count() or 2) - 2)))
@@ -127,7 +127,7 @@ def replays() -> dict[str, Any]:
 
 
 def timings() -> dict[str, Any]:
-    """Microseconds a call in a CUDA graph, N = 3, page 64, extent live, beside the ideal fan-out; the bench's shapes."""
+    """Microseconds a call in a CUDA graph beside the ideal fan-out: the bench's shapes, N = 3, page 64, extent live."""
     out: dict[str, Any] = {}
     meter = cuda_meter.CudaMeter()
     for name in SHAPES:
@@ -150,7 +150,7 @@ def timings() -> dict[str, Any]:
     return out
 
 
-PARTS = {"timings": timings, "tests": tests, "sanitizers": sanitizers, "replays": replays}
+PARTS = {"timings": timings, "tests": gpu_tests, "sanitizers": sanitizers, "replays": replays}
 
 
 def machine() -> dict[str, Any]:
@@ -179,7 +179,7 @@ def run_again(evidence: dict[str, Any], part: str) -> None:
         return
     suite = evidence["tests"]
     still_failing = sorted(set(suite["failures"]) - set(suite["fixed"]))
-    failing = tests(still_failing)["failures"] if still_failing else []
+    failing = gpu_tests(still_failing)["failures"] if still_failing else []
     suite["fixed"] = sorted(set(suite["failures"]) - set(failing))
 
 

@@ -90,7 +90,7 @@ def parse_shape(text: str) -> tuple[int, int]:
     Raises:
         ConfigError: it isn't of that form.
     """
-    found = re.fullmatch(r"(\d+)\s*[x×]\s*(\d+)([kM]?)", text.strip())
+    found = re.fullmatch(r"(\d{1,10})\s*[x×]\s*(\d{1,10})([kM]?)", text.strip())
     if not found or int(found[1]) < 1 or int(found[2]) < 1:
         raise ConfigError(f"the shape {text!r} isn't of the form BATCHxLENGTH, for example 64x8k.")
     batch, length = int(found[1]), int(found[2]) * _UNITS[found[3]]

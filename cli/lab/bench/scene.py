@@ -114,7 +114,7 @@ class Scene:
         for backend in self.buffers[number]:
             for field, tensor in backend.items():
                 tensor.fill_(POISON)
-                if field.kind == "cumulative":
+                if field.kind == "running_sum":
                     tensor[0] = first_sums
 
     def fault(

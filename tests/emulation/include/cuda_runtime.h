@@ -7,6 +7,7 @@
 // checks, and a case that fails without it to mutations.py.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -14,6 +15,9 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+
+using std::max;
+using std::min;
 
 // ---- what the driver provides --------------------------------------------------------------------------------------
 struct dim3 {

@@ -1,4 +1,4 @@
-"""A bound plan from outside: what it says, and what the module refuses."""
+"""Launches and loads that the module refuses, and how a plan presents itself."""
 
 from __future__ import annotations
 
