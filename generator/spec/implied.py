@@ -178,8 +178,7 @@ class Implied:
 
         That caps the registers: without it ptxas takes, or spills, some more for blocks that the grid doesn't have.
         """
-        threads = {"live": 1024, "equal": 1024, "variable": 1024}.get(self.strategy or "", 0)
-        return threads // int(self.threads)
+        return 0 if self.strategy in (None, "copy") else 1024 // int(self.threads)
 
     @property
     def wide_tiles(self) -> int:
