@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import engines
 import pytest
+import stand_ins
 import support
 import torch
 from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, preset
@@ -77,7 +77,7 @@ def mha_tensors(metadata: Any) -> dict[str, Tensor]:
     }
 
 
-def poison(multi: engines.MultiStep) -> None:
+def poison(multi: stand_ins.MultiStep) -> None:
     """What another batch size left in the tables they share."""
     for child in multi.attn_backends[: multi.captured]:
         child.decode_cuda_graph_metadata["page_table"].fill_(POISON)
@@ -95,14 +95,14 @@ def lines_of(module: Any) -> list[str]:
 @pytest.mark.parametrize("prefix", ["dsa", "nsa"])
 def test_one_launch_refreshes_all_draft_steps_of_every_captured_batch_size(device: torch.device, prefix: str) -> None:
     source = pool(device)
-    multi = engines.dsa(source, prefix=prefix)
+    multi = stand_ins.dsa(source, prefix=prefix)
     multi.init_cuda_graph_state(max_bs=4)
     for bs in LENGTHS:
         multi.capture(bs)
     refresher = sglang.Refresher(multi)
     for launches, bs in enumerate([4, 1, 3, 4, 1], start=1):
         poison(multi)
-        forward = engines.batch(source, LENGTHS[bs], spare=5 - bs)
+        forward = stand_ins.batch(source, LENGTHS[bs], spare=5 - bs)
         pairs = refresher.run(bs, forward.seq_lens, forward.req_pool_indices)
         held = [child.decode_cuda_graph_metadata[bs] for child in multi.attn_backends]
         assert [child for child, _ in pairs] == multi.attn_backends
@@ -119,10 +119,10 @@ def test_one_launch_refreshes_all_draft_steps_of_every_captured_batch_size(devic
 
 def test_pages_of_one_token(device: torch.device) -> None:
     source = pool(device)
-    multi = engines.dsa(source, page_size=1)
+    multi = stand_ins.dsa(source, page_size=1)
     multi.init_cuda_graph_state(max_bs=3)
     multi.capture(3)
-    forward = engines.batch(source, LENGTHS[3])
+    forward = stand_ins.batch(source, LENGTHS[3])
     sglang.Refresher(multi).run(3, forward.seq_lens, forward.req_pool_indices)
     held = [child.decode_cuda_graph_metadata[3] for child in multi.attn_backends]
     assert all(m.real_page_table is m.page_table_1 for m in held)
@@ -135,12 +135,12 @@ def test_pages_of_one_token(device: torch.device) -> None:
 )
 def test_verification_and_extension_of_a_single_backend(device: torch.device, mode: str, name: str) -> None:
     source = pool(device)
-    backend = engines.DSABackend(source, n=3)
+    backend = stand_ins.DSABackend(source, n=3)
     backend.init_cuda_graph_state(max_bs=4, max_num_tokens=12)
     backend.capture(4, mode)
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     refresher = sglang.Refresher(backend)
-    refresher.run(4, forward.seq_lens, forward.req_pool_indices, mode=engines.ForwardMode(name))
+    refresher.run(4, forward.seq_lens, forward.req_pool_indices, mode=stand_ins.ForwardMode(name))
     (plan,) = refresher.plans.values()
     assert (plan.config.mode, plan.config.next_n, plan.launches) == (mode, 3, 1)
     tensors = dsa_tensors(backend.decode_cuda_graph_metadata[4], mode=mode)
@@ -149,16 +149,16 @@ def test_verification_and_extension_of_a_single_backend(device: torch.device, mo
 
 def test_the_wide_table_may_be_dropped_and_pools_are_found() -> None:
     source = pool(width=640)
-    backend = engines.DSABackend(source)
+    backend = stand_ins.DSABackend(source)
     backend.dsa_index_kpool, backend.physical_page_size, backend.real_page_size = 4, 16, 7
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4)
     metadata = SimpleNamespace(**vars(backend.decode_cuda_graph_metadata[4]))
     metadata.page_table_1 = None
-    metadata.real_page_table = engines.new(4, 40)
-    metadata.pooled_cache_seqlens_int32, metadata.pooled_real_page_table = engines.new(4), engines.new(4, 10)
+    metadata.real_page_table = stand_ins.new(4, 40)
+    metadata.pooled_cache_seqlens_int32, metadata.pooled_real_page_table = stand_ins.new(4), stand_ins.new(4, 10)
     backend.decode_cuda_graph_metadata[4] = metadata
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices)
     tensors = {
         "cache_seqlens": metadata.cache_seqlens_int32,
@@ -172,14 +172,14 @@ def test_the_wide_table_may_be_dropped_and_pools_are_found() -> None:
 
 def test_a_batch_size_captured_again_gets_a_new_plan() -> None:
     source = pool()
-    multi = engines.dsa(source)
+    multi = stand_ins.dsa(source)
     multi.init_cuda_graph_state(max_bs=3)
     multi.capture(3)
     refresher = sglang.Refresher(multi)
     before = refresher.prepare(3)
     assert refresher.prepare(3) is before
     multi.capture(3)
-    forward = engines.batch(source, LENGTHS[3])
+    forward = stand_ins.batch(source, LENGTHS[3])
     refresher.run(3, forward.seq_lens, forward.req_pool_indices)
     assert before.launches == 0
     held = [child.decode_cuda_graph_metadata[3] for child in multi.attn_backends]
@@ -187,9 +187,9 @@ def test_a_batch_size_captured_again_gets_a_new_plan() -> None:
 
 
 def test_precomputed_metadata_is_read_too() -> None:
-    tensors = {name: engines.new(4) for name in ("cache_seqlens", "dsa_cache_seqlens", "seqlens_expanded")}
-    sums = {name: engines.new(5) for name in ("cu_seqlens_k", "dsa_cu_seqlens_k")}
-    tables = {"page_indices": engines.new(4, 64), "real_page_table": None}
+    tensors = {name: stand_ins.new(4) for name in ("cache_seqlens", "dsa_cache_seqlens", "seqlens_expanded")}
+    sums = {name: stand_ins.new(5) for name in ("cu_seqlens_k", "dsa_cu_seqlens_k")}
+    tables = {"page_indices": stand_ins.new(4, 64), "real_page_table": None}
     buffers = sglang.buffers_from(SimpleNamespace(**tensors, **sums, **tables, max_len=64))
     assert buffers.nsa_cache_seqlens is tensors["dsa_cache_seqlens"]
     assert buffers.nsa_cu_seqlens_k is sums["dsa_cu_seqlens_k"]
@@ -205,10 +205,10 @@ def test_precomputed_metadata_is_read_too() -> None:
 @pytest.mark.parametrize("page_size", [16, 1])
 def test_every_step_sees_the_tokens_of_the_steps_before_it(device: torch.device, page_size: int) -> None:
     source = pool(device)
-    multi = engines.mha(source, page_size=page_size)
+    multi = stand_ins.mha(source, page_size=page_size)
     multi.init_cuda_graph_state(max_bs=4)
     multi.capture(4)
-    forward = engines.batch(source, LENGTHS[4], spare=2)
+    forward = stand_ins.batch(source, LENGTHS[4], spare=2)
     refresher = sglang.Refresher(multi)
     pairs = refresher.run(4, forward.seq_lens, forward.req_pool_indices)
     assert [child for child, _ in pairs] == multi.attn_backends[:3], "the last child captures nothing"
@@ -225,11 +225,11 @@ def test_every_step_sees_the_tokens_of_the_steps_before_it(device: torch.device,
 @pytest.mark.parametrize(("mode", "offset"), [("decode", 0), ("target_verify", 4), ("draft_extend", 0)])
 def test_a_single_backend_has_a_row_a_request_in_every_mode(mode: str, offset: int) -> None:
     source = pool()
-    backend = engines.MHABackend(source)
+    backend = stand_ins.MHABackend(source)
     backend.init_cuda_graph_state(4, 4)
     for other in ("decode", "target_verify", "draft_extend"):
         backend.capture(4, other)
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
     graphs = {
         "decode": backend.decode_cuda_graph_metadata,
@@ -247,9 +247,9 @@ def test_a_single_backend_has_a_row_a_request_in_every_mode(mode: str, offset: i
 
 def test_flashmla_block_tables_are_filled_up(device: torch.device) -> None:
     source = pool(device)
-    multi = engines.MultiStep([engines.FlashMLABackend(source) for _ in range(4)], 3)
+    multi = stand_ins.MultiStep([stand_ins.FlashMLABackend(source) for _ in range(4)], 3)
     multi.init_cuda_graph_state(max_bs=4)
-    forward = engines.batch(source, LENGTHS[3])
+    forward = stand_ins.batch(source, LENGTHS[3])
     refresher = sglang.Refresher(multi)
     pairs = refresher.run(3, forward.seq_lens, forward.req_pool_indices)
     assert len(pairs) == 3
@@ -264,10 +264,10 @@ def test_flashmla_block_tables_are_filled_up(device: torch.device) -> None:
 @pytest.mark.parametrize(("mode", "offset"), [("decode", 0), ("target_verify", 4), ("draft_extend", 0)])
 def test_trtllm_mla(mode: str, offset: int) -> None:
     source = pool()
-    backend = engines.TRTLLMMLABackend(source)
+    backend = stand_ins.TRTLLMMLABackend(source)
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4, mode)
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     plan = sglang.bind_backends(backend, 4, mode=mode)
     plan.run(forward.seq_lens, forward.req_pool_indices)
     metadata = backend.decode_cuda_graph_metadata[4]
@@ -279,7 +279,7 @@ def test_trtllm_mla(mode: str, offset: int) -> None:
 
 def test_what_is_given_goes_before_what_the_backend_says() -> None:
     source = pool()
-    multi = engines.mha(source)
+    multi = stand_ins.mha(source)
     multi.init_cuda_graph_state(max_bs=4)
     multi.capture(4)
     facts: dict[str, Any] = {"page_size": 8, "seqlen_offsets": (0, 0, 5), "extent": "full", "max_len": 24}
@@ -296,34 +296,45 @@ def test_what_is_given_goes_before_what_the_backend_says() -> None:
 @pytest.mark.parametrize("name", ["block_table_tensor", "block_table", "block_tables"])
 def test_vllm_indexer_rows(shape: tuple[int, ...], name: str) -> None:
     table = support.token_pool(4, 21)
-    decode = SimpleNamespace(seq_lens=engines.new(*shape), **{name: engines.new(12, 21)}, decode_lens=engines.new(4))
+    decode = SimpleNamespace(
+        seq_lens=stand_ins.new(*shape), **{name: stand_ins.new(12, 21)}, decode_lens=stand_ins.new(4)
+    )
     plan = vllm.bind_backends([SimpleNamespace(decode=decode)], table, next_n=3)
     plan.run(torch.tensor([5, 1, 0, 17], dtype=torch.int32), torch.arange(4))
     assert decode.seq_lens.flatten().tolist() == [3, 4, 5, 0, 0, 1, 0, 0, 0, 15, 16, 17]
     assert torch.equal(getattr(decode, name), table.repeat_interleave(3, dim=0))
 
 
+def test_vllm_indexer_with_one_row_a_request() -> None:
+    table = support.token_pool(4, 21)
+    decode = SimpleNamespace(seq_lens=stand_ins.new(4, 1), block_table=stand_ins.new(4, 21))
+    plan = vllm.bind_backends([SimpleNamespace(decode=decode)], table, next_n=1)
+    plan.run(torch.tensor([5, 1, 0, 17], dtype=torch.int32), torch.arange(4))
+    assert decode.seq_lens.tolist() == [[5], [1], [0], [17]]
+    assert torch.equal(decode.block_table, table)
+
+
 # ------------------------------------------------------------------------------------------------ FlashInfer
 
 
-def csr_tensors(multi: engines.FlashInferMultiStep, step: int) -> dict[str, Tensor]:
+def csr_tensors(multi: stand_ins.FlashInferMultiStep, step: int) -> dict[str, Tensor]:
     return {"kv_indptr": multi.kv_indptr[step], "kv_indices": multi.cuda_graph_kv_indices[step]}
 
 
 def wrapper(bs: int, capacity: int, prefix: str = "_paged") -> SimpleNamespace:
     names = (f"{prefix}_kv_indptr_buf", f"{prefix}_kv_indices_buf")
-    return SimpleNamespace(**dict(zip(names, (engines.new(bs + 1), engines.new(capacity)), strict=True)))
+    return SimpleNamespace(**dict(zip(names, (stand_ins.new(bs + 1), stand_ins.new(capacity)), strict=True)))
 
 
 def test_one_plan_refreshes_all_steps_of_flashinfer_for_every_batch_size(device: torch.device) -> None:
     source = pool(device)
-    multi = engines.FlashInferMultiStep(source)
+    multi = stand_ins.FlashInferMultiStep(source)
     multi.init_cuda_graph_state(4, 4)
     plan = flashinfer.bind_backends(multi)
     for launches, bs in enumerate([4, 1, 3], start=1):
         multi.kv_indptr.fill_(POISON)
         multi.cuda_graph_kv_indices.fill_(POISON)
-        forward = engines.batch(source, LENGTHS[bs])
+        forward = stand_ins.batch(source, LENGTHS[bs])
         plan.run(forward.seq_lens, forward.req_pool_indices)
         assert plan.launches == launches
         assert_refreshed(forward, source, [csr_tensors(multi, i) for i in range(3)], seqlen_offsets=(1, 2, 3))
@@ -335,7 +346,7 @@ def test_one_plan_refreshes_all_steps_of_flashinfer_for_every_batch_size(device:
 @pytest.mark.parametrize("prefix", ["_paged", ""])
 def test_wrappers_of_flashinfer(prefix: str) -> None:
     source = pool()
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     for offsets in ((0, 0), (1, 2)):
         wrappers = [wrapper(4, 450, prefix) for _ in range(2)]
         plan = flashinfer.bind_backends(wrappers, source, **({"seqlen_offsets": offsets} if any(offsets) else {}))
@@ -346,7 +357,7 @@ def test_wrappers_of_flashinfer(prefix: str) -> None:
 
 def test_what_flashinfers_helper_refuses() -> None:
     source = pool()
-    multi = engines.FlashInferMultiStep(source)
+    multi = stand_ins.FlashInferMultiStep(source)
     with pytest.raises(ArgumentError, match=r"no attribute cuda_graph_kv_indices; .* after init_cuda_graph_state"):
         flashinfer.bind_backends(multi)
     multi.init_cuda_graph_state(4, 4)
@@ -360,7 +371,7 @@ def test_what_flashinfers_helper_refuses() -> None:
     with pytest.raises(ArgumentError, match=r"kv_indptr is of shape \(2, 5\)"):
         flashinfer.bind_backends(few)
     with pytest.raises(ArgumentError, match="the backend's topk is 4; allowed: 0 and 1"):
-        flashinfer.bind_backends(engines.FlashInferMultiStep(source, topk=4))
+        flashinfer.bind_backends(stand_ins.FlashInferMultiStep(source, topk=4))
     del multi.req_to_token_pool
     assert flashinfer.bind_backends(multi).config.num_backends == 3, "the children have the pool, too"
     multi.attn_backends[0].req_to_token = None
@@ -376,6 +387,12 @@ def test_what_flashinfers_helper_refuses() -> None:
         flashinfer.buffers_from(SimpleNamespace(_paged_kv_indptr_buf=None, _paged_kv_indices_buf=None))
     with pytest.raises(ArgumentError, match="no attribute _paged_kv_indptr_buf or _kv_indptr_buf; it is a object"):
         flashinfer.buffers_from(object())
+    paged = wrapper(4, 9)
+    with pytest.raises(ArgumentError, match="page_size is 16; allowed: 1"):
+        flashinfer.bind_backends([paged], source, page_size=16)
+    paged._page_size = 16
+    with pytest.raises(ArgumentError, match="planned with page_size 16; allowed: 1"):
+        flashinfer.bind_backends([paged], source)
     for tensors in ([multi.kv_indptr], [multi.cuda_graph_kv_indices]):
         assert all(bool((tensor == POISON).all()) for tensor in tensors), "something was written"
 
@@ -383,26 +400,26 @@ def test_what_flashinfers_helper_refuses() -> None:
 # ------------------------------------------------------------------------------------------------ presets
 
 
-def captured(multi: engines.MultiStep) -> engines.MultiStep:
+def captured(multi: stand_ins.MultiStep) -> stand_ins.MultiStep:
     multi.init_cuda_graph_state(max_bs=4)
     multi.capture(4)
     return multi
 
 
-def flashinfer_steps(source: Tensor) -> engines.FlashInferMultiStep:
-    multi = engines.FlashInferMultiStep(source)
+def flashinfer_steps(source: Tensor) -> stand_ins.FlashInferMultiStep:
+    multi = stand_ins.FlashInferMultiStep(source)
     multi.init_cuda_graph_state(4, 4)
     return multi
 
 
 # Three draft steps of each engine, by the preset that says what is bound for them.
 DRAFT_STEPS: dict[str, Callable[[Tensor], Plan]] = {
-    "nsa-decode-3": lambda source: sglang.bind_backends(captured(engines.dsa(source, index_topk=2048)), 4),
+    "nsa-decode-3": lambda source: sglang.bind_backends(captured(stand_ins.dsa(source, index_topk=2048)), 4),
     "nsa-decode-3-schedule": lambda source: sglang.bind_backends(
-        captured(engines.dsa(source, index_topk=2048)), 4, schedules=True
+        captured(stand_ins.dsa(source, index_topk=2048)), 4, schedules=True
     ),
-    "fa3-decode-3": lambda source: sglang.bind_backends(captured(engines.mha(source, page_size=64)), 4),
-    "trtllm-mha-decode-3": lambda source: sglang.bind_backends(captured(engines.mha(source, page_size=32)), 4),
+    "fa3-decode-3": lambda source: sglang.bind_backends(captured(stand_ins.mha(source, page_size=64)), 4),
+    "trtllm-mha-decode-3": lambda source: sglang.bind_backends(captured(stand_ins.mha(source, page_size=32)), 4),
     "flashinfer-decode-3": lambda source: flashinfer.bind_backends(flashinfer_steps(source)),
 }
 
@@ -420,13 +437,13 @@ def test_a_preset_is_what_its_engines_helper_binds(device: torch.device, name: s
 
 def test_the_preset_of_flashmla_has_the_lengths_that_only_an_extension_keeps(device: torch.device) -> None:
     source, shipped = pool(device), preset("flashmla-decode-3")
-    backend = engines.TRTLLMMLABackend(source, page_size=64)
+    backend = stand_ins.TRTLLMMLABackend(source, page_size=64)
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4, "draft_extend")
     extension = sglang.bind_backends(backend, 4, mode="draft_extend")
     assert as_shipped(extension) == shipped.replace(num_backends=1)
     # Draft steps read the batch's own lengths.
-    multi = engines.MultiStep([engines.FlashMLABackend(source) for _ in range(4)], 3)
+    multi = stand_ins.MultiStep([stand_ins.FlashMLABackend(source) for _ in range(4)], 3)
     steps = sglang.bind_backends(captured(multi), 4)
     assert as_shipped(steps) == shipped.replace(fields=("real_page_table",))
 
@@ -437,11 +454,11 @@ def test_the_preset_of_flashmla_has_the_lengths_that_only_an_extension_keeps(dev
 @pytest.mark.parametrize("mode", ["decode", "target_verify", "draft_extend"])
 def test_schedules_of_deepgemm_are_refreshed_on_request(device: torch.device, mode: str) -> None:
     source = pool(device)
-    backend = engines.DSABackend(source, n=3)
+    backend = stand_ins.DSABackend(source, n=3)
     backend.init_cuda_graph_state(max_bs=4, max_num_tokens=12)
     backend.capture(4, mode)
     metadata = backend.decode_cuda_graph_metadata[4]
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
     assert bool((metadata.paged_mqa_schedule_metadata == POISON).all()), "without schedules=True it is the engine's"
     sglang.Refresher(backend, schedules=True).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
@@ -452,7 +469,7 @@ def test_schedules_of_deepgemm_are_refreshed_on_request(device: torch.device, mo
 
 def test_a_schedule_of_requests_needs_its_atoms() -> None:
     source = pool()
-    backend = engines.DSABackend(source, n=4)
+    backend = stand_ins.DSABackend(source, n=4)
     backend.sm100 = True
     backend.init_cuda_graph_state(4, 16)
     backend.capture(4, "target_verify")
@@ -461,7 +478,7 @@ def test_a_schedule_of_requests_needs_its_atoms() -> None:
     facts: dict[str, Any] = {"schedules": True, "schedule_atoms": 4, "schedule_remainder": "first"}
     plan = sglang.bind_backends(backend, 4, mode="target_verify", **facts)
     assert (plan.config.schedule_per, plan.config.schedule_atoms) == ("request", 4)
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     plan.run(forward.seq_lens, forward.req_pool_indices)
     metadata = backend.decode_cuda_graph_metadata[4]
     tensors = {"paged_mqa_schedule_metadata": metadata.paged_mqa_schedule_metadata}
@@ -470,7 +487,7 @@ def test_a_schedule_of_requests_needs_its_atoms() -> None:
 
 
 def test_schedules_that_are_not_known_are_refused_and_those_that_are_not_there_left_out() -> None:
-    backend = engines.DSABackend(pool())
+    backend = stand_ins.DSABackend(pool())
     backend.dsa_index_kpool = 2
     backend.init_cuda_graph_state(4, 16)
     backend.capture(4, "target_verify")
@@ -491,18 +508,18 @@ def test_schedules_that_are_not_known_are_refused_and_those_that_are_not_there_l
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype) -> None:
     source = pool(device)
-    backend = engines.DSABackend(source, n=3)
+    backend = stand_ins.DSABackend(source, n=3)
     backend.init_cuda_graph_state(max_bs=4, max_num_tokens=12)
     backend.capture(4, "draft_extend")
     metadata = backend.decode_cuda_graph_metadata[4]
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     refresher = sglang.Refresher(backend)
     plan = refresher.prepare(4, mode="draft_extend", extend_seq_lens_dtype=dtype)
     for extends in ([3, 0, 2, 1], [1, 1, 0, 3]):
         for tensor in dsa_tensors(metadata, mode="draft_extend").values():
             tensor.fill_(POISON)
         rows = torch.tensor([*extends, 77], dtype=dtype, device=device)
-        refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows, mode=engines.ForwardMode("DRAFT_EXTEND"))
+        refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows, mode=stand_ins.ForwardMode("DRAFT_EXTEND"))
         tensors = dsa_tensors(metadata, mode="draft_extend")
         assert_refreshed(forward, source, [tensors], mode="draft_extend", extend_seq_lens=torch.tensor(extends))
     assert plan.launches == 2
@@ -516,10 +533,10 @@ def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype
 
 def test_extend_lengths_are_nothing_to_tables_with_a_row_a_request() -> None:
     source = pool()
-    backend = engines.MHABackend(source)
+    backend = stand_ins.MHABackend(source)
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4, "draft_extend")
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     extends = torch.tensor([1, 0, 2, 3])
     sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
     assert_refreshed(forward, source, [mha_tensors(backend.draft_extend_metadata[4])], page_size=16)
@@ -528,8 +545,8 @@ def test_extend_lengths_are_nothing_to_tables_with_a_row_a_request() -> None:
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-def captured_dsa(**facts: Any) -> engines.MultiStep:
-    return captured(engines.dsa(pool(), **facts))
+def captured_dsa(**facts: Any) -> stand_ins.MultiStep:
+    return captured(stand_ins.dsa(pool(), **facts))
 
 
 def test_a_missing_attribute_of_the_metadata_is_named() -> None:
@@ -587,10 +604,10 @@ def test_a_child_of_another_kind_behind_the_captured_ones_is_left_out() -> None:
 
 def test_tables_that_would_go_stale_are_refused() -> None:
     source = pool()
-    backend = engines.MHABackend(source)
+    backend = stand_ins.MHABackend(source)
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4)
-    backend.decode_cuda_graph_metadata[4].swa_page_table = engines.new(4, 21)
+    backend.decode_cuda_graph_metadata[4].swa_page_table = stand_ins.new(4, 21)
     with pytest.raises(ArgumentError, match=r"metadata\.swa_page_table is set, .* leave=\('swa_page_table',\)"):
         sglang.bind_backends(backend, 4)
     plan = sglang.bind_backends(backend, 4, leave=("swa_page_table",))
@@ -599,7 +616,7 @@ def test_tables_that_would_go_stale_are_refused() -> None:
 
 def test_draft_trees_and_unknown_modes_are_refused() -> None:
     source = pool()
-    multi = engines.mha(source, topk=4)
+    multi = stand_ins.mha(source, topk=4)
     multi.init_cuda_graph_state(max_bs=4)
     multi.capture(4)
     with pytest.raises(ArgumentError, match="topk is 4; allowed: 0 and 1"):
@@ -608,14 +625,14 @@ def test_draft_trees_and_unknown_modes_are_refused() -> None:
     with pytest.raises(ArgumentError, match="mode is 'extend'; allowed: 'decode'"):
         sglang.mode_of("extend")
     with pytest.raises(ArgumentError, match="of type ForwardMode; allowed"):
-        sglang.mode_of(engines.ForwardMode("EXTEND"))
-    assert sglang.mode_of(engines.ForwardMode("IDLE")) == "decode"
+        sglang.mode_of(stand_ins.ForwardMode("EXTEND"))
+    assert sglang.mode_of(stand_ins.ForwardMode("IDLE")) == "decode"
 
 
 def test_inputs_that_are_too_short_are_refused_and_nothing_is_written() -> None:
     multi = captured_dsa()
     refresher = sglang.Refresher(multi)
-    forward = engines.batch(multi.attn_backends[0].req_to_token, LENGTHS[3])
+    forward = stand_ins.batch(multi.attn_backends[0].req_to_token, LENGTHS[3])
     with pytest.raises(ArgumentError, match=r"seq_lens is \(3,\) and bs is 4"):
         refresher.run(4, forward.seq_lens, forward.req_pool_indices)
     with pytest.raises(ArgumentError, match="req_pool_indices is list and bs is 3"):
@@ -627,9 +644,9 @@ def test_inputs_that_are_too_short_are_refused_and_nothing_is_written() -> None:
 
 def test_vllm_refusals() -> None:
     table = support.token_pool(4, 21)
-    good = SimpleNamespace(seq_lens=engines.new(12), block_table=engines.new(12, 21))
-    apart = SimpleNamespace(seq_lens=engines.new(4, 6)[:, ::2], block_table=engines.new(12, 21))
-    without = SimpleNamespace(seq_lens=engines.new(4))
+    good = SimpleNamespace(seq_lens=stand_ins.new(12), block_table=stand_ins.new(12, 21))
+    apart = SimpleNamespace(seq_lens=stand_ins.new(4, 6)[:, ::2], block_table=stand_ins.new(12, 21))
+    without = SimpleNamespace(seq_lens=stand_ins.new(4))
     for metadata, source, message in (
         ([without], table, "no attribute block_table_tensor or block_table or block_tables; it is"),
         ([apart], table, r"seq_lens has shape \(4, 3\) and strides \(6, 2\); it must be contiguous"),
@@ -639,8 +656,8 @@ def test_vllm_refusals() -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             vllm.bind_backends(metadata, source, next_n=3)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="next_n is 1; allowed: 2 to 32768"):
-        vllm.bind_backends([good], table, next_n=1)
+    with pytest.raises(ArgumentError, match="next_n is 0; allowed: 1 to 32768"):
+        vllm.bind_backends([good], table, next_n=0)
 
 
 # ------------------------------------------------------------------------------------------------ the lines shown
@@ -648,9 +665,9 @@ def test_vllm_refusals() -> None:
 
 def test_flashmla_drafts_fill_the_dead_columns() -> None:
     source = pool()
-    multi = engines.MultiStep([engines.FlashMLABackend(source) for _ in range(3)], 3)
+    multi = stand_ins.MultiStep([stand_ins.FlashMLABackend(source) for _ in range(3)], 3)
     multi.init_cuda_graph_state(max_bs=4)
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     sglang.Refresher(multi).run(4, forward.seq_lens, forward.req_pool_indices)
     tables = [{"real_page_table": child.cuda_graph_kv_indices} for child in multi.attn_backends]
     assert_refreshed(forward, source, tables, page_fill=-1)
@@ -658,7 +675,7 @@ def test_flashmla_drafts_fill_the_dead_columns() -> None:
 
 def test_the_lines_for_vllm() -> None:
     table = support.token_pool(4, 21)
-    rows = SimpleNamespace(seq_lens=engines.new(8), block_table=engines.new(8, 21))
+    rows = SimpleNamespace(seq_lens=stand_ins.new(8), block_table=stand_ins.new(8, 21))
     names = {
         "torch": torch,
         "block_table": table,
@@ -674,16 +691,12 @@ def test_the_lines_for_vllm() -> None:
 
 def test_the_lines_for_flashinfer() -> None:
     source = pool()
-    multi = engines.FlashInferMultiStep(source)
-    multi.init_cuda_graph_state(4, 4)
-    forward = engines.batch(source, LENGTHS[4])
-    wrappers = [wrapper(3, 500) for _ in range(2)]
-    first, second = lines_of(flashinfer)
-    exec(first, {"self": multi, "forward_batch": forward, "num_seqs": 3})
+    forward = stand_ins.batch(source, LENGTHS[4])
     forward.batch_size = 3
-    assert_refreshed(forward, source, [csr_tensors(multi, i) for i in range(3)], seqlen_offsets=(1, 2, 3))
-    names = {"wrappers": wrappers, "req_to_token": source, "flashinfer": flashinfer}
-    exec(second, names | {"seq_lens": forward.seq_lens[:3], "req_pool_indices": forward.req_pool_indices[:3]})
+    wrappers = [wrapper(3, 500) for _ in range(2)]
+    (block,) = lines_of(flashinfer)
+    names = {"wrappers": wrappers, "req_to_token": source}
+    exec(block, names | {"seq_lens": forward.seq_lens[:3], "req_pool_indices": forward.req_pool_indices[:3]})
     tensors = [dict(zip(("kv_indptr", "kv_indices"), vars(w).values(), strict=True)) for w in wrappers]
     assert_refreshed(forward, source, tensors, seqlen_offsets=(1, 2))
 
@@ -703,7 +716,7 @@ def test_the_lines_of_the_readme() -> None:
     (block,) = re.findall(r"```python\n(from onelaunch.integrations.*?)```", readme, re.S)
     multi = captured_dsa()
     source = multi.attn_backends[0].req_to_token
-    forward = engines.batch(source, LENGTHS[4])
+    forward = stand_ins.batch(source, LENGTHS[4])
     names = {"multi_step_backend": multi, "bs": 4, **vars(forward)}
     exec(block, names)
     held = [child.forward_metadata for child in multi.attn_backends]

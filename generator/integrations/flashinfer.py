@@ -1,19 +1,13 @@
 """FlashInfer: kv_indptr and kv_indices of several draft steps or wrappers, refreshed by one launch.
 
-For pages of one token, as SGLang has them: kv_indices are rows of the KV cache, request after request. SGLang's
-multi-step draft backends of FlashInfer and FlashInfer MLA keep both for all captured batch sizes in two tensors with a
-row for each step, so one plan serves every batch size. Step i sees i + 1 more tokens than seq_lens says::
-
-    from onelaunch.integrations import flashinfer
-
-    # FlashInferMultiStepDraftBackend.init_cuda_graph_state, at its end
-    self.plan = flashinfer.bind_backends(self)
-
-    # common_template, for self.cuda_graph_kv_indices, in place of the call of generate_draft_decode_kv_indices
-    self.plan.run(forward_batch.seq_lens[:num_seqs], forward_batch.req_pool_indices[:num_seqs])
+For pages of one token, as SGLang has them: kv_indices are rows of the KV cache, request after request. In SGLang,
+attach a multi-step draft backend of FlashInfer or FlashInfer MLA with ``onelaunch.integrations.sglang.attach``. SGLang
+keeps both lists for all captured batch sizes in two tensors with a row for each step, so one plan serves them all.
 
 Without SGLang, for wrappers that were made with ``use_cuda_graph=True``. The lengths of draft steps differ; for other
 wrappers omit seqlen_offsets::
+
+    from onelaunch.integrations import flashinfer
 
     # once for each batch size
     plan = flashinfer.bind_backends(wrappers, req_to_token, seqlen_offsets=range(1, len(wrappers) + 1))
@@ -38,6 +32,7 @@ from ..errors import ArgumentError
 from ..run.plan import Plan, bind
 from ..spec.fields import MetadataBuffers
 from .attributes import described, has, read
+from .refusals import refusal
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 # The paged wrappers' names, then those of BatchMLAPagedAttentionWrapper.
@@ -53,8 +48,14 @@ def buffers_from(wrapper: Any) -> MetadataBuffers:
             BatchMLAPagedAttentionWrapper, or an object with their attributes.
 
     Raises:
-        ArgumentError: an attribute is missing, or there is no buffer.
+        ArgumentError: an attribute is missing, there is no buffer, or a page has more than one token.
     """
+    page_size = getattr(wrapper, "_page_size", None) or 1
+    if page_size != 1:
+        raise ArgumentError(
+            f"the wrapper was planned with page_size {page_size}; allowed: 1. Its kv_indices list pages, which "
+            "onelaunch doesn't support."
+        )
     found = {
         "kv_indptr": read("the wrapper", wrapper, _INDPTR, _ADVICE),
         "kv_indices": read("the wrapper", wrapper, _INDICES, _ADVICE),
@@ -83,6 +84,11 @@ def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: 
         ArgumentError: an attribute is missing or doesn't fit; see onelaunch.bind.
     """
     given = dict(settings)
+    if given.get("page_size", 1) != 1:
+        raise ArgumentError(
+            f"page_size is {given['page_size']}; allowed: 1. kv_indices of larger pages list pages, which onelaunch "
+            "doesn't support."
+        )
     if has(backend, ("attn_backends",)):
         buffers = _steps(backend)
         if req_to_token is None:
@@ -103,6 +109,8 @@ def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: 
 
 
 def _steps(backend: Any) -> list[MetadataBuffers]:
+    if reason := refusal(backend, partly=True):
+        raise ArgumentError(f"{type(backend).__name__} isn't served: {reason}. The engine's own code serves it.")
     children = read("backend", backend, ("attn_backends",), _ADVICE)
     if not isinstance(children, Sequence):
         raise ArgumentError(f"backend.attn_backends is a {type(children).__name__}; it must be a list. {_ADVICE}")

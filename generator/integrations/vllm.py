@@ -70,7 +70,7 @@ def bind_backends(metadata: Sequence[Any], block_table: Tensor, *, next_n: int, 
     Args:
         metadata: the objects, see buffers_from.
         block_table: int32 [requests, blocks], the source.
-        next_n: rows of each request, 2 or more.
+        next_n: rows of each request, 1 or more.
         settings: arguments of onelaunch.bind; seq_lens_dtype is torch.int32 if not given.
 
     Returns:
@@ -79,7 +79,7 @@ def bind_backends(metadata: Sequence[Any], block_table: Tensor, *, next_n: int, 
     Raises:
         ArgumentError: see buffers_from and onelaunch.bind.
     """
-    check_int("next_n", next_n, 2, MAX_NEXT_N)
+    check_int("next_n", next_n, 1, MAX_NEXT_N)
     given = {"extent": "full", "seq_lens_dtype": torch.int32, "page_size": 1, **settings}
     if not isinstance(metadata, Sequence):
         raise ArgumentError(f"metadata is a {type(metadata).__name__}; it must be a list of the indexer's objects.")

@@ -5,91 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import compare
-import objects
 import pytest
-from objects import FAMILIES, Batch
-from onelaunch.integrations import sglang
-from torch import Tensor
+from objects import FAMILIES
+from pairs import Pair
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
-CAPTURED = (2, 5)
 # Real requests in graphs that were captured for more: long and short, a page's edge, padding, a smaller batch.
 LENGTHS = (((77, 300, 640, 64, 1), 5), ((128, 65, 5), 5), ((63, 192), 2), ((9,), 2), ((640, 639, 2, 130), 5))
-
-
-class Pair:
-    """The engine's backend, and one alike with onelaunch attached, over the same pool."""
-
-    def __init__(
-        self, name: str, page: int, *, mode: str, steps: int = 0, draft_tokens: int = 4, **attach: Any
-    ) -> None:
-        self.name, self.mode, self.draft_tokens, self.page = name, mode, draft_tokens, page
-        self.pool = objects.token_pool(page, seed=page + steps)
-        self.engine, self.mine = (
-            objects.backend(name, self.pool, page=page, steps=steps, draft_tokens=draft_tokens) for _ in range(2)
-        )
-        self.attachment = sglang.attach(self.mine, **attach)
-        for backend in self.backends:
-            backend.init_cuda_graph_state(max(CAPTURED), max(CAPTURED) * self.rows)
-        self.drafting = bool(steps) or mode != "decode"
-        for bs in CAPTURED:
-            fill = draft_tokens if mode == "draft_extend" else 1
-            for backend in self.backends:
-                batch = Batch((fill,) * bs, bs, mode, draft_tokens, drafting=self.drafting).make()
-                backend.init_forward_metadata_out_graph(batch, in_capture=True)
-                backend.init_forward_metadata_in_graph(batch)
-
-    @property
-    def backends(self) -> tuple[Any, Any]:
-        return self.engine, self.mine
-
-    @property
-    def rows(self) -> int:
-        return 1 if self.mode == "decode" else self.draft_tokens
-
-    def replay(self, lengths: tuple[int, ...], bs: int, seed: int) -> None:
-        """What comes before a graph's replay, and what a graph has recorded of it, on both."""
-        if self.mode == "target_verify":  # the drafts' tokens come on top
-            lengths = tuple(min(length, objects.WIDTH - self.draft_tokens) for length in lengths)
-        elif self.mode == "draft_extend":
-            lengths = tuple(max(length, self.draft_tokens) for length in lengths)
-        for backend in self.backends:
-            compare.poison(backend)
-            batch = Batch(lengths, bs, self.mode, self.draft_tokens, seed, self.drafting).make()
-            backend.init_forward_metadata_out_graph(batch)
-            backend.init_forward_metadata_in_graph(batch)
-            if self.name == "dsa":
-                self._blank_dead_columns(backend, batch.seq_lens)
-            elif FAMILIES[self.name].module.startswith("flashinfer"):
-                self._blank_unread_lists(backend, len(lengths), bs)
-
-    def _blank_dead_columns(self, backend: Any, seq_lens: Tensor) -> None:
-        """Not defined by SGLang: columns of DSA's tables behind a row's length.
-
-        It fills page_table_1 up to the width of the pool, also with the tokens of whoever had the row before, and
-        leaves those of real_page_table as a new tensor's memory had them.
-        """
-        added = self.draft_tokens if self.mode == "target_verify" else 0
-        live = (seq_lens + added).repeat_interleave(self.rows)
-        compare.blank_dead_columns(backend, "page_table_1", len(live), live)
-        if self.page > 1:
-            compare.blank_dead_columns(backend, "real_page_table", len(live), -(-live // self.page))
-
-    def _blank_unread_lists(self, backend: Any, real: int, bs: int) -> None:
-        """Not read by SGLang: the lists of the step behind the last backend, of which its kernel makes one too many.
-
-        And not consistent in it: kv_indptr of padded requests, which sums their positions, 0, although their places in
-        kv_indices are sums of their lengths, 1. With onelaunch both are sums of lengths.
-        """
-        for lists in (backend.kv_indptr, backend.cuda_graph_kv_indices):
-            lists[len(backend.attn_backends) :] = compare.POISON
-        backend.kv_indptr[:, real + 1 : bs + 1] = compare.POISON
-
-    def check(self) -> None:
-        assert not self.attachment.failed
-        different = compare.differences(self.engine, self.mine)
-        assert not different, "\n".join(different)
 
 
 def steps_and_pages() -> list[Any]:

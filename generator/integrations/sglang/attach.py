@@ -13,10 +13,10 @@ from torch import Tensor
 from ... import log
 from ...errors import ArgumentError
 from .. import flashinfer
+from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
 from .places import PLACES, Place
 from .refresher import Refresher
-from .refusals import batch_refusal, refusal, wide_table_refusal
 
 DISABLE_VARIABLE = "ONELAUNCH_DISABLE"
 _OUT, _IN, _CSR = (
@@ -261,14 +261,16 @@ def _place_of(backend: Any) -> Place:
     place = PLACES.get(name)
     if place is None:
         raise ArgumentError(f"backend is a {name}; allowed: {', '.join(PLACES)}.")
-    for method in (_CSR,) if place.csr else (_OUT, _IN):
-        if not hasattr(backend, method):
-            reason = refusal(backend) or f"it has no {method}. {VERSION}"
-            raise ArgumentError(f"{name} isn't served: {reason}")
-        if isinstance(getattr(getattr(backend, method), "__self__", None), Attachment) or isinstance(
-            getattr(backend, method), _Kernel
-        ):
-            raise ArgumentError(f"{name} is attached already. Call detach() of what attach() returned first.")
+    methods = (_CSR,) if place.csr else (_OUT, _IN)
+    if any(_is_mine(getattr(backend, method, None)) for method in methods):
+        raise ArgumentError(f"{name} is attached already. Call detach() of what attach() returned first.")
     if reason := refusal(backend):
         raise ArgumentError(f"{name} isn't served: {reason}. The engine's own code serves it.")
+    for method in methods:
+        if not hasattr(backend, method):
+            raise ArgumentError(f"{name} isn't served: it has no {method}. {VERSION}")
     return place
+
+
+def _is_mine(method: Any) -> bool:
+    return isinstance(method, _Kernel) or isinstance(getattr(method, "__self__", None), Attachment)

@@ -12,6 +12,7 @@ from ...errors import ArgumentError
 from ...run.plan import Plan, bind
 from ...spec.fields import MetadataBuffers
 from ..attributes import has, read
+from ..refusals import refusal
 from .captured import (
     DSA,
     MHA,
@@ -62,7 +63,21 @@ def bind_backends(
         ArgumentError: an attribute isn't there, or nothing was captured for ``bs``; and see onelaunch.bind.
     """
     mode = mode_of(mode)
+    _refuse(backend, mode)
     return _bind(captured_for(backend, bs, mode), has(backend, STEPS), req_to_token, mode, leave, schedules, facts)
+
+
+def _refuse(backend: Any, mode: str) -> None:
+    """Refuses what would be refreshed wrongly; what onelaunch has no field for is refused where it is captured."""
+    if reason := refusal(backend, partly=True):
+        raise ArgumentError(f"{type(backend).__name__} isn't served: {reason}. The engine's own code serves it.")
+    for child in getattr(backend, STEPS[0], None) or [backend]:
+        branches = getattr(child, "topk", None) or 1
+        if (has(backend, STEPS) or mode != "decode") and branches > 1:
+            raise ArgumentError(
+                f"the backend's topk is {branches}; allowed: 0 and 1. A draft tree has rows for each branch, which "
+                "onelaunch doesn't refresh."
+            )
 
 
 def _bind(
@@ -86,12 +101,6 @@ def _bind(
     if req_to_token is None:
         req_to_token = read("the backend", child, ("req_to_token",), "Pass req_to_token=.")
         assert req_to_token is not None
-    branches = getattr(child, "topk", None) or 1
-    if (several or mode != "decode") and branches > 1:
-        raise ArgumentError(
-            f"the backend's topk is {branches}; allowed: 0 and 1. A draft tree has rows for each branch, which "
-            "onelaunch doesn't refresh."
-        )
     block_size = {"default": 64} if names is MLA else {}
     page_size = fact("page_size", ("physical_page_size", "real_page_size", "page_size"), **block_size)
     if mode == "decode" or given.get("extend") == "variable":
@@ -271,6 +280,7 @@ class Refresher:
         bs, mode, seq_lens_dtype, pool_dtype, extend_dtype = key
         bound = self._bound.get(key)
         if bound is None or not bound.current(bs):
+            _refuse(self._backend, mode)
             captured = captured_for(self._backend, bs, mode)
             facts = {**self._facts, "seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": pool_dtype}
             if extend_dtype is not None:

@@ -1,0 +1,325 @@
+"""attach() on SGLang's own classes: what it refuses, when it gives way to the engine, and how it is taken off."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import compare
+import objects
+import onelaunch
+import pytest
+from objects import FAMILIES, Batch
+from onelaunch import ArgumentError, LaunchError
+from onelaunch.integrations import plugin, sglang
+from onelaunch.integrations.sglang import refresher
+from pairs import Pair
+
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
+
+def backend(name: str, steps: int = 3) -> Any:
+    page = FAMILIES[name].pages[0]
+    return objects.backend(name, objects.token_pool(page, seed=1), page=page, steps=steps)
+
+
+def children(made: Any) -> Any:
+    return made.attn_backends[0] if hasattr(made, "attn_backends") else made
+
+
+def set_of_child(name: str, value: Any) -> Any:
+    """Sets an attribute that the real class has, so that the refusal's name is the engine's."""
+
+    def change(made: Any) -> None:
+        assert hasattr(children(made), name), name
+        setattr(children(made), name, value)
+
+    return change
+
+
+def set_of_backend(name: str, value: Any) -> Any:
+    def change(made: Any) -> None:
+        assert hasattr(made, name), name
+        setattr(made, name, value)
+
+    return change
+
+
+def unify(made: Any) -> None:
+    """Virtual ids: the translator itself says so. DSA has none, and so no such pool."""
+    assert children(made).kv_index_translator.is_translating is False
+    children(made).kv_index_translator = SimpleNamespace(is_translating=True, reads_are_translated=True)
+
+
+REFUSED = [
+    ("fa3", 3, unify, "the pool is unified"),
+    ("flashinfer", 3, unify, "the pool is unified"),
+    ("fa3", 3, set_of_backend("topk", 2), "topk is set: a draft tree"),
+    ("triton", 3, lambda made: None, "kv_indices is set: they are int64"),
+    ("flashinfer", 3, set_of_backend("draft_window_size", 128), "draft_window_size is set"),
+    ("flashinfer", 3, set_of_backend("draft_sink_size", 4), "draft_sink_size is set"),
+    ("fa3", 0, set_of_child("use_sliding_window_kv_pool", True), "use_sliding_window_kv_pool is set"),
+    ("trtllm_mha", 3, set_of_child("_swa_kv_pool", object()), "_swa_kv_pool is set"),
+    ("fa3", 0, set_of_child("is_prefill_aware_swa", True), "is_prefill_aware_swa is set"),
+    ("fa3", 0, set_of_child("local_attn_builder", object()), "local attention has tables"),
+    ("fa3", 0, set_of_child("is_encoder_decoder", True), "is_encoder_decoder is set"),
+    ("trtllm_mha", 0, set_of_child("expand_encoder_only_verify", True), "encoder layers have their own rows"),
+    ("dsa", 0, set_of_child("dcp_size", 2), "dcp_size is set: decode context parallelism"),
+    ("flashmla", 3, set_of_child("dcp_world_size", 2), "dcp_world_size is set: decode context parallelism"),
+    ("dsa", 0, set_of_child("_kv_shard_pool", object()), "the pool is sharded"),
+    ("dsa", 3, set_of_child("dsa_index_kpool", 2), "k-pools have write plans"),
+    ("dsa", 3, set_of_child("hisparse_coordinator", object()), "HiSparse"),
+]
+
+
+@pytest.mark.parametrize(("name", "steps", "change", "reason"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
+def test_what_a_gather_would_get_wrong_is_refused_by_its_attribute(
+    name: str, steps: int, change: Any, reason: str
+) -> None:
+    made = backend(name, steps)
+    change(made)
+    before = dict(vars(made))
+    with pytest.raises(ArgumentError, match=f"{type(made).__name__} isn't served: .*{reason}.*own code serves it"):
+        sglang.attach(made)
+    assert vars(made) == before, "something was attached"
+
+
+def test_decode_context_parallelism_is_found_in_the_engines_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = backend("trtllm_mla")
+    context = sys.modules["sglang.srt.runtime_context"]
+    assert hasattr(type(context.get_parallel()), "dcp_enabled")
+    monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(dcp_enabled=True))
+    with pytest.raises(ArgumentError, match="dcp_enabled is set"):
+        sglang.attach(made)
+
+
+def test_triton_is_refused_for_what_it_allocates() -> None:
+    made = backend("triton")
+    made.init_cuda_graph_state(2, 2)
+    assert str(made.cuda_graph_kv_indices.dtype) == "torch.int64"
+
+
+def test_another_class_is_refused_by_name() -> None:
+    with pytest.raises(ArgumentError, match="backend is a FlashInferAttnBackend; allowed: Deepseek"):
+        sglang.attach(backend("flashinfer").attn_backends[0])
+
+
+def test_a_backend_is_attached_once() -> None:
+    for name in ("fa3", "flashinfer"):
+        made = backend(name)
+        attachment = sglang.attach(made)
+        with pytest.raises(ArgumentError, match="attached already"):
+            sglang.attach(made)
+        attachment.detach()
+        attachment.detach()
+        assert sglang.attach(made).attached
+
+
+@pytest.mark.parametrize("name", ["fa3", "flashmla", "flashinfer"])
+def test_detach_puts_the_engines_own_code_back(name: str) -> None:
+    pair = Pair(name, FAMILIES[name].pages[0], mode="decode", steps=3)
+    pair.attachment.detach()
+    launches = pair.attachment.launches
+    assert not pair.attachment.attached
+    assert {n for n in vars(pair.mine)} == {n for n in vars(pair.engine)}
+    pair.replay((5, 80), 5, seed=0)
+    pair.check()
+    assert pair.attachment.launches == launches
+
+
+def test_detach_says_that_a_graph_keeps_what_it_recorded() -> None:
+    pair = Pair("trtllm_mha", 64, mode="decode", steps=3)
+    with pytest.warns(UserWarning, match="Capture them again"):
+        pair.attachment.detach()
+    assert not pair.attachment.attached
+
+
+def test_the_environment_can_disable_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = backend("fa3")
+    before = dict(vars(made))
+    monkeypatch.setenv("ONELAUNCH_DISABLE", "1")
+    attachment = sglang.attach(made)
+    assert vars(made) == before
+    assert not attachment.attached
+    assert "disabled" in repr(attachment)
+    attachment.detach()
+
+
+def test_nothing_is_bound_or_built_after_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fa3", "trtllm_mha"):
+        pair = Pair(name, 64, mode="decode", steps=3)
+        monkeypatch.setattr(refresher, "bind", lambda *a, **k: pytest.fail("a plan was bound while serving"))
+        pair.replay((7, 300), 5, seed=0)
+        pair.check()
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["dsa", "fa3", "trtllm_mha", "flashmla", "trtllm_mla", "flashinfer"])
+def test_after_a_failure_the_engines_own_code_runs_and_one_warning_is_given(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(name, 64, mode="decode", steps=3)
+
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise LaunchError("the launch was refused")
+
+    monkeypatch.setattr(onelaunch.Plan, "run", refuse)
+    with pytest.warns(RuntimeWarning, match="own code from now on. LaunchError: the launch was refused"):
+        pair.replay((7, 300), 5, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        pair.replay((640, 300, 2), 5, seed=1)
+    assert pair.attachment.failed
+    different = compare.differences(pair.engine, pair.mine)
+    assert not different, "\n".join(different)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("fa3", "target_verify"), ("trtllm_mha", "target_verify")])
+def test_a_batch_that_a_launch_would_get_wrong_runs_the_engines_own_code(name: str, mode: str) -> None:
+    pair = Pair(name, 64, mode=mode)
+    calls: list[Any] = []
+    for method in tuple(pair.attachment._originals):
+        pair.attachment._originals[method] = lambda *a, **k: calls.append(a)
+    launches = pair.attachment.launches
+    for change in (
+        lambda batch: setattr(batch.spec_info, "ragged_verify_layout", object()),
+        lambda batch: setattr(batch, "encoder_lens", batch.seq_lens),
+    ):
+        batch = Batch((7, 9), 2, mode, 4).make()
+        change(batch)
+        pair.mine.init_forward_metadata_out_graph(batch)
+        pair.mine.init_forward_metadata_in_graph(batch)
+    assert len(calls) == 4 if FAMILIES[name].in_graph else 2
+    assert pair.attachment.launches == launches
+    assert not pair.attachment.failed
+
+
+@pytest.mark.parametrize(("name", "steps"), [("fa3", 3), ("flashinfer", 3), ("dsa", 3)])
+def test_a_pool_that_was_exchanged_is_bound_again(name: str, steps: int) -> None:
+    pair = Pair(name, 64, mode="decode", steps=steps)
+    pair.replay((7, 300), 5, seed=0)
+    other = objects.token_pool(64, seed=99)
+    for made in pair.backends:
+        for owner in (made, *made.attn_backends):
+            for holder in (
+                owner,
+                getattr(owner, "req_to_token_pool", None),
+                getattr(owner, "kv_index_translator", None),
+            ):
+                if hasattr(holder, "req_to_token"):
+                    holder.req_to_token = other
+    pair.replay((7, 300), 5, seed=0)
+    pair.check()
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("decode", 3), ("target_verify", 0), ("draft_extend", 0)])
+def test_the_wide_table_can_be_left_out(mode: str, steps: int) -> None:
+    pair = Pair("dsa", 64, mode=mode, steps=steps, leave=("page_table_1",))
+    pair.replay((77, 300, 640), 5, seed=0)
+    wide = [t for path, t in compare.reachable(pair.mine).items() if compare.last_name(path) == "page_table_1"]
+    assert wide
+    assert all(bool((table == compare.POISON).all()) for table in wide), "it was written"
+    different = compare.differences(pair.engine, pair.mine)
+    assert different
+    for text in different:
+        assert ".page_table_1:" in text or "['page_table']:" in text, text
+    assert not pair.attachment.failed
+
+
+@pytest.mark.parametrize(
+    ("change", "page", "reason"),
+    [
+        (set_of_child("use_fused_topk", False), 64, "use_fused_topk is False"),
+        (set_of_child("dsa_index_topk", 4096), 64, "dsa_index_topk is 4096"),
+        (set_of_child("dsa_topk_backend", SimpleNamespace(should_use_topk_v2=lambda: False)), 64, "top-k v2"),
+        (lambda made: None, 1, "pages have one token"),
+    ],
+)
+def test_the_wide_table_stays_where_something_reads_it(change: Any, page: int, reason: str) -> None:
+    made = objects.backend("dsa", objects.token_pool(page, seed=1), page=page, steps=3)
+    change(made)
+    with pytest.raises(ArgumentError, match=f"leave has 'page_table_1'.*{reason}.*Remove it from leave"):
+        sglang.attach(made, leave=("page_table_1",))
+
+
+def test_attaching_and_leaving_out_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "onelaunch"):
+        sglang.attach(backend("dsa"), leave=("page_table_1",))
+    assert "DeepseekSparseAttnMultiStepBackend: one launch refreshes" in caplog.text
+    assert "page_table_1 is left out" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ the plugin
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's registry, empty before and after, and what the plugin hooks as it was."""
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    for variable in (plugin.VARIABLE, plugin.SELECTED_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    for owner, name in (
+        (DraftBackendFactory, "create_decode_backend"),
+        (DraftBackendFactory, "create_draft_extend_backend"),
+        (ModelRunner, "init_attention_backends"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    HookRegistry.reset()
+    yield HookRegistry
+    HookRegistry.reset()
+
+
+def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.install()
+    assert not hooks._hooks
+    monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
+    plugin.install()
+    assert len(hooks._hooks) == 3
+    hooks.reset()
+    monkeypatch.setenv(plugin.VARIABLE, "0")
+    plugin.install()
+    assert not hooks._hooks
+
+
+def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(
+    hooks: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sglang.srt import plugins
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    made = iter([backend("fa3"), backend("triton"), None])
+    monkeypatch.setattr(DraftBackendFactory, "create_decode_backend", lambda self: next(made))
+    monkeypatch.setattr(ModelRunner, "init_attention_backends", lambda self: None)
+    monkeypatch.setattr(plugins, "_plugins_loaded", False)
+    monkeypatch.setenv(plugin.SELECTED_VARIABLE, "onelaunch")
+    plugins.load_plugins()
+    factory = object.__new__(DraftBackendFactory)
+    with caplog.at_level(logging.INFO, "onelaunch"):
+        assert "init_forward_metadata_out_graph" in vars(factory.create_decode_backend())
+        assert type(factory.create_decode_backend()).__name__ == "TritonMultiStepDraftBackend"
+        assert factory.create_decode_backend() is None
+    assert "FlashAttentionMultiStepBackend: one launch refreshes" in caplog.text
+    assert "TritonMultiStepDraftBackend isn't served: kv_indices" in caplog.text
+
+    runner = SimpleNamespace(attn_backend=backend("dsa", 0), decode_attn_backend=None)
+    ModelRunner.init_attention_backends(runner)
+    assert "init_forward_metadata_out_graph" in vars(runner.attn_backend)
+
+
+def test_the_plugin_never_raises_and_imports_no_torch() -> None:
+    code = (
+        "import sys; from onelaunch.integrations import plugin; plugin.install(); "
+        "print(sorted({'torch', 'jinja2', 'sglang'} & set(sys.modules)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ONELAUNCH", "SGLANG"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
