@@ -536,6 +536,18 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     assert len({message.split(" (")[1] for _, _, message in said}) >= 2, said
 
 
+def test_neither_the_cache_nor_a_temporary_folder_can_be_written(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is named; a full folder for temporary files is no fault of the cache."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.raises(StoreError, match=r"file/cache can.t be used .*, and no folder for temporary files"):
+        loader.load(SMALL, store=Store(tmp_path / "file" / "cache"))
+    # A cache that can be written needs no other folder.
+    assert loader.load(SMALL, store=store).path.is_file()
+
+
 # --------------------------------------------------------------------------------------------- a folder that vanishes
 
 
