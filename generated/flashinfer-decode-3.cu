@@ -23,7 +23,6 @@ namespace {
 // ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
-constexpr int kResidentBlocks = 5;  // minimum per multiprocessor, which caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = kBackends;  // lengths of a request: one for all backends, or one each
@@ -168,50 +167,6 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
   return static_cast<std::make_signed_t<T>>(value);
 }
 
-// ---- whose tile it is --------------------------------------------------------------------------------------------
-// The tiles of up to kThreads requests, a window, in shared memory. Each thread counts those of one request; then every
-// warp of every block can look up which request a tile belongs to.
-struct Window {
-  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, within its warp
-  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
-};
-
-struct Place {
-  int slot;  // of the request in the window
-  std::uint32_t tile;  // among the request's tiles
-};
-
-// Adds up the tiles of the window's requests: `tiles` is the number of this thread's request. Returns the sum of all;
-// lane w gets in `warp_end` the sum up to and including warp w. All threads must call it, behind a barrier that
-// follows the last look-up. Ends with a barrier before the sums are read: what a thread wrote to shared memory before
-// the call can be read after it.
-__device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
-  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(tiles);
-  window.tile_end[threadIdx.x] = in_warp;
-  if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
-  __syncthreads();
-  std::uint32_t sum = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    sum += window.warp_tiles[w];
-    if (w <= lane) warp_end = sum;  // the lanes after the last warp hold the window's sum
-  }
-  return sum;
-}
-
-// Looks a tile up: first how many warps' requests end at or before it, then how many requests of the next warp do.
-__device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t warp_end, std::uint32_t tile) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const int warp = __popc(__ballot_sync(kFullMask, warp_end <= tile));
-  const std::uint32_t before = __shfl_sync(kFullMask, warp_end, warp > 0 ? warp - 1 : 0);
-  const std::uint32_t in_warp = tile - (warp > 0 ? before : 0);
-  const int passed = __popc(__ballot_sync(kFullMask, window.tile_end[warp * kWarpSize + lane] <= in_warp));
-  const int slot = warp * kWarpSize + passed;
-  return {slot, in_warp - (passed > 0 ? window.tile_end[slot - 1] : 0)};
-}
-
 // ---- strategy: the tokens of all requests, one after the other ---------------------------------------------------
 // Where a request's tokens go depends on the lengths of all requests before it. Every block adds those up for itself,
 // window by window, beside the tiles that it counts: no block waits for another, and the sum has 64 bits. The warps of
@@ -268,12 +223,14 @@ __device__ __forceinline__ void copy_tile(
 __device__ void write_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
+  const int lane = slot % kWarpSize;
   const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
-  __shared__ Window window;
+  __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and including a request of the window
   __shared__ std::int32_t window_tokens[kThreads];
   __shared__ std::uint64_t tokens_before[kThreads];
   __shared__ std::int64_t pool_rows[kThreads];
+  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
   RunningSum<std::uint64_t> token_sum;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
@@ -292,16 +249,23 @@ __device__ void write_tables(const Params& p) {
     if (request < batch_size) {
       check_capacity(p, request, static_cast<std::int64_t>(tokens_end) + (std::int64_t{request} + 1) * kLongestOffset);
     }
+    std::uint32_t window_tiles;
+    tile_end[slot] = block_running_sum(tiles, window_tiles);
     pool_rows[slot] = pool_row;
     window_tokens[slot] = tokens;
     tokens_before[slot] = tokens_end - static_cast<std::uint64_t>(tokens);
-    std::uint32_t warp_end = 0;
-    const std::uint32_t window_tiles = count_tiles(window, tiles, warp_end);
+    __syncthreads();
     for (; tile < window_tiles; tile += warps) {
-      const Place place = find_tile(window, warp_end, tile);
-      const std::int64_t before = static_cast<std::int64_t>(tokens_before[place.slot]);
-      const int column = static_cast<int>(place.tile) * kTileColumns;
-      copy_tile(p, first + place.slot, pool_rows[place.slot], before, window_tokens[place.slot], column);
+      // Whose tile it is: how many warps' requests end at or before it, then how many requests of the next warp do.
+      // Unlike find_tile this needs no register between look-ups.
+      const bool passed_warp = lane < kWarps && tile_end[lane * kWarpSize + kWarpSize - 1] <= tile;
+      const int warp = __popc(__ballot_sync(kFullMask, passed_warp));
+      const int passed = __popc(__ballot_sync(kFullMask, tile_end[warp * kWarpSize + lane] <= tile));
+      const int found = warp * kWarpSize + passed;
+      const std::uint32_t in_row = tile - (found > 0 ? tile_end[found - 1] : 0);
+      const std::int64_t before = static_cast<std::int64_t>(tokens_before[found]);
+      const int column = static_cast<int>(in_row) * kTileColumns;
+      copy_tile(p, first + found, pool_rows[found], before, window_tokens[found], column);
     }
     tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
   }
@@ -338,7 +302,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
 }
 
 // ---- the one launch ----------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kThreads)
     onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85(const __grid_constant__ Params p) {
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);

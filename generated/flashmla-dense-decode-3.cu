@@ -207,7 +207,7 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
 // One block computes it from seq_lens, however many requests there are: in chunks of kThreads. The parts take blocks of
 // the requests one after the other, so one thread walks them: past all requests of a chunk at once, or in steps that
 // double while whole requests fit into a part. That takes as many turns as there are parts and chunks. It notes where
-// each part begins; from that all threads derive the rest.
+// each part begins; all threads derive the entries from that.
 constexpr int kMlaBlock = 64;  // tokens
 constexpr int kMlaOverhead = 5;  // what a request costs a part beside its blocks, in blocks
 

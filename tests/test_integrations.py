@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -538,7 +537,10 @@ def test_extend_lengths_are_nothing_to_tables_with_a_row_a_request() -> None:
     backend.capture(4, "draft_extend")
     forward = stand_ins.batch(source, LENGTHS[4])
     extends = torch.tensor([1, 0, 2, 3])
-    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    with pytest.raises(ArgumentError, match=r"cu_seqlens_q changes with it, .* leave=\('cu_seqlens_q',\)"):
+        sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    refresher = sglang.Refresher(backend, leave=("cu_seqlens_q",))
+    refresher.run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
     assert_refreshed(forward, source, [mha_tensors(backend.draft_extend_metadata[4])], page_size=16)
 
 
@@ -602,16 +604,30 @@ def test_a_child_of_another_kind_behind_the_captured_ones_is_left_out() -> None:
     assert sglang.bind_backends(multi, 4).config.num_backends == 3
 
 
-def test_tables_that_would_go_stale_are_refused() -> None:
+@pytest.mark.parametrize("name", ["swa_page_table", "swa_out_cache_loc", "scheduler_metadata"])
+def test_tensors_that_would_go_stale_are_refused(name: str) -> None:
     source = pool()
     backend = stand_ins.MHABackend(source)
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4)
-    backend.decode_cuda_graph_metadata[4].swa_page_table = stand_ins.new(4, 21)
-    with pytest.raises(ArgumentError, match=r"metadata\.swa_page_table is set, .* leave=\('swa_page_table',\)"):
+    setattr(backend.decode_cuda_graph_metadata[4], name, stand_ins.new(4, 21))
+    with pytest.raises(ArgumentError, match=rf"metadata\.{name} is set, .* leave=\('{name}',\)"):
         sglang.bind_backends(backend, 4)
-    plan = sglang.bind_backends(backend, 4, leave=("swa_page_table",))
+    plan = sglang.bind_backends(backend, 4, leave=(name,))
     assert plan.config.fields == ("cache_seqlens", "cu_seqlens_k", "real_page_table")
+
+
+def test_what_would_be_refreshed_wrongly_is_refused_before_anything_is_bound() -> None:
+    multi = stand_ins.mha(pool())
+    multi.attn_backends[1].kv_index_translator = SimpleNamespace(is_translating=True)
+    with pytest.raises(ArgumentError, match=r"MultiStep isn't served: kv_index_translator\.is_translating is set"):
+        sglang.bind_backends(multi, 4)
+    with pytest.raises(ArgumentError, match="req_to_token holds virtual ids"):
+        sglang.Refresher(multi).prepare(4)
+    lists = stand_ins.FlashInferMultiStep(pool())
+    lists.draft_window_size = 128
+    with pytest.raises(ArgumentError, match="draft_window_size is set: lists leave out the middle of a request"):
+        flashinfer.bind_backends(lists)
 
 
 def test_draft_trees_and_unknown_modes_are_refused() -> None:
@@ -709,15 +725,3 @@ def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] []"
-
-
-def test_the_lines_of_the_readme() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(from onelaunch.integrations.*?)```", readme, re.S)
-    multi = captured_dsa()
-    source = multi.attn_backends[0].req_to_token
-    forward = stand_ins.batch(source, LENGTHS[4])
-    names = {"multi_step_backend": multi, "bs": 4, **vars(forward)}
-    exec(block, names)
-    held = [child.forward_metadata for child in multi.attn_backends]
-    assert_refreshed(forward, source, [dsa_tensors(m) for m in held])

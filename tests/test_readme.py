@@ -1,7 +1,7 @@
 """What README.md, ARCHITECTURE.md and CONTRIBUTING.md show is run, and what they name is there.
 
-The Python of the README runs here, but for the lines of the engines' helpers, which tests/test_integrations.py runs on
-stand-ins. The diffs of ARCHITECTURE.md are applied to a copy of the package, and the Python below them runs on it.
+The Python of the README runs here, but for the lines of attach(), which tests/engines/test_attach.py runs on a class
+of an engine. The diffs of ARCHITECTURE.md are applied to a copy of the package, and the Python below them runs on it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
     exec(indices, names)
     assert_refreshed(names["flat"], seqlen_offsets=(1, 2, 3))
     rest = [block for block in others if block not in (lists, indices)]
-    assert len(rest) == 1, "the lines that tests/test_integrations.py runs, and none beside them"
+    assert len(rest) == 1, "the lines that tests/engines/test_attach.py runs, and none beside them"
     assert rest[0].startswith("from onelaunch.integrations")
 
 

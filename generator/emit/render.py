@@ -119,7 +119,7 @@ def device_files(config: KernelConfig) -> list[str]:
         "token_columns": rows and tokens and not copies,
         "token_pages": tokens and pages,
         (beside if pages else "tokens") if tokens else "lone_pages": rows and not copies,
-        "window": counts,
+        "window": strategy in ("live", "variable"),
         "copy_table": rows and copies,
         str(strategy): strategy not in (None, "copy"),
     }

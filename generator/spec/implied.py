@@ -178,7 +178,7 @@ class Implied:
 
         That caps the registers: without it ptxas takes, or spills, some more for blocks that the grid doesn't have.
         """
-        threads = {"live": 1024, "equal": 1024, "variable": 1024, "indices": 1280}.get(self.strategy or "", 0)
+        threads = {"live": 1024, "equal": 1024, "variable": 1024}.get(self.strategy or "", 0)
         return threads // int(self.threads)
 
     @property

@@ -54,12 +54,14 @@ __device__ __forceinline__ void copy_tile(
 __device__ void write_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
+  const int lane = slot % kWarpSize;
   const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
-  __shared__ Window window;
+  __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and including a request of the window
   __shared__ std::int32_t window_tokens[kThreads];
   __shared__ std::uint64_t tokens_before[kThreads];
   __shared__ std::int64_t pool_rows[kThreads];
+  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
   RunningSum<std::uint64_t> token_sum;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
@@ -78,16 +80,23 @@ __device__ void write_tables(const Params& p) {
     if (request < batch_size) {
       check_capacity(p, request, static_cast<std::int64_t>(tokens_end) + (std::int64_t{request} + 1) * kLongestOffset);
     }
+    std::uint32_t window_tiles;
+    tile_end[slot] = block_running_sum(tiles, window_tiles);
     pool_rows[slot] = pool_row;
     window_tokens[slot] = tokens;
     tokens_before[slot] = tokens_end - static_cast<std::uint64_t>(tokens);
-    std::uint32_t warp_end = 0;
-    const std::uint32_t window_tiles = count_tiles(window, tiles, warp_end);
+    __syncthreads();
     for (; tile < window_tiles; tile += warps) {
-      const Place place = find_tile(window, warp_end, tile);
-      const std::int64_t before = static_cast<std::int64_t>(tokens_before[place.slot]);
-      const int column = static_cast<int>(place.tile) * kTileColumns;
-      copy_tile(p, first + place.slot, pool_rows[place.slot], before, window_tokens[place.slot], column);
+      // Whose tile it is: how many warps' requests end at or before it, then how many requests of the next warp do.
+      // Unlike find_tile this needs no register between look-ups.
+      const bool passed_warp = lane < kWarps && tile_end[lane * kWarpSize + kWarpSize - 1] <= tile;
+      const int warp = __popc(__ballot_sync(kFullMask, passed_warp));
+      const int passed = __popc(__ballot_sync(kFullMask, tile_end[warp * kWarpSize + lane] <= tile));
+      const int found = warp * kWarpSize + passed;
+      const std::uint32_t in_row = tile - (found > 0 ? tile_end[found - 1] : 0);
+      const std::int64_t before = static_cast<std::int64_t>(tokens_before[found]);
+      const int column = static_cast<int>(in_row) * kTileColumns;
+      copy_tile(p, first + found, pool_rows[found], before, window_tokens[found], column);
     }
     tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
   }

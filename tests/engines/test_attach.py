@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
+import re
 import subprocess
 import sys
+import textwrap
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -245,6 +249,21 @@ def test_the_wide_table_stays_where_something_reads_it(change: Any, page: int, r
     change(made)
     with pytest.raises(ArgumentError, match=f"leave has 'page_table_1'.*{reason}.*Remove it from leave"):
         sglang.attach(made, leave=("page_table_1",))
+
+
+@pytest.mark.parametrize("source", ["README.md", "the docstring"])
+def test_the_lines_that_are_shown(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if source == "README.md":
+        readme = (Path(__file__).parents[2] / source).read_text(encoding="utf-8")
+        (block,) = re.findall(r"```python\n(from onelaunch.integrations.*?)```", readme, re.S)
+    else:
+        (shown,) = re.findall(r"::\n\n((?:    .*\n|\n)+)", inspect.getdoc(sglang) or "")
+        block = textwrap.dedent(shown)
+    made = backend("fa3")
+    before = dict(vars(made))
+    exec(block, {"draft_attn_backend": made})
+    assert "FlashAttentionMultiStepBackend: one launch refreshes lengths" in capsys.readouterr().out
+    assert vars(made) == before
 
 
 def test_attaching_and_leaving_out_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -43,7 +43,13 @@ STEPS = ("attn_backends",)
 VERSION = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
 # No field of onelaunch's: without a refusal they would go stale silently.
-_FOREIGN = ("swa_page_table", "swa_out_cache_loc", "local_attn_metadata", "encoder_page_table")
+_FOREIGN = (
+    "swa_page_table",
+    "swa_out_cache_loc",
+    "local_attn_metadata",
+    "encoder_page_table",
+    "scheduler_metadata",
+)
 _GRAPHS = {
     "decode": "decode_cuda_graph_metadata",
     "target_verify": "target_verify_metadata",

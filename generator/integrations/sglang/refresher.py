@@ -115,6 +115,12 @@ def _bind(
         if schedules and getattr(captured[0].metadata, SCHEDULE, None) is not None:
             _schedule_facts(captured[0].metadata, given)
     else:
+        starts = getattr(captured[0].metadata, "cu_seqlens_q", None)
+        if given.get("extend") == "variable" and starts is not None and "cu_seqlens_q" not in leave:
+            raise ArgumentError(
+                "extend_seq_lens is a tensor, so metadata.cu_seqlens_q changes with it, and onelaunch has no such "
+                "field. Refresh it with the engine's own code, and pass leave=('cu_seqlens_q',)."
+            )
         _row_a_request(captured, buffers, names, several and names is MHA, mode, given)
     return bind(buffers, req_to_token=req_to_token, **given)
 
