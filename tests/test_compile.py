@@ -29,7 +29,7 @@ from onelaunch.build import compile as compiler
 from onelaunch.build import key as keys
 from onelaunch.build import toolchain
 from onelaunch.build.key import Recipe
-from onelaunch.cache.store import MANIFEST, Store
+from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.emit import binding as emitted_binding
 from onelaunch.emit.binding import render_binding
@@ -417,17 +417,6 @@ def test_a_truncated_object_doesnt_bring_a_process_down(used: Used, tmp_path: Pa
     assert second["out"] == [5, 6, -1, -1]
     assert [w for w in second["warnings"] if "is damaged" in w], second["warnings"]
     assert "building" in said
-
-
-def test_what_the_store_keeps(store: Store) -> None:
-    kernel = loader.load(SMALL, store=store)
-    folder = kernel.path.parent
-    assert folder == store.root / "entries" / kernel.key
-    assert {path.name for path in folder.iterdir()} == {MANIFEST, *kernel.manifest["files"]}
-    assert KernelConfig.from_dict(kernel.manifest["config"]) == SMALL
-    for path in [store.root, *store.root.rglob("*")]:
-        assert path.stat().st_mode & 0o022 == 0, path
-    assert [entry.key for entry in store.entries()] == [kernel.key]
 
 
 # --------------------------------------------------------------------------------------------- notices and policy

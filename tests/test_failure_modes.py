@@ -3,7 +3,7 @@
 =====  ==================================================  ========================================================
  F     failure                                             where it is provoked, or why it can't happen
 =====  ==================================================  ========================================================
- F1    stale lock hangs everybody                          test_a_lock_file_of_a_dead_process_holds_nobody,
+ F1    stale lock hangs everybody                          test_processes.test_lock_files_of_killed_processes_...,
                                                            test_a_builder_that_is_killed_is_taken_over,
                                                            test_a_wait_that_takes_too_long_ends_in_a_build
  F2    second call after a failure hides it                test_a_failure_is_raised_again_without_compiling
@@ -37,7 +37,7 @@
                                                            test_killed_before_it_published,
                                                            test_compile.test_a_truncated_object_doesnt_...
  F17   opaque errors                                       test_compile.test_a_build_that_fails
- F18   others can write to the cache                       test_folders_that_others_could_have_written,
+ F18   others can write to the cache                       test_store.test_a_part_that_others_could_have_...,
                                                            test_pack.test_paths_that_lead_out_are_refused
  F19   two kernels export one symbol                       test_compile.test_the_object_needs_nothing_but_the_system_...
                                                            (one exported symbol, which carries the key)
@@ -62,7 +62,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,18 +191,6 @@ def test_killed_before_it_published(children: Children) -> None:
     result, _ = children.run(LOAD)
     assert result["works"]
     assert not left.exists()
-
-
-def test_a_lock_file_of_a_dead_process_holds_nobody(store: Store) -> None:
-    kernel = loader.load(SMALL, store=store)
-    path = store.root / "locks" / f"{kernel.key}.lock"
-    path.write_text('{"host": "elsewhere", "pid": 1, "since": 0, "phase": "compiling"}\n')
-    began = time.monotonic()
-    with store.lock(kernel.key) as held:
-        assert held.held
-        assert f'"pid": {os.getpid()}' in path.read_text()
-    assert time.monotonic() - began < 1
-    assert not path.exists(), "lock files don't pile up"
 
 
 def test_a_wait_that_takes_too_long_ends_in_a_build(
@@ -348,15 +335,6 @@ def test_a_named_folder_whose_place_is_taken(tmp_path: Path, monkeypatch: pytest
     assert len(caught) == 1
 
 
-def test_a_temporary_store_goes_with_its_process(children: Children, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    result, said = children.run(LOAD, ONELAUNCH_CACHE_DIR=str(tmp_path / "file" / "cache"), TMPDIR=str(tmp_path))
-    assert result["works"]
-    assert "can't be used" in said
-    assert not Path(result["path"]).exists()
-    assert list(tmp_path.glob("onelaunch-*")) == []
-
-
 def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children) -> None:
     with mounted(tmp_path / "noexec", "size=32m,noexec") as folder:
         with pytest.raises(CompileError, match=r"mounted noexec: set ONELAUNCH_CACHE_DIR") as caught:
@@ -374,48 +352,12 @@ def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children)
 # ------------------------------------------------------------------------------------------------------- security
 
 
-@pytest.mark.parametrize("how", ["group", "everybody", "somebody else's", "symlink"])
-@pytest.mark.parametrize("what", ["entries", "index"])
-def test_folders_that_others_could_have_written(
-    store: Store, tmp_path: Path, what: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader.load(SMALL, store=store)
-    loader._loaded.clear()
-    folder = store.root / what
-    if how == "symlink":
-        folder.rename(tmp_path / "elsewhere")
-        folder.symlink_to(tmp_path / "elsewhere")
-        expected = "is a symbolic link; replace it by the folder"
-    elif how == "somebody else's":
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a folder away")
-        os.chown(folder, 12_345, -1)
-        expected = "belongs to user 12345"
-    else:
-        folder.chmod(0o770 if how == "group" else 0o707)
-        expected = f"Run: chmod go-w {folder}"
-    with pytest.raises(StoreError, match=expected):
-        loader.load(SMALL, store=Store(store.root))
-    if how != "symlink":
-        monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
-        assert loader.load(SMALL, store=Store(store.root)).path.is_file()
-
-
 def test_a_shared_cache_takes_its_rights_from_the_umask(children: Children) -> None:
     code = "os.umask(0o002)\n" + LOAD
     result, _ = children.run(code, ONELAUNCH_SHARED_CACHE="1")
     modes = {path.name: path.stat().st_mode & 0o777 for path in Path(result["path"]).parent.iterdir()}
     assert set(modes.values()) == {0o664}
     assert (children.cache / "entries").stat().st_mode & 0o777 == 0o775
-
-
-def test_a_link_in_place_of_a_file_is_no_entry(store: Store, tmp_path: Path) -> None:
-    kernel = loader.load(SMALL, store=store)
-    loader._loaded.clear()
-    kernel.path.rename(tmp_path / "copy.so")
-    kernel.path.symlink_to(tmp_path / "copy.so")
-    with pytest.warns(UserWarning, match="is damaged"):
-        assert not loader.load(SMALL, store=store).path.is_symlink()
 
 
 # ------------------------------------------------------------------------------------------------------- failures

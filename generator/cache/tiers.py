@@ -77,9 +77,15 @@ def fallback(reason: str) -> Store:
     """
     global _fallback
     if _fallback is None or _fallback[0] != os.getpid():
-        parent = Path(tempfile.gettempdir()).absolute()
-        staging.sweep(parent, _PREFIX)
-        folder, lock = staging.make(parent, _PREFIX)
+        try:
+            parent = Path(tempfile.gettempdir()).absolute()
+            staging.sweep(parent, _PREFIX)
+            folder, lock = staging.make(parent, _PREFIX)
+        except OSError as error:
+            raise StoreError(
+                f"{reason}, and no folder for temporary files can be written: {error.strerror or error}. Set "
+                f"{CACHE_VARIABLE} or TMPDIR to a folder that this process may write and that has room."
+            ) from error
         _fallback = (os.getpid(), Store(private(folder)), lock)
         atexit.register(_remove, folder, os.getpid())
     warn_once(
