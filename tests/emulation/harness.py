@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import checker
 import torch
@@ -28,12 +27,6 @@ from onelaunch import FIELDS, KernelConfig
 from onelaunch.spec import layout
 from support import POISON
 from torch import Tensor
-
-
-def Case(name: str, lengths: tuple[int, ...], most_indices: int = 5_000, **more: Any) -> Shape:
-    """A shape, by the names that mutations.py has for its attributes."""
-    return Shape(name, lengths, max_indices=most_indices, **more)
-
 
 HERE = Path(__file__).parent
 COMPILER = "g++"

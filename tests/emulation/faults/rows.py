@@ -1,0 +1,161 @@
+"""Tables of equal rows, of variable rows, token indices, and copies."""
+
+from __future__ import annotations
+
+from cases import Shape
+
+from .fault import Fault
+from .shown_by import (
+    BAD_ROW,
+    CHECKED,
+    COPY,
+    COPY_ROWS,
+    FEW,
+    FULL,
+    FULL_INDICES,
+    INDICES,
+    LONG,
+    MANY,
+    ODD,
+    SHORT,
+    VARIABLE,
+    WIDE,
+)
+
+FAULTS = {
+    "device/equal.cuh": [
+        Fault(
+            "divide tiles by a row's without the one more",
+            "a row's first tile goes to the row before",
+            FULL,
+            LONG,
+            r"std::uint64_t\{tile\} \+ 1",
+            "std::uint64_t{tile}",
+        ),
+        Fault(
+            "one tile short in rows of equal length",
+            "the end of a row isn't written",
+            FULL,
+            LONG,
+            r"- 1\) / tile_columns \+ 1;",
+            "- 1) / tile_columns;",
+        ),
+        Fault(
+            "take one tile where two are counted",
+            "half of every row isn't written",
+            WIDE,
+            LONG,
+            r"copy_tile<kWideTiles>",
+            "copy_tile<1>",
+        ),
+        Fault(
+            "let warps behind the last equal row take tiles",
+            "reads behind the pool indices",
+            FULL,
+            ODD,
+            r"row >= p\.batch_size \|\| ",
+            "",
+            "address",
+        ),
+        Fault(
+            "take a tile of rows that have no columns",
+            "pages are written where nothing is",
+            FULL,
+            Shape("nothing", (700, 30), width=1503, max_len=0, token_phase=4, table_phase=12, table_pad=2),
+            r"if \(columns == 0\) warps = 0;",
+            "",
+            "emulation",
+        ),
+        Fault(
+            "let all warps of a block take tiles where half of them are to",
+            "two warps write the same tiles",
+            FULL,
+            FEW,
+            r"if \(warp >= split\.warps\) return;",
+            "",
+            "thread",
+        ),
+        Fault(
+            "report and go on, with equal rows",
+            "what was reported is read all the same",
+            CHECKED.replace(extent="full"),
+            BAD_ROW,
+            r"if \(pool_row < 0\) return;",
+            "",
+            "address",
+        ),
+    ],
+    "device/variable.cuh": [
+        Fault(
+            "give a tile to a request without rows",
+            "its tile is nobody's: the rows of a request behind it come late, or never",
+            VARIABLE,
+            MANY,
+            r"\{stop_row - count, stop_row\}",
+            "{stop_row - count, stop_row + (count == 0)}",
+            "thread",
+        ),
+        Fault(
+            "lose the rows of the chunks before",
+            "rows start again behind the first block of requests",
+            VARIABLE,
+            MANY,
+            r"row_sum\.add\(",
+            "RunningSum<std::uint32_t>().add(",
+        ),
+    ],
+    "device/indices.cuh": [
+        Fault(
+            "forget the requests of earlier windows",
+            "tokens overwrite those of the first requests",
+            INDICES,
+            Shape("many", tuple(range(170)), width=170, max_indices=20_000),
+            r"token_sum\.add\(",
+            "RunningSum<std::uint64_t>().add(",
+        ),
+        Fault(
+            "forget that offsets add up",
+            "the backends of later steps lose tokens",
+            INDICES,
+            SHORT,
+            r"request \* length_offset\(b\)",
+            "length_offset(b)",
+        ),
+        Fault(
+            "trust the lengths",
+            "memory behind the destination is overwritten",
+            INDICES,
+            FULL_INDICES,
+            r" && at < p\.kv_indices_capacity",
+            "",
+            "address",
+        ),
+        Fault(
+            "add positions in 32 bits",
+            "a sum that wrapped overwrites the first requests' tokens",
+            INDICES,
+            Shape("wrapped", (2**31 - 1, 2**31 - 1, 5, 70), width=90),
+            r"static_cast<std::int64_t>\(tokens_before\[place\.slot\]\)",
+            "static_cast<std::int32_t>(tokens_before[place.slot])",
+        ),
+    ],
+    "copy.cu.j2": [
+        Fault(
+            "copy one length too many",
+            "reads and writes behind the lengths",
+            COPY,
+            LONG,
+            r"if \(i == p\.batch_size\) break;",
+            "",
+            "address",
+        ),
+        Fault(
+            "copy as many rows as there are requests",
+            "the other rows aren't copied",
+            COPY_ROWS,
+            Shape("rows", (1,) * 6, width=1503, extends=(3,)),
+            r"p\.rows\b",
+            "p.batch_size",
+        ),
+    ],
+}
