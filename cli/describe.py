@@ -10,6 +10,7 @@ from onelaunch.errors import ArgumentError
 from onelaunch.inspect.traffic import Traffic, traffic
 from onelaunch.spec.config import KernelConfig
 from onelaunch.spec.fields import FIELDS
+from onelaunch.spec.vectors import described
 
 from .arguments import config_argument, json_option, settings_option, target_option
 from .output import size
@@ -85,7 +86,7 @@ def _moved(config: KernelConfig, moved: Traffic) -> dict[str, Any]:
             {
                 "name": each.field,
                 "shape": FIELDS[each.field].shape_in(config.mode),
-                "formula": FIELDS[each.field].formula if config.operation != "copy" else "copied",
+                "formula": described(config, each.field) if config.operation != "copy" else "copied",
                 "written": [round(count, 1) for count in each.shape],
                 "tensors": each.tensors,
                 "bytes": each.bytes,
@@ -108,8 +109,8 @@ def _text(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['name']}: {facts['symbol']}",
         f"{config['operation']}, {config['mode']}, {config['num_backends']} backends, extent {config['extent']}, "
-        f"T = {config['index_topk']}, P = {config['page_size']}, target {config['target']}",
-        f"{facts['batch']} requests of s = {facts['length']} tokens, "
+        f"index_topk {config['index_topk']}, page_size {config['page_size']}, target {config['target']}",
+        f"{facts['batch']} requests of {facts['length']} tokens, "
         + (f"R = {facts['rows']} rows, " if config["mode"] != "decode" else "")
         + f"tables W = {facts['width']} columns wide",
         "",

@@ -225,8 +225,9 @@ constexpr std::uint32_t kSplit = 256;  // tokens, or pools
 
 // The splits of one atom of an item.
 __device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, std::int64_t item, int b) {
-  std::int32_t length =
-      wrap(bits(request_length(p, static_cast<int>(kItemIsRow ? item / kNextN : item))) + length_offset(b));
+  // With a 64-bit index the loops over items would take 200 instructions more.
+  const int request = static_cast<int>(kItemIsRow ? item / kNextN : item);
+  std::int32_t length = wrap(bits(request_length(p, request)) + length_offset(b));
   if constexpr (kItemIsRow) length = expanded_length(length, kNextN, static_cast<int>(item % kNextN));
   if constexpr (kIndexKpool > 1) {
     const std::int32_t pools = floor_div(length, kIndexKpool);

@@ -12,7 +12,7 @@ from pathlib import Path
 import headers
 import pytest
 import torch
-from onelaunch.build import toolchain
+from onelaunch.build import environment, toolchain
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
 from onelaunch.run import api, refresh
@@ -36,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # waiting for one another, which takes the cores from the other workers.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    # What measures children measures builders, too.
+    environment.PASSED_ON += tuple(name for name in os.environ if name.startswith("COVERAGE_"))
     if hasattr(config, "workerinput"):
         return
     own = config.stash[_own_folder] = Path(tempfile.mkdtemp(prefix="onelaunch-tests-"))

@@ -358,7 +358,7 @@ IN_TEMPLATES = set().union(
         for path in (ROOT / "templates").rglob("*.*")
         if path.suffix in (".j2", ".cuh") and path.stem != "cpu" and "baselines" not in path.parts
     )
-) - defined_in((ROOT / "templates" / "binding.cpp.j2").read_text(encoding="utf-8"))
+)
 
 
 @every_config

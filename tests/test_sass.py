@@ -12,7 +12,6 @@ import pytest
 import support
 from onelaunch import PRESETS
 from onelaunch.build import binary, toolchain
-from onelaunch.emit.render import render
 
 ARCHS = ("80", "89", "90a", "100a", "120a")
 # Registers that each took on sm_90a when it was last looked at; more than these want a look at the template.
@@ -103,9 +102,9 @@ def test_the_machine_code_of_a_preset(name: str, shared: Path) -> None:
         return
     # Unrolled, each different destination has kUnroll stores of 16 bytes for each table that is copied whole, and as
     # many for each of the tiles that a warp takes at once. Where lengths count, both are there for the requests' own
-    # warps and for what those leave.
+    # tiles and for the remainder tiles.
     copied = config.tables if config.operation == "copy" else ["page_indices"]
-    times = 3 if "copy_tile<kWideTiles>" in render(config) else 1
+    times = 3 if config.wide_tiles > 1 else 1
     if not (config.operation == "copy" or config.extend == "variable" or config.equal_rows):
         times *= 2
     stores = sum(_unrolled(config.destinations(table)) for table in copied) * config.unroll * times

@@ -12,6 +12,7 @@ from onelaunch import FIELDS, ConfigError, KernelConfig
 from onelaunch.spec import reference
 from onelaunch.spec.fields import Field, RunningSum, Vector
 from onelaunch.spec.vectors import (
+    described,
     element,
     evaluate_vectors,
     formula,
@@ -152,6 +153,18 @@ def test_what_rows_have_of_their_own() -> None:
     # A vector that is named needn't be a field of the configuration.
     found, _ = emitted("row", mode="draft_extend", fields=("nsa_cu_seqlens_k",), next_n=2)
     assert list(found) == ["seqlens_expanded", "nsa_cache_seqlens"]
+
+
+def test_what_describe_says() -> None:
+    decode, verify = KernelConfig(fields=VECTORS), KernelConfig(fields=VECTORS, mode="target_verify", index_kpool=4)
+    assert described(decode, "nsa_cache_seqlens") == "min(seqlens_expanded, index_topk)"
+    assert described(decode, "seqlens_expanded") == "seq_len"
+    assert described(decode, "kv_indptr") == "0, then the running sum of max(base_len, 0)"
+    assert described(decode, "page_indices") == "req_to_token[pool_row, column]"
+    assert described(verify, "seqlens_expanded") == "max(seq_len - rows + row + 1, 0)"
+    tail = "seqlens_expanded % index_kpool"
+    assert described(verify, "nsa_cache_seqlens") == f"min(seqlens_expanded - {tail}, index_topk) + {tail}"
+    assert described(verify, "nsa_cu_seqlens_k") == "0, then the running sum of nsa_cache_seqlens"
 
 
 # --------------------------------------------------------------------------------------------------- declarations

@@ -7,7 +7,7 @@ import sys
 
 # A variable outside this list can't change what a compiler makes: the key would not show it. So NVCC_APPEND_FLAGS,
 # CPATH, LIBRARY_PATH, CFLAGS, LD_PRELOAD, NINJA_STATUS and their kind stay behind.
-_PASSED_ON = (
+PASSED_ON = (
     "HOME",
     "USER",
     "LOGNAME",
@@ -27,6 +27,6 @@ def search_path() -> str:
 
 
 def clean(**more: str) -> dict[str, str]:
-    """A new environment: PATH, the variables of _PASSED_ON, LC_ALL=C, and the given ones."""
-    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    """A new environment: PATH, the variables of PASSED_ON, LC_ALL=C, and the given ones."""
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return {"PATH": search_path(), **passed_on, "LC_ALL": "C", **more}

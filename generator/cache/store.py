@@ -41,6 +41,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 import warnings
@@ -229,8 +230,10 @@ class Store:
             StoreError: what was published can't be read back.
         """
         for path in files.children(stage):
-            if files.is_folder(path) or path.is_symlink() or path.suffix not in KEPT_SUFFIXES:
-                files.remove(path)
+            if files.is_folder(path):
+                shutil.rmtree(path)
+            elif path.is_symlink() or path.suffix not in KEPT_SUFFIXES:
+                path.unlink()
         known = {}
         for path in sorted(stage.iterdir()):
             trust.restrict(path)

@@ -36,7 +36,7 @@ class Region(NamedTuple):
                 storage was resized and no longer holds all of its elements.
         """
         if is_dynamo_compiling():
-            torch._dynamo.skip_frame()  # called by Plan.run between two graphs; there is nothing to compile
+            torch._dynamo.skip_frame()  # Plan.run calls this between two graphs; there is nothing to compile
         try:
             start, size = tensor.data_ptr(), tensor.element_size()
         except RuntimeError:
@@ -114,6 +114,8 @@ class HeldStorages:
 
     def _read(self) -> list[tuple[int, int]]:
         """(address, bytes) of each storage; by map() for speed, as every run() with other arguments needs it."""
+        if is_dynamo_compiling():
+            torch._dynamo.skip_frame()  # as in Region.of
         storage = torch.UntypedStorage
         return list(zip(map(storage.data_ptr, self._storages), map(storage.nbytes, self._storages), strict=True))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError
 from .arithmetic import evaluate, fold
 from .cpp import cpp
-from .expressions import Constant, Dtype, Name, Node, Number, Operation, names, parse, size, substitute
+from .expressions import Constant, Dtype, Name, Node, Number, Operation, names, parse, size, substitute, text
 from .fields import FIELDS, TERMS, Declaration, Field, Vector
 
 if TYPE_CHECKING:
@@ -114,20 +114,29 @@ def settings_of(name: str) -> frozenset[str]:
     declared = FIELDS[name].declaration
     if not isinstance(declared, Vector):
         return frozenset(declared.settings)
-    formulas = {n: formula(n, "target_verify") for n in _VECTORS}
-    return frozenset(names(substituted(name, formulas))) & frozenset(CONSTANTS)
+    return frozenset(names(substituted(name, _formulas("target_verify")))) & frozenset(CONSTANTS)
 
 
 # ------------------------------------------------------------------------------------------------- in a configuration
 
 
-def formula_in(config: KernelConfig, name: str, dtype: Dtype) -> Node:
-    """A vector's formula in a configuration, computed in a dtype: settings are filled in, other vectors are names."""
+def _known(config: KernelConfig) -> dict[str, Node]:
+    """The names whose values a configuration fixes."""
     known: dict[str, Node] = {setting: Constant(setting, getattr(config, setting)) for setting in CONSTANTS}
     if config.mode == "decode":
         known |= {"rows": Number(1), "row": Number(0)}
     if not any(config.length_offsets):
         known |= {"offset": Number(0)}
+    return known
+
+
+def _formulas(mode: str) -> dict[str, Node]:
+    return {name: formula(name, mode) for name in _VECTORS}
+
+
+def formula_in(config: KernelConfig, name: str, dtype: Dtype) -> Node:
+    """A vector's formula in a configuration, computed in a dtype: settings are filled in, other vectors are names."""
+    known = _known(config)
     # A vector that is no more than another name or number needs no local of its own.
     node = substitute(formula(name, config.mode), known)
     for named in names(node):
@@ -135,6 +144,16 @@ def formula_in(config: KernelConfig, name: str, dtype: Dtype) -> Node:
             leaf = formula_in(config, named, dtype)
             known[named] = Name(_local(named, dtype)) if isinstance(leaf, Operation) else leaf
     return fold(substitute(node, known), dtype)
+
+
+def described(config: KernelConfig, name: str) -> str:
+    """What an element of a field holds in a configuration, for people: settings by name, what is constant computed."""
+    field = FIELDS[name]
+    if name not in _VECTORS:
+        return field.formula
+    terms = {term: formula(term, config.mode) for term in TERMS}
+    written = text(fold(substitute(substitute(formula(name, config.mode), terms), _known(config)), field.dtype))
+    return f"0, then the running sum of {written}" if field.kind == "running_sum" else written
 
 
 def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
@@ -213,9 +232,7 @@ def evaluate_vectors(
         field = FIELDS[name]
         by_name = inputs if field.per == "request" else of_rows
         wide = field.dtype == "int64"
-        formulas = {n: formula(n, config.mode) for n in _VECTORS}
-        known: dict[str, Node] = {setting: Constant(setting, getattr(config, setting)) for setting in CONSTANTS}
-        node = substitute(substituted(name, formulas), known)
+        node = substitute(substituted(name, _formulas(config.mode)), _known(config))
         tensor = evaluate(node, {n: t.long() if wide else t.int() for n, t in by_name.items()})
         if field.kind == "running_sum":
             sums = tensor.new_zeros(tensor.numel() + 1)
