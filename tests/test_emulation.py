@@ -72,8 +72,8 @@ def launch(
     # A block for the lengths and one for each schedule, or one for each backend where they differ.
     each = (1 + len(config.schedules)) * max(1, len(config.seqlen_offsets))
     # Equal rows have as many blocks for tables as they need: a few at the same time are enough.
-    most = 6 if config.equal_rows else config.blocks_per_sm * max((shape.sm_count for shape in shapes), default=1)
-    copies = each + 2 * most
+    concurrent = 6 if config.equal_rows else config.blocks_per_sm * max((shape.sm_count for shape in shapes), default=1)
+    copies = each + 2 * concurrent
     program = harness.build(source, sanitizer, builds, copies=copies, lines=lines)
     return harness.run(program, config, shapes, launches=launches)
 

@@ -271,7 +271,7 @@ class _Job:
             choices = [torch.tensor(violation, dtype=torch.int64).view(torch.int32) for violation in found]
             record = self._buffer("violation", torch.zeros(4, dtype=torch.int64))
             record.expected, record.others = choices[0], choices[1:]
-            self.values["offence"] = self.values["violation"] = [record]
+            self.values["violation"] = [record]
 
     def _buffer(self, name: str, tensor: Tensor, sparse_stride: int | None = None) -> _Buffer:
         self.buffers.append(_Buffer(name, tensor, sparse_stride))
@@ -379,7 +379,8 @@ def run(
 
     Args:
         program: from ``build``.
-        launches: (seed of the block and thread order, most blocks at the same time), one launch of every shape each.
+        launches: (seed of the block and thread order, how many blocks may run at the same time); each shape is launched
+            once for each.
     """
     jobs = [_Job(config, shape, launches) for shape in shapes]
     with tempfile.TemporaryDirectory() as name:

@@ -123,7 +123,7 @@ FAULTS = {
         ),
         Fault(
             "give every warp the first of two tiles",
-            "half of what is left isn't written",
+            "half of the remainder isn't written",
             BLOCKS,
             LITTLE,
             r"tile % kWideTiles\)",
@@ -131,7 +131,7 @@ FAULTS = {
         ),
         Fault(
             "look wide tiles up as if they were single ones",
-            "half of what is left is written twice, and half isn't",
+            "half of the remainder is written twice, and half isn't",
             BLOCKS,
             HALF,
             r"wide \? tile : tile / kWideTiles",
