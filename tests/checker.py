@@ -167,7 +167,7 @@ class Scene:
         return table, storage
 
     def stride(self, table: Tensor) -> int:
-        """Elements from row to row that a kernel is told."""
+        """Elements from row to row in the parameters of a kernel."""
         return self.shape.sparse_stride if self.shape.sparse_stride is not None else table.stride(0)
 
     def _destinations(self, name: str) -> list[tuple[Tensor, Tensor]]:
@@ -351,7 +351,7 @@ class Scene:
             raise AssertionError(f"{self.config.settings()}, {self.shape.name}: {error}") from None
 
     def compare_violations(self, plan: onelaunch.Plan) -> None:
-        """Asks a checked plan what it found."""
+        """The report of a checked plan: one of the violations, once, or nothing."""
         if not self.violations:
             plan.check()
             return

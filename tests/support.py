@@ -272,14 +272,14 @@ def ptxas_reports(
     """
     source = _together([render(config) for config in configs])
     folder = shared / f"ptxas-{hashlib.sha256(source.encode()).hexdigest()[:16]}-{'-'.join(archs)}"
-    kept, module = folder / "report.json", folder / "kernels.o"
+    saved, module = folder / "report.json", folder / "kernels.o"
     with FileLock(f"{folder}.lock"):
-        if not kept.exists():
+        if not saved.exists():
             folder.mkdir(exist_ok=True)
             module.with_suffix(".cu").write_text(source, encoding="utf-8")
             reports = _ptxas_reports([config.symbol for config in configs], module, archs)
-            kept.write_text(json.dumps(reports), encoding="utf-8")
-        return json.loads(kept.read_text(encoding="utf-8")), module
+            saved.write_text(json.dumps(reports), encoding="utf-8")
+        return json.loads(saved.read_text(encoding="utf-8")), module
 
 
 def _together(sources: Sequence[str]) -> str:
@@ -311,14 +311,14 @@ def _ptxas_reports(symbols: Sequence[str], module: Path, archs: Sequence[str]) -
     assert "warning" not in text.lower(), text
     _, *parts = re.split(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", text)
     reports: dict[str, dict[str, dict[str, int]]] = {symbol: {} for symbol in symbols}
-    for function, arch, told in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+    for function, arch, report in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         (symbol,) = (symbol for symbol in symbols if symbol in function)
-        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told)
-        registers = re.search(r"Used (\d+) registers", told)
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        registers = re.search(r"Used (\d+) registers", report)
         assert frame is not None, text
         assert registers is not None, text
         assert arch not in reports[symbol], text
-        local = re.search(r"(\d+) bytes lmem", told)
+        local = re.search(r"(\d+) bytes lmem", report)
         reports[symbol][arch] = {
             "registers": int(registers[1]),
             "stack": int(frame[1]),

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Shape
 from click.testing import CliRunner
 from emulation import harness
 from onelaunch import KernelConfig
@@ -151,8 +152,7 @@ def test_the_single_block_sums_right_whatever_the_batch(tmp_path: Path) -> None:
     source, _ = render_baseline("single_block", "rival", layout.call_words(config), words, config=config)
     program = harness.build(source, "none", tmp_path, copies=1)
     cases = [
-        harness.Case(f"{bs} requests", tuple(7 * i % 40 for i in range(bs)), width=37, pool_rows=bs + 1)
-        for bs in (1, 33, 600)
+        Shape(f"{bs} requests", tuple(7 * i % 40 for i in range(bs)), width=37, pool_rows=bs + 1) for bs in (1, 33, 600)
     ]
     outcome = harness.run(program, config, cases, launches=((1, 1),))
     assert outcome.caught is None, outcome

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cases import CONFIGURATIONS, FAR, LONG_ROWS, RAGGED, SHAPES, STRATEGIES, Shape
 from emulation import harness
+from emulation.faults import FAULTS
 from emulation.harness import CompileError, Outcome
-from emulation.mutations import MUTATIONS, Mutation
 from onelaunch import PRESETS, KernelConfig, render
 
 SANITIZERS = ("address+undefined", "thread")
@@ -72,8 +72,8 @@ def launch(
     # A block for the lengths and one for each schedule, or one for each backend where they differ.
     each = (1 + len(config.schedules)) * max(1, len(config.seqlen_offsets))
     # Equal rows have as many blocks for tables as they need: a few at the same time are enough.
-    most = 6 if config.equal_rows else config.blocks_per_sm * max((shape.sm_count for shape in shapes), default=1)
-    copies = each + 2 * most
+    concurrent = 6 if config.equal_rows else config.blocks_per_sm * max((shape.sm_count for shape in shapes), default=1)
+    copies = each + 2 * concurrent
     program = harness.build(source, sanitizer, builds, copies=copies, lines=lines)
     return harness.run(program, config, shapes, launches=launches)
 
@@ -156,21 +156,25 @@ def sound(config: KernelConfig, sanitizer: str, shape: Shape, builds: Path) -> O
     return launch(render(config), config, sanitizer, (shape,), builds)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name.replace(" ", "-"))
-def test_mutation_is_caught(mutation: Mutation, builds: Path) -> None:
-    before = sound(mutation.config, mutation.sanitizer, mutation.case, builds)
+PLANTED = {fault.name: (template, fault) for template, faults in FAULTS.items() for fault in faults}
+
+
+@pytest.mark.parametrize("name", PLANTED, ids=lambda name: name.replace(" ", "-"))
+def test_fault_is_caught(name: str, builds: Path) -> None:
+    template, fault = PLANTED[name]
+    before = sound(fault.config, fault.sanitizer, fault.shape, builds)
     assert before.caught is None, f"the unchanged source is faulty: {before.text}"
-    mutant = mutation.apply(render(mutation.config))
-    after = launch(mutant, mutation.config, mutation.sanitizer, (mutation.case,), builds)
+    source = fault.apply(render(fault.config), template)
+    after = launch(source, fault.config, fault.sanitizer, (fault.shape,), builds)
     # Without a sanitizer, a wild access may end the program before anything is compared.
-    noticed = {mutation.caught_by, "crash"} if mutation.caught_by == "mismatch" else {mutation.caught_by}
-    assert after.caught in noticed, f"{mutation.breaks}; caught by {after.caught}:\n{after.text}"
+    noticed = {fault.caught_by, "crash"} if fault.caught_by == "mismatch" else {fault.caught_by}
+    assert after.caught in noticed, f"{fault.breaks}; caught by {after.caught}:\n{after.text}"
 
 
-def test_mutation_that_matches_nothing_fails() -> None:
-    mutation = MUTATIONS[0]
+def test_a_fault_that_matches_nothing_fails() -> None:
+    template, fault = next(iter(PLANTED.values()))
     with pytest.raises(LookupError, match="no longer matches"):
-        mutation.apply("int main() {}")
+        fault.apply("int main() {}", template)
 
 
 # ---- the prelude -----------------------------------------------------------------------------------------------------

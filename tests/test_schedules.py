@@ -167,7 +167,7 @@ def test_the_sparse_schedule_is_that_of_equal_lengths() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((-1, 64, 4), "rows is -1"),
         ((2, 0, 4), "topk is 0"),
@@ -175,8 +175,8 @@ def test_the_sparse_schedule_is_that_of_equal_lengths() -> None:
         ((2, 64, "4"), "num_sm_parts is '4'"),
     ],
 )
-def test_a_sparse_schedule_of_nothing_is_refused(arguments: tuple[Any, ...], told: str) -> None:
-    with pytest.raises(ArgumentError, match=told):
+def test_a_sparse_schedule_of_nothing_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
         onelaunch.sparse_flashmla_metadata(*arguments)
 
 
@@ -189,7 +189,7 @@ def test_an_unknown_order_of_a_sparse_schedule_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "told"),
+    ("facts", "message"),
     [
         ({"fields": (MQA,), "operation": "copy"}, "computed by each refresh, and not copied"),
         ({"fields": ("num_splits",)}, "num_splits without flashmla_metadata"),
@@ -208,8 +208,8 @@ def test_an_unknown_order_of_a_sparse_schedule_is_refused() -> None:
         ),
     ],
 )
-def test_what_is_not_defined_is_refused(facts: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_is_not_defined_is_refused(facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         KernelConfig(**facts)
 
 
@@ -234,7 +234,7 @@ def int32(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "told"),
+    ("name", "tensor", "message"),
     [
         (MQA, int32(1, 2), r"shape \(1, 2\); it must be \[num_sms \+ 1, 2\]"),
         (MQA, int32(9, 3), r"shape \(9, 3\)"),
@@ -247,8 +247,8 @@ def int32(*shape: int) -> torch.Tensor:
         ("num_splits", int32(0), "must have room for the first 0"),
     ],
 )
-def test_tensors_that_are_no_schedule_are_refused(name: str, tensor: torch.Tensor, told: str) -> None:
-    with pytest.raises(ArgumentError, match=told):
+def test_tensors_that_are_no_schedule_are_refused(name: str, tensor: torch.Tensor, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
         onelaunch.bind([bad(name, tensor)], req_to_token=int32(2, 9))
 
 

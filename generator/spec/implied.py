@@ -178,7 +178,7 @@ class Implied:
 
         That caps the registers: without it ptxas takes, or spills, some more for blocks that the grid doesn't have.
         """
-        return 0 if self.strategy in (None, "copy") else 1024 // int(self.threads)
+        return 1024 // int(self.threads) if self.strategy in ("live", "equal", "variable") else 0
 
     @property
     def wide_tiles(self) -> int:

@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import checker
 import torch
@@ -28,12 +27,6 @@ from onelaunch import FIELDS, KernelConfig
 from onelaunch.spec import layout
 from support import POISON
 from torch import Tensor
-
-
-def Case(name: str, lengths: tuple[int, ...], most_indices: int = 5_000, **more: Any) -> Shape:
-    """A shape, by the names that mutations.py has for its attributes."""
-    return Shape(name, lengths, max_indices=most_indices, **more)
-
 
 HERE = Path(__file__).parent
 COMPILER = "g++"
@@ -278,7 +271,7 @@ class _Job:
             choices = [torch.tensor(violation, dtype=torch.int64).view(torch.int32) for violation in found]
             record = self._buffer("violation", torch.zeros(4, dtype=torch.int64))
             record.expected, record.others = choices[0], choices[1:]
-            self.values["offence"] = self.values["violation"] = [record]
+            self.values["violation"] = [record]
 
     def _buffer(self, name: str, tensor: Tensor, sparse_stride: int | None = None) -> _Buffer:
         self.buffers.append(_Buffer(name, tensor, sparse_stride))
@@ -386,7 +379,8 @@ def run(
 
     Args:
         program: from ``build``.
-        launches: (seed of the block and thread order, most blocks at the same time), one launch of every shape each.
+        launches: (seed of the block and thread order, how many blocks may run at the same time); each shape is launched
+            once for each.
     """
     jobs = [_Job(config, shape, launches) for shape in shapes]
     with tempfile.TemporaryDirectory() as name:

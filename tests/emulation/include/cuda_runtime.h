@@ -4,7 +4,7 @@
 // Every CUDA thread is a thread of its own to the sanitizers. What CUDA orders is ordered here and no more: __syncthreads
 // and __syncwarp are visible to ThreadSanitizer, while shuffles and votes, which imply no memory barrier on a GPU,
 // exchange their values behind its back. An intrinsic that isn't here doesn't compile, which is the point: add it with its
-// checks, and a case that fails without it to mutations.py.
+// checks, and a case that fails without it to faults/.
 #pragma once
 
 #include <algorithm>
