@@ -64,7 +64,7 @@ def test_an_edit_runs_and_is_marked_everywhere(
     caplog.set_level("INFO", "onelaunch")
     plain = loader.load(CPU)
     assert lengths_of(False) == [5, 6]
-    path = edit(edits, CPU, "= seq_len;", "= seq_len + 100;")
+    path = edit(edits, CPU, "request, seq_len);", "request, seq_len + 100);")
     capfd.readouterr()
     caplog.clear()
     with pytest.warns(UserWarning, match=f"{CPU.symbol} is edited by hand: {path} runs in place"):
@@ -95,7 +95,7 @@ def test_an_edit_runs_and_is_marked_everywhere(
 
 def test_the_cache_never_mixes_them(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In either order, within a process and for the next one, which has only the index."""
-    path = edit(edits, CPU, "= seq_len;", "= seq_len + 100;")
+    path = edit(edits, CPU, "request, seq_len);", "request, seq_len + 100);")
     keys = {}
     for folder, wanted in ((str(edits), 105), ("", 5), (str(edits), 105), ("", 5)):
         monkeypatch.setenv(OVERRIDE_VARIABLE, folder)
@@ -127,8 +127,9 @@ def test_the_reference_judges_an_edit(edits: Path) -> None:
     assert dumped.exit_code == 0, dumped.output
     (path,) = edits.iterdir()
     text = path.read_text(encoding="utf-8")
-    minimum = "length < kIndexTopk ? length : kIndexTopk"
-    for new, mismatches in (("kIndexTopk > length ? length : kIndexTopk", False), (f"({minimum}) + 1", True)):
+    minimum = "min(seq_len, kIndexTopk)"
+    assert minimum in text
+    for new, mismatches in (("min(kIndexTopk, seq_len)", False), (f"{minimum} + 1", True)):
         path.write_text(text.replace(minimum, new), encoding="utf-8")
         stores._warned.clear()
         with pytest.warns(UserWarning, match="edited by hand"):
@@ -138,18 +139,18 @@ def test_the_reference_judges_an_edit(edits: Path) -> None:
 
 
 def test_an_edit_that_doesnt_compile_is_fixed_by_another(edits: Path) -> None:
-    path = edit(edits, CPU, "= seq_len;", "= seq_lenn;")
+    path = edit(edits, CPU, "request, seq_len);", "request, seq_lenn);")
     for _ in range(2):
         with pytest.raises(CompileError, match="seq_lenn") as caught:
             loader.load(CPU)
         assert caught.value.source.read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
-    edit(edits, CPU, "= seq_len;", "= seq_len + 1;")
+    edit(edits, CPU, "request, seq_len);", "request, seq_len + 1);")
     with pytest.warns(UserWarning, match="edited by hand"):
         assert lengths_of(True) == [6, 7]
 
 
 def test_what_somebody_else_could_have_written_is_refused(edits: Path) -> None:
-    path = edit(edits, CPU, "= seq_len;", "= seq_len + 1;")
+    path = edit(edits, CPU, "request, seq_len);", "request, seq_len + 1);")
     for place in (path, edits):
         mode = place.stat().st_mode
         place.chmod(0o777)
@@ -182,7 +183,7 @@ def test_what_cant_be_read_is_one_sentence(edits: Path, monkeypatch: pytest.Monk
 
 def test_what_is_built_is_what_was_read_first(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is read once a load: a change while the build begins goes to the next load, with a key of its own."""
-    path = edit(edits, CPU, "= seq_len;", "= seq_len + 1;")
+    path = edit(edits, CPU, "request, seq_len);", "request, seq_len + 1);")
     obey = loader._obey_policy
 
     def change(*args: Any) -> None:
@@ -192,16 +193,16 @@ def test_what_is_built_is_what_was_read_first(edits: Path, monkeypatch: pytest.M
     monkeypatch.setattr(loader, "_obey_policy", change)
     with pytest.warns(UserWarning, match="edited by hand"):
         first = loader.load(CPU)
-    assert "= seq_len + 1;" in first.source
+    assert "request, seq_len + 1);" in first.source
     monkeypatch.undo()
     monkeypatch.setenv(OVERRIDE_VARIABLE, str(edits))
-    assert "= seq_len + 2;" in loader.load(CPU, store=Store(first.path.parents[2])).source
+    assert "request, seq_len + 2);" in loader.load(CPU, store=Store(first.path.parents[2])).source
 
 
 def test_a_pack_of_an_edit_isnt_taken_for_the_emitted_kernel(
     edits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit(edits, CPU, "= seq_len;", "= seq_len + 1;")
+    edit(edits, CPU, "request, seq_len);", "request, seq_len + 1);")
     with pytest.warns(UserWarning, match="edited by hand"):
         kernel = loader.load(CPU)
     data = pack.to_bytes([loader.entry_of(kernel)])

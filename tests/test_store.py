@@ -331,6 +331,16 @@ def test_damage_is_set_aside_once_and_built_again(kind: str, store: Store) -> No
     assert published(store).manifest == entry.manifest
 
 
+def test_entries_of_an_earlier_version_are_set_aside_with_one_warning(store: Store) -> None:
+    for key in (KEY, "7" * 64):
+        entry = published(store, key)
+        write(entry, MANIFEST, json.dumps({**entry.manifest, "schema": 1}).encode())
+    with pytest.warns(UserWarning, match="has entries of an earlier version; they are set aside.$") as caught:
+        assert list(store.entries()) == []
+    assert len(caught) == 1
+    assert len(store.listed("damaged")) == 2
+
+
 def test_every_flipped_bit_is_noticed(store: Store) -> None:
     """One bit of each byte of a whole entry, manifest included: the entry is set aside, never used, never an error."""
     small = {"m.so": b"\x7fELF", "main.cpp": b"int x;\n"}

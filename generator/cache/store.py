@@ -344,7 +344,11 @@ class Store:
         if self.read_only:
             warn_once(f"The prebuilt entry {path} is damaged ({reason}); it is passed over.")
             return
-        warnings.warn(f"The cache entry {path} is damaged ({reason}); it is set aside and built again.", stacklevel=3)
+        if reason == manifest.EARLIER:
+            warn_once(f"The cache {self.root} has entries of an earlier version; they are set aside.")
+        else:
+            text = f"The cache entry {path} is damaged ({reason}); it is set aside and built again."
+            warnings.warn(text, stacklevel=3)
         with contextlib.suppress(OSError):
             path.rename(self.folder("damaged") / f"{path.name[:16]}.{uuid.uuid4().hex[:8]}")
 
