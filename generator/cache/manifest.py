@@ -107,7 +107,7 @@ def decode(data: bytes, key: str) -> dict[str, Any]:
         facts: Any = json.loads(data)
         if isinstance(facts, dict) and "sum" not in facts and facts.get("schema") == 1:
             raise ValueError(EARLIER)
-        whole = isinstance(facts, dict) and facts.pop("sum") is not None and encode(facts) == data
+        whole = isinstance(facts, dict) and facts.pop("sum", None) is not None and encode(facts) == data
     except RecursionError:
         raise ValueError(f"{MANIFEST} is nested too deep") from None
     if not whole:
