@@ -21,7 +21,6 @@ from ..load import loader
 from ..spec.config import KernelConfig
 from ..spec.fields import MetadataBuffers
 
-LEVELS = ("ok", "note", "fix")
 _MIN_FREE_BYTES = 64 * 2**20
 
 

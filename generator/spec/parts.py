@@ -18,7 +18,6 @@ from .values import Offsets, OneOf, Value, Whole
 if TYPE_CHECKING:
     from .config import KernelConfig
 
-Mode = Literal["decode", "target_verify", "draft_extend"]
 Extend = Literal["uniform", "variable"]
 IntDtype = Literal["int32", "int64"]
 Extent = Literal["live", "full"]
