@@ -134,11 +134,11 @@ def test_a_wrong_element_is_counted_and_named(
     right = corrupt_at(monkeypatch, step=5, backend=1, field=field, index=index)
     summary = run_replay(dataclasses.replace(SMALL, max_steps=10))
     assert summary.mismatches == 1
-    offence = summary.first_mismatch
-    assert offence is not None
-    assert (offence.step, offence.backend, offence.field, offence.index) == (5, 1, field, index)
-    assert (offence.got, offence.expected) == (right[0] ^ 1, right[0])
-    assert f"{field}[{', '.join(map(str, index))}] is {offence.got}" in str(offence)
+    mismatch = summary.first_mismatch
+    assert mismatch is not None
+    assert (mismatch.step, mismatch.backend, mismatch.field, mismatch.index) == (5, 1, field, index)
+    assert (mismatch.got, mismatch.expected) == (right[0] ^ 1, right[0])
+    assert f"{field}[{', '.join(map(str, index))}] is {mismatch.got}" in str(mismatch)
 
 
 def test_an_element_that_is_never_written_again_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +155,9 @@ def test_an_element_that_is_never_written_again_is_seen(monkeypatch: pytest.Monk
     one_request = dataclasses.replace(SMALL, requests=1, max_steps=4, backends=1)
     summary = run_replay(one_request)
     assert summary.launches == 3
-    offence = summary.first_mismatch
-    assert offence is not None
-    assert offence.step == 3
+    mismatch = summary.first_mismatch
+    assert mismatch is not None
+    assert mismatch.step == 3
     length = summary.length.max
     # Two lengths, two sums of two elements, and the live part of both tables.
     assert summary.mismatches == 2 + 4 + length + -(-length // 64)
