@@ -241,7 +241,7 @@ def test_broken_packs_put_nothing_anywhere(data: bytes, tmp_path: Path, how: str
 
 
 def test_every_flipped_bit_of_a_pack_is_noticed(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """500 random ones: it is refused whole, or the content is the same (gzip's header and padding say nothing of it)."""
+    """500 random ones: it is refused whole, or the content is the same, as with bits of the header and of padding."""
     chosen, put, content = random.Random(0), [], gzip.decompress(data)
     monkeypatch.setattr(pack, "_put", lambda facts, *_: put.append(facts["key"]))
     monkeypatch.setattr(pack, "_misfit", lambda *_: None)
