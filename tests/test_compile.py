@@ -32,7 +32,7 @@ from onelaunch.build.key import Recipe
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.emit import binding as emitted_binding
-from onelaunch.emit.binding import render_binding
+from onelaunch.emit.binding import module_name, render_binding
 from onelaunch.load import find, loader
 from onelaunch.spec import layout
 
@@ -332,7 +332,7 @@ def test_a_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch, build
     assert not (store.root / "entries").exists() or list((store.root / "entries").iterdir()) == []
     kernel = loader.load(SMALL, store=store)
     assert kernel.path.is_file()
-    assert builds == [loader.module_name(SMALL)] * 2
+    assert builds == [module_name(SMALL.symbol)] * 2
     assert loader.load(SMALL, store=store) is kernel
 
 

@@ -13,7 +13,7 @@ import pytest
 from onelaunch import PRESETS, ArgumentError, ConfigError, KernelConfig, StoreError, ToolchainError, preset, render
 from onelaunch.build import binary, toolchain
 from onelaunch.cache.store import Store
-from onelaunch.emit.binding import render_binding
+from onelaunch.emit.binding import module_name, render_binding
 from onelaunch.inspect import editors, kernels, machine_code
 from onelaunch.inspect.diff import difference
 from onelaunch.inspect.kernels import Subject, find
@@ -124,7 +124,7 @@ def test_an_entry_of_another_version_is_what_it_was(tmp_path: Path, built: loade
 def test_the_binding_the_commands_and_the_key(tmp_path: Path) -> None:
     kernel = loader.load(CPU)
     for found in (find(kernel.key[:12]), find(None, CPU.settings())):
-        assert view(found, "binding") == render_binding(CPU, loader.module_name(CPU))
+        assert view(found, "binding") == render_binding(CPU, module_name(CPU.symbol))
         commands = facts(found, "command")
         assert commands["onelaunch"] == f"onelaunch build --set {CPU.settings()}"
         assert commands["recorded"] == kernel.manifest["command"]

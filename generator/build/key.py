@@ -44,7 +44,7 @@ class Recipe:
     @property
     def module(self) -> str:
         """The import name that is baked into the binding."""
-        return f"{self.symbol}_binding"
+        return binding.module_name(self.symbol)
 
     @cached_property
     def ingredients(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def recipe(
     return Recipe(
         config.symbol,
         edit.text if edit else emission.render(config),
-        binding.render_binding(config, f"{config.symbol}_binding"),
+        binding.render_binding(config, binding.module_name(config.symbol)),
         archs,
         tuple(compiler.flags(config.target, archs)),
         versions,

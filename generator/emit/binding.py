@@ -15,6 +15,11 @@ def _text() -> str:
     return importlib.resources.files("onelaunch.templates").joinpath("binding.cpp").read_text(encoding="utf-8")
 
 
+def module_name(symbol: str) -> str:
+    """The import name of a kernel's binding, by the stem of the kernel's exported names."""
+    return f"{symbol}_binding"
+
+
 def render_binding(config: KernelConfig, module: str) -> str:
     """The binding of a configuration's kernel; ``module`` is the import name that is baked into it."""
     return _binding(config.symbol, module, layout.call_words(config), len(layout.param_words(config)))
@@ -28,7 +33,7 @@ def render_plain_binding(symbol: str, call_words: Sequence[str], words: int) -> 
         call_words: names of the parameter words that each call sets.
         words: 64-bit words of its parameter block.
     """
-    return _binding(symbol, f"{symbol}_binding", call_words, max(words, 1))
+    return _binding(symbol, module_name(symbol), call_words, max(words, 1))
 
 
 def _binding(symbol: str, module: str, call_words: Sequence[str], words: int) -> str:

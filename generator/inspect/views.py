@@ -8,7 +8,7 @@ from typing import Any
 
 from ..build import compile as compiler
 from ..build import toolchain
-from ..emit.binding import render_binding
+from ..emit.binding import module_name, render_binding
 from ..errors import ArgumentError, ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig
@@ -35,7 +35,7 @@ def view(kernel: Subject, what: str, annotate: bool = False) -> str:
         return kernel.source
     if what == "binding":
         config = _known(kernel)
-        return render_binding(config, loader.module_name(config))
+        return render_binding(config, module_name(config.symbol))
     if what == "ptx":
         return machine_code.ptx(kernel, annotate)
     if what == "sass":

@@ -172,11 +172,6 @@ def ingredients(config: KernelConfig, archs: Sequence[str], versions: Mapping[st
     return recipe(config, archs, versions).ingredients
 
 
-def module_name(config: KernelConfig) -> str:
-    """The import name that is baked into a configuration's binding."""
-    return f"{config.symbol}_binding"
-
-
 def lookup(
     config: KernelConfig, archs: tuple[str, ...], store: Store, key: str = "", any_compiler: bool = False
 ) -> tuple[Entry, Store] | None:
