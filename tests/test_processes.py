@@ -331,6 +331,21 @@ def test_a_cache_is_marked_when_it_is_made(tmp_path: Path) -> None:
     assert not store.is_marked, "anybody could have written it"
 
 
+def test_clear_beside_a_process_that_makes_the_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is there before its mark is; a clear at that moment finds nothing to remove, and raises nothing."""
+    cleared = []
+
+    def replace(path: Path, content: str, mode: int) -> None:
+        cleared.append(collect.clear(Store(store.root)))
+        replace_file(path, content, mode)
+
+    replace_file = files.replace
+    monkeypatch.setattr(files, "replace", replace)
+    publish(store)
+    assert cleared and set(cleared) == {0}
+    assert store.stored_keys() == [KEY]
+
+
 def test_clear_beside_users(store: Store, fork: Any, tmp_path: Path) -> None:
     """Readers, publishers and clears at once: no warning, no error, and whoever finds an entry finds it whole."""
     keys = [str(number) * 64 for number in range(4)]

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import StoreError
 from . import files, lock
@@ -146,9 +147,17 @@ def clear(store: Store) -> int:
 
 
 def check_marked(store: Store) -> None:
-    """Raises StoreError where a folder is there and may hold what isn't the cache's."""
-    if os.path.lexists(store.root) and not store.is_marked:
+    """Raises StoreError where the folder may hold what isn't the cache's."""
+    # Listed first: whoever makes a cache marks the empty folder, and only then puts something into it.
+    if _holds_something(store.root) and not store.is_marked:
         raise StoreError(_unmarked(store))
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether the path is anything but a missing folder, or one in which nothing has a visible name."""
+    if not os.path.lexists(path):
+        return False
+    return not files.is_folder(path) or any(not child.name.startswith(".") for child in files.children(path))
 
 
 def _unmarked(store: Store) -> str:
