@@ -249,7 +249,6 @@ def fullest(config: KernelConfig) -> KernelConfig:
             return config
 
 
-
 # ------------------------------------------------------------------------------------------------ any two settings
 
 FIELD_SETS: tuple[tuple[str, ...], ...] = (
