@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 import uuid
 from pathlib import Path
 
 from ..errors import CompileError
+from ..variables import RETRY_VARIABLE
 from . import files
 from .store import Store
 from .trust import check_owner, private, read, restrict
 
-RETRY_VARIABLE = "ONELAUNCH_RETRY"
 RECORD = "failure.json"
 
 
@@ -89,4 +88,4 @@ def _record(store: Store, key: str) -> dict[str, str] | None:
 
 def retry_wanted() -> bool:
     """Whether $ONELAUNCH_RETRY says to compile again what failed before."""
-    return os.environ.get(RETRY_VARIABLE, "") not in ("", "0")
+    return RETRY_VARIABLE.is_on()

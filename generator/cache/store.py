@@ -51,10 +51,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from ..variables import CACHE_VARIABLE
 from . import files, manifest, staging, trust
 from . import lock as locks
 from .manifest import KEY, MANIFEST, Entry
-from .trust import CACHE_VARIABLE
 
 TAG = "CACHEDIR.TAG"
 # The first line is the standard's, see bford.info/cachedir. The second distinguishes it from other programs' caches.
@@ -93,7 +93,7 @@ class Store:
     """
 
     def __init__(self, root: Path | None = None, *, read_only: bool = False) -> None:
-        named = os.environ.get(CACHE_VARIABLE) or ""
+        named = CACHE_VARIABLE.read()
         self.place = str(root) if root else os.path.expanduser(named)
         self._source = "" if root else CACHE_VARIABLE
         self.read_only = read_only
@@ -204,6 +204,11 @@ class Store:
             return []
         free = [path for path in self.listed("locks") if locks.remove_if_free(path)]
         return staging.sweep(self.root / "staging") + free
+
+    def abandoned(self) -> list[Path]:
+        """What sweep would remove."""
+        free = [path for path in self.listed("locks") if not locks.is_path_held(path)]
+        return [path for path in self.listed("staging") if staging.is_abandoned(path)] + free
 
     @contextlib.contextmanager
     def lock(self, key: str, what: str = "", done: Callable[[], bool] = lambda: False) -> Iterator[locks.Lock]:

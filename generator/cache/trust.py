@@ -15,9 +15,8 @@ import stat
 from pathlib import Path
 
 from ..errors import StoreError
+from ..variables import CACHE_VARIABLE, SHARED_VARIABLE
 
-CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
-SHARED_VARIABLE = "ONELAUNCH_SHARED_CACHE"
 # As many as the kernel follows.
 _MAX_LINKS = 40
 # O_NONBLOCK: opening a fifo must not wait for a writer.
@@ -26,7 +25,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 def shared() -> bool:
     """Whether $ONELAUNCH_SHARED_CACHE=1 says that everybody who can write to the cache is trusted."""
-    return os.environ.get(SHARED_VARIABLE, "") not in ("", "0")
+    return SHARED_VARIABLE.is_on()
 
 
 def private(path: Path) -> Path:

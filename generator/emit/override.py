@@ -11,12 +11,11 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cache.trust import SHARED_VARIABLE, shared
+from ..cache.trust import shared
 from ..errors import StoreError
 from ..spec.config import KernelConfig
+from ..variables import OVERRIDE_VARIABLE, SHARED_VARIABLE
 from . import render as emission
-
-OVERRIDE_VARIABLE = "ONELAUNCH_OVERRIDE_DIR"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def edited(config: KernelConfig) -> Edited | None:
     Raises:
         StoreError: the folder or file can't be read, or somebody else could have written it.
     """
-    name = os.environ.get(OVERRIDE_VARIABLE)
+    name = OVERRIDE_VARIABLE.read()
     if not name:
         return None
     path = Path(name) / f"{config.symbol}.cu"

@@ -15,8 +15,9 @@ from .fields import FIELDS
 if TYPE_CHECKING:
     from .config import KernelConfig
 
-# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+); the block is 64-bit words.
-MAX_PARAM_WORDS = 32_764 // 8
+# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+). The block is 64-bit words, and a Split
+# (device/live.cuh, device/equal.cuh) takes 24 bytes in front of it.
+MAX_PARAM_WORDS = (32_764 - 24) // 8
 
 
 @dataclass(frozen=True)
