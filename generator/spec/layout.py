@@ -70,7 +70,7 @@ def members(config: KernelConfig) -> list[Member]:
     if copies and config.row_fields:
         add("rows", "int64", "rows of all requests", per_call=True)
     for name in column_limits(config):
-        add(name, "int64", "no column from here on is written", per_call=True)
+        add(name, "int64", "columns from here on are not written", per_call=True)
     # What a thread needs before it can read its first token comes first, and lies in few cache lines.
     if config.tables and not copies:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
@@ -87,9 +87,9 @@ def members(config: KernelConfig) -> list[Member]:
     add_fields([name for name in config.fields if FIELDS[name].kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
-        add("sm_count", "int64", "multiprocessors of the device")
+        add("sm_count", "int64", "SMs of the device")
     if config.checked:
-        add("violation", "violation", "the first one found, or none")
+        add("violation", "violation", "the first violation, or none")
         if config.extend == "variable":
             add("row_capacity", "int64", "rows that fit the destinations")
         if config.tables:
@@ -97,7 +97,7 @@ def members(config: KernelConfig) -> list[Member]:
     if config.page_fill is not None:
         add("real_page_table_width", "int64", "columns")
     if "paged_mqa_schedule_metadata" in config.fields:
-        add("num_sms", "int64", "multiprocessors that DeepGEMM's schedule is for")
+        add("num_sms", "int64", "SMs that DeepGEMM's schedule is for")
     if "flashmla_metadata" in config.fields:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
     if "kv_indices" in config.fields:

@@ -1,13 +1,12 @@
 // ---- DeepGEMM's schedule of paged MQA logits ---------------------------------------------------------------------
-// One block computes it from seq_lens, however many requests there are: in chunks of kThreads items. An item is a
-// request, or a row of one. Each item has the same number of query atoms, and each atom a split for every kSplit tokens
-// (or pools). Every multiprocessor gets the same number of splits; those that don't divide evenly go, one each, to the
-// last or to the first multiprocessors.
+// One block computes it from seq_lens, in chunks of kThreads items, so the batch has no limit. An item is a request, or
+// a row of one. Each item has the same number of query atoms, and each atom has one split for every kSplit tokens (or
+// pools). Every SM gets the same number of splits; the remainder goes, one split each, to the last or the first SMs.
 constexpr std::uint32_t kSplit = 256;  // tokens, or pools
 
 // The splits of one atom of an item.
 __device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, std::int64_t item, int b) {
-  // With a 64-bit index the loops over items would take 200 instructions more.
+  // 32 bits, because a 64-bit index adds 200 instructions to the loops over items.
   const int request = static_cast<int>(kItemIsRow ? item / kNextN : item);
   std::int32_t length = wrap(bits(request_length(p, request)) + length_offset(b));
   if constexpr (kItemIsRow) length = expanded_length(length, kNextN, static_cast<int>(item % kNextN));
@@ -28,22 +27,22 @@ __device__ void schedule_mqa(const Params& p, int b) {
   total *= kAtoms;
   const std::uint64_t num_sms = static_cast<std::uint64_t>(p.num_sms);
   const std::uint64_t share = total / num_sms;
-  const std::uint64_t more = total % num_sms;  // multiprocessors that get one split more
+  const std::uint64_t more = total % num_sms;  // SMs that get one split more
 
-  // A thread's entries, in order: each is written in the chunk that its first split lies in.
-  __shared__ std::uint64_t ends[kThreads];  // splits up to and including an item of the chunk
+  // Each thread writes its entries in order, each in the chunk that contains the entry's first split.
+  __shared__ std::uint64_t ends[kThreads];  // splits of all items up to and including one of the chunk
   std::uint64_t entry = static_cast<std::uint64_t>(slot);
   RunningSum<std::uint64_t> split_sum;
   for (std::int64_t first = 0; first < items; first += kThreads) {
     const std::int64_t item = first + slot;
     const std::uint64_t carry = split_sum.carry;
-    // After the sum's barriers no thread reads the last chunk's ends any more.
+    // The sum's barriers come after the last read of the previous chunk's ends.
     ends[slot] = split_sum.add(item < items ? std::uint64_t{kAtoms} * mqa_splits(p, item, b) : 0);
     __syncthreads();
     for (; entry < num_sms; entry += kThreads) {
       std::uint64_t start = entry * share;
       if constexpr (kRemainderLast) {
-        const std::uint64_t even = num_sms - more;  // the first that gets one more
+        const std::uint64_t even = num_sms - more;  // the first SM that gets one more
         start += entry > even ? entry - even : 0;
       } else {
         start += entry < more ? entry : more;
@@ -62,8 +61,8 @@ __device__ void schedule_mqa(const Params& p, int b) {
       store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, static_cast<std::int32_t>(split));
     }
   }
-  // The last entry is the end. So are entries without splits; where no split is there at all and the remainder goes to
-  // the last multiprocessors, they begin at the last item, whose length consumers may look up.
+  // The last entry is the end, and so are entries without splits. One exception: if there are no splits at all and the
+  // remainder goes to the last SMs, all but the last begin at the last item, whose length consumers may look up.
   for (; entry <= num_sms; entry += kThreads) {
     const std::int64_t item = kRemainderLast && entry < num_sms && items > 0 ? items - 1 : items;
     store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(item * kAtoms));
