@@ -26,6 +26,7 @@ from onelaunch.cli.lab.replay.simulated import allocate
 from onelaunch.cli.lab.replay.traces import Trace
 from onelaunch.cli.main import app
 from onelaunch.spec import reference
+from support import captured
 
 FULL = Path(__file__).parent / "data" / "full"
 # The prompts of the second are longer: clipped to as little, they leave too few requests to preempt.
@@ -77,14 +78,7 @@ class Engine:
 
             self.run[size] = refresh
         if device.type == "cuda":  # captured as engines do it, the largest first
-            self.run = {size: captured(self.run[size]) for size in reversed(sizes)}
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+            self.run = {size: captured(self.run[size]).replay for size in reversed(sizes)}
 
 
 def first_rows(buffers: MetadataBuffers, size: int) -> MetadataBuffers:
