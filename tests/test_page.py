@@ -77,9 +77,9 @@ def test_source_sass_and_ptx_are_whole_and_linked(page: Path) -> None:
     assert sum(bool(line[0]) for line in shown) > 0.8 * len(shown) > 100
     assert f"<b>SASS instructions</b> {len(instructions)}<" in text
     assert f"<b>registers</b> {machine_code.resources(kernel)['90a']['registers']}<" in text
-    # A store of the only vector comes from the line that writes it, in both.
-    (store,) = [n for n, line in enumerate(kernel.source.splitlines(), 1) if "store(p.cache_seqlens" in line]
-    assert any(line[0] == str(store) for line in found.panes["sass"] + found.panes["ptx"])
+    (load,) = [n for n, line in enumerate(kernel.source.splitlines(), 1) if "= p.seq_lens[" in line]
+    for pane in ("sass", "ptx"):
+        assert any(line[0] == str(load) for line in found.panes[pane]), pane
     assert found.addresses == []
     assert "http" not in text
     assert "<td>page_size</td>" not in text, "a setting at its default"
