@@ -1,6 +1,6 @@
 """Kernels edited by hand: $ONELAUNCH_OVERRIDE_DIR/<symbol>.cu is compiled in place of what the templates emit.
 
-Triton's TRITON_OVERRIDE_DIR has the idea. An edit is part of the key, so no cache ever takes one for the other.
+The idea is from Triton's TRITON_OVERRIDE_DIR. The edited text is part of the key, so no cache confuses the two kernels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def edited(config: KernelConfig) -> Edited | None:
     """The edited source of a configuration; None if there is none, or if it is what the templates emit anyway.
 
     Raises:
-        StoreError: the folder or file can't be read, or somebody else could have written it.
+        StoreError: the folder or file can't be read, or another user could have written it.
     """
     name = OVERRIDE_VARIABLE.read()
     if not name:
@@ -59,11 +59,11 @@ def edited(config: KernelConfig) -> Edited | None:
 
 
 def _check(path: Path) -> None:
-    """What is compiled here runs as this user, so only this user may have written it."""
+    """Checks that only this user could have written it: what is compiled here runs as this user."""
     status = path.stat()
     if not shared() and (status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022):
         raise StoreError(
-            f"{path}, which {OVERRIDE_VARIABLE} leads to, can be written by somebody else (owner {status.st_uid}, mode "
-            f"{stat.S_IMODE(status.st_mode):o}), and what it says would run as user {os.geteuid()}. Run: chmod go-w "
-            f"{path} or, if you trust everybody who can write there, set {SHARED_VARIABLE}=1."
+            f"{path}, which {OVERRIDE_VARIABLE} leads to, can be written by another user (owner {status.st_uid}, mode "
+            f"{stat.S_IMODE(status.st_mode):o}), and its code would run as user {os.geteuid()}. Run: chmod go-w "
+            f"{path} or, if you trust every user who can write there, set {SHARED_VARIABLE}=1."
         )
