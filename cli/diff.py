@@ -9,7 +9,6 @@ from onelaunch.inspect.diff import COMPARED, difference
 from onelaunch.inspect.kernels import Subject
 
 from .arguments import arch_option, preset_names, target_option
-from .output import print_text
 from .show import kernel
 
 
@@ -47,5 +46,5 @@ def diff(one: str, other: str, what: str, target: str | None, arch: str | None, 
     if not found:
         click.echo(f"no difference in {what}")
         return
-    print_text(found, "diff")
+    click.echo(found, nl=False)
     raise click.exceptions.Exit(1)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .run.schedules import sparse_flashmla_metadata
     from .spec import reference
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The same names for the interpreter, each with the module that it is imported from at its first use.
 _LAZY = {

@@ -226,6 +226,14 @@ CONFIGURATIONS = {
     "indices of int64": KernelConfig(
         num_backends=3, distinct=(("kv_indices", 2),), fields=("kv_indices",), req_to_token_dtype="int64"
     ),
+    "indices into int64": KernelConfig(
+        num_backends=2,
+        seqlen_offsets=(2, 9),
+        fields=CSR,
+        dtypes=(("kv_indices", "int64"),),
+        req_to_token_dtype="int64",
+        checked=True,
+    ),
     "indices beside": KernelConfig(num_backends=2, seqlen_offsets=(7,), fields=("cu_seqlens_k", *CSR, *SCHEDULES)),
     "copy of rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=BY_BATCH),
     "copy of words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4),
@@ -288,6 +296,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "schedule_per": ("request", "row"),
     "schedule_atoms": (0, 3),
     "flashmla_order": ("2026", "2025"),
+    "indices": ("int32", "int64"),
 }
 
 
@@ -315,6 +324,9 @@ def configuration(chosen: Mapping[str, Any]) -> KernelConfig:
     settings = dict(chosen)
     n = settings["num_backends"]
     offsets, shared = settings.pop("offsets"), settings.pop("shared")
+    indices = settings.pop("indices")
+    if "kv_indices" in settings["fields"]:
+        settings["dtypes"] = {"kv_indices": indices}
     settings["seqlen_offsets"] = {"none": (), "one": (7,), "each": tuple(range(n, 0, -1))}[offsets]
     if shared == "tables":
         tables = [name for name in settings["fields"] if FIELDS[name].kind == "table"]

@@ -291,7 +291,7 @@ BIND: list[Case] = [
             setattr(s.backends[1], "cache_seqlens", s.backends[0].cache_seqlens),
         ),
         "backends[0].cache_seqlens",
-        "1 different tensors",
+        "is shared",
         "seqlen_offsets is (0, 1)",
         "one tensor per backend",
     ),

@@ -158,7 +158,9 @@ def clear(store: Store, dry_run: bool = False) -> int:
 
 
 def check_marked(store: Store) -> None:
-    """Raises StoreError where the folder may hold what isn't the cache's."""
+    """Raises StoreError where the folder may hold what isn't the cache's, or somebody else could exchange it."""
+    if files.is_folder(store.root):
+        store.check()
     # Listed first: whoever makes a cache marks the empty folder, and only then puts something into it.
     if _holds_something(store.root) and not store.is_marked:
         raise StoreError(_unmarked(store))

@@ -6,16 +6,17 @@ The idea is from Triton's TRITON_OVERRIDE_DIR. The edited text is part of the ke
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cache.trust import shared
+from ..cache import trust
 from ..errors import StoreError
 from ..spec.config import KernelConfig
-from ..variables import OVERRIDE_VARIABLE, SHARED_VARIABLE
+from ..variables import OVERRIDE_VARIABLE
 from . import render as emission
+
+# What is compiled from it runs as this user, so it is trusted like the cache: only this user may have written there.
+_PLACE = trust.Place("the folder of edited kernels", OVERRIDE_VARIABLE)
 
 
 @dataclass(frozen=True)
@@ -44,26 +45,17 @@ def edited(config: KernelConfig) -> Edited | None:
     try:
         folder = Path(name).absolute()  # fails where the working folder is gone
         path = folder / path.name
-        _check(folder)
+        # Both may be links, to a repository of edits for example: what leads there is checked, too.
+        for place in (path, path.resolve()):
+            trust.check_ancestors(place, _PLACE)
+            trust.check_status(place.parent, place.parent.stat(), _PLACE)
         if not path.exists():
             return None
-        _check(path)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+        text = trust.read(path.resolve(), place=_PLACE).decode()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8 text"
         raise StoreError(
             f"{OVERRIDE_VARIABLE} is {name} and {getattr(error, 'filename', None) or path} can't be read: {reason}. "
             "Name a folder of edited kernels, or unset the variable."
         ) from error
     return None if text == emission.render(config) else Edited(path, text)
-
-
-def _check(path: Path) -> None:
-    """Checks that only this user could have written it: what is compiled here runs as this user."""
-    status = path.stat()
-    if not shared() and (status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022):
-        raise StoreError(
-            f"{path}, which {OVERRIDE_VARIABLE} leads to, can be written by another user (owner {status.st_uid}, mode "
-            f"{stat.S_IMODE(status.st_mode):o}), and its code would run as user {os.geteuid()}. Run: chmod go-w "
-            f"{path} or, if you trust every user who can write there, set {SHARED_VARIABLE}=1."
-        )

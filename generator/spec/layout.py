@@ -20,22 +20,25 @@ if TYPE_CHECKING:
 MAX_PARAM_WORDS = (32_764 - 24) // 8
 
 
+Type = Literal["int64", "lengths", "extends", "pool", "token", "to_int32", "to_int64", "to_bool", "table", "violation"]
+
+
 @dataclass(frozen=True)
 class Member:
     """One member of the parameter struct.
 
     Attributes:
         name: its name, in the struct and in a plan.
-        type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
-            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to the record of a
-            checked kernel).
+        type: "int64"; "lengths", "extends", "pool", "token" (pointers to the inputs); "to_int32", "to_int64", "to_bool"
+            (pointers to a field of that dtype); "table" (a pointer to a field and its row stride in elements);
+            "violation" (pointer to the record of a checked kernel).
         count: array length, or None for a single member.
         per_call: whether each call sets it; the others are set once, when a plan is bound.
         comment: what it holds.
     """
 
     name: str
-    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation"]
+    type: Type
     count: int | None
     per_call: bool
     comment: str
@@ -74,13 +77,14 @@ def members(config: KernelConfig) -> list[Member]:
         add("req_to_token_stride", "int64", "elements from row to row")
         add("req_to_token_width", "int64", "elements of a row that may be read")
 
-    def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
+    def add_fields(names: Sequence[str]) -> None:
         for name in names:
+            kind = "table" if FIELDS[name].kind == "table" else f"to_{config.dtype(name)}"
             if copies:
                 add(f"from_{name}", kind, "precomputed")
             add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
 
-    add_fields("table", [name for name in config.fields if FIELDS[name].kind == "table"])
+    add_fields([name for name in config.fields if FIELDS[name].kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
         add("sm_count", "int64", "SMs of the device")
@@ -98,7 +102,7 @@ def members(config: KernelConfig) -> list[Member]:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
     if "kv_indices" in config.fields:
         add("kv_indices_capacity", "int64", "elements")
-    add_fields("int32", [name for name in config.fields if FIELDS[name].kind != "table"])
+    add_fields([name for name in config.fields if FIELDS[name].kind != "table"])
     return out
 
 
