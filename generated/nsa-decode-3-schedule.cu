@@ -279,8 +279,8 @@ __device__ void schedule_mqa(const Params& p, int b) {
       store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, static_cast<std::int32_t>(split));
     }
   }
-  // The last entry is the end, and so are entries without splits. One exception: if there are no splits at all and the
-  // remainder goes to the last SMs, all but the last begin at the last item, whose length consumers may look up.
+  // The last entry is the end, and so are entries that begin after the last split. If the remainder goes to the last
+  // SMs, such entries exist only without any splits; they begin at the last item, whose length consumers may look up.
   for (; entry <= num_sms; entry += kThreads) {
     const std::int64_t item = kRemainderLast && entry < num_sms && items > 0 ? items - 1 : items;
     store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(item * kAtoms));

@@ -1,7 +1,7 @@
 """onelaunch: refresh the attention metadata of N draft backends in one CUDA launch.
 
-A configuration becomes a key, the key becomes emitted CUDA, the CUDA becomes a module, the module binds to buffers,
-and the bound plan is one launch.
+A configuration is rendered as CUDA, the CUDA is built into a module, the module is bound to buffers, and the bound plan
+refreshes them in one launch.
 
 Importing this package imports no torch, no jinja2 and no numpy: names that need them are imported when they are first
 used (PEP 562).
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# The same for the interpreter: each name with the module that it is imported from when it is first used.
+# The same names for the interpreter, each with the module that it is imported from at its first use.
 _LAZY = {
     "Groups": "run.groups",
     "Kernel": "load.loader",

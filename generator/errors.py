@@ -1,4 +1,4 @@
-"""The exceptions of onelaunch, a class for each kind of fault.
+"""The exceptions of onelaunch, one class per kind of fault.
 
 A message names the argument, its value, what is allowed and what to do.
 """
@@ -35,7 +35,7 @@ class CompileError(OnelaunchError, RuntimeError):
         command: the failing compiler command, or "" if it isn't in the log.
         log: path of the full build log.
         source: path of the emitted source.
-        lasting: whether another try would fail again; False where memory, disk or time ran out.
+        lasting: whether another try would fail again; False if memory, disk space or time ran out.
     """
 
     def __init__(self, message: str, *, key: str, command: str, log: Path, source: Path, lasting: bool = True) -> None:
@@ -43,7 +43,7 @@ class CompileError(OnelaunchError, RuntimeError):
         self.key, self.command, self.log, self.source, self.lasting = key, command, log, source, lasting
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default only positional arguments are pickled, and ranks send each other this error.
+        # Ranks send each other this error, and by default pickle keeps only positional arguments.
         return _compile_error, (str(self), self.key, self.command, self.log, self.source, self.lasting)
 
 

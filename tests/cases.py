@@ -182,7 +182,7 @@ STRATEGIES = {
 # Combinations of them that took code of their own.
 CONFIGURATIONS = {
     **STRATEGIES,
-    "one token a page": KernelConfig(num_backends=3, page_size=1),
+    "one token per page": KernelConfig(num_backends=3, page_size=1),
     "pages beyond a tile": KernelConfig(num_backends=2, page_size=1024),
     "pages of int64, equal rows": KernelConfig(page_size=7, req_to_token_dtype="int64", extent="full"),
     "pages alone, equal rows": KernelConfig(num_backends=2, fields=("real_page_table",), extent="full"),

@@ -316,7 +316,7 @@ def test_copy_of_a_part(device: torch.device, wanted: dict[str, Any], arguments:
 
 def test_copy_of_pages_of_one_token(device: torch.device) -> None:
     """With pages of one token both names are one tensor, in the source and in the destinations."""
-    config = CONFIGURATIONS["one token a page"]
+    config = CONFIGURATIONS["one token per page"]
     scene = Scene(config.replace(extent="full"), batch(6, 50), device)
     made = precompute(scene)
     assert made.real_page_table is made.page_indices

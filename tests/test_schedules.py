@@ -90,7 +90,7 @@ def test_the_parts_of_flashmla_by_hand() -> None:
         [[0, 0, 0, 10, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0]],
         [0, 1, 2],
     )
-    # One request of 100 blocks: a payload of 40, 35 blocks a part.
+    # One request of 100 blocks: a payload of 40, 35 blocks per part.
     assert reference.flashmla_schedule([6400], 3) == (
         [[0, 0, 0, 35, 0, 1, 1, 0], [0, 0, 35, 70, 1, 1, 1, 0], [0, 0, 70, 100, 2, 1, 1, 0]],
         [0, 3],
@@ -191,7 +191,7 @@ def test_an_unknown_order_of_a_sparse_schedule_is_refused() -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"fields": (MQA,), "operation": "copy"}, "computed by each refresh, and not copied"),
+        ({"fields": (MQA,), "operation": "copy"}, "a copy can't write schedules"),
         ({"fields": ("num_splits",)}, "num_splits without flashmla_metadata"),
         ({"fields": (MQA,), "schedule_remainder": "middle"}, "schedule_remainder is 'middle'"),
         ({"fields": (MQA,), "schedule_per": "rows"}, "Did you mean 'row'"),
@@ -199,12 +199,12 @@ def test_an_unknown_order_of_a_sparse_schedule_is_refused() -> None:
         ({"fields": ("flashmla_metadata",), "flashmla_order": 2026}, "flashmla_order is 2026"),
         (
             {"fields": (MQA,), "mode": "draft_extend", "extend": "variable", "schedule_per": "row"},
-            "a schedule of rows is defined for next_n rows a request",
+            "a schedule of rows is defined for next_n rows per request",
         ),
-        ({"fields": (MQA,), "mode": "draft_extend", "extend": "variable"}, "Give their number"),
+        ({"fields": (MQA,), "mode": "draft_extend", "extend": "variable"}, "Set schedule_atoms"),
         (
             {"fields": (MQA,), "num_backends": 2, "seqlen_offsets": (1, 2), "distinct": ((MQA, 1),)},
-            "share a table that all of them have, or nothing",
+            "can share only a table, and only if all of them share it",
         ),
     ],
 )
@@ -244,7 +244,7 @@ def int32(*shape: int) -> torch.Tensor:
         ("flashmla_metadata", int32(0, 8), r"shape \(0, 8\); it must be \[num_sm_parts, 8\], of 1 to 512 rows"),
         ("flashmla_metadata", int32(513, 8), "of 1 to 512 rows"),
         ("flashmla_metadata", int32(4, 5), r"shape \(4, 5\)"),
-        ("num_splits", int32(0), "must have room for the first 0"),
+        ("num_splits", int32(0), "with room for the first 0"),
     ],
 )
 def test_tensors_that_are_no_schedule_are_refused(name: str, tensor: torch.Tensor, message: str) -> None:
@@ -261,10 +261,10 @@ def test_backends_of_other_sizes_are_refused() -> None:
 
 def test_a_shared_schedule_of_different_lengths_is_refused() -> None:
     schedule = int32(9, 2)
-    with pytest.raises(ArgumentError, match="backends of different lengths share a table that all of them have"):
+    with pytest.raises(ArgumentError, match="backends with different offsets can share only a table"):
         onelaunch.bind([bad(MQA, schedule)] * 2, req_to_token=int32(2, 9), seqlen_offsets=(1, 2))
 
 
 def test_schedules_are_not_copied() -> None:
-    with pytest.raises(ConfigError, match="computed by each refresh"):
+    with pytest.raises(ConfigError, match="which each refresh computes"):
         onelaunch.fused_metadata_copy_cuda(bad(MQA, int32(9, 2)), bad(MQA, int32(9, 2)))

@@ -81,7 +81,7 @@ class Kernel:
 
     @property
     def resources(self) -> dict[str, dict[str, int]]:
-        """Registers a thread, and bytes of stack, shared and local memory, by architecture."""
+        """Registers per thread, and bytes of stack, shared and local memory, by architecture."""
         return dict(self.manifest["resources"])
 
     def __repr__(self) -> str:

@@ -1,12 +1,12 @@
-"""The functions of api.py as operators of torch, which torch.compile puts into a graph in their place.
+"""The functions of api.py as torch operators, which torch.compile puts into a graph in their place.
 
-``torch.ops.onelaunch`` has one for each of them, registered when api.py is imported: a process that loads a saved graph
-imports onelaunch.run.api first. The operators only write to tensors that they are given, so their fake implementation
-does nothing, and ``out=None`` is allocated in the graph, where the compiler plans the memory. Outside of torch.compile
-the functions don't use the operators: the dispatcher would only cost time.
+Importing api.py registers them in ``torch.ops.onelaunch``, so a process that loads a saved graph must import
+onelaunch.run.api first. The operators only write to tensors that they are given, so their fake implementation does
+nothing. ``out=None`` is allocated in the graph, where the compiler plans the memory. Outside of torch.compile the
+functions don't use the operators, because the dispatcher costs time.
 
-A MetadataBuffers is passed as its tensors and their names, "page_indices,cache_seqlens=seqlens_expanded". A tensor that
-is two fields is passed once, because an operator must not write to one tensor under two names.
+A MetadataBuffers is passed as its tensors and their names, such as "page_indices,cache_seqlens=seqlens_expanded". A
+tensor that is two fields is passed once, because an operator must not write to one tensor under two names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SCHEMAS = {
 
 
 def register(fused: Callable[..., None], precompute: Callable[..., Any], copy: Callable[..., None]) -> None:
-    """Registers the operators. Cheap enough for an import: nothing of torch.compile is imported.
+    """Registers the operators. Fast enough for an import, because it imports nothing of torch.compile.
 
     Args:
         fused: fused_metadata_precompute_and_broadcast_cuda.
@@ -72,14 +72,14 @@ def register(fused: Callable[..., None], precompute: Callable[..., Any], copy: C
     for name, function in zip(_SCHEMAS, (fused_into, precompute_into, copy_packed), strict=True):
         operation = f"onelaunch::{name}"
         torch.library.define(operation, _SCHEMAS[name])
-        # One implementation for every device, so that the function's own checks refuse what doesn't fit.
+        # One implementation for all devices: the function itself refuses tensors on other devices.
         torch.library.impl(operation, "default", function)
-        # The fake one. torch.library.register_fake does the same, but searches every loaded module for its caller.
+        # The fake implementation. torch.library.register_fake is slower: it searches all loaded modules for its caller.
         torch.library.impl(operation, "meta", lambda *args, **kwargs: None)
 
 
 def precompute(out: MetadataBuffers, *args: Any, **kwargs: Any) -> None:
-    """precompute_decode_metadata_cuda or a sibling of it into ``out``, in a graph."""
+    """precompute_decode_metadata_cuda, or its variant for another mode, in a graph; writes to ``out``."""
     torch.ops.onelaunch.precompute_decode_metadata_cuda(*args, *_pack(out), **kwargs)
 
 

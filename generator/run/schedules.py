@@ -1,4 +1,4 @@
-"""FlashMLA's schedule for sparse attention, which depends on the batch size alone: made once, not by each step."""
+"""FlashMLA's schedule for sparse attention. It depends only on the batch size, so it is made once, not in each step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def sparse_flashmla_metadata(
     Args:
         rows: rows of the batch, 0 or more.
         topk: tokens that every row attends to, 1 or more.
-        num_sm_parts: parts, 1 to 512. FlashMLA of 2026 on sm_90 has max(multiprocessors // s_q // (h_q // 64), 1).
+        num_sm_parts: parts, 1 to 512. FlashMLA of 2026 on sm_90 has max(SMs // s_q // (h_q // 64), 1).
         order: "2026" or "2025", see reference.flashmla_schedule.
-        device: where the tensors are made.
+        device: the device of the returned tensors.
 
     Returns:
         int32 [num_sm_parts, 8] and int32 [rows + 1].

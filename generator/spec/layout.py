@@ -1,7 +1,7 @@
-"""The parameter block: which 64-bit words a kernel takes, in which order.
+"""The parameter block: the 64-bit words that a kernel takes, in order.
 
 The struct in the emitted CUDA and the integers that a plan packs both follow this list, so they can't disagree.
-Every word is 64 bits wide (a pointer, or a signed integer), so a block is an array of int64 as well as a struct.
+Every word is a pointer or a signed integer of 64 bits, so the block is a struct as well as an array of int64.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Member:
             (pointers to a field of that dtype); "table" (a pointer to a field and its row stride in elements);
             "violation" (pointer to the record of a checked kernel).
         count: array length, or None for a single member.
-        per_call: set at each call; the rest is set once, when a plan is bound.
+        per_call: whether each call sets it; the others are set once, when a plan is bound.
         comment: what it holds.
     """
 
@@ -45,7 +45,7 @@ class Member:
 
     @property
     def words(self) -> int:
-        """64-bit words the member takes."""
+        """The number of 64-bit words that the member takes."""
         return (self.count or 1) * (2 if self.type == "table" else 1)
 
 
@@ -71,7 +71,7 @@ def members(config: KernelConfig) -> list[Member]:
         add("rows", "int64", "rows of all requests", per_call=True)
     for name in column_limits(config):
         add(name, "int64", "columns from here on are not written", per_call=True)
-    # What a thread needs before it can read its first token comes first, and lies in few cache lines.
+    # The words that a thread needs before it can read its first token come first, so that they lie in few cache lines.
     if config.tables and not copies:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
@@ -107,17 +107,17 @@ def members(config: KernelConfig) -> list[Member]:
 
 
 def column_limits(config: KernelConfig) -> list[str]:
-    """The per-call members that bound the columns: one where tables share a source, one a table in a copy."""
+    """The per-call members that bound the columns: one for all tables, or one per table in a copy."""
     if config.copies:
         return [f"{name}_columns" for name in config.tables]
     return ["columns"] if config.tables else []
 
 
 def param_words(config: KernelConfig) -> list[str]:
-    """Names of the 64-bit words in order, one entry a word."""
+    """The names of the 64-bit words, in order, one per word."""
     return [m.name for m in members(config) for _ in range(m.words)]
 
 
 def call_words(config: KernelConfig) -> list[str]:
-    """Names of the words that each call sets: the first ones of the block."""
+    """The names of the words that each call sets; they are the first of the block."""
     return [m.name for m in members(config) if m.per_call]

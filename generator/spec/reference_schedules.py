@@ -10,19 +10,19 @@ from collections.abc import Sequence
 def paged_mqa_schedule(
     lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last"
 ) -> list[list[int]]:
-    """DeepGEMM's schedule of paged MQA logits: where each multiprocessor begins, [num_sms + 1][2].
+    """DeepGEMM's schedule of paged MQA logits: where each SM begins, [num_sms + 1][2].
 
-    An item of length l is ceil(l / 256) splits for each of its atoms, atom after atom, and the items follow one
-    another. Multiprocessors get equal numbers of splits; some get one more, the last ones (DeepGEMM from 2026-06 on) or
-    the first ones (before). An entry is the atom, counted over all items, and the split in it; the last entry is the
-    end, (items * atoms, 0). A multiprocessor without splits begins at the end, too. But if the remainder goes last,
-    which leaves one without splits only where all lengths are 0, it begins at (the last item's first atom, 0), which
-    consumers may look up.
+    Each atom of an item of length l has ceil(l / 256) splits. The splits are ordered by item, then by atom. SMs get
+    equal numbers of splits; the remainder goes, one split each, to the last SMs (DeepGEMM from 2026-06 on) or the first
+    (before). An entry is an atom, counted over all items, and a split in it; the last entry is the end, (items * atoms,
+    0). An SM that begins after the last split has the end as its entry, too. If the remainder goes last, that happens
+    only if all lengths are 0; then the entry is (first atom of the last item, 0), because consumers may look that item
+    up.
 
     Args:
-        lengths: one an item; below 0 counts as 0.
-        num_sms: multiprocessors, 1 or more.
-        atoms: query atoms of an item.
+        lengths: one per item; negative lengths count as 0.
+        num_sms: SMs, 1 or more.
+        atoms: query atoms per item.
         remainder: "last" or "first".
 
     Raises:
@@ -52,18 +52,19 @@ def flashmla_schedule(
 ) -> tuple[list[list[int]], list[int]]:
     """FlashMLA's tile schedule: (metadata [num_sm_parts][8], num_splits [bs + 1]).
 
-    A request of length l is max(l - 1, 0) // 64 + 1 blocks, and costs 5 more in every part that has some of it. The
-    parts walk the requests in turn: a part takes the remaining blocks of a request if they fit into its payload. If
-    not, it takes as many blocks as fit, if any, and ends. num_splits is 0, then the running sum of the parts that share
-    each request.
+    A request of length l has max(l - 1, 0) // 64 + 1 blocks, and costs 5 more in every part that takes some of them.
+    The parts take the requests' blocks in order: a part takes the remaining blocks of a request if they fit into its
+    payload. If not, it takes as many as fit, if any, and ends. num_splits is 0, then the running sum of the number of
+    parts that share each request.
 
-    A row is in the order "2026": first request, last request, first block, block after the last, number of the first
-    request's splits before, whether the first and the last request are split, 0; or "2025": first request, first block,
-    last request, block after the last, splits before, 0, 0, 0. A part without work begins at the end and ends with the
-    last request; without any request its last request is -1 and its blocks are 0.
+    The words of a row, in order "2026": first request, last request, first block, block after the last, number of
+    earlier splits of the first request, whether the first request is split, whether the last one is, 0. In order
+    "2025": first request, first block, last request, block after the last, number of earlier splits of the first
+    request, 0, 0, 0. A part without work begins at the end and ends with the last request; without any request its last
+    request is -1 and its blocks are 0.
 
     Args:
-        lengths: one a request.
+        lengths: one per request.
         num_sm_parts: parts, 1 or more.
         order: "2026" or "2025".
 

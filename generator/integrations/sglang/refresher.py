@@ -174,7 +174,7 @@ def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
     given["schedule_per"] = "row" if lengths.shape[1] == 1 else "request"
     if lengths.shape[1] > 1 and "schedule_atoms" not in given:
         raise ArgumentError(
-            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows a request, and only "
+            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows per request, and only "
             "DeepGEMM knows how many atoms they are. Pass schedule_atoms=, or schedules=False."
         )
 
