@@ -246,6 +246,7 @@ def bind(
     schedule_remainder: str = "last",
     schedule_per: str = "request",
     schedule_atoms: int = 0,
+    schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
 ) -> Plan:
     """Checks N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
@@ -280,10 +281,12 @@ def bind(
         page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
         checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
         schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
-            "first" for the one before.
+            "first" for the one before, and for sm_100.
         schedule_per: whether DeepGEMM gets the lengths of "request"s ([bs, n], cache_seqlens) or of "row"s ([R, 1],
             seqlens_expanded) in target_verify and draft_extend.
         schedule_atoms: query atoms of a request in that schedule; 0 for ceil(next_n / 2).
+        schedule_split_cost: units of work that a split of 256 tokens is in that schedule, whose entries then begin at a
+            request's first token, as on sm_100: next_n in DeepGEMM of 2026-06. 0 for the schedule of sm_90.
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
 
     Raises:

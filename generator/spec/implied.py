@@ -112,7 +112,10 @@ class Implied:
     @property
     def atoms_of_next_n(self) -> int:
         """Query atoms of each item of DeepGEMM's schedule that follow from the rows of a request."""
-        return 1 if self.schedules_rows else (int(self.next_n) + 1) // 2
+        if self.schedules_rows:
+            return 1
+        # Where tokens go through a split together, an entry counts tokens.
+        return int(self.next_n) if self.schedule_split_cost else (int(self.next_n) + 1) // 2
 
     @property
     def atoms(self) -> int:
