@@ -9,7 +9,6 @@ from onelaunch.inspect.diff import COMPARED, difference
 from onelaunch.inspect.kernels import Subject
 
 from .arguments import arch_option, preset_names, target_option
-from .output import print_text
 from .show import kernel
 
 
@@ -23,7 +22,9 @@ from .show import kernel
     "-U", "--unified", "context", type=click.IntRange(min=0), default=3, help="Equal lines around a difference."
 )
 def diff(one: str, other: str, what: str, target: str | None, arch: str | None, context: int) -> None:
-    """Print how two kernels differ. Keys, symbols and addresses, which always differ, are left out.
+    """Print how two kernels differ.
+
+    Keys, symbols and addresses, which always differ, are left out.
 
     A and B are each what CONFIG of `onelaunch show` is, or key=value,… as --set takes it.
 
@@ -45,5 +46,5 @@ def diff(one: str, other: str, what: str, target: str | None, arch: str | None, 
     if not found:
         click.echo(f"no difference in {what}")
         return
-    print_text(found, "diff")
+    click.echo(found, nl=False)
     raise click.exceptions.Exit(1)

@@ -11,18 +11,7 @@ from onelaunch.inspect import editors, views
 from onelaunch.inspect.kernels import Subject, find
 
 from .arguments import arch_option, architectures, config_argument, settings_option, target_option
-from .output import print_text, write_whole
-
-# How each is highlighted; the GNU assembler's rules fit SASS well enough.
-LEXERS = {
-    "cuda": "cuda",
-    "ptx": "ptx",
-    "sass": "gas",
-    "resources": "text",
-    "binding": "cpp",
-    "command": "bash",
-    "key": "text",
-}
+from .output import write_whole
 
 
 @click.command()
@@ -73,7 +62,7 @@ def show(
     else:
         text = views.view(found, what, annotate)
     if output is None:
-        print_text(text, "json" if as_json else LEXERS[what])
+        click.echo(text, nl=False)
         return
     path = Path(output)
     if path.is_dir() or output.endswith("/"):

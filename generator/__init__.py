@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .run.schedules import paged_mqa_schedule, sparse_flashmla_metadata
     from .spec import reference
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The same for the interpreter: each name with the module that it is imported from when it is first used.
 _LAZY = {

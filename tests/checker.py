@@ -191,7 +191,8 @@ class Scene:
                     "flashmla_metadata": (shape.num_sm_parts, 8),
                     "kv_indices": (self.capacity,),
                 }.get(name, (height + field.extra,))
-                made.append(support.guarded(*dimensions, offset=d % 4, device=self.device))
+                dtype = getattr(torch, config.dtype(name))
+                made.append(support.guarded(*dimensions, offset=d % 4, dtype=dtype, device=self.device))
         return made
 
     def _which(self, backend: int, name: str) -> int:
@@ -220,7 +221,8 @@ class Scene:
             for name, tensors in self.destinations.items():
                 key = name, self._which(index, name)
                 if key not in made:
-                    made[key] = torch.full(tensors[key[1]][0].shape, POISON, dtype=torch.int32, device=self.device)
+                    tensor = tensors[key[1]][0]
+                    made[key] = torch.full(tensor.shape, POISON, dtype=tensor.dtype, device=self.device)
                 setattr(buffers, name, made[key])
             backends.append(buffers)
         return backends
@@ -338,6 +340,14 @@ class Scene:
             return
         extends = self.extend_seq_lens if self.config.extend == "variable" else None
         plan.run(self.seq_lens, self.req_pool_indices, extends, max_len=self.shape.max_len)
+
+    def take_inputs(self, other: Scene) -> None:
+        """Copies another scene's inputs into this one's memory, and expects what belongs to them."""
+        for name in ("seq_lens", "req_pool_indices", "req_to_token", "extend_seq_lens"):
+            getattr(self, name).copy_(getattr(other, name))
+        for field, tensor in other.source.items():
+            getattr(self.source, field.name).copy_(tensor)
+        self.expected = other.expected
 
     def compare(self) -> None:
         """Every word of every allocation: the destinations, and the poison around them.

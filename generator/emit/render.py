@@ -26,7 +26,9 @@ _MEMBER_TYPES = {
     "extends": "const ExtendLen* ",
     "pool": "const PoolIndex* ",
     "token": "const Token* ",
-    "int32": "std::int32_t* ",
+    "to_int32": "std::int32_t* ",
+    "to_int64": "std::int64_t* ",
+    "to_bool": "bool* ",
     "table": "Table ",
     "violation": "Violation* ",
 }

@@ -15,8 +15,12 @@ from .fields import FIELDS
 if TYPE_CHECKING:
     from .config import KernelConfig
 
-# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+); the block is 64-bit words.
-MAX_PARAM_WORDS = 32_764 // 8
+# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+). The block is 64-bit words, and a Split
+# (device/live.cuh, device/equal.cuh) takes 24 bytes in front of it.
+MAX_PARAM_WORDS = (32_764 - 24) // 8
+
+
+Type = Literal["int64", "lengths", "extends", "pool", "token", "to_int32", "to_int64", "to_bool", "table", "violation"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,16 @@ class Member:
 
     Attributes:
         name: its name, in the struct and in a plan.
-        type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
-            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to the record of a
-            checked kernel).
+        type: "int64"; "lengths", "extends", "pool", "token" (pointers to the inputs); "to_int32", "to_int64", "to_bool"
+            (pointers to a field of that dtype); "table" (a pointer to a field and its row stride in elements);
+            "violation" (pointer to the record of a checked kernel).
         count: array length, or None for a single member.
         per_call: set at each call; the rest is set once, when a plan is bound.
         comment: what it holds.
     """
 
     name: str
-    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation"]
+    type: Type
     count: int | None
     per_call: bool
     comment: str
@@ -66,25 +70,26 @@ def members(config: KernelConfig) -> list[Member]:
     if copies and config.row_fields:
         add("rows", "int64", "rows of all requests", per_call=True)
     for name in column_limits(config):
-        add(name, "int64", "no column from here on is written", per_call=True)
+        add(name, "int64", "columns from here on are not written", per_call=True)
     # What a thread needs before it can read its first token comes first, and lies in few cache lines.
     if config.tables and not copies:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
         add("req_to_token_width", "int64", "elements of a row that may be read")
 
-    def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
+    def add_fields(names: Sequence[str]) -> None:
         for name in names:
+            kind = "table" if FIELDS[name].kind == "table" else f"to_{config.dtype(name)}"
             if copies:
                 add(f"from_{name}", kind, "precomputed")
             add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
 
-    add_fields("table", [name for name in config.fields if FIELDS[name].kind == "table"])
+    add_fields([name for name in config.fields if FIELDS[name].kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
-        add("sm_count", "int64", "multiprocessors of the device")
+        add("sm_count", "int64", "SMs of the device")
     if config.checked:
-        add("violation", "violation", "the first one found, or none")
+        add("violation", "violation", "the first violation, or none")
         if config.extend == "variable":
             add("row_capacity", "int64", "rows that fit the destinations")
         if config.tables:
@@ -92,12 +97,12 @@ def members(config: KernelConfig) -> list[Member]:
     if config.page_fill is not None:
         add("real_page_table_width", "int64", "columns")
     if "paged_mqa_schedule_metadata" in config.fields:
-        add("num_sms", "int64", "multiprocessors that DeepGEMM's schedule is for")
+        add("num_sms", "int64", "SMs that DeepGEMM's schedule is for")
     if "flashmla_metadata" in config.fields:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
     if "kv_indices" in config.fields:
         add("kv_indices_capacity", "int64", "elements")
-    add_fields("int32", [name for name in config.fields if FIELDS[name].kind != "table"])
+    add_fields([name for name in config.fields if FIELDS[name].kind != "table"])
     return out
 
 

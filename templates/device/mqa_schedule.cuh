@@ -1,16 +1,16 @@
 // ---- DeepGEMM's schedule of paged MQA logits ---------------------------------------------------------------------
-// One block computes it from seq_lens, however many requests there are: in chunks of kThreads items. An item is a
-// request, or a row of one, and has a split for every kSplit tokens (or pools). On sm_90 an item is a number of query
-// atoms, each of which has the item's splits, a unit of work each. On sm_100 all tokens of an item go through a split
-// together, which is kSplitCost units. Every multiprocessor gets the same number of units; those that don't divide
-// evenly go, one each, to the last or to the first multiprocessors. It begins at the split that its first unit is of.
+// One block computes it from seq_lens, in chunks of kThreads items, so the batch has no limit. An item is a request, or
+// a row of one, with one split for every kSplit tokens (or pools). On sm_90 an item has a number of query atoms, each
+// with the item's splits, one unit of work each. On sm_100 the item's tokens share its splits, kSplitCost units each.
+// Every SM gets the same number of units; the remainder goes, one unit each, to the last or the first SMs. An SM begins
+// with the split that contains its first unit.
 constexpr std::uint32_t kSplit = 256;  // tokens, or pools
 
 constexpr std::uint32_t kWorkOfSplit = kSplitCost > 0 ? kSplitCost : kAtoms;
 
 // The splits of an item, or of one of its atoms.
 __device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, std::int64_t item, int b) {
-  // With a 64-bit index the loops over items would take 200 instructions more.
+  // 32 bits, because a 64-bit index adds 200 instructions to the loops over items.
   const int request = static_cast<int>(kItemIsRow ? item / kNextN : item);
   std::int32_t length = wrap(bits(request_length(p, request)) + length_offset(b));
   if constexpr (kItemIsRow) length = expanded_length(length, kNextN, static_cast<int>(item % kNextN));
@@ -31,22 +31,22 @@ __device__ void schedule_mqa(const Params& p, int b) {
   total *= kWorkOfSplit;
   const std::uint64_t num_sms = static_cast<std::uint64_t>(p.num_sms);
   const std::uint64_t share = total / num_sms;
-  const std::uint64_t more = total % num_sms;  // multiprocessors that get one unit more
+  const std::uint64_t more = total % num_sms;  // SMs that get one unit more
 
-  // A thread's entries, in order: each is written in the chunk that its first unit lies in.
-  __shared__ std::uint64_t ends[kThreads];  // units up to and including an item of the chunk
+  // Each thread writes its entries in order, each in the chunk that contains the entry's first unit.
+  __shared__ std::uint64_t ends[kThreads];  // units of all items up to and including one of the chunk
   std::uint64_t entry = static_cast<std::uint64_t>(slot);
   RunningSum<std::uint64_t> work_sum;
   for (std::int64_t first = 0; first < items; first += kThreads) {
     const std::int64_t item = first + slot;
     const std::uint64_t carry = work_sum.carry;
-    // After the sum's barriers no thread reads the last chunk's ends any more.
+    // The sum's barriers come after the last read of the previous chunk's ends.
     ends[slot] = work_sum.add(item < items ? std::uint64_t{kWorkOfSplit} * mqa_splits(p, item, b) : 0);
     __syncthreads();
     for (; entry < num_sms; entry += kThreads) {
       std::uint64_t start = entry * share;
       if constexpr (kRemainderLast) {
-        const std::uint64_t even = num_sms - more;  // the first that gets one more
+        const std::uint64_t even = num_sms - more;  // the first SM that gets one more
         start += entry > even ? entry - even : 0;
       } else {
         start += entry < more ? entry : more;
@@ -70,7 +70,7 @@ __device__ void schedule_mqa(const Params& p, int b) {
       store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, static_cast<std::int32_t>(split));
     }
   }
-  // The last entry is the end. So are the entries of multiprocessors behind all work.
+  // The last entry is the end, and so are entries without work.
   for (; entry <= num_sms; entry += kThreads) {
     store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(items * kAtoms));
     store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, 0);
