@@ -247,6 +247,7 @@ def bind(
     schedule_remainder: str = "last",
     schedule_per: str = "request",
     schedule_atoms: int = 0,
+    schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
 ) -> Plan:
     """Checks N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
@@ -276,17 +277,17 @@ def bind(
         max_len: bound on the columns; None is the width of the narrowest table.
         seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype: torch.int32 or torch.int64, the dtypes of the
             tensors that run() will get.
-        extend: in draft_extend, "uniform" for next_n rows per request, or "variable": run() takes extend_seq_lens.
-        index_kpool: k, tokens per pool: only complete pools are clamped at index_topk; for the pooled_* fields.
-        page_fill: -1 writes -1 to the columns of real_page_table after the live ones, up to its width; None leaves them
-            untouched.
-        checked: whether the kernel checks pool rows and lengths; plan.check() raises the first violation. For
-            debugging.
-        schedule_remainder: which SMs get one split more in paged_mqa_schedule_metadata: "last" (DeepGEMM from 2026-06
-            on) or "first" (before).
-        schedule_per: the lengths that DeepGEMM gets in target_verify and draft_extend: "request" for [bs, n]
-            (cache_seqlens), "row" for [R, 1] (seqlens_expanded).
-        schedule_atoms: query atoms per request in that schedule; 0 for ceil(next_n / 2).
+        extend: in draft_extend, "uniform" for next_n rows a request, or "variable": run() takes extend_seq_lens.
+        index_kpool: k, tokens a pool: only complete pools are clamped at index_topk; for the pooled_* fields.
+        page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
+        checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
+        schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
+            "first" for the one before, and for sm_100.
+        schedule_per: whether DeepGEMM gets the lengths of "request"s ([bs, n], cache_seqlens) or of "row"s ([R, 1],
+            seqlens_expanded) in target_verify and draft_extend.
+        schedule_atoms: query atoms of a request in that schedule; 0 for ceil(next_n / 2).
+        schedule_split_cost: units of work that a split of 256 tokens is in that schedule, whose entries then begin at a
+            request's first token, as on sm_100: next_n in DeepGEMM of 2026-06. 0 for the schedule of sm_90.
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
 
     Raises:
