@@ -19,6 +19,7 @@ VERBS = {
     "diff": ("diff:diff", "Print how two kernels differ."),
     "build": ("build:build", "Compile configurations ahead of time into the cache."),
     "explain": ("explain:explain", "Say whether a configuration is in the cache, and if not, why."),
+    "export": ("export:export", "Write a kernel for a project that doesn't use onelaunch."),
     "replay": ("lab.replay.command:replay", "Replay a request trace, and check every refresh."),
     "doctor": ("doctor:doctor", "Check tools and cache, then build and run a real kernel."),
     "bench": ("lab.bench.command:bench", "Measure the refresh beside everything it is compared with."),
