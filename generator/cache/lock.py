@@ -1,11 +1,11 @@
-"""A lock between processes that says who holds it. It saves work, and correctness never depends on it.
+"""A lock between processes that names its holder. It only saves work: correctness never depends on it.
 
-It keeps processes that start at once from building the same kernel. A build is published by rename, and whoever comes
-second takes what is there. So a file system without locks, a lock that is broken, or a wait that became too long cost a
+It keeps processes that start at the same time from building the same kernel. A build is published by rename, and the
+second process takes the entry that is there. So a file system without locks, a broken lock or an expired wait costs a
 second build and nothing else.
 
-This isn't filelock: a holder writes its name into the file for those that wait, and where flock is missing, filelock
-uses a lock file that outlives a dead holder.
+It isn't filelock, for two reasons: a holder writes its name into the file for the processes that wait; and where flock
+is missing, filelock uses a lock file that outlives a dead holder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ POLL_SECONDS = 0.05
 FIRST_NOTICE_SECONDS = 2.0
 NOTICE_SECONDS = 5.0
 
-# flock belongs to the open file, which a forked child shares: the child would keep the lock of a parent that died.
+# flock belongs to the open file, which a forked child shares. The child must release it, or it would hold the lock
+# after its parent's death.
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
@@ -223,7 +224,7 @@ def _open(path: Path) -> int | None:
 
 
 def _is_current(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has its name."""
+    """Whether an open file is still the one at its path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError:

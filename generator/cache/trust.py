@@ -1,4 +1,4 @@
-"""Who may write where. Code that is loaded from a cache runs as this user, so nobody else may have put it there.
+"""Checks of owners and modes. Code from a cache runs as this user, so no other user may be able to put it there.
 
 A path is trusted if every folder from / down to it belongs to this user or to root, and is not writable by anybody
 else; a folder with the sticky bit, such as /tmp, may be, because there nobody can rename what belongs to another.
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ..errors import StoreError
 from ..variables import CACHE_VARIABLE, SHARED_VARIABLE
 
-# As many as the kernel follows.
+# The kernel's own limit.
 _MAX_LINKS = 40
 
 
