@@ -107,7 +107,7 @@ def _here(text: str) -> str:
 def _in_fork(job: dict[str, Any], answer: int, errors: int) -> None:
     """One build, in its own session, folder and environment. Doesn't return."""
     os.setsid()
-    # Compilers and libraries may write anywhere but to the parent.
+    # The output of compilers and libraries must not go to the parent.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
@@ -124,14 +124,14 @@ def _in_fork(job: dict[str, Any], answer: int, errors: int) -> None:
 
 
 def _run(job: dict[str, Any]) -> None:
-    """Builds in a fork, and answers how it ended."""
+    """Builds in a fork, and replies with its outcome."""
     try:
         _cpp_extension()
     except Exception:
         _reply({"pid": 0})
         _reply({"status": 0, "answer": {"step": "python", "output": traceback.format_exc(), "status": 0}, "errors": ""})
         return
-    # Files in memory: no pipe can fill up, and no folder either.
+    # Files in memory: neither a pipe nor a disk can fill up.
     answer, errors = os.memfd_create("answer"), os.memfd_create("errors")
     pid = os.fork()
     if pid == 0:
@@ -170,7 +170,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Takes jobs until nobody has one."""
+    """Runs jobs until none comes for IDLE_SECONDS, or stdin is closed."""
     line = b""
     while select.select([0], [], [], IDLE_SECONDS)[0]:
         part = os.read(0, 1 << 20)

@@ -1,7 +1,7 @@
-"""The compilers of a build: found, checked against each other, and named by their versions. No variable need be set.
+"""Finds the compilers of a build, checks whether they fit each other, and reads their versions. Needs no variables.
 
-Nothing runs at import. The first search starts a few short programs; its result stays for the
-process, and what a binary answers stays for later processes (see programs.answer).
+Nothing runs at import. The first search starts a few short programs. Its result is cached for the process, and a
+binary's answer also for later processes (see programs.answer).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Lock:
     """A lock that this process holds, or the lack of one.
 
     Args:
-        descriptor: the open and locked file or folder; None where there is no lock.
+        descriptor: the open and locked file or folder; None without a lock.
     """
 
     def __init__(self, descriptor: int | None) -> None:
@@ -55,20 +55,20 @@ class Lock:
         return self._descriptor is not None
 
     def phase(self, text: str) -> None:
-        """Writes for those that wait what the holder is doing."""
+        """Writes what the holder is doing, for the processes that wait."""
         if self._descriptor is None:
             return
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": self._since, "phase": text}
         data = json.dumps(holder).encode() + b"\n"
-        # A full disk must not stop the holder. One write over the old text, so that no reader finds the file empty.
+        # A full disk must not stop the holder. The old text is overwritten at once, so no reader finds the file empty.
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, data, 0)
             os.ftruncate(self._descriptor, len(data))
 
     def release(self, path: Path | None = None) -> None:
-        """Lets go, and first removes the lock file, so that lock files don't pile up.
+        """Removes the lock file, so that lock files don't pile up, and releases the lock.
 
-        Whoever already waits for the removed file finds out in _is_current, and opens the new one.
+        A process that waits for the removed file notices that in _is_current, and opens the new one.
         """
         if self._descriptor is not None:
             if path is not None and _is_current(self._descriptor, path):
@@ -109,18 +109,18 @@ def timeout_seconds() -> float:
 
 @contextlib.contextmanager
 def hold(path: Path, what: str, done: Callable[[], bool]) -> Iterator[Lock]:
-    """Holds the lock of a path, or goes on without it where that can't be.
+    """Holds the lock of a path, or goes on without it if it can't be had.
 
-    While another process has it, a line on stderr says every few seconds who that is. The wait ends when the holder
-    lets go or dies (the kernel releases a dead process's lock), when ``done`` says that its work is there, or after
-    $ONELAUNCH_LOCK_TIMEOUT seconds. In the last two cases, and where the lock file can't be opened, the block runs
-    without the lock (``held`` is False): its caller builds in a staging folder of its own, and the one that publishes
-    second takes the entry of the first.
+    While another process has it, a line on stderr names the holder every few seconds. The wait ends when the holder
+    releases the lock or dies (then the operating system releases it), when ``done`` returns True, or after
+    $ONELAUNCH_LOCK_TIMEOUT seconds. In the last two cases, and if the lock file can't be opened, the block runs without
+    the lock (``held`` is False). Then two processes may build, each in its own staging folder; the second to publish
+    takes the entry of the first.
 
     Args:
         path: the lock file; it is removed at the end.
-        what: what is waited for, as in "waiting for <what>".
-        done: whether there is no more reason to wait.
+        what: the end of the message "waiting for <what>".
+        done: returns True when there is no more reason to wait.
 
     Raises:
         StoreError: $ONELAUNCH_LOCK_TIMEOUT isn't a number of seconds.
