@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     )
     from .run.groups import Groups, bind_groups
     from .run.plan import Plan, bind
-    from .run.schedules import sparse_flashmla_metadata
+    from .run.schedules import paged_mqa_schedule, sparse_flashmla_metadata
     from .spec import reference
 
 __version__ = "0.2.0"
@@ -62,6 +62,7 @@ _LAZY = {
     "freeze": "load.loader",
     "fused_metadata_copy_cuda": "run.api",
     "fused_metadata_precompute_and_broadcast_cuda": "run.api",
+    "paged_mqa_schedule": "run.schedules",
     "precompute_decode_metadata_cuda": "run.api",
     "precompute_draft_extend_metadata_cuda": "run.api",
     "precompute_target_verify_metadata_cuda": "run.api",
@@ -94,6 +95,7 @@ __all__ = [
     "freeze",
     "fused_metadata_copy_cuda",
     "fused_metadata_precompute_and_broadcast_cuda",
+    "paged_mqa_schedule",
     "precompute_decode_metadata_cuda",
     "precompute_draft_extend_metadata_cuda",
     "precompute_target_verify_metadata_cuda",

@@ -295,6 +295,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "schedule_remainder": ("last", "first"),
     "schedule_per": ("request", "row"),
     "schedule_atoms": (0, 3),
+    "schedule_split_cost": (0, 5),
     "flashmla_order": ("2026", "2025"),
     "indices": ("int32", "int64"),
 }

@@ -62,6 +62,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "schedule_remainder": {"fields": (MQA,), "schedule_remainder": "first"},
     "schedule_per": {"fields": (MQA,), "mode": "target_verify", "schedule_per": "row"},
     "schedule_atoms": {"fields": (MQA,), "schedule_atoms": 2},
+    "schedule_split_cost": {"fields": (MQA,), "schedule_split_cost": 3},
     "flashmla_order": {"fields": ("flashmla_metadata",), "flashmla_order": "2025"},
     "copied rows": {"operation": "copy", "mode": "target_verify"},
 }
@@ -249,6 +250,7 @@ def test_a_huge_number_of_backends_is_refused_at_once() -> None:
         ({"operation": "copy", "req_pool_indices_dtype": "int32"}, {"operation": "copy"}),
         ({"schedule_remainder": "first"}, {}),
         ({"schedule_atoms": 2}, {}),
+        ({"schedule_split_cost": 2}, {}),
         ({"flashmla_order": "2025"}, {}),
         ({"mode": "target_verify", "schedule_per": "row"}, {"mode": "target_verify"}),
         ({"fields": (MQA,), "schedule_per": "row"}, {"fields": (MQA,)}),
@@ -367,6 +369,7 @@ def test_atoms_of_a_schedule() -> None:
     assert per_request == [1, 1, 2, 2, 3]
     assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_per="row").atoms == 1
     assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_atoms=3).atoms == 3
+    assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_split_cost=9).atoms == 4, "tokens"
 
 
 def test_what_a_configuration_needs() -> None:

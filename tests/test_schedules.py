@@ -53,8 +53,18 @@ def test_the_atoms_of_an_item_follow_one_another() -> None:
     assert reference.paged_mqa_schedule([300, 700], 5, atoms=2) == [[0, 0], [1, 0], [2, 0], [2, 2], [3, 1], [4, 0]]
 
 
+def test_where_splits_cost_work_entries_begin_at_requests() -> None:
+    # Two tokens a request and 2 units a split: 2, 0 and 3 splits are 10 units, 4, 3 and 3 for three multiprocessors.
+    lengths, tokens = [300, 0, 700], {"atoms": 2, "split_cost": 2, "remainder": "first"}
+    # The second one begins with unit 4, the first of the third request; the third with unit 7, in that one's split 1.
+    assert reference.paged_mqa_schedule(lengths, 3, **tokens) == [[0, 0], [4, 0], [4, 1], [6, 0]]
+    # With one token a request, and a unit a split, it is the schedule of atoms.
+    one = {"split_cost": 1, "remainder": "first"}
+    assert reference.paged_mqa_schedule(lengths, 3, **one) == [[0, 0], [2, 0], [2, 2], [3, 0]]
+
+
 def test_multiprocessors_without_work() -> None:
-    assert reference.paged_mqa_schedule([0, 0], 2) == [[1, 0], [1, 0], [2, 0]]
+    assert reference.paged_mqa_schedule([0, 0], 2) == [[2, 0], [2, 0], [2, 0]]
     assert reference.paged_mqa_schedule([0, 0], 2, remainder="first") == [[2, 0], [2, 0], [2, 0]]
     assert reference.paged_mqa_schedule([], 2) == [[0, 0]] * 3
     assert reference.paged_mqa_schedule([9], 3) == [[0, 0], [0, 0], [0, 0], [1, 0]]
@@ -147,7 +157,13 @@ def test_schedules_of_any_lengths(remainder: str, order: str, kind: str, device:
 @pytest.mark.parametrize("next_n", [1, 2, 3, 4])
 def test_the_atoms_of_a_verified_request(next_n: int, device: torch.device) -> None:
     """Half of next_n, rounded up, unless their number is given; a row is one."""
-    for settings, atoms in (({}, (next_n + 1) // 2), ({"schedule_atoms": 3}, 3), ({"schedule_per": "row"}, 1)):
+    for settings, atoms in (
+        ({}, (next_n + 1) // 2),
+        ({"schedule_atoms": 3}, 3),
+        ({"schedule_per": "row"}, 1),
+        ({"schedule_split_cost": next_n, "schedule_remainder": "first"}, next_n),
+        ({"schedule_split_cost": 9, "schedule_per": "row"}, 1),
+    ):
         config = KernelConfig(fields=(MQA,), mode="target_verify", next_n=next_n, **settings)
         assert config.atoms == atoms
         check(config, Shape("edges", tuple(lengths_for(37, "edges"))), device)

@@ -148,7 +148,7 @@ class Plan:
         extend_seq_lens: Tensor | None,
         max_len: int | None,
     ) -> list[int]:
-        """Checks and returns the words of a call. The binding calls it if the arguments differ from the last call's."""
+        """The words of a call. The binding calls it when the arguments differ from those of the last calls."""
         inputs = [("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths)]
         if extend_seq_lens is not None:
             if not self._variable and self._has_rows:
@@ -247,14 +247,16 @@ def bind(
     schedule_remainder: str = "last",
     schedule_per: str = "request",
     schedule_atoms: int = 0,
+    schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
 ) -> Plan:
     """Checks N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
 
-    The first bind of a new configuration builds its kernel. The plan keeps the bound memory alive and writes to it even
-    if a tensor gets other memory later (``set_``, ``.data =``). Don't resize the storage of a bound tensor (``resize_``
-    beyond its size, ``untyped_storage().resize_``): that frees the bound memory. A later run() then raises
-    ArgumentError, but only if its arguments differ from the last call's, and a captured graph can't notice.
+    The first bind of a new configuration builds its kernel. The plan keeps the tensors' memory alive, also where a
+    tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
+    Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
+    memory. A later run() raises ArgumentError then, but only if its arguments differ from those of the
+    last calls, and a captured graph can't notice: don't resize what is bound.
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
@@ -276,17 +278,17 @@ def bind(
         max_len: bound on the columns; None is the width of the narrowest table.
         seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype: torch.int32 or torch.int64, the dtypes of the
             tensors that run() will get.
-        extend: in draft_extend, "uniform" for next_n rows per request, or "variable": run() takes extend_seq_lens.
-        index_kpool: k, tokens per pool: only complete pools are clamped at index_topk; for the pooled_* fields.
-        page_fill: -1 writes -1 to the columns of real_page_table after the live ones, up to its width; None leaves them
-            untouched.
-        checked: whether the kernel checks pool rows and lengths; plan.check() raises the first violation. For
-            debugging.
-        schedule_remainder: which SMs get one split more in paged_mqa_schedule_metadata: "last" (DeepGEMM from 2026-06
-            on) or "first" (before).
-        schedule_per: the lengths that DeepGEMM gets in target_verify and draft_extend: "request" for [bs, n]
-            (cache_seqlens), "row" for [R, 1] (seqlens_expanded).
-        schedule_atoms: query atoms per request in that schedule; 0 for ceil(next_n / 2).
+        extend: in draft_extend, "uniform" for next_n rows a request, or "variable": run() takes extend_seq_lens.
+        index_kpool: k, tokens a pool: only complete pools are clamped at index_topk; for the pooled_* fields.
+        page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
+        checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
+        schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
+            "first" for the one before, and for sm_100.
+        schedule_per: whether DeepGEMM gets the lengths of "request"s ([bs, n], cache_seqlens) or of "row"s ([R, 1],
+            seqlens_expanded) in target_verify and draft_extend.
+        schedule_atoms: query atoms of a request in that schedule; 0 for ceil(next_n / 2).
+        schedule_split_cost: units of work that a split of 256 tokens is in that schedule, whose entries then begin at a
+            request's first token, as on sm_100: next_n in DeepGEMM of 2026-06. 0 for the schedule of sm_90.
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
 
     Raises:

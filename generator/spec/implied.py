@@ -114,8 +114,11 @@ class Implied:
 
     @property
     def atoms_of_next_n(self) -> int:
-        """The default number of query atoms per item of DeepGEMM's schedule."""
-        return 1 if self.schedules_rows else (int(self.next_n) + 1) // 2
+        """Query atoms of each item of DeepGEMM's schedule that follow from the rows of a request."""
+        if self.schedules_rows:
+            return 1
+        # Where tokens go through a split together, an entry counts tokens.
+        return int(self.next_n) if self.schedule_split_cost else (int(self.next_n) + 1) // 2
 
     @property
     def atoms(self) -> int:

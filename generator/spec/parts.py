@@ -31,6 +31,7 @@ MAX_NEXT_N = 2**15
 MAX_SEQLEN_OFFSET = 2**15
 # More parts of FlashMLA's schedule than any GPU has SMs. One block holds an entry for each in shared memory.
 MAX_SM_PARTS = 512
+MAX_SPLIT_COST = 2**20
 
 _INT_DTYPE = OneOf("int32", "int64")
 _DTYPE = OneOf("int32", "int64", "bool")
@@ -173,10 +174,13 @@ class MqaSchedule(Part):
     """DeepGEMM's schedule, paged_mqa_schedule_metadata.
 
     Attributes:
-        schedule_remainder: which SMs get one split more, "last" (DeepGEMM from 2026-06 on) or "first" (before).
-        schedule_per: the lengths that it schedules in target_verify and draft_extend: "request" for [bs, n], of which
-            only the last column counts (cache_seqlens), "row" for [R, 1] (seqlens_expanded).
-        schedule_atoms: query atoms per request; 0 for ceil(next_n / 2).
+        schedule_remainder: which multiprocessors get one split more, "last" (DeepGEMM from 2026-06 on) or "first"
+            (before).
+        schedule_per: what its lengths are in target_verify and draft_extend: "request" for [bs, n], of which only the
+            last column counts (cache_seqlens), "row" for [R, 1] (seqlens_expanded).
+        schedule_atoms: query atoms of each request; 0 for as many as follow from next_n, ceil(n / 2).
+        schedule_split_cost: units of work of a split of 256 tokens, which all of a request's tokens go through together
+            (sm_100); 0 for a unit for each of the request's atoms (sm_90).
     """
 
     schedule_remainder: Remainder | None = setting("last", OneOf("last", "first"), used=lambda c: c.has_mqa_schedule)
@@ -188,6 +192,7 @@ class MqaSchedule(Part):
         Whole(0, MAX_NEXT_N),
         used=lambda c: c.has_mqa_schedule and not c.schedules_rows and c.schedule_atoms not in (0, c.atoms_of_next_n),
     )
+    schedule_split_cost: int | None = setting(0, Whole(0, MAX_SPLIT_COST), used=lambda c: c.has_mqa_schedule)
 
 
 @dataclass(frozen=True, kw_only=True)

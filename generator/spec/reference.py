@@ -158,6 +158,7 @@ def refresh(
     schedule_remainder: str = "last",
     schedule_per: str = "request",
     schedule_atoms: int = 0,
+    schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
 ) -> None:
     """Refreshes the backends in place, and writes exactly the elements that a kernel must write.
@@ -172,11 +173,11 @@ def refresh(
         max_len: bound on the columns; None is the width of the narrowest table.
         seqlen_offsets: one offset per backend, added to its lengths; None is no offset.
         page_fill: written to the columns of real_page_table that aren't live, up to its width; None writes nothing.
-        schedule_remainder, schedule_per, schedule_atoms: how paged_mqa_schedule_metadata is made, see
-            paged_mqa_schedule. With "request" its items are the requests' cache_seqlens, with schedule_atoms atoms each
-            (ceil(next_n / 2) if that is 0); with "row" the rows' seqlens_expanded, with one atom each. With pools of k
-            tokens, lengths are in pools: max(floor(length / k), 1).
-        flashmla_order: the order of flashmla_metadata's rows; it schedules the requests' cache_seqlens.
+        schedule_remainder, schedule_per, schedule_atoms, schedule_split_cost: of paged_mqa_schedule_metadata, see
+            paged_mqa_schedule. With "request" its items are the requests' cache_seqlens, of schedule_atoms atoms each,
+            or if that is 0 ceil(next_n / 2), with a split cost next_n; with "row" the rows' seqlens_expanded, of one.
+            With pools of k tokens lengths are in pools, max(floor(length / k), 1).
+        flashmla_order: of flashmla_metadata, which schedules the requests' cache_seqlens.
 
     Raises:
         ValueError: an unknown mode, extent, remainder or order.
@@ -202,7 +203,8 @@ def refresh(
             values,
             schedule_remainder,
             "request" if mode == "decode" else schedule_per,
-            schedule_atoms or (next_n + 1) // 2,
+            schedule_atoms or (next_n if schedule_split_cost else (next_n + 1) // 2),
+            schedule_split_cost,
             flashmla_order,
             index_kpool,
         )
@@ -239,6 +241,7 @@ def _schedule(
     remainder: str,
     per: str,
     atoms: int,
+    split_cost: int,
     order: str,
     index_kpool: int,
 ) -> None:
@@ -249,7 +252,9 @@ def _schedule(
             items, atoms = values["seqlens_expanded"], 1
         if index_kpool > 1:
             items = pooled_lengths(items, index_kpool).clamp(min=1)
-        entries = paged_mqa_schedule(items.tolist(), schedule.shape[0] - 1, atoms=atoms, remainder=remainder)
+        entries = paged_mqa_schedule(
+            items.tolist(), schedule.shape[0] - 1, atoms=atoms, remainder=remainder, split_cost=split_cost
+        )
         schedule.copy_(torch.tensor(entries, dtype=torch.int32))
     if buffers.flashmla_metadata is not None:
         cache = values["cache_seqlens"].tolist()

@@ -8,22 +8,27 @@ from collections.abc import Sequence
 
 
 def paged_mqa_schedule(
-    lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last"
+    lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last", split_cost: int = 0
 ) -> list[list[int]]:
     """DeepGEMM's schedule of paged MQA logits: where each SM begins, [num_sms + 1][2].
 
-    Each atom of an item of length l has ceil(l / 256) splits. The splits are ordered by item, then by atom. SMs get
-    equal numbers of splits; the remainder goes, one split each, to the last SMs (DeepGEMM from 2026-06 on) or the first
-    (before). An entry is an atom, counted over all items, and a split in it; the last entry is the end, (items * atoms,
-    0). An SM that begins after the last split has the end as its entry, too. If the remainder goes last, that happens
-    only if all lengths are 0; then the entry is (first atom of the last item, 0), because consumers may look that item
-    up.
+    An item of length l is ceil(l / 256) splits for each of its atoms, atom after atom, and the items follow one
+    another. Multiprocessors get equal numbers of splits; some get one more, the last ones (DeepGEMM from 2026-06 on, on
+    sm_90 and sm_120) or the first ones (before). An entry is the atom, counted over all items, and the split in it; the
+    last entry is the end, (items * atoms, 0). A multiprocessor behind all splits begins at the end, too.
+
+    With a split_cost, as on sm_100, a split is that many units of work, and the units are what multiprocessors get. An
+    entry is an item's first query token, of which each item has ``atoms``, and the split that the first unit is of.
+
+    Source: DeepGEMM's scheduler/sm90_paged_mqa_logits.cuh and scheduler/sm100_paged_mqa_logits.cuh of 2026-06; where
+    no length is above 0, what its copy in vLLM 0.33.0 does (the other reads beyond its memory).
 
     Args:
-        lengths: one per item; negative lengths count as 0.
-        num_sms: SMs, 1 or more.
-        atoms: query atoms per item.
+        lengths: one an item; below 0 counts as 0.
+        num_sms: multiprocessors, 1 or more.
+        atoms: query atoms of an item; with a split_cost its query tokens.
         remainder: "last" or "first".
+        split_cost: units of work of a split; 0 for one for each atom.
 
     Raises:
         ValueError: an unknown remainder.
@@ -31,18 +36,20 @@ def paged_mqa_schedule(
     if remainder not in ("last", "first"):
         raise ValueError(f"remainder is {remainder!r}; allowed: 'last', 'first'.")
     splits = [-(-max(length, 0) // 256) for length in lengths]
-    ends = list(itertools.accumulate(n * atoms for n in splits))
+    ends = list(itertools.accumulate(n * (split_cost or atoms) for n in splits))
     end = [len(lengths) * atoms, 0]
-    beyond = [max(len(lengths) - 1, 0) * atoms, 0] if remainder == "last" else end
     share, more = divmod(ends[-1] if ends else 0, num_sms)
     entries, start = [], 0
     for sm in range(num_sms):
         item = bisect.bisect_right(ends, start)
-        if item < len(ends):
-            atom, split = divmod(start - ends[item] + splits[item] * atoms, splits[item])
-            entries.append([item * atoms + atom, split])
+        before = ends[item - 1] if item else 0
+        if item == len(ends):
+            entries.append(list(end))
+        elif split_cost:
+            entries.append([item * atoms, (start - before) // split_cost])
         else:
-            entries.append(list(beyond))
+            atom, split = divmod(start - before, splits[item])
+            entries.append([item * atoms + atom, split])
         start += share + (sm >= num_sms - more if remainder == "last" else sm < more)
     return [*entries, end]
 
