@@ -1,4 +1,4 @@
-"""onelaunch generate: it writes a folder, checks it, and says what it can't read or write."""
+"""onelaunch generate: writes a folder, checks it, and reports unreadable and unwritable files."""
 
 from __future__ import annotations
 
