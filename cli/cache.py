@@ -241,7 +241,7 @@ def unpack(file: Path, as_json: bool) -> None:
 
     Exit code 1: some can't run here, and the reason is printed.
 
-    FILE is one that `pack` wrote. Kernels are programs: unpack only what comes from somebody you trust.
+    FILE is one that `pack` wrote. Kernels are programs: unpack only packs that you trust.
 
     \b
     Examples:

@@ -158,7 +158,7 @@ def clear(store: Store, dry_run: bool = False) -> int:
 
 
 def check_marked(store: Store) -> None:
-    """Raises StoreError where the folder may hold what isn't the cache's, or somebody else could exchange it."""
+    """Raises StoreError where the folder may hold what isn't the cache's, or another user could exchange it."""
     if files.is_folder(store.root):
         store.check()
     # Listed first: a process that makes a cache marks the empty folder before it puts anything into it.

@@ -168,7 +168,7 @@ def is_path_held(path: Path) -> bool:
 
 
 def remove_if_free(path: Path) -> bool:
-    """Removes a lock file that nobody holds, such as a killed process's; returns whether it did."""
+    """Removes a lock file that no process holds, such as a killed process's; returns whether it did."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

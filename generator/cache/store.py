@@ -14,7 +14,7 @@ failed/<16 digits>/                    log, source and record of a build that fa
 damaged/<16 digits>.<random>/          entries that failed verification
 =====================================  ===============================================================================
 
-Who may write: this user and root, nobody else (trust.py), except with $ONELAUNCH_SHARED_CACHE=1.
+Who may write: only this user and root (trust.py), except with $ONELAUNCH_SHARED_CACHE=1.
 
 =====================================  ===============================================================================
 when                                   what is verified
@@ -117,7 +117,7 @@ class Store:
                 with others is a miss.
 
         Raises:
-            StoreError: somebody else could have written the entry.
+            StoreError: another user could have written the entry.
             OSError: this process lacks memory or descriptors, or the disk fails. The entry may be intact.
         """
         path = self.root / "entries" / key
@@ -170,7 +170,7 @@ class Store:
         """Checks the root, every folder above it, and these below it.
 
         Raises:
-            StoreError: somebody else could have written there.
+            StoreError: another user could have written there.
             OSError: one is missing or can't be looked at.
         """
         trust.check_ancestors(self.root)
@@ -185,7 +185,7 @@ class Store:
     def is_marked(self) -> bool:
         """Whether the root has the cache's own CACHEDIR.TAG, without which nothing below it is removed.
 
-        Nor where somebody else could exchange the root.
+        Nor where another user could exchange the root.
         """
         try:
             self.check()
@@ -276,7 +276,7 @@ class Store:
         A note has no checksum, so the caller must check what it refers to.
 
         Raises:
-            StoreError: somebody else could have written it.
+            StoreError: another user could have written it.
         """
         path = self.root / "index" / f"{name}.json"
         try:

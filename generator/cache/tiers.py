@@ -49,7 +49,7 @@ def writable(store: Store, key: str = "") -> Store:
         key: the key that will be built. An existing entry that can't be read or replaced also needs the fallback store.
 
     Raises:
-        StoreError: somebody else could have written to the folder or its entries.
+        StoreError: another user could have written to the folder or its entries.
     """
     try:
         store.folder("entries")

@@ -224,7 +224,7 @@ class _Ranks:
         try:
             yield
         except BaseException as error:
-            # The last reference: connections are closed, and whoever waits for this rank hears of it at once.
+            # The last reference: connections are closed, and the ranks that wait for this one notice at once.
             self._gloo = None
             if not isinstance(error, RuntimeError):
                 raise

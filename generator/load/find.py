@@ -43,7 +43,7 @@ class Request:
         """A request with the hand-edited source, if there is one.
 
         Raises:
-            StoreError: $ONELAUNCH_OVERRIDE_DIR can't be read, or somebody else could have written there.
+            StoreError: $ONELAUNCH_OVERRIDE_DIR can't be read, or another user could have written there.
         """
         return cls(config, archs, override.edited(config))
 
@@ -78,7 +78,7 @@ def by_note(request: Request, store: Store, any_compiler: bool = False) -> tuple
     folder of $ONELAUNCH_PREBUILT, is valid for all versions: a user put that entry there on purpose.
 
     Raises:
-        StoreError: somebody else could have written the note or the entry.
+        StoreError: another user could have written the note or the entry.
         OSError: this process has no room to read it.
     """
     for tier in tiers(store):
@@ -98,7 +98,7 @@ def by_key(content_key: str, store: Store) -> tuple[Entry, Store] | None:
     """The entry of a key, and its store.
 
     Raises:
-        StoreError: somebody else could have written it.
+        StoreError: another user could have written it.
         OSError: this process has no room to read it.
     """
     for tier in tiers(store):
