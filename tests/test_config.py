@@ -1,4 +1,4 @@
-"""KernelConfig: what it accepts, what it leaves out, its key, and the ways it is written down and read back."""
+"""KernelConfig: accepted values, unused settings, its key, and its text and dict forms."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """vLLM: the decode metadata of the sparse indexer, refreshed by one launch.
 
-It has next_n rows for each request, with lengths max(s - next_n + j + 1, 0) and a request's row of the block table in
-each of them. vLLM's block table has a column for each block, and a batch's requests are its first rows. So the block
-table itself is the source, and a request's row in it is its place in the batch::
+It has next_n rows per request, each with the length max(s - next_n + j + 1, 0) and the request's row of the block
+table. vLLM's block table has one column per block, and the requests of a batch are its first rows. So the block table
+itself is the source, and a request's index in the batch is its row there::
 
     from onelaunch.integrations import vllm
 
@@ -13,8 +13,8 @@ table itself is the source, and a request's row in it is its place in the batch:
     # each round, before the replay
     plan.run(seq_lens[:num_reqs], rows[:num_reqs])
 
-Rows beyond the batch, which vLLM zeroes, are left as they are. Slot mappings, positions and schedules stay vLLM's. Its
-draft steps advance one object in place, so a launch for all of them has nothing to write.
+Rows beyond the batch, which vLLM zeroes, aren't written. vLLM still makes slot mappings, positions and schedules. Its
+draft steps advance one object in place, so one launch for all steps would have nothing to write.
 """
 
 from __future__ import annotations

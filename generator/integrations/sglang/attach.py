@@ -1,4 +1,4 @@
-"""Putting a refresh in the engine's place on one backend, and taking it out again."""
+"""Replaces the refresh code of one of the engine's backends by a launch, and restores it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _OUT, _IN, _CSR = (
 
 
 class Attachment:
-    """A refresh in the engine's place on one backend.
+    """A launch in place of the engine's refresh on one backend.
 
     Attributes:
         backend: the backend.
         refreshed: what one launch refreshes, for people; "" if it is disabled.
         stays: the engine's steps that are still called.
-        launches: launches so far; what a graph replays isn't counted.
-        failed: why the engine's own code runs again; "" while the launch does.
+        launches: launches so far, without those that a graph replays.
+        failed: the error after which the engine's own code runs again; "" if there was none.
     """
 
     def __init__(self, backend: Any, place: Place | None, refresher: Refresher | None, schedules: bool = False) -> None:
@@ -58,13 +58,13 @@ class Attachment:
 
     @property
     def attached(self) -> bool:
-        """Whether the launch is in the engine's place."""
+        """Whether the launch replaces the engine's code."""
         return bool(self._originals)
 
     def detach(self) -> None:
-        """Puts the engine's own code back. Does nothing the second time.
+        """Restores the engine's own code. A second call does nothing.
 
-        What a graph has recorded can't be undone: then a warning says that the graphs must be captured again.
+        Captured graphs keep the recorded launch; then a warning says that they must be captured again.
         """
         for name in self._originals:
             if name in self._shadowed:
@@ -112,7 +112,7 @@ class Attachment:
             self._originals[_IN](forward_batch)
 
     def _guarded(self, step: Callable[[Any], bool], forward_batch: Any) -> bool:
-        """Whether the step served the batch. After an exception it serves none, and one warning says why."""
+        """Whether the step served the batch. After an exception none is served any more, and one warning says why."""
         if self.failed:
             return False
         try:
@@ -153,7 +153,7 @@ class Attachment:
             req_pool_indices_dtype=forward_batch.req_pool_indices.dtype,
         )
         if self._place is not None and self._place.in_graph and mode == "draft_extend":
-            # The recorded kernel would write these each time; with a fixed number of rows a request they are constants.
+            # The engine's kernel would write these in each replay. With a fixed number of rows they are constants.
             metadata = self.backend.draft_extend_metadata[forward_batch.batch_size]
             starts = metadata.cu_seqlens_q
             starts.copy_(torch.arange(len(starts), device=starts.device) * metadata.max_seq_len_q)
@@ -173,7 +173,7 @@ class Attachment:
         return True
 
     def _indices(self, batch_size: int, rows: Tensor, source: Tensor, lengths: Tensor, destination: Tensor) -> bool:
-        """kv_indptr and kv_indices of all steps, if the engine fills what its graphs read from its own pool."""
+        """Fills kv_indptr and kv_indices of all steps, if the destination is the one that the graphs read."""
         backend = self.backend
         if destination is not getattr(backend, "cuda_graph_kv_indices", None):
             return False
@@ -191,7 +191,7 @@ class Attachment:
 
 
 class _Kernel:
-    """In place of a backend's Triton kernel: kernel[grid](arguments)."""
+    """Replaces a backend's Triton kernel: kernel[grid](arguments)."""
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
@@ -219,22 +219,22 @@ def attach(
     schedules: bool = False,
     **facts: Any,
 ) -> Attachment:
-    """Puts one launch in the place of the code with which an SGLang backend refreshes its metadata.
+    """Replaces the code that refreshes an SGLang backend's metadata by one launch.
 
     Call it before the engine captures its graphs: then plans are bound at capture, and nothing is built while serving.
-    Nothing but this object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
+    Only this backend object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
     why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
 
     Args:
         backend: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA or TRTLLM-MLA backend.
-        leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
-            where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
-            again after detach().
-        schedules: whether the launch makes DeepGEMM's schedules of DSA too.
+        leave: ("page_table_1",) omits DSA's table of tokens, which is most of what a refresh writes. It is allowed only
+            where the fused top-k v2 runs without k-pools and HiSparse, because then nothing reads the table. The engine
+            writes it again after detach().
+        schedules: whether the launch also makes DSA's DeepGEMM schedules.
         facts: arguments of onelaunch.bind, which override what the backend has.
 
     Returns:
-        The attachment, whose text says what is refreshed and what stays the engine's; see detach().
+        The attachment. Its text says what is refreshed and what the engine still does.
 
     Raises:
         ArgumentError: the backend or its configuration isn't served; the message names the attribute. Nothing changed.
@@ -247,7 +247,7 @@ def attach(
             raise ArgumentError(
                 f"leave has {WIDE_TABLE!r}, and {type(backend).__name__} needs it: {reason}. Remove it from leave."
             )
-        # The engine leaves the dead columns of a table alone, so the launch does too.
+        # The engine doesn't write columns after the live ones, so neither does the launch.
         refresher = Refresher(backend, leave=leave, schedules=schedules, **{"page_fill": None, **facts})
         attachment = Attachment(backend, place, refresher, schedules)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
