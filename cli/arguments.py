@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def dry_run_option(function: Any) -> Any:
     return click.option("--dry-run", is_flag=True, help="Remove nothing; say what would be removed.")(function)
 
 
-def gone_option(name: str, instead: str) -> Any:
+def gone_option(name: str, instead: str) -> Callable[[Any], Any]:
     """An option of an earlier version, which says for one release what took its place."""
 
     def refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:

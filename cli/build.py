@@ -13,11 +13,12 @@ from pathlib import Path
 import click
 import onelaunch
 from onelaunch.build import toolchain
-from onelaunch.cache import failures, tiers
+from onelaunch.cache import tiers
 from onelaunch.errors import ArgumentError, OnelaunchError
-from onelaunch.load import loader, prebuild
+from onelaunch.load import prebuild
 from onelaunch.load.prebuild import Done, Job
 from onelaunch.log import notice, short_key
+from onelaunch.variables import POLICY_VARIABLE, RETRY_VARIABLE
 
 from .arguments import arch_option, architectures, chosen, gone_option, json_option, preset_names, target_option
 
@@ -95,7 +96,7 @@ def build(
 def _here(job: Job, retry: bool, as_json: bool) -> None:
     """Builds one configuration in this process."""
     start, before = time.perf_counter(), time.time()
-    with _set({loader.POLICY_VARIABLE: "allow", **({failures.RETRY_VARIABLE: "1"} if retry else {})}):
+    with _set({POLICY_VARIABLE: "allow", **({RETRY_VARIABLE: "1"} if retry else {})}):
         try:
             kernel = onelaunch.specialize(job.config, job.archs)
         except OnelaunchError as error:

@@ -387,11 +387,21 @@ void memo_dealloc(PyObject* self) {
 // ---- plans ---------------------------------------------------------------------------------------------------------
 PyTypeObject* plan_type = nullptr;
 
+// Arguments that were checked. An engine that makes its inputs anew at each step gets them from its allocator at a few
+// addresses, in turns: 4 or 5 in SGLang.
+constexpr Py_ssize_t kMaxChecked = 8;
+
+struct Checked {
+  Py_ssize_t count;  // 0 for none
+  std::int64_t fingerprint[kMaxArguments * kMaxWords];
+  std::int64_t words[kCallWords + 1];  // what a call with these arguments sets
+};
+
 struct Plan {
   PyObject_HEAD std::int32_t device;  // run() launches on its current stream; negative on the CPU target
-  Py_ssize_t last_count;
-  std::int64_t last[kMaxArguments * kMaxWords];  // the words of the previous call's arguments
-  std::int64_t words[kPlanWords];                // the kernel's parameters
+  Py_ssize_t next;                    // the entry that is replaced next
+  Checked checked[kMaxChecked];
+  std::int64_t words[kPlanWords];  // the kernel's parameters
 };
 
 PyObject* raise_cuda(int code) {
@@ -428,14 +438,26 @@ PyObject* plan_launch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     return PyErr_Format(PyExc_TypeError, "launch takes %zd integers, got %zd", kCallWords + 1, count);
   }
   auto* plan = reinterpret_cast<Plan*>(self);
-  plan->last_count = 0;  // the words are no longer those of run()'s previous call
   for (Py_ssize_t i = 0; i < kCallWords; ++i) plan->words[i] = PyLong_AsLongLong(args[i]);
   void* stream = PyLong_AsVoidPtr(args[kCallWords]);
   if (PyErr_Occurred()) return nullptr;
   return launched(plan, stream);
 }
 
-// Sets the plan's first words to what owner._check(arguments...) returns. `fingerprint` is that of the arguments.
+// Whether arguments with this fingerprint were checked before; then sets the words that the call sets.
+bool checked_before(Plan* plan, const std::int64_t* fingerprint, Py_ssize_t count) {
+  if (count == 0) return false;
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(std::int64_t);
+  for (const Checked& entry : plan->checked) {
+    if (entry.count == count && std::memcmp(entry.fingerprint, fingerprint, bytes) == 0) {
+      std::memcpy(plan->words, entry.words, kCallWords * sizeof(std::int64_t));
+      return true;
+    }
+  }
+  return false;
+}
+
+// Sets the words that a call sets to what owner._check(arguments...) returns. `fingerprint` is that of the arguments.
 bool update_arguments(
     Plan* plan, PyObject* const* args, Py_ssize_t count, const std::int64_t* fingerprint,
     Py_ssize_t fingerprint_count) {
@@ -450,19 +472,23 @@ bool update_arguments(
   Py_XDECREF(arguments);
   Py_DECREF(check);
   if (checked == nullptr) return false;
-  std::int64_t words[kCallWords + 1];
-  const bool valid = read_words(checked, words, kCallWords);
+  Checked found;
+  const bool valid = read_words(checked, found.words, kCallWords);
   Py_DECREF(checked);
   if (!valid) return false;
-  // No Python runs from here to the launch, so no other thread's call comes between.
-  std::memcpy(plan->words, words, kCallWords * sizeof(std::int64_t));
-  std::memcpy(plan->last, fingerprint, static_cast<std::size_t>(fingerprint_count) * sizeof(std::int64_t));
-  plan->last_count = fingerprint_count;
+  // No Python runs from here to the launch, so another thread's call can't come between.
+  std::memcpy(plan->words, found.words, kCallWords * sizeof(std::int64_t));
+  if (fingerprint_count == 0) return true;
+  found.count = fingerprint_count;
+  std::memcpy(found.fingerprint, fingerprint, static_cast<std::size_t>(fingerprint_count) * sizeof(std::int64_t));
+  plan->checked[plan->next] = found;
+  plan->next = (plan->next + 1) % kMaxChecked;
   return true;
 }
 
-// run(owner, arguments...): one launch on the current stream. If the arguments differ from the previous call's, or have
-// no fingerprint, owner._check(arguments...) refuses them or returns the words that the call sets.
+// run(owner, arguments...): one launch on the current stream. Where the arguments differ from those of the last calls
+// that were checked, or have no fingerprint, owner._check(arguments...) refuses them or returns the words that the call
+// sets.
 PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (count < 1 || count > 1 + kMaxArguments) {
     return PyErr_Format(PyExc_TypeError, "run takes an owner and up to %zd arguments, got %zd", kMaxArguments, count);
@@ -478,9 +504,7 @@ PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       break;
     }
   }
-  const bool same = now_count > 0 && now_count == plan->last_count &&
-                    std::memcmp(now, plan->last, static_cast<std::size_t>(now_count) * sizeof(std::int64_t)) == 0;
-  if (!same && !update_arguments(plan, args, count, now, now_count)) return nullptr;
+  if (!checked_before(plan, now, now_count) && !update_arguments(plan, args, count, now, now_count)) return nullptr;
   void* stream = nullptr;
   if (plan->device >= 0 && exchange->current_stream(kCuda, plan->device, &stream) != 0) return nullptr;
   return launched(plan, stream);

@@ -32,7 +32,8 @@ class BoundKernel:
     Attributes:
         kernel: the kernel.
         run: run(owner, arguments...): one launch on the device's current stream. If the arguments (tensors, ints and
-            None) differ from the last call's, it calls owner._check(arguments...), which raises or returns the words.
+            None) differ from those of the last 8 different calls, it calls owner._check(arguments...), which raises or
+            returns the words.
         launch: launch(words..., stream): the bare launch, for measurements.
 
     Raises:

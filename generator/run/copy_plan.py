@@ -116,7 +116,7 @@ class CopyPlan:
         self.launches += 1
 
     def _check(self, bs: int | None, max_len: int | None, page_size: int | None, rows: int | None) -> list[int]:
-        """Checks and returns the words of a call. The binding calls it if the arguments differ from the last call's."""
+        """The words of a call. The binding calls it when the arguments differ from those of the last calls."""
         self._storages.check()
         if page_size is not None:
             check_int("real_page_size", page_size, 1, 2**31 - 1)

@@ -148,7 +148,7 @@ class Plan:
         extend_seq_lens: Tensor | None,
         max_len: int | None,
     ) -> list[int]:
-        """Checks and returns the words of a call. The binding calls it if the arguments differ from the last call's."""
+        """The words of a call. The binding calls it when the arguments differ from those of the last calls."""
         inputs = [("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths)]
         if extend_seq_lens is not None:
             if not self._variable and self._has_rows:
@@ -252,10 +252,11 @@ def bind(
 ) -> Plan:
     """Checks N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
 
-    The first bind of a new configuration builds its kernel. The plan keeps the bound memory alive and writes to it even
-    if a tensor gets other memory later (``set_``, ``.data =``). Don't resize the storage of a bound tensor (``resize_``
-    beyond its size, ``untyped_storage().resize_``): that frees the bound memory. A later run() then raises
-    ArgumentError, but only if its arguments differ from the last call's, and a captured graph can't notice.
+    The first bind of a new configuration builds its kernel. The plan keeps the tensors' memory alive, also where a
+    tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
+    Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
+    memory. A later run() raises ArgumentError then, but only if its arguments differ from those of the
+    last calls, and a captured graph can't notice: don't resize what is bound.
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
