@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import onelaunch
 from onelaunch.build import toolchain
+from onelaunch.cache import tiers
 from onelaunch.errors import ArgumentError, OnelaunchError
 from onelaunch.load import prebuild
 from onelaunch.load.prebuild import Done, Job
@@ -85,10 +86,11 @@ def build(
     wanted = prebuild.distinct(
         [job if job.archs or job.config.target == "cpu" else Job(job.config, here()) for job in wanted]
     )
-    if len(wanted) == 1 and timeout is None:
-        _here(wanted[0], retry, as_json)
-    else:
-        _in_children(wanted, jobs, timeout, retry, as_json)
+    with tiers.outliving_this_process():
+        if len(wanted) == 1 and timeout is None:
+            _here(wanted[0], retry, as_json)
+        else:
+            _in_children(wanted, jobs, timeout, retry, as_json)
 
 
 def _here(job: Job, retry: bool, as_json: bool) -> None:

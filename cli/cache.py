@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from onelaunch.cache import collect, trust
+from onelaunch.cache import collect, tiers, trust
 from onelaunch.cache.manifest import MANIFEST, Entry
 from onelaunch.cache.store import Store
 from onelaunch.errors import StoreError
@@ -250,7 +250,8 @@ def unpack(file: Path, as_json: bool) -> None:
     # Imported here for start-up time: archives are for two verbs only.
     from onelaunch.load.pack import read_file
 
-    done = read_file(file, loader.default_store())
+    with tiers.outliving_this_process():
+        done = read_file(file, loader.default_store())
     if as_json:
         unpacked = [
             {"key": entry.key, "symbol": entry.manifest["symbol"], "path": str(entry.module_path)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import StoreError
@@ -18,6 +20,21 @@ _PREFIX = "onelaunch-"
 
 # The fallback store: the process that made it, the store, and the lock that keeps it from being swept.
 _fallback: tuple[int, Store, Lock] | None = None
+_may_fall_back = True
+
+
+@contextlib.contextmanager
+def outliving_this_process() -> Iterator[None]:
+    """Within it no build goes to a temporary store: StoreError says why the user's cache can't take it.
+
+    For commands whose only purpose is to fill the cache.
+    """
+    global _may_fall_back
+    _may_fall_back = False
+    try:
+        yield
+    finally:
+        _may_fall_back = True
 
 
 def prebuilt() -> list[Store]:
@@ -74,8 +91,13 @@ def fallback(reason: str) -> Store:
 
     Args:
         reason: why it is needed, for the warning.
+
+    Raises:
+        StoreError: no folder for temporary files can be written, or the build is to outlive this process.
     """
     global _fallback
+    if not _may_fall_back:
+        raise StoreError(f"{reason}. Set {CACHE_VARIABLE} to a folder that this process may write and that has room.")
     if _fallback is None or _fallback[0] != os.getpid():
         try:
             parent = Path(tempfile.gettempdir()).absolute()

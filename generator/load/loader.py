@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from .. import log, torch_version
+from .. import log
 from ..build import key as keys
 from ..build import toolchain
 from ..build.programs import save_answers
@@ -196,7 +196,6 @@ def _targets(config: KernelConfig, archs: Sequence[str] | None) -> tuple[str, ..
 
 
 def _load(request: find.Request, store: Store) -> Kernel:
-    torch_version.check()
     _refuse_during_capture(request.config, request.archs)
     entry, home, built = _entry(request, store, Bounds(), obey_policy=True)
     try:
