@@ -239,7 +239,7 @@ class Store:
         Args:
             stage: the folder that staging() gave, with the build in it.
             key: the build's key.
-            facts: the manifest's contents; needs module_file and source_file.
+            facts: the manifest's contents; needs symbol, module, module_file and source_file.
 
         Raises:
             ValueError: the facts make no manifest of this key.
