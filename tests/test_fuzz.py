@@ -15,13 +15,16 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
+import sysconfig
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fuzz_binding
 import pytest
 from click.testing import CliRunner
 from onelaunch import KernelConfig, OnelaunchError
@@ -33,6 +36,7 @@ from onelaunch.cache.module import import_entry
 from onelaunch.cache.store import Store
 from onelaunch.cli.lab.replay.traces import Trace
 from onelaunch.cli.main import app
+from onelaunch.emit import binding
 from onelaunch.load import find, loader, pack, prebuild
 from onelaunch.spec.settings import parse_settings
 
@@ -360,3 +364,45 @@ def test_garbage_is_used_or_refused_in_a_sentence(
             else:
                 continue
             assert said.strip(".,;: ")
+
+
+@pytest.mark.parametrize("calls", [10_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_a_binding_takes_garbage(calls: int, tmp_path: Path) -> None:
+    """Under ASan and UBSan it refuses, or does as it is told."""
+    library = subprocess.run(
+        ["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip("this compiler has no runtime of AddressSanitizer")
+    (tmp_path / "kernel.cpp").write_text(fuzz_binding.KERNEL)
+    text = binding.render_plain_binding("fuzz", fuzz_binding.CALL_WORDS, fuzz_binding.WORDS)
+    (tmp_path / "binding.cpp").write_text(text)
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-shared",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+    ]
+    include = sysconfig.get_path("include")
+    sources = [str(tmp_path / "kernel.cpp"), str(tmp_path / "binding.cpp")]
+    subprocess.run(["c++", *flags, f"-I{include}", *sources, "-o", str(tmp_path / "fuzz.so")], check=True)
+    seed = 0 if calls < 100_000 else random.SystemRandom().randrange(2**32)
+    done = subprocess.run(
+        [sys.executable, str(Path(fuzz_binding.__file__)), str(tmp_path / "fuzz.so"), str(calls), str(seed)],
+        env={
+            "PATH": os.environ["PATH"],
+            "LD_PRELOAD": library,
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            # Python's own allocator would hide its objects from the sanitizer.
+            "PYTHONMALLOC": "malloc",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"seed {seed}: {done.stdout[-2000:]}{done.stderr[-8000:]}"
+    assert done.stdout.startswith(f"{calls} calls, ")
