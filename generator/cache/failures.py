@@ -81,7 +81,7 @@ def _record(store: Store, key: str) -> dict[str, str] | None:
         strings = {name: str(noted[name]) for name in ("id", "message", "command", "log", "source")}
         when = time.strftime("%Y-%m-%d at %H:%M:%S", time.localtime(float(noted["when"])))
         return {**strings, "when": when} if noted["key"] == key else None
-    except (OSError, OverflowError, ValueError, KeyError, TypeError):
+    except (OSError, OverflowError, RecursionError, ValueError, KeyError, TypeError):
         return None
 
 

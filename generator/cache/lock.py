@@ -239,5 +239,5 @@ def _holder(descriptor: int) -> str:
             f"host {holder['host']}, pid {holder['pid']}, holds it since {clock} "
             f"({time.time() - float(holder['since']):.0f} s) and is {holder['phase']}"
         )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "its holder didn't say who it is"

@@ -20,10 +20,9 @@ EARLIER = "it was made by an earlier version"
 MAX_MANIFEST_BYTES = 2**22
 KEY = re.compile("[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-_REQUIRED = {"key": str, "files": dict, "module_file": str, "source_file": str}
+# The types of facts, and of the values in lists and dictionaries; {} of anything.
+_REQUIRED = {"key": str, "symbol": str, "module": str, "module_file": str, "source_file": str, "files": dict}
 _OPTIONAL = {
-    "module": str,
-    "symbol": str,
     "archs": list,
     "config": dict,
     "edited": str,
@@ -32,6 +31,7 @@ _OPTIONAL = {
     "resources": dict,
     "requires": dict,
 }
+_INSIDE = {"files": dict, "archs": str, "compilers": str, "resources": dict, "requires": str}
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,10 @@ def check(facts: Mapping[str, Any], key: str) -> None:
             raise ValueError(f"its manifest has no {name!r}")
         if name in facts and not isinstance(facts[name], kind):
             raise ValueError(f"{name!r} in its manifest is {type(facts[name]).__name__}; it must be {kind.__name__}")
+        inside = facts.get(name, ())
+        for value in inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list) else ():
+            if not isinstance(value, _INSIDE.get(name, object)):
+                raise ValueError(f"{value!r:.80} in its manifest's {name!r} must be {_INSIDE[name].__name__}")
     if facts["key"] != key:
         raise ValueError(f"it is the manifest of {facts['key']}")
     if "ingredients" in facts and key_of(facts["ingredients"]) != key:
@@ -134,7 +138,7 @@ def check(facts: Mapping[str, Any], key: str) -> None:
     for name, known in facts["files"].items():
         if not FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise ValueError(f"{name!r} isn't the name of a file in it")
-        if not isinstance(known, dict) or not {"size", "sha256"} <= set(known):
+        if not {"size", "sha256"} <= set(known):
             raise ValueError(f"its manifest has no size and sum of {name}")
     for role in ("module_file", "source_file"):
         if facts[role] not in facts["files"]:

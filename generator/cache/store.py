@@ -244,7 +244,7 @@ class Store:
         Args:
             stage: a folder from staging(), with the build in it.
             key: the build's key.
-            facts: the manifest's contents, with module_file and source_file.
+            facts: the manifest's contents; needs symbol, module, module_file and source_file.
 
         Raises:
             ValueError: ``facts`` isn't a valid manifest of this key.

@@ -85,7 +85,7 @@ def explain(config: KernelConfig, archs: tuple[str, ...], store: Store | None = 
     nearest: tuple[Entry, tuple[tuple[str, str, str], ...]] | None = None
     for tier in tiers(store):
         for entry in tier.entries():
-            if "config" not in entry.manifest:  # a kernel of `onelaunch bench`
+            if not {"config", "ingredients"} <= set(entry.manifest):  # a kernel of `onelaunch bench`
                 continue
             known = _flat(entry.manifest["ingredients"])
             differs = _differences(known, wanted)

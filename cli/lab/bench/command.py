@@ -150,7 +150,7 @@ def _read(path: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for name in ("onelaunch", "complete", "ceiling", "rows", "host"):
             data[name]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"--from {path} isn't what --json writes: {error}. Name such a file.") from error
     data["verdicts"] = verdicts(data["rows"], data["host"])
     return data
