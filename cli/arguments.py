@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,12 +49,19 @@ def json_option(function: Any) -> Any:
     return click.option("--json", "as_json", is_flag=True, help="As JSON.")(function)
 
 
+def html_option(function: Any) -> Any:
+    """--html, a page for a browser."""
+    return click.option(
+        "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page for a browser to this file."
+    )(function)
+
+
 def dry_run_option(function: Any) -> Any:
     """--dry-run, for what removes something."""
     return click.option("--dry-run", is_flag=True, help="Remove nothing; say what would be removed.")(function)
 
 
-def gone_option(name: str, instead: str) -> Any:
+def gone_option(name: str, instead: str) -> Callable[[Any], Any]:
     """An option of an earlier version, which says for one release what took its place."""
 
     def refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
