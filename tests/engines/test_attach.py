@@ -18,6 +18,7 @@ import compare
 import objects
 import onelaunch
 import pytest
+import torch
 from objects import FAMILIES, Batch
 from onelaunch import ArgumentError, LaunchError
 from onelaunch.integrations import plugin, sglang
@@ -283,7 +284,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    for variable in (plugin.VARIABLE, plugin.SELECTED_VARIABLE):
+    for variable in ("ONELAUNCH_SGLANG", plugin.SELECTED_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     for owner, name in (
         (DraftBackendFactory, "create_decode_backend"),
@@ -303,7 +304,7 @@ def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pyt
     plugin.install()
     assert len(hooks._hooks) == 3
     hooks.reset()
-    monkeypatch.setenv(plugin.VARIABLE, "0")
+    monkeypatch.setenv("ONELAUNCH_SGLANG", "0")
     plugin.install()
     assert not hooks._hooks
 
@@ -342,3 +343,23 @@ def test_the_plugin_never_raises_and_imports_no_torch() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ONELAUNCH", "SGLANG"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_inputs_of_another_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer ones count as far as the batch goes; shorter ones are left to the engine."""
+    pair = Pair("fa3", 1, mode="decode", steps=3)
+    batch = Batch((7, 30), 2, "decode", 4).make()
+    for name in ("seq_lens", "req_pool_indices"):
+        setattr(batch, name, torch.cat([getattr(batch, name)] * 2))
+    launches = pair.attachment.launches
+    for backend in pair.backends:
+        compare.poison(backend)
+        one = Batch((7, 30), 2, "decode", 4).make() if backend is pair.engine else batch
+        backend.init_forward_metadata_out_graph(one)
+    pair.check()
+    assert pair.attachment.launches == launches + 1
+    batch.seq_lens, batch.req_pool_indices = batch.seq_lens[:1], batch.req_pool_indices[:1]
+    monkeypatch.setitem(pair.attachment._originals, "init_forward_metadata_out_graph", lambda *a, **k: None)
+    with pytest.warns(RuntimeWarning, match="seq_lens has 1 requests; the plan is for 2"):
+        pair.mine.init_forward_metadata_out_graph(batch)
+    assert pair.attachment.launches == launches + 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import log
 from ...errors import ArgumentError
+from ...run.plan import Plan
 from ...variables import DISABLE_VARIABLE
 from .. import flashinfer
 from ..refusals import batch_refusal, refusal, wide_table_refusal
@@ -23,6 +24,24 @@ _OUT, _IN, _CSR = (
     "init_forward_metadata_in_graph",
     "generate_draft_decode_kv_indices",
 )
+
+
+class _Ready(NamedTuple):
+    """A captured batch size in one mode: what a replay needs, so that it looks up nothing else.
+
+    Attributes:
+        forward_mode: the engine's own.
+        mode: onelaunch's name of it.
+        plan: for exactly as many requests.
+        pairs: each child with its metadata.
+        pools: each child with the req_to_token that is bound.
+    """
+
+    forward_mode: Any
+    mode: str
+    plan: Plan
+    pairs: list[tuple[Any, Any]]
+    pools: list[tuple[Any, Tensor]]
 
 
 class Attachment:
@@ -43,6 +62,8 @@ class Attachment:
         self.launches = 0
         self.failed = ""
         self._place, self._refresher, self._schedules = place, refresher, schedules
+        self._several = hasattr(backend, "attn_backends")
+        self._ready: dict[int, list[_Ready]] = {}
         self._recorded = False
         self._plan: Any = None
         self._originals: dict[str, Any] = {}
@@ -129,16 +150,19 @@ class Attachment:
     def _mode(self, forward_batch: Any) -> str:
         """The batch's mode; "" if it isn't served."""
         assert self._place is not None
-        if hasattr(self.backend, "attn_backends"):
-            mode = "decode"
-        else:
+        mode = "decode"
+        if not self._several:
             try:
                 mode = mode_of(forward_batch.forward_mode)
             except ArgumentError:
                 return ""
-            if mode == "decode" and getattr(forward_batch, "spec_info", None) is not None:
-                return ""  # one draft step alone, which sees more tokens than seq_lens says
-        return mode if mode in self._place.modes and not batch_refusal(forward_batch) else ""
+        return mode if mode in self._place.modes and not self._refused(forward_batch, mode) else ""
+
+    def _refused(self, forward_batch: Any, mode: str) -> bool:
+        """Whether this batch isn't served although its backend and mode are."""
+        if mode == "decode" and not self._several and getattr(forward_batch, "spec_info", None) is not None:
+            return True  # one draft step alone, which sees more tokens than seq_lens says
+        return bool(batch_refusal(forward_batch))
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Binds the plan of a batch size right after its capture began, so that nothing is built or bound later."""
@@ -146,29 +170,44 @@ class Attachment:
         if not mode:
             return False
         assert self._refresher is not None
-        self._refresher.prepare(
-            forward_batch.batch_size,
-            mode=mode,
-            seq_lens_dtype=forward_batch.seq_lens.dtype,
-            req_pool_indices_dtype=forward_batch.req_pool_indices.dtype,
-        )
-        if self._place is not None and self._place.in_graph and mode == "draft_extend":
+        assert self._place is not None
+        size, forward_mode = forward_batch.batch_size, forward_batch.forward_mode
+        dtypes = forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype
+        bound = self._refresher.bound((size, mode, *dtypes, None))
+        bound.plan.exact = size
+        pools = [(c.child, pool) for c, pool in zip(bound.captured, bound.pools, strict=True) if pool is not None]
+        others = [ready for ready in self._ready.get(size, ()) if ready.forward_mode is not forward_mode]
+        self._ready[size] = [*others, _Ready(forward_mode, mode, bound.plan, bound.pairs, pools)]
+        if self._place.in_graph and mode == "draft_extend":
             # The recorded kernel would write these each time; with a fixed number of rows a request they are constants.
-            metadata = self.backend.draft_extend_metadata[forward_batch.batch_size]
+            metadata = self.backend.draft_extend_metadata[size]
             starts = metadata.cu_seqlens_q
             starts.copy_(torch.arange(len(starts), device=starts.device) * metadata.max_seq_len_q)
         return True
 
     def _refresh(self, forward_batch: Any) -> bool:
-        mode = self._mode(forward_batch)
-        if not mode:
+        """The launch, and the steps that stay. The engine's other work has displaced this code from the caches, so each
+        line costs microseconds: what is known since the capture isn't asked again.
+        """
+        size, forward_mode, lengths = forward_batch.batch_size, forward_batch.forward_mode, forward_batch.seq_lens
+        rows = forward_batch.req_pool_indices
+        for ready in self._ready.get(size, ()):
+            if ready.forward_mode is forward_mode:
+                break
+        else:
+            return self._prepare(forward_batch) and self._refresh(forward_batch)
+        _, mode, plan, pairs, pools = ready
+        if self._refused(forward_batch, mode):
             return False
-        assert self._refresher is not None
-        assert self._place is not None
-        pairs = self._refresher.run(
-            forward_batch.batch_size, forward_batch.seq_lens, forward_batch.req_pool_indices, mode=mode
-        )
+        for child, pool in pools:
+            if child.req_to_token is not pool:  # exchanged
+                return self._prepare(forward_batch) and self._refresh(forward_batch)
+        try:
+            plan.run(lengths, rows)
+        except ArgumentError:  # perhaps they are longer; to ask each time would cost more than the launch
+            plan.run(lengths[:size], rows[:size])
         self.launches += 1
+        assert self._place is not None
         self._place.after(pairs, forward_batch, mode, self._schedules)
         return True
 
@@ -185,7 +224,9 @@ class Attachment:
         if self._source[0] is not source or self._source[1] is not destination:
             self._plan = None
             return self._indices(batch_size, rows, source, lengths, destination)
-        self._plan.run(lengths[:batch_size], rows[:batch_size])
+        if len(lengths) != batch_size or len(rows) != batch_size:
+            lengths, rows = lengths[:batch_size], rows[:batch_size]
+        self._plan.run(lengths, rows)
         self.launches += 1
         return True
 

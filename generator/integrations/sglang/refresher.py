@@ -179,7 +179,9 @@ def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
         )
 
 
-class _Bound(NamedTuple):
+class Bound(NamedTuple):
+    """A plan with what it was made from: the children, their metadata and their pools."""
+
     plan: Plan
     captured: list[Captured]
     pairs: list[tuple[Any, Any]]
@@ -214,7 +216,7 @@ class Refresher:
     ) -> None:
         self._backend, self._pool, self._leave, self._schedules = backend, req_to_token, leave, schedules
         self._facts = facts
-        self._bound: dict[tuple[Any, ...], _Bound] = {}
+        self._bound: dict[tuple[Any, ...], Bound] = {}
 
     @property
     def plans(self) -> dict[tuple[Any, ...], Plan]:
@@ -238,7 +240,7 @@ class Refresher:
             ArgumentError: see bind_backends.
         """
         key = (bs, mode_of(mode), seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype)
-        return self._prepared(key).plan
+        return self.bound(key).plan
 
     def run(
         self,
@@ -273,7 +275,7 @@ class Refresher:
                 shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ArgumentError(f"{name} is {shape} and bs is {bs}; it must be a tensor of {bs} elements or more.")
         extend_dtype = None if extend_seq_lens is None else extend_seq_lens.dtype
-        bound = self._prepared((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype, extend_dtype))
+        bound = self.bound((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype, extend_dtype))
         variable = bound.plan.config.extend == "variable"
         bound.plan.run(
             seq_lens if len(seq_lens) == bs else seq_lens[:bs],
@@ -282,7 +284,8 @@ class Refresher:
         )
         return bound.pairs
 
-    def _prepared(self, key: tuple[Any, ...]) -> _Bound:
+    def bound(self, key: tuple[Any, ...]) -> Bound:
+        """The plan of a key of ``plans``, made now if there is none, or if the engine captured again. See prepare()."""
         bs, mode, seq_lens_dtype, pool_dtype, extend_dtype = key
         bound = self._bound.get(key)
         if bound is None or not bound.current(bs):
@@ -299,5 +302,5 @@ class Refresher:
             plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
             pairs = [(c.child, c.metadata) for c in captured]
             pools = [getattr(c.child, "req_to_token", None) for c in captured]
-            bound = self._bound[key] = _Bound(plan, captured, pairs, pools)
+            bound = self._bound[key] = Bound(plan, captured, pairs, pools)
         return bound

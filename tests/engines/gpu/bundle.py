@@ -1,7 +1,7 @@
 """What a GPU machine without a network needs beside its own packages, as one archive: python bundle.py FOLDER
 
 Writes FOLDER/site.tar.xz and a wheel of onelaunch, for `run.py --bundle FOLDER`. The machine has CPython 3.12, torch
-2.11 for CUDA 13, triton 3.6, transformers 5.17, nvcc and ninja. In the archive are three folders: ``front``, which comes
+2.11 for CUDA 13, triton 3.6, transformers 5.17, nvcc and ninja. The archive has three folders: ``front``, which comes
 before the machine's packages (SGLang without models and tests, and sgl_kernel without the libraries that aren't for
 SM90), ``behind``, which comes after them, and ``flashinfer`` with the modules that attention needs, built here.
 

@@ -14,6 +14,7 @@ what is missing in it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -148,10 +149,8 @@ class Machine:
             except subprocess.TimeoutExpired:
                 code = "timeout"
             finally:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
         print(f"{time.strftime('%T')} {run.name}: {code}", flush=True)
         if not (folder / "result.json").exists():
             return {"error": code, "log": (folder / "log").read_text()[-6000:]}
