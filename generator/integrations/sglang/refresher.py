@@ -175,9 +175,7 @@ def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
         )
 
 
-class Bound(NamedTuple):
-    """A plan with what it was made from: the children, their metadata and their pools."""
-
+class _Bound(NamedTuple):
     plan: Plan
     captured: list[Captured]
     pairs: list[tuple[Any, Any]]
@@ -189,6 +187,40 @@ class Bound(NamedTuple):
             c.current(bs) and getattr(c.child, "req_to_token", None) is pool
             for c, pool in zip(self.captured, self.pools, strict=True)
         )
+
+
+class Ready(NamedTuple):
+    """A plan for one captured batch size, and what it relies on.
+
+    Attributes:
+        bs: the batch size.
+        plan: a plan for exactly bs requests.
+        pairs: each child with its metadata.
+        held: objects with the name and value of an attribute that is bound.
+    """
+
+    bs: int
+    plan: Plan
+    pairs: list[tuple[Any, Any]]
+    held: list[tuple[Any, str, Any]]
+
+    def run(self, seq_lens: Tensor, req_pool_indices: Tensor) -> bool:
+        """One launch, unless something that is bound was exchanged: then False, and nothing is written.
+
+        Args:
+            seq_lens, req_pool_indices: bs elements or more, of which the first bs count.
+
+        Raises:
+            ArgumentError, LaunchError: see Plan.run.
+        """
+        for owner, name, value in self.held:
+            if getattr(owner, name, None) is not value:
+                return False
+        try:
+            self.plan.run(seq_lens, req_pool_indices)
+        except ArgumentError:  # perhaps they are longer, which would cost more to ask each time than the launch does
+            self.plan.run(seq_lens[: self.bs], req_pool_indices[: self.bs])
+        return True
 
 
 class Refresher:
@@ -212,7 +244,7 @@ class Refresher:
     ) -> None:
         self._backend, self._pool, self._leave, self._schedules = backend, req_to_token, leave, schedules
         self._facts = facts
-        self._bound: dict[tuple[Any, ...], Bound] = {}
+        self._bound: dict[tuple[Any, ...], _Bound] = {}
 
     @property
     def plans(self) -> dict[tuple[Any, ...], Plan]:
@@ -236,7 +268,18 @@ class Refresher:
             ArgumentError: see bind_backends.
         """
         key = (bs, mode_of(mode), seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype)
-        return self.bound(key).plan
+        return self._prepared(key).plan
+
+    def ready(self, bs: int, mode: str, seq_lens_dtype: torch.dtype, req_pool_indices_dtype: torch.dtype) -> Ready:
+        """prepare() for a caller that knows when a capture begins, so that run() needn't look for a new one.
+
+        Raises:
+            ArgumentError: see bind_backends.
+        """
+        bound = self._prepared((bs, mode, seq_lens_dtype, req_pool_indices_dtype, None))
+        bound.plan.exact = bs
+        pools = zip(bound.captured, bound.pools, strict=True)
+        return Ready(bs, bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
 
     def run(
         self,
@@ -271,7 +314,7 @@ class Refresher:
                 shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ArgumentError(f"{name} is {shape} and bs is {bs}; it must be a tensor of {bs} elements or more.")
         extend_dtype = None if extend_seq_lens is None else extend_seq_lens.dtype
-        bound = self.bound((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype, extend_dtype))
+        bound = self._prepared((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype, extend_dtype))
         variable = bound.plan.config.extend == "variable"
         bound.plan.run(
             seq_lens if len(seq_lens) == bs else seq_lens[:bs],
@@ -280,8 +323,7 @@ class Refresher:
         )
         return bound.pairs
 
-    def bound(self, key: tuple[Any, ...]) -> Bound:
-        """The plan of a key of ``plans``, made now if there is none, or if the engine captured again. See prepare()."""
+    def _prepared(self, key: tuple[Any, ...]) -> _Bound:
         bs, mode, seq_lens_dtype, pool_dtype, extend_dtype = key
         bound = self._bound.get(key)
         if bound is None or not bound.current(bs):
@@ -298,5 +340,5 @@ class Refresher:
             plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
             pairs = [(c.child, c.metadata) for c in captured]
             pools = [getattr(c.child, "req_to_token", None) for c in captured]
-            bound = self._bound[key] = Bound(plan, captured, pairs, pools)
+            bound = self._bound[key] = _Bound(plan, captured, pairs, pools)
         return bound
