@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import compare
 import objects
 import onelaunch
 import pytest
+import torch
 from objects import FAMILIES, Batch
 from onelaunch import ArgumentError, LaunchError
 from onelaunch.integrations import plugin, sglang
@@ -360,3 +362,28 @@ def test_the_plugin_never_raises_and_imports_no_torch() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ONELAUNCH", "SGLANG"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["fa3", "triton", "flashinfer"])
+def test_inputs_of_another_length(name: str) -> None:
+    """Longer ones count as far as the batch goes; shorter ones are left to the engine."""
+    pair = Pair(name, 1, mode="decode", steps=3)
+    batch = Batch((7, 30), 2, "decode", 4).make()
+    for tensor in ("seq_lens", "req_pool_indices"):
+        setattr(batch, tensor, torch.cat([getattr(batch, tensor)] * 2))
+    launches = pair.attachment.launches
+    for made in pair.backends:
+        compare.poison(made)
+        one = Batch((7, 30), 2, "decode", 4).make() if made is pair.engine else batch
+        made.init_forward_metadata_out_graph(one)
+        if name != "fa3":
+            pair._blank_unread_lists(made, 2, 2)
+    pair.check()
+    assert pair.attachment.launches == launches + 1
+    batch.seq_lens, batch.req_pool_indices = batch.seq_lens[:1], batch.req_pool_indices[:1]
+    for method in tuple(pair.attachment._originals):
+        kernel = defaultdict(lambda: lambda *a, **k: None)
+        pair.attachment._originals[method] = kernel if name == "flashinfer" else lambda *a, **k: None
+    with pytest.warns(RuntimeWarning, match="seq_lens has 1 requests; the plan is for 2"):
+        pair.mine.init_forward_metadata_out_graph(batch)
+    assert pair.attachment.launches == launches + 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -18,7 +18,10 @@ from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
 from .lists import INDICES, Lists
 from .places import IN_GRAPH, LISTS_FILL, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
-from .refresher import Refresher
+from .refresher import Ready, Refresher
+
+# With it SGLang may record what comes before a replay in a graph too.
+_GLUE_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
 
 class Attachment:
@@ -45,12 +48,17 @@ class Attachment:
         self.launches = 0
         self.failed = ""
         self._refresh, self._schedules = refresh, schedules
-        self._recorded = False
+        self._several = hasattr(backend, "attn_backends")
+        # By captured batch size: the engine's forward mode, its name, and the plan.
+        self._ready: dict[int, list[tuple[Any, str, Ready]]] = {}
+        self._recorded, self._glue = False, bool(os.environ.get(_GLUE_VARIABLE))
         self._originals: dict[str, Any] = {}
         self._shadowed: set[str] = set()
         if place is None:
             return
         self._place = place
+        if place.method == LISTS_FILL:
+            self._names = tuple(inspect.signature(getattr(backend, LISTS_FILL)).parameters)
         mine = {
             OUT_GRAPH: self._out_graph,
             IN_GRAPH: self._in_graph,
@@ -112,7 +120,7 @@ class Attachment:
     def _fill(self, *arguments: Any, **keywords: Any) -> Tensor:
         """_fill_kv_indptr_and_indices, which is called for a graph and for what runs without one."""
         original, backend = self._originals[LISTS_FILL], self.backend
-        given = _signature(type(backend)).bind(backend, *arguments, **keywords).arguments
+        given = dict(zip(self._names, arguments, strict=False)) | keywords
         bs = given["bs"]
         for_a_graph = given["kv_indices"] is getattr(backend, INDICES, None) and given.get("kv_indptr") is None
         if for_a_graph and self._guarded(self._fill_lists, bs, given["seq_lens"], given["req_pool_indices"]):
@@ -129,6 +137,7 @@ class Attachment:
             return step(*arguments)
         except Exception as error:  # of any kind: the engine's own code writes every tensor again
             self._refresh = None  # and what its plans know of the tensors is forgotten
+            self._ready = {}
             self.failed = f"{type(error).__name__}: {error}"
             text = f"{type(self.backend).__name__} runs the engine's own code from now on. {self.failed}"
             log.logger.warning(text)
@@ -139,16 +148,19 @@ class Attachment:
 
     def _mode(self, forward_batch: Any) -> str:
         """The batch's mode; "" if it isn't served."""
-        if hasattr(self.backend, "attn_backends"):
-            mode = "decode"
-        else:
+        mode = "decode"
+        if not self._several:
             try:
                 mode = mode_of(forward_batch.forward_mode)
             except ArgumentError:
                 return ""
-            if mode == "decode" and getattr(forward_batch, "spec_info", None) is not None:
-                return ""  # one draft step alone, which sees more tokens than seq_lens says
-        return mode if mode in self._place.modes and not batch_refusal(forward_batch) else ""
+        return mode if mode in self._place.modes and not self._refused(forward_batch, mode) else ""
+
+    def _refused(self, forward_batch: Any, mode: str) -> bool:
+        """Whether this batch isn't served although its backend and mode are."""
+        if mode == "decode" and not self._several and getattr(forward_batch, "spec_info", None) is not None:
+            return True  # one draft step alone, which sees more tokens than seq_lens says
+        return bool(batch_refusal(forward_batch))
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Binds the plan of a batch size right after its capture began, so that nothing is built or bound later."""
@@ -156,43 +168,47 @@ class Attachment:
         if not mode:
             return False
         assert self._refresh is not None
-        self._refresh.prepare(
-            forward_batch.batch_size,
-            mode=mode,
-            seq_lens_dtype=forward_batch.seq_lens.dtype,
-            req_pool_indices_dtype=forward_batch.req_pool_indices.dtype,
-        )
+        bs, forward_mode = forward_batch.batch_size, forward_batch.forward_mode
+        ready = self._refresh.ready(bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype)
+        others = [known for known in self._ready.get(bs, ()) if known[0] is not forward_mode]
+        self._ready[bs] = [*others, (forward_mode, mode, ready)]
         if self._place.method == IN_GRAPH and mode == "draft_extend":
             # The recorded kernel would write these each time; with a fixed number of rows a request they are constants.
-            metadata = self.backend.draft_extend_metadata[forward_batch.batch_size]
+            metadata = self.backend.draft_extend_metadata[bs]
             starts = metadata.cu_seqlens_q
             starts.copy_(torch.arange(len(starts), device=starts.device) * metadata.max_seq_len_q)
         return True
 
     def _before_replay(self, forward_batch: Any) -> bool:
-        """The launch, and the steps that stay the engine's."""
-        mode = self._mode(forward_batch)
-        if not mode:
-            return False
-        assert self._refresh is not None
-        pairs = self._refresh.run(
-            forward_batch.batch_size, forward_batch.seq_lens, forward_batch.req_pool_indices, mode=mode
-        )
-        self._launched()
-        self._place.after(pairs, forward_batch, mode, self._schedules)
-        return True
+        """The launch, and the steps that stay the engine's.
+
+        The engine's other work has displaced this code from the processor's caches, so that each line costs
+        microseconds: what is known since the capture isn't asked again.
+        """
+        forward_mode = forward_batch.forward_mode
+        for known, mode, ready in self._ready.get(forward_batch.batch_size, ()):
+            if known is not forward_mode:
+                continue
+            if self._refused(forward_batch, mode):
+                return False
+            if ready.run(forward_batch.seq_lens, forward_batch.req_pool_indices):
+                self._launched()
+                self._place.after(ready.pairs, forward_batch, mode, self._schedules)
+                return True
+        # Captured before attach(), or the pool was exchanged.
+        return self._prepare(forward_batch) and self._before_replay(forward_batch)
 
     def _fill_lists(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> bool:
         """The launch alone, amid the engine's own steps."""
         assert isinstance(self._refresh, Lists)
-        self._refresh.run(bs, seq_lens, req_pool_indices, source=source)
+        self._refresh.run(bs, seq_lens, req_pool_indices, source)
         self._launched()
         return True
 
     def _launched(self) -> None:
         self.launches += 1
-        # SGLang can record what comes before a replay too (SGLANG_ENABLE_METADATA_GLUE_GRAPH).
-        self._recorded |= self._place.method == IN_GRAPH or torch.cuda.is_current_stream_capturing()
+        if self._place.method == IN_GRAPH or (self._glue and torch.cuda.is_current_stream_capturing()):
+            self._recorded = True
 
 
 class _Kernel:
@@ -211,11 +227,6 @@ class _Kernel:
                 attachment._originals[LISTS_KERNEL][grid](*arguments, **keywords)
 
         return launch
-
-
-@functools.cache
-def _signature(kind: type) -> inspect.Signature:
-    return inspect.signature(getattr(kind, LISTS_FILL))
 
 
 def attach(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +12,15 @@ from ...spec.fields import MetadataBuffers
 from .. import flashinfer
 from ..attributes import has
 from .captured import STEPS
+from .refresher import Ready
 
 INDICES = "cuda_graph_kv_indices"
-
-
-class _Bound(NamedTuple):
-    plan: Plan
-    source: Tensor
-    destination: Tensor
 
 
 class Lists:
     """Refreshes the lists of a multi-step draft backend, or of a single Triton backend: one launch for all steps.
 
-    A plan serves all batch sizes. A pool or lists that were exchanged get a new one.
+    Each captured batch size has a plan. A pool or lists that were exchanged get a new one.
 
     Args:
         backend: the backend.
@@ -34,55 +29,59 @@ class Lists:
 
     def __init__(self, backend: Any, **facts: Any) -> None:
         self._backend, self._facts = backend, facts
-        self._bound: dict[tuple[torch.dtype, torch.dtype], _Bound] = {}
+        self._ready: dict[int, tuple[Ready, Tensor]] = {}
 
-    def prepare(
+    def ready(
         self,
         bs: int,
-        *,
-        mode: str = "decode",
-        seq_lens_dtype: torch.dtype = torch.int64,
-        req_pool_indices_dtype: torch.dtype = torch.int64,
+        mode: str,
+        seq_lens_dtype: torch.dtype,
+        req_pool_indices_dtype: torch.dtype,
         source: Tensor | None = None,
-    ) -> Plan:
-        """The plan, made now if there is none. Must not be called inside a capture.
+    ) -> Ready:
+        """A plan for a batch size. Must not be called inside a capture.
+
+        Args:
+            bs: the batch size.
+            mode: isn't looked at: the lengths are those of the lists.
+            seq_lens_dtype, req_pool_indices_dtype: of run()'s tensors.
+            source: req_to_token; None is the backend's own.
 
         Raises:
             ArgumentError: see flashinfer.bind_backends.
         """
-        key = seq_lens_dtype, req_pool_indices_dtype
+        backend = self._backend
         if source is None:
-            source = flashinfer.pool_of(self._backend)
-        destination = getattr(self._backend, INDICES)
-        bound = self._bound.get(key)
-        if bound is None or bound.source is not source or bound.destination is not destination:
-            facts = {"seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": req_pool_indices_dtype, **self._facts}
-            bound = self._bound[key] = _Bound(self._bind(source, facts), source, destination)
-        return bound.plan
+            source = flashinfer.pool_of(backend)
+        facts = {"seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": req_pool_indices_dtype, **self._facts}
+        plan = self._bind(source, facts)
+        plan.exact = bs
+        pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
+        pool = getattr(backend, "req_to_token_pool", None)
+        owner = pairs[0][0] if pool is None else pool
+        held = [(backend, INDICES, getattr(backend, INDICES))]
+        if owner.req_to_token is source:
+            held.append((owner, "req_to_token", source))
+        ready = Ready(bs, plan, pairs, held)
+        self._ready[bs] = ready, source
+        return ready
 
-    def run(
-        self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, *, mode: str = "decode", source: Tensor | None = None
-    ) -> list[tuple[Any, Any]]:
+    def run(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> None:
         """Refreshes the lists of the first bs requests.
 
         Args:
             bs: the batch size.
             seq_lens, req_pool_indices: int32 or int64, bs elements or more, of which the first bs count.
-            mode: isn't looked at: the lengths are those of the lists.
             source: req_to_token; None is the backend's own.
-
-        Returns:
-            Each child, without metadata.
 
         Raises:
             ArgumentError: see flashinfer.bind_backends and Plan.run; nothing was written.
             LaunchError: CUDA refused the launch.
         """
-        plan = self.prepare(
-            bs, seq_lens_dtype=seq_lens.dtype, req_pool_indices_dtype=req_pool_indices.dtype, source=source
-        )
-        plan.run(seq_lens[:bs], req_pool_indices[:bs])
-        return [(child, None) for child in getattr(self._backend, STEPS[0], [self._backend])]
+        ready, known = self._ready.get(bs, (None, None))
+        if ready is None or (source is not None and source is not known) or not ready.run(seq_lens, req_pool_indices):
+            ready = self.ready(bs, "", seq_lens.dtype, req_pool_indices.dtype, source)
+            ready.plan.run(seq_lens[:bs], req_pool_indices[:bs])
 
     def _bind(self, source: Tensor, facts: dict[str, Any]) -> Plan:
         if has(self._backend, STEPS):
