@@ -189,6 +189,40 @@ class _Bound(NamedTuple):
         )
 
 
+class Ready(NamedTuple):
+    """A plan for one captured batch size, and what it relies on.
+
+    Attributes:
+        bs: the batch size.
+        plan: a plan for exactly bs requests.
+        pairs: each child with its metadata.
+        held: objects with the name and value of an attribute that is bound.
+    """
+
+    bs: int
+    plan: Plan
+    pairs: list[tuple[Any, Any]]
+    held: list[tuple[Any, str, Any]]
+
+    def run(self, seq_lens: Tensor, req_pool_indices: Tensor) -> bool:
+        """One launch, unless something that is bound was exchanged: then False, and nothing is written.
+
+        Args:
+            seq_lens, req_pool_indices: bs elements or more, of which the first bs count.
+
+        Raises:
+            ArgumentError, LaunchError: see Plan.run.
+        """
+        for owner, name, value in self.held:
+            if getattr(owner, name, None) is not value:
+                return False
+        try:
+            self.plan.run(seq_lens, req_pool_indices)
+        except ArgumentError:  # perhaps they are longer, which would cost more to ask each time than the launch does
+            self.plan.run(seq_lens[: self.bs], req_pool_indices[: self.bs])
+        return True
+
+
 class Refresher:
     """Refreshes an SGLang backend's captured metadata, with one plan for each captured batch size and mode.
 
@@ -235,6 +269,17 @@ class Refresher:
         """
         key = (bs, mode_of(mode), seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype)
         return self._prepared(key).plan
+
+    def ready(self, bs: int, mode: str, seq_lens_dtype: torch.dtype, req_pool_indices_dtype: torch.dtype) -> Ready:
+        """prepare() for a caller that knows when a capture begins, so that run() needn't look for a new one.
+
+        Raises:
+            ArgumentError: see bind_backends.
+        """
+        bound = self._prepared((bs, mode, seq_lens_dtype, req_pool_indices_dtype, None))
+        bound.plan.exact = bs
+        pools = zip(bound.captured, bound.pools, strict=True)
+        return Ready(bs, bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
 
     def run(
         self,
