@@ -12,6 +12,7 @@ TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversatio
 
 # An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt.
 ENGINE ?= sglang-0.5.23
+override ENGINE := $(patsubst vllm,vllm-0.33.0,$(ENGINE))
 ENGINES := build/engines/$(ENGINE)
 
 .PHONY: demo test test-long engines check gpu generate wheel clean
