@@ -1,7 +1,7 @@
 """Stand-ins for the engines' objects: their attributes, shapes, dtypes and aliases, without their computations.
 
-They follow SGLang's and vLLM's attention backends (DSA and its old NSA names, FA3, TRTLLM-MHA, FlashMLA,
-TRTLLM-MLA; vLLM's common metadata and the sparse indexer's). A capture leaves poison where a replay must write.
+Made from what SGLang's attention backends have (DSA and its old NSA names, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA). A
+capture leaves poison where a replay must write.
 """
 
 from __future__ import annotations
