@@ -37,7 +37,7 @@ namespace {
 constexpr Py_ssize_t kPlanWords = ONELAUNCH_PLAN_WORDS;
 constexpr Py_ssize_t kCallWords = ONELAUNCH_CALL_WORDS;
 
-constexpr Py_ssize_t kMaxArguments = 4;  // of a call that run() compares with the previous one
+constexpr Py_ssize_t kMaxArguments = 36;  // of a call that run() compares with the previous one
 
 // ---- tensors -----------------------------------------------------------------------------------------------------
 // The part of DLPack 1 (dlpack.h) that is used here: what a tensor is, and the functions of a class of tensors.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, preset
+from onelaunch import FIELDS, PRESETS, ConfigError, KernelConfig, preset, vector
 from onelaunch.spec import layout
 from onelaunch.spec.config import SETTINGS
 from onelaunch.spec.layout import MAX_PARAM_WORDS
@@ -58,6 +58,12 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "extend_seq_lens_dtype": {"mode": "draft_extend", "extend": "variable", "extend_seq_lens_dtype": "int32"},
     "one offset": {"seqlen_offsets": (4,)},
     "page_fill": {"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1},
+    "declare": {"declare": {"mine": vector("seq_len + 1", "request")}, "fields": ("mine",)},
+    "inputs": {"declare": {"mine": vector("given", "request")}, "fields": ("mine",), "inputs": {"given": "int64"}},
+    "constants": {"declare": {"mine": vector("seq_len * most")}, "fields": ("mine",), "constants": {"most": 7}},
+    "sources": {"declare": {"mine": vector("table(row)")}, "fields": ("mine",), "sources": {"table": "int64"}},
+    "maps": {"declare": {"mine": vector("map_(row)")}, "fields": ("mine",), "maps": {"map_": ("int64", 7)}},
+    "strided": {"declare": {"mine": vector("seq_len + 1", "request")}, "fields": ("mine",), "strided": ("mine",)},
     "dtypes": {"fields": ("kv_indptr", "kv_indices"), "dtypes": {"kv_indices": "int64"}},
     "schedule_remainder": {"fields": (MQA,), "schedule_remainder": "first"},
     "schedule_per": {"fields": (MQA,), "mode": "target_verify", "schedule_per": "row"},
