@@ -145,6 +145,8 @@ VECTORS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector
 MQA = "paged_mqa_schedule_metadata"
 SCHEDULES = (MQA, "flashmla_metadata", "num_splits")
 CSR = ("kv_indptr", "kv_indices")
+# All that one kernel can write: with tables it writes no kv_indices.
+EVERY = tuple(name for name in FIELDS if name not in CSR)
 VERIFY: dict[str, Any] = {"mode": "target_verify", "next_n": 3}
 VARIABLE: dict[str, Any] = {"mode": "draft_extend", "extend": "variable"}
 
@@ -235,7 +237,7 @@ STRATEGIES |= {
 # Combinations of them that took code of their own.
 CONFIGURATIONS = {
     **STRATEGIES,
-    "one token a page": KernelConfig(num_backends=3, page_size=1),
+    "one token per page": KernelConfig(num_backends=3, page_size=1),
     "pages beyond a tile": KernelConfig(num_backends=2, page_size=1024),
     "pages of int64, equal rows": KernelConfig(page_size=7, req_to_token_dtype="int64", extent="full"),
     "pages alone, equal rows": KernelConfig(num_backends=2, fields=("real_page_table",), extent="full"),
@@ -291,7 +293,24 @@ CONFIGURATIONS = {
     "copy of rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=BY_BATCH),
     "copy of words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4),
     "copy of vectors": KernelConfig(operation="copy", num_backends=2, fields=("cu_seqlens_k",)),
+    # More backends than a loop over them is unrolled for: their addresses are found by an index.
+    "every field of 9": KernelConfig(num_backends=9, fields=EVERY),
+    "every field of 64": KernelConfig(
+        num_backends=64, seqlen_offsets=tuple(range(64)), checked=True, fields=EVERY, page_size=7, **VERIFY
+    ),
+    "every field of 64, full": KernelConfig(num_backends=64, extent="full", fields=EVERY),
+    "copy of every field to 64": KernelConfig(operation="copy", num_backends=64, fields=BY_BATCH),
 }
+
+
+def fullest(config: KernelConfig) -> KernelConfig:
+    """The same with as many backends as the kernel's parameters have room for."""
+    while True:
+        try:
+            config = config.replace(num_backends=config.num_backends + 1)
+        except ConfigError:
+            return config
+
 
 # ------------------------------------------------------------------------------------------------ any two settings
 
@@ -331,6 +350,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "schedule_remainder": ("last", "first"),
     "schedule_per": ("request", "row"),
     "schedule_atoms": (0, 3),
+    "schedule_split_cost": (0, 5),
     "flashmla_order": ("2026", "2025"),
     "indices": ("int32", "int64"),
 }

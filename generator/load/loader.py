@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from .. import log
+from .. import log, torch_version
 from ..build import key as keys
 from ..build import toolchain
 from ..build.programs import save_answers
@@ -26,11 +26,11 @@ from ..emit import override
 from ..emit import render as emission
 from ..errors import JitPolicyError, ToolchainError
 from ..spec.config import KernelConfig
+from ..variables import POLICY_VARIABLE
 from . import find
 from .obtain import Bounds, obtain, speaking_of
 
 Policy = Literal["allow", "warn", "error"]
-POLICY_VARIABLE = "ONELAUNCH_JIT"
 
 _lock = threading.RLock()
 _loaded: dict[tuple[str, tuple[str, ...], str, str], Kernel] = {}
@@ -82,7 +82,7 @@ class Kernel:
 
     @property
     def resources(self) -> dict[str, dict[str, int]]:
-        """Registers a thread, and bytes of stack, shared and local memory, by architecture."""
+        """Registers per thread, and bytes of stack, shared and local memory, by architecture."""
         return dict(self.manifest["resources"])
 
     def __repr__(self) -> str:
@@ -197,6 +197,7 @@ def _targets(config: KernelConfig, archs: Sequence[str] | None) -> tuple[str, ..
 
 
 def _load(request: find.Request, store: Store) -> Kernel:
+    torch_version.check()
     _refuse_during_capture(request.config, request.archs)
     entry, home, built = _entry(request, store, Bounds(), obey_policy=True)
     try:
@@ -278,7 +279,7 @@ def _refuse_during_capture(config: KernelConfig, archs: tuple[str, ...]) -> None
 
 
 def _obey_policy(config: KernelConfig, archs: tuple[str, ...]) -> None:
-    policy = _frozen or os.environ.get(POLICY_VARIABLE, "allow")
+    policy = _frozen or POLICY_VARIABLE.read() or POLICY_VARIABLE.default
     if policy == "allow":
         return
     command = build_command(config, archs)

@@ -40,8 +40,8 @@ def cpp_source(name: str) -> str:
 class _Cpp:
     """Writes one formula.
 
-    Sums and products are computed unsigned, since signed overflow is undefined in C++, and converted back. Where the
-    left side of an operator is unsigned C++ converts the right side, sign and all.
+    Sums and products are computed unsigned and converted back, since signed overflow is undefined in C++. Where the
+    left operand is unsigned, C++ converts the right one, modulo 2^32 or 2^64.
     """
 
     def __init__(self, dtype: Dtype, maps: Collection[str]) -> None:
@@ -82,7 +82,7 @@ class _Cpp:
         return f"{self.value(node)} != 0"
 
     def _bits(self, node: Node) -> tuple[str, int]:
-        """An unsigned expression with the bits of a value, and how tightly it binds."""
+        """An unsigned expression with the bits of a value, and its precedence."""
         match node:
             case Operation("negative", (argument,)):
                 return f"{self._unsigned}{{0}} - {self._operand(argument, 2)}", 2
@@ -97,7 +97,7 @@ class _Cpp:
         return f"bits({self.value(node)})", 5
 
     def _operand(self, node: Node, own: int) -> str:
-        """What stands on the right of an unsigned operator."""
+        """The right operand of an unsigned operator."""
         if isinstance(node, Operation) and node.operator in ("+", "-", "*", "negative"):
             bits, tightness = self._bits(node)
             return bits if tightness > own else f"({bits})"
@@ -118,7 +118,7 @@ class _Cpp:
 
     def _number(self, value: int) -> str:
         low, _ = limits("int64" if self._wide else "int32")
-        if value == low:  # its magnitude is no number of this type
+        if value == low:  # its magnitude doesn't fit this type
             return f"({self._number(value + 1)} - 1)"
         return f"{self._type}{{{value}}}" if self._wide else str(value)
 

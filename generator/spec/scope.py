@@ -26,8 +26,10 @@ _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,62}")
 MAX_NODES = 1_000
 # As many as a mode's rows.
 MAX_ROWS = 2**15
-# Declarations, inputs and so on, of each.
+# Declarations, constants and so on, of each.
 MAX_NAMES = 256
+# The binding has room for so many arguments of a run, beside its own.
+MAX_INPUTS = 15
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ class Scope:
         taken = {*FIELDS, *TERMS, *INPUTS, *CONSTANTS, *FUNCTIONS, TOKEN, "column", "pool_row"}
         for part in dataclasses.fields(self):
             given = getattr(self, part.name)
-            if len(given) > MAX_NAMES:
-                raise ConfigError(f"{part.name} has {len(given)} names; allowed: {MAX_NAMES}.")
+            limit = MAX_INPUTS if part.name == "inputs" else MAX_NAMES
+            if len(given) > limit:
+                raise ConfigError(f"{part.name} has {len(given)} names; allowed: {limit}.")
             for name, _ in given:
                 if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
                     raise ConfigError(
@@ -182,8 +185,8 @@ def _formula(scope: Scope, name: str, mode: str) -> Node:
         for named in names(node):
             if named == "row" or (named in vectors and _fields(scope)[named].per == "row"):
                 raise ConfigError(
-                    f"the formula of {name}, {written!r}, names {named}, which each row has; {name} has an element a "
-                    "request. Declare it with per='row', or name what requests have."
+                    f"the formula of {name}, {written!r}, names {named}, which is per row; {name} has one element "
+                    "per request. Declare it with per='row', or name per-request inputs only."
                 )
     return node
 
@@ -193,7 +196,7 @@ def _substituted(scope: Scope, name: str, mode: str) -> Node:
     def visit(name: str, path: tuple[str, ...]) -> Node:
         if name in path:
             circle = " names ".join((*path[path.index(name) :], name))
-            raise ConfigError(f"formulas name each other: {circle}. State one of them without the others.")
+            raise ConfigError(f"formulas name each other: {circle}. Write one of them without the others.")
         node = _formula(scope, name, mode)
         inner = {named: visit(named, (*path, name)) for named in names(node) if named in _vectors(scope)}
         node = substitute(node, inner)

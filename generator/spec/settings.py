@@ -1,4 +1,4 @@
-"""Reading of settings that a user wrote as ``key=value,…``."""
+"""Parses settings that a user wrote as ``key=value,…``."""
 
 from __future__ import annotations
 

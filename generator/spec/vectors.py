@@ -25,7 +25,7 @@ class Local:
     """A local constant of the emitted code.
 
     Attributes:
-        name: the vector that it is the value of.
+        name: the vector whose value it is.
         type: "std::int32_t" or "std::int64_t".
         cpp: its value, an expression of inputs and of the locals before it.
         per: "request" if all rows of a request have the same.
@@ -115,7 +115,7 @@ def described(config: KernelConfig, name: str) -> str:
 
 
 def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
-    """The local constants by which emitted code computes some fields, in the order in which they can be computed.
+    """The local constants from which emitted code computes some fields, in an order in which they can be computed.
 
     Args:
         config: the configuration.
@@ -158,7 +158,7 @@ def element(config: KernelConfig, name: str) -> str:
 
 
 def functions_of(config: KernelConfig) -> frozenset[str]:
-    """Which of the functions of templates/device/ the emitted formulas call."""
+    """The division functions of templates/device/ that the emitted formulas call."""
     if config.copies:
         return frozenset()
     written = [local.cpp for name in config.vectors for local in locals_of(config, [name])]
@@ -179,19 +179,19 @@ def evaluate_vectors(
     tables: Mapping[str, Tensor] = {},
     req_pool_indices: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The values of a configuration's vectors and running sums for one backend, by their formulas.
+    """The values of a configuration's vectors and running sums for one backend, by their formulas, with PyTorch.
 
     Args:
         config: its vectors, mode, offsets and settings.
         seq_lens: int32 or int64 [bs].
-        extend_seq_lens: int32 or int64 [bs], each request's rows where the configuration doesn't say how many.
+        extend_seq_lens: int32 or int64 [bs], the rows of each request, for a configuration with variable rows.
         step: the backend, from 0 on.
         inputs: the declared inputs, int32 or int64 [bs].
         tables: what look-ups read: req_to_token as "token", the declared sources and maps by name.
         req_pool_indices: int32 or int64 [bs], the rows of look-ups that don't say which.
 
     Returns:
-        By field, a tensor of its dtype with one element a request or row, or one more.
+        By field, a tensor of its dtype with one element per request or row; running sums have one more.
     """
     base_len = seq_lens.int()
     counts = base_len.new_full(base_len.shape, 1 if config.mode == "decode" else config.next_n)

@@ -21,8 +21,8 @@ With ``ONELAUNCH_SGLANG=1`` an unmodified engine attaches it itself: see ``onela
 attribute names, of any version of SGLang, and refreshes it.
 """
 
-from .attach import DISABLE_VARIABLE, Attachment, attach
+from .attach import Attachment, attach
 from .captured import buffers_from, mode_of
 from .refresher import Refresher, bind_backends
 
-__all__ = ["DISABLE_VARIABLE", "Attachment", "Refresher", "attach", "bind_backends", "buffers_from", "mode_of"]
+__all__ = ["Attachment", "Refresher", "attach", "bind_backends", "buffers_from", "mode_of"]

@@ -1,0 +1,141 @@
+"""Processes that are killed at any line of a load: the next one builds, and sweeps all that they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import onelaunch
+import pytest
+from onelaunch import KernelConfig
+from onelaunch.build import compile as compiler
+from onelaunch.cache import files, tiers
+from onelaunch.cache import store as stores
+from onelaunch.cache.store import OWN_NAMES, TAG, Store
+from onelaunch.load import loader
+
+SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
+OTHER = SMALL.replace(num_backends=2)
+ROOMS = re.compile(re.escape(str(Path(str(onelaunch.__file__)).parent)) + "/(cache|load)/")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tiers, "_fallback", None)
+    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr(loader, "_loaded", {})
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler would leave, at once."""
+    known = {config.symbol: loader.load(config) for config in (SMALL, OTHER)}
+    monkeypatch.setattr(loader, "_loaded", {})
+
+    def copies(recipe: Any, tools: Any, *, stage: Path, **bounds: Any) -> compiler.Build:
+        kernel = known[recipe.symbol]
+        for name in kernel.manifest["files"]:
+            (stage / name).write_bytes((kernel.path.parent / name).read_bytes())
+        return compiler.Build(kernel.path.name, str(kernel.manifest["source_file"]), "", 0.0, {}, {})
+
+    monkeypatch.setattr(compiler, "build", copies)
+
+
+def traced(work: Callable[[], Any], die_at: int) -> int:
+    """Lines of the rooms that a child runs in work; at one of them it kills itself, as the kernel would."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal lines
+            if not ROOMS.match(frame.f_code.co_filename):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        try:
+            sys.settrace(trace)
+            work()
+            sys.settrace(None)
+            os.write(writer, json.dumps(lines).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        said = file.read()
+    status = os.waitpid(child, 0)[1]
+    assert (os.WTERMSIG(status) == signal.SIGKILL) == (not said), status
+    return int(said or 0)
+
+
+def left_in(root: Path) -> list[Path]:
+    """What isn't of the cache's own form, and what belongs to living processes alone."""
+    store = Store(root)
+    own = {path for name in OWN_NAMES if name not in ("staging", "locks") for path in store.listed(name)}
+    inside = [path for name in OWN_NAMES if (root / name).is_dir() for path in (root / name).iterdir()]
+    beside = [path for path in root.iterdir() if path.name not in {TAG, *OWN_NAMES}] if root.is_dir() else []
+    return [path for path in (*inside, *beside) if path not in own]
+
+
+SITUATIONS = {
+    "there is no cache": (None, SMALL),
+    "there is a cache": (SMALL, OTHER),
+    "it is built": (SMALL, SMALL),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("count", [8, pytest.param(170, marks=pytest.mark.long)])
+def test_what_killed_processes_leave_is_swept(
+    count: int, situation: str, made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At equally spaced lines from the first to the last of a load."""
+    before, wanted = SITUATIONS[situation]
+    template = tmp_path / "template"
+    if before is not None:
+        traced(lambda: loader.load(before, store=Store(template)), 0)
+
+    def cache(name: str) -> Store:
+        if template.exists():
+            shutil.copytree(template, tmp_path / name)
+        return Store(tmp_path / name)
+
+    # Paths of other lengths take some lines more or fewer.
+    lines = traced(lambda: loader.load(wanted, store=cache("whole")), 0) - 30
+    caches, left = [], 0
+    for number in range(count):
+        caches.append(store := cache(f"cache-{number}"))
+        at = 1 + number * (lines - 1) // (count - 1)
+        assert traced(lambda store=store: loader.load(wanted, store=store), at) == 0, "it wasn't killed"
+        left += len(left_in(store.root))
+        # Whoever comes next finds it or builds it, and doesn't wait for the dead.
+        if number % 8 == 3:
+            began = time.monotonic()
+            assert traced(lambda store=store: loader.load(wanted, store=Store(store.root)), 0)
+            assert time.monotonic() - began < 60
+    assert (left > 0) == (situation != "it is built")
+    # As if the last of them had died a while ago.
+    monkeypatch.setattr(files.time, "time", lambda now=time.time: now() + 3600)
+    for store in caches:
+        store.sweep()
+        assert left_in(store.root) == []
+        assert store.is_marked or not store.root.exists() or list(store.root.iterdir()) == []
+        assert len(list(store.entries())) == len(store.stored_keys())
+        assert store.listed("damaged") == []
+    assert list((tmp_path / "temporary").iterdir()) == []
