@@ -9,7 +9,6 @@ import click
 from onelaunch.errors import ArgumentError
 from onelaunch.inspect.traffic import Traffic, traffic
 from onelaunch.spec.config import KernelConfig
-from onelaunch.spec.fields import FIELDS
 from onelaunch.spec.vectors import described
 
 from .arguments import config_argument, json_option, settings_option, target_option
@@ -83,7 +82,7 @@ def _moved(config: KernelConfig, moved: Traffic) -> dict[str, Any]:
         "fields": [
             {
                 "name": each.field,
-                "shape": FIELDS[each.field].shape_in(config.mode),
+                "shape": config.field(each.field).shape_in(config.mode),
                 "formula": described(config, each.field) if config.operation != "copy" else "copied",
                 "written": [round(count, 1) for count in each.shape],
                 "tensors": each.tensors,

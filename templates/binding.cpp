@@ -37,7 +37,7 @@ namespace {
 constexpr Py_ssize_t kPlanWords = ONELAUNCH_PLAN_WORDS;
 constexpr Py_ssize_t kCallWords = ONELAUNCH_CALL_WORDS;
 
-constexpr Py_ssize_t kMaxArguments = 4;  // of run(), which compares them with the previous call's
+constexpr Py_ssize_t kMaxArguments = 20;  // of run(), which compares them with those of previous calls
 
 // ---- tensors -----------------------------------------------------------------------------------------------------
 // The part of DLPack 1 (dlpack.h) that is used here: the struct of a tensor, and the functions of a tensor class.

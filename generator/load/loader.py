@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -260,7 +261,7 @@ def entry_of(kernel: Kernel) -> Entry:
 def build_command(config: KernelConfig, archs: Sequence[str]) -> str:
     """The command that builds a configuration ahead of time."""
     settings = config.settings()
-    command = "onelaunch build" + (f" --set {settings}" if settings else "")
+    command = "onelaunch build" + (f" --set {shlex.quote(settings)}" if settings else "")
     return command + (f" --arch {','.join(archs)}" if archs else "")
 
 

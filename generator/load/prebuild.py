@@ -21,7 +21,7 @@ from ..build.compile import JOBS_VARIABLE
 from ..errors import ConfigError, OnelaunchError
 from ..spec.config import KernelConfig
 from ..spec.presets import preset
-from ..spec.settings import parse_settings
+from ..spec.settings import DECLARED, parse_settings
 from . import loader
 from .obtain import Bounds
 
@@ -141,7 +141,8 @@ def _build(job: Job, bounds: Bounds) -> Done:
 def read_matrix(path: Path) -> list[Job]:
     """The jobs of a TOML file: tables ``[[build]]`` with ``preset``, ``set``, ``target`` and ``archs``.
 
-    A list in ``set`` gives one build per value; several lists give all combinations.
+    A list in ``set`` gives one build per value; several lists give all combinations. A user's declarations have tables
+    of their own: ``declare``, ``inputs``, ``constants``, ``sources`` and ``maps``, like the arguments of bind().
 
     Raises:
         ConfigError: the file can't be read, or says something that isn't allowed.
@@ -165,14 +166,20 @@ def _jobs(path: Path, build: Any, limit: int) -> list[Job]:
     where = f"--config {path}: [[build]]"
     if not isinstance(build, dict):
         raise ConfigError(f"{where} is {build!r}; it must be a table.")
-    unknown = set(build) - {"preset", "set", "target", "archs"}
+    allowed = ("preset", "set", "target", "archs", *DECLARED)
+    unknown = set(build) - {*allowed}
     if unknown:
-        raise ConfigError(f"{where} has {', '.join(sorted(unknown))}; allowed: preset, set, target, archs.")
+        raise ConfigError(f"{where} has {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}.")
     for name, kind, example in (
         ("preset", str, '"nsa-decode-3"'),
         ("target", str, '"cpu"'),
         ("set", dict, "{ page_size = [16, 64] }"),
         ("archs", list, '["90a"]'),
+        ("declare", dict, '{ positions = { formula = "base_len", dtype = "int64" } }'),
+        ("inputs", dict, '{ accept_lens = "int32" }'),
+        ("constants", dict, "{ max_model_len = 4096 }"),
+        ("sources", dict, '{ block_table = "int32" }'),
+        ("maps", dict, '{ full_to_swa = ["int64", -1] }'),
     ):
         if name in build and not isinstance(build[name], kind):
             raise ConfigError(f"{where} has {name} = {build[name]!r}; write {name} = {example}.")
@@ -180,6 +187,7 @@ def _jobs(path: Path, build: Any, limit: int) -> list[Job]:
     settings: dict[str, Any] = {**build.get("set", {})}
     if "target" in build:
         settings["target"] = build["target"]
+    declared = {name: build[name] for name in DECLARED if name in build}
     archs = tuple(str(arch) for arch in build["archs"]) if "archs" in build else None
     values = [value if isinstance(value, list) else [value] for value in settings.values()]
     count = math.prod(len(value) for value in values)
@@ -187,7 +195,9 @@ def _jobs(path: Path, build: Any, limit: int) -> list[Job]:
         raise ConfigError(f"{where} stands for {count} builds; a file may have {MAX_JOBS_OF_A_MATRIX} in all.")
     return [
         Job(
-            parse_settings(",".join(f"{name}={value}" for name, value in zip(settings, choice, strict=True)), base),
+            parse_settings(
+                ",".join(f"{name}={value}" for name, value in zip(settings, choice, strict=True)), base, declared
+            ),
             archs,
         )
         for choice in itertools.product(*values)
