@@ -270,6 +270,14 @@ CONFIGURATIONS = {
     "offsets, filled rows": KernelConfig(
         num_backends=2, seqlen_offsets=(1, 80), fields=("nsa_cu_seqlens_k", "real_page_table"), page_fill=-1, **VERIFY
     ),
+    "offsets, filled and shared": KernelConfig(
+        num_backends=2,
+        seqlen_offsets=(80, 1),
+        fields=("real_page_table",),
+        distinct=(("real_page_table", 1),),
+        page_fill=-1,
+        **VERIFY,
+    ),
     "pools of pages": KernelConfig(index_kpool=4, page_size=2, fields=("pooled_real_page_table",)),
     "schedules alone": KernelConfig(num_backends=3, fields=SCHEDULES, distinct=(("num_splits", 1),)),
     "schedules of pools": KernelConfig(
