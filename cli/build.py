@@ -31,14 +31,14 @@ from .arguments import arch_option, architectures, chosen, gone_option, json_opt
     "settings",
     multiple=True,
     metavar="KEY=VALUE,…",
-    help="Settings over each preset. If repeated, one build for each.",
+    help="Settings over each preset. If repeated, one build per occurrence.",
 )
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A TOML file of [[build]] tables.")
 @target_option
 @arch_option
-@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Builds at once; memory also limits them.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Simultaneous builds; memory also limits them.")
 @click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds that one build may take; default 600.")
-@click.option("--retry", is_flag=True, help="Compile again what failed before.")
+@click.option("--retry", is_flag=True, help="Try failed builds again.")
 @json_option
 def build(
     configs: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""One build cache for the whole run, the devices, and what is skipped where there is no GPU or no toolkit."""
+"""Fixtures: one build cache for the whole run, the devices, and skips on machines without a GPU or a toolkit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Child processes for the tests of the cache. None of what they use imports torch, so they start at once."""
+"""Child processes for the tests of the cache. They import no torch, so they start quickly."""
 
 from __future__ import annotations
 

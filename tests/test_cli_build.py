@@ -1,4 +1,4 @@
-"""onelaunch build: what it builds, what it prints, and how it refuses."""
+"""onelaunch build: its builds, its output, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""onelaunch.distribute: several local processes with caches of their own, over gloo."""
+"""onelaunch.distribute: several local processes with separate caches, over gloo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formulas: what is parsed and refused, how they print, and that emitted C++ computes what PyTorch computes."""
+"""Formulas: parsing, refusals, printing, and that emitted C++ computes the same as PyTorch."""
 
 from __future__ import annotations
 

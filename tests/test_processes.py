@@ -19,6 +19,7 @@ from onelaunch.cache.store import TAG, Store
 from processes import until
 
 KEY = "5" * 64
+FACTS = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def publish(store: Store, key: str = KEY) -> Path:
     with store.staging() as stage:
         (stage / "m.so").write_bytes(b"object" * 1000)
         (stage / "main.cpp").write_bytes(b"int x;\n")
-        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp"}).path
+        return store.publish(stage, key, FACTS).path
 
 
 # --------------------------------------------------------------------------------------------------------- locks

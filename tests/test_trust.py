@@ -20,6 +20,7 @@ from onelaunch.cache.store import Store
 from users import ALICE, MALLORY, as_user, public_folder
 
 KEY = "5" * 64
+FACTS = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def publish(store: Store, key: str = KEY) -> Entry:
     with store.staging() as stage:
         (stage / "m.so").write_bytes(b"object")
         (stage / "main.cpp").write_bytes(b"int x;\n")
-        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp", "module": "m"})
+        return store.publish(stage, key, FACTS)
 
 
 # ----------------------------------------------------------------------------------------------------- the ancestors
@@ -279,7 +280,7 @@ def real(store: Store, key: str, object_file: Path) -> Entry:
     with store.staging() as stage:
         shutil.copy(object_file, stage / "m.so")
         (stage / "main.cpp").write_text("")
-        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp", "module": "m"})
+        return store.publish(stage, key, FACTS)
 
 
 def test_kernels_never_stand_for_each_other(tmp_path: Path, objects: list[Path]) -> None:
