@@ -260,9 +260,8 @@ def entry_of(kernel: Kernel) -> Entry:
 
 def build_command(config: KernelConfig, archs: Sequence[str]) -> str:
     """The command that builds a configuration ahead of time."""
-    settings = config.settings()
-    command = "onelaunch build" + (f" --set {shlex.quote(settings)}" if settings else "")
-    return command + (f" --arch {','.join(archs)}" if archs else "")
+    settings = config.settings() or f"num_backends={config.num_backends}"  # the command wants one named
+    return f"onelaunch build --set {shlex.quote(settings)}" + (f" --arch {','.join(archs)}" if archs else "")
 
 
 def _refuse_during_capture(config: KernelConfig, archs: tuple[str, ...]) -> None:
