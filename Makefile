@@ -10,8 +10,10 @@ WORKERS ?= $(shell $(BIN)/python -c 'import os; print(max(1, min(14, len(os.sche
 unexport PYTHONDONTWRITEBYTECODE
 TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversation.csv
 
-# An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt.
+# An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt. They are installed into a
+# folder of their own, which is put before the environment's packages when the tests run.
 ENGINE ?= sglang-0.5.23
+override ENGINE := $(patsubst vllm,vllm-0.33.0,$(ENGINE))
 ENGINES := build/engines/$(ENGINE)
 
 .PHONY: demo test test-long matrix engines check gpu generate wheel clean
@@ -40,15 +42,14 @@ test-long: $(VENV)/.installed  ## run the tests that take long and rarely find a
 matrix:  ## run the tests on the oldest and the newest Python and torch; says which interpreters there aren't
 	WORKERS=$(or $(WORKERS),2) $(PYTHON) tests/matrix.py $(PYTHONS:%=--python %) $(TESTS)
 
-$(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt pyproject.toml
-	$(PYTHON) -m venv $(ENGINES)
-	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[test]'
-	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r $<
+$(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests/engines/*-imports.txt) $(VENV)/.installed
+	rm -rf $(ENGINES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes \
+	  --target $(ENGINES) -r $<
 	touch $@
 
-engines: BIN := $(ENGINES)/bin
-engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU, in an environment of its own
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
+engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU, beside the project's packages
+	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
 
 check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates
@@ -74,8 +75,9 @@ gpu: $(VENV)/.installed  ## everything that needs a GPU; writes tests/gpu/eviden
 	$(BIN)/onelaunch bench --series --json tests/gpu/bench.json --plot tests/gpu/bench.png
 	$(BIN)/python tests/gpu/table.py
 
-generate: $(VENV)/.installed  ## write the emitted CUDA of every preset
+generate: $(VENV)/.installed  ## write what is generated: the emitted CUDA of every preset, and REFERENCE.md
 	$(BIN)/onelaunch generate
+	$(BIN)/python tests/manual.py
 
 wheel: $(VENV)/.installed  ## build sdist and wheel into dist/
 	rm -rf dist

@@ -1,18 +1,21 @@
-"""The arguments that several verbs share, and the configurations they name."""
+"""Arguments and options that several verbs share, and the configurations that they name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+from onelaunch.errors import ArgumentError
 from onelaunch.spec.config import KernelConfig
 from onelaunch.spec.presets import PRESETS, preset
 from onelaunch.spec.settings import parse_settings
 
 
 def preset_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str | CompletionItem]:
-    """The presets that a shell completes a configuration's name to."""
+    """The presets that a shell offers as completions of a configuration's name."""
     return [name for name in PRESETS if name.startswith(incomplete)]
 
 
@@ -46,8 +49,30 @@ def json_option(function: Any) -> Any:
     return click.option("--json", "as_json", is_flag=True, help="As JSON.")(function)
 
 
+def html_option(function: Any) -> Any:
+    """--html, a page for a browser."""
+    return click.option(
+        "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page for a browser to this file."
+    )(function)
+
+
+def dry_run_option(function: Any) -> Any:
+    """--dry-run, for verbs that remove something."""
+    return click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be removed.")(function)
+
+
+def gone_option(name: str, instead: str) -> Callable[[Any], Any]:
+    """A removed option. For one release its error message names the replacement."""
+
+    def refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise ArgumentError(f"{name} is gone since 0.2; {instead}.")
+
+    return click.option(name, "gone_" + name.strip("-"), hidden=True, expose_value=False, callback=refuse)
+
+
 def chosen(name: str | None, settings: str | None, target: str | None = None) -> KernelConfig:
-    """The configuration that a preset's name, --set and --target stand for."""
+    """The configuration that a preset's name, --set and --target give."""
     config = parse_settings(settings or "", preset(name) if name else None)
     return config.replace(target=target) if target else config
 

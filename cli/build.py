@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,36 +13,35 @@ from pathlib import Path
 import click
 import onelaunch
 from onelaunch.build import toolchain
-from onelaunch.cache import failures
-from onelaunch.errors import OnelaunchError
-from onelaunch.load import loader, prebuild
+from onelaunch.cache import tiers
+from onelaunch.errors import ArgumentError, OnelaunchError
+from onelaunch.load import prebuild
 from onelaunch.load.prebuild import Done, Job
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from onelaunch.log import notice, short_key
+from onelaunch.variables import POLICY_VARIABLE, RETRY_VARIABLE
 
-from .arguments import arch_option, architectures, chosen, json_option, preset_names, target_option
+from .arguments import arch_option, architectures, chosen, gone_option, json_option, preset_names, target_option
 
 
 @click.command()
 @click.argument("configs", nargs=-1, shell_complete=preset_names)
-@click.option("--preset", "presets", multiple=True, shell_complete=preset_names, help="A preset; may be repeated.")
+@gone_option("--preset", "name presets as arguments: `onelaunch build nsa-decode-3`")
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="KEY=VALUE,…",
-    help="Settings over each preset. If repeated, one build for each.",
+    help="Settings over each preset. If repeated, one build per occurrence.",
 )
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A TOML file of [[build]] tables.")
 @target_option
 @arch_option
-@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Builds at once; memory also limits them.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Simultaneous builds; memory also limits them.")
 @click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds that one build may take; default 600.")
-@click.option("--retry", is_flag=True, help="Compile again what failed before.")
+@click.option("--retry", is_flag=True, help="Try failed builds again.")
 @json_option
 def build(
     configs: tuple[str, ...],
-    presets: tuple[str, ...],
     settings: tuple[str, ...],
     config: Path | None,
     target: str | None,
@@ -53,9 +51,10 @@ def build(
     retry: bool,
     as_json: bool,
 ) -> None:
-    """Compile configurations ahead of time into the cache. Several are built at once, in child processes.
+    """Compile configurations ahead of time into the cache.
 
-    CONFIGS are presets; without any, the default configuration.
+    CONFIGS are presets. --set without one changes the default configuration. Several are built at once, in child
+    processes.
 
     ONELAUNCH_JIT=error doesn't refuse this: it is for builds that a call would start. A build that takes too long is
     ended and counts as failed; the next attempt compiles it again. With --json, standard output is one document at the
@@ -65,15 +64,19 @@ def build(
     Examples:
       onelaunch build nsa-decode-3 --arch 90a
       onelaunch build --set num_backends=5 --target cpu
-      onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
+      onelaunch build nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
       onelaunch build --config kernels.toml --arch 90a,100a
       onelaunch build nsa-decode-3 --arch 90a --json
     """
+    if not (configs or settings or config):
+        raise ArgumentError(
+            "No configuration is named. Name presets (`onelaunch list` prints them), settings by --set, or a file of "
+            "[[build]] tables by --config."
+        )
     archs, here = architectures(arch), functools.cache(toolchain.current_architectures)
-    names: list[str | None] = [*configs, *presets]
     wanted = [
         Job(chosen(name, facts, target), archs)
-        for name in names or ([None] if config is None or settings else [])
+        for name in configs or ([None] if settings else [])
         for facts in settings or ("",)
     ]
     for job in prebuild.read_matrix(config) if config is not None else ():
@@ -83,16 +86,17 @@ def build(
     wanted = prebuild.distinct(
         [job if job.archs or job.config.target == "cpu" else Job(job.config, here()) for job in wanted]
     )
-    if len(wanted) == 1 and timeout is None:
-        _here(wanted[0], retry, as_json)
-    else:
-        _in_children(wanted, jobs, timeout, retry, as_json)
+    with tiers.outliving_this_process():
+        if len(wanted) == 1 and timeout is None:
+            _here(wanted[0], retry, as_json)
+        else:
+            _in_children(wanted, jobs, timeout, retry, as_json)
 
 
 def _here(job: Job, retry: bool, as_json: bool) -> None:
     """Builds one configuration in this process."""
     start, before = time.perf_counter(), time.time()
-    with _set({loader.POLICY_VARIABLE: "allow", **({failures.RETRY_VARIABLE: "1"} if retry else {})}):
+    with _set({POLICY_VARIABLE: "allow", **({RETRY_VARIABLE: "1"} if retry else {})}):
         try:
             kernel = onelaunch.specialize(job.config, job.archs)
         except OnelaunchError as error:
@@ -110,23 +114,13 @@ def _here(job: Job, retry: bool, as_json: bool) -> None:
 def _in_children(wanted: list[Job], jobs: int | None, timeout: float | None, retry: bool, as_json: bool) -> None:
     at_once = prebuild.workers(jobs, len(wanted))
     start = time.perf_counter()
-    columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=len(wanted))
+    notice(f"building {len(wanted)} kernels, {at_once} at once")
 
-        def report(done: Done) -> None:
-            progress.advance(task)
-            if as_json:
-                return
-            text = done.error or done.path
-            key = done.key if done.key else "failed"
-            # Through the progress bar's console, which moves the bar out of the way.
-            (progress.console.print if sys.stderr.isatty() else _plain)(
-                _row(key, done.seconds, done.job.config.symbol, text)
-            )
+    def report(done: Done) -> None:
+        if not as_json:
+            click.echo(_row(done.key or "failed", done.seconds, done.job.config.symbol, done.error or done.path))
 
-        ended = prebuild.build_all(wanted, at_once, timeout or prebuild.DEFAULT_TIMEOUT_SECONDS, report, retry)
+    ended = prebuild.build_all(wanted, at_once, timeout or prebuild.DEFAULT_TIMEOUT_SECONDS, report, retry)
     failed = [done for done in ended if done.error]
     built = sum(done.built for done in ended)
     if as_json:
@@ -158,11 +152,7 @@ def _document(ended: Sequence[Done]) -> None:
 
 
 def _row(key: str, seconds: float, symbol: str, rest: str) -> str:
-    return f"{key[:16]:16}  {seconds:6.2f} s  {symbol}  {rest}"
-
-
-def _plain(text: str) -> None:
-    click.echo(text)
+    return f"{short_key(key):12}  {seconds:6.2f} s  {symbol}  {rest}"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""onelaunch diff: how two kernels differ."""
+"""onelaunch diff: the differences between two kernels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import click
 from onelaunch.inspect.diff import COMPARED, difference
 from onelaunch.inspect.kernels import Subject
 
-from .arguments import arch_option, preset_names, target_option
-from .output import print_text
+from .arguments import arch_option, html_option, preset_names, target_option
+from .output import write_whole
 from .show import kernel
 
 
@@ -22,10 +22,15 @@ from .show import kernel
 @click.option(
     "-U", "--unified", "context", type=click.IntRange(min=0), default=3, help="Equal lines around a difference."
 )
-def diff(one: str, other: str, what: str, target: str | None, arch: str | None, context: int) -> None:
-    """Print how two kernels differ. Keys, symbols and addresses, which always differ, are left out.
+@html_option
+def diff(
+    one: str, other: str, what: str, target: str | None, arch: str | None, context: int, html: Path | None
+) -> None:
+    """Print how two kernels differ.
 
-    A and B are each what CONFIG of `onelaunch show` is, or key=value,… as --set takes it.
+    Keys, symbols and addresses, which always differ, are ignored.
+
+    A and B are each a CONFIG as in `onelaunch show`, or key=value,… as in --set.
 
     Exit codes are those of diff: 0 for no difference, 1 for some, 2 if they can't be compared.
 
@@ -34,6 +39,7 @@ def diff(one: str, other: str, what: str, target: str | None, arch: str | None, 
       onelaunch diff nsa-decode-3 nsa-decode-3-page16
       onelaunch diff nsa-decode-3 num_backends=3,unroll=4 --what sass
       onelaunch diff nsa-decode-1 nsa-decode-7 --what resources
+      onelaunch diff nsa-decode-3 nsa-decode-3-page16 --html diff.html
     """
 
     def subject(text: str) -> Subject:
@@ -41,9 +47,16 @@ def diff(one: str, other: str, what: str, target: str | None, arch: str | None, 
         is_settings = "=" in text and not Path(text).exists()
         return kernel(None if is_settings else text, text if is_settings else None, target, arch)
 
-    found = difference(subject(one), subject(other), what, context)
+    first, second = subject(one), subject(other)
+    found = difference(first, second, what, context)
+    if html is not None:
+        # Imported here for start-up time: it loads the templates' engine.
+        from onelaunch.inspect.page import diff_page
+
+        write_whole(html, diff_page(first, second, what, context))
     if not found:
         click.echo(f"no difference in {what}")
         return
-    print_text(found, "diff")
+    if html is None:
+        click.echo(found, nl=False)
     raise click.exceptions.Exit(1)

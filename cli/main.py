@@ -19,8 +19,11 @@ def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     ctx.exit()
 
 
-@click.group(cls=Verbs, epilog=EXIT_CODES, context_settings={"show_default": True})
+@click.group(
+    cls=Verbs, epilog=EXIT_CODES, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
+)
 @click.option(
+    "-V",
     "--version",
     is_flag=True,
     is_eager=True,
@@ -29,7 +32,10 @@ def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     help="Print the version, and those of the toolchain.",
 )
 @click.option(
-    "--traceback", is_flag=True, expose_value=False, help="Show where an error comes from; may stand anywhere."
+    "--traceback",
+    is_flag=True,
+    expose_value=False,
+    help="Show where an error comes from; accepted anywhere on the command line.",
 )
 def app() -> None:
     """Generate, build, inspect and replay kernels that refresh N backends' attention metadata in one launch.

@@ -1,10 +1,9 @@
-"""How the verbs print, and how they write files."""
+"""Formatting of sizes, and writing of files, for the verbs."""
 
 from __future__ import annotations
 
 import errno
 import os
-import sys
 from pathlib import Path
 
 from onelaunch.cache import files
@@ -19,22 +18,8 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def print_text(text: str, lexer: str) -> None:
-    """Prints text: highlighted on a terminal (unless $NO_COLOR is set), plain elsewhere."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        sys.stdout.write(text)
-        return
-    # Imported here for start-up time: most output goes to pipes, which need no highlighting.
-    from rich.console import Console
-    from rich.syntax import Syntax
-
-    # The default background keeps the terminal's own, dark or light. Soft wrapping keeps lines whole for copying.
-    highlighted = Syntax(text, lexer, theme="ansi_dark", background_color="default").highlight(text)
-    Console().print(highlighted, soft_wrap=True, end="")
-
-
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file in one step: if it is interrupted, the file keeps its old content.
+    """Writes a file atomically: if it is interrupted, the file keeps its old content.
 
     Raises:
         OSError: it can't be written; the error names ``path``.
@@ -51,7 +36,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError where write_whole would fail, as far as that is known in advance."""
+    """Raises OSError if write_whole would fail, as far as that is known in advance."""
     target = path.resolve()
     place = target if target.exists() and not target.is_file() else target.parent
     place.stat()  # raises if the folder is missing

@@ -1,7 +1,7 @@
 """onelaunch: refresh the attention metadata of N draft backends in one CUDA launch.
 
-A configuration becomes a key, the key becomes emitted CUDA, the CUDA becomes a module, the module binds to buffers,
-and the bound plan is one launch.
+A configuration is rendered as CUDA, the CUDA is built into a module, the module is bound to buffers, and the bound plan
+refreshes them in one launch.
 
 Importing this package imports no torch, no jinja2 and no numpy: names that need them are imported when they are first
 used (PEP 562).
@@ -29,7 +29,7 @@ from .errors import (
     ToolchainError,
 )
 from .spec.config import KernelConfig
-from .spec.fields import FIELDS, Field, MetadataBuffers
+from .spec.fields import FIELDS, Field, MetadataBuffers, running_sum, vector
 from .spec.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -44,16 +44,19 @@ if TYPE_CHECKING:
         precompute_draft_extend_metadata_cuda,
         precompute_target_verify_metadata_cuda,
     )
+    from .run.declared import Map, into
     from .run.groups import Groups, bind_groups
     from .run.plan import Plan, bind
-    from .run.schedules import sparse_flashmla_metadata
+    from .run.schedules import paged_mqa_schedule, sparse_flashmla_metadata
     from .spec import reference
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# The same for the interpreter: each name with the module that it is imported from when it is first used.
+# The same names for the interpreter, each with the module that it is imported from at its first use.
 _LAZY = {
     "Groups": "run.groups",
+    "Map": "run.declared",
+    "into": "run.declared",
     "Kernel": "load.loader",
     "Plan": "run.plan",
     "bind": "run.plan",
@@ -62,6 +65,7 @@ _LAZY = {
     "freeze": "load.loader",
     "fused_metadata_copy_cuda": "run.api",
     "fused_metadata_precompute_and_broadcast_cuda": "run.api",
+    "paged_mqa_schedule": "run.schedules",
     "precompute_decode_metadata_cuda": "run.api",
     "precompute_draft_extend_metadata_cuda": "run.api",
     "precompute_target_verify_metadata_cuda": "run.api",
@@ -83,6 +87,7 @@ __all__ = [
     "Kernel",
     "KernelConfig",
     "LaunchError",
+    "Map",
     "MetadataBuffers",
     "OnelaunchError",
     "Plan",
@@ -94,14 +99,18 @@ __all__ = [
     "freeze",
     "fused_metadata_copy_cuda",
     "fused_metadata_precompute_and_broadcast_cuda",
+    "into",
+    "paged_mqa_schedule",
     "precompute_decode_metadata_cuda",
     "precompute_draft_extend_metadata_cuda",
     "precompute_target_verify_metadata_cuda",
     "preset",
     "reference",
     "render",
+    "running_sum",
     "sparse_flashmla_metadata",
     "specialize",
+    "vector",
 ]
 
 

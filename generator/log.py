@@ -1,14 +1,14 @@
-"""The logger "onelaunch": a line for each build, load and bind. $ONELAUNCH_LOG shows them on standard error."""
+"""The logger "onelaunch": one line per build, load and bind. $ONELAUNCH_LOG shows them on standard error."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import warnings
 
-LOG_VARIABLE = "ONELAUNCH_LOG"
+from .variables import LOG_VARIABLE
+
 _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
 logger = logging.getLogger("onelaunch")
@@ -30,7 +30,12 @@ def event(
     """
     if logger.isEnabledFor(level):
         text = ", ".join((f"{seconds * 1000:.1f} ms", *filter(None, details)))
-        logger.log(level, "%s %s key=%s %s %s", what, symbol, key[:16], outcome, text)
+        logger.log(level, "%s %s key=%s %s %s", what, symbol, short_key(key), outcome, text)
+
+
+def short_key(key: str) -> str:
+    """The digits of a key that messages show; commands accept 4 or more."""
+    return key[:12]
 
 
 def notice(text: str) -> None:
@@ -41,7 +46,7 @@ def notice(text: str) -> None:
 
 
 def _show(name: str) -> None:
-    """Sends the lines to standard error; an application that configures logging itself leaves the variable unset."""
+    """Sends the lines to standard error. An application that configures logging itself leaves the variable unset."""
     if name not in _LEVELS:
         warnings.warn(f"{LOG_VARIABLE} is {name!r}; allowed: info, debug. Nothing is logged.", stacklevel=2)
         return
@@ -52,5 +57,5 @@ def _show(name: str) -> None:
     logger.propagate = False
 
 
-if os.environ.get(LOG_VARIABLE):
-    _show(os.environ[LOG_VARIABLE])
+if LOG_VARIABLE.read():
+    _show(LOG_VARIABLE.read())

@@ -1,8 +1,8 @@
-"""The table of cases: configurations and shapes that the CPU target, the emulation and the GPU are checked with.
+"""The table of cases: the configurations and shapes that are checked on the CPU target, in the emulation and on a GPU.
 
-``CONFIGURATIONS`` has one of each strategy and each field kind, by name. ``SETTINGS`` lists the values of each setting,
-from which ``all_pairs`` makes a table of configurations in which any two values meet, and hypothesis draws any others.
-``SHAPES`` are the batches and tables that each is run on.
+``CONFIGURATIONS`` has one configuration for each strategy and each field kind, by name. ``SETTINGS`` lists the values
+of each setting: ``all_pairs`` makes configurations from it in which any two values meet, and hypothesis draws further
+ones. ``SHAPES`` are the batches and tables that each configuration runs on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onelaunch import FIELDS, KernelConfig
+from onelaunch import FIELDS, KernelConfig, running_sum, vector
 from onelaunch.errors import ConfigError
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -80,7 +80,7 @@ class Shape:
 
 
 def batch(bs: int, width: int = 333, page_size: int = 64, **more: Any) -> Shape:
-    """A batch of the lengths that are easy to get wrong, then random ones, in random order."""
+    """A batch of edge-case lengths, then random ones, in random order."""
     edges = [0, 1, page_size - 1, page_size, page_size + 1, width - 1, width, width + 1, 3 * width, 2 * page_size]
     numbers = random.Random(f"{bs}.{width}.{page_size}")
     lengths = [edges[i % len(edges)] if i % 3 else numbers.randint(0, width + 20) for i in range(bs)]
@@ -145,6 +145,8 @@ VECTORS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector
 MQA = "paged_mqa_schedule_metadata"
 SCHEDULES = (MQA, "flashmla_metadata", "num_splits")
 CSR = ("kv_indptr", "kv_indices")
+# All that one kernel can write: with tables it writes no kv_indices.
+EVERY = tuple(name for name in FIELDS if name not in CSR)
 VERIFY: dict[str, Any] = {"mode": "target_verify", "next_n": 3}
 VARIABLE: dict[str, Any] = {"mode": "draft_extend", "extend": "variable"}
 
@@ -177,10 +179,65 @@ STRATEGIES = {
     "checked variable rows": KernelConfig(num_backends=2, fields=SEVEN, checked=True, **VARIABLE),
     "checked indices": KernelConfig(num_backends=2, seqlen_offsets=(3, 70), fields=CSR, checked=True, **VERIFY),
 }
+# Declared fields: each kind, dtype and way to be written, each operator at least once.
+DECLARE = {
+    "positions": vector("base_len + row", rows=3, dtype="int64", pad=0),
+    "out_cache_loc": vector("token(base_len + row)", rows=4, dtype="int64", pad=-1, missing=-7),
+    "last_page_len": vector("where(seq_len > 0, (seq_len - 1) % page_size + 1, 0)", "request"),
+    "page_sums": running_sum("ceil_div(max(base_len, 0) + offset, page_size)", pad="last"),
+    "accepted": running_sum("accept + 1", dtype="int64", pad=3),
+    "is_live": vector("(seq_len > 0) * (accept != request)", "request", dtype="bool", pad=1),
+    "swa_loc": vector("full_to_swa(token(base_len - 1))", "request", missing=5),
+    "slots": vector("table(base_len // block) * block + base_len % block", "request", dtype="int64", missing=-1),
+    "other_rows": vector("table(request % 5, clamp(accept, -2, most))", "request", pad=9),
+    "wide_input": vector("raw * 3 - base_len", "request", dtype="int64"),
+    "narrow_input": vector("raw * 3 - base_len", "request"),
+    "steps": vector("seq_len * 10 + step", "request"),
+    "term": vector("nsa_cache_seqlens - rows", "row"),
+}
+DECLARED: dict[str, Any] = {
+    "declare": DECLARE,
+    "inputs": {"accept": "int32", "raw": "int64"},
+    "constants": {"block": 16, "most": 40},
+    "sources": {"table": "int32"},
+    "maps": {"full_to_swa": ("int64", -3)},
+}
+DECLARED_NAMES = tuple(DECLARE)
+STRATEGIES |= {
+    "declared": KernelConfig(fields=(*SEVEN, *DECLARED_NAMES), page_size=16, **DECLARED),
+    "declared rows": KernelConfig(
+        num_backends=2,
+        fields=("cu_seqlens_k", *DECLARED_NAMES),
+        strided=("positions", "is_live", "term", "swa_loc"),
+        declare=DECLARE | {"row_sum": running_sum("seqlens_expanded + accept", "row", pad="last")},
+        **{name: value for name, value in DECLARED.items() if name != "declare"},
+        **VERIFY,
+    ),
+    "declared offsets": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(0, 3, 1),
+        fields=("seqlens_expanded", *DECLARED_NAMES),
+        distinct=tuple((name, 1) for name in ("positions", "out_cache_loc", "accepted", "swa_loc")),
+        strided=("out_cache_loc", "steps"),
+        **DECLARED,
+    ),
+    "declared of variable rows": KernelConfig(
+        num_backends=2,
+        declare={
+            "cu_seqlens_q": running_sum("rows", pad="last"),
+            "of_row": vector("token(row) - row", dtype="int64"),
+            "own": vector("rows * 100 + row + accept", rows=2),
+            "row_sum": running_sum("row + accept", "row", dtype="int64"),
+        },
+        inputs={"accept": "int64"},
+        fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum"),
+        **VARIABLE,
+    ),
+}
 # Combinations of them that took code of their own.
 CONFIGURATIONS = {
     **STRATEGIES,
-    "one token a page": KernelConfig(num_backends=3, page_size=1),
+    "one token per page": KernelConfig(num_backends=3, page_size=1),
     "pages beyond a tile": KernelConfig(num_backends=2, page_size=1024),
     "pages of int64, equal rows": KernelConfig(page_size=7, req_to_token_dtype="int64", extent="full"),
     "pages alone, equal rows": KernelConfig(num_backends=2, fields=("real_page_table",), extent="full"),
@@ -224,11 +281,36 @@ CONFIGURATIONS = {
     "indices of int64": KernelConfig(
         num_backends=3, distinct=(("kv_indices", 2),), fields=("kv_indices",), req_to_token_dtype="int64"
     ),
+    "indices into int64": KernelConfig(
+        num_backends=2,
+        seqlen_offsets=(2, 9),
+        fields=CSR,
+        dtypes=(("kv_indices", "int64"),),
+        req_to_token_dtype="int64",
+        checked=True,
+    ),
     "indices beside": KernelConfig(num_backends=2, seqlen_offsets=(7,), fields=("cu_seqlens_k", *CSR, *SCHEDULES)),
     "copy of rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=BY_BATCH),
     "copy of words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4),
     "copy of vectors": KernelConfig(operation="copy", num_backends=2, fields=("cu_seqlens_k",)),
+    # More backends than a loop over them is unrolled for: their addresses are found by an index.
+    "every field of 9": KernelConfig(num_backends=9, fields=EVERY),
+    "every field of 64": KernelConfig(
+        num_backends=64, seqlen_offsets=tuple(range(64)), checked=True, fields=EVERY, page_size=7, **VERIFY
+    ),
+    "every field of 64, full": KernelConfig(num_backends=64, extent="full", fields=EVERY),
+    "copy of every field to 64": KernelConfig(operation="copy", num_backends=64, fields=BY_BATCH),
 }
+
+
+def fullest(config: KernelConfig) -> KernelConfig:
+    """The same with as many backends as the kernel's parameters have room for."""
+    while True:
+        try:
+            config = config.replace(num_backends=config.num_backends + 1)
+        except ConfigError:
+            return config
+
 
 # ------------------------------------------------------------------------------------------------ any two settings
 
@@ -268,7 +350,9 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "schedule_remainder": ("last", "first"),
     "schedule_per": ("request", "row"),
     "schedule_atoms": (0, 3),
+    "schedule_split_cost": (0, 5),
     "flashmla_order": ("2026", "2025"),
+    "indices": ("int32", "int64"),
 }
 
 
@@ -296,6 +380,9 @@ def configuration(chosen: Mapping[str, Any]) -> KernelConfig:
     settings = dict(chosen)
     n = settings["num_backends"]
     offsets, shared = settings.pop("offsets"), settings.pop("shared")
+    indices = settings.pop("indices")
+    if "kv_indices" in settings["fields"]:
+        settings["dtypes"] = {"kv_indices": indices}
     settings["seqlen_offsets"] = {"none": (), "one": (7,), "each": tuple(range(n, 0, -1))}[offsets]
     if shared == "tables":
         tables = [name for name in settings["fields"] if FIELDS[name].kind == "table"]

@@ -1,4 +1,4 @@
-"""One build cache for the whole run, the devices, and what is skipped where there is no GPU or no toolkit."""
+"""Fixtures: one build cache for the whole run, the devices, and skips on machines without a GPU or a toolkit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import headers
+import hypothesis
 import pytest
 import torch
 from onelaunch.build import environment, toolchain
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
-from onelaunch.run import api, refresh
+from onelaunch.run import api, refresh, schedules
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 # A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.
@@ -31,6 +32,11 @@ _own_folder = pytest.StashKey[Path]()
 def pytest_configure(config: pytest.Config) -> None:
     """Names cache and compiler before any worker starts: workers inherit the environment, so all of them share both."""
     os.environ.pop(loader.POLICY_VARIABLE, None)
+    # A busy machine is no fault, and one run sees what the other saw.
+    hypothesis.settings.register_profile(
+        "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("tests")
     config.addinivalue_line("markers", LONG_MARKER)
     # The tests' tensors are small: with more threads than one, of this process or a child's, most of the time goes into
     # waiting for one another, which takes the cores from the other workers.
@@ -125,5 +131,5 @@ def _no_policy_is_left_behind() -> Iterator[None]:
     frozen = loader._frozen
     yield
     loader._frozen = frozen
-    for plans in (refresh.plans, api.copy_plans):
+    for plans in (refresh.plans, api.copy_plans, schedules.mqa_plans):
         plans.clear()

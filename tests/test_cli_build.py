@@ -1,14 +1,14 @@
-"""onelaunch build: what it builds, what it prints, and how it refuses."""
+"""onelaunch build: its builds, its output, and its errors."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from onelaunch.cache import failures
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, prebuild
+from processes import read_only, runs, until
 
 SMALL = "fields=cache_seqlens"
 
@@ -61,9 +62,9 @@ def test_build_then_nothing_to_build(store: Store) -> None:
     assert first.exit_code == 0, first.output
     config = KernelConfig(fields=("cache_seqlens",), target="cpu")
     (entry,) = store.entries()
-    said = re.fullmatch(rf"(\w{{16}})  +(\d+\.\d\d) s  {config.symbol}  (.+)\n", first.stdout)
+    said = re.fullmatch(rf"(\w{{12}})  +(\d+\.\d\d) s  {config.symbol}  (.+)\n", first.stdout)
     assert said is not None, first.stdout
-    assert said[1] == entry.key[:16]
+    assert said[1] == entry.key[:12]
     assert said[3] == str(entry.module_path)
     loader._loaded.clear()
     onelaunch.freeze()
@@ -136,7 +137,7 @@ def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.Mo
     assert [line.split()[-2:] for line in rows] == [[config.symbol, "/there"] for config in configs]
     assert summary.startswith("2 built, 0 there before, 0 failed, in ")
     # A single one is built by the command's own process.
-    assert invoke().exit_code == 0
+    assert invoke("nsa-decode-1").exit_code == 0
     assert asked[-1] == prebuild.Job(KernelConfig(), toolchain.current_architectures())
     # Several without --arch are for the GPU that is here, which the children don't ask.
     monkeypatch.setattr(toolchain, "current_architectures", lambda: ("89",))
@@ -146,14 +147,21 @@ def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.Mo
 
 def test_build_names_a_wrong_preset_before_it_builds_another(store: Store) -> None:
     result = invoke("nsa-decode-1", "nsa-decode-1000", "--target", "cpu")
-    assert_one_sentence(result, "the preset's name is 'nsa-decode-1000'")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "onelaunch: There is no preset 'nsa-decode-1000'. Did you mean 'nsa-decode-1'?\n"
+        "`onelaunch list` prints all of them.\n"
+    )
     assert not (store.root / "entries").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--target", "gpu"], "target is 'gpu'; allowed: 'cuda', 'cpu'."),
+        (["nsa-decode-1", "--target", "gpu"], "target is 'gpu'; allowed: 'cuda', 'cpu'."),
+        ([], "No configuration is named. Name presets (`onelaunch list` prints them), settings by --set, or a file"),
+        (["--preset", "nsa-decode-1"], "--preset is gone since 0.2; name presets as arguments"),
+        (["vllm-decode-3"], "The preset 'vllm-decode-3' is gone since 0.2: vLLM's draft steps advance one object"),
         (["nsa-decode-1", "--set", "threads=48"], "threads is 48; on the cuda target it must be a power of two"),
     ],
 )
@@ -176,10 +184,46 @@ def test_build_is_a_wish_that_no_policy_refuses(store: Store) -> None:
     assert "ONELAUNCH_JIT=error doesn't refuse this" in invoke("--help", COLUMNS="200").stdout
 
 
+def test_a_cache_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:
+    """A real folder that this user can't write, and the real command: what it built elsewhere would be lost at once."""
+    cache = tmp_path / "cache"
+    settings = ("--target", "cpu", "--set", SMALL)
+    sentence = (
+        f"The cache folder {cache} can't be used (Permission denied). Set ONELAUNCH_CACHE_DIR to a folder that this "
+        "process may write and that has room."
+    )
+
+    def onelaunch(*words: str) -> tuple[int, list[str], list[str]]:
+        command = [sys.executable, "-m", "onelaunch.cli.main", *words]
+        environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(cache)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+    assert onelaunch("build", *settings)[0] == 0
+    assert onelaunch("cache", "pack", "-o", str(tmp_path / "pack"))[0] == 0
+    with read_only(cache):
+        assert onelaunch("build", "--target", "cpu", "--set", "fields=cu_seqlens_k") == (
+            2,
+            [],
+            [f"onelaunch: {sentence}"],
+        )
+        code, rows, _ = onelaunch("build", *settings, "--set", "fields=cu_seqlens_k")
+        assert (code, rows[-1].split(", in ")[0]) == (2, "0 built, 1 there before, 1 failed")
+        assert any(row.startswith("failed ") and row.endswith(sentence) for row in rows)
+        # What is there needs no room.
+        code, (row,), errors = onelaunch("build", *settings)
+        assert (code, errors) == (0, [])
+        assert Path(row.split()[-1]).is_relative_to(cache)
+    shutil.rmtree(cache / "entries")
+    with read_only(cache):
+        assert onelaunch("cache", "unpack", str(tmp_path / "pack")) == (2, [], [f"onelaunch: {sentence}"])
+    assert onelaunch("cache", "unpack", str(tmp_path / "pack"))[0] == 0
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
     """With one build here and with several in workers: nothing stays in the cache, and no process either."""
-    compiler = compiler_that(f"echo $$ > {tmp_path}/running.$$; exec sleep 300", tmp_path)
+    compiler = compiler_that(f"echo $$ > {tmp_path}/running.$$; exec sleep 3000", tmp_path)
     settings = [f"--set=fields=cache_seqlens,num_backends={n}" for n in range(1, jobs + 1)]
     process = subprocess.Popen(
         [sys.executable, "-m", "onelaunch.cli.main", "build", *settings, "--target", "cpu", "--jobs", str(jobs)],
@@ -190,13 +234,10 @@ def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        end = time.monotonic() + 120
-        while len(running := list(tmp_path.glob("running.*"))) < jobs:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: len(list(tmp_path.glob("running.*"))) == jobs or process.poll() is not None, "the compilers")
+        assert process.poll() is None, process.communicate()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -209,8 +250,5 @@ def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
     assert not list(cache.glob(f"entries/*/{MANIFEST}"))
     assert not list(cache.glob(f"failed/*/{failures.RECORD}")), "an interruption isn't a failure to remember"
     assert Store(cache).stored_keys() == []
-    for pid in (int(path.suffix[1:]) for path in running):
-        end = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-            assert time.monotonic() < end, "a compiler still runs"
-            time.sleep(0.05)
+    compilers = [int(path.suffix[1:]) for path in tmp_path.glob("running.*")]
+    until(lambda: not any(runs(pid) for pid in compilers), "the compilers' end")

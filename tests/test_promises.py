@@ -20,18 +20,18 @@ from onelaunch.load import pack
 from processes import until
 
 PROMISES = {
-    "What is loaded is, byte for byte, what was verified": ("test_trust.test_what_is_loaded_is_what_was_verified",),
-    "Nobody else can exchange a folder of it": (
+    "Exactly the bytes that were verified are loaded": ("test_trust.test_what_is_loaded_is_what_was_verified",),
+    "No other user can exchange a folder of the cache": (
         "test_trust.test_every_folder_above_is_checked",
         "test_trust.test_an_attacker_beside_a_loader",
         "test_override.test_a_folder_above_that_somebody_else_could_exchange",
     ),
-    "Nothing is deleted that the cache didn't make": (
+    "Nothing is removed that the cache didn't make": (
         "test_processes.test_nothing_is_removed_from_a_folder_of_somebody_else",
         "test_processes.test_only_names_of_the_caches_own_are_removed",
         "test_promises.test_a_failure_is_forgotten_only_in_a_marked_cache",
     ),
-    "An entry answers only for its own configuration": (
+    "An entry is used only for its own configuration": (
         "test_lookup.test_exchanged_notes_are_noticed",
         "test_store.test_an_entry_of_something_else_is_a_miss",
     ),
@@ -42,17 +42,17 @@ PROMISES = {
         "test_promises.test_every_bit_of_a_pack",
         "test_fuzz.test_garbage_is_used_or_refused_in_a_sentence",
     ),
-    "Only a compiler's verdict on the source is remembered as a failure": (
+    "A failure is remembered only if a compiler refused the source": (
         "test_faults.test_a_compiler_that_fails",
         "test_faults.test_what_is_a_verdict_on_the_source",
     ),
-    "A line of progress never fails anything": ("test_builder.test_a_progress_line_never_fails_a_build",),
-    "What a process that dies leaves is swept by the next ones": (
+    "A progress line never fails anything": ("test_builder.test_a_progress_line_never_fails_a_build",),
+    "What a process leaves that dies is swept by later ones": (
         "test_killed.test_what_killed_processes_leave_is_swept",
         "test_faults.test_the_process_is_killed_during_the_build",
         "test_processes.test_temporary_stores_of_dead_processes_are_swept",
     ),
-    "A fork, a signal, a closed stream or a missing HOME is no traceback": (
+    "A fork, a signal, a closed stream or a missing HOME never causes a traceback": (
         "test_processes.test_a_forked_child_doesnt_keep_its_parents_lock",
         "test_failure_modes.test_a_forked_child_builds",
         "test_promises.test_a_signal_during_a_build",
@@ -60,7 +60,7 @@ PROMISES = {
         "test_builder.test_a_user_without_a_name_and_a_home",
         "test_store.test_no_home_is_a_sentence",
     ),
-    "A cache of an earlier version is set aside, a pack of one is refused": (
+    "Entries of an earlier version are set aside, and a pack of another format is refused": (
         "test_store.test_entries_of_an_earlier_version_are_set_aside_with_one_warning",
         "test_pack.test_broken_packs_put_nothing_anywhere",
         "test_promises.test_a_cache_that_was_there_is_adopted_by_its_names",

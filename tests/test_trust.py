@@ -132,6 +132,49 @@ def test_another_users_parent_is_no_place_for_a_cache(public: Path) -> None:
     assert warned == []
 
 
+# ---------------------------------------------------------------------------------------------- one entry, one part
+
+
+@pytest.mark.parametrize("part", ["", "entries", f"entries/{KEY}", f"entries/{KEY}/m.so"])
+def test_a_part_that_others_could_have_written_is_named(
+    public: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is above the code, and the code: with the whole sentence, and with what to do about it."""
+    store = Store(folder(public / "mine", mode=0o700) / "cache")
+    entry = publish(store)
+    path, mode = store.root / part, (store.root / part).stat().st_mode & 0o777
+
+    def refused_by(look: Store) -> str:
+        with pytest.raises(StoreError) as caught:
+            look.find(KEY)
+        return str(caught.value)
+
+    for loose in (mode | 0o020, mode | 0o002):
+        path.chmod(loose)
+        assert refused_by(Store(store.root)) == (
+            f"{path} in the kernel cache can be written by others (mode {loose:o}). Run: chmod go-w {path} or, if you "
+            "trust everybody who can write there, set ONELAUNCH_SHARED_CACHE=1."
+        )
+    path.chmod(mode)
+    assert store.find(KEY) == entry
+    os.chown(path, MALLORY, MALLORY)
+    assert refused_by(store) == (
+        f"{path} in the kernel cache belongs to user {MALLORY}, and code from it would run as user 0. Set "
+        "ONELAUNCH_CACHE_DIR to a folder of your own, or, if you trust everybody who can write there, set "
+        "ONELAUNCH_SHARED_CACHE=1."
+    )
+    monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
+    assert store.find(KEY) == entry
+    monkeypatch.delenv(trust.SHARED_VARIABLE)
+    os.chown(path, 0, 0)
+    if path.is_dir():  # a file that is a link is damage
+        path.rename(public / "elsewhere")
+        path.symlink_to(public / "elsewhere")
+        assert refused_by(store) == (
+            f"{path} in the kernel cache is a symbolic link; replace it by the folder or file it leads to."
+        )
+
+
 # -------------------------------------------------------------------------------------- what only some users can do
 
 

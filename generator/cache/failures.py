@@ -1,6 +1,6 @@
-"""Remembers by key what a compiler or linker refused: compiling it again would fail again, after the same wait.
+"""Remembers, by key, sources that a compiler or linker refused: another build would fail in the same way.
 
-Only a verdict on the source is remembered (CompileError.lasting). Whatever else ends a build, a signal, a full disk, a
+Only errors of the source are remembered (CompileError.lasting). Other causes, such as a signal, a full disk or a
 missing header, may be gone the next time.
 """
 
@@ -14,16 +14,16 @@ import uuid
 from pathlib import Path
 
 from ..errors import CompileError
+from ..variables import RETRY_VARIABLE
 from . import files
 from .store import Store
 from .trust import private, read, restrict
 
-RETRY_VARIABLE = "ONELAUNCH_RETRY"
 RECORD = "failure.json"
 
 
 def folder(store: Store, key: str) -> Path:
-    """Where a failed build's log, source and record are."""
+    """The folder with a failed build's log, source and record."""
     return store.root / "failed" / key[:16]
 
 
@@ -86,5 +86,5 @@ def _record(store: Store, key: str) -> dict[str, str] | None:
 
 
 def retry_wanted() -> bool:
-    """Whether $ONELAUNCH_RETRY says to compile again what failed before."""
-    return os.environ.get(RETRY_VARIABLE, "") not in ("", "0")
+    """Whether $ONELAUNCH_RETRY requests that failed builds are tried again."""
+    return RETRY_VARIABLE.is_on()

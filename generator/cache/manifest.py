@@ -1,4 +1,4 @@
-"""What an entry says about itself, and how it is verified: nothing of an entry is used that no sum covers."""
+"""An entry's manifest and its verification: no part of an entry is used unless a checksum covers it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 from . import trust
 
 MANIFEST = "manifest.json"
-# Why an entry of schema 1 is set aside: its manifest has no sum.
+# The reason why an entry of schema 1 is set aside: its manifest has no checksum.
 EARLIER = "it was made by an earlier version"
-# A manifest has some kilobytes. The bound keeps a wrong file from filling the memory.
+# A manifest has a few kilobytes. The limit keeps a wrong file from filling the memory.
 MAX_MANIFEST_BYTES = 2**22
 KEY = re.compile("[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -87,18 +87,18 @@ class Entry:
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:
-    """The key of a build: sha256 (hex) of all that its object is made of."""
+    """The key of a build: sha256 (hex) of its ingredients."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 def encode(facts: Mapping[str, Any]) -> bytes:
-    """The manifest's file: JSON in one form, with a sha256 of all the rest under "sum"."""
+    """The bytes of the manifest file: canonical JSON, with a sha256 of everything else under "sum"."""
     covered = _text(facts)
     return _text({**facts, "sum": hashlib.sha256(covered).hexdigest()})
 
 
 def decode(data: bytes, key: str) -> dict[str, Any]:
-    """The facts in a manifest's file, without the sum.
+    """The contents of a manifest file, without the sum.
 
     Raises:
         ValueError: it isn't the manifest of that key, byte for byte as encode wrote it.
@@ -117,10 +117,10 @@ def decode(data: bytes, key: str) -> dict[str, Any]:
 
 
 def check(facts: Mapping[str, Any], key: str) -> None:
-    """Checks that a manifest is complete and is a key's.
+    """Checks that a manifest is complete and belongs to a key.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: the message says what is wrong.
     """
     for name, kind in (_REQUIRED | _OPTIONAL).items():
         if name in _REQUIRED and name not in facts:
@@ -157,7 +157,7 @@ def check_file(facts: Mapping[str, Any], name: str, data: bytes) -> None:
 
 
 def satisfies(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> bool:
-    """Whether a manifest says what is expected: each value equal, and of "archs" all that are expected among others."""
+    """Whether a manifest has the expected values. "archs" may have more than the expected ones."""
     wanted = json.loads(json.dumps(dict(expect)))  # tuples become lists, as in the manifest
     if not set(wanted.pop("archs", ())) <= set(facts.get("archs", ())):
         return False

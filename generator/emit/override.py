@@ -1,21 +1,20 @@
 """Kernels edited by hand: $ONELAUNCH_OVERRIDE_DIR/<symbol>.cu is compiled in place of what the templates emit.
 
-Triton's TRITON_OVERRIDE_DIR has the idea. An edit is part of the key, so no cache ever takes one for the other.
+The idea is from Triton's TRITON_OVERRIDE_DIR. The edited text is part of the key, so no cache confuses the two kernels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..cache import trust
 from ..errors import StoreError
 from ..spec.config import KernelConfig
+from ..variables import OVERRIDE_VARIABLE
 from . import render as emission
 
-OVERRIDE_VARIABLE = "ONELAUNCH_OVERRIDE_DIR"
 # What is compiled from it runs as this user, so it is trusted like the cache: only this user may have written there.
 _PLACE = trust.Place("the folder of edited kernels", OVERRIDE_VARIABLE)
 
@@ -37,9 +36,9 @@ def edited(config: KernelConfig) -> Edited | None:
     """The edited source of a configuration; None if there is none, or if it is what the templates emit anyway.
 
     Raises:
-        StoreError: the folder or file can't be read, or somebody else could have written it.
+        StoreError: the folder or file can't be read, or another user could have written it.
     """
-    name = os.environ.get(OVERRIDE_VARIABLE)
+    name = OVERRIDE_VARIABLE.read()
     if not name:
         return None
     path = Path(name) / f"{config.symbol}.cu"

@@ -1,14 +1,18 @@
-"""Configuration to source text: the one Jinja environment, and the only place that C++ spellings come from."""
+"""Configuration to source text. Holds the only Jinja environment; no other module spells C++ types."""
 
 from __future__ import annotations
 
 import importlib.resources
+import shlex
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
 from ..spec.config import KernelConfig
+from ..spec.cpp import cpp, user_name
+from ..spec.declarations import written
+from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
 from ..spec.vectors import element, functions_of, locals_of
@@ -18,17 +22,24 @@ from .binding import render_plain_binding
 if TYPE_CHECKING:
     import jinja2
 
-# The functions that compute a schedule or the vectors, each in blocks of its own.
+# By field, the function that computes a schedule in a block of its own.
 _SCHEDULERS = {"paged_mqa_schedule_metadata": "schedule_mqa", "flashmla_metadata": "schedule_flashmla"}
+_TYPES = {"int32": "std::int32_t", "int64": "std::int64_t", "bool": "bool"}
 _MEMBER_TYPES = {
     "int64": "std::int64_t ",
     "lengths": "const SeqLen* ",
     "extends": "const ExtendLen* ",
     "pool": "const PoolIndex* ",
     "token": "const Token* ",
-    "int32": "std::int32_t* ",
+    "to_int32": "std::int32_t* ",
+    "to_int64": "std::int64_t* ",
+    "to_bool": "bool* ",
     "table": "Table ",
     "violation": "Violation* ",
+    **{f"from_{dtype}": f"const std::{dtype}_t* " for dtype in ("int32", "int64")},
+    **{f"source_{dtype}": f"Source<std::{dtype}_t> " for dtype in ("int32", "int64")},
+    **{f"map_{dtype}": f"Map<std::{dtype}_t> " for dtype in ("int32", "int64")},
+    **{f"strided_{dtype}": f"Strided<{each}> " for dtype, each in _TYPES.items()},
 }
 
 
@@ -41,7 +52,7 @@ def _device(name: str) -> str:
     """The text of device/<name>.cuh, emitted as it is."""
     text = _read(f"device/{name}.cuh")
     if text is None:
-        raise LookupError(f"there is no device/{name}.cuh among the templates.")
+        raise LookupError(f"the templates have no device/{name}.cuh.")
     return text.rstrip("\n")
 
 
@@ -65,9 +76,14 @@ def _environment() -> jinja2.Environment:
 def render(config: KernelConfig) -> str:
     """The emitted CUDA (or, for ``target="cpu"``, C++) of a configuration.
 
-    The text depends on the configuration and the templates alone: no time, no path, no machine.
+    The text depends only on the configuration and the templates, not on time, paths or the machine.
     """
     return _environment().get_template("kernel.cu.j2").render(_context(config))
+
+
+def render_template(name: str, values: dict[str, Any]) -> str:
+    """A template that isn't a kernel's."""
+    return _environment().get_template(name).render(values)
 
 
 def _context(config: KernelConfig) -> dict[str, Any]:
@@ -81,20 +97,25 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "files": files,
         "roles": _roles(config),
         # Whether the kernel has the type Rows: it writes tables with rows, or vectors of rows.
-        "has_rows": "tile" in files or "lone_pages" in files or bool(config.row_vectors and not config.copies),
+        "has_rows": "tile" in files
+        or "lone_pages" in files
+        or config.variable_rows
+        or bool(config.row_vectors and not config.copies),
         "members": layout.members(config),
         "member_types": _MEMBER_TYPES,
         "violations": {v.constant: v.number for v in VIOLATIONS if config.checked and v.applies(config)},
         "max_sm_parts": MAX_SM_PARTS,
+        "user_name": user_name,
+        "number": lambda value: cpp(Number(value), "int64" if abs(value) >= 2**31 else "int32"),
     }
 
 
 def device_files(config: KernelConfig) -> list[str]:
     """The files of templates/device/ that a configuration's kernel has, without their suffix, in order."""
     strategy, copies = config.strategy, config.copies
-    rows = bool(config.tables) and strategy != "indices"  # tables with a row for each request, or for each of its rows
+    rows = bool(config.tables) and strategy != "indices"  # tables that have rows
     tokens, pages = copies or "page_indices" in config.fields, not copies and bool(config.paged_tables)
-    counts = strategy in ("live", "variable", "indices")  # tiles of requests of different length
+    counts = strategy in ("live", "variable", "indices")  # it counts the tiles of requests of different lengths
     computes = not copies and bool(config.vectors or config.schedules)
     vectorized = config.vector_bytes == 16
     ends = "live_ends" if config.live else "full_ends"
@@ -103,10 +124,13 @@ def device_files(config: KernelConfig) -> list[str]:
         "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
         "store": bool(config.vectors or config.schedules),
+        "store_once": any(config.once(name) for name in config.vectors),
+        "strided": bool(config.strided),
         "floor_div": pages or config.has_mqa_schedule or "floor_div" in functions_of(config),
         "floor_mod": "floor_mod" in functions_of(config),
         "ceil_div": "ceil_div" in functions_of(config),
         "wrapping": computes,
+        "look_up": bool(config.look_ups),
         "expanded_length": config.has_mqa_schedule,
         "mqa_schedule": config.has_mqa_schedule,
         "flashmla_schedule": "flashmla_metadata" in config.fields,
@@ -127,7 +151,7 @@ def device_files(config: KernelConfig) -> list[str]:
 
 
 def _roles(config: KernelConfig) -> list[str]:
-    """The functions of the blocks before those that write tables."""
+    """The functions that the first blocks run, before those that write tables."""
     if config.copies:
         return []
     return [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
@@ -151,7 +175,7 @@ def render_baseline(
         words: 64-bit words of its parameter block.
         config: a configuration whose settings and parameter block the template uses.
         plan_words: names of 64-bit words that the template adds at the end of that block.
-        facts: what else the template asks for.
+        facts: further variables of the template.
     """
     context = {"target": "cuda", **(_context(config) if config else {}), **facts, "symbol": symbol}
     if config:
@@ -162,10 +186,12 @@ def render_baseline(
 
 
 def _banner(config: KernelConfig) -> list[tuple[str, str]]:
-    """The settings as the banner shows them."""
+    """The settings as (name, text) pairs for the banner."""
     shown = []
     for name, value in config.shown_settings().items():
-        if isinstance(value, dict):
+        if name == "declare":
+            value = "; ".join(f"{field} = {written(declaration)}" for field, declaration in config.declare)
+        elif isinstance(value, dict):
             value = ", ".join(f"{field}: {count}" for field, count in value.items()) or "all"
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
@@ -177,4 +203,4 @@ def _regenerate(config: KernelConfig) -> str:
     for name, known in PRESETS.items():
         if known == config:
             return f"onelaunch show {name}"
-    return f"onelaunch show --set {config.settings()}"
+    return f"onelaunch show --set {shlex.quote(config.settings())}"

@@ -1,4 +1,4 @@
-"""How two kernels differ."""
+"""Differences between two kernels."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from . import machine_code
 from .kernels import Subject
 from .views import table, view
 
-# The views that two kernels are compared by.
+# The views that can be compared.
 COMPARED = ("cuda", "ptx", "sass", "resources")
 
 
 def difference(one: Subject, other: Subject, what: str, context: int = 3) -> str:
     """A unified diff of one view of two kernels; "" if they don't differ.
 
-    What differs by name alone is made equal first: keys and symbols, in PTX the numbers of virtual registers and
-    labels, in SASS addresses and labels.
+    Names that always differ are made equal first: keys and symbols; in PTX numbers of virtual registers and labels; in
+    SASS addresses and labels.
 
     Args:
         what: one of COMPARED.
         context: equal lines around each difference.
     """
-    before, after = (_comparable(kernel, what).splitlines(keepends=True) for kernel in (one, other))
+    before, after = (comparable(kernel, what).splitlines(keepends=True) for kernel in (one, other))
     was, now = (f"{kernel.name} ({what}{', edited by hand' if kernel.edited else ''})" for kernel in (one, other))
     return "".join(difflib.unified_diff(before, after, was, now, n=context))
 
 
-def _comparable(kernel: Subject, what: str) -> str:
+def comparable(kernel: Subject, what: str) -> str:
+    """A view without what differs by name alone."""
     if what == "resources":
         return table(machine_code.resources(kernel))
     text = view(kernel, what).replace(kernel.symbol, "onelaunch_kernel")

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from ..errors import ArgumentError
 from ..spec.config import KernelConfig
-from ..spec.fields import FIELDS
 
-_BYTES = {"int32": 4, "int64": 8}
+_BYTES = {"int32": 4, "int64": 8, "bool": 1}
 
 
 # Multiprocessors of an H100, the default where a schedule's size depends on the device.
@@ -42,7 +41,7 @@ class Traffic:
         written: what it writes of each field.
         bytes_read: of all that it reads, each word once.
         width: columns of the tables, in tokens.
-        rows: R, the rows of fields with one element a row; the requests in decode.
+        rows: R, the rows of fields with one element per row; the requests in decode.
     """
 
     written: tuple[Written, ...]
@@ -86,7 +85,7 @@ def traffic(
         num_sm_parts: rows of flashmla_metadata; None is num_sms. kv_indices has room for all tokens.
 
     Raises:
-        ArgumentError: a number is negative, or rows are not one number a request.
+        ArgumentError: a number is negative, or rows are not one number per request.
     """
     copies = config.operation == "copy"
     num_sms = H100_SMS if num_sms is None else num_sms
@@ -123,8 +122,10 @@ def traffic(
     written = []
     read = 0
     for name in config.fields:
-        field, tensors = FIELDS[name], config.destinations(name)
+        field, tensors = config.field(name), config.destinations(name)
         count = total if field.per == "row" else requests
+        if field.own_rows is not None:
+            count = requests * field.own_rows
         shape: tuple[float, ...]
         if field.kind in ("table", "indices"):
             # What backends of different lengths share is written as far as the longest reaches.
@@ -137,8 +138,8 @@ def traffic(
         else:
             size = fixed.get(name, (count + field.extra,))
             shape, in_all = size, tensors * math.prod(size)
-        written.append(Written(name, shape, tensors, 4 * in_all))
-        read += 4 * in_all // tensors if copies else 0
+        written.append(Written(name, shape, tensors, _BYTES[config.dtype(name)] * in_all))
+        read += written[-1].bytes // tensors if copies else 0
     if not copies:
         if config.needs_lengths:
             read += requests * _BYTES[config.seq_lens_dtype]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..spec.fields import Field
 
-# Columns are 32-bit in the kernels; the margin keeps a tile that begins below the limit from overflowing.
+# Kernels count columns in 32 bits. The margin keeps a tile that begins below the limit from overflowing.
 MAX_COLUMNS = 2**31 - 2**16
 MAX_BATCH = 2**31 - 2**16
 
@@ -20,6 +21,11 @@ INT_DTYPES = (torch.int32, torch.int64)
 def dtype_name(dtype: torch.dtype) -> str:
     """ "int32" for torch.int32."""
     return str(dtype).removeprefix("torch.")
+
+
+def torch_dtypes(names: Sequence[str]) -> list[torch.dtype]:
+    """[torch.int32] for ["int32"]."""
+    return [getattr(torch, name) for name in names]
 
 
 def check_tensor(
@@ -64,27 +70,56 @@ def check_tensor(
     return value
 
 
-def check_destination(name: str, value: Any, *, dim: int, device: torch.device | None) -> Tensor:
-    """check_tensor for an int32 tensor that will be written; a vector must be contiguous.
+def check_destination(
+    name: str, value: Any, *, dim: int, dtypes: Sequence[torch.dtype], device: torch.device | None
+) -> Tensor:
+    """check_tensor for a tensor that will be written; a vector must be contiguous.
 
     Raises:
         ArgumentError: it can't be written to.
     """
-    tensor = check_tensor(name, value, dim=dim, dtypes=(torch.int32,), device=device)
+    tensor = check_tensor(name, value, dim=dim, dtypes=dtypes, device=device)
     if dim == 1 and tensor.numel() > 1 and tensor.stride(0) != 1:
         raise ArgumentError(f"{name} has stride {tensor.stride(0)}; it must be 1 (contiguous).")
     return tensor
 
 
+def check_declared(name: str, value: Any, field: Field, device: torch.device | None) -> Tensor:
+    """Checks a declared field's destination: a vector may have strides of its own, and rows in a second dimension.
+
+    Raises:
+        ArgumentError: it can't be written to.
+    """
+    (dtype,) = dtypes = torch_dtypes(field.dtypes)
+    if field.kind != "vector" or not isinstance(value, Tensor) or value.dtype != dtype or value.dim() not in (1, 2):
+        return check_destination(name, value, dim=field.dim, dtypes=dtypes, device=device)
+    flat = value.as_strided((1,), (1,)) if value.numel() else value.new_empty(0)
+    check_tensor(name, flat, dim=1, dtypes=dtypes, device=device)
+    if value.dim() == 2 and value.shape[1] != field.own_rows:
+        raise ArgumentError(
+            f"{name} has shape {tuple(value.shape)}; it must have one dimension, or be [bs, W] with W the rows that "
+            f"the declaration has, which are {field.own_rows}. Declare rows={value.shape[1]}, or flatten it."
+        )
+    reach = 0  # elements that the dimensions so far span
+    for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+        if stride <= reach:
+            raise ArgumentError(
+                f"{name} has strides {value.stride()} and shape {tuple(value.shape)}; its elements must not share "
+                "memory. An expanded tensor can't be used."
+            )
+        reach += stride * (size - 1)
+    return value
+
+
 def check_int(name: str, value: Any, low: int, high: int | None, why: str = "") -> int:
-    """Checks that a number is a Python int within bounds. A tensor would have to be read back from the device.
+    """Checks that a number is a Python int within bounds. Tensors are refused: they would be read from the device.
 
     Args:
         low, high: the bounds, both inclusive; high None for no upper bound.
-        why: what the message says after the bounds.
+        why: the end of the message, after the bounds.
 
     Raises:
-        ArgumentError: it isn't.
+        ArgumentError: it isn't an int, or is out of bounds.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise ArgumentError(f"{name} is {value!r} ({type(value).__name__}); it must be a Python int.")

@@ -1,20 +1,20 @@
-"""The destinations of N backends, checked: their fields, their tensors, and how much fits into them."""
+"""The checked destinations of N backends: their fields, their tensors, and their capacity."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..spec.fields import FIELDS, MetadataBuffers
+from ..spec.fields import FIELDS, Field, MetadataBuffers, Per
 from ..spec.parts import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
-from .checks import MAX_BATCH, MAX_COLUMNS, check_destination, check_int
+from .checks import MAX_BATCH, MAX_COLUMNS, check_declared, check_destination, check_int, dtype_name, torch_dtypes
 from .memory import Region, check_disjoint
 
-# (index of the backend, field) -> the name of that destination in messages.
+# Takes the index of a backend and a field; returns the name of that destination in messages.
 NameOf = Callable[[int, str], str]
 
 
@@ -24,7 +24,7 @@ def backend_field(index: int, name: str) -> str:
 
 
 class Room(NamedTuple):
-    """How many requests, or rows, fit, and the name of the tensor that has the least room."""
+    """The number of requests, or rows, that fit, and the name of the smallest tensor."""
 
     capacity: int
     name: str
@@ -37,7 +37,7 @@ class _Destination(NamedTuple):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Equal for tensors that are the same memory with the same shape and strides."""
+        """A value that is equal for tensors with the same memory, shape and strides."""
         return self.region.start, self.tensor.shape, self.tensor.stride()
 
 
@@ -46,26 +46,33 @@ class Destinations:
 
     Args:
         backends: a MetadataBuffers for each backend, at least one (see check_backends); all have the same fields.
-        page_size: P; with 1, real_page_table must be page_indices or None.
+        page_size: P; if it is 1, real_page_table must be page_indices or None.
         name_of: the name of a backend's field in messages.
         mode: the forward mode; in decode a row is a request.
+        declared: by declared field, its declaration, and for each backend the name in messages and the tensor.
 
     Attributes:
         count: N.
         fields: names of the fields that are written, in the order of FIELDS.
-        tensors: by field, its different tensors. A tensor that several backends share is in it once.
+        tensors: by field, its different tensors. A tensor that several backends share is listed once.
         regions: the memory of all of them.
         device: the device of all of them.
-        requests, rows: how many requests and rows fit.
+        requests, rows: the numbers of requests and rows that fit.
 
     Raises:
         ArgumentError: a tensor can't be written to, the backends have different fields, or destinations overlap.
     """
 
     def __init__(
-        self, backends: Sequence[MetadataBuffers], page_size: int, name_of: NameOf, mode: str = "decode"
+        self,
+        backends: Sequence[MetadataBuffers],
+        page_size: int,
+        name_of: NameOf,
+        mode: str = "decode",
+        declared: Mapping[str, tuple[Field, Sequence[tuple[str, Tensor]]]] = {},
     ) -> None:
         self.count = len(backends)
+        self._fields = FIELDS | {name: field for name, (field, _) in declared.items()}
         device: torch.device | None = None
         by_field: dict[str, dict[tuple[Any, ...], _Destination]] = {}
         room: dict[str, list[Room]] = {"request": [], "row": []}
@@ -74,8 +81,13 @@ class Destinations:
             given: dict[str, _Destination] = {}
             for field, tensor in backend.items():
                 label = name_of(index, field.name)
-                device = check_destination(label, tensor, dim=field.dim, device=device).device
+                allowed = torch_dtypes(field.dtypes)
+                device = check_destination(label, tensor, dim=field.dim, dtypes=allowed, device=device).device
                 given[field.name] = _Destination(label, tensor, Region.of(label, tensor))
+            for name, (field, tensors) in declared.items():
+                label, tensor = tensors[index]
+                device = check_declared(label, tensor, field, device).device
+                given[name] = _Destination(label, tensor, Region.of(label, tensor))
             given = _without_aliases(given, page_size, mode)
             if index == 0:
                 first = given
@@ -83,21 +95,28 @@ class Destinations:
                 has, lacks = (0, index) if name in first else (index, 0)
                 raise ArgumentError(
                     f"{name_of(lacks, name)} is None but {name_of(has, name)} is a tensor; all backends must have the "
-                    "same fields. Bind backends with other fields to a plan of their own."
+                    "same fields. Bind backends with other fields to another plan."
                 )
             for name, destination in given.items():
-                field, label, tensor = FIELDS[name], destination.name, destination.tensor
+                field, label, tensor = self._fields[name], destination.name, destination.tensor
                 if field.extra and tensor.numel() == 0:
-                    raise ArgumentError(f"{label} is empty; it must have room for the first 0, shape [bs + 1].")
+                    raise ArgumentError(f"{label} is empty; it must have shape [bs + 1], with room for the first 0.")
                 if field.kind == "schedule":
                     _check_schedule(name, label, tensor)
                 if field.sized_by_batch:
-                    room[field.per].append(Room(tensor.shape[0] - field.extra, label))
+                    per: Per = "request" if field.own_rows is not None else field.per
+                    held = tensor.shape[0] if tensor.dim() == 2 else tensor.shape[0] // (field.own_rows or 1)
+                    room[per].append(Room(held - field.extra, label))
+                if (dtype := first[name].tensor.dtype) != tensor.dtype:
+                    raise ArgumentError(
+                        f"{label} has dtype {dtype_name(tensor.dtype)} and {first[name].name} has {dtype_name(dtype)}; "
+                        "all backends must have the same. Bind backends with other dtypes to a plan of their own."
+                    )
                 by_field.setdefault(name, {}).setdefault(destination.identity, destination)
         if device is None:
-            raise ArgumentError("backends have no field at all; give at least one tensor.")
+            raise ArgumentError("backends have no fields; give at least one tensor.")
         self.device = device
-        self.fields = tuple(name for name in FIELDS if name in first)
+        self.fields = tuple(name for name in self._fields if name in first)
         if mode == "decode":
             room["request"] = room["row"] = room["request"] + room["row"]
         unlimited = [Room(MAX_BATCH, "")]
@@ -112,7 +131,7 @@ class Destinations:
         return [(d.name, d.tensor) for different in self._different.values() for d in different]
 
     def width(self, name: str) -> int | None:
-        """The columns that all backends have in a table; None if there is no such field.
+        """The columns of a table, the same in all backends; None if they don't have the field.
 
         Raises:
             ArgumentError: backends differ in it.
@@ -121,7 +140,8 @@ class Destinations:
 
     def length(self, name: str) -> int | None:
         """The first dimension of a field that isn't sized by the batch, likewise."""
-        return self._common(name, 0, "rows" if FIELDS[name].dim == 2 else "elements", "Slice them: tensor[:length].")
+        what = "rows" if self._fields[name].dim == 2 else "elements"
+        return self._common(name, 0, what, "Slice them: tensor[:length].")
 
     def _common(self, name: str, dim: int, what: str, remedy: str) -> int | None:
         different = self._different.get(name)
@@ -137,13 +157,13 @@ class Destinations:
         return int(first.tensor.shape[dim])
 
     def token_columns(self, pool_width: int, page_size: int, index_kpool: int) -> int:
-        """The number of tokens that every row of every table has columns for.
+        """The number of tokens that fit a row of every table.
 
         Args:
             pool_width: columns of req_to_token.
 
         Raises:
-            ArgumentError: a table of pages or pools has too few columns for the tokens of the wider table.
+            ArgumentError: a table of pages or pools has too few columns for the tokens of another table.
         """
         columns, limited = min(pool_width, MAX_COLUMNS), False
         for table, tokens, unit in (
@@ -163,32 +183,47 @@ class Destinations:
         return columns
 
     def same_alignment(self, name: str, *, all_rows: bool = False) -> bool:
-        """Whether row r of every tensor has the same alignment offset to 16 bytes, for every r.
+        """Whether, for every r, row r has the same address modulo 16 in every tensor of a field.
 
         Args:
-            all_rows: whether all rows must have the same one, too, since a tile is written to several.
+            all_rows: whether it must also be the same for all rows, because a tile is written to several of them.
         """
         tensors = self.tensors[name]
         first = tensors[0]
         if any((t.data_ptr() - first.data_ptr()) % 16 for t in tensors):
             return False
         if all_rows:
-            # Checked for a single row, too: the kernel computes the offset of any row from its stride.
+            # Also checked for a single row: the kernel computes every row's offset from the stride.
             return all(t.stride(0) % 4 == 0 for t in tensors)
         return all((t.stride(0) - first.stride(0)) % 4 == 0 or t.shape[0] == first.shape[0] == 1 for t in tensors)
 
     def distinct(self) -> tuple[tuple[str, int], ...]:
-        """(field, number of tensors) for the fields that backends share, for KernelConfig.distinct."""
+        """(field, number of different tensors) for the fields that backends share: KernelConfig.distinct."""
         return tuple((name, len(t)) for name, t in self.tensors.items() if len(t) < self.count)
+
+    def dtypes(self) -> tuple[tuple[str, str], ...]:
+        """(field, dtype) for each field, for KernelConfig.dtypes."""
+        return tuple((name, dtype_name(tensors[0].dtype)) for name, tensors in self.tensors.items())
+
+    def strided(self) -> tuple[str, ...]:
+        """The vectors of which a tensor has strides of its own, for KernelConfig.strided."""
+        return tuple(
+            name
+            for name, tensors in self.tensors.items()
+            if self._fields[name].kind == "vector" and any(t.stride() not in ((1,), (t.shape[-1], 1)) for t in tensors)
+        )
 
     def words(self, name: str) -> list[int]:
         """The parameter words of a field."""
-        if FIELDS[name].kind == "schedule":  # contiguous, so the kernel needs no stride
+        field = self._fields[name]
+        if name in self.strided():
+            return [word for tensor in self.tensors[name] for word in strided_words(tensor, field.own_rows or 1)]
+        if field.kind != "table":  # contiguous, so the kernel needs no stride
             return [tensor.data_ptr() for tensor in self.tensors[name]]
         return [word for tensor in self.tensors[name] for word in tensor_words(tensor)]
 
     def check_offsets(self, offsets: Any) -> tuple[int, ...]:
-        """Checks seqlen_offsets: a number for each backend, or none.
+        """Checks seqlen_offsets: one number per backend, or None.
 
         Raises:
             ArgumentError: they don't fit, or backends with different offsets share a tensor that would differ.
@@ -196,17 +231,19 @@ class Destinations:
         checked = check_offsets(offsets, self.count)
         if len(set(checked)) > 1:
             for name, different in self._different.items():
+                if name not in FIELDS:
+                    continue  # whether its formula gives backends the same, the configuration finds out
                 if len(different) < self.count and (FIELDS[name].kind != "table" or len(different) > 1):
                     raise ArgumentError(
-                        f"{different[0].name} and the other backends' are {len(different)} different tensors, and "
-                        f"seqlen_offsets is {checked}; backends of different lengths share a table that all of them "
-                        "have, or nothing. Allocate one for each."
+                        f"{different[0].name} is shared (tensors: {len(different)}, backends: {self.count}), and "
+                        f"seqlen_offsets is {checked}; backends with different offsets can share only a table, "
+                        "and only if all of them share it. Allocate one tensor per backend."
                     )
         return checked
 
 
 def check_backends(backends: Any) -> None:
-    """Checks that an argument is a list of MetadataBuffers, with at least one element.
+    """Checks that ``backends`` is a list of at least one MetadataBuffers.
 
     Raises:
         ArgumentError: it isn't.
@@ -221,10 +258,10 @@ def check_backends(backends: Any) -> None:
 
 
 def check_offsets(offsets: Any, count: int) -> tuple[int, ...]:
-    """Checks that seqlen_offsets is None, or has a number for each of ``count`` backends.
+    """Checks that seqlen_offsets is None, or has one number for each of ``count`` backends.
 
     Raises:
-        ArgumentError: it doesn't.
+        ArgumentError: it is neither.
     """
     if offsets is None:
         return ()
@@ -242,8 +279,14 @@ def tensor_words(tensor: Tensor) -> list[int]:
     return [tensor.data_ptr(), tensor.stride(0)] if tensor.dim() == 2 else [tensor.data_ptr()]
 
 
+def strided_words(tensor: Tensor, rows: int) -> list[int]:
+    """The parameter words of a strided vector: its address, elements from request to request and from row to row."""
+    request, row = tensor.stride() if tensor.dim() == 2 else (rows * tensor.stride(0), tensor.stride(0))
+    return [tensor.data_ptr(), request, row]
+
+
 def _without_aliases(given: dict[str, _Destination], page_size: int, mode: str) -> dict[str, _Destination]:
-    """The fields of a backend without those that are only another name for the same memory."""
+    """The fields of a backend, without those that are only another name for the same memory."""
     expanded, cache = given.get("seqlens_expanded"), given.get("cache_seqlens")
     dropped = set()
     if mode == "decode" and expanded is not None and cache is not None and expanded.identity == cache.identity:
@@ -252,8 +295,8 @@ def _without_aliases(given: dict[str, _Destination], page_size: int, mode: str) 
     if page_size == 1 and real is not None:
         if wide is None or real.identity != wide.identity:
             raise ArgumentError(
-                f"{real.name} is a tensor of its own, but with pages of one token it is the same table as "
-                "page_indices; pass None, or the very same tensor."
+                f"{real.name} is a separate tensor, but with pages of one token it is the same table as "
+                "page_indices. Pass None, or the same tensor."
             )
         dropped.add("real_page_table")
     return {name: destination for name, destination in given.items() if name not in dropped}

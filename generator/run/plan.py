@@ -1,4 +1,4 @@
-"""Plan: N backends' buffers bound to one kernel, so that a step is one call and one launch. bind() makes one."""
+"""Plan: N backends' buffers bound to one kernel, so that a step is one call and one launch. bind() makes a plan."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from torch.compiler import is_dynamo_compiling
 from ..errors import ArgumentError
 from ..load.loader import Kernel
 from ..spec.config import KernelConfig
-from ..spec.fields import MetadataBuffers
+from ..spec.cpp import user_name
+from ..spec.fields import Declaration, Field, MetadataBuffers
 from ..spec.parts import MAX_NEXT_N
 from ..spec.violations import VIOLATIONS
 from .bound import BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
+from .declared import Declarations, Map, Written
 from .destinations import Destinations, NameOf, backend_field, check_backends
 from .memory import HeldStorages, Region
 
-# What a configuration has beyond bind()'s settings and the buffers themselves: for measurements.
+# What a user declares.
+_BESIDE = ("declare", "inputs", "constants", "sources", "maps")
+# Settings that make_plan() takes and bind() doesn't: the bench varies them.
 _LAUNCH_SHAPE = ("threads", "unroll", "blocks_per_sm")
 
 
@@ -29,11 +33,13 @@ class Plan:
     """N backends' buffers bound to one kernel. Made by bind().
 
     Attributes:
-        config: what the kernel is specialized to.
+        config: the configuration that the kernel is specialized to.
         kernel: the kernel.
         device: the device of all tensors.
         capacity: the largest batch that fits the destinations.
-        row_capacity: the most rows that fit; with variable extend lengths the caller keeps their sum within it.
+        row_capacity: the largest number of rows that fits. The caller keeps the sum of variable extend lengths within
+            it.
+        exact: how many requests each call must have; 0, the default, for any number up to ``capacity``.
         regions: the memory that the kernel writes.
         launches: kernel launches so far.
     """
@@ -46,24 +52,29 @@ class Plan:
         columns: int,
         max_len: int | None,
         keep: bool,
+        declared: Declarations | None = None,
     ) -> None:
         self.config = config
         self.device = destinations.device
         self.regions = destinations.regions
         self._spans = [(region.start, region.end, region) for region in self.regions]  # for a quick test in _check
         self.launches = 0
+        self.exact = 0
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
             self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
-        # Columns that fit, and how many of them a call without max_len writes.
+        # The columns that fit, and those that a call without max_len writes.
         self._columns, self._max_len = columns, columns if max_len is None else max_len
         self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
         self._pool_dtype = getattr(torch, config.req_pool_indices_dtype)
         self._extend_dtype = getattr(torch, config.extend_seq_lens_dtype)
         self._reads_lengths = config.needs_lengths
-        self._gathers = bool(config.tables)
+        self._reads_rows, self._gathers = config.reads_rows, bool(config.tables)
+        self._inputs = [(name, getattr(torch, dtype)) for name, dtype in config.inputs]
+        self._input_names = tuple(name for name, _ in self._inputs)
+        self._pads = config.pads
         self._variable = config.extend == "variable"
-        self._has_rows = config.mode != "draft_extend" or bool(config.row_fields)
+        self._has_rows = config.mode != "draft_extend" or bool(config.row_fields or config.names_rows)
         self._violation = None
         if config.checked:
             # Kind, request, value and limit of the first violation. Not an inference tensor: check() writes to it.
@@ -83,12 +94,17 @@ class Plan:
                 "num_sm_parts": [destinations.length("flashmla_metadata") or 0],
                 "kv_indices_capacity": [destinations.length("kv_indices") or 0],
                 "violation": [0 if self._violation is None else self._violation.data_ptr()],
-                **{name: destinations.words(name) for name in config.fields},
+                **{config.member(name): destinations.words(name) for name in config.fields},
+                **{user_name(name): declared.words(name) for name, _ in (*config.sources, *config.maps) if declared},
             },
         )
         self.kernel: Kernel = self._bound.kernel
         self._run = self._bound.run
-        self._storages = HeldStorages([*destinations.named(), ("req_to_token", req_to_token)] if keep else [])
+        self._storages = HeldStorages(
+            [*destinations.named(), ("req_to_token", req_to_token), *(declared.read() if declared else [])]
+            if keep
+            else []
+        )
 
     def run(
         self,
@@ -97,30 +113,39 @@ class Plan:
         extend_seq_lens: Tensor | None = None,
         *,
         max_len: int | None = None,
+        captured_size: int | None = None,
+        **inputs: Tensor,
     ) -> None:
-        """Refreshes every backend: one launch on the device's current stream, nothing else. Capturable.
+        """Refreshes every backend: one launch on the device's current stream and nothing else. Capturable.
 
         Args:
-            seq_lens: int [bs], of the dtype that the plan was bound for, any stride, bs up to ``capacity``.
+            seq_lens: int [bs] of the dtype that was given to bind(), of any stride, bs up to ``capacity``.
             req_pool_indices: int [bs], likewise; rows of req_to_token. The caller guarantees their range.
-            extend_seq_lens: int [bs], likewise, the rows of each request, for a plan with variable extend lengths;
-                None for any other. The caller guarantees that their sum is at most ``row_capacity``.
+            extend_seq_lens: int [bs], likewise: the rows of each request, for a plan with variable extend lengths;
+                None for all other plans. The caller guarantees that their sum is at most ``row_capacity``.
             max_len: bound on the columns of this call; None is the bound that was given to bind().
+            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written; None is
+                bs, so that nothing is padded. Only for a plan with such fields.
+            inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
             ArgumentError: a tensor doesn't fit; nothing was written.
             LaunchError: CUDA refused the launch.
 
-        In a function that torch.compile compiles it breaks the graph: it runs as it is, between two graphs. With
-        ``fullgraph=True`` that is an error; the functions of api.py go into a graph.
+        In a function compiled by torch.compile it causes a graph break and runs between two graphs; with
+        ``fullgraph=True`` that is an error. The functions of api.py can be part of a graph.
         """
         if is_dynamo_compiling():
-            # A graph would know neither the addresses that are written to nor when.
+            # A graph doesn't know which addresses are written, or when.
             torch._dynamo.skip_frame(
                 msg="Plan.run can't be in a graph. fused_metadata_precompute_and_broadcast_cuda can, see onelaunch.ops."
             )
         try:
-            self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len)
+            if captured_size is None and not inputs:
+                self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len)
+            else:
+                values = self._values(inputs)
+                self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *values)
         except RuntimeError as error:
             raise self._bound.launch_error(error) from error
         self.launches += 1
@@ -132,13 +157,25 @@ class Plan:
         extend_seq_lens: Tensor | None = None,
         *,
         max_len: int | None = None,
+        captured_size: int | None = None,
+        **inputs: Tensor,
     ) -> None:
-        """Checks the arguments of run() and launches nothing.
+        """Checks the arguments of run() without a launch.
 
         Raises:
-            ArgumentError: run() would raise it.
+            ArgumentError: as run().
         """
-        self._check(seq_lens, req_pool_indices, extend_seq_lens, max_len)
+        self._check(seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *self._values(inputs))
+
+    def _values(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The declared inputs in the order of the kernel's parameters."""
+        for name in inputs:
+            if name not in self._input_names:
+                raise ArgumentError(
+                    f"run() got {name!r}, which no formula of the plan reads; the declared inputs that are read are "
+                    f"{', '.join(self._input_names) or 'none'}."
+                )
+        return [inputs[name] for name in self._input_names if name in inputs]
 
     def _check(
         self,
@@ -146,8 +183,10 @@ class Plan:
         req_pool_indices: Tensor,
         extend_seq_lens: Tensor | None,
         max_len: int | None,
+        captured_size: int | None = None,
+        *values: Tensor,
     ) -> list[int]:
-        """The words of a call. The binding calls it when the arguments differ from the last call's."""
+        """The words of a call. The binding calls it when the arguments differ from those of the last calls."""
         inputs = [("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths)]
         if extend_seq_lens is not None:
             if not self._variable and self._has_rows:
@@ -159,10 +198,16 @@ class Plan:
             inputs.append(("extend_seq_lens", extend_seq_lens, self._extend_dtype, self._variable))
         elif self._variable:
             raise ArgumentError(
-                "extend_seq_lens is None; a plan with variable extend lengths needs an element for each request. "
-                "Bind with extend='uniform' for next_n rows a request."
+                "extend_seq_lens is None; a plan with variable extend lengths needs one element per request. "
+                "Bind with extend='uniform' for next_n rows per request."
             )
-        inputs.append(("req_pool_indices", req_pool_indices, self._pool_dtype, self._gathers))
+        inputs.append(("req_pool_indices", req_pool_indices, self._pool_dtype, self._reads_rows))
+        if len(values) != len(self._inputs):
+            raise ArgumentError(
+                f"run() got {len(values)} declared inputs and needs {len(self._inputs)}: "
+                f"{', '.join(self._input_names)}."
+            )
+        inputs += [(name, value, dtype, True) for (name, dtype), value in zip(self._inputs, values, strict=True)]
         for name, tensor, dtype, read in inputs:
             check_tensor(name, tensor, dim=1, dtypes=(dtype,) if read else INT_DTYPES, device=self.device)
             region = Region.of(name, tensor)
@@ -170,8 +215,8 @@ class Plan:
             for first, last, destination in self._spans:
                 if start < last and first < end and region.overlaps(destination):
                     raise ArgumentError(
-                        f"{name} overlaps {destination.name} in memory; the kernel would read what it is writing. "
-                        "Pass a copy (note that .to(torch.int32) returns the same tensor if it is int32 already)."
+                        f"{name} overlaps {destination.name} in memory; the kernel would read memory that it writes. "
+                        "Pass a copy (.to(torch.int32) returns the same tensor if it is int32 already)."
                     )
         batch_size = seq_lens.numel()
         for name, tensor, _, _ in inputs[1:]:
@@ -186,27 +231,38 @@ class Plan:
                 f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
                 "Bind larger buffers."
             )
+        if self.exact not in (0, batch_size):
+            raise ArgumentError(f"seq_lens has {batch_size} requests; the plan is for {self.exact}. Pass {self.exact}.")
         columns = self._max_len
         if max_len is not None:
             columns = check_int("max_len", max_len, 0, self._columns, ", the width of the narrowest table")
         self._storages.check()
         # In the order of layout.call_words.
         words = [word for _, tensor, _, read in inputs if read for word in (tensor.data_ptr(), tensor.stride(0))]
-        return [*words, batch_size, columns] if self._gathers else [*words, batch_size]
+        words.append(batch_size)
+        if self._pads:
+            words.append(batch_size if captured_size is None else self._captured(captured_size, batch_size))
+        elif captured_size is not None:
+            raise ArgumentError(f"captured_size is {captured_size!r}; no field of the plan has a pad: leave it None.")
+        return [*words, columns] if self._gathers else words
+
+    def _captured(self, captured_size: int, batch_size: int) -> int:
+        why = f", from the batch to what {self._narrowest or 'the destinations'} has room for"
+        return check_int("captured_size", captured_size, batch_size, self.capacity, why)
 
     def check(self) -> None:
-        """Raises the violation that the kernel of a checked plan has recorded, and clears it. Waits for the device.
+        """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
 
         After a violation the kernel goes on, but reads and writes nothing out of bounds. Only the first violation since
-        the last call of this function is reported.
+        the last call of check() is reported.
 
         Raises:
-            ArgumentError: an input was wrong, or the plan wasn't bound with ``checked=True``.
+            ArgumentError: an input violated a check, or the plan wasn't bound with ``checked=True``.
         """
         if self._violation is None:
-            raise ArgumentError("the plan checks nothing on the device; bind it with checked=True.")
+            raise ArgumentError("the plan was bound without device checks. Bind it with checked=True.")
         if self.device.type == "cuda":  # pragma: gpu
-            torch.cuda.synchronize(self.device)  # whatever stream it was launched on
+            torch.cuda.synchronize(self.device)  # the launch may be on any stream
         kind, request, value, limit = self._violation.tolist()
         if kind:
             self._violation.zero_()
@@ -218,7 +274,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ArgumentNames:
-    """What a function that makes a plan calls its arguments, for messages."""
+    """The names of arguments in messages, for functions that call them otherwise than bind() does."""
 
     destination: NameOf = backend_field
     index_topk: str = "index_topk"
@@ -246,32 +302,39 @@ def bind(
     schedule_remainder: str = "last",
     schedule_per: str = "request",
     schedule_atoms: int = 0,
+    schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
+    declare: Mapping[str, Declaration | Written] | None = None,
+    inputs: Mapping[str, torch.dtype] | None = None,
+    constants: Mapping[str, int] | None = None,
+    sources: Mapping[str, Tensor] | None = None,
+    maps: Mapping[str, Map] | None = None,
 ) -> Plan:
     """Checks N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
 
     The first bind of a new configuration builds its kernel. The plan keeps the tensors' memory alive, also where a
     tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
     Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
-    memory. A later run() raises ArgumentError then, but only if its arguments differ from the last call's, and a
-    captured graph can't notice: don't resize what is bound.
+    memory. A later run() raises ArgumentError then, but only if its arguments differ from those of the
+    last calls, and a captured graph can't notice: don't resize what is bound.
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
-            In target_verify and draft_extend the fields with an element for each row have R of them, request after
+            In target_verify and draft_extend the fields with one element per row have R elements, request after
             request.
         req_to_token: int32 or int64 [pool rows, W], unit inner stride, any row stride.
-        mode: "decode", "target_verify" (a request has next_n rows, and is next_n tokens longer than seq_lens says) or
-            "draft_extend" (a request has next_n rows, or as many as run() is given, and seq_lens includes them).
+        mode: "decode"; "target_verify" (a request has next_n rows, and is next_n tokens longer than its seq_len); or
+            "draft_extend" (a request has next_n rows, or the number that run() is given; its seq_len includes them).
         index_topk: T, 0 or more.
         page_size: P in tokens, 1 or more; 1 means that real_page_table is page_indices. None is 64, or 1 with
             kv_indices, whose pages have one token.
-        next_n: rows of a request; 1 in decode, and where extend is "variable".
-        seqlen_offsets: what is added to seq_lens for each backend, 0 to 32768, such as (1, 2, 3) for three draft steps
-            that each see the tokens of the steps before; None adds nothing. The tables of each backend are written up
-            to its own length. Backends with different offsets may share a table if all of them do, and nothing else.
-        extent: "live" writes the live columns (the first seq_len of a row) and leaves the others untouched; "full"
-            writes every column below max_len.
+        next_n: rows per request; 1 in decode, and if extend is "variable".
+        seqlen_offsets: the number that is added to seq_lens for each backend, 0 to 32768, such as (1, 2, 3) for three
+            draft steps that each see the tokens of the earlier steps; None adds nothing. The tables of each backend are
+            written up to its own length. Backends with different offsets can share only a table, and only if all of
+            them share it.
+        extent: "live" writes the live columns (the first seq_len columns of a row) and leaves the others untouched;
+            "full" writes every column below max_len.
         max_len: bound on the columns; None is the width of the narrowest table.
         seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype: torch.int32 or torch.int64, the dtypes of the
             tensors that run() will get.
@@ -280,17 +343,26 @@ def bind(
         page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
         checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
         schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
-            "first" for the one before.
+            "first" for the one before, and for sm_100.
         schedule_per: whether DeepGEMM gets the lengths of "request"s ([bs, n], cache_seqlens) or of "row"s ([R, 1],
             seqlens_expanded) in target_verify and draft_extend.
         schedule_atoms: query atoms of a request in that schedule; 0 for ceil(next_n / 2).
+        schedule_split_cost: units of work that a split of 256 tokens is in that schedule, whose entries then begin at a
+            request's first token, as on sm_100: next_n in DeepGEMM of 2026-06. 0 for the schedule of sm_90.
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
+        declare: fields of your own by name, ``into(vector("base_len + row", dtype="int64"), positions)``; a declaration
+            without tensors is for other formulas to name. See ``spec/fields.py`` for what a formula may name.
+        inputs: by name the dtype of further inputs that formulas name: run() gets an int [bs] of each.
+        constants: by name a number that formulas name.
+        sources: by name an int32 or int64 [rows, columns] that formulas look up beside req_to_token, such as vLLM's
+            block tables: ``name(column)`` in the request's row of req_pool_indices, or ``name(row, column)``.
+        maps: by name a Map that formulas look up: ``full_to_swa(token(base_len))``.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
-    settings = dict(locals())  # the arguments: nothing else is local yet
+    settings = dict(locals())  # all arguments: there are no other locals yet
     return make_plan(settings.pop("backends"), settings.pop("req_to_token"), settings)
 
 
@@ -302,11 +374,11 @@ def make_plan(
     *,
     keep: bool = True,
 ) -> Plan:
-    """bind() for a function whose arguments have other names, or that keeps the tensors alive itself.
+    """bind() for functions whose arguments have other names, or whose callers keep the tensors alive.
 
     Args:
         backends, req_to_token: see bind().
-        settings: the other arguments of bind(), of which any may be missing, and threads, unroll and blocks_per_sm.
+        settings: any of the other arguments of bind(), and of threads, unroll and blocks_per_sm.
         names: the names in messages.
         keep: whether the plan keeps the memory of all tensors alive; otherwise the caller does.
 
@@ -320,15 +392,19 @@ def make_plan(
     facts = {**defaults, **settings}
     _check_numbers(facts, names)
     check_backends(backends)
+    declared = Declarations({name: facts.pop(name) for name in _BESIDE}, len(backends))
+    scope = {name: Field(name, declared.settings["declare"][name]) for name in declared.tensors}
     kv_indices = any(backend.kv_indices is not None for backend in backends)
     facts["page_size"] = _page_size(facts["page_size"], kv_indices, names)
-    destinations = Destinations(backends, facts["page_size"], names.destination, facts["mode"])
+    fields = {name: (field, declared.tensors[name]) for name, field in scope.items()}
+    destinations = Destinations(backends, facts["page_size"], names.destination, facts["mode"], fields)
     facts["seqlen_offsets"] = destinations.check_offsets(facts["seqlen_offsets"])
     check_tensor("req_to_token", req_to_token, dim=2, dtypes=INT_DTYPES, device=destinations.device)
     source = Region.of("req_to_token", req_to_token)
     for region in destinations.regions:
         if region.overlaps(source):
             raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
+    declared.check_read(destinations.device, destinations.regions)
     columns = destinations.token_columns(req_to_token.shape[1], facts["page_size"], facts["index_kpool"])
     max_len = facts.pop("max_len")
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
@@ -340,9 +416,12 @@ def make_plan(
     config = KernelConfig.from_dict(
         {
             **facts,
+            **declared.settings,
+            "strided": destinations.strided(),
             "num_backends": destinations.count,
             "fields": destinations.fields,
             "distinct": destinations.distinct(),
+            "dtypes": destinations.dtypes(),
             "req_to_token_dtype": dtype_name(req_to_token.dtype),
             "vector_bytes": 16 if vectorized else 4,
             "target": destinations.device.type,
@@ -350,11 +429,11 @@ def make_plan(
     )
     if max_len is not None:
         check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
-    return Plan(destinations, config, req_to_token, columns, max_len, keep)
+    return Plan(destinations, config, req_to_token, columns, max_len, keep, declared)
 
 
 def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:
-    """Checks the numbers and dtypes whose meaning doesn't depend on the buffers."""
+    """Checks the numbers and dtypes that don't depend on the buffers."""
     mode, extend = facts["mode"], facts["extend"]
     check_int(names.index_topk, facts["index_topk"], 0, 2**31 - 1)
     check_int("index_kpool", facts["index_kpool"], 1, 2**31 - 1)

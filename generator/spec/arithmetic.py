@@ -1,4 +1,4 @@
-"""What the operators of formulas compute: constants when a kernel is emitted, tensors when it is checked."""
+"""The values of formulas: constants are folded when a kernel is emitted, tensors are computed when it is checked."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .expressions import MAX_DIVISOR, Constant, Dtype, Name, Node, Number, Operation, limits, text
+from .expressions import MAX_DIVISOR, Constant, Dtype, LookUp, Name, Node, Number, Operation, limits, text
 
 if TYPE_CHECKING:
-    # For annotations alone: tensors come with the methods that are used.
+    # For annotations only: formulas are folded without torch.
     from torch import Tensor
 
 _COMPUTE: dict[str, Callable[..., Any]] = {
@@ -36,11 +36,13 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
 
 
 def fold(node: Node, dtype: Dtype = "int32") -> Node:
-    """The formula with what is known computed: constants, and operations that leave a value as it is.
+    """The formula with constants computed, and without operations that leave a value as it is.
 
     Raises:
-        ConfigError: a divisor isn't positive, or above MAX_DIVISOR.
+        ConfigError: a divisor isn't a constant from 1 to MAX_DIVISOR.
     """
+    if isinstance(node, LookUp):
+        return LookUp(node.source, tuple(fold(argument, dtype) for argument in node.arguments), node.missing)
     if not isinstance(node, Operation):
         return node
     op, arguments = node.operator, tuple(fold(argument, dtype) for argument in node.arguments)
@@ -69,7 +71,7 @@ def fold(node: Node, dtype: Dtype = "int32") -> Node:
 
 
 def _fold_extremum(op: str, arguments: tuple[Node, ...], dtype: Dtype) -> Node:
-    """min or max of two at a time, without what repeats and without the number that changes nothing."""
+    """min or max as a chain of pairs, without repeated arguments and without the neutral number."""
     neutral = limits(dtype)[0 if op == "max" else 1]
     chosen = [argument for argument in dict.fromkeys(arguments) if known_value(argument) != neutral]
     if not chosen:
@@ -78,7 +80,7 @@ def _fold_extremum(op: str, arguments: tuple[Node, ...], dtype: Dtype) -> Node:
 
 
 def known_value(node: Node) -> int | None:
-    """The number that a node is, if it is one."""
+    """The value of a number or constant; None for any other node."""
     return node.value if isinstance(node, Number | Constant) else None
 
 
@@ -87,12 +89,15 @@ def _wrapped(value: int, dtype: Dtype) -> int:
     return (value - low) % (high - low + 1) + low
 
 
-def evaluate(node: Node, inputs: Mapping[str, Tensor]) -> Tensor:
+def evaluate(
+    node: Node, inputs: Mapping[str, Tensor], look_up: Callable[[LookUp, list[Tensor]], Tensor] | None = None
+) -> Tensor:
     """A formula's values with PyTorch.
 
     Args:
         node: the formula, with no name that isn't an input.
         inputs: at least one tensor; all int32, or all int64 for an int64 field, of shapes that broadcast.
+        look_up: the elements that look-ups with such arguments yield; for formulas that have any.
 
     Returns:
         A tensor of the inputs' dtype and of the shape that they broadcast to.
@@ -107,6 +112,9 @@ def evaluate(node: Node, inputs: Mapping[str, Tensor]) -> Tensor:
                 return inputs[name]
             case Operation(op, arguments):
                 return compute(op, [value(argument) for argument in arguments])
+            case LookUp(_, arguments, _):
+                assert look_up is not None
+                return look_up(node, [value(argument) for argument in arguments]).to(like.dtype)
 
     def compute(op: str, values: list[Tensor]) -> Tensor:
         match op:
@@ -125,5 +133,5 @@ def evaluate(node: Node, inputs: Mapping[str, Tensor]) -> Tensor:
         result: Tensor = _COMPUTE[op](*values)
         return result.to(like.dtype)
 
-    # A formula of constants has no shape of its own.
+    # A formula of constants has no shape; adding zeros gives it the inputs' shape.
     return value(node) + reduce(operator.add, (tensor * 0 for tensor in inputs.values()))

@@ -1,8 +1,9 @@
 """Formulas: a subset of Python's integer expressions, parsed once.
 
-A formula is made of whole numbers, names, ``+ - * // %`` with Python's rounding, comparisons (1 or 0), and the
-functions of FUNCTIONS. Every operator is total: sums and products wrap around at the width of the field, a divisor is
-a positive constant, and ``where`` computes both of its values.
+A formula is made of whole numbers, names, ``+ - * // %`` with Python's rounding, comparisons (1 or 0), the functions
+of FUNCTIONS, and look-ups ``token(column)``. Every operator is total: sums and products wrap around at the width of the
+field, a divisor is a positive constant, ``where`` computes both of its values, and a look-up outside of its source
+yields a declared number.
 
 arithmetic.py folds and evaluates a formula's tree, cpp.py emits it.
 """
@@ -23,7 +24,7 @@ MAX_DEPTH = 32
 # A divisor is an int in C++, whatever the width of the dividend.
 MAX_DIVISOR = 2**31 - 1
 
-# Operators by the nodes of Python's syntax tree; from loose to tight.
+# Operators by the nodes of Python's syntax tree; PRECEDENCE is higher where an operator binds more tightly.
 COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Lt: "<",
     ast.LtE: "<=",
@@ -41,7 +42,7 @@ _ARITHMETIC: dict[type[ast.operator], str] = {
 }
 PRECEDENCE = dict.fromkeys(COMPARISONS.values(), 1) | {"+": 2, "-": 2, "*": 3, "//": 3, "%": 3, "negative": 4}
 
-# How many arguments a function takes: at least, at most.
+# The smallest and the largest number of arguments of each function.
 FUNCTIONS: dict[str, tuple[int, int]] = {
     "min": (2, 8),
     "max": (2, 8),
@@ -60,7 +61,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Constant:
-    """A number that has a name: a setting. C++ shows the name."""
+    """A setting: a number with a name. The emitted C++ uses the name."""
 
     name: str
     value: int
@@ -81,37 +82,69 @@ class Operation:
     arguments: tuple[Node, ...]
 
 
-Node = Number | Constant | Name | Operation
+@dataclass(frozen=True)
+class LookUp:
+    """An element of a source or a map.
+
+    Attributes:
+        source: its name; "token" is req_to_token.
+        arguments: of a source the column, or the row and the column; of a map the index.
+        missing: what it yields where there is no such element.
+    """
+
+    source: str
+    arguments: tuple[Node, ...]
+    missing: int
+
+
+Node = Number | Constant | Name | Operation | LookUp
 
 
 # ------------------------------------------------------------------------------------------------------------- parse
 
 
-def parse(text: str, label: str, names: Collection[str], constants: Collection[str], dtype: Dtype = "int32") -> Node:
+def parse(
+    text: str,
+    label: str,
+    names: Collection[str],
+    constants: Collection[str],
+    dtype: Dtype = "int32",
+    look_ups: Mapping[str, tuple[int, int, int]] = {},
+) -> Node:
     """The tree of a formula.
 
     Args:
         text: the formula.
-        label: what it is the formula of, for messages.
+        label: the name of its field, for messages.
         names: inputs and vectors that it may name.
         constants: settings that it may name, also in divisors.
         dtype: of the field; literals must fit.
+        look_ups: by source or map how many arguments it takes at least and at most, and what it yields outside.
 
     Raises:
         ConfigError: the formula isn't in the subset; the message says what, and at which column.
     """
-    return _Parser(text, label, names, constants, dtype).parse()
+    return _Parser(text, label, names, constants, dtype, look_ups).parse()
 
 
 class _Parser:
-    def __init__(self, text: str, label: str, names: Collection[str], constants: Collection[str], dtype: Dtype) -> None:
+    def __init__(
+        self,
+        text: str,
+        label: str,
+        names: Collection[str],
+        constants: Collection[str],
+        dtype: Dtype,
+        look_ups: Mapping[str, tuple[int, int, int]],
+    ) -> None:
         self._text, self._label, self._names, self._constants = text, label, names, constants
+        self._look_ups = look_ups
         self._low, self._high = limits(dtype)
 
     def parse(self) -> Node:
         text = self._text
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"the formula of {self._label} is {text!r}; it must be a text such as 'seq_len + 1'.")
+            raise ConfigError(f"the formula of {self._label} is {text!r}; it must be a string such as 'seq_len + 1'.")
         if len(text) > MAX_CHARACTERS:
             self._refuse(MAX_CHARACTERS, f"it has {len(text)} characters; allowed: {MAX_CHARACTERS}")
         for column, character in enumerate(text):
@@ -181,15 +214,17 @@ class _Parser:
         return Name(name)
 
     def _call(self, node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Node:
-        if name not in FUNCTIONS:
-            self._at(node, f"there is no function {name[:40]!r}; allowed: {', '.join(FUNCTIONS)}")
-        low, high = FUNCTIONS[name]
+        if name not in FUNCTIONS and name not in self._look_ups:
+            allowed = ", ".join([*FUNCTIONS, *self._look_ups])
+            self._at(node, f"there is no function {name[:40]!r}; allowed: {allowed}")
+        low, high = FUNCTIONS[name] if name in FUNCTIONS else self._look_ups[name][:2]
         if keywords or any(isinstance(arg, ast.Starred) for arg in args) or not low <= len(args) <= high:
             count = str(low) if low == high else f"{low} to {high}"
             self._at(node, f"{name} takes {count} values")
         if name == "ceil_div":
             self._check_divisor(args[1])
-        return Operation(name, tuple(self._node(arg, depth + 1) for arg in args))
+        arguments = tuple(self._node(arg, depth + 1) for arg in args)
+        return Operation(name, arguments) if name in FUNCTIONS else LookUp(name, arguments, self._look_ups[name][2])
 
     def _check_divisor(self, node: ast.expr) -> None:
         for part in ast.walk(node):
@@ -201,24 +236,32 @@ class _Parser:
 
 
 def limits(dtype: Dtype) -> tuple[int, int]:
-    """The least and the largest value that a formula of this dtype computes with; bool computes in int32."""
+    """The smallest and the largest value of a formula of this dtype; bool is computed in int32."""
     bits = 64 if dtype == "int64" else 32
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def names(node: Node) -> list[str]:
-    """The names in a formula, in the order in which they are met, each once."""
+    """The names in a formula, in order of appearance, each once."""
     match node:
         case Name(name):
             return [name]
-        case Operation(_, arguments):
+        case Operation(arguments=arguments) | LookUp(arguments=arguments):
             return list(dict.fromkeys(name for argument in arguments for name in names(argument)))
     return []
 
 
+def look_ups(node: Node) -> list[LookUp]:
+    """The look-ups in a formula, in the order in which they are met."""
+    if not isinstance(node, Operation | LookUp):
+        return []
+    own = [node] if isinstance(node, LookUp) else []
+    return own + [found for argument in node.arguments for found in look_ups(argument)]
+
+
 def size(node: Node) -> int:
     """How many nodes a formula has."""
-    return 1 + sum(map(size, node.arguments)) if isinstance(node, Operation) else 1
+    return 1 + sum(map(size, node.arguments)) if isinstance(node, Operation | LookUp) else 1
 
 
 def substitute(node: Node, values: Mapping[str, Node]) -> Node:
@@ -228,6 +271,8 @@ def substitute(node: Node, values: Mapping[str, Node]) -> Node:
             return values.get(name, node)
         case Operation(op, arguments):
             return Operation(op, tuple(substitute(argument, values) for argument in arguments))
+        case LookUp(source, arguments, missing):
+            return LookUp(source, tuple(substitute(argument, values) for argument in arguments), missing)
     return node
 
 
@@ -249,9 +294,9 @@ def _text(node: Node) -> tuple[str, int]:
         case Operation(op, (left, right)) if op in PRECEDENCE:
             own = PRECEDENCE[op]
             before, behind = _text(left), _text(right)
-            # A chain of comparisons would mean something else.
+            # Without parentheses Python would read a chained comparison.
             first = before[0] if before[1] > own or (before[1] == own and own > 1) else f"({before[0]})"
             second = behind[0] if behind[1] > own else f"({behind[0]})"
             return f"{first} {op} {second}", own
-        case Operation(op, arguments):
+        case Operation(op, arguments) | LookUp(op, arguments):
             return f"{op}({', '.join(map(text, arguments))})", 5

@@ -1,7 +1,7 @@
-"""The parameter block: which 64-bit words a kernel takes, in which order.
+"""The parameter block: the 64-bit words that a kernel takes, in order.
 
 The struct in the emitted CUDA and the integers that a plan packs both follow this list, so they can't disagree.
-Every word is 64 bits wide (a pointer, or a signed integer), so a block is an array of int64 as well as a struct.
+Every word is a pointer or a signed integer of 64 bits, so the block is a struct as well as an array of int64.
 """
 
 from __future__ import annotations
@@ -10,13 +10,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .fields import FIELDS
+from .cpp import user_name
 
 if TYPE_CHECKING:
     from .config import KernelConfig
 
-# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+); the block is 64-bit words.
-MAX_PARAM_WORDS = 32_764 // 8
+# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+). The block is 64-bit words, and a Split
+# (device/live.cuh, device/equal.cuh) takes 24 bytes in front of it.
+MAX_PARAM_WORDS = (32_764 - 24) // 8
+
+
+Type = Literal[
+    "int64",
+    "lengths",
+    "extends",
+    "pool",
+    "token",
+    "from_int32",
+    "from_int64",
+    "to_int32",
+    "to_int64",
+    "to_bool",
+    "table",
+    "strided_int32",
+    "strided_int64",
+    "strided_bool",
+    "source_int32",
+    "source_int64",
+    "map_int32",
+    "map_int64",
+    "violation",
+]
+_WORDS = {"table": 2, "strided": 3, "source": 4, "map": 2}
 
 
 @dataclass(frozen=True)
@@ -25,16 +50,18 @@ class Member:
 
     Attributes:
         name: its name, in the struct and in a plan.
-        type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
-            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to the record of a
-            checked kernel).
+        type: "int64"; "lengths", "extends", "pool", "token" (pointers to the inputs) and "from_<dtype>" (to a declared
+            one); "to_<dtype>" (pointers to a field); "table" (a pointer to a field and its row stride in elements);
+            "strided_<dtype>" (a pointer to a field, and elements from request to request and from row to row);
+            "source_<dtype>" (a pointer, rows, elements from row to row, columns); "map_<dtype>" (a pointer, elements);
+            "violation" (pointer to the record of a checked kernel).
         count: array length, or None for a single member.
-        per_call: set at each call; the rest is set once, when a plan is bound.
+        per_call: whether each call sets it; the others are set once, when a plan is bound.
         comment: what it holds.
     """
 
     name: str
-    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation"]
+    type: Type
     count: int | None
     per_call: bool
     comment: str
@@ -42,7 +69,7 @@ class Member:
     @property
     def words(self) -> int:
         """64-bit words the member takes."""
-        return (self.count or 1) * (2 if self.type == "table" else 1)
+        return (self.count or 1) * _WORDS.get(self.type.split("_")[0], 1)
 
 
 def members(config: KernelConfig) -> list[Member]:
@@ -59,60 +86,72 @@ def members(config: KernelConfig) -> list[Member]:
     if config.extend == "variable":
         add("extend_seq_lens", "extends", "[batch_size]", per_call=True)
         add("extend_seq_lens_stride", "int64", "elements", per_call=True)
-    if config.tables and not copies:
+    if config.reads_rows:
         add("req_pool_indices", "pool", "[batch_size], rows of req_to_token", per_call=True)
         add("req_pool_indices_stride", "int64", "elements", per_call=True)
+    for name, dtype in config.inputs:
+        add(user_name(name), f"from_{dtype}", "[batch_size], declared", per_call=True)
+        add(f"{user_name(name)}_stride", "int64", "elements", per_call=True)
     add("batch_size", "int64", "requests", per_call=True)
+    if config.pads:
+        add("captured_size", "int64", "requests, padding included", per_call=True)
     if copies and config.row_fields:
         add("rows", "int64", "rows of all requests", per_call=True)
     for name in column_limits(config):
-        add(name, "int64", "no column from here on is written", per_call=True)
+        add(name, "int64", "columns from here on are not written", per_call=True)
     # What a thread needs before it can read its first token comes first, and lies in few cache lines.
-    if config.tables and not copies:
+    if config.reads_tokens:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
         add("req_to_token_width", "int64", "elements of a row that may be read")
 
-    def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
+    def add_fields(names: Sequence[str]) -> None:
         for name in names:
+            field = config.field(name)
+            way = "strided" if name in config.strided else "to"
+            kind = "table" if field.kind == "table" else f"{way}_{config.dtype(name)}"
             if copies:
                 add(f"from_{name}", kind, "precomputed")
-            add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
+            add(config.member(name), kind, field.shape_in(config.mode), count=config.destinations(name))
 
-    add_fields("table", [name for name in config.fields if FIELDS[name].kind == "table"])
+    add_fields([name for name in config.fields if config.field(name).kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
-        add("sm_count", "int64", "multiprocessors of the device")
+        add("sm_count", "int64", "SMs of the device")
     if config.checked:
-        add("violation", "violation", "the first one found, or none")
+        add("violation", "violation", "the first violation, or none")
         if config.extend == "variable":
             add("row_capacity", "int64", "rows that fit the destinations")
-        if config.tables:
-            add("pool_rows", "int64", "rows of req_to_token")
+    if config.reads_tokens and (config.checked or config.look_ups):
+        add("pool_rows", "int64", "rows of req_to_token")
+    for name, dtype in config.sources:
+        add(user_name(name), f"source_{dtype}", "[rows, columns], declared")
+    for name, (dtype, _) in config.maps:
+        add(user_name(name), f"map_{dtype}", "[elements], declared")
     if config.page_fill is not None:
         add("real_page_table_width", "int64", "columns")
     if "paged_mqa_schedule_metadata" in config.fields:
-        add("num_sms", "int64", "multiprocessors that DeepGEMM's schedule is for")
+        add("num_sms", "int64", "SMs that DeepGEMM's schedule is for")
     if "flashmla_metadata" in config.fields:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
     if "kv_indices" in config.fields:
         add("kv_indices_capacity", "int64", "elements")
-    add_fields("int32", [name for name in config.fields if FIELDS[name].kind != "table"])
+    add_fields([name for name in config.fields if config.field(name).kind != "table"])
     return out
 
 
 def column_limits(config: KernelConfig) -> list[str]:
-    """The per-call members that bound the columns: one where tables share a source, one a table in a copy."""
+    """The per-call members that bound the columns: one for all tables, or one per table in a copy."""
     if config.copies:
         return [f"{name}_columns" for name in config.tables]
     return ["columns"] if config.tables else []
 
 
 def param_words(config: KernelConfig) -> list[str]:
-    """Names of the 64-bit words in order, one entry a word."""
+    """The names of the 64-bit words, in order, one per word."""
     return [m.name for m in members(config) for _ in range(m.words)]
 
 
 def call_words(config: KernelConfig) -> list[str]:
-    """Names of the words that each call sets: the first ones of the block."""
+    """The names of the words that each call sets; they are the first of the block."""
     return [m.name for m in members(config) if m.per_call]

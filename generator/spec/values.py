@@ -1,4 +1,4 @@
-"""What a setting's value may be: each kind checks a value, reads it from text and writes it as text."""
+"""Kinds of setting values. Each kind checks a value, reads it from text and writes it as text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Value(Protocol):
         """
 
     def read(self, name: str, text: str) -> Any:
-        """The value that a text stands for, as ``--set`` has it. It isn't checked yet.
+        """The value of a text from ``--set``. It isn't checked yet.
 
         Raises:
-            ConfigError: the text stands for no value of this kind.
+            ConfigError: the text isn't a value of this kind.
         """
 
     def write(self, value: Any) -> str:
@@ -52,7 +52,7 @@ class OneOf:
 
 
 class Whole:
-    """A whole number from ``low`` to ``high``; None is no upper end."""
+    """A whole number from ``low`` to ``high``, both inclusive; None is no upper limit."""
 
     def __init__(self, low: int, high: int | None) -> None:
         self._low, self._high = low, high
@@ -68,7 +68,7 @@ class Whole:
 
 
 class Names:
-    """Some of a few names, each at most once; as text they are joined by ``+``."""
+    """One or more of the given names, each at most once; as text they are joined by ``+``."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = tuple(names)
@@ -93,27 +93,67 @@ class Names:
         return "+".join(value)
 
 
-class Counts:
-    """(name, whole number) pairs, or a mapping; as text ``name:number`` joined by ``+``."""
+class Pairs:
+    """(name, value) pairs, or a mapping; as text ``name:value`` joined by ``+``. The configuration checks the names."""
 
-    def check(self, name: str, value: Any) -> tuple[tuple[str, int], ...]:
+    def __init__(self, value: Value, what: str) -> None:
+        self._value, self._what = value, what
+
+    def check(self, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
         try:
-            return tuple(dict(value).items())
+            pairs = tuple(dict(value).items())
         except (TypeError, ValueError):
-            raise ConfigError(f"{name} is {value!r}; it must be pairs of a field and a whole number.") from None
+            raise ConfigError(f"{name} is {value!r}; it must be pairs of a field and {self._what}.") from None
+        return tuple((field, self._value.check(f"{name}[{field}]", each)) for field, each in pairs)
 
-    def read(self, name: str, text: str) -> tuple[tuple[str, int], ...]:
+    def read(self, name: str, text: str) -> tuple[tuple[str, Any], ...]:
         pairs = [pair.partition(":") for pair in text.split("+")]
-        return tuple((field, read_whole(name, count)) for field, _, count in pairs)
+        return tuple((field, self._value.read(f"{name}[{field}]", value)) for field, _, value in pairs)
 
     def write(self, value: Any) -> str:
-        return "+".join(f"{field}:{count}" for field, count in value)
+        return "+".join(f"{field}:{self._value.write(each)}" for field, each in value)
+
+
+class Mapped:
+    """A dtype and a whole number, as text ``dtype:number``."""
+
+    def __init__(self, dtype: OneOf) -> None:
+        self._dtype = dtype
+
+    def check(self, name: str, value: Any) -> tuple[str, int]:
+        try:
+            dtype, outside = value
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name} is {value!r}; it must be a dtype and a whole number.") from None
+        return self._dtype.check(name, dtype), check_whole(name, outside, -(2**63), 2**63 - 1)
+
+    def read(self, name: str, text: str) -> tuple[str, int]:
+        dtype, _, outside = text.partition(":")
+        return self._dtype.read(name, dtype), read_whole(name, outside)
+
+    def write(self, value: Any) -> str:
+        return f"{value[0]}:{value[1]}"
+
+
+class AnyNames:
+    """Names, which the configuration checks; as text they are joined by ``+``."""
+
+    def check(self, name: str, value: Any) -> tuple[str, ...]:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ConfigError(f"{name} is {value!r}; it must be a tuple of names.")
+        return tuple(value)
+
+    def read(self, name: str, text: str) -> tuple[str, ...]:
+        return tuple(text.split("+"))
+
+    def write(self, value: Any) -> str:
+        return "+".join(value)
 
 
 class Offsets:
-    """One whole number a backend, from 0 to ``high``; one number for all, or none. As text joined by ``+``.
+    """One whole number per backend, from 0 to ``high``; one number for all, or none. As text joined by ``+``.
 
-    Numbers that are all equal become one, and none where that is 0.
+    Equal numbers become a single one, and () if that is 0.
     """
 
     def __init__(self, high: int) -> None:
@@ -121,7 +161,7 @@ class Offsets:
 
     def check(self, name: str, value: Any) -> tuple[int, ...]:
         if isinstance(value, str) or not isinstance(value, Iterable):
-            raise ConfigError(f"{name} is {value!r}; it must be a tuple with one whole number a backend.")
+            raise ConfigError(f"{name} is {value!r}; it must be a tuple with one whole number per backend.")
         offsets = tuple(value)
         for index, offset in enumerate(offsets):
             check_whole(f"{name}[{index}]", offset, 0, self._high)
@@ -137,10 +177,10 @@ class Offsets:
 
 
 def check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuses what is none of the choices, and says which one may have been meant.
+    """Refuses a value that isn't one of the choices, and suggests a similar one.
 
     Raises:
-        ConfigError: the value is none of the choices, or equals one of another type.
+        ConfigError: the value isn't one of the choices, or only equals one of another type.
     """
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return
@@ -151,7 +191,7 @@ def check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None) -> int:
-    """Refuses what isn't a whole number in a range.
+    """Refuses a value that isn't a whole number in a range.
 
     Raises:
         ConfigError: the value isn't an int (a bool isn't one here), or is outside the range.
@@ -165,10 +205,10 @@ def check_whole(name: str, value: Any, low: int, high: int | None) -> int:
 
 
 def read_whole(name: str, text: str) -> int:
-    """The whole number that a text stands for.
+    """The whole number that a text spells.
 
     Raises:
-        ConfigError: it stands for none.
+        ConfigError: the text isn't a whole number.
     """
     try:
         return int(text)

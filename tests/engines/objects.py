@@ -5,21 +5,30 @@ Only plain facts are made up here. Whatever has behaviour (backends, ForwardMode
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+PAGES = (64, 32, 16, 1)
 POOL_ROWS = 12
 CONTEXT = 640
 # Speculative decoding lets a length overshoot the context, so SGLang's pool is wider than that.
 WIDTH = CONTEXT + 60
 HEADS = 16
+# The length of padding requests: what the backends of FAMILIES answer to get_cuda_graph_seq_len_fill_value().
+FILL = 1
+
+# SGLang 0.5.17 has none: there each backend translates for itself.
+HAS_TRANSLATOR = find_spec("sglang.srt.mem_cache.kv_index_translator") is not None
 
 _settings: Any = None
+_alone = ExitStack()
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class Family:
         module: where it is.
         multi, single: its multi-step draft class and its single class; "" where this project serves none.
         mla: whether its models have latent attention.
-        pages: the page sizes that it supports, of those that are tested.
+        pages: which of PAGES it supports. DSA has pages of 64 on NVIDIA's GPUs and of 1 on AMD's; others are refused by
+            the engine itself.
         in_graph: whether the metadata kernel is recorded in the graph.
     """
 
@@ -52,9 +62,9 @@ FAMILIES = {
     ),
     "flashmla": Family("flashmla_backend", "FlashMLAMultiStepDraftBackend", "FlashMLABackend", True, (64,)),
     "trtllm_mla": Family("trtllm_mla_backend", "TRTLLMMLAMultiStepDraftBackend", "TRTLLMMLABackend", True, (64, 32)),
-    "triton": Family("triton_backend", "TritonMultiStepDraftBackend", "", False, (1, 16, 64)),
-    "flashinfer": Family("flashinfer_backend", "FlashInferMultiStepDraftBackend", "", False, (1, 16, 64)),
-    "flashinfer_mla": Family("flashinfer_mla_backend", "FlashInferMLAMultiStepDraftBackend", "", True, (1, 64)),
+    "triton": Family("triton_backend", "TritonMultiStepDraftBackend", "TritonAttnBackend", False, (1, 16, 32, 64)),
+    "flashinfer": Family("flashinfer_backend", "FlashInferMultiStepDraftBackend", "", False, (1, 16, 32, 64)),
+    "flashinfer_mla": Family("flashinfer_mla_backend", "FlashInferMLAMultiStepDraftBackend", "", True, (1, 16, 32, 64)),
 }
 
 
@@ -67,9 +77,14 @@ def settings(**fields: Any) -> None:
         _settings.restore()
     _settings = get_context().override_server_args(**fields)
     _settings.install()
-    ranks = ("tp_rank", "attn_tp_rank", "attn_cp_rank", "attn_dp_rank", "attn_dcp_rank", "dcp_rank", "pp_rank")
-    for rank in ranks:
-        get_parallel().override_permanently(**{rank: 0})
+    # A process of its own, which is rank 0 of one. SGLang 0.5.17 can only be told so for the time of a `with`.
+    parallel = get_parallel()
+    for rank in ("tp", "attn_tp", "attn_cp", "attn_dp", "attn_dcp", "dcp", "pp"):
+        alone = {f"{rank}_rank": 0, f"{rank}_size": 1}
+        if hasattr(parallel, "override_permanently"):
+            parallel.override_permanently(**alone)
+        else:
+            _alone.enter_context(parallel.override(**alone))
 
 
 def token_pool(page: int, seed: int) -> Tensor:
@@ -86,7 +101,9 @@ class _KVPool(SimpleNamespace):
     """The facts of a KV cache that backends read when they are made."""
 
     def get_kv_cache_quant_method(self) -> Any:
-        access = SimpleNamespace(kind=None, scale_recipe=None)
+        from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import KVCacheAttentionAccessKind
+
+        access = SimpleNamespace(kind=KVCacheAttentionAccessKind.PLAIN, scale_recipe=None)
         return SimpleNamespace(resolve_attention_access=lambda *a, **k: access, supports_attention=lambda *a: True)
 
     def get_key_buffer(self, layer: int) -> Tensor:
@@ -98,7 +115,6 @@ class _KVPool(SimpleNamespace):
 def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, index_topk: int = 256) -> Any:
     """What a backend's constructor takes."""
     from sglang.srt.configs.model_config import AttentionArch
-    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
     from sglang.srt.runtime_context import get_context
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -152,7 +168,7 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
         dsa_kv_cache_store_fp8=False,
     )
     allocator = SimpleNamespace(get_kvcache=lambda: pool, page_size=page)
-    return SimpleNamespace(
+    runner = SimpleNamespace(
         device="cpu",
         gpu_id=0,
         page_size=page,
@@ -161,15 +177,8 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
         token_to_kv_pool=pool,
         token_to_kv_pool_allocator=allocator,
         req_to_token_pool=SimpleNamespace(size=POOL_ROWS, req_to_token=req_to_token),
-        kv_index_translator=KVIndexTranslator(
-            req_to_token=req_to_token,
-            token_to_kv_pool_allocator=allocator,
-            token_to_kv_pool=pool,
-            page_size=page,
-            device="cpu",
-            is_draft_worker=draft,
-        ),
         is_draft_worker=draft,
+        ps=SimpleNamespace(tp_size=1, attn_cp_size=1),
         spec_algorithm=SpeculativeAlgorithm.from_string("EAGLE"),
         server_args=get_context().server_args,
         decode_num_tokens_per_req=lambda *a: 4,
@@ -185,6 +194,17 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
         is_hybrid_swa=False,
         hisparse_coordinator=None,
     )
+    if HAS_TRANSLATOR:
+        translators = import_module("sglang.srt.mem_cache.kv_index_translator")
+        runner.kv_index_translator = translators.KVIndexTranslator(
+            req_to_token=req_to_token,
+            token_to_kv_pool_allocator=allocator,
+            token_to_kv_pool=pool,
+            page_size=page,
+            device="cpu",
+            is_draft_worker=draft,
+        )
+    return runner
 
 
 def backend(name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft_tokens: int = 4) -> Any:
@@ -205,9 +225,9 @@ def backend(name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft
     )
     runner = model_runner(req_to_token, page=page, mla=family.mla, draft=bool(steps))
     module = import_module(f"sglang.srt.layers.attention.{family.module}")
-    if steps:
-        return getattr(module, family.multi)(runner, 1, steps)
-    return getattr(module, family.single)(runner)
+    made = getattr(module, family.multi)(runner, 1, steps) if steps else getattr(module, family.single)(runner)
+    assert (made.attn_backends[0] if steps else made).get_cuda_graph_seq_len_fill_value() == FILL
+    return made
 
 
 class _DraftInput(SimpleNamespace):
@@ -249,9 +269,9 @@ class Batch:
             "draft_extend": ForwardMode.DRAFT_EXTEND_V2,
         }
         bs, real = self.captured, len(self.lengths)
-        fill = self.tokens if self.mode == "draft_extend" else 1
+        extended = torch.full((bs,), self.tokens, dtype=torch.int32)
         generator = torch.Generator().manual_seed(self.seed)
-        seq_lens = torch.tensor([*self.lengths, *[fill] * (bs - real)], dtype=torch.int64)
+        seq_lens = torch.tensor([*self.lengths, *[FILL] * (bs - real)], dtype=torch.int64)
         rows = torch.randperm(POOL_ROWS, generator=generator)[:bs] + 1
         rows[real:] = 0
         tokens = bs * (1 if self.mode == "decode" else self.tokens)
@@ -261,8 +281,8 @@ class Batch:
             num_tokens_per_req=self.tokens,
             draft_token_num=self.tokens,
             ragged_verify_layout=None,
-            extend_seq_lens_tensor=None,
-            extend_seq_lens_cpu=None,
+            extend_seq_lens_tensor=extended if self.mode == "draft_extend" else None,
+            extend_seq_lens_cpu=extended.tolist() if self.mode == "draft_extend" else None,
             num_accept_tokens=None,
             custom_mask=None,
             kv_indptr=None,
@@ -283,7 +303,7 @@ class Batch:
             out_cache_loc_virtual=None,
             origin_out_cache_loc=None,
             input_ids=torch.zeros(tokens, dtype=torch.int64),
-            extend_seq_lens=torch.full((bs,), self.tokens, dtype=torch.int32),
+            extend_seq_lens=extended,
             encoder_lens=None,
             kv_loc_plan=None,
             kv_loc_cols=None,

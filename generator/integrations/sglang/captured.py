@@ -1,4 +1,4 @@
-"""The metadata that an SGLang backend captured, known by attributes alone, and the tensors in it."""
+"""The metadata that an SGLang backend captured, recognized by its attributes, and the tensors in it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SCHEDULE = "paged_mqa_schedule_metadata"
 STEPS = ("attn_backends",)
 VERSION = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
-# No field of onelaunch's: without a refusal they would go stale silently.
+# onelaunch has no such fields. Without a refusal these tensors would silently become stale.
 _FOREIGN = (
     "swa_page_table",
     "swa_out_cache_loc",
@@ -67,7 +67,7 @@ def buffers_from(
     Args:
         metadata: DSAMetadata or NSAMetadata, or their precomputed form; FlashAttentionMetadata; TRTLLMMHAMetadata;
             FlashMLADecodeMetadata or TRTLLMMLADecodeMetadata. An attribute that is None is a field that is None.
-        page_size: tokens a page. With 1, FA3's page_table holds tokens: it is page_indices.
+        page_size: tokens per page. With 1, FA3's page_table holds tokens: it is page_indices.
         leave: names of tensors that aren't refreshed: "page_table_1" of DSA (see attach), and those without a field in
             onelaunch, which the engine's own code refreshes.
         schedules: whether DSA's paged_mqa_schedule_metadata, if there is one, is refreshed too.
