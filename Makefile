@@ -43,8 +43,11 @@ $(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests
 	  --target $(ENGINES) -r $<
 	touch $@
 
-engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU, beside the project's packages
-	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
+engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU; WRITE=1 for README and results
+	rm -f $(ENGINES).jsonl
+	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 ONELAUNCH_ENGINE_RESULTS=$(CURDIR)/$(ENGINES).jsonl \
+	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
+	ONELAUNCH_ENGINE_RESULTS=$(ENGINES).jsonl $(BIN)/python tests/engines/results.py $(ENGINE) $(if $(WRITE),--write)
 
 check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates
