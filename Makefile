@@ -13,9 +13,10 @@ TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversatio
 # An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt. They are installed into a
 # folder of their own, which is put before the environment's packages when the tests run.
 ENGINE ?= sglang-0.5.23
+override ENGINE := $(patsubst vllm,vllm-0.33.0,$(ENGINE))
 ENGINES := build/engines/$(ENGINE)
 
-.PHONY: demo test test-long engines check gpu generate wheel clean
+.PHONY: demo test test-long matrix engines check gpu generate wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "onelaunch needs Python 3.11 or later; name one with PYTHON=..."'
@@ -36,6 +37,10 @@ test: $(VENV)/.installed  ## run the tests; with nvcc the CUDA target is compile
 
 test-long: $(VENV)/.installed  ## run the tests that take long and rarely find anything
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long
+
+# An environment with torch has 5 GB. TESTS='tests/test_binding.py' chooses tests, PYTHONS='3.11 3.13' interpreters.
+matrix:  ## run the tests on the oldest and the newest Python and torch; says which interpreters there aren't
+	WORKERS=$(or $(WORKERS),2) $(PYTHON) tests/matrix.py $(PYTHONS:%=--python %) $(TESTS)
 
 $(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests/engines/*-imports.txt) $(VENV)/.installed
 	rm -rf $(ENGINES)
