@@ -13,7 +13,7 @@ TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversatio
 # An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt. They are installed into a
 # folder of their own, which is put before the environment's packages when the tests run.
 ENGINE ?= sglang-0.5.23
-override ENGINE := $(patsubst vllm,vllm-0.33.0,$(ENGINE))
+override ENGINE := $(patsubst vllm,vllm-0.33.0,$(patsubst flashinfer,flashinfer-0.7.2.post1,$(ENGINE)))
 ENGINES := build/engines/$(ENGINE)
 
 .PHONY: demo test test-long matrix engines check gpu generate wheel clean
