@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import results
 import torch
 import vllm_objects
 from onelaunch import ArgumentError
@@ -123,6 +124,8 @@ def test_what_a_build_writes(next_n: int, captured: int) -> None:
     for lengths, query_lens in batches(next_n, captured):
         pair.replay(lengths, query_lens)
         assert pair.differences() == [], (lengths, query_lens)
+    kind, refreshed = type(pair.builders[1]).__name__, "lengths, block table, DeepGEMM's schedule"
+    results.record(kind, refreshed, "slot mappings, positions", "decode", next_n=next_n)
 
 
 @pytest.mark.parametrize("next_n", SM90[1:])
