@@ -13,7 +13,7 @@ TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversatio
 # An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt. They are installed into a
 # folder of their own, which is put before the environment's packages when the tests run.
 ENGINE ?= sglang-0.5.23
-override ENGINE := $(patsubst vllm,vllm-0.33.0,$(ENGINE))
+override ENGINE := $(patsubst vllm,vllm-0.33.0,$(patsubst flashinfer,flashinfer-0.7.2.post1,$(ENGINE)))
 ENGINES := build/engines/$(ENGINE)
 
 .PHONY: demo test test-long matrix engines check gpu generate wheel clean
@@ -48,8 +48,11 @@ $(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests
 	  --target $(ENGINES) -r $<
 	touch $@
 
-engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU, beside the project's packages
-	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
+engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU; WRITE=1 for README and results
+	rm -f $(ENGINES).jsonl
+	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 ONELAUNCH_ENGINE_RESULTS=$(CURDIR)/$(ENGINES).jsonl \
+	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
+	ONELAUNCH_ENGINE_RESULTS=$(ENGINES).jsonl $(BIN)/python tests/engines/results.py $(ENGINE) $(if $(WRITE),--write)
 
 check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates

@@ -365,7 +365,7 @@ def test_what_flashinfers_helper_refuses() -> None:
     with pytest.raises(ArgumentError, match="page_size is 16; allowed: 1"):
         flashinfer.bind_backends([paged], source, page_size=16)
     paged._page_size = 16
-    with pytest.raises(ArgumentError, match="planned with page_size 16; allowed: 1"):
+    with pytest.raises(ArgumentError, match="planned with pages of 16 tokens or more; allowed: 1"):
         flashinfer.bind_backends([paged], source)
     for tensors in ([multi.kv_indptr], [multi.cuda_graph_kv_indices]):
         assert all(bool((tensor == POISON).all()) for tensor in tensors), "something was written"
