@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import results
 import torch
 import vllm_objects
 from onelaunch import ArgumentError
@@ -121,6 +122,13 @@ def test_what_a_build_writes(next_n: int, captured: int) -> None:
     for lengths, query_lens in batches(next_n, captured):
         pair.replay(lengths, query_lens)
         assert pair.differences() == [], (lengths, query_lens)
+    results.record(
+        type(pair.builders[1]).__name__,
+        "decode: lengths, block table, numbers of tokens, DeepGEMM's schedule",
+        "slot mappings, prefills, the object itself",
+        "flattened" if next_n in FLATTENED else "native",
+        next_n=next_n,
+    )
 
 
 @pytest.mark.parametrize(("next_n", "tokens"), [(2, 1), (3, 2), (4, 1), (4, 2), (4, 3), (5, 2)])
