@@ -50,7 +50,8 @@ $(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests
 
 engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU; WRITE=1 for README and results
 	rm -f $(ENGINES).jsonl
-	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 ONELAUNCH_ENGINE_RESULTS=$(CURDIR)/$(ENGINES).jsonl \
+	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 ONELAUNCH_TEST_CACHE=build/engines/cache \
+	  ONELAUNCH_ENGINE_RESULTS=$(CURDIR)/$(ENGINES).jsonl \
 	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
 	ONELAUNCH_ENGINE_RESULTS=$(ENGINES).jsonl $(BIN)/python tests/engines/results.py $(ENGINE) $(if $(WRITE),--write)
 

@@ -50,7 +50,10 @@ def collected(lines: Iterable[str]) -> dict[str, Any]:
         facts = row["modes"].setdefault(line["mode"], {})
         for name, value in line["facts"].items():
             facts[name] = sorted({*facts.get(name, ()), value})
-    return {name: classes[name] for name in sorted(classes)}
+    # In an order of their own, since test processes append in any.
+    for row in classes.values():
+        row["modes"] = {mode: dict(sorted(facts.items())) for mode, facts in sorted(row["modes"].items())}
+    return dict(sorted(classes.items()))
 
 
 def table(results: list[dict[str, Any]]) -> str:
