@@ -141,10 +141,15 @@ def copy(scene: Scene) -> Callable[[], object]:
     return lambda: onelaunch.fused_metadata_copy_cuda(source, targets)
 
 
+def schedule(scene: Scene) -> Callable[[], object]:
+    out = torch.empty((133, 2), dtype=torch.int32, device=DEVICE)
+    return lambda: onelaunch.paged_mqa_schedule(scene.seq_lens.unsqueeze(-1), 132, out=out)
+
+
 Make = Callable[[Scene], Callable[[], object]]
 
 
-@pytest.mark.parametrize("make", [refresh_by_plan, refresh_by_lists, precompute, copy])
+@pytest.mark.parametrize("make", [refresh_by_plan, refresh_by_lists, precompute, copy, schedule])
 @pytest.mark.parametrize("dtype", ["int64", "int32"])
 def test_a_call_is_one_kernel_and_nothing_else(make: Make, dtype: str) -> None:
     """No conversion of the inputs, no copy of pointers, no second kernel, whatever the dtypes."""
