@@ -1,4 +1,4 @@
-"""One engine that generates with EAGLE and CUDA graphs: python generate.py MODELS RESULT [argument=value ...]
+"""One engine that generates with EAGLE and CUDA graphs: python generate.py MODELS RESULT TOKENS [argument=value ...]
 
 Greedy, with prompts of different lengths: 16 requests, one request, and 16 requests that end one after another, so that
 the batch shrinks through the captured sizes and is padded in between. Writes tokens' hashes and verify steps as JSON.
@@ -30,7 +30,6 @@ PACKAGES = (
     "numpy",
 )
 LENGTHS = (5, 40)  # of the prompts
-TOKENS = 64  # that the longest request generates
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -38,9 +37,9 @@ def prompts(count: int) -> list[list[int]]:
     return [[numbers.randrange(3, 512) for _ in range(numbers.randrange(*LENGTHS))] for _ in range(count)]
 
 
-def scenarios() -> dict[str, list[int]]:
+def scenarios(longest: int) -> dict[str, list[int]]:
     """The number of tokens to generate for each request."""
-    return {"batch 16": [TOKENS] * 16, "batch 1": [TOKENS], "shrinking": [4 * (i + 1) for i in range(16)]}
+    return {"batch 16": [longest] * 16, "batch 1": [longest], "shrinking": [longest * (i + 1) // 16 for i in range(16)]}
 
 
 def version(package: str) -> str:
@@ -53,7 +52,7 @@ def version(package: str) -> str:
 def main() -> None:
     import sglang
 
-    models, result = sys.argv[1:3]
+    models, result, longest = sys.argv[1:4]
     arguments: dict[str, Any] = {
         "model_path": f"{models}/target",
         "speculative_draft_model_path": f"{models}/draft",
@@ -68,7 +67,7 @@ def main() -> None:
         "context_length": 2048,
         "max_total_tokens": 65536,
         "max_running_requests": 32,
-        "mem_fraction_static": 0.3,
+        "mem_fraction_static": 0.7,
         "cuda_graph_bs_decode": [1, 2, 4, 8, 16],
         "cuda_graph_max_bs_decode": 16,
         "disable_prefill_cuda_graph": True,
@@ -78,7 +77,7 @@ def main() -> None:
         "log_level": "info",
         "watchdog_timeout": 100,
     }
-    for argument in sys.argv[3:]:
+    for argument in sys.argv[4:]:
         name, _, value = argument.partition("=")
         try:
             arguments[name] = json.loads(value)
@@ -89,7 +88,7 @@ def main() -> None:
     engine = sglang.Engine(**arguments)
     found: dict[str, Any] = {"up": round(time.time() - start, 1), "scenarios": {}}
     phase = Path(os.environ["PROBE_PHASE"])
-    for name, tokens in scenarios().items():
+    for name, tokens in scenarios(int(longest)).items():
         # The first round compiles what is left to compile, and its figures aren't used.
         for mark in ("warm", "timed", "profiled") if name == "batch 16" else ("other",):
             phase.write_text(mark)

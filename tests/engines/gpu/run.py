@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 FIRST_PORT = 31000
-BACKENDS = ("fa3", "flashinfer", "triton")
+BACKENDS = ("fa3", "triton", "flashinfer")
 ROLES = ("draft", "verify", "draft-extend")
 
 
@@ -83,23 +84,26 @@ class Machine:
     """Where engines run: the environment's packages, or a bundle's beside them.
 
     Args:
-        work: an empty folder for models, caches and results.
+        work: a folder for models, caches and results.
         bundle: a folder with site.tar.xz and a wheel of onelaunch, or None.
     """
 
     def __init__(self, work: Path, bundle: Path | None) -> None:
         self.work, self.bundle = work, bundle
+        # How many tokens the longest request generates, and SGLang's arguments.
+        self.tokens, self.arguments = 64, []
         self.paths = [str(HERE / "site")]
         self.environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        work.mkdir(exist_ok=True)
         if bundle is not None:
             self._unpack(bundle)
         subprocess.run([sys.executable, str(HERE / "model.py"), str(work / "models")], check=True)
 
     def _unpack(self, bundle: Path) -> None:
-        for archive in sorted(bundle.glob("*.tar.xz")):
-            with tarfile.open(archive) as tar:
-                tar.extractall(self.work, filter="data")
         front = self.work / "front"
+        if not front.exists():
+            with tarfile.open(bundle / "site.tar.xz") as tar:
+                tar.extractall(self.work, filter="data")
         for wheel in bundle.glob("onelaunch-*.whl"):
             zipfile.ZipFile(wheel).extractall(front)
         self.paths.append(str(front))
@@ -116,6 +120,7 @@ class Machine:
     def generate(self, run: Run, port: int) -> dict[str, Any]:
         """One engine's result and what the probe saw in it; "error" if it failed."""
         folder = self.work / run.name
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         environment = self.environment | {"PROBE_RESULT": str(folder / "probe.json")}
         environment["PROBE_PHASE"] = str(folder / "phase")
@@ -138,9 +143,15 @@ class Machine:
             if run.backend == "fa3":
                 environment["ENGINES_GPU_STAND_IN"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        command = [sys.executable, str(HERE / "generate.py"), str(self.work / "models"), str(folder / "result.json")]
+        command = [
+            sys.executable,
+            str(HERE / "generate.py"),
+            str(self.work / "models"),
+            str(folder / "result.json"),
+            str(self.tokens),
+        ]
         command += [f"attention_backend={run.backend}", f"speculative_num_steps={run.steps}", f"page_size={run.page}"]
-        command += [f"port={port}"]
+        command += [f"port={port}", *self.arguments]
         with (folder / "log").open("w") as log:
             # A failing scheduler kills its parent, so each engine has a session of its own.
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -152,7 +163,7 @@ class Machine:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         print(f"{time.strftime('%T')} {run.name}: {code}", flush=True)
-        if not (folder / "result.json").exists():
+        if not (folder / "result.json").exists() or not (folder / "probe.json").exists():
             return {"error": code, "log": (folder / "log").read_text()[-6000:]}
         found = json.loads((folder / "result.json").read_text())
         return found | {"probe": json.loads((folder / "probe.json").read_text())}
@@ -192,7 +203,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines = ["| configuration | | " + " | ".join(f"{role}: launches + copies, host" for role in ROLES) + " | step |"]
     lines.append("|---" * (len(ROLES) + 3) + "|")
     for configuration, kinds in found.items():
-        for kind, result in kinds.items():
+        for kind, result in sorted(kinds.items()):
             if "error" in result:
                 lines.append(f"| {configuration} | {kind} | failed |")
                 continue
@@ -212,27 +223,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("tokens", "times"))
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--jobs", type=int, default=9, help="engines beside one another, for tokens")
+    parser.add_argument("--jobs", type=int, default=17, help="engines beside one another, for tokens")
     parser.add_argument("--match", default="", help="only runs with this regular expression in their name")
-    parser.add_argument("--keep", type=Path, help="a folder for the caches of compiled kernels, as an archive")
     given = parser.parse_args(arguments)
     runs = token_runs() if given.what == "tokens" else time_runs()
     runs = [run for run in runs if re.search(given.match, run.name)]
-    with tempfile.TemporaryDirectory() as folder:
-        machine = Machine(Path(folder), given.bundle)
-        print(f"{time.strftime('%T')} unpacked", flush=True)
-        with ThreadPoolExecutor(given.jobs if given.what == "tokens" else 1) as threads:
-            results = list(threads.map(machine.generate, runs, [FIRST_PORT + 100 * i for i in range(len(runs))]))
-        if given.keep is not None:
-            with tarfile.open(given.keep / "caches.tar.xz", "w:xz") as tar:
-                for name in ("jit", "triton"):
-                    if (machine.work / name).exists():
-                        tar.add(machine.work / name, name)
-    found: dict[str, dict[str, Any]] = {}
-    for run, result in zip(runs, results, strict=True):
-        found.setdefault(run.configuration, {})[run.kind] = result
+    # One place, which compiled kernels know: they stay for the next run.
+    work = Path(tempfile.gettempdir()) / "onelaunch-engines-gpu"
+    machine = Machine(work, given.bundle)
+    if given.what == "times":
+        machine.tokens, machine.arguments = 256, ["cuda_graph_bs_decode=[4, 16]"]
+    print(f"{time.strftime('%T')} unpacked", flush=True)
+    found: dict[str, dict[str, Any]] = {run.configuration: {} for run in runs}
+    written = threading.Lock()
+
+    def one(number: int) -> None:
+        run = runs[number]
+        result = machine.generate(run, FIRST_PORT + 100 * number)
+        with written:
+            found[run.configuration][run.kind] = result
+            (given.out / f"{given.what}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    with ThreadPoolExecutor(given.jobs if given.what == "tokens" else 1) as threads:
+        list(threads.map(one, range(len(runs))))
     wrong = {configuration: lines for configuration, kinds in found.items() if (lines := differences(kinds))}
-    (given.out / f"{given.what}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(table(found) if given.what == "times" else json.dumps({c: sorted(k) for c, k in found.items()}))
     print(json.dumps(wrong, indent=1) if wrong else "All as it must be.")
     return bool(wrong)
