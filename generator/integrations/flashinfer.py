@@ -16,8 +16,8 @@ wrappers omit seqlen_offsets::
     # each round, before the replay
     plan.run(seq_lens, req_pool_indices)
 
-FlashInfer's own planning on the host (``plan``, or SGLang's ``fast_decode_plan``) must still be called, with the same
-tensors; it doesn't copy them then. kv_last_page_len is 1 everywhere and never changes. The MLA wrapper's
+FlashInfer's planning on the host (``plan``, or SGLang's ``fast_decode_plan``) must still be called, with the same
+tensors, which it then doesn't copy. kv_last_page_len is 1 everywhere and never changes. The MLA wrapper's
 ``_kv_len_arr_buf`` isn't refreshed. Pages of several tokens are refused, and so are draft trees (a topk above 1), which
 have a list of tokens for each branch.
 """
@@ -71,8 +71,8 @@ def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: 
     """Binds the steps of one of SGLang's multi-step draft backends, or a list of wrappers.
 
     Args:
-        backend: a multi-step backend with attn_backends, and kv_indptr [steps, max_bs + 1] and cuda_graph_kv_indices
-            [steps, capacity], of whose rows the first len(attn_backends) are refreshed; or a list of wrappers.
+        backend: a multi-step backend with attn_backends, kv_indptr [steps, max_bs + 1] and cuda_graph_kv_indices
+            [steps, capacity], whose first len(attn_backends) rows are refreshed; or a list of wrappers.
         req_to_token: int32 or int64 [pool rows, W]; None is the multi-step backend's own.
         settings: arguments of onelaunch.bind, such as seq_lens_dtype. Unless given, seqlen_offsets are 1, 2, ... for a
             multi-step backend, and none for wrappers.

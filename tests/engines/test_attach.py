@@ -241,6 +241,17 @@ def test_a_pool_that_was_exchanged_is_bound_again(name: str, steps: int) -> None
     pair.check()
 
 
+def test_one_backend_whose_lengths_change_their_dtype() -> None:
+    """Triton's are int64 in target_verify, and int32 in draft_extend, which subtracts what it extends by."""
+    pair = Pair("triton", 16, mode="target_verify")
+    for mode in ("target_verify", "draft_extend", "target_verify"):
+        pair.mode = mode
+        launches = pair.attachment.launches
+        pair.replay((7, 300), 5, seed=0)
+        pair.check()
+        assert pair.attachment.launches == launches + 1
+
+
 @pytest.mark.parametrize(("mode", "steps"), [("decode", 3), ("target_verify", 0), ("draft_extend", 0)])
 def test_the_wide_table_can_be_left_out(mode: str, steps: int) -> None:
     pair = Pair("dsa", 64, mode=mode, steps=steps, leave=("page_table_1",))

@@ -1,4 +1,4 @@
-"""Putting a refresh in the engine's place on one backend, and taking it out again."""
+"""Replaces the refresh code of one of the engine's backends by a launch, and restores it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _GLUE_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
 
 class Attachment:
-    """A refresh in the engine's place on one backend.
+    """A launch in place of the engine's refresh on one backend.
 
     Attributes:
         backend: the backend.
         refreshed: what one launch refreshes, for people; "" if it is disabled.
         stays: the engine's steps that are still called.
-        launches: launches so far; what a graph replays isn't counted.
-        failed: why the engine's own code runs again; "" while the launch does.
+        launches: launches so far, without those that a graph replays.
+        failed: the error after which the engine's own code runs again; "" if there was none.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Attachment:
 
     @property
     def attached(self) -> bool:
-        """Whether the launch is in the engine's place."""
+        """Whether the launch replaces the engine's code."""
         return bool(self._originals)
 
     def detach(self) -> None:
-        """Puts the engine's own code back. Does nothing the second time.
+        """Restores the engine's own code. A second call does nothing.
 
-        What a graph has recorded can't be undone: then a warning says that the graphs must be captured again.
+        Captured graphs keep the recorded launch; then a warning says that they must be captured again.
         """
         for name in self._originals:
             if name in self._shadowed:
@@ -212,7 +212,7 @@ class Attachment:
 
 
 class _Kernel:
-    """In place of a backend's Triton kernel: kernel[grid](arguments)."""
+    """Replaces a backend's Triton kernel: kernel[grid](arguments)."""
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
@@ -236,10 +236,10 @@ def attach(
     schedules: bool = False,
     **facts: Any,
 ) -> Attachment:
-    """Puts one launch in the place of the code with which an SGLang backend refreshes its metadata.
+    """Replaces the code that refreshes an SGLang backend's metadata by one launch.
 
     Call it before the engine captures its graphs: then plans are bound at capture, and nothing is built while serving.
-    Nothing but this object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
+    Only this backend object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
     why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
 
     Args:
@@ -252,7 +252,7 @@ def attach(
         facts: arguments of onelaunch.bind, which override what the backend has.
 
     Returns:
-        The attachment, whose text says what is refreshed and what stays the engine's; see detach().
+        The attachment. Its text says what is refreshed and what the engine still does.
 
     Raises:
         ArgumentError: the backend or its configuration isn't served; the message names the attribute. Nothing changed.

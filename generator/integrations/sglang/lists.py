@@ -29,7 +29,8 @@ class Lists:
 
     def __init__(self, backend: Any, **facts: Any) -> None:
         self._backend, self._facts = backend, facts
-        self._ready: dict[int, tuple[Ready, Tensor]] = {}
+        # By batch size and the dtypes of run()'s tensors.
+        self._ready: dict[tuple[Any, ...], tuple[Ready, Tensor]] = {}
 
     def ready(
         self,
@@ -63,7 +64,7 @@ class Lists:
         if owner.req_to_token is source:
             held.append((owner, "req_to_token", source))
         ready = Ready(bs, plan, pairs, held)
-        self._ready[bs] = ready, source
+        self._ready[bs, seq_lens_dtype, req_pool_indices_dtype] = ready, source
         return ready
 
     def run(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> None:
@@ -78,7 +79,7 @@ class Lists:
             ArgumentError: see flashinfer.bind_backends and Plan.run; nothing was written.
             LaunchError: CUDA refused the launch.
         """
-        ready, known = self._ready.get(bs, (None, None))
+        ready, known = self._ready.get((bs, seq_lens.dtype, req_pool_indices.dtype), (None, None))
         if ready is None or (source is not None and source is not known) or not ready.run(seq_lens, req_pool_indices):
             ready = self.ready(bs, "", seq_lens.dtype, req_pool_indices.dtype, source)
             ready.plan.run(seq_lens[:bs], req_pool_indices[:bs])

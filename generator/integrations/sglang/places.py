@@ -1,7 +1,7 @@
-"""Where a refresh goes in each of SGLang's backends, and the engine's steps that follow it.
+"""The place of a refresh in each of SGLang's backends, and the engine's steps that follow it.
 
-A place is chosen by the class of the backend. ``after`` runs the steps that stay the engine's, with the engine's own
-functions, on each child and its metadata.
+The backend's class determines the place. ``after`` runs the engine's remaining steps, with the engine's own functions,
+on each child and its metadata.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _dsa(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -
             if not schedules:
                 child._refresh_paged_mqa_schedule_metadata(metadata, lengths)
             child._refresh_topk_v2_plan(metadata)
-            # A view of the lengths where they have one column, so it holds these numbers already.
+            # With one column it is a view of the lengths, and up to date already.
             if metadata.paged_mqa_ctx_lens_2d.data_ptr() != lengths.data_ptr():
                 metadata.paged_mqa_ctx_lens_2d.copy_(lengths)
         if child.dsa_decode_impl == "flashmla_kv":
@@ -138,7 +138,7 @@ def _flashmla(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bo
 
 
 def _nothing(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
-    """The launch is all there is, or the engine's own code runs around it."""
+    """There are no steps after the launch, or the engine's own code runs them."""
 
 
 _EVERY_MODE = ("decode", "target_verify", "draft_extend")

@@ -39,11 +39,11 @@ def bind_backends(
     schedules: bool = False,
     **facts: Any,
 ) -> Plan:
-    """Binds what an SGLang backend captured for a batch size: all children of a multi-step one, or itself.
+    """Binds the metadata that an SGLang backend captured for a batch size: of all children, or of a single backend.
 
     Read from the children, unless ``facts`` has them: page_size, index_topk, index_kpool, next_n (the number of draft
-    tokens) and, for FA3 and TRTLLM-MHA, the steps' offsets. Their tables, and those of FlashMLA and TRTLLM-MLA, have a
-    row a request in every mode, so there target_verify is decode with lengths that are next_n longer.
+    tokens) and, for FA3 and TRTLLM-MHA, the steps' offsets. Their tables, and those of FlashMLA and TRTLLM-MLA, have
+    one row per request in every mode, so there target_verify is decode with lengths that are next_n longer.
 
     Args:
         backend: a multi-step backend with ``attn_backends``, or a single backend.
@@ -66,7 +66,7 @@ def bind_backends(
 
 
 def _refuse(backend: Any, mode: str) -> None:
-    """Refuses what would be refreshed wrongly; what onelaunch has no field for is refused where it is captured."""
+    """Refuses backends whose tensors would be refreshed wrongly. buffers_from refuses tensors without a field."""
     if reason := refusal(backend, partly=True):
         raise ArgumentError(f"{type(backend).__name__} isn't served: {reason}. The engine's own code serves it.")
     for child in getattr(backend, STEPS[0], None) or [backend]:
@@ -131,7 +131,7 @@ def _row_a_request(
     mode: str,
     given: dict[str, Any],
 ) -> None:
-    """Facts of tables with a row a request in every mode; a verification's second tensor of lengths joins buffers."""
+    """Settings for tables with one row per request in every mode; adds a verification's second lengths to buffers."""
     added = given.pop("next_n", 0)
     for name in ("extend", "extend_seq_lens_dtype"):
         given.pop(name, None)
@@ -151,7 +151,7 @@ def _row_a_request(
 
 
 def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
-    """What DeepGEMM's lengths are of, from their shape, and where its remainder goes, from the device."""
+    """Sets schedule_per by the shape of DeepGEMM's lengths, and schedule_remainder by the device."""
     if given["index_kpool"] > 1:
         raise ArgumentError(
             f"schedules is True and index_kpool is {given['index_kpool']}; DSA has a second schedule, of pools, which "
@@ -182,7 +182,7 @@ class _Bound(NamedTuple):
     pools: list[Tensor | None]
 
     def current(self, bs: int) -> bool:
-        """Whether the children still hold these captures and this pool."""
+        """Whether the children still have these captures and this pool."""
         return all(
             c.current(bs) and getattr(c.child, "req_to_token", None) is pool
             for c, pool in zip(self.captured, self.pools, strict=True)
@@ -227,7 +227,7 @@ class Refresher:
     """Refreshes an SGLang backend's captured metadata, with one plan for each captured batch size and mode.
 
     A plan is made at the first run() of its batch size, or by prepare(); from then on a call is one launch. A batch
-    size that was captured again, or a pool that was exchanged, gets a new plan.
+    size that was captured again, or a pool that was replaced, gets a new plan.
 
     Args:
         backend, req_to_token, leave, schedules, facts: see bind_backends.
@@ -296,11 +296,11 @@ class Refresher:
             bs: the captured batch size.
             seq_lens, req_pool_indices: int32 or int64, bs elements or more, of which the first bs count.
             extend_seq_lens: likewise, the tokens that draft_extend extends each request by; None for the same number.
-                What was captured has room for their sum, which the caller vouches for.
+                The caller guarantees that the captured tensors have room for their sum.
             mode: SGLang's ForwardMode or a name of bind()'s modes.
 
         Returns:
-            Each child with its metadata, for the steps that stay the engine's. FlashMLA's is its table alone.
+            Each child with its metadata, for the engine's remaining steps. For FlashMLA that is only its table.
 
         Raises:
             ArgumentError: see bind_backends and Plan.run; nothing was written.
@@ -333,7 +333,7 @@ class Refresher:
             if extend_dtype is not None:
                 if mode != "draft_extend":
                     raise ArgumentError(
-                        f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' alone. Pass None."
+                        f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' only. Pass None."
                     )
                 facts |= {"extend": "variable", "extend_seq_lens_dtype": extend_dtype}
             several = has(self._backend, STEPS)
