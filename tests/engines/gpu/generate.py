@@ -1,7 +1,10 @@
-"""One engine that generates with EAGLE and CUDA graphs: python generate.py MODELS RESULT TOKENS [argument=value ...]
+"""One engine that generates with EAGLE and CUDA graphs.
+
+    python generate.py MODELS RESULT TOKENS ROUNDS [argument=value ...]
 
 Greedy, with prompts of different lengths: 16 requests, one request, and 16 requests that end one after another, so that
 the batch shrinks through the captured sizes and is padded in between. Writes tokens' hashes and verify steps as JSON.
+With ROUNDS above 0 the batch of 16 is generated so often for the probe to time it, with onelaunch and without in turns.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def version(package: str) -> str:
 def main() -> None:
     import sglang
 
-    models, result, longest = sys.argv[1:4]
+    models, result, longest, rounds = sys.argv[1:5]
     arguments: dict[str, Any] = {
         "model_path": f"{models}/target",
         "speculative_draft_model_path": f"{models}/draft",
@@ -77,7 +80,7 @@ def main() -> None:
         "log_level": "info",
         "watchdog_timeout": 100,
     }
-    for argument in sys.argv[4:]:
+    for argument in sys.argv[5:]:
         name, _, value = argument.partition("=")
         try:
             arguments[name] = json.loads(value)
@@ -89,8 +92,10 @@ def main() -> None:
     found: dict[str, Any] = {"up": round(time.time() - start, 1), "scenarios": {}}
     phase = Path(os.environ["PROBE_PHASE"])
     for name, tokens in scenarios(int(longest)).items():
-        # The first round compiles what is left to compile, and its figures aren't used.
-        for mark in ("warm", "timed", "profiled") if name == "batch 16" else ("other",):
+        marks = ["first"]  # which compiles what is left to compile
+        if name == "batch 16" and int(rounds):
+            marks += ["timed", "timed detached"] * int(rounds) + ["profiled", "profiled detached"]
+        for mark in marks:
             phase.write_text(mark)
             sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in tokens]
             outputs = engine.generate(input_ids=prompts(len(tokens)), sampling_params=sampling)

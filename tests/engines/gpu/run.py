@@ -5,7 +5,7 @@ An unmodified engine generates with EAGLE and CUDA graphs; ONELAUNCH_SGLANG=1 is
 tokens: all configurations beside one another. The tokens' hash and the number of verify steps must be the same off and
 on, and a spoiled draft table must change them. Writes tokens.json.
 times: one engine after another, alone on the machine: launches of the metadata methods, their time on the host, and the
-time of a step, off and on. Writes times.json.
+time of a step, with onelaunch attached and detached in turns in the same process. Writes times.json.
 
 Needs SGLang 0.5.17 with what it imports, FlashInfer and onelaunch in this environment, or a bundle (see bundle.py) with
 what is missing in it.
@@ -77,7 +77,7 @@ def token_runs() -> list[Run]:
 
 
 def time_runs() -> list[Run]:
-    return [Run(backend, plugin=plugin) for backend in BACKENDS for plugin in (False, True)]
+    return [Run(*shape, plugin=True) for shape in [("fa3", 3), ("triton", 3), ("flashinfer", 3), ("fa3", 5)]]
 
 
 class Machine:
@@ -90,8 +90,8 @@ class Machine:
 
     def __init__(self, work: Path, bundle: Path | None) -> None:
         self.work, self.bundle = work, bundle
-        # How many tokens the longest request generates, and SGLang's arguments.
-        self.tokens, self.arguments = 64, []
+        # How many tokens the longest request generates, how often off and on are timed, and SGLang's arguments.
+        self.tokens, self.rounds, self.arguments = 64, 0, []
         self.paths = [str(HERE / "site")]
         self.environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         work.mkdir(exist_ok=True)
@@ -149,9 +149,10 @@ class Machine:
             str(self.work / "models"),
             str(folder / "result.json"),
             str(self.tokens),
+            str(self.rounds),
         ]
         command += [f"attention_backend={run.backend}", f"speculative_num_steps={run.steps}", f"page_size={run.page}"]
-        command += [f"port={port}", *self.arguments]
+        command += [f"port={port}", f"nccl_port={port + 50}", *self.arguments]
         with (folder / "log").open("w") as log:
             # A failing scheduler kills its parent, so each engine has a session of its own.
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -172,6 +173,11 @@ class Machine:
 def differences(found: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong with the results of one configuration by kind; nothing if they are as they must be."""
     wrong = [f"{kind}: {result['error']}" for kind, result in found.items() if "error" in result]
+    for kind, result in found.items():
+        rounds = result.get("scenarios", {}).values()
+        wrong += [
+            f"{kind}: the rounds differ: {several}" for several in rounds if several != several[:1] * len(several)
+        ]
     if wrong or "off" not in found:
         return wrong
     off = found["off"]["scenarios"]
@@ -200,21 +206,21 @@ def _steps(scenarios: dict[str, Any], name: str) -> list[int]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Off and on side by side: launches and copies of the metadata methods, their host time and the step's, in µs."""
-    lines = ["| configuration | | " + " | ".join(f"{role}: launches + copies, host" for role in ROLES) + " | step |"]
-    lines.append("|---" * (len(ROLES) + 3) + "|")
+    head = [f"{role}: launches + copies, host" for role in ROLES]
+    lines = ["| configuration | | " + " | ".join(head) + " | step |", "|---" * (len(ROLES) + 3) + "|"]
     for configuration, kinds in found.items():
-        for kind, result in sorted(kinds.items()):
-            if "error" in result:
-                lines.append(f"| {configuration} | {kind} | failed |")
-                continue
-            probe = result["probe"]
+        result = kinds["on"]
+        if "error" in result:
+            lines.append(f"| {configuration} | failed |")
+            continue
+        times, launches = result["probe"]["host_us"], result["probe"]["launches"]
+        for state in ("off", "on"):
             cells = []
             for role in ROLES:
-                count, host = probe["launches"].get(role, {}), probe["host_us"].get(role, {})
-                cells.append(f"{count.get('kernels', 0)} + {count.get('copies', 0)}, {host.get('median', '-')}")
-            lines.append(
-                f"| {configuration} | {kind} | {' | '.join(cells)} | {probe['host_us'].get('step', {}).get('median')} |"
-            )
+                count, host = launches.get(state, {}).get(role, {}), times[state].get(role, {}).get("median", 0)
+                ratio = f" ({times['off'][role]['median'] / host:.1f} times less)" if state == "on" and host else ""
+                cells.append(f"{count.get('kernels', 0)} + {count.get('copies', 0)}, {host}{ratio}")
+            lines.append(f"| {configuration} | {state} | {' | '.join(cells)} | {times[state]['step']['median']} |")
     return "\n".join(lines)
 
 
@@ -232,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = Path(tempfile.gettempdir()) / "onelaunch-engines-gpu"
     machine = Machine(work, given.bundle)
     if given.what == "times":
-        machine.tokens, machine.arguments = 256, ["cuda_graph_bs_decode=[4, 16]"]
+        machine.tokens, machine.rounds, machine.arguments = 256, 3, ["cuda_graph_bs_decode=[4, 16]"]
     print(f"{time.strftime('%T')} unpacked", flush=True)
     found: dict[str, dict[str, Any]] = {run.configuration: {} for run in runs}
     written = threading.Lock()
