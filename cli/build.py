@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import onelaunch
 from onelaunch.build import toolchain
+from onelaunch.cache import tiers
 from onelaunch.errors import ArgumentError, OnelaunchError
 from onelaunch.load import prebuild
 from onelaunch.load.prebuild import Done, Job
@@ -30,14 +31,14 @@ from .arguments import arch_option, architectures, chosen, gone_option, json_opt
     "settings",
     multiple=True,
     metavar="KEY=VALUE,…",
-    help="Settings over each preset. If repeated, one build for each.",
+    help="Settings over each preset. If repeated, one build per occurrence.",
 )
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A TOML file of [[build]] tables.")
 @target_option
 @arch_option
-@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Builds at once; memory also limits them.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Simultaneous builds; memory also limits them.")
 @click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds that one build may take; default 600.")
-@click.option("--retry", is_flag=True, help="Compile again what failed before.")
+@click.option("--retry", is_flag=True, help="Try failed builds again.")
 @json_option
 def build(
     configs: tuple[str, ...],
@@ -85,10 +86,11 @@ def build(
     wanted = prebuild.distinct(
         [job if job.archs or job.config.target == "cpu" else Job(job.config, here()) for job in wanted]
     )
-    if len(wanted) == 1 and timeout is None:
-        _here(wanted[0], retry, as_json)
-    else:
-        _in_children(wanted, jobs, timeout, retry, as_json)
+    with tiers.outliving_this_process():
+        if len(wanted) == 1 and timeout is None:
+            _here(wanted[0], retry, as_json)
+        else:
+            _in_children(wanted, jobs, timeout, retry, as_json)
 
 
 def _here(job: Job, retry: bool, as_json: bool) -> None:

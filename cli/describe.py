@@ -30,12 +30,10 @@ from .show import kernel
     "--rows",
     type=click.IntRange(0, 2**20),
     default=1,
-    help="Rows of each request, where a call says how many (variable extends, copies).",
+    help="Rows of each request, if calls give the number (variable extends, copies).",
 )
-@click.option("--page-size", type=click.IntRange(min=1), default=64, help="Tokens per page of what a copy copies.")
-@click.option(
-    "--num-sms", type=click.IntRange(min=1), help="Multiprocessors that schedules are for; default: an H100's."
-)
+@click.option("--page-size", type=click.IntRange(min=1), default=64, help="Tokens per page, for copies.")
+@click.option("--num-sms", type=click.IntRange(min=1), help="SMs that schedules are for; default: an H100's.")
 @target_option
 @json_option
 def describe(

@@ -438,9 +438,14 @@ PyObject* plan_launch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     return PyErr_Format(PyExc_TypeError, "launch takes %zd integers, got %zd", kCallWords + 1, count);
   }
   auto* plan = reinterpret_cast<Plan*>(self);
-  for (Py_ssize_t i = 0; i < kCallWords; ++i) plan->words[i] = PyLong_AsLongLong(args[i]);
+  std::int64_t words[kCallWords + 1];
+  for (Py_ssize_t i = 0; i < kCallWords; ++i) {
+    words[i] = PyLong_AsLongLong(args[i]);
+    if (words[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
   void* stream = PyLong_AsVoidPtr(args[kCallWords]);
   if (PyErr_Occurred()) return nullptr;
+  std::memcpy(plan->words, words, kCallWords * sizeof(std::int64_t));
   return launched(plan, stream);
 }
 

@@ -1,8 +1,8 @@
-"""The table of cases: configurations and shapes that the CPU target, the emulation and the GPU are checked with.
+"""The table of cases: the configurations and shapes that are checked on the CPU target, in the emulation and on a GPU.
 
-``CONFIGURATIONS`` has one of each strategy and each field kind, by name. ``SETTINGS`` lists the values of each setting,
-from which ``all_pairs`` makes a table of configurations in which any two values meet, and hypothesis draws any others.
-``SHAPES`` are the batches and tables that each is run on.
+``CONFIGURATIONS`` has one configuration for each strategy and each field kind, by name. ``SETTINGS`` lists the values
+of each setting: ``all_pairs`` makes configurations from it in which any two values meet, and hypothesis draws further
+ones. ``SHAPES`` are the batches and tables that each configuration runs on.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Shape:
 
 
 def batch(bs: int, width: int = 333, page_size: int = 64, **more: Any) -> Shape:
-    """A batch of the lengths that are easy to get wrong, then random ones, in random order."""
+    """A batch of edge-case lengths, then random ones, in random order."""
     edges = [0, 1, page_size - 1, page_size, page_size + 1, width - 1, width, width + 1, 3 * width, 2 * page_size]
     numbers = random.Random(f"{bs}.{width}.{page_size}")
     lengths = [edges[i % len(edges)] if i % 3 else numbers.randint(0, width + 20) for i in range(bs)]

@@ -1,7 +1,7 @@
 """One checker for the CPU target, the emulation and a GPU: poisoned destinations, a run, every word compared.
 
-``Scene`` makes the tensors of a case (a configuration and a shape, see cases.py) and what the reference makes of them.
-``check`` binds and runs the case through the public API. The emulation launches the same scene in a process of its own
+``Scene`` makes the tensors of a case (a configuration and a shape, see cases.py) and the reference's results.
+``check`` binds and runs the case through the public API. The emulation launches the same scene in another process
 (emulation/harness.py).
 """
 

@@ -1,4 +1,4 @@
-"""What the tests share: token pools, poisoned destinations with guard zones, the comparison, what ptxas says."""
+"""Shared by the tests: token pools, poisoned destinations with guard zones, the comparison, ptxas reports."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from onelaunch.build import toolchain
 from onelaunch.spec import reference
 from torch import Tensor
 
-# Lies in every word that nothing may have written; no token, length or sum of a test has this value.
+# The value of words that must not be written; no token, length or sum of a test has it.
 POISON = -559038737
 # Poisoned words on either side of a tensor; a multiple of four, so that an offset alone decides the 16-byte phase.
 GUARD = 32
 
-# What a batch alone gives a shape to. Schedules and kv_indices have tests of their own.
+# The fields whose shape follows from the batch. Schedules and kv_indices have separate tests.
 ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum", "table"))
 SIX_FIELDS = (
     "cache_seqlens",
@@ -277,7 +277,7 @@ def token_pool(
 
 
 def lengths(bs: int, width: int, page_size: int, seed: int = 0) -> list[int]:
-    """The lengths that are easy to get wrong, then random ones, in random order."""
+    """Edge-case lengths, then random ones, in random order."""
     edges = [0, 1, page_size - 1, page_size, page_size + 1, width - 1, width, width + 1, 3 * width, 2 * page_size]
     numbers = random.Random(f"{bs}.{width}.{page_size}.{seed}")
     some = [edges[i % len(edges)] if i % 3 else numbers.randint(0, width + 20) for i in range(bs)]

@@ -1,4 +1,4 @@
-"""The binding: what a call remembers of its arguments, what it asks again for, and that no reference is lost."""
+"""The binding: which arguments it remembers, when it checks them again, and that no reference leaks."""
 
 from __future__ import annotations
 

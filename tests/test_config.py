@@ -1,4 +1,4 @@
-"""KernelConfig: what it accepts, what it leaves out, its key, and the ways it is written down and read back."""
+"""KernelConfig: accepted values, unused settings, its key, and its text and dict forms."""
 
 from __future__ import annotations
 
@@ -192,10 +192,10 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
 
 
 def test_a_huge_number_of_backends_is_refused_at_once() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ConfigError, match=r"num_backends is 100000000 with 6 fields. That needs \d+ bytes"):
         KernelConfig(num_backends=10**8)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 # ------------------------------------------------------------------------------------------------------- parts

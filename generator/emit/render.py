@@ -81,6 +81,11 @@ def render(config: KernelConfig) -> str:
     return _environment().get_template("kernel.cu.j2").render(_context(config))
 
 
+def render_template(name: str, values: dict[str, Any]) -> str:
+    """A template that isn't a kernel's."""
+    return _environment().get_template(name).render(values)
+
+
 def _context(config: KernelConfig) -> dict[str, Any]:
     files = device_files(config)
     return {

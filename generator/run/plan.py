@@ -39,6 +39,7 @@ class Plan:
         capacity: the largest batch that fits the destinations.
         row_capacity: the largest number of rows that fits. The caller keeps the sum of variable extend lengths within
             it.
+        exact: how many requests each call must have; 0, the default, for any number up to ``capacity``.
         regions: the memory that the kernel writes.
         launches: kernel launches so far.
     """
@@ -58,6 +59,7 @@ class Plan:
         self.regions = destinations.regions
         self._spans = [(region.start, region.end, region) for region in self.regions]  # for a quick test in _check
         self.launches = 0
+        self.exact = 0
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
             self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
@@ -230,6 +232,8 @@ class Plan:
                 f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
                 "Bind larger buffers."
             )
+        if self.exact not in (0, batch_size):
+            raise ArgumentError(f"seq_lens has {batch_size} requests; the plan is for {self.exact}. Pass {self.exact}.")
         columns = self._max_len
         if max_len is not None:
             columns = check_int("max_len", max_len, 0, self._columns, ", the width of the narrowest table")

@@ -197,7 +197,7 @@ class MqaSchedule(Part):
     """DeepGEMM's schedule, paged_mqa_schedule_metadata.
 
     Attributes:
-        schedule_remainder: which multiprocessors get one split more, "last" (DeepGEMM from 2026-06 on) or "first"
+        schedule_remainder: which SMs get one split more, "last" (DeepGEMM from 2026-06 on) or "first"
             (before).
         schedule_per: what its lengths are in target_verify and draft_extend: "request" for [bs, n], of which only the
             last column counts (cache_seqlens), "row" for [R, 1] (seqlens_expanded).
