@@ -106,6 +106,19 @@ def test_sums_over_rows_and_a_last_element_as_padding() -> None:
     assert lasts.tolist() == [0, 1, 1, 3, 3]
 
 
+def test_how_many_rows_a_request_has() -> None:
+    starts, extends = blank(4), blank(3)
+    bound(
+        {
+            "qo_indptr": into(running_sum("rows"), starts),
+            "extend_start": into(vector("request * rows", "request"), extends),
+        },
+        mode="target_verify",
+        next_n=5,
+    ).run(LENGTHS, ROWS)
+    assert (starts.tolist(), extends.tolist()) == ([0, 5, 10, 15], [0, 5, 10])
+
+
 def test_a_term_is_named_and_not_written() -> None:
     """A name is a formula: the vector that it is needn't have a tensor."""
     out = blank(3)
@@ -243,6 +256,11 @@ def test_the_banner_says_what_was_declared() -> None:
         ({"mine": vector("full(1)")}, {"maps": {"full": "int64"}}, r"maps\[full\] is 'int64'; it must be a dtype and"),
         ({"mine": vector("1")}, {"strided": ("cu_seqlens_k",)}, "strided is 'cu_seqlens_k'"),
         ({"mine": vector("1")}, {"inputs": {f"i{n}": "int32" for n in range(16)}}, "inputs has 16 names; allowed: 15"),
+        (
+            {"mine": vector("row", pad=0)},
+            {"mode": "draft_extend", "extend": "variable"},
+            "mine, which has a pad and one",
+        ),
         ({"mine": vector("1")}, {"operation": "copy"}, "mine, which is declared, and operation is 'copy'"),
     ],
 )

@@ -179,6 +179,11 @@ class KernelConfig(Implied):
                 f"fields has {derived[0]} and operation is 'copy'; a copy can't write schedules or kv_indices, "
                 "which each refresh computes. Leave them out of the destinations."
             )
+        if self.variable_rows and (padded := [n for n in self.row_vectors if self.field(n).pad is not None]):
+            raise ConfigError(
+                f"fields has {padded[0]}, which has a pad and one element per row, and extend is 'variable'; how many "
+                "rows a captured graph has isn't known then. Set extend='uniform', or declare it without a pad."
+            )
         if self.variable_rows and (rows := [n for n in self.computed if self.field(n).per == "row"]):
             raise ConfigError(
                 f"fields has {rows[0]}, a declared table with a row per row, and extend is 'variable'; set "
