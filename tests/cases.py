@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onelaunch import FIELDS, KernelConfig, running_sum, vector
+from onelaunch import FIELDS, KernelConfig, packed, running_sum, table, vector
 from onelaunch.errors import ConfigError
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -194,6 +194,10 @@ DECLARE = {
     "narrow_input": vector("raw * 3 - base_len", "request"),
     "steps": vector("seq_len * 10 + step", "request"),
     "term": vector("nsa_cache_seqlens - rows", "row"),
+    "pages": table("token(column * page_size) // page_size + row", columns="ceil_div(seq_len, page_size)"),
+    "swa_pages": table("full_to_swa(token(column))", "request", columns="accept", fill=-1, dtype="int64", missing=2),
+    "packed_pages": packed("token(column * page_size) // page_size - step", at="page_sums"),
+    "packed_slots": packed("full_to_swa(column) + request", at="page_sums", dtype="int64"),
 }
 DECLARED: dict[str, Any] = {
     "declare": DECLARE,
@@ -204,9 +208,8 @@ DECLARED: dict[str, Any] = {
 }
 DECLARED_NAMES = tuple(DECLARE)
 STRATEGIES |= {
-    "declared": KernelConfig(fields=(*SEVEN, *DECLARED_NAMES), page_size=16, **DECLARED),
+    "declared": KernelConfig(fields=(*SEVEN, *DECLARED_NAMES[:-4]), page_size=16, **DECLARED),
     "declared rows": KernelConfig(
-        num_backends=2,
         fields=("cu_seqlens_k", *DECLARED_NAMES),
         strided=("positions", "is_live", "term", "swa_loc"),
         declare=DECLARE | {"row_sum": running_sum("seqlens_expanded + accept", "row", pad="last")},
@@ -217,7 +220,7 @@ STRATEGIES |= {
         num_backends=3,
         seqlen_offsets=(0, 3, 1),
         fields=("seqlens_expanded", *DECLARED_NAMES),
-        distinct=tuple((name, 1) for name in ("positions", "out_cache_loc", "accepted", "swa_loc")),
+        distinct=tuple((n, 1) for n in ("positions", "out_cache_loc", "accepted", "swa_loc", "swa_pages")),
         strided=("out_cache_loc", "steps"),
         **DECLARED,
     ),
@@ -228,9 +231,10 @@ STRATEGIES |= {
             "of_row": vector("token(row) - row", dtype="int64"),
             "own": vector("rows * 100 + row + accept", rows=2),
             "row_sum": running_sum("row + accept", "row", dtype="int64"),
+            "of_request": table("token(column) * rows", "request", columns="rows * 20"),
         },
         inputs={"accept": "int64"},
-        fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum"),
+        fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum", "of_request"),
         **VARIABLE,
     ),
 }

@@ -79,7 +79,17 @@ def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
     (indices,) = [block for block in others if "kv_indices" in block]
     exec(indices, names)
     assert_refreshed(names["flat"], seqlen_offsets=(1, 2, 3))
-    rest = [block for block in others if block not in (lists, indices)]
+    (declared,) = [block for block in others if "declare=" in block]
+    assert declared is others[0], "the first example after the main one"
+    exec(declared, names)
+    lens, pool_rows, pool = inputs
+    bs, columns = len(lens), lens[:, None] + torch.arange(4, device=lens.device)
+    assert names["plan"].launches == 1
+    assert torch.equal(names["positions"][:bs], lens)
+    assert not names["positions"][bs:].any()
+    assert torch.equal(names["slots"][:bs], pool[pool_rows[:, None], columns].long())
+    assert_refreshed(backends)
+    rest = [block for block in others if block not in (lists, indices, declared)]
     assert len(rest) == 1, "the lines that tests/engines/test_attach.py runs, and none beside them"
     assert rest[0].startswith("from onelaunch.integrations")
 
