@@ -93,8 +93,9 @@ def _sglang_best(scene: Scene, case: Case) -> list[Call]:
     plain, pooled = found.metadata.fused_dsa_decode_metadata, found.pooled.fused_dsa_decode_metadata_kpool
 
     def each(kernel: Any, columns: int) -> Call:
-        settings = {"columns": columns, "index_topk": INDEX_TOPK, "page_size": case.page_size}
-        return lambda: sglang_refresh.refresh_each(kernel, scene.buffers, scene.inputs, settings)
+        return lambda: sglang_refresh.refresh_each(
+            kernel, scene.buffers, scene.inputs, columns, INDEX_TOPK, case.page_size
+        )
 
     calls = [each(pooled, case.width), each(pooled, scene.longest), each(plain, scene.longest)]
     if not isinstance(found.copies, str):
@@ -103,8 +104,7 @@ def _sglang_best(scene: Scene, case: Case) -> list[Call]:
 
 
 def _sglang_refresh(scene: Scene, case: Case, columns: int) -> Call:
-    settings = {"columns": columns, "index_topk": INDEX_TOPK, "page_size": case.page_size}
-    return lambda: sglang_refresh.refresh(scene.buffers, scene.inputs, **settings)
+    return lambda: sglang_refresh.refresh(scene.buffers, scene.inputs, columns, INDEX_TOPK, case.page_size)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------

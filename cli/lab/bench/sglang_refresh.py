@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -120,9 +119,7 @@ def _computed(size: int, columns: int, page_size: int, device: torch.device) -> 
 def compute(
     kernel: Any,
     to: dict[str, Tensor],
-    seq_lens: Tensor,
-    req_pool_indices: Tensor,
-    req_to_token: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     columns: int,
     index_topk: int,
     page_size: int,
@@ -132,10 +129,10 @@ def compute(
     Args:
         kernel: fused_dsa_decode_metadata of ``metadata``, or fused_dsa_decode_metadata_kpool of ``pooled``.
         to: the tensors that it writes, by onelaunch's names of the fields.
-        seq_lens, req_pool_indices: int [bs], contiguous.
-        req_to_token: int32 [pool rows, W].
+        inputs: seq_lens and req_pool_indices, int [bs], contiguous; req_to_token, int32 [pool rows, W].
         columns: table columns that its grid covers: as the engine calls it, the width of page_table_1.
     """
+    seq_lens, req_pool_indices, req_to_token = inputs
     kernel(
         seq_lens=seq_lens,
         req_pool_indices=req_pool_indices,
@@ -157,24 +154,19 @@ def refresh_each(
     kernel: Any,
     backends: list[MetadataBuffers],
     inputs: tuple[Tensor, Tensor, Tensor],
-    settings: Mapping[str, int],
+    columns: int,
+    index_topk: int,
+    page_size: int,
 ) -> None:
-    """A launch of one of its kernels for each backend, straight into the backend's tensors.
-
-    Args:
-        kernel: as in compute().
-        inputs: seq_lens, req_pool_indices and req_to_token.
-        settings: ``columns``, ``index_topk`` and ``page_size``, as in compute().
-    """
+    """A launch of one of its kernels for each backend, straight into the backend's tensors; see compute()."""
     for backend in backends:
         to = {field.name: tensor for field, tensor in backend.items()}
-        compute(kernel, to, *inputs, **settings)
+        compute(kernel, to, inputs, columns, index_topk, page_size)
 
 
 def refresh(
     backends: list[MetadataBuffers],
     inputs: tuple[Tensor, Tensor, Tensor],
-    *,
     columns: int,
     index_topk: int,
     page_size: int,
@@ -184,23 +176,12 @@ def refresh(
     With fewer than three backends each has a copy of its own.
 
     Args:
-        inputs: seq_lens, req_pool_indices and req_to_token.
-        columns: as in compute(); as the engine calls it, the width of the tables.
+        inputs, columns, index_topk, page_size: as in compute().
     """
     found = kernels()
-    seq_lens, rows, pool = inputs
-    size = seq_lens.numel()
-    computed = _computed(size, columns, page_size, seq_lens.device)
-    compute(
-        found.metadata.fused_dsa_decode_metadata,
-        computed,
-        seq_lens,
-        rows,
-        pool,
-        columns=columns,
-        index_topk=index_topk,
-        page_size=page_size,
-    )
+    size, device = inputs[0].numel(), inputs[0].device
+    computed = _computed(size, columns, page_size, device)
+    compute(found.metadata.fused_dsa_decode_metadata, computed, inputs, columns, index_topk, page_size)
     source = tuple(computed.get(name) for name in _COPIED)
     together = backends[:_TOGETHER] if len(backends) >= _TOGETHER else []
     if together:
