@@ -291,6 +291,8 @@ def test_what_is_asked_for_is_measured() -> None:
         (5000, "3x2k"),
     }
     assert all(one.names == tuple(names) for one in asked)
+    both = select(list(CONTENDERS), quick=True, series=True)
+    assert {one.series for one in both} == {"", "length"}
     quick = select(list(CONTENDERS), quick=True)
     assert [one.case.shape for one in quick] == list(selection.QUICK_SHAPES)
     assert set(quick[0].names) == set(selection.QUICK_NAMES)
@@ -300,6 +302,8 @@ def test_what_is_asked_for_is_measured() -> None:
     assert [(one.case.kind, one.case.batch) for one in traced] == [("uniform", 1), ("azure", 64), ("azure", 256)]
     curves = Counter(one.series for one in select(names, shapes=["1x1k"], series=True))
     assert curves == {"": 1, "length": len(selection.SERIES_LENGTHS)}
+    # After the shapes and before the rest, for a run that is cut.
+    assert [one.series for one in select(names, series=True)][9:12] == ["", "length", "length"]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +379,7 @@ def test_what_fails_or_is_wrong_takes_nothing_along(tampered: Callable[..., None
     def wrong(scene: Scene) -> None:
         scene.buffers[0].cache_seqlens.fill_(1)  # type: ignore[union-attr]
 
-    tampered("fails", stop)
+    tampered("fails", stop, builds=True)
     tampered("wrong", wrong)
     tampered("slow", stop, limit=6 * 100)
     meter = Meter()

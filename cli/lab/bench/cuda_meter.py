@@ -31,10 +31,10 @@ class CudaMeter:
     """The current CUDA device.
 
     Args:
-        seconds: how long each kind of timing takes, about.
+        seconds: how long each kind of timing takes, about; with cold caches twice as long.
     """
 
-    def __init__(self, seconds: float = 0.06) -> None:
+    def __init__(self, seconds: float = 0.03) -> None:
         self.seconds = seconds
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._cuda: Any = torch.cuda  # its classes have no annotations
@@ -82,7 +82,7 @@ class CudaMeter:
         """A call in a graph of nothing but such calls: caches hold what the last one left."""
         count = self._count(call, _WARM_CALLS)
         replay = self.capture([call] * count)
-        return [took / count for took in self._samples([replay])[0]]
+        return [took / count for took in self._samples([replay], self.seconds)[0]]
 
     def cold_us(self, call: Call) -> list[float]:
         """A call in a graph that reads and writes 96 MiB before each, less the time of a graph that only does that."""
@@ -91,7 +91,7 @@ class CudaMeter:
             self._flush()
             self._flushes[count] = self.capture([self._flush] * count)
         both = self.capture([self._flush, call] * count)
-        with_call, without = self._samples([both, self._flushes[count]])
+        with_call, without = self._samples([both, self._flushes[count]], 2 * self.seconds)
         return [(took - flush) / count for took, flush in zip(with_call, without, strict=True)]
 
     def eager_us(self, call: Call) -> tuple[list[float], list[float]]:
@@ -133,13 +133,13 @@ class CudaMeter:
         took = min(self._eager([call] * 2)[1] for _ in range(2))
         return max(2, min(most, int(_GRAPH_US / took)) // 2 * 2)
 
-    def _samples(self, replays: Sequence[Callable[[], None]]) -> list[list[float]]:
+    def _samples(self, replays: Sequence[Callable[[], None]], seconds: float) -> list[list[float]]:
         """Microseconds of GPU time of the replays, in turn so that all see the same clocks: a list for each."""
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
         times: list[list[float]] = [[] for _ in replays]
         warm = 3
         began = time.perf_counter()
-        while len(times[0]) < warm + 5 or (time.perf_counter() - began < self.seconds and len(times[0]) < 300):
+        while len(times[0]) < warm + 7 or (time.perf_counter() - began < seconds and len(times[0]) < 300):
             for replay, took in zip(replays, times, strict=True):
                 start.record()
                 replay()

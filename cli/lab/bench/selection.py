@@ -14,7 +14,16 @@ QUICK_SHAPES = ("1x4k", "64x8k", "128x32k", "256x4k")
 # The engine's own way first, what onelaunch offers last: the order of the summary.
 QUICK_NAMES = ("sglang", "sglang-best", "triton", "triton-together", "onelaunch", "onelaunch-verified")
 # Measured on the quick shapes alone, unless shapes are named.
-FEW_NAMES = ("empty", "torch-recompute", "torch-copies-wide", "torch-compile", "single-block")
+FEW_NAMES = (
+    "listed",
+    "empty",
+    "runtime",
+    "torch-copies",
+    "torch-copies-wide",
+    "torch-recompute",
+    "torch-compile",
+    "single-block",
+)
 SERIES_NAMES = ("onelaunch", "onelaunch-verified")
 SERIES_LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
 # Shapes of the cases with one long request among short ones.
@@ -101,10 +110,9 @@ def select(
         return tuple(n for n in names if n not in FEW_NAMES or given or everything or case in few)
 
     selected = [Selected(case, names_for(case)) for case in dict.fromkeys(cases)]
-    if series:
-        curves = tuple(name for name in names if name in SERIES_NAMES)
-        selected += [Selected(Case(64, length), curves, "length") for length in SERIES_LENGTHS]
-    return selected
+    curves = tuple(name for name in names if name in SERIES_NAMES)
+    lines = [Selected(Case(64, length), curves, "length") for length in SERIES_LENGTHS] if series else []
+    return selected[: len(shapes)] + lines + selected[len(shapes) :]
 
 
 def _width(text: str, length: int) -> int:
