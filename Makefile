@@ -25,12 +25,14 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed  ## build what the demo needs, then replay two real serving traces
+demo: $(VENV)/.installed  ## build what the demo needs, then replay two real serving traces; on a GPU, a short bench
 	$(BIN)/onelaunch build nsa-decode-3 --target cpu
 	@if $(BIN)/python -c 'from onelaunch.build import toolchain; toolchain.preflight_cuda()' 2>/dev/null; \
 	then $(BIN)/onelaunch build nsa-decode-3 --target cuda; \
 	else echo 'no CUDA toolkit: the CUDA target is not compiled'; fi
 	@for trace in $(TRACES); do $(BIN)/onelaunch replay $$trace --step-ms 200 || exit 1; done
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/onelaunch bench --quick; else echo 'no GPU: nothing is timed'; fi
 
 test: $(VENV)/.installed  ## run the tests; with nvcc the CUDA target is compiled too, with a GPU also run
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term
