@@ -71,6 +71,7 @@ class Scene:
 
     def __init__(self, config: KernelConfig, shape: Shape, device: torch.device | str = "cpu") -> None:
         self.config, self.shape, self.device = config, shape, torch.device(device)
+        self.before = None if shape.before is None else Scene(config, shape.before, device)
         self._random = torch.Generator().manual_seed(shape.seed)
         bs = len(shape.lengths)
         self.copies = config.operation == "copy"
@@ -95,6 +96,8 @@ class Scene:
         self.tokens = [max(0, n) + longest for n in lengths]
         # Empty tensors would count as one that backends share.
         self.capacity = min(max(1, sum(self.tokens)), shape.max_indices)
+        if self.before is not None:
+            self.capacity = self.before.capacity
         self.columns = min(self._limits())
         self._inputs(extends)
         self.destinations = {name: self._destinations(name) for name in config.fields}
@@ -120,6 +123,8 @@ class Scene:
         rows = torch.randint(0, shape.pool_rows, (len(shape.lengths),), generator=self._random)
         if len(rows):
             rows[-1] = shape.pool_rows - 1  # the row with nothing behind it
+        if shape.rows is not None:
+            rows = torch.tensor(shape.rows, dtype=torch.int64)
         self._valid_rows = rows.clone()
         if shape.bad_pool_row is not None:
             rows[0] = shape.bad_pool_row
@@ -128,6 +133,7 @@ class Scene:
         self.extend_seq_lens = self._strided(torch.tensor(extends, dtype=torch.int64), config.extend_seq_lens_dtype)
         dtype = getattr(torch, config.req_to_token_dtype)
         tokens = self._tokens(shape.pool_rows, shape.width)
+        tokens[:, list(shape.rewritten)] ^= 1
         if dtype == torch.int64:
             beyond = torch.randint(0, 8, tokens.shape, generator=self._random) == 0
             tokens = torch.where(beyond, tokens + 3 * 2**32, tokens)
@@ -173,6 +179,8 @@ class Scene:
     def _destinations(self, name: str) -> list[tuple[Tensor, Tensor]]:
         config, shape, field = self.config, self.shape, FIELDS[name]
         height = shape.spare_rows + (self.rows if field.per == "row" else len(shape.lengths))
+        if self.before is not None and field.sized_by_batch:
+            height = self.before.destinations[name][0][0].shape[0] - field.extra
         made = []
         for d in range(config.destinations(name)):
             if field.kind == "table":
@@ -192,6 +200,8 @@ class Scene:
                     "kv_indices": (self.capacity,),
                 }.get(name, (height + field.extra,))
                 made.append(support.guarded(*dimensions, offset=d % 4, device=self.device))
+            if self.before is not None:
+                made[-1][0].copy_(self.before.wanted(name, d))
         return made
 
     def _which(self, backend: int, name: str) -> int:
@@ -212,7 +222,7 @@ class Scene:
         return wanted
 
     def _poisoned(self, count: int) -> list[MetadataBuffers]:
-        """Dense poisoned buffers for the reference, shared by backends as the destinations are."""
+        """Dense buffers of the destinations' content for the reference, shared by backends as the destinations are."""
         made: dict[tuple[str, int], Tensor] = {}
         backends = []
         for index in range(count):
@@ -220,7 +230,9 @@ class Scene:
             for name, tensors in self.destinations.items():
                 key = name, self._which(index, name)
                 if key not in made:
-                    made[key] = torch.full(tensors[key[1]][0].shape, POISON, dtype=torch.int32, device=self.device)
+                    # What it holds before the launch: poison, or what the one before left.
+                    made[key] = torch.empty(tensors[key[1]][0].shape, dtype=torch.int32, device=self.device)
+                    made[key].copy_(tensors[key[1]][0])
                 setattr(buffers, name, made[key])
             backends.append(buffers)
         return backends

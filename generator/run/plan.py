@@ -19,6 +19,7 @@ from ..spec.violations import VIOLATIONS
 from .bound import BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .destinations import Destinations, NameOf, backend_field, check_backends
+from .hashes import hashes_of
 from .memory import HeldStorages, Region
 
 # What a configuration has beyond bind()'s settings and the buffers themselves: for measurements.
@@ -69,6 +70,8 @@ class Plan:
             # Kind, request, value and limit of the first violation. Not an inference tensor: check() writes to it.
             with torch.inference_mode(False):
                 self._violation = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self._hashes = hashes_of(destinations, config).words if config.hashes_tiles else None
+        hashes = self._hashes
         self._bound = BoundKernel(
             config,
             self.device,
@@ -83,6 +86,8 @@ class Plan:
                 "num_sm_parts": [destinations.length("flashmla_metadata") or 0],
                 "kv_indices_capacity": [destinations.length("kv_indices") or 0],
                 "violation": [0 if self._violation is None else self._violation.data_ptr()],
+                "tile_hashes": [0 if hashes is None else hashes.data_ptr()],
+                "tile_hashes_stride": [0 if hashes is None else hashes.stride(0)],
                 **{name: destinations.words(name) for name in config.fields},
             },
         )
@@ -212,6 +217,16 @@ class Plan:
             self._violation.zero_()
             raise ArgumentError(VIOLATIONS[kind - 1].sentence.format(request=request, value=value, limit=limit))
 
+    def forget(self) -> None:
+        """Makes the next run write everything: somebody else wrote to the tables, or their memory was lost.
+
+        For plans that are bound with ``writes="verified"``, and all that write the same tables; a fill on the device's
+        current stream, which can be captured. Call it after a sleep and wake, after an eager write, before a capture.
+        Other plans have nothing to forget.
+        """
+        if self._hashes is not None:
+            self._hashes.zero_()
+
     def __repr__(self) -> str:
         return f"Plan({self.config.symbol}, device={self.device}, capacity={self.capacity})"
 
@@ -247,6 +262,7 @@ def bind(
     schedule_per: str = "request",
     schedule_atoms: int = 0,
     flashmla_order: str = "2026",
+    writes: str = "all",
 ) -> Plan:
     """Checks N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
 
@@ -285,6 +301,11 @@ def bind(
             seqlens_expanded) in target_verify and draft_extend.
         schedule_atoms: query atoms of a request in that schedule; 0 for ceil(next_n / 2).
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
+        writes: "all" writes every live column. "verified" reads as much, and writes only the tiles of the tables that
+            differ from what this plan, or another one of the same tables, wrote last; kv_indices element by element.
+            It holds as long as nobody else writes the tables (then call Plan.forget()) and all of these plans run on
+            one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
+            probability of about 2^-63.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.

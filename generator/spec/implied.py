@@ -65,6 +65,16 @@ class Implied:
         return self.gathers and ("kv_indices" in self.fields or self.extent == "live")
 
     @property
+    def verified(self) -> bool:
+        """Whether what is gathered is written only where it differs from what was written last."""
+        return self.gathers and bool(self.writes == "verified")
+
+    @property
+    def hashes_tiles(self) -> bool:
+        """Whether it keeps a hash of each tile. kv_indices, which has no rows, is compared with itself instead."""
+        return self.verified and "kv_indices" not in self.fields
+
+    @property
     def needs_lengths(self) -> bool:
         """Whether the kernel reads seq_lens."""
         return not self.copies and (bool(self.vectors or self.schedules) or self.live)
@@ -190,7 +200,8 @@ class Implied:
             return 1
         writes = self.destinations("page_indices") * self.next_n
         few = self.equal_rows or (writes <= 3 and len(self.seqlen_offsets) <= 1)
-        return 2 if few and self.vector_bytes == 16 and self.unroll <= 2 else 1
+        words = self.hashes_tiles and self.req_to_token_dtype == "int64"  # twice as many registers for the words
+        return 2 if few and not words and self.vector_bytes == 16 and self.unroll <= 2 else 1
 
     @property
     def holds_page_tokens(self) -> bool:

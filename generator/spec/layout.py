@@ -26,15 +26,15 @@ class Member:
     Attributes:
         name: its name, in the struct and in a plan.
         type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
-            "table" (a pointer to a field and its row stride in elements) or "violation" (pointer to the record of a
-            checked kernel).
+            "table" (a pointer to a field and its row stride in elements), "violation" (pointer to the record of a
+            checked kernel) or "hashes" (pointer to the hashes of a verified kernel's tiles).
         count: array length, or None for a single member.
         per_call: set at each call; the rest is set once, when a plan is bound.
         comment: what it holds.
     """
 
     name: str
-    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation"]
+    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation", "hashes"]
     count: int | None
     per_call: bool
     comment: str
@@ -72,6 +72,10 @@ def members(config: KernelConfig) -> list[Member]:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
         add("req_to_token_width", "int64", "elements of a row that may be read")
+
+    if config.hashes_tiles:
+        add("tile_hashes", "hashes", "[rows, tile_hashes_stride], 0 where nothing is known")
+        add("tile_hashes_stride", "int64", "tiles of a row")
 
     def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
         for name in names:

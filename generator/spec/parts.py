@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Extend = Literal["uniform", "variable"]
 IntDtype = Literal["int32", "int64"]
 Extent = Literal["live", "full"]
+Writes = Literal["all", "verified"]
 Remainder = Literal["last", "first"]
 SchedulePer = Literal["request", "row"]
 FlashMLAOrder = Literal["2026", "2025"]
@@ -118,6 +119,7 @@ class Gather(Part):
         extent: "live" writes the live columns of a row, those below its request's length; "full" every column below
             max_len. kv_indices has live columns only.
         req_pool_indices_dtype, req_to_token_dtype: "int32" or "int64".
+        writes: "all" writes what a refresh makes; "verified" writes only where that differs from what was written last.
     """
 
     extent: Extent | None = setting(
@@ -125,6 +127,7 @@ class Gather(Part):
     )
     req_pool_indices_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.gathers)
     req_to_token_dtype: IntDtype | None = setting("int32", _INT_DTYPE, used=lambda c: c.gathers)
+    writes: Writes | None = setting("all", OneOf("all", "verified"), used=lambda c: c.gathers)
 
 
 @dataclass(frozen=True, kw_only=True)

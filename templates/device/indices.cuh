@@ -46,7 +46,8 @@ __device__ __forceinline__ void copy_tile(
     for (int i = 0; i < kWords; ++i) {
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
-      if (column < stop && at < p.kv_indices_capacity) p.kv_indices[b][at] = words[i];
+      if (column >= stop || at >= p.kv_indices_capacity) continue;
+      if (!kVerified || p.kv_indices[b][at] != words[i]) p.kv_indices[b][at] = words[i];
     }
   }
 }
