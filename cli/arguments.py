@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+from onelaunch.errors import ArgumentError
 from onelaunch.spec.config import KernelConfig
 from onelaunch.spec.presets import PRESETS, preset
 from onelaunch.spec.settings import parse_settings
@@ -44,6 +45,21 @@ def arch_option(function: Any) -> Any:
 def json_option(function: Any) -> Any:
     """--json, for output that a script reads."""
     return click.option("--json", "as_json", is_flag=True, help="As JSON.")(function)
+
+
+def dry_run_option(function: Any) -> Any:
+    """--dry-run, for what removes something."""
+    return click.option("--dry-run", is_flag=True, help="Remove nothing; say what would be removed.")(function)
+
+
+def gone_option(name: str, instead: str) -> Any:
+    """An option of an earlier version, which says for one release what took its place."""
+
+    def refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise ArgumentError(f"{name} is gone since 0.2; {instead}.")
+
+    return click.option(name, "gone_" + name.strip("-"), hidden=True, expose_value=False, callback=refuse)
 
 
 def chosen(name: str | None, settings: str | None, target: str | None = None) -> KernelConfig:

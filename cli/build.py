@@ -15,18 +15,19 @@ import click
 import onelaunch
 from onelaunch.build import toolchain
 from onelaunch.cache import failures
-from onelaunch.errors import OnelaunchError
+from onelaunch.errors import ArgumentError, OnelaunchError
 from onelaunch.load import loader, prebuild
 from onelaunch.load.prebuild import Done, Job
+from onelaunch.log import short_key
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .arguments import arch_option, architectures, chosen, json_option, preset_names, target_option
+from .arguments import arch_option, architectures, chosen, gone_option, json_option, preset_names, target_option
 
 
 @click.command()
 @click.argument("configs", nargs=-1, shell_complete=preset_names)
-@click.option("--preset", "presets", multiple=True, shell_complete=preset_names, help="A preset; may be repeated.")
+@gone_option("--preset", "name presets as arguments: `onelaunch build nsa-decode-3`")
 @click.option(
     "--set",
     "settings",
@@ -43,7 +44,6 @@ from .arguments import arch_option, architectures, chosen, json_option, preset_n
 @json_option
 def build(
     configs: tuple[str, ...],
-    presets: tuple[str, ...],
     settings: tuple[str, ...],
     config: Path | None,
     target: str | None,
@@ -53,9 +53,10 @@ def build(
     retry: bool,
     as_json: bool,
 ) -> None:
-    """Compile configurations ahead of time into the cache. Several are built at once, in child processes.
+    """Compile configurations ahead of time into the cache.
 
-    CONFIGS are presets; without any, the default configuration.
+    CONFIGS are presets. --set without one changes the default configuration. Several are built at once, in child
+    processes.
 
     ONELAUNCH_JIT=error doesn't refuse this: it is for builds that a call would start. A build that takes too long is
     ended and counts as failed; the next attempt compiles it again. With --json, standard output is one document at the
@@ -65,15 +66,19 @@ def build(
     Examples:
       onelaunch build nsa-decode-3 --arch 90a
       onelaunch build --set num_backends=5 --target cpu
-      onelaunch build --preset nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
+      onelaunch build nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
       onelaunch build --config kernels.toml --arch 90a,100a
       onelaunch build nsa-decode-3 --arch 90a --json
     """
+    if not (configs or settings or config):
+        raise ArgumentError(
+            "No configuration is named. Name presets (`onelaunch list` prints them), settings by --set, or a file of "
+            "[[build]] tables by --config."
+        )
     archs, here = architectures(arch), functools.cache(toolchain.current_architectures)
-    names: list[str | None] = [*configs, *presets]
     wanted = [
         Job(chosen(name, facts, target), archs)
-        for name in names or ([None] if config is None or settings else [])
+        for name in configs or ([None] if settings else [])
         for facts in settings or ("",)
     ]
     for job in prebuild.read_matrix(config) if config is not None else ():
@@ -158,7 +163,7 @@ def _document(ended: Sequence[Done]) -> None:
 
 
 def _row(key: str, seconds: float, symbol: str, rest: str) -> str:
-    return f"{key[:16]:16}  {seconds:6.2f} s  {symbol}  {rest}"
+    return f"{short_key(key):12}  {seconds:6.2f} s  {symbol}  {rest}"
 
 
 def _plain(text: str) -> None:

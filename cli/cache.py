@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from onelaunch.cache.manifest import MANIFEST, Entry
 from onelaunch.cache.store import Store
 from onelaunch.errors import StoreError
 from onelaunch.load import loader
+from onelaunch.log import short_key
 
-from .arguments import json_option
+from .arguments import dry_run_option, json_option
 from .output import size, write_whole
 
 
@@ -95,14 +97,18 @@ def list_entries(as_json: bool) -> None:
     for row in rows:
         archs = "+".join(row["archs"]) or "cpu"
         mark = "  edited by hand" if row["edited"] else ""
-        click.echo(f"{row['key'][:16]}  {size(row['bytes']):>8}  {row['used']}  {archs:10}  {row['symbol']}{mark}")
+        click.echo(
+            f"{short_key(row['key'])}  {size(row['bytes']):>8}  {row['used']}  {archs:10}  {row['symbol']}{mark}"
+        )
     click.echo(f"{len(rows)} entries, {size(sum(row['bytes'] for row in rows))}, in {store.root}")
 
 
 @app.command("info")
 @click.argument("keys", nargs=-1, required=True)
 def info(keys: tuple[str, ...]) -> None:
-    """Print the manifests of entries: configuration, compilers, command, resources, what a host needs.
+    """Print the manifests of entries, as JSON.
+
+    A manifest has configuration, compilers, command, resources and what a host needs.
 
     KEYS are the first digits of keys.
 
@@ -115,58 +121,82 @@ def info(keys: tuple[str, ...]) -> None:
 
 
 @app.command("verify")
-def verify() -> None:
-    """Read every file of every entry and compare it with its checksum. Exit code 1: some were damaged and set aside.
+@json_option
+def verify(as_json: bool) -> None:
+    """Compare every file of every entry with its checksum.
+
+    Damaged entries are set aside. Exit code 1: there were some.
 
     \b
     Examples:
       onelaunch cache verify
+      onelaunch cache verify --json
     """
     store = loader.default_store()
     before = store.stored_keys()
-    good = list(store.entries())
-    click.echo(f"{len(good)} of {len(before)} entries are whole, in {store.root}")
-    if len(good) < len(before):
+    good = [entry.key for entry in store.entries()]
+    damaged = [key for key in before if key not in good]
+    if as_json:
+        click.echo(json.dumps({"folder": str(store.root), "whole": good, "damaged": damaged}, indent=1))
+    else:
+        click.echo(f"{len(good)} of {len(before)} entries are whole, in {store.root}")
+    if damaged:
         raise click.exceptions.Exit(1)
 
 
 @app.command("gc")
 @click.option("--max-size", metavar="SIZE", help="Keep at most this, such as 500M.")
 @click.option("--older-than", metavar="AGE", help="Remove what wasn't used for this long, such as 30d.")
-def gc(max_size: str | None, older_than: str | None) -> None:
+@dry_run_option
+@json_option
+def gc(max_size: str | None, older_than: str | None, dry_run: bool, as_json: bool) -> None:
     """Remove the entries that were used longest ago, and leftovers.
 
-    Without options it applies the default limit.
+    Without options it applies the default limit. Leftovers are what killed processes left, and old logs.
 
     \b
     Examples:
       onelaunch cache gc
-      onelaunch cache gc --max-size 500M --older-than 30d
+      onelaunch cache gc --max-size 500M --older-than 30d --dry-run
     """
     limit = max_size or (None if older_than else collect.default_max_size())
     done = collect.collect(
         loader.default_store(),
         collect.parse_size(limit, "--max-size") if limit else None,
         collect.parse_age(older_than, "--older-than") if older_than else None,
+        dry_run,
     )
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(done), "dry_run": dry_run}, indent=1))
+        return
+    if dry_run:
+        for key in done.keys:
+            click.echo(short_key(key))
     click.echo(
-        f"removed {len(done.keys)} entries ({size(done.freed)}) and {done.remains} leftovers; "
-        f"{size(done.kept)} of entries remain"
+        f"{_removed(dry_run)} {len(done.keys)} entries ({size(done.freed)}) and {done.remains} leftovers; "
+        f"{size(done.kept)} of entries {'would remain' if dry_run else 'remain'}"
     )
 
 
 @app.command("clear")
-def clear() -> None:
-    """Remove everything from the cache.
+@dry_run_option
+@json_option
+def clear(dry_run: bool, as_json: bool) -> None:
+    """Remove everything from the cache but what processes are using.
 
     \b
     Examples:
+      onelaunch cache clear --dry-run
       onelaunch cache clear
     """
     store = loader.default_store()
     if store.root.exists():
         trust.check_owner(store.root)
-    click.echo(f"removed {size(collect.clear(store))} from {loader.default_store().root}")
+    freed = collect.clear(store, dry_run)
+    if as_json:
+        click.echo(json.dumps({"folder": str(store.root), "freed": freed, "dry_run": dry_run}, indent=1))
+    else:
+        click.echo(f"{_removed(dry_run)} {size(freed)} from {store.root}")
 
 
 @app.command("pack")
@@ -174,7 +204,8 @@ def clear() -> None:
     "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The file to write."
 )
 @click.argument("keys", nargs=-1)
-def pack(output: Path, keys: tuple[str, ...]) -> None:
+@json_option
+def pack(output: Path, keys: tuple[str, ...], as_json: bool) -> None:
     """Write built kernels to one file, for hosts without a compiler.
 
     KEYS are the first digits of keys; without any, all are written.
@@ -189,16 +220,26 @@ def pack(output: Path, keys: tuple[str, ...]) -> None:
 
     entries = _matching(keys)
     write_whole(output, to_bytes(entries))
+    if as_json:
+        packed = [
+            {"key": entry.key, "symbol": entry.manifest["symbol"], "requires": entry.manifest.get("requires", {})}
+            for entry in entries
+        ]
+        click.echo(json.dumps({"file": str(output), "bytes": output.stat().st_size, "entries": packed}, indent=1))
+        return
     for entry in entries:
         needs = entry.manifest.get("requires", {})
-        click.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  needs {_needs(needs)}")
+        click.echo(f"{short_key(entry.key)}  {entry.manifest['symbol']}  needs {_needs(needs)}")
     click.echo(f"wrote {output}, {size(output.stat().st_size)}")
 
 
 @app.command("unpack")
 @click.argument("file", type=click.Path(path_type=Path))
-def unpack(file: Path) -> None:
-    """Put packed kernels into the cache. Exit code 1: some can't run here, and the reason is printed.
+@json_option
+def unpack(file: Path, as_json: bool) -> None:
+    """Put packed kernels into the cache.
+
+    Exit code 1: some can't run here, and the reason is printed.
 
     FILE is one that `pack` wrote. Kernels are programs: unpack only what comes from somebody you trust.
 
@@ -210,12 +251,22 @@ def unpack(file: Path) -> None:
     from onelaunch.load.pack import read_file
 
     done = read_file(file, loader.default_store())
-    for entry in done.entries:
-        click.echo(f"{entry.key[:16]}  {entry.manifest['symbol']}  {entry.module_path}")
+    if as_json:
+        unpacked = [
+            {"key": entry.key, "symbol": entry.manifest["symbol"], "path": str(entry.module_path)}
+            for entry in done.entries
+        ]
+        click.echo(json.dumps({"entries": unpacked, "refused": dict(done.refused)}, indent=1))
+    for entry in () if as_json else done.entries:
+        click.echo(f"{short_key(entry.key)}  {entry.manifest['symbol']}  {entry.module_path}")
     for name, reason in done.refused:
         click.echo(f"onelaunch: {name} is refused: {reason}", err=True)
     if done.refused:
         raise click.exceptions.Exit(1)
+
+
+def _removed(dry_run: bool) -> str:
+    return "would remove" if dry_run else "removed"
 
 
 def _needs(needs: dict[str, Any]) -> str:

@@ -23,7 +23,9 @@ from .show import kernel
     "-U", "--unified", "context", type=click.IntRange(min=0), default=3, help="Equal lines around a difference."
 )
 def diff(one: str, other: str, what: str, target: str | None, arch: str | None, context: int) -> None:
-    """Print how two kernels differ. Keys, symbols and addresses, which always differ, are left out.
+    """Print how two kernels differ.
+
+    Keys, symbols and addresses, which always differ, are left out.
 
     A and B are each what CONFIG of `onelaunch show` is, or key=value,… as --set takes it.
 

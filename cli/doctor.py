@@ -15,7 +15,9 @@ from .arguments import json_option
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Check tools, versions and the cache, then build and run a real kernel. Exit code 1: there is something to fix.
+    """Check tools and cache, then build and run a real kernel.
+
+    It also prints the variables of onelaunch that are set. Exit code 1: there is something to fix.
 
     \b
     Examples:

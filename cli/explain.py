@@ -18,7 +18,9 @@ from .arguments import arch_option, architectures, chosen, config_argument, json
 @arch_option
 @json_option
 def explain(config: str | None, settings: str | None, target: str | None, arch: str | None, as_json: bool) -> None:
-    """Say whether a configuration is in the cache; if not, how the nearest build differs. Exit code 1: miss.
+    """Say whether a configuration is in the cache, and if not, why.
+
+    A miss prints how the nearest build differs. Exit code 1: miss.
 
     CONFIG is a preset; without it, the default configuration.
 

@@ -10,13 +10,21 @@ from onelaunch.emit.render import render
 from onelaunch.inspect import editors
 from onelaunch.spec.presets import PRESETS
 
+from .arguments import gone_option
 from .output import write_whole
 
 
 @click.command()
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("generated"), help="The folder of the emitted CUDA."
+    "-o",
+    "--output",
+    "folder",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    default=Path("generated"),
+    help="The folder of the emitted CUDA.",
 )
+@gone_option("--folder", "use --output")
 @click.option("--check", is_flag=True, help="Write nothing; fail if a file isn't up to date.")
 @click.option("--clangd", is_flag=True, help="Also write a compile_commands.json there, for editors.")
 def generate(folder: Path, check: bool, clangd: bool) -> None:
@@ -26,7 +34,7 @@ def generate(folder: Path, check: bool, clangd: bool) -> None:
     Examples:
       onelaunch generate
       onelaunch generate --check
-      onelaunch generate --folder emitted --clangd
+      onelaunch generate -o emitted --clangd
     """
     if check:
         difference = check_folder(folder)

@@ -8,7 +8,8 @@ from typing import Any
 import click
 from onelaunch.cache.tiers import tiers
 from onelaunch.load import loader
-from onelaunch.spec.presets import PRESETS
+from onelaunch.log import short_key
+from onelaunch.spec.presets import PRESETS, PURPOSES
 
 from .arguments import json_option
 from .cache import listed
@@ -18,9 +19,10 @@ from .output import size
 @click.command("list")
 @json_option
 def list_kernels(as_json: bool) -> None:
-    """List the presets, and what is built: for which architectures, when, and how large.
+    """List the presets with what they are for, and what is built of them.
 
-    It looks in the folders of ONELAUNCH_PREBUILT and in the cache.
+    A build's line has its key, size, date and GPU architectures. Builds are looked for in the folders of
+    ONELAUNCH_PREBUILT and in the cache.
 
     \b
     Examples:
@@ -33,7 +35,7 @@ def list_kernels(as_json: bool) -> None:
         # The CPU target of a preset is another configuration.
         symbols = config.symbol, config.replace(target="cpu").symbol
         own = [row for row in builds if row["symbol"] in symbols]
-        kernels.append({"preset": name, "symbol": config.symbol, "builds": own})
+        kernels.append({"preset": name, "purpose": PURPOSES[name], "symbol": config.symbol, "builds": own})
     known = [row["key"] for kernel in kernels for row in kernel["builds"]]
     others = [row for row in builds if row["key"] not in known]
     if as_json:
@@ -41,9 +43,11 @@ def list_kernels(as_json: bool) -> None:
         return
     width = max(len(kernel["preset"]) for kernel in kernels)
     for kernel in kernels:
-        lines = [row_text(row) for row in kernel["builds"]] or ["not built"]
-        for number, line in enumerate(lines):
-            click.echo(f"{kernel['preset'] if number == 0 else '':{width}}  {line}")
+        click.echo(f"{kernel['preset']:{width}}  {kernel['purpose']}")
+        for row in kernel["builds"]:
+            click.echo(f"{'':{width}}  {row_text(row)}")
+    if not builds:
+        click.echo("Nothing is built. `onelaunch build PRESET` builds one.", err=True)
     if others:
         click.echo("other builds")
         for row in others:
@@ -54,4 +58,4 @@ def row_text(row: dict[str, Any]) -> str:
     """One build as a line."""
     archs = "+".join(row["archs"]) or "cpu"
     mark = "  edited by hand" if row["edited"] else ""
-    return f"{row['key'][:16]}  {size(row['bytes']):>8}  {row['built']}  {archs:10}{mark}".rstrip()
+    return f"{short_key(row['key'])}  {size(row['bytes']):>8}  {row['built']}  {archs:10}{mark}".rstrip()

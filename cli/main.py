@@ -19,8 +19,11 @@ def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     ctx.exit()
 
 
-@click.group(cls=Verbs, epilog=EXIT_CODES, context_settings={"show_default": True})
+@click.group(
+    cls=Verbs, epilog=EXIT_CODES, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
+)
 @click.option(
+    "-V",
     "--version",
     is_flag=True,
     is_eager=True,

@@ -145,8 +145,9 @@ struct RunningSum {
 
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
-template <int N>
-__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+// The destinations decide the type: to a bool goes whether the value isn't 0.
+template <typename T, int N>
+__device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
     to[b][index] = value;
   } else {
@@ -180,6 +181,8 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
 //   kv_indices   | tokens of request 0 | request 1 | tokens of request 2 ...
 //                ^ 0                   ^ kv_indptr[1]
 
+using Index = std::remove_pointer_t<std::remove_extent_t<decltype(Params::kv_indices)>>;
+
 // The tokens of a request, without a backend's offset.
 __device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
   const std::int32_t length = request_length(p, request);
@@ -200,13 +203,13 @@ __device__ __forceinline__ void copy_tile(
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int end = read_columns(p, tokens, kLongestOffset);
   constexpr int kWords = kTileColumns / kWarpSize;
-  std::int32_t words[kWords];
+  Index words[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int column = first + lane + i * kWarpSize;
-    words[i] = column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+    words[i] = column < end ? static_cast<Index>(__ldg(source + column)) : 0;
   }
-  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(std::int32_t*);
+  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(Index*);
 #pragma unroll(unrolled(kDestinations))
   for (int b = 0; b < kDestinations; ++b) {
     const int stop = read_columns(p, tokens, length_offset(b));

@@ -117,8 +117,9 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
 
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
-template <int N>
-__device__ __forceinline__ void store(std::int32_t* const (&to)[N], int b, std::int64_t index, std::int32_t value) {
+// The destinations decide the type: to a bool goes whether the value isn't 0.
+template <typename T, int N>
+__device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
     to[b][index] = value;
   } else {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import warnings
 
-LOG_VARIABLE = "ONELAUNCH_LOG"
+from .variables import LOG_VARIABLE
+
 _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
 logger = logging.getLogger("onelaunch")
@@ -30,7 +30,12 @@ def event(
     """
     if logger.isEnabledFor(level):
         text = ", ".join((f"{seconds * 1000:.1f} ms", *filter(None, details)))
-        logger.log(level, "%s %s key=%s %s %s", what, symbol, key[:16], outcome, text)
+        logger.log(level, "%s %s key=%s %s %s", what, symbol, short_key(key), outcome, text)
+
+
+def short_key(key: str) -> str:
+    """As many digits of a key as people are shown; commands accept 4 or more."""
+    return key[:12]
 
 
 def notice(text: str) -> None:
@@ -52,5 +57,5 @@ def _show(name: str) -> None:
     logger.propagate = False
 
 
-if os.environ.get(LOG_VARIABLE):
-    _show(os.environ[LOG_VARIABLE])
+if LOG_VARIABLE.read():
+    _show(LOG_VARIABLE.read())

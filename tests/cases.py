@@ -174,6 +174,8 @@ VECTORS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector
 MQA = "paged_mqa_schedule_metadata"
 SCHEDULES = (MQA, "flashmla_metadata", "num_splits")
 CSR = ("kv_indptr", "kv_indices")
+# All that one kernel can write: with tables it writes no kv_indices.
+EVERY = tuple(name for name in FIELDS if name not in CSR)
 VERIFY: dict[str, Any] = {"mode": "target_verify", "next_n": 3}
 VARIABLE: dict[str, Any] = {"mode": "draft_extend", "extend": "variable"}
 
@@ -267,6 +269,14 @@ CONFIGURATIONS = {
     "indices of int64": KernelConfig(
         num_backends=3, distinct=(("kv_indices", 2),), fields=("kv_indices",), req_to_token_dtype="int64"
     ),
+    "indices into int64": KernelConfig(
+        num_backends=2,
+        seqlen_offsets=(2, 9),
+        fields=CSR,
+        dtypes=(("kv_indices", "int64"),),
+        req_to_token_dtype="int64",
+        checked=True,
+    ),
     "indices beside": KernelConfig(num_backends=2, seqlen_offsets=(7,), fields=("cu_seqlens_k", *CSR, *SCHEDULES)),
     "verified rows of requests": KernelConfig(num_backends=2, fields=SEVEN, writes="verified", **VERIFY),
     "verified int64": KernelConfig(num_backends=2, page_size=7, req_to_token_dtype="int64", writes="verified"),
@@ -288,7 +298,24 @@ CONFIGURATIONS = {
     "copy of rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=BY_BATCH),
     "copy of words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4),
     "copy of vectors": KernelConfig(operation="copy", num_backends=2, fields=("cu_seqlens_k",)),
+    # More backends than a loop over them is unrolled for: their addresses are found by an index.
+    "every field of 9": KernelConfig(num_backends=9, fields=EVERY),
+    "every field of 64": KernelConfig(
+        num_backends=64, seqlen_offsets=tuple(range(64)), checked=True, fields=EVERY, page_size=7, **VERIFY
+    ),
+    "every field of 64, full": KernelConfig(num_backends=64, extent="full", fields=EVERY),
+    "copy of every field to 64": KernelConfig(operation="copy", num_backends=64, fields=BY_BATCH),
 }
+
+
+def fullest(config: KernelConfig) -> KernelConfig:
+    """The same with as many backends as the kernel's parameters have room for."""
+    while True:
+        try:
+            config = config.replace(num_backends=config.num_backends + 1)
+        except ConfigError:
+            return config
+
 
 # ------------------------------------------------------------------------------------------------ any two settings
 
@@ -330,6 +357,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "schedule_atoms": (0, 3),
     "flashmla_order": ("2026", "2025"),
     "writes": ("all", "verified"),
+    "indices": ("int32", "int64"),
 }
 
 
@@ -357,6 +385,9 @@ def configuration(chosen: Mapping[str, Any]) -> KernelConfig:
     settings = dict(chosen)
     n = settings["num_backends"]
     offsets, shared = settings.pop("offsets"), settings.pop("shared")
+    indices = settings.pop("indices")
+    if "kv_indices" in settings["fields"]:
+        settings["dtypes"] = {"kv_indices": indices}
     settings["seqlen_offsets"] = {"none": (), "one": (7,), "each": tuple(range(n, 0, -1))}[offsets]
     if shared == "tables":
         tables = [name for name in settings["fields"] if FIELDS[name].kind == "table"]

@@ -199,7 +199,8 @@ class Scene:
                     "flashmla_metadata": (shape.num_sm_parts, 8),
                     "kv_indices": (self.capacity,),
                 }.get(name, (height + field.extra,))
-                made.append(support.guarded(*dimensions, offset=d % 4, device=self.device))
+                dtype = getattr(torch, config.dtype(name))
+                made.append(support.guarded(*dimensions, offset=d % 4, dtype=dtype, device=self.device))
             if self.before is not None:
                 made[-1][0].copy_(self.before.wanted(name, d))
         return made
@@ -231,8 +232,9 @@ class Scene:
                 key = name, self._which(index, name)
                 if key not in made:
                     # What it holds before the launch: poison, or what the one before left.
-                    made[key] = torch.empty(tensors[key[1]][0].shape, dtype=torch.int32, device=self.device)
-                    made[key].copy_(tensors[key[1]][0])
+                    tensor = tensors[key[1]][0]
+                    made[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                    made[key].copy_(tensor)
                 setattr(buffers, name, made[key])
             backends.append(buffers)
         return backends

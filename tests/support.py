@@ -49,23 +49,29 @@ class Poisoned:
 
     Attributes:
         buffers: the destinations.
-        storages: by field, the whole allocation as int32 [words].
+        storages: by field, the whole allocation, [elements] of its dtype.
     """
 
     buffers: MetadataBuffers
     storages: dict[str, Tensor]
 
 
-def guarded(*shape: int, row_stride: int | None = None, offset: int = 0, device: Any = "cpu") -> tuple[Tensor, Tensor]:
-    """A poisoned int32 tensor and the allocation around it.
+def guarded(
+    *shape: int,
+    row_stride: int | None = None,
+    offset: int = 0,
+    dtype: torch.dtype = torch.int32,
+    device: Any = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """A poisoned tensor and the allocation around it.
 
     Args:
         row_stride: elements from row to row of a table; None is dense.
-        offset: words that the tensor begins past a 16-byte boundary, 0 to 3.
+        offset: elements that the tensor begins past a 16-byte boundary, 0 to 3.
     """
     strides = (row_stride or shape[1], 1) if len(shape) == 2 else (1,)
     words = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if min(shape) > 0 else 0
-    storage = torch.full((GUARD + offset + words + GUARD,), POISON, dtype=torch.int32, device=device)
+    storage = torch.full((GUARD + offset + words + GUARD,), POISON, dtype=dtype, device=device)
     assert storage.data_ptr() % 16 == 0
     return storage.as_strided(shape, strides, GUARD + offset), storage
 
@@ -146,7 +152,7 @@ def expected_refresh(
 ) -> MetadataBuffers:
     """What reference.refresh makes of poisoned destinations of the first backend's shapes."""
     wanted = MetadataBuffers(
-        **{f.name: torch.full(t.shape, POISON, dtype=torch.int32) for f, t in backends[0].buffers.items()}
+        **{f.name: torch.full(t.shape, POISON, dtype=t.dtype) for f, t in backends[0].buffers.items()}
     )
     extends = None if extend_seq_lens is None else extend_seq_lens.cpu()
     reference.refresh(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,11 @@ def test_list_info_path_verify(store: Store) -> None:
     with open(store.root / "entries" / rows[0]["key"] / "main.cpp", "a") as file:
         file.write("//")
     with pytest.warns(UserWarning, match="is damaged"):
-        result = verb("cache", "verify")
+        result = verb("cache", "verify", "--json")
     assert result.exit_code == 1
-    assert result.output.startswith("2 of 3 entries")
+    found = json.loads(result.stdout)
+    assert (found["damaged"], sorted(found["whole"])) == ([rows[0]["key"]], store.stored_keys())
+    assert verb("cache", "verify").output.startswith("2 of 2 entries")
 
 
 def test_gc_by_age_and_size(store: Store, no_compiler: None) -> None:
@@ -174,6 +177,28 @@ def test_gc_by_age_and_size(store: Store, no_compiler: None) -> None:
         result = verb("cache", "gc", *words)
         assert result.exit_code == 2
         assert sentence in result.output
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_removes_nothing_and_says_what_it_would(store: Store) -> None:
+    (store.folder("staging") / f"{socket.gethostname()}.{2**22 + 1}.0123456789ab").mkdir()
+    (store.folder("locks") / f"{'0' * 64}.lock").touch()
+    before, words = everything(store.root), ("cache", "gc", "--older-than", "60h")
+    oldest = json.loads(verb("cache", "list", "--json").stdout)[-1]["key"]
+    dry = verb(*words, "--dry-run")
+    assert dry.stdout.startswith(f"{oldest[:12]}\nwould remove 1 entries")
+    said = json.loads(verb(*words, "--dry-run", "--json").stdout)
+    clear = json.loads(verb("cache", "clear", "--dry-run", "--json").stdout)
+    assert verb("cache", "clear", "--dry-run").stdout.startswith("would remove ")
+    assert everything(store.root) == before
+    done = json.loads(verb(*words, "--json").stdout)
+    assert (said.pop("dry_run"), done.pop("dry_run")) == (True, False)
+    assert said == done
+    assert (done["keys"], done["remains"]) == ([oldest], 3), "with the note that led to it"
+    assert 0 < json.loads(verb("cache", "clear", "--json").stdout)["freed"] < clear["freed"], "the oldest was gone"
 
 
 def test_a_new_build_keeps_the_bound(store: Store, no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:

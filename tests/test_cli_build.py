@@ -61,9 +61,9 @@ def test_build_then_nothing_to_build(store: Store) -> None:
     assert first.exit_code == 0, first.output
     config = KernelConfig(fields=("cache_seqlens",), target="cpu")
     (entry,) = store.entries()
-    said = re.fullmatch(rf"(\w{{16}})  +(\d+\.\d\d) s  {config.symbol}  (.+)\n", first.stdout)
+    said = re.fullmatch(rf"(\w{{12}})  +(\d+\.\d\d) s  {config.symbol}  (.+)\n", first.stdout)
     assert said is not None, first.stdout
-    assert said[1] == entry.key[:16]
+    assert said[1] == entry.key[:12]
     assert said[3] == str(entry.module_path)
     loader._loaded.clear()
     onelaunch.freeze()
@@ -136,7 +136,7 @@ def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.Mo
     assert [line.split()[-2:] for line in rows] == [[config.symbol, "/there"] for config in configs]
     assert summary.startswith("2 built, 0 there before, 0 failed, in ")
     # A single one is built by the command's own process.
-    assert invoke().exit_code == 0
+    assert invoke("nsa-decode-1").exit_code == 0
     assert asked[-1] == prebuild.Job(KernelConfig(), toolchain.current_architectures())
     # Several without --arch are for the GPU that is here, which the children don't ask.
     monkeypatch.setattr(toolchain, "current_architectures", lambda: ("89",))
@@ -146,14 +146,21 @@ def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.Mo
 
 def test_build_names_a_wrong_preset_before_it_builds_another(store: Store) -> None:
     result = invoke("nsa-decode-1", "nsa-decode-1000", "--target", "cpu")
-    assert_one_sentence(result, "the preset's name is 'nsa-decode-1000'")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "onelaunch: There is no preset 'nsa-decode-1000'. Did you mean 'nsa-decode-1'?\n"
+        "`onelaunch list` prints all of them.\n"
+    )
     assert not (store.root / "entries").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--target", "gpu"], "target is 'gpu'; allowed: 'cuda', 'cpu'."),
+        (["nsa-decode-1", "--target", "gpu"], "target is 'gpu'; allowed: 'cuda', 'cpu'."),
+        ([], "No configuration is named. Name presets (`onelaunch list` prints them), settings by --set, or a file"),
+        (["--preset", "nsa-decode-1"], "--preset is gone since 0.2; name presets as arguments"),
+        (["vllm-decode-3"], "The preset 'vllm-decode-3' is gone since 0.2: vLLM's draft steps advance one object"),
         (["nsa-decode-1", "--set", "threads=48"], "threads is 48; on the cuda target it must be a power of two"),
     ],
 )

@@ -58,6 +58,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "extend_seq_lens_dtype": {"mode": "draft_extend", "extend": "variable", "extend_seq_lens_dtype": "int32"},
     "one offset": {"seqlen_offsets": (4,)},
     "page_fill": {"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1},
+    "dtypes": {"fields": ("kv_indptr", "kv_indices"), "dtypes": {"kv_indices": "int64"}},
     "schedule_remainder": {"fields": (MQA,), "schedule_remainder": "first"},
     "schedule_per": {"fields": (MQA,), "mode": "target_verify", "schedule_per": "row"},
     "schedule_atoms": {"fields": (MQA,), "schedule_atoms": 2},
@@ -120,6 +121,8 @@ def base(**changes: Any) -> KernelConfig:
         ({"distinct": (("page_indices", 4),)}, ("distinct[page_indices] is 4", "1 to 3")),
         ({"distinct": (("page_indices", 0),)}, ("distinct[page_indices] is 0", "1 to 3")),
         ({"distinct": (("page_tables", 1),)}, ("distinct is 'page_tables'",)),
+        ({"dtypes": {"kv_indices": "int64"}}, ("dtypes is 'kv_indices'",)),
+        ({"dtypes": {"page_indices": "int64"}}, ("dtypes[page_indices] is 'int64'; allowed: 'int32'",)),
         ({"fields": ("cache_seqlens",), "distinct": (("page_indices", 1),)}, ("distinct is 'page_indices'",)),
         ({"seq_lens_dtype": "int16"}, ("seq_lens_dtype is 'int16'", "'int32', 'int64'")),
         ({"req_pool_indices_dtype": "uint32"}, ("req_pool_indices_dtype is 'uint32'",)),
@@ -174,7 +177,7 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
         KernelConfig(num_backends=high)
     assert f"num_backends is {high}" in str(caught.value)
     assert f"{8 * (words + 8)} bytes" in str(caught.value)
-    assert "32760" in str(caught.value)
+    assert f"CUDA allows {8 * MAX_PARAM_WORDS}" in str(caught.value)
     assert "several plans" in str(caught.value)
     # Shared destinations take one place.
     shared = tuple((name, 1) for name in KernelConfig().fields)
@@ -493,8 +496,9 @@ def test_settings_over_a_base() -> None:
         ("page_size=three", ("page_size is 'three'", "whole number")),
         ("page_size=0", ("page_size is 0",)),
         ("fields=cache_seqlens+nothing", ("fields is 'nothing'",)),
-        ("distinct=page_indices", ("distinct is ''", "whole number")),
-        ("distinct=page_indices:many", ("distinct is 'many'",)),
+        ("distinct=page_indices", ("distinct[page_indices] is ''", "whole number")),
+        ("distinct=page_indices:many", ("distinct[page_indices] is 'many'",)),
+        ("dtypes=kv_indices:int16", ("dtypes[kv_indices] is 'int16'", "'int32', 'int64'")),
         ("extent=both", ("extent is 'both'",)),
         ("seqlen_offsets=1+x", ("seqlen_offsets is 'x'", "whole number")),
         ("checked=yes", ("checked is 'yes'", "'false', 'true'")),

@@ -41,6 +41,17 @@ def test_by_hand(device: torch.device) -> None:
     assert backends[1].kv_indices.tolist() == [30, 31, 32, 10, 20, 21, 22, 23, -1]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_indices_have_the_dtype_of_their_tensors(device: torch.device, dtype: torch.dtype) -> None:
+    """Triton reads int64. A token beyond int32 stays whole there, and is truncated in int32."""
+    pool = torch.tensor([[2**40 + 7, -1, 5]], dtype=torch.int64, device=device)
+    indices = torch.full((4,), -9, dtype=dtype, device=device)
+    plan = onelaunch.bind([MetadataBuffers(kv_indices=indices)], req_to_token=pool)
+    plan.run(torch.tensor([3], device=device), torch.tensor([0], device=device))
+    assert indices.tolist() == [2**40 + 7 if dtype == torch.int64 else 7, -1, 5, -9]
+    assert plan.config.dtypes == ((("kv_indices", "int64"),) if dtype == torch.int64 else ())
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -66,6 +77,15 @@ def test_backends_of_other_capacities_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"has 8 elements and .* has 9; all backends must have the same"):
         onelaunch.bind(support.buffers_of(backends), req_to_token=torch.zeros(2, 9, dtype=torch.int32))
     assert_untouched(backends)
+
+
+def test_backends_of_other_dtypes_are_refused() -> None:
+    backends = [MetadataBuffers(kv_indices=torch.full((9,), -9, dtype=t)) for t in (torch.int32, torch.int64)]
+    with pytest.raises(ArgumentError, match=r"backends\[1\]\.kv_indices has dtype int64 and .* has int32; all"):
+        onelaunch.bind(backends, req_to_token=torch.zeros(2, 9, dtype=torch.int32))
+    wrong = [MetadataBuffers(kv_indices=torch.full((9,), -9, dtype=torch.int16))]
+    with pytest.raises(ArgumentError, match="kv_indices has dtype int16; allowed: int32 or int64"):
+        onelaunch.bind(wrong, req_to_token=torch.zeros(2, 9, dtype=torch.int32))
 
 
 def test_shared_indices_of_different_lengths_are_refused() -> None:

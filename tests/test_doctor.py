@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def test_a_machine_that_can_build(store: Store) -> None:
-    result = CliRunner().invoke(app, ["doctor"])
+    result = CliRunner().invoke(app, ["doctor"], env={"ONELAUNCH_LOCK_TIMEOUT": "7"})
     assert result.exit_code == 0, result.output
+    assert "ONELAUNCH_RETRY" not in result.output
+    assert re.search("^ok    ONELAUNCH_LOCK_TIMEOUT +'7'", result.output, re.M)
     lines = {line[6:].split("  ")[0]: line for line in result.output.splitlines()}
     for name in ("Python", "torch", "host compiler", "ninja", "cache", "a kernel for the CPU"):
         assert lines[name].startswith("ok"), lines[name]

@@ -13,6 +13,7 @@ from onelaunch import PRESETS, KernelConfig, preset
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader
+from onelaunch.spec.presets import PURPOSES
 
 OTHER = KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=2)
 LENGTHS = preset("nsa-decode-3-lengths-only").replace(target="cpu")
@@ -34,7 +35,9 @@ def invoke(*words: str) -> Any:
 
 def test_nothing_built(store: Store) -> None:
     lines = invoke().stdout.splitlines()
-    assert [line.split(maxsplit=1) for line in lines] == [[name, "not built"] for name in PRESETS]
+    assert [tuple(line.split(maxsplit=1)) for line in lines] == list(PURPOSES.items())
+    assert list(PURPOSES) == list(PRESETS)
+    assert invoke().stderr == "Nothing is built. `onelaunch build PRESET` builds one.\n"
     found = json.loads(invoke("--json").stdout)
     assert [kernel["preset"] for kernel in found["presets"]] == list(PRESETS)
     assert all(kernel["symbol"] == PRESETS[kernel["preset"]].symbol for kernel in found["presets"])
@@ -58,9 +61,10 @@ def test_what_is_built_where_it_is_found(store: Store, tmp_path: Path, monkeypat
     assert not row["edited"]
     assert [row["key"] for row in found["others"]] == [other.key]
     text = invoke().stdout
-    (line,) = [line for line in text.splitlines() if line.startswith("nsa-decode-3-lengths-only")]
-    assert line.split()[1] == lengths.key[:16]
-    assert line.split()[-1] == "cpu"
+    lines = text.splitlines()
+    (at,) = [n for n, line in enumerate(lines) if line.startswith("nsa-decode-3-lengths-only")]
+    assert lines[at + 1].split()[0] == lengths.key[:12]
+    assert lines[at + 1].split()[-1] == "cpu"
     assert text.splitlines()[-2] == "other builds"
     assert text.splitlines()[-1].split()[-1] == OTHER.symbol
     # The same entries, whichever verb lists them, and whichever folder holds them.

@@ -43,7 +43,7 @@ def test_a_line_for_each_build_load_and_bind(
 
     caplog.set_level(logging.DEBUG, "onelaunch")
     kernel = bind().kernel
-    key = f"key={kernel.key[:16]}"
+    key = f"key={kernel.key[:12]}"
     assert kernel.built
     assert said() == [("INFO", what, key, "miss") for what in ("build", "load", "bind")]
     bind()
@@ -73,7 +73,7 @@ def test_the_variable_shows_them_on_standard_error(level: str | None, tmp_path: 
     assert done.stdout == ""
     assert len(lines) == {"info": 1, "debug": 2}.get(level or "", 0)
     for line in lines[:1]:
-        assert re.fullmatch(r"onelaunch: \d\d:\d\d:\d\d load symbol key=k{16} hit 1\.2 ms, 90a", line)
+        assert re.fullmatch(r"onelaunch: \d\d:\d\d:\d\d load symbol key=k{12} hit 1\.2 ms, 90a", line)
     assert ("ONELAUNCH_LOG is 'loud'; allowed: info, debug." in done.stderr) is (level == "loud")
 
 

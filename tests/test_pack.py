@@ -369,6 +369,11 @@ def test_the_verbs(built: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     result = CliRunner().invoke(app, ["cache", "unpack", str(file)])
     assert result.exit_code == 0, result.output
     assert other.stored_keys() == built.stored_keys()
+    packed = json.loads(CliRunner().invoke(app, ["cache", "pack", "-o", str(tmp_path / "again"), "--json"]).stdout)
+    unpacked = json.loads(CliRunner().invoke(app, ["cache", "unpack", str(file), "--json"]).stdout)
+    assert [row["key"] for row in packed["entries"]] == other.stored_keys()
+    assert sorted(row["key"] for row in unpacked["entries"]) == other.stored_keys()
+    assert unpacked["refused"] == {}
     result = CliRunner().invoke(app, ["cache", "unpack", str(tmp_path / "missing")])
     assert result.exit_code == 2
     assert "can't be unpacked: No such file" in result.output

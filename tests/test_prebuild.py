@@ -63,7 +63,7 @@ set = { fields = "cache_seqlens+cu_seqlens_k", num_backends = 2 }
     ]
     for text, sentence in (
         ("[[build]]\nprset = 'x'", "has prset; allowed: preset, set, target, archs"),
-        ("[[build]]\npreset = 'x'", "the preset's name is 'x'"),
+        ("[[build]]\npreset = 'x'", "There is no preset 'x'"),
         ("[[build]]\nset = { page_sise = 3 }", "page_sise"),
         ("builds = 1", r"must hold tables \[\[build\]\]"),
         ("[[build", "can't be read"),

@@ -109,6 +109,11 @@ def test_64_offsets(device: torch.device) -> None:
     check(KernelConfig(num_backends=64, seqlen_offsets=tuple(range(64)), fields=cases.SEVEN), batch(33, 90), device)
 
 
+def test_as_many_backends_as_the_parameters_hold(device: torch.device) -> None:
+    for config in (KernelConfig(num_backends=250, fields=cases.EVERY), KernelConfig(num_backends=500, extent="full")):
+        check(cases.fullest(config), batch(5, 90, num_sms=3, num_sm_parts=3), device)
+
+
 def test_filled_pages_of_a_table_wider_than_the_pool(device: torch.device) -> None:
     """Columns that no token reaches are filled, too."""
     check(STRATEGIES["filled pages"], Shape("wide", (33, 0), width=90, table_columns=40 * 64, spare_rows=1), device)

@@ -416,7 +416,7 @@ def test_the_preludes(config: KernelConfig) -> None:
 
 
 def test_generated_is_what_the_templates_emit() -> None:
-    result = CliRunner().invoke(app, ["generate", "--check", "--folder", str(GENERATED)])
+    result = CliRunner().invoke(app, ["generate", "--check", "-o", str(GENERATED)])
     assert result.exit_code == 0, f"{result.stdout}\nRun: onelaunch generate"
     assert "up to date" in result.stdout
     assert sorted(path.name for path in GENERATED.iterdir()) == sorted(f"{name}.cu" for name in PRESETS)
@@ -442,13 +442,13 @@ def test_generate_check_fails_with_the_difference_and_the_command(tmp_path: Path
         (folder / "nsa-old.cu").write_text("// of a preset that is gone\n")
         wanted = ["-// of a preset that is gone", "nsa-old.cu"]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    result = CliRunner().invoke(app, ["generate", "--check", "--folder", str(folder)])
+    result = CliRunner().invoke(app, ["generate", "--check", "-o", str(folder)])
     assert result.exit_code == 1
     for text in wanted:
         assert text in result.stdout
     assert "Run: onelaunch generate" in result.stderr
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}, "a check writes nothing"
-    repaired = CliRunner().invoke(app, ["generate", "--folder", str(folder)])
+    repaired = CliRunner().invoke(app, ["generate", "-o", str(folder)])
     assert repaired.exit_code == 0
     assert check_folder(folder) == ""
 
@@ -470,7 +470,7 @@ def test_show_writes_to_a_file(tmp_path: Path) -> None:
 
 def test_show_of_what_does_not_exist() -> None:
     for arguments, text in (
-        (["show", "nsa-decode-4"], "the preset's name is 'nsa-decode-4'"),
+        (["show", "nsa-decode-4"], "There is no preset 'nsa-decode-4'"),
         (["show", "--set", "page_size=0"], "page_size is 0"),
     ):
         result = CliRunner().invoke(app, arguments)

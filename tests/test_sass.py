@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import support
-from onelaunch import PRESETS
+from cases import CONFIGURATIONS, EVERY, STRATEGIES, fullest
+from onelaunch import PRESETS, KernelConfig
 from onelaunch.build import binary, toolchain
 
 ARCHS = ("80", "89", "90a", "100a", "120a")
@@ -84,15 +85,35 @@ def _unrolled(destinations: int) -> int:
     return destinations if destinations <= 8 else 1
 
 
+def assert_nothing_in_local_memory(reports: dict[str, dict[str, int]]) -> None:
+    """Neither spills, nor arrays of pointers that were copied to the stack to be indexed there."""
+    nothing = {"stack": 0, "spill_stores": 0, "spill_loads": 0, "local": 0}
+    for arch, report in reports.items():
+        assert {fact: report[fact] for fact in nothing} == nothing, arch
+
+
+@pytest.mark.nvcc
+def test_pointers_of_many_backends_stay_in_the_parameters(shared: Path) -> None:
+    """An array of pointers passed by value and indexed at run time was copied to the stack: 176 bytes of it."""
+    configs = {name: config for name, config in CONFIGURATIONS.items() if config.num_backends > 8}
+    assert {config.num_backends for config in configs.values()} == {9, 64}
+    configs["indices of 64"] = STRATEGIES["checked indices"].replace(num_backends=64, seqlen_offsets=(3,))
+    # As many as there is room for: one more word, and ptxas refuses the kernel.
+    configs["the fullest"] = fullest(KernelConfig(num_backends=250, fields=EVERY))
+    configs["the fullest, full"] = fullest(KernelConfig(num_backends=1300, fields=("page_indices",), extent="full"))
+    reports, _ = support.ptxas_reports(list(configs.values()), shared, ("80", "90a"))
+    for name, config in configs.items():
+        assert reports[config.symbol].keys() == {"80", "90a"}, name
+        assert_nothing_in_local_memory(reports[config.symbol])
+
+
 @pytest.mark.nvcc
 @pytest.mark.parametrize("name", REGISTERS)
 def test_the_machine_code_of_a_preset(name: str, shared: Path) -> None:
     config = PRESETS[name]
     all_reports, module = support.ptxas_reports([PRESETS[preset] for preset in REGISTERS], shared, ARCHS)
     reports = all_reports[config.symbol]
-    nothing = {"stack": 0, "spill_stores": 0, "spill_loads": 0, "local": 0}
-    for arch, report in reports.items():
-        assert {fact: report[fact] for fact in nothing} == nothing, arch
+    assert_nothing_in_local_memory(reports)
     assert reports["90a"]["registers"] <= REGISTERS[name]
     (found,) = (counts for function, counts in instructions(module).items() if config.symbol in function)
     # Local memory is where spills, and arrays that are indexed by what only runs know, would be.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 
 from ..errors import ToolchainError
+from ..variables import ARCHITECTURE_VARIABLE
 from .toolkit import CudaToolkit, known_architectures
 
 DEFAULT_ARCHITECTURES = ("90a",)
-ARCHITECTURE_VARIABLE = "ONELAUNCH_CUDA_ARCH"
 
 
 def architectures(device: int | None = None) -> tuple[str, ...]:
@@ -26,7 +25,7 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
     Raises:
         ToolchainError: $ONELAUNCH_CUDA_ARCH can't be read, or there is no such device.
     """
-    if wanted := os.environ.get(ARCHITECTURE_VARIABLE, "").strip():
+    if wanted := ARCHITECTURE_VARIABLE.read():
         names = (_parsed(name, f"{ARCHITECTURE_VARIABLE}={wanted!r}") for name in wanted.split(","))
         return tuple(dict.fromkeys(names))
     if device is None:

@@ -7,7 +7,6 @@ process, and what a binary answers stays for later processes (see programs.answe
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ToolchainError
+from ..variables import ARCHITECTURE_VARIABLE
 from . import environment, host, programs, toolkit
 from .architectures import (
-    ARCHITECTURE_VARIABLE,
     DEFAULT_ARCHITECTURES,
     architectures,
     current_architectures,
@@ -158,7 +157,7 @@ def describe(device: int | None = None) -> list[tuple[str, str, str]]:
         add("nvcc with host compiler", check, lambda _: ("fits", f"limits in {header}"))
     add("ninja", host.find_ninja, lambda found: (str(found[0]), found[1]))
     source = "default" if device is None else f"CUDA device {device}, or the default if no GPU is visible"
-    if os.environ.get(ARCHITECTURE_VARIABLE, "").strip():
+    if ARCHITECTURE_VARIABLE.read():
         source = f"{ARCHITECTURE_VARIABLE} in the environment"
     add("architectures", targets, lambda names: (", ".join(names), source))
     return rows

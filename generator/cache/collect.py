@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StoreError
+from ..variables import MAX_SIZE_VARIABLE
 from . import files, lock
 from .store import TAG, Store, warn_once
 
-MAX_SIZE_VARIABLE = "ONELAUNCH_CACHE_MAX_SIZE"
-DEFAULT_MAX_SIZE = "2G"
 # Never removed to keep the default bound: a process may be about to load it.
 FRESH_SECONDS = 3600.0
 # Logs of failures and damaged entries are for people; nobody looks at older ones.
@@ -63,7 +62,7 @@ def sizes(store: Store) -> dict[str, int]:
 
 def default_max_size() -> str:
     """$ONELAUNCH_CACHE_MAX_SIZE, else 2 GB."""
-    return os.environ.get(MAX_SIZE_VARIABLE) or DEFAULT_MAX_SIZE
+    return MAX_SIZE_VARIABLE.read() or MAX_SIZE_VARIABLE.default
 
 
 def limit() -> int:
@@ -90,25 +89,32 @@ def bound(store: Store, keep: str, max_bytes: int) -> None:
         return
     now = time.time()
     fresh = {key for key in known if now - store.used(key) < FRESH_SECONDS}
-    _remove_entries(store, known, max_bytes, None, fresh | {keep})
+    for old in _chosen(store, known, max_bytes, None, fresh | {keep}):
+        remove(store, old)
 
 
-def collect(store: Store, max_bytes: int | None, older_than: float | None) -> Collected:
+def collect(store: Store, max_bytes: int | None, older_than: float | None, dry_run: bool = False) -> Collected:
     """Removes entries until both bounds hold, and what no entry needs.
 
     Args:
         store: the cache.
         max_bytes: of all entries together; None is no bound.
         older_than: remove what wasn't used for so many seconds; None removes nothing for its age.
+        dry_run: remove nothing, and return what would be removed.
 
     Raises:
         StoreError: the folder isn't marked as a cache of onelaunch.
     """
     check_marked(store)
     known = sizes(store)
-    gone = _remove_entries(store, known, max_bytes, older_than, set())
+    chosen = _chosen(store, known, max_bytes, older_than, set())
+    leftovers = _leftovers(store, known.keys() - set(chosen))
+    gone = chosen if dry_run else [key for key in chosen if remove(store, key)]
+    if not dry_run:
+        store.sweep()
+        leftovers = [path for path in leftovers if files.remove(path)]
     freed = sum(known[key] for key in gone)
-    return Collected(tuple(gone), freed, sum(known.values()) - freed, _remove_leftovers(store))
+    return Collected(tuple(gone), freed, sum(known.values()) - freed, len(leftovers))
 
 
 def remove(store: Store, key: str) -> bool:
@@ -116,7 +122,7 @@ def remove(store: Store, key: str) -> bool:
 
     The entry of a key that a process is building, or has just published, stays.
     """
-    if lock.is_path_held(store.root / "locks" / f"{key}.lock"):
+    if _is_locked(store, key):
         return False
     with contextlib.suppress(OSError, StoreError), store.staging() as stage:
         os.rename(store.root / "entries" / key, stage / key)
@@ -127,15 +133,20 @@ def remove(store: Store, key: str) -> bool:
     return True
 
 
-def clear(store: Store) -> int:
+def clear(store: Store, dry_run: bool = False) -> int:
     """Removes everything but what processes are using at this moment; returns the bytes.
 
-    The folders stay, so that nobody who publishes at this moment misses one.
+    The folders stay, so that nobody who publishes at this moment misses one. With ``dry_run`` nothing is removed: the
+    bytes are those of everything that isn't locked.
 
     Raises:
         StoreError: the folder isn't marked as a cache of onelaunch.
     """
     check_marked(store)
+    if dry_run:
+        entries = sum(size for key, size in sizes(store).items() if not _is_locked(store, key))
+        others = [path for name in ("index", "stamps", "failed", "damaged") for path in store.listed(name)]
+        return entries + sum(map(files.size_of, [*others, *store.abandoned()]))
     before = files.size_of(store.root)
     for key in store.stored_keys():
         remove(store, key)
@@ -147,7 +158,9 @@ def clear(store: Store) -> int:
 
 
 def check_marked(store: Store) -> None:
-    """Raises StoreError where the folder may hold what isn't the cache's."""
+    """Raises StoreError where the folder may hold what isn't the cache's, or somebody else could exchange it."""
+    if files.is_folder(store.root):
+        store.check()
     # Listed first: whoever makes a cache marks the empty folder, and only then puts something into it.
     if _holds_something(store.root) and not store.is_marked:
         raise StoreError(_unmarked(store))
@@ -160,6 +173,10 @@ def _holds_something(path: Path) -> bool:
     return not files.is_folder(path) or any(not child.name.startswith(".") for child in files.children(path))
 
 
+def _is_locked(store: Store, key: str) -> bool:
+    return lock.is_path_held(store.root / "locks" / f"{key}.lock")
+
+
 def _unmarked(store: Store) -> str:
     return (
         f"Nothing is removed from {store.root}, because it has no {TAG} of onelaunch: something else was in it before "
@@ -167,30 +184,30 @@ def _unmarked(store: Store) -> str:
     )
 
 
-def _remove_entries(
+def _chosen(
     store: Store, known: dict[str, int], max_bytes: int | None, older_than: float | None, keep: set[str]
 ) -> list[str]:
+    """The keys to remove so that both bounds hold, those that were used longest ago first."""
     used = {key: store.used(key) for key in known}
-    total, now, gone = sum(known.values()), time.time(), []
+    total, now, chosen = sum(known.values()), time.time(), []
     for key in sorted(known, key=lambda key: used[key]):
         old = older_than is not None and now - used[key] > older_than
         large = max_bytes is not None and total > max_bytes
-        if (old or large) and key not in keep and remove(store, key):
+        if (old or large) and key not in keep and not _is_locked(store, key):
             total -= known[key]
-            gone.append(key)
-    return gone
+            chosen.append(key)
+    return chosen
 
 
-def _remove_leftovers(store: Store) -> int:
-    """Removes what no entry and no process needs; returns how many."""
+def _leftovers(store: Store, kept: set[str]) -> list[Path]:
+    """What no process needs, and no entry of these keys."""
     now, keys = time.time(), set(store.stored_keys())
-    gone = []
+    leftovers = store.abandoned()
     for name in ("failed", "damaged"):
         for path in store.listed(name):
             with contextlib.suppress(OSError):
-                gone += [path] if now - path.lstat().st_mtime > REMAINS_SECONDS else []
+                leftovers += [path] if now - path.lstat().st_mtime > REMAINS_SECONDS else []
     for path in store.listed("index"):
         noted = store.read_note(path.stem)
-        gone += [path] if noted is None or noted.get("key", "") not in {*keys, ""} else []
-    gone += [path for path in store.listed("stamps") if path.name not in keys]
-    return len(store.sweep()) + sum(files.remove(path) for path in gone)
+        leftovers += [path] if noted is None or noted.get("key", "") not in {*kept, ""} else []
+    return leftovers + [path for path in store.listed("stamps") if path.name not in keys]

@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 import uuid
 from pathlib import Path
 
 from ..errors import CompileError
+from ..variables import RETRY_VARIABLE
 from . import files
 from .store import Store
-from .trust import check_owner, private, read, restrict
+from .trust import private, read, restrict
 
-RETRY_VARIABLE = "ONELAUNCH_RETRY"
 RECORD = "failure.json"
 
 
@@ -48,9 +47,9 @@ def remember(store: Store, error: CompileError) -> None:
 
 
 def forget(store: Store, key: str) -> None:
-    """Removes a record, and the log and source with it."""
-    if folder(store, key).exists():
-        shutil.rmtree(folder(store, key), ignore_errors=True)
+    """Removes a record, and the log and source with it, from a folder that is marked as a cache of onelaunch."""
+    if os.path.lexists(folder(store, key)) and store.is_marked:
+        files.remove(folder(store, key))
 
 
 def recall(store: Store, key: str) -> CompileError | None:
@@ -77,8 +76,7 @@ def mark(store: Store, key: str) -> str:
 def _record(store: Store, key: str) -> dict[str, str] | None:
     path = folder(store, key) / RECORD
     try:
-        for place in (store.root, path.parent.parent, path.parent):
-            check_owner(place)
+        store.check(path.parent.parent, path.parent)
         noted = json.loads(read(path))
         strings = {name: str(noted[name]) for name in ("id", "message", "command", "log", "source")}
         when = time.strftime("%Y-%m-%d at %H:%M:%S", time.localtime(float(noted["when"])))
@@ -89,4 +87,4 @@ def _record(store: Store, key: str) -> dict[str, str] | None:
 
 def retry_wanted() -> bool:
     """Whether $ONELAUNCH_RETRY says to compile again what failed before."""
-    return os.environ.get(RETRY_VARIABLE, "") not in ("", "0")
+    return RETRY_VARIABLE.is_on()

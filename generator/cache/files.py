@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
+
+# A file that replace() writes, until it is renamed: a process that is killed leaves it behind.
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-z_]{8}")
+_UNFINISHED_SECONDS = 600.0
 
 
 def replace(path: Path, content: str | bytes, mode: int = 0o600) -> None:
@@ -34,6 +40,17 @@ def replace(path: Path, content: str | bytes, mode: int = 0o600) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def unfinished(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    """What replace() of a process that was killed left in a folder: files of such names that are ten minutes old."""
+    found = []
+    for path in children(folder):
+        match = _UNFINISHED.fullmatch(path.name)
+        if match and name.fullmatch(match["name"]):
+            with contextlib.suppress(OSError):
+                found += [path] if time.time() - path.lstat().st_mtime > _UNFINISHED_SECONDS else []
+    return found
 
 
 def sync(path: Path) -> None:

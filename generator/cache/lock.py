@@ -23,9 +23,9 @@ from typing import Any
 
 from .. import log
 from ..errors import StoreError
+from ..variables import TIMEOUT_VARIABLE
 from . import trust
 
-TIMEOUT_VARIABLE = "ONELAUNCH_LOCK_TIMEOUT"
 DEFAULT_TIMEOUT_SECONDS = 600.0
 POLL_SECONDS = 0.05
 FIRST_NOTICE_SECONDS = 2.0
@@ -96,7 +96,7 @@ def timeout_seconds() -> float:
     Raises:
         StoreError: the variable isn't a number of seconds.
     """
-    text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
+    text = TIMEOUT_VARIABLE.read()
     try:
         seconds = float(text) if text else DEFAULT_TIMEOUT_SECONDS
     except ValueError:

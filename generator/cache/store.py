@@ -51,10 +51,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from ..variables import CACHE_VARIABLE
 from . import files, manifest, staging, trust
 from . import lock as locks
 from .manifest import KEY, MANIFEST, Entry
-from .trust import CACHE_VARIABLE
 
 TAG = "CACHEDIR.TAG"
 # The first line is the standard's, see bford.info/cachedir. The second distinguishes it from other programs' caches.
@@ -93,7 +93,7 @@ class Store:
     """
 
     def __init__(self, root: Path | None = None, *, read_only: bool = False) -> None:
-        named = os.environ.get(CACHE_VARIABLE) or ""
+        named = CACHE_VARIABLE.read()
         self.place = str(root) if root else os.path.expanduser(named)
         self._source = "" if root else CACHE_VARIABLE
         self.read_only = read_only
@@ -166,14 +166,29 @@ class Store:
             if entry is not None:
                 yield entry
 
+    def check(self, *folders: Path) -> None:
+        """Checks the root, every folder above it, and these below it.
+
+        Raises:
+            StoreError: somebody else could have written there.
+            OSError: one is missing or can't be looked at.
+        """
+        trust.check_ancestors(self.root)
+        for folder in (self.root, *folders):
+            trust.check_owner(folder)
+
     def listed(self, name: str) -> list[Path]:
         """What is in a folder of the root and has a name of the cache's own."""
         return [path for path in files.children(self.root / name) if OWN_NAMES[name].fullmatch(path.name)]
 
     @property
     def is_marked(self) -> bool:
-        """Whether the root has the cache's own CACHEDIR.TAG, without which nothing below it is removed."""
+        """Whether the root has the cache's own CACHEDIR.TAG, without which nothing below it is removed.
+
+        Nor where somebody else could exchange the root.
+        """
         try:
+            self.check()
             return trust.read(self.root / TAG, max_bytes=4096).startswith(TAG_TEXT.encode())
         except (OSError, ValueError, StoreError):
             return False
@@ -199,11 +214,18 @@ class Store:
             yield path
 
     def sweep(self) -> list[Path]:
-        """Removes staging folders and lock files of processes that are gone; returns them."""
+        """Removes staging folders, lock files and half-written files of processes that are gone; returns them."""
         if not self.is_marked:
             return []
         free = [path for path in self.listed("locks") if locks.remove_if_free(path)]
-        return staging.sweep(self.root / "staging") + free
+        names = {"": re.compile(re.escape(TAG)), "index": OWN_NAMES["index"]}
+        unfinished = [path for name, own in names.items() for path in files.unfinished(self.root / name, own)]
+        return staging.sweep(self.root / "staging") + free + [path for path in unfinished if files.remove(path)]
+
+    def abandoned(self) -> list[Path]:
+        """What sweep would remove."""
+        free = [path for path in self.listed("locks") if not locks.is_path_held(path)]
+        return [path for path in self.listed("staging") if staging.is_abandoned(path)] + free
 
     @contextlib.contextmanager
     def lock(self, key: str, what: str = "", done: Callable[[], bool] = lambda: False) -> Iterator[locks.Lock]:
@@ -258,9 +280,7 @@ class Store:
         """
         path = self.root / "index" / f"{name}.json"
         try:
-            trust.check_ancestors(self.root)
-            for folder in (self.root, path.parent):
-                trust.check_owner(folder)
+            self.check(path.parent)
             noted = json.loads(trust.read(path, max_bytes=manifest.MAX_MANIFEST_BYTES))
         except (OSError, ValueError, RecursionError):
             return None
@@ -306,9 +326,7 @@ class Store:
         return StoreError(f"The kernel cache {where} can't be used: {error.strerror or error}. {hint}")
 
     def _open_entry(self, path: Path) -> int:
-        trust.check_ancestors(self.root)
-        for folder in (self.root, path.parent, path):
-            trust.check_owner(folder)
+        self.check(path.parent, path)
         return os.open(path, _FOLDER)
 
     def _place(self, stage: Path, key: str) -> Entry:

@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 
 from ..errors import StoreError
+from ..variables import CACHE_VARIABLE, PREBUILT_VARIABLE
 from . import files, staging
 from .lock import Lock
 from .store import Store, usable_path, warn_once
-from .trust import CACHE_VARIABLE, private
+from .trust import private
 
-PREBUILT_VARIABLE = "ONELAUNCH_PREBUILT"
 _PREFIX = "onelaunch-"
 
 # The process that made the temporary store, the store, and the lock that keeps it from being swept.
@@ -27,7 +27,7 @@ def prebuilt() -> list[Store]:
         StoreError: a path in it can't be used, see store.usable_path.
     """
     stores = []
-    for name in filter(None, os.environ.get(PREBUILT_VARIABLE, "").split(os.pathsep)):
+    for name in filter(None, PREBUILT_VARIABLE.read().split(os.pathsep)):
         path = usable_path(os.path.expanduser(name), PREBUILT_VARIABLE)
         if path.is_dir():
             stores.append(Store(path, read_only=True))

@@ -13,20 +13,30 @@ import os
 import pwd
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import StoreError
+from ..variables import CACHE_VARIABLE, SHARED_VARIABLE
 
-CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
-SHARED_VARIABLE = "ONELAUNCH_SHARED_CACHE"
 # As many as the kernel follows.
 _MAX_LINKS = 40
+
+
+class Place(NamedTuple):
+    """What a path belongs to, for messages: its name, and the variable that names its folder."""
+
+    name: str
+    variable: str
+
+
+CACHE = Place("the kernel cache", CACHE_VARIABLE)
 # O_NONBLOCK: opening a fifo must not wait for a writer.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def shared() -> bool:
     """Whether $ONELAUNCH_SHARED_CACHE=1 says that everybody who can write to the cache is trusted."""
-    return os.environ.get(SHARED_VARIABLE, "") not in ("", "0")
+    return SHARED_VARIABLE.is_on()
 
 
 def private(path: Path) -> Path:
@@ -48,7 +58,7 @@ def private(path: Path) -> Path:
     return path
 
 
-def check_ancestors(path: Path) -> None:
+def check_ancestors(path: Path, place: Place = CACHE) -> None:
     """Checks every folder above an absolute path, and above what the links on the way lead to.
 
     Raises:
@@ -58,12 +68,12 @@ def check_ancestors(path: Path) -> None:
     if shared():
         return
     at, names, links = Path("/"), list(reversed(path.parent.parts[1:])), 0
-    _check_ancestor(at, at.lstat())
+    _check_ancestor(at, at.lstat(), place)
     while names:
         name = names.pop()
         step = at.parent if name == ".." else at / name
         status = step.lstat()
-        _check_ancestor(step, status)
+        _check_ancestor(step, status, place)
         if not stat.S_ISLNK(status.st_mode):
             at = step
             continue
@@ -76,36 +86,36 @@ def check_ancestors(path: Path) -> None:
         names += reversed([part for part in target.parts if part != "/"])
 
 
-def check_owner(path: Path) -> None:
+def check_owner(path: Path, place: Place = CACHE) -> None:
     """Checks a file or folder itself.
 
     Raises:
         StoreError: it is a link, belongs to another user, or can be written by others.
         OSError: it is missing.
     """
-    check_status(path, path.lstat())
+    check_status(path, path.lstat(), place)
 
 
-def check_status(path: Path, status: os.stat_result) -> None:
+def check_status(path: Path, status: os.stat_result, place: Place = CACHE) -> None:
     """check_owner, for a status that is known."""
+    what = f"{path} in {place.name}"
     if stat.S_ISLNK(status.st_mode):
-        raise StoreError(
-            f"{path} in the kernel cache is a symbolic link; replace it by the folder or file it leads to."
-        )
+        raise StoreError(f"{what} is a symbolic link; replace it by the folder or file it leads to.")
     if shared():
         return
     if status.st_uid not in (os.geteuid(), 0):
-        raise _owned_by_another(f"{path} in the kernel cache", status)
+        raise _owned_by_another(what, status, place)
     if status.st_mode & 0o022:
-        raise _writable_by_others(path, f"{path} in the kernel cache", status)
+        raise _writable_by_others(path, what, status)
 
 
-def open_file(path: Path, folder: int | None = None) -> int:
+def open_file(path: Path, folder: int | None = None, place: Place = CACHE) -> int:
     """Opens a plain file for reading and returns its descriptor.
 
     Args:
         path: the file.
         folder: descriptor of the folder that it is in, which may have another name by now; None goes by the path.
+        place: what it belongs to.
 
     Raises:
         StoreError: somebody else could have written it.
@@ -115,7 +125,7 @@ def open_file(path: Path, folder: int | None = None) -> int:
     descriptor = os.open(path if folder is None else path.name, _READ, dir_fd=folder)
     try:
         status = os.fstat(descriptor)
-        check_status(path, status)
+        check_status(path, status, place)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path.name} isn't a plain file")
     except BaseException:
@@ -124,13 +134,13 @@ def open_file(path: Path, folder: int | None = None) -> int:
     return descriptor
 
 
-def read(path: Path, folder: int | None = None, max_bytes: int = -1) -> bytes:
+def read(path: Path, folder: int | None = None, max_bytes: int = -1, place: Place = CACHE) -> bytes:
     """A plain file's bytes; arguments and errors as of open_file.
 
     Args:
         max_bytes: ValueError for a longer file; -1 is no bound.
     """
-    with open(open_file(path, folder), "rb") as file:
+    with open(open_file(path, folder, place), "rb") as file:
         data = file.read(max_bytes + 1 if max_bytes >= 0 else -1)
     if 0 <= max_bytes < len(data):
         raise ValueError(f"{path.name} is longer than {max_bytes} bytes")
@@ -147,9 +157,10 @@ def restrict(path: Path) -> None:
     path.chmod(new_file_mode())
 
 
-def _check_ancestor(path: Path, status: os.stat_result) -> None:
+def _check_ancestor(path: Path, status: os.stat_result, place: Place) -> None:
+    what = f"{path}, which leads to {place.name},"
     if status.st_uid not in (os.geteuid(), 0, _unmapped_root()):
-        raise _owned_by_another(f"{path}, which leads to the kernel cache,", status)
+        raise _owned_by_another(what, status, place)
     # The mode of a link means nothing. Only its owner can change it, given that its folder passed this check.
     if stat.S_ISLNK(status.st_mode) or status.st_mode & stat.S_ISVTX:
         return
@@ -157,13 +168,13 @@ def _check_ancestor(path: Path, status: os.stat_result) -> None:
     if others == 0o020 and _is_own_group(status.st_gid):
         return
     if others:
-        raise _writable_by_others(path, f"{path}, which leads to the kernel cache,", status)
+        raise _writable_by_others(path, what, status)
 
 
-def _owned_by_another(what: str, status: os.stat_result) -> StoreError:
+def _owned_by_another(what: str, status: os.stat_result, place: Place) -> StoreError:
     return StoreError(
         f"{what} belongs to user {status.st_uid}, and code from it would run as user {os.geteuid()}. Set "
-        f"{CACHE_VARIABLE} to a folder of your own, or, if you trust everybody who can write there, set "
+        f"{place.variable} to a folder of your own, or, if you trust everybody who can write there, set "
         f"{SHARED_VARIABLE}=1."
     )
 

@@ -6,17 +6,17 @@ Triton's TRITON_OVERRIDE_DIR has the idea. An edit is part of the key, so no cac
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cache.trust import SHARED_VARIABLE, shared
+from ..cache import trust
 from ..errors import StoreError
 from ..spec.config import KernelConfig
+from ..variables import OVERRIDE_VARIABLE
 from . import render as emission
 
-OVERRIDE_VARIABLE = "ONELAUNCH_OVERRIDE_DIR"
+# What is compiled from it runs as this user, so it is trusted like the cache: only this user may have written there.
+_PLACE = trust.Place("the folder of edited kernels", OVERRIDE_VARIABLE)
 
 
 @dataclass(frozen=True)
@@ -38,33 +38,24 @@ def edited(config: KernelConfig) -> Edited | None:
     Raises:
         StoreError: the folder or file can't be read, or somebody else could have written it.
     """
-    name = os.environ.get(OVERRIDE_VARIABLE)
+    name = OVERRIDE_VARIABLE.read()
     if not name:
         return None
     path = Path(name) / f"{config.symbol}.cu"
     try:
         folder = Path(name).absolute()  # fails where the working folder is gone
         path = folder / path.name
-        _check(folder)
+        # Both may be links, to a repository of edits for example: what leads there is checked, too.
+        for place in (path, path.resolve()):
+            trust.check_ancestors(place, _PLACE)
+            trust.check_status(place.parent, place.parent.stat(), _PLACE)
         if not path.exists():
             return None
-        _check(path)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+        text = trust.read(path.resolve(), place=_PLACE).decode()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8 text"
         raise StoreError(
             f"{OVERRIDE_VARIABLE} is {name} and {getattr(error, 'filename', None) or path} can't be read: {reason}. "
             "Name a folder of edited kernels, or unset the variable."
         ) from error
     return None if text == emission.render(config) else Edited(path, text)
-
-
-def _check(path: Path) -> None:
-    """What is compiled here runs as this user, so only this user may have written it."""
-    status = path.stat()
-    if not shared() and (status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022):
-        raise StoreError(
-            f"{path}, which {OVERRIDE_VARIABLE} leads to, can be written by somebody else (owner {status.st_uid}, mode "
-            f"{stat.S_IMODE(status.st_mode):o}), and what it says would run as user {os.geteuid()}. Run: chmod go-w "
-            f"{path} or, if you trust everybody who can write there, set {SHARED_VARIABLE}=1."
-        )

@@ -15,11 +15,12 @@ from pathlib import Path
 from ..build import binary, toolchain
 from ..cache.store import Store
 from ..cache.tiers import prebuilt
-from ..cache.trust import CACHE_VARIABLE, check_ancestors, check_owner
+from ..cache.trust import check_ancestors, check_owner
 from ..errors import OnelaunchError, ToolchainError
 from ..load import loader
 from ..spec.config import KernelConfig
 from ..spec.fields import MetadataBuffers
+from ..variables import CACHE_VARIABLE, VARIABLES
 
 _MIN_FREE_BYTES = 64 * 2**20
 
@@ -53,6 +54,7 @@ def examine() -> list[Row]:
         Row(name, "fix" if value == toolchain.NOT_USABLE else "ok", value, origin)
         for name, value, origin in toolchain.describe()
     ]
+    rows += [Row(name, "ok", repr(name.read()), name.meaning) for name in VARIABLES if name.read()]
     has = binary.host()
     rows += _versions(cuda, has)
     rows += _cache()
@@ -99,7 +101,7 @@ def _versions(cuda: str, has: dict[str, object]) -> list[Row]:
 
 def _cache() -> list[Row]:
     store = loader.default_store()
-    source = CACHE_VARIABLE if os.environ.get(CACHE_VARIABLE) else "the platform's cache folder"
+    source = CACHE_VARIABLE if CACHE_VARIABLE.read() else "the platform's cache folder"
     rows: list[Row] = []
     try:
         rows += [Row("prebuilt", "ok", str(tier.root), f"{len(tier.stored_keys())} entries") for tier in prebuilt()]

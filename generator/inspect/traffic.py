@@ -137,8 +137,8 @@ def traffic(
         else:
             size = fixed.get(name, (count + field.extra,))
             shape, in_all = size, tensors * math.prod(size)
-        written.append(Written(name, shape, tensors, 4 * in_all))
-        read += 4 * in_all // tensors if copies else 0
+        written.append(Written(name, shape, tensors, _BYTES[config.dtype(name)] * in_all))
+        read += written[-1].bytes // tensors if copies else 0
     if not copies:
         if config.needs_lengths:
             read += requests * _BYTES[config.seq_lens_dtype]

@@ -14,21 +14,20 @@ import os
 import pkgutil
 from typing import Any
 
+from ..variables import SGLANG_VARIABLE
+
 NAME = "onelaunch"
-VARIABLE = "ONELAUNCH_SGLANG"
 SELECTED_VARIABLE = "SGLANG_PLUGINS"
 
 _logger = logging.getLogger("onelaunch")
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
-_OFF = ("", "0")
 
 
 def asked() -> bool:
     """Whether the environment asks for it. ``ONELAUNCH_SGLANG=0`` overrides ``SGLANG_PLUGINS``."""
-    wanted = os.environ.get(VARIABLE)
-    if wanted is not None:
-        return wanted not in _OFF
+    if SGLANG_VARIABLE.read():
+        return SGLANG_VARIABLE.is_on()
     return NAME in [name.strip() for name in os.environ.get(SELECTED_VARIABLE, "").split(",")]
 
 

@@ -25,11 +25,11 @@ from ..emit import override
 from ..emit import render as emission
 from ..errors import JitPolicyError, ToolchainError
 from ..spec.config import KernelConfig
+from ..variables import POLICY_VARIABLE
 from . import find
 from .obtain import Bounds, obtain, speaking_of
 
 Policy = Literal["allow", "warn", "error"]
-POLICY_VARIABLE = "ONELAUNCH_JIT"
 
 _lock = threading.RLock()
 _loaded: dict[tuple[str, tuple[str, ...], str, str], Kernel] = {}
@@ -277,7 +277,7 @@ def _refuse_during_capture(config: KernelConfig, archs: tuple[str, ...]) -> None
 
 
 def _obey_policy(config: KernelConfig, archs: tuple[str, ...]) -> None:
-    policy = _frozen or os.environ.get(POLICY_VARIABLE, "allow")
+    policy = _frozen or POLICY_VARIABLE.read() or POLICY_VARIABLE.default
     if policy == "allow":
         return
     command = build_command(config, archs)

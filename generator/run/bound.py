@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +17,7 @@ from ..load import loader
 from ..spec import layout
 from ..spec.config import KernelConfig
 from ..spec.fields import FIELDS, MetadataBuffers
-
-NVTX_VARIABLE = "ONELAUNCH_NVTX"
+from ..variables import NVTX_VARIABLE
 
 
 class BoundKernel:
@@ -81,7 +79,7 @@ class BoundKernel:
 
 def _with_nvtx(run: Callable[..., None], name: str) -> Callable[..., None]:
     """``run`` itself, or with $ONELAUNCH_NVTX=1 in an NVTX range. Decided once here, so that a call tests nothing."""
-    if os.environ.get(NVTX_VARIABLE, "") in ("", "0"):
+    if not NVTX_VARIABLE.is_on():
         return run
     nvtx: Any = torch.cuda.nvtx  # its functions have no annotations
     push, pop = nvtx.range_push, nvtx.range_pop

@@ -22,6 +22,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def torch_dtypes(names: Sequence[str]) -> list[torch.dtype]:
+    """[torch.int32] for ["int32"]."""
+    return [getattr(torch, name) for name in names]
+
+
 def check_tensor(
     name: str, value: Any, *, dim: int, dtypes: Sequence[torch.dtype], device: torch.device | None = None
 ) -> Tensor:
@@ -64,13 +69,15 @@ def check_tensor(
     return value
 
 
-def check_destination(name: str, value: Any, *, dim: int, device: torch.device | None) -> Tensor:
-    """check_tensor for an int32 tensor that will be written; a vector must be contiguous.
+def check_destination(
+    name: str, value: Any, *, dim: int, dtypes: Sequence[torch.dtype], device: torch.device | None
+) -> Tensor:
+    """check_tensor for a tensor that will be written; a vector must be contiguous.
 
     Raises:
         ArgumentError: it can't be written to.
     """
-    tensor = check_tensor(name, value, dim=dim, dtypes=(torch.int32,), device=device)
+    tensor = check_tensor(name, value, dim=dim, dtypes=dtypes, device=device)
     if dim == 1 and tensor.numel() > 1 and tensor.stride(0) != 1:
         raise ArgumentError(f"{name} has stride {tensor.stride(0)}; it must be 1 (contiguous).")
     return tensor

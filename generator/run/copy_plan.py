@@ -49,7 +49,9 @@ class CopyPlan:
                     "destinations."
                 )
             field = FIELDS[name]
-            sources[name] = check_destination(label, source, dim=field.dim, device=self.device)
+            sources[name] = check_destination(
+                label, source, dim=field.dim, dtypes=[destinations.tensors[name][0].dtype], device=self.device
+            )
             held["request" if mode == "decode" else field.per].append(Room(source.shape[0] - field.extra, label))
             region = Region.of(label, source)
             for destination in destinations.regions:
@@ -73,6 +75,7 @@ class CopyPlan:
                 "num_backends": destinations.count,
                 "fields": destinations.fields,
                 "distinct": destinations.distinct(),
+                "dtypes": destinations.dtypes(),
                 "vector_bytes": 16 if vectorized else 4,
                 "target": self.device.type,
             }

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..spec.fields import FIELDS, MetadataBuffers
 from ..spec.parts import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
-from .checks import MAX_BATCH, MAX_COLUMNS, check_destination, check_int
+from .checks import MAX_BATCH, MAX_COLUMNS, check_destination, check_int, dtype_name, torch_dtypes
 from .memory import Region, check_disjoint
 
 # (index of the backend, field) -> the name of that destination in messages.
@@ -74,7 +74,8 @@ class Destinations:
             given: dict[str, _Destination] = {}
             for field, tensor in backend.items():
                 label = name_of(index, field.name)
-                device = check_destination(label, tensor, dim=field.dim, device=device).device
+                allowed = torch_dtypes(field.dtypes)
+                device = check_destination(label, tensor, dim=field.dim, dtypes=allowed, device=device).device
                 given[field.name] = _Destination(label, tensor, Region.of(label, tensor))
             given = _without_aliases(given, page_size, mode)
             if index == 0:
@@ -93,6 +94,11 @@ class Destinations:
                     _check_schedule(name, label, tensor)
                 if field.sized_by_batch:
                     room[field.per].append(Room(tensor.shape[0] - field.extra, label))
+                if (dtype := first[name].tensor.dtype) != tensor.dtype:
+                    raise ArgumentError(
+                        f"{label} has dtype {dtype_name(tensor.dtype)} and {first[name].name} has {dtype_name(dtype)}; "
+                        "all backends must have the same. Bind backends with other dtypes to a plan of their own."
+                    )
                 by_field.setdefault(name, {}).setdefault(destination.identity, destination)
         if device is None:
             raise ArgumentError("backends have no field at all; give at least one tensor.")
@@ -184,6 +190,10 @@ class Destinations:
     def distinct(self) -> tuple[tuple[str, int], ...]:
         """(field, number of tensors) for the fields that backends share, for KernelConfig.distinct."""
         return tuple((name, len(t)) for name, t in self.tensors.items() if len(t) < self.count)
+
+    def dtypes(self) -> tuple[tuple[str, str], ...]:
+        """(field, dtype) for each field, for KernelConfig.dtypes."""
+        return tuple((name, dtype_name(tensors[0].dtype)) for name, tensors in self.tensors.items())
 
     def words(self, name: str) -> list[int]:
         """The parameter words of a field."""

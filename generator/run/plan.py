@@ -364,6 +364,7 @@ def make_plan(
             "num_backends": destinations.count,
             "fields": destinations.fields,
             "distinct": destinations.distinct(),
+            "dtypes": destinations.dtypes(),
             "req_to_token_dtype": dtype_name(req_to_token.dtype),
             "vector_bytes": 16 if vectorized else 4,
             "target": destinations.device.type,

@@ -18,6 +18,7 @@ from .fields import FIELDS
 from .implied import Implied
 from .parts import (
     PARTS,
+    Declared,
     FlashMLASchedule,
     Gather,
     Launch,
@@ -28,7 +29,7 @@ from .parts import (
     Sparse,
     setting,
 )
-from .values import Counts, Names, OneOf, Whole, check_one_of, check_whole
+from .values import Names, OneOf, Pairs, Whole, check_one_of, check_whole
 
 Operation = Literal["precompute_and_broadcast", "copy"]
 Target = Literal["cuda", "cpu"]
@@ -69,8 +70,8 @@ class KernelConfig(Implied):
             backends share them. Shared memory is written once.
         target: "cuda", or "cpu" for the same kernel built by the host compiler.
         checked: the kernel checks what it reads (rows of the pool, lengths) and records the first violation.
-        lengths, rows, gather, pages, sparse, mqa_schedule, flashmla_schedule, launch: the other settings, by part (see
-            parts.py); None where a configuration uses none of a part's settings.
+        declared, lengths, rows, gather, pages, sparse, mqa_schedule, flashmla_schedule, launch: the other settings, by
+            part (see parts.py); None where a configuration uses none of a part's settings.
 
     Raises:
         ConfigError: a setting is unknown, or outside what is allowed.
@@ -82,9 +83,10 @@ class KernelConfig(Implied):
     )
     num_backends: int = setting(1, Whole(1, None))
     fields: tuple[str, ...] = setting(_DEFAULT_FIELDS, Names(FIELDS))
-    distinct: tuple[tuple[str, int], ...] = setting((), Counts())
+    distinct: tuple[tuple[str, int], ...] = setting((), Pairs(Whole(1, None), "a whole number"))
     target: Target = setting("cuda", OneOf("cuda", "cpu"))
     checked: bool = setting(False, OneOf(False, True), used=lambda c: not c.copies)
+    declared: Declared | None
     lengths: Lengths | None
     rows: Rows | None
     gather: Gather | None
@@ -141,6 +143,13 @@ class KernelConfig(Implied):
             check_whole(f"distinct[{name}]", count, 1, self.num_backends)
         shared = [(name, distinct[name]) for name in self.fields if name in distinct]
         _set(self, "distinct", tuple((name, count) for name, count in shared if count < self.num_backends))
+        dtypes = dict(self.dtypes)
+        for name, dtype in dtypes.items():
+            check_one_of("dtypes", name, self.fields)
+            check_one_of(f"dtypes[{name}]", dtype, FIELDS[name].dtypes)
+        chosen = [(name, dtypes[name]) for name in self.fields if name in dtypes]
+        chosen = [(name, dtype) for name, dtype in chosen if dtype != FIELDS[name].dtype]
+        _set(self, "declared", Declared(dtypes=tuple(chosen)))
 
     def _check_combinations(self) -> None:
         if self.target == "cuda" and (self.threads < 32 or self.threads & (self.threads - 1)):
@@ -279,7 +288,7 @@ SETTINGS: dict[str, dataclasses.Field[Any]] = {
 
 
 def _plain(name: str, value: Any) -> Any:
-    if name == "distinct":
+    if name in ("distinct", "dtypes"):
         return dict(value)
     return list(value) if isinstance(value, tuple) else value
 

@@ -87,6 +87,7 @@ class Special:
         meaning: what an element holds, for people.
         per: what has an element or a table row: a request, or each row of a request.
         settings: the settings of fields that it depends on.
+        other_dtypes: what its tensors may have in place of ``dtype``.
     """
 
     kind: Kind
@@ -95,6 +96,7 @@ class Special:
     per: Per = "row"
     dtype: Dtype = "int32"
     settings: tuple[str, ...] = ()
+    other_dtypes: tuple[Dtype, ...] = ()
 
 
 Declaration = Vector | Special
@@ -124,8 +126,14 @@ class Field:
 
     @property
     def dtype(self) -> Dtype:
-        """The dtype of its tensor."""
+        """The dtype of its tensors, unless they have one of other_dtypes."""
         return self.declaration.dtype
+
+    @property
+    def dtypes(self) -> tuple[Dtype, ...]:
+        """What its tensors may have."""
+        more = self.declaration.other_dtypes if isinstance(self.declaration, Special) else ()
+        return (self.dtype, *more)
 
     @property
     def shape(self) -> str:
@@ -171,14 +179,16 @@ def running_sum(formula: str, per: Per = "row", **more: Any) -> Any:
     return _declared(RunningSum(formula, per, **more))
 
 
-def special(kind: Kind, shape: str, meaning: str, per: Per = "row", settings: tuple[str, ...] = ()) -> Any:
+def special(kind: Kind, shape: str, meaning: str, per: Per = "row", **more: Any) -> Any:
     """Declares a Special."""
-    return _declared(Special(kind, shape, meaning, per, settings=settings))
+    return _declared(Special(kind, shape, meaning, per, **more))
 
 
 @dataclass(eq=False)
 class MetadataBuffers:
-    """The destination tensors of one backend, all int32 on one device. Any field may be None: it isn't written.
+    """The destination tensors of one backend, on one device. Any field may be None: it isn't written.
+
+    All are int32; kv_indices may be int64.
 
     Shapes are capacities: a refresh of ``bs`` requests writes the first ``bs`` (or R) rows and leaves the others alone.
     """
@@ -220,7 +230,11 @@ class MetadataBuffers:
     # A length below zero counts as no tokens, so that requests never overlap.
     kv_indptr: Tensor | None = running_sum("max(base_len, 0) + offset", "request")
     kv_indices: Tensor | None = special(
-        "indices", "[capacity]", "req_to_token[pool_row, column] at kv_indptr[request] + column", "request"
+        "indices",
+        "[capacity]",
+        "req_to_token[pool_row, column] at kv_indptr[request] + column",
+        "request",
+        other_dtypes=("int64",),
     )
 
     def items(self) -> Iterator[tuple[Field, Tensor]]:

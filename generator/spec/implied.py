@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .expressions import Dtype
 from .fields import FIELDS
 from .vectors import settings_of
 
@@ -20,6 +21,7 @@ class Implied:
         num_backends: int
         fields: tuple[str, ...]
         distinct: tuple[tuple[str, int], ...]
+        dtypes: tuple[tuple[str, Dtype], ...]
         target: str
 
         def __getattr__(self, name: str) -> Any: ...
@@ -244,3 +246,7 @@ class Implied:
     def destinations(self, field: str) -> int:
         """How many different tensors the backends have for a field."""
         return dict(self.distinct).get(field, self.num_backends)
+
+    def dtype(self, field: str) -> Dtype:
+        """The dtype of a field's tensors."""
+        return dict(self.dtypes).get(field, FIELDS[field].dtype)

@@ -15,8 +15,13 @@ from .fields import FIELDS
 if TYPE_CHECKING:
     from .config import KernelConfig
 
-# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+); the block is 64-bit words.
-MAX_PARAM_WORDS = 32_764 // 8
+# A kernel's parameters may take 32,764 bytes on sm_70 and later (CUDA 12.1+). The block is 64-bit words, and a Split
+# (device/live.cuh, device/equal.cuh) takes 24 bytes in front of it.
+MAX_PARAM_WORDS = (32_764 - 24) // 8
+
+Type = Literal[
+    "int64", "lengths", "extends", "pool", "token", "to_int32", "to_int64", "to_bool", "table", "violation", "hashes"
+]
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,17 @@ class Member:
 
     Attributes:
         name: its name, in the struct and in a plan.
-        type: "int64", "lengths", "extends", "pool", "token" (pointers to the inputs), "int32" (pointer to a field),
-            "table" (a pointer to a field and its row stride in elements), "violation" (pointer to the record of a
-            checked kernel) or "hashes" (pointer to the hashes of a verified kernel's tiles).
+        type: "int64"; "lengths", "extends", "pool", "token" (pointers to the inputs); "to_int32", "to_int64", "to_bool"
+            (pointers to a field of that dtype); "table" (a pointer to a field and its row stride in elements);
+            "violation" (pointer to the record of a checked kernel); "hashes" (pointer to the hashes of
+            a verified kernel's tiles).
         count: array length, or None for a single member.
         per_call: set at each call; the rest is set once, when a plan is bound.
         comment: what it holds.
     """
 
     name: str
-    type: Literal["int64", "lengths", "extends", "pool", "token", "int32", "table", "violation", "hashes"]
+    type: Type
     count: int | None
     per_call: bool
     comment: str
@@ -77,13 +83,14 @@ def members(config: KernelConfig) -> list[Member]:
         add("tile_hashes", "hashes", "[rows, tile_hashes_stride], 0 where nothing is known")
         add("tile_hashes_stride", "int64", "tiles of a row")
 
-    def add_fields(kind: Literal["table", "int32"], names: Sequence[str]) -> None:
+    def add_fields(names: Sequence[str]) -> None:
         for name in names:
+            kind = "table" if FIELDS[name].kind == "table" else f"to_{config.dtype(name)}"
             if copies:
                 add(f"from_{name}", kind, "precomputed")
             add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
 
-    add_fields("table", [name for name in config.fields if FIELDS[name].kind == "table"])
+    add_fields([name for name in config.fields if FIELDS[name].kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
         add("sm_count", "int64", "multiprocessors of the device")
@@ -101,7 +108,7 @@ def members(config: KernelConfig) -> list[Member]:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
     if "kv_indices" in config.fields:
         add("kv_indices_capacity", "int64", "elements")
-    add_fields("int32", [name for name in config.fields if FIELDS[name].kind != "table"])
+    add_fields([name for name in config.fields if FIELDS[name].kind != "table"])
     return out
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from .values import Offsets, OneOf, Value, Whole
+from .expressions import Dtype
+from .values import Offsets, OneOf, Pairs, Value, Whole
 
 if TYPE_CHECKING:
     from .config import KernelConfig
@@ -33,6 +34,7 @@ MAX_SEQLEN_OFFSET = 2**15
 MAX_SM_PARTS = 512
 
 _INT_DTYPE = OneOf("int32", "int64")
+_DTYPE = OneOf("int32", "int64", "bool")
 _SAME_AS_DEFAULT: Any = object()
 
 
@@ -76,6 +78,17 @@ class Part:
         for name in unused:
             object.__setattr__(part, name, None)
         return part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared(Part):
+    """What the fields hold where that isn't as their declarations have it.
+
+    Attributes:
+        dtypes: (field, dtype) for each field whose destinations have another dtype than it is declared with.
+    """
+
+    dtypes: tuple[tuple[str, Dtype], ...] | None = setting((), Pairs(_DTYPE, "a dtype"), used=lambda c: bool(c.dtypes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +231,7 @@ class Launch(Part):
 
 # The name of a part in a configuration, in the order in which settings are listed.
 PARTS: dict[str, type[Part]] = {
+    "declared": Declared,
     "lengths": Lengths,
     "rows": Rows,
     "gather": Gather,

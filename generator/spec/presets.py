@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+
+from ..errors import ConfigError
 from .config import KernelConfig
-from .values import check_one_of
 
 _WITH_EXPANDED = (*KernelConfig().fields, "seqlens_expanded")
 
@@ -68,12 +70,58 @@ PRESETS: dict[str, KernelConfig] = {
 }
 """The configurations that ship: their CUDA is in generated/, and each is compiled and run by the tests."""
 
+PURPOSES: dict[str, str] = {
+    "nsa-decode-1": "one backend; the least that there is to refresh",
+    "nsa-decode-2": "DeepSeek sparse attention (DSA, NSA) with two draft steps",
+    "nsa-decode-3": "DSA with three draft steps; the usual case, and the one measured most",
+    "nsa-decode-7": "DSA with seven draft steps",
+    "nsa-decode-64": "64 backends in one launch",
+    "nsa-decode-3-full": "dead columns too, as the functions that take lists write them",
+    "nsa-decode-3-page1": "pages of one token",
+    "nsa-decode-3-page16": "pages of 16 tokens",
+    "nsa-decode-3-unaligned": "tables whose rows aren't aligned to 16 bytes",
+    "nsa-decode-3-int32": "seq_lens and req_pool_indices of int32",
+    "nsa-decode-3-int64": "req_to_token of int64",
+    "nsa-decode-3-pages-only": "without the wide table page_indices",
+    "nsa-decode-3-lengths-only": "lengths and running sums; no table",
+    "nsa-precompute": "what precompute_decode_metadata_cuda runs",
+    "nsa-copy-1": "what fused_metadata_copy_cuda runs, to one backend",
+    "nsa-copy-3": "the same, to three backends",
+    "nsa-copy-3-rows": "the same, with several rows a request",
+    "nsa-target-verify-3": "four tokens of each request verified, a row each",
+    "nsa-draft-extend-3": "the last four tokens of each request extended",
+    "nsa-draft-extend-3-variable": "another number of tokens extended for each request",
+    "nsa-decode-3-kpool": "pools of four tokens (index_kpool)",
+    "nsa-decode-3-checked": "reports rows and lengths that are out of range",
+    "fa3-decode-3": "SGLang's FA3 with three draft steps, pages of 64",
+    "trtllm-mha-decode-3": "SGLang's TRTLLM-MHA with three draft steps, pages of 32",
+    "flashmla-decode-3": "FlashMLA and TRTLLM-MLA: -1 in dead columns",
+    "nsa-decode-3-schedule": "DSA with DeepGEMM's schedule in the same launch",
+    "nsa-target-verify-3-schedule": "verification with DeepGEMM's schedule, a row a token",
+    "flashmla-dense-decode-3": "dense FlashMLA with its schedule in the same launch",
+    "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",
+}
+"""What each of them is for, in a line."""
+
+
+# Presets of earlier versions: for one release they say why they went.
+_GONE = {"vllm-decode-3": "vLLM's draft steps advance one object in place, so there is nothing to bind"}
+
 
 def preset(name: str) -> KernelConfig:
     """A shipped configuration by name.
 
     Raises:
-        ConfigError: there is no preset of that name.
+        ConfigError: there is no preset of that name; the message has the nearest.
     """
-    check_one_of("the preset's name", name, tuple(PRESETS))
+    if name in _GONE:
+        raise ConfigError(f"The preset {name!r} is gone since 0.2: {_GONE[name]}.")
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}.{nearest(name)}\n`onelaunch list` prints all of them.")
     return PRESETS[name]
+
+
+def nearest(name: str) -> str:
+    """A sentence with the preset whose name is nearest; "" if none is near."""
+    found = difflib.get_close_matches(name, PRESETS, n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""

@@ -274,7 +274,7 @@ def _csr(
     for row, count, end in zip(req_pool_indices.tolist(), tokens.tolist(), ends.tolist(), strict=True):
         begin = end - count
         written = max(min(count, width, capacity - begin), 0)
-        buffers.kv_indices[begin : begin + written] = req_to_token[row, :written].to(torch.int32)
+        buffers.kv_indices[begin : begin + written] = req_to_token[row, :written].to(buffers.kv_indices.dtype)
 
 
 def _write(destination: Tensor, values: Tensor, where: Tensor) -> None:

@@ -93,21 +93,24 @@ class Names:
         return "+".join(value)
 
 
-class Counts:
-    """(name, whole number) pairs, or a mapping; as text ``name:number`` joined by ``+``."""
+class Pairs:
+    """(field, value) pairs, or a mapping; as text ``field:value`` joined by ``+``. The configuration checks them."""
 
-    def check(self, name: str, value: Any) -> tuple[tuple[str, int], ...]:
+    def __init__(self, value: Value, what: str) -> None:
+        self._value, self._what = value, what
+
+    def check(self, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
         try:
             return tuple(dict(value).items())
         except (TypeError, ValueError):
-            raise ConfigError(f"{name} is {value!r}; it must be pairs of a field and a whole number.") from None
+            raise ConfigError(f"{name} is {value!r}; it must be pairs of a field and {self._what}.") from None
 
-    def read(self, name: str, text: str) -> tuple[tuple[str, int], ...]:
+    def read(self, name: str, text: str) -> tuple[tuple[str, Any], ...]:
         pairs = [pair.partition(":") for pair in text.split("+")]
-        return tuple((field, read_whole(name, count)) for field, _, count in pairs)
+        return tuple((field, self._value.read(f"{name}[{field}]", value)) for field, _, value in pairs)
 
     def write(self, value: Any) -> str:
-        return "+".join(f"{field}:{count}" for field, count in value)
+        return "+".join(f"{field}:{self._value.write(each)}" for field, each in value)
 
 
 class Offsets:

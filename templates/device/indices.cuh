@@ -11,6 +11,8 @@
 //   kv_indices   | tokens of request 0 | request 1 | tokens of request 2 ...
 //                ^ 0                   ^ kv_indptr[1]
 
+using Index = std::remove_pointer_t<std::remove_extent_t<decltype(Params::kv_indices)>>;
+
 // The tokens of a request, without a backend's offset.
 __device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
   const std::int32_t length = request_length(p, request);
@@ -31,13 +33,13 @@ __device__ __forceinline__ void copy_tile(
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int end = read_columns(p, tokens, kLongestOffset);
   constexpr int kWords = kTileColumns / kWarpSize;
-  std::int32_t words[kWords];
+  Index words[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int column = first + lane + i * kWarpSize;
-    words[i] = column < end ? static_cast<std::int32_t>(__ldg(source + column)) : 0;
+    words[i] = column < end ? static_cast<Index>(__ldg(source + column)) : 0;
   }
-  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(std::int32_t*);
+  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(Index*);
 #pragma unroll(unrolled(kDestinations))
   for (int b = 0; b < kDestinations; ++b) {
     const int stop = read_columns(p, tokens, length_offset(b));

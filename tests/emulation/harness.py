@@ -303,7 +303,7 @@ class _Job:
             return wanted.flatten()
         around = torch.full_like(_flat(tensor), POISON)
         around.as_strided(tensor.shape, tensor.stride()).copy_(wanted)
-        return around
+        return around.view(torch.int32)
 
     def encode(self) -> bytes:
         """The case in the driver's format."""

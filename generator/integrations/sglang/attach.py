@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from ... import log
 from ...errors import ArgumentError
+from ...variables import DISABLE_VARIABLE
 from .. import flashinfer
 from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
 from .places import PLACES, Place
 from .refresher import Refresher
 
-DISABLE_VARIABLE = "ONELAUNCH_DISABLE"
 _OUT, _IN, _CSR = (
     "init_forward_metadata_out_graph",
     "init_forward_metadata_in_graph",
@@ -240,7 +239,7 @@ def attach(
     Raises:
         ArgumentError: the backend or its configuration isn't served; the message names the attribute. Nothing changed.
     """
-    if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
+    if DISABLE_VARIABLE.is_on():
         attachment = Attachment(backend, None, None)
     else:
         place = _place_of(backend)

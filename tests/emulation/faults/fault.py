@@ -21,7 +21,7 @@ class Fault:
         breaks: what it would break on a GPU.
         config, shape: what shows it.
         pattern, replacement: a regular expression, substituted wherever it matches.
-        caught_by: who has to notice, a value of ``Outcome.caught``.
+        caught_by: who has to notice, a value of ``Outcome.caught``, and nobody else.
     """
 
     name: str

@@ -301,6 +301,7 @@ FAULTS = {
             MANY,
             r"if \(w <= lane\) warp_end",
             "if (w < lane) warp_end",
+            "address",
         ),
     ],
 }

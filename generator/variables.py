@@ -1,0 +1,83 @@
+"""The environment variables of onelaunch, a line each. All of them are read here."""
+
+from __future__ import annotations
+
+import os
+
+
+class Variable(str):
+    """The name of a variable, with what it means.
+
+    Attributes:
+        values: what it may be set to.
+        default: what holds where it is unset or empty.
+        meaning: what it says, in a sentence.
+    """
+
+    values: str
+    default: str
+    meaning: str
+
+    def __new__(cls, name: str, values: str, default: str, meaning: str) -> Variable:
+        self = super().__new__(cls, name)
+        self.values, self.default, self.meaning = values, default, meaning
+        return self
+
+    def read(self) -> str:
+        """Its value without white space around it; "" where it is unset."""
+        return os.environ.get(self, "").strip()
+
+    def is_on(self) -> bool:
+        """Whether it is set, and not to 0."""
+        return self.read() not in ("", "0")
+
+
+CACHE_VARIABLE = Variable(
+    "ONELAUNCH_CACHE_DIR",
+    "a folder",
+    "$XDG_CACHE_HOME/onelaunch, else ~/.cache/onelaunch",
+    "The folder of the kernel cache.",
+)
+MAX_SIZE_VARIABLE = Variable(
+    "ONELAUNCH_CACHE_MAX_SIZE",
+    "a size such as 500M or 2G",
+    "2G",
+    "The bytes of all entries together, above which those that were used longest ago are removed.",
+)
+SHARED_VARIABLE = Variable(
+    "ONELAUNCH_SHARED_CACHE", "1", "off", "Everybody who can write to the cache is trusted: code from it runs as you."
+)
+PREBUILT_VARIABLE = Variable(
+    "ONELAUNCH_PREBUILT", "folders, joined by :", "none", "Read-only caches in which a kernel is looked for first."
+)
+TIMEOUT_VARIABLE = Variable(
+    "ONELAUNCH_LOCK_TIMEOUT", "seconds", "600", "How long a process waits for another's build before it builds itself."
+)
+POLICY_VARIABLE = Variable(
+    "ONELAUNCH_JIT",
+    "allow, warn or error",
+    "allow",
+    "What a build at a call does: it goes ahead, goes ahead with a warning, or is refused.",
+)
+RETRY_VARIABLE = Variable("ONELAUNCH_RETRY", "1", "off", "What didn't compile before is compiled again.")
+ARCHITECTURE_VARIABLE = Variable(
+    "ONELAUNCH_CUDA_ARCH",
+    "architectures such as 90a,100a",
+    "the current GPU's",
+    "The GPU architectures that kernels are built for.",
+)
+OVERRIDE_VARIABLE = Variable(
+    "ONELAUNCH_OVERRIDE_DIR", "a folder", "none", "Kernels edited by hand, which run in place of what is emitted."
+)
+LOG_VARIABLE = Variable("ONELAUNCH_LOG", "info or debug", "off", "A line on stderr for each build, load and bind.")
+NVTX_VARIABLE = Variable("ONELAUNCH_NVTX", "1", "off", "An NVTX range around each launch.")
+DISABLE_VARIABLE = Variable("ONELAUNCH_DISABLE", "1", "off", "attach() attaches nothing; the engine's own path runs.")
+SGLANG_VARIABLE = Variable(
+    "ONELAUNCH_SGLANG",
+    "1 or 0",
+    "off",
+    "Attaches in an unmodified SGLang, wherever it makes a backend that can be served; 0 overrides SGLANG_PLUGINS.",
+)
+
+VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
+"""All of them."""
