@@ -44,6 +44,7 @@ class Shape:
         max_indices: elements of kv_indices, if the requests need as many.
         seed: of the contents.
         rows: the requests' rows of req_to_token; random if None.
+        zero_rows: rows of req_to_token whose tokens are all 0.
         rewritten: columns of req_to_token that have other tokens than ``seed`` makes.
         before: what was launched before on the same memory, which this launch finds as it was left, and which has room
             for as many requests. Only the emulation knows it.
@@ -70,6 +71,7 @@ class Shape:
     max_indices: int = 5_000
     seed: int = 0
     rows: tuple[int, ...] | None = None
+    zero_rows: tuple[int, ...] = ()
     rewritten: tuple[int, ...] = ()
     before: Shape | None = None
 
@@ -139,19 +141,20 @@ SHAPES = (
     Shape("a remainder for half the blocks", (7000,), width=7003, token_phase=4, table_phase=12, seed=11),
 )
 # What happens to a request from step to step, one launch after the other on the same memory: it grows; it has another
-# place in the batch; its first tokens are rewritten; it is shorter, or not there; another one has its row. The last
-# launch finds in most tiles what the first one left, and must not take that for what is there.
-_FIRST = Shape("steps", (1290, 31, 600, 300, 0, 1280), width=1303, pool_rows=9, token_phase=4, table_phase=12, seed=12)
+# place in the batch; tokens are rewritten; it is shorter, or not there; another one has its row. Row 1 has no tokens
+# but 0, as padding has. The last launch finds in most tiles what the first one left, and must not take that for what is
+# there.
+_FIRST = Shape("steps", (1290, 31, 600, 190, 0, 1280), width=1303, pool_rows=9, token_phase=4, table_phase=12, seed=12)
 _ROWS = (0, 1, 2, 3, 4, 5)
 STEPS = (
-    _FIRST.replace(rows=_ROWS)
+    _FIRST.replace(rows=_ROWS, zero_rows=(1,))
     .then("again")
-    .then("longer", lengths=(1293, 34, 603, 303, 3, 1283))
-    .then("moved", rows=(5, 1, 0, 2, 3, 4), lengths=(1283, 34, 1293, 603, 303, 3))
-    .then("rewritten", rewritten=(0, 290, 599, 1250))
+    .then("longer", lengths=(1293, 34, 603, 193, 3, 1283))
+    .then("moved", rows=(5, 1, 0, 2, 3, 4), lengths=(1283, 34, 1293, 603, 193, 3))
+    .then("rewritten", rewritten=(0, 310, 599, 1250))
     .then("shorter", lengths=(20, 35, 1293, 0, 256, 1250))
     .then("fewer", lengths=(1293, 36), rows=(6, 1))
-    .then("other rows", lengths=(1290, 31, 600, 300, 0, 1280), rows=(0, 7, 2, 8, 4, 5), rewritten=())
+    .then("other rows", lengths=(1290, 31, 600, 190, 0, 1280), rows=(0, 7, 2, 8, 4, 5), rewritten=())
 )
 # Batches around a warp, a block and a window of the running sums.
 BATCHES = (0, 1, 2, 3, 5, 6, 7, 31, 32, 33, 100, 255, 256, 257, 700)

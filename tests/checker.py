@@ -133,7 +133,8 @@ class Scene:
         self.extend_seq_lens = self._strided(torch.tensor(extends, dtype=torch.int64), config.extend_seq_lens_dtype)
         dtype = getattr(torch, config.req_to_token_dtype)
         tokens = self._tokens(shape.pool_rows, shape.width)
-        tokens[:, list(shape.rewritten)] ^= 1
+        tokens[list(shape.zero_rows)] = 0
+        tokens[:, list(shape.rewritten)] ^= 1 << 20
         if dtype == torch.int64:
             beyond = torch.randint(0, 8, tokens.shape, generator=self._random) == 0
             tokens = torch.where(beyond, tokens + 3 * 2**32, tokens)

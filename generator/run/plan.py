@@ -70,8 +70,9 @@ class Plan:
             # Kind, request, value and limit of the first violation. Not an inference tensor: check() writes to it.
             with torch.inference_mode(False):
                 self._violation = torch.zeros(4, dtype=torch.int64, device=self.device)
-        self._hashes = hashes_of(destinations, config).words if config.hashes_tiles else None
-        hashes = self._hashes
+        # Held as it is: it lasts as long as one of the plans that share it.
+        self._hashes = hashes_of(destinations, config) if config.hashes_tiles else None
+        hashes = None if self._hashes is None else self._hashes.words
         self._bound = BoundKernel(
             config,
             self.device,
@@ -225,7 +226,7 @@ class Plan:
         Other plans have nothing to forget.
         """
         if self._hashes is not None:
-            self._hashes.zero_()
+            self._hashes.words.zero_()
 
     def __repr__(self) -> str:
         return f"Plan({self.config.symbol}, device={self.device}, capacity={self.capacity})"

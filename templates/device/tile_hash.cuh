@@ -14,8 +14,9 @@ constexpr std::uint64_t kMixFactor = 0x9e3779b97f4a7c15ull;
 struct LaneHash {
   std::uint64_t value;
 
-  // Begins with how many columns there are, and which lane it is: equal words of two lanes must not cancel out.
-  __device__ __forceinline__ explicit LaneHash(std::uint64_t counts) : value(counts) {
+  // Begins with how many columns there are, and which lane it is: equal words of two lanes must not cancel out. Mixed
+  // before the lane is added, or the lanes of 33 columns would only be those of 36 in another order.
+  __device__ __forceinline__ explicit LaneHash(std::uint64_t counts) : value(counts * kMixFactor) {
     add_word(threadIdx.x % kWarpSize);
   }
 

@@ -6,7 +6,7 @@ templates change so that it no longer does, the fault fails loudly and is to be 
 
 from __future__ import annotations
 
-from . import live, pages, rows, schedules, tiles, vectors
+from . import live, pages, rows, schedules, tiles, vectors, verified
 from .fault import Fault
 
 FAULTS: dict[str, list[Fault]] = {
@@ -16,4 +16,5 @@ FAULTS: dict[str, list[Fault]] = {
     **tiles.FAULTS,
     **pages.FAULTS,
     **schedules.FAULTS,
+    **verified.FAULTS,
 }

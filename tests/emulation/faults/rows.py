@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cases import Shape
+from cases import STEPS, Shape
 
 from .fault import Fault, barrier
 from .shown_by import (
@@ -105,6 +105,14 @@ FAULTS = {
         ),
     ],
     "device/indices.cuh": [
+        Fault(
+            "compare with the first backend's indices",
+            "the others', which begin elsewhere, keep what was there",
+            INDICES.replace(writes="verified"),
+            STEPS,
+            r"p\.kv_indices\[b\]\[at\] != words\[i\]",
+            "p.kv_indices[0][at] != words[i]",
+        ),
         Fault(
             "look tiles up before a window is complete",
             "tiles go to the wrong request",
