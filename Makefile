@@ -70,8 +70,9 @@ gpu: $(VENV)/.installed  ## everything that needs a GPU; writes tests/gpu/eviden
 	$(BIN)/onelaunch bench --series --json tests/gpu/bench.json --plot tests/gpu/bench.png
 	$(BIN)/python tests/gpu/table.py
 
-generate: $(VENV)/.installed  ## write the emitted CUDA of every preset
+generate: $(VENV)/.installed  ## write what is generated: the emitted CUDA of every preset, and REFERENCE.md
 	$(BIN)/onelaunch generate
+	$(BIN)/python tests/manual.py
 
 wheel: $(VENV)/.installed  ## build sdist and wheel into dist/
 	rm -rf dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -45,6 +46,13 @@ def arch_option(function: Any) -> Any:
 def json_option(function: Any) -> Any:
     """--json, for output that a script reads."""
     return click.option("--json", "as_json", is_flag=True, help="As JSON.")(function)
+
+
+def html_option(function: Any) -> Any:
+    """--html, a page for a browser."""
+    return click.option(
+        "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page for a browser to this file."
+    )(function)
 
 
 def dry_run_option(function: Any) -> Any:

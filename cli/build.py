@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +17,7 @@ from onelaunch.cache import failures
 from onelaunch.errors import ArgumentError, OnelaunchError
 from onelaunch.load import loader, prebuild
 from onelaunch.load.prebuild import Done, Job
-from onelaunch.log import short_key
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from onelaunch.log import notice, short_key
 
 from .arguments import arch_option, architectures, chosen, gone_option, json_option, preset_names, target_option
 
@@ -115,23 +112,13 @@ def _here(job: Job, retry: bool, as_json: bool) -> None:
 def _in_children(wanted: list[Job], jobs: int | None, timeout: float | None, retry: bool, as_json: bool) -> None:
     at_once = prebuild.workers(jobs, len(wanted))
     start = time.perf_counter()
-    columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=len(wanted))
+    notice(f"building {len(wanted)} kernels, {at_once} at once")
 
-        def report(done: Done) -> None:
-            progress.advance(task)
-            if as_json:
-                return
-            text = done.error or done.path
-            key = done.key if done.key else "failed"
-            # Through the progress bar's console, which moves the bar out of the way.
-            (progress.console.print if sys.stderr.isatty() else _plain)(
-                _row(key, done.seconds, done.job.config.symbol, text)
-            )
+    def report(done: Done) -> None:
+        if not as_json:
+            click.echo(_row(done.key or "failed", done.seconds, done.job.config.symbol, done.error or done.path))
 
-        ended = prebuild.build_all(wanted, at_once, timeout or prebuild.DEFAULT_TIMEOUT_SECONDS, report, retry)
+    ended = prebuild.build_all(wanted, at_once, timeout or prebuild.DEFAULT_TIMEOUT_SECONDS, report, retry)
     failed = [done for done in ended if done.error]
     built = sum(done.built for done in ended)
     if as_json:
@@ -164,10 +151,6 @@ def _document(ended: Sequence[Done]) -> None:
 
 def _row(key: str, seconds: float, symbol: str, rest: str) -> str:
     return f"{short_key(key):12}  {seconds:6.2f} s  {symbol}  {rest}"
-
-
-def _plain(text: str) -> None:
-    click.echo(text)
 
 
 @contextlib.contextmanager

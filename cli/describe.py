@@ -33,7 +33,7 @@ from .show import kernel
     default=1,
     help="Rows of each request, where a call says how many (variable extends, copies).",
 )
-@click.option("--page-size", type=click.IntRange(min=1), default=64, help="Tokens a page of what a copy copies.")
+@click.option("--page-size", type=click.IntRange(min=1), default=64, help="Tokens per page of what a copy copies.")
 @click.option(
     "--num-sms", type=click.IntRange(min=1), help="Multiprocessors that schedules are for; default: an H100's."
 )

@@ -8,8 +8,8 @@ import click
 from onelaunch.inspect.diff import COMPARED, difference
 from onelaunch.inspect.kernels import Subject
 
-from .arguments import arch_option, preset_names, target_option
-from .output import print_text
+from .arguments import arch_option, html_option, preset_names, target_option
+from .output import write_whole
 from .show import kernel
 
 
@@ -22,7 +22,10 @@ from .show import kernel
 @click.option(
     "-U", "--unified", "context", type=click.IntRange(min=0), default=3, help="Equal lines around a difference."
 )
-def diff(one: str, other: str, what: str, target: str | None, arch: str | None, context: int) -> None:
+@html_option
+def diff(
+    one: str, other: str, what: str, target: str | None, arch: str | None, context: int, html: Path | None
+) -> None:
     """Print how two kernels differ.
 
     Keys, symbols and addresses, which always differ, are left out.
@@ -36,6 +39,7 @@ def diff(one: str, other: str, what: str, target: str | None, arch: str | None, 
       onelaunch diff nsa-decode-3 nsa-decode-3-page16
       onelaunch diff nsa-decode-3 num_backends=3,unroll=4 --what sass
       onelaunch diff nsa-decode-1 nsa-decode-7 --what resources
+      onelaunch diff nsa-decode-3 nsa-decode-3-page16 --html diff.html
     """
 
     def subject(text: str) -> Subject:
@@ -43,9 +47,16 @@ def diff(one: str, other: str, what: str, target: str | None, arch: str | None, 
         is_settings = "=" in text and not Path(text).exists()
         return kernel(None if is_settings else text, text if is_settings else None, target, arch)
 
-    found = difference(subject(one), subject(other), what, context)
+    first, second = subject(one), subject(other)
+    found = difference(first, second, what, context)
+    if html is not None:
+        # Imported here for start-up time: it loads the templates' engine.
+        from onelaunch.inspect.page import diff_page
+
+        write_whole(html, diff_page(first, second, what, context))
     if not found:
         click.echo(f"no difference in {what}")
         return
-    print_text(found, "diff")
+    if html is None:
+        click.echo(found, nl=False)
     raise click.exceptions.Exit(1)

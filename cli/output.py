@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from pathlib import Path
 
 from onelaunch.cache import files
@@ -17,20 +16,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-def print_text(text: str, lexer: str) -> None:
-    """Prints text: highlighted on a terminal (unless $NO_COLOR is set), plain elsewhere."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        sys.stdout.write(text)
-        return
-    # Imported here for start-up time: most output goes to pipes, which need no highlighting.
-    from rich.console import Console
-    from rich.syntax import Syntax
-
-    # The default background keeps the terminal's own, dark or light. Soft wrapping keeps lines whole for copying.
-    highlighted = Syntax(text, lexer, theme="ansi_dark", background_color="default").highlight(text)
-    Console().print(highlighted, soft_wrap=True, end="")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

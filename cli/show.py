@@ -10,19 +10,8 @@ from onelaunch.errors import ArgumentError
 from onelaunch.inspect import editors, views
 from onelaunch.inspect.kernels import Subject, find
 
-from .arguments import arch_option, architectures, config_argument, settings_option, target_option
-from .output import print_text, write_whole
-
-# How each is highlighted; the GNU assembler's rules fit SASS well enough.
-LEXERS = {
-    "cuda": "cuda",
-    "ptx": "ptx",
-    "sass": "gas",
-    "resources": "text",
-    "binding": "cpp",
-    "command": "bash",
-    "key": "text",
-}
+from .arguments import arch_option, architectures, config_argument, html_option, settings_option, target_option
+from .output import write_whole
 
 
 @click.command()
@@ -35,6 +24,7 @@ LEXERS = {
 @click.option("-o", "--output", metavar="PATH", help="Write to this file, or to <symbol>.cu in a FOLDER/.")
 @click.option("--clangd", is_flag=True, help="With -o: write a compile_commands.json beside it, for editors.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON: resources, command and key.")
+@html_option
 def show(
     config: str | None,
     what: str,
@@ -45,11 +35,15 @@ def show(
     output: str | None,
     clangd: bool,
     as_json: bool,
+    html: Path | None,
 ) -> None:
     """Print what a kernel is: the emitted CUDA or, with --what, its machine code, resources, binding, commands or key.
 
     CONFIG is a preset, the first digits of an entry's key, an entry's folder, or a file of emitted CUDA.
     Without it, the default configuration.
+
+    --html writes one page for a browser, which needs no network: source beside SASS beside PTX, where lines that
+    belong together are lit together.
 
     PTX is compiled aside; SASS and resources too, if the kernel isn't in the cache. Nothing is put into the cache.
 
@@ -62,7 +56,16 @@ def show(
       onelaunch show --set num_backends=5,page_size=16 --what sass --annotate
       onelaunch show nsa-decode-3 --what resources --arch 90a --json
       onelaunch show nsa-decode-3 -o edited/ --clangd
+      onelaunch show nsa-decode-3 --html kernel.html
     """
+    if html is not None:
+        if what != "cuda" or annotate or output is not None or clangd or as_json:
+            raise ArgumentError("--html shows source, SASS and PTX in one page; give no other option of output.")
+        # Imported here for start-up time: it loads the templates' engine.
+        from onelaunch.inspect.page import kernel_page
+
+        write_whole(html, kernel_page(kernel(config, settings, target, arch)))
+        return
     if as_json and what not in ("resources", "command", "key"):
         raise ArgumentError(f"--json is for resources, command and key; {what} is text.")
     if clangd and (output is None or what != "cuda"):
@@ -73,7 +76,7 @@ def show(
     else:
         text = views.view(found, what, annotate)
     if output is None:
-        print_text(text, "json" if as_json else LEXERS[what])
+        click.echo(text, nl=False)
         return
     path = Path(output)
     if path.is_dir() or output.endswith("/"):

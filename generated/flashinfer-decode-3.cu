@@ -25,14 +25,14 @@ constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLengthSets = kBackends;  // lengths of a request: one for all backends, or one each
-constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+constexpr int kLengthSets = kBackends;  // lengths per request: one for all backends, or one per backend
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before it compute vectors and schedules
 using SeqLen = std::int64_t;
-constexpr std::int32_t kLongestOffset = 3;  // the most that a backend adds to seq_lens
+constexpr std::int32_t kLongestOffset = 3;  // largest offset that a backend adds to seq_lens
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
-constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kBlocksPerSm = 4;  // at most
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
+constexpr int kBlocksPerSm = 4;  // limits the blocks for the tables
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 
@@ -42,8 +42,8 @@ struct Table {
   std::int64_t row_stride;  // elements
 };
 
-// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
-// pointer table in device memory, nothing to copy before a launch.
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
+// needs no pointer table in device memory and no copy before a launch.
 struct Params {
   // set at each call
   const SeqLen* seq_lens;  // [batch_size]
@@ -51,13 +51,13 @@ struct Params {
   const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
   std::int64_t req_pool_indices_stride;  // elements
   std::int64_t batch_size;  // requests
-  std::int64_t columns;  // no column from here on is written
+  std::int64_t columns;  // columns from here on are not written
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
   std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t sm_count;  // SMs of the device
   std::int64_t kv_indices_capacity;  // elements
   std::int32_t* kv_indptr[kBackends];  // [bs + 1]
   std::int32_t* kv_indices[kBackends];  // [capacity]
@@ -65,19 +65,19 @@ struct Params {
 constexpr int kParamWords = 18;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+// Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
 __device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
   const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
   return static_cast<std::int32_t>(length);
 }
 
-// What backend b adds to seq_lens. Static: an array that a block indexes would be on its stack.
+// The offset that backend b adds to seq_lens. The array is static, because a local one would be in local memory.
 __device__ __forceinline__ std::int32_t length_offset(int b) {
   static constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
   return offsets[b];
 }
 
-// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+// A request's row of req_to_token. If it is negative, the request has none and nothing may be read.
 __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
   const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
   return row;
@@ -91,7 +91,7 @@ __device__ __forceinline__ void check_capacity(const Params&, std::int64_t, std:
 // may not wrap has 64 bits.
 constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
-// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+// The inclusive running sum of `value` over the lanes of a warp.
 template <typename T>
 __device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
@@ -128,7 +128,7 @@ template <typename T>
 struct RunningSum {
   T carry = 0;  // the sum of all chunks so far
 
-  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  // The inclusive sum up to this thread's value of the next chunk. All threads must call it.
   __device__ __forceinline__ T add(T value) {
     T chunk;
     const T sum = carry + block_running_sum(value, chunk);
@@ -138,7 +138,7 @@ struct RunningSum {
 };
 
 // ---- destinations ------------------------------------------------------------------------------------------------
-// How often a loop over so many destinations is unrolled: fully while that stays short.
+// The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
 [[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
   return destinations <= 8 ? destinations : 1;
 }
@@ -169,8 +169,8 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
 }
 
 // ---- strategy: the tokens of all requests, one after the other ---------------------------------------------------
-// Where a request's tokens go depends on the lengths of all requests before it. Every block adds those up for itself,
-// window by window, beside the tiles that it counts: no block waits for another, and the sum has 64 bits. The warps of
+// The place of a request's tokens depends on the lengths of all requests before it. Every block sums the lengths
+// itself, window by window, together with the tiles, so no block waits for another. The sum has 64 bits. The warps of
 // all blocks take the tiles in turn. Nothing is written beyond the destinations' capacity.
 //
 //   block   0 .. kFirstTableBlock   the other blocks
@@ -183,13 +183,13 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
 
 using Index = std::remove_pointer_t<std::remove_extent_t<decltype(Params::kv_indices)>>;
 
-// The tokens of a request, without a backend's offset.
+// The number of tokens of a request, without a backend's offset.
 __device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
   const std::int32_t length = request_length(p, request);
   return length > 0 ? length : 0;
 }
 
-// The tokens of a request that are read for a backend with this offset.
+// The number of tokens of a request that are read for a backend with this offset.
 __device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t offset) {
   const std::int64_t length = std::int64_t{tokens} + offset;
   return static_cast<int>(length < p.columns ? length : p.columns);
@@ -233,7 +233,7 @@ __device__ void write_tables(const Params& p) {
   __shared__ std::int32_t window_tokens[kThreads];
   __shared__ std::uint64_t tokens_before[kThreads];
   __shared__ std::int64_t pool_rows[kThreads];
-  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  static_assert(kWarps <= kWarpSize, "each warp needs a lane");
   RunningSum<std::uint64_t> token_sum;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
@@ -247,7 +247,7 @@ __device__ void write_tables(const Params& p) {
       pool_row = request_row(p, request);
       if (pool_row < 0) tiles = 0;
     }
-    // After the sum's barriers no warp looks tiles up in the last window any more.
+    // The sum's barriers come after the last look-up in the previous window.
     const std::uint64_t tokens_end = token_sum.add(static_cast<std::uint64_t>(tokens));
     if (request < batch_size) {
       check_capacity(p, request, static_cast<std::int64_t>(tokens_end) + (std::int64_t{request} + 1) * kLongestOffset);
@@ -259,8 +259,8 @@ __device__ void write_tables(const Params& p) {
     tokens_before[slot] = tokens_end - static_cast<std::uint64_t>(tokens);
     __syncthreads();
     for (; tile < window_tiles; tile += warps) {
-      // Whose tile it is: how many warps' requests end at or before it, then how many requests of the next warp do.
-      // Unlike find_tile this needs no register between look-ups.
+      // Finds the tile's request: counts the groups of kWarpSize requests that end at or before the tile, then the
+      // requests of the next group that do. Unlike find_tile, this needs no register between look-ups.
       const bool passed_warp = lane < kWarps && tile_end[lane * kWarpSize + kWarpSize - 1] <= tile;
       const int warp = __popc(__ballot_sync(kFullMask, passed_warp));
       const int passed = __popc(__ballot_sync(kFullMask, tile_end[warp * kWarpSize + lane] <= tile));
@@ -270,12 +270,12 @@ __device__ void write_tables(const Params& p) {
       const int column = static_cast<int>(in_row) * kTileColumns;
       copy_tile(p, first + found, pool_rows[found], before, window_tokens[found], column);
     }
-    tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+    tile -= window_tiles;  // the turn goes on with the next window's tiles, so that all warps get equally many
   }
 }
 
 // ---- host side of the strategy
-// As many blocks as the indices could need, up to a number that suits the device.
+// Enough blocks for all tiles of rows of maximum length, up to a limit that follows from the device.
 unsigned grid_blocks(const Params& p) {
   const std::int64_t tiles = p.batch_size * ((p.columns - 1) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
@@ -285,8 +285,8 @@ unsigned grid_blocks(const Params& p) {
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-// Where the backends' lengths differ, block b writes those of backend b.
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk, so the batch has no
+// limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
   const std::int32_t offset = length_offset(b);
@@ -304,7 +304,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   }
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
+// ---- kernel ------------------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
     onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85(const __grid_constant__ Params p) {
   int block = blockIdx.x;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// Runs `call` with the plan's device as the current one.
+// Runs `call` while `device` is the current device.
 template <typename Call>
 cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
@@ -343,8 +343,8 @@ int onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85_launch(const std::int64_t* wo
   });
 }
 
-// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
-// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+// Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
+// thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
 int onelaunch_broadcast_decode_n3_567ba8e3cc7b9b85_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};

@@ -23,24 +23,24 @@ namespace {
 // ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
-constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
+constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
-constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before it compute vectors and schedules
 using SeqLen = std::int64_t;
-constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
-constexpr int kNextN = 1;  // rows of a request
+constexpr std::int32_t kLongestOffset = 0;  // largest offset that a backend adds to seq_lens
+constexpr int kNextN = 1;  // rows per request
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
-constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kWideTiles = 1;  // tiles that a warp takes at once where there is enough to do
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
+constexpr int kWideTiles = 1;  // tiles that a warp takes at once where every warp has work
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kPageSize = 64;  // tokens
-constexpr int kPageShift = 6;  // its binary logarithm, if it is a power of two
-constexpr bool kFillsPages = true;  // whether dead columns are written too
-constexpr std::int32_t kPageFill = -1;  // with this
+constexpr int kPageShift = 6;  // log2(kPageSize), if kPageSize is a power of two
+constexpr bool kFillsPages = true;  // whether columns after the live ones are filled
+constexpr std::int32_t kPageFill = -1;
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -48,8 +48,8 @@ struct Table {
   std::int64_t row_stride;  // elements
 };
 
-// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
-// pointer table in device memory, nothing to copy before a launch.
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
+// needs no pointer table in device memory and no copy before a launch.
 struct Params {
   // set at each call
   const SeqLen* seq_lens;  // [batch_size]
@@ -57,43 +57,43 @@ struct Params {
   const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
   std::int64_t req_pool_indices_stride;  // elements
   std::int64_t batch_size;  // requests
-  std::int64_t columns;  // no column from here on is written
+  std::int64_t columns;  // columns from here on are not written
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
   Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t sm_count;  // SMs of the device
   std::int64_t real_page_table_width;  // columns
   std::int32_t* cache_seqlens[kBackends];  // [bs]
 };
 constexpr int kParamWords = 21;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+// Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
 __device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
   const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
   return static_cast<std::int32_t>(length);
 }
 
-// What every backend adds to seq_lens.
+// The offset that every backend adds to seq_lens.
 __device__ __forceinline__ std::int32_t length_offset(int) {
   return kLongestOffset;
 }
 
-// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+// A request's row of req_to_token. If it is negative, the request has none and nothing may be read.
 __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
   const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
   return row;
 }
 
-// Columns of every row of the tables, whatever a request's length: pages.
+// The number of columns of each table row, at any request length: in pages.
 __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.real_page_table_width;
 }
 
-// Rows of the tables and of the vectors with an element for each row.
+// A range of rows of the tables, and of the vectors that have one element per row.
 struct Rows {
   std::int64_t first, stop;
 };
@@ -110,7 +110,7 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
 }
 
 // ---- destinations ------------------------------------------------------------------------------------------------
-// How often a loop over so many destinations is unrolled: fully while that stays short.
+// The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
 [[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
   return destinations <= 8 ? destinations : 1;
 }
@@ -171,8 +171,8 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
   return ends.end;
 }
 
-// ---- how far rows are written: as far as a request's tokens go ---------------------------------------------------
-// Live columns are those below a request's length, within the table.
+// ---- how far rows are written: to the request's length -----------------------------------------------------------
+// Live columns: the first seq_len columns of a row, within the table.
 using Ends = SameEnd;
 
 __device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) {
@@ -190,7 +190,7 @@ __device__ __forceinline__ Ends ends_at(const Params&, int reach) {
 }
 
 // ---- pages -------------------------------------------------------------------------------------------------------
-// The pages that a number of tokens takes.
+// The number of pages that hold `tokens` tokens.
 __device__ __forceinline__ int pages_of(int tokens) {
   return tokens / kPageSize + (tokens % kPageSize != 0);
 }
@@ -201,7 +201,7 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
   return static_cast<std::int32_t>(floor_div(token, kPageSize));
 }
 
-// ---- tables of pages alone ---------------------------------------------------------------------------------------
+// ---- tables of pages, without a table of tokens ------------------------------------------------------------------
 // The columns of a tile are pages.
 [[maybe_unused]] __device__ __forceinline__ int written_columns(const Params& p, Ends ends) {
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
@@ -258,22 +258,21 @@ __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64
 }
 
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
-// Every row has as many tiles, whatever the requests' lengths, and every warp takes one of them: tile `tile` of row
-// `row` belongs to warp row * tiles + tile. A loop would make the compiler fetch the constants of all destinations
-// before the first load.
+// Every row has the same number of tiles, whatever the requests' lengths. Warp row * tiles + i takes tile i of a row,
+// and no other: a loop would make the compiler fetch the constants of all destinations before the first load.
 //
 //   block   0 .. kFirstTableBlock   0             1             2
 //          +-----------------------+-------------+-------------+-------------+
 //          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
 //          +-----------------------+-------------+-------------+-------------+
-constexpr int kWideFrom = 12;  // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
-constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half of each block's warps take them
+constexpr int kWideFrom = 12;  // from this many tiles per SM, a warp takes kWideTiles tiles at once
+constexpr int kSpreadTiles = 16;  // below this many tiles per SM, only half of each block's warps take tiles
 
-// The host's share: dividing by a number that isn't a constant takes a thread dozens of dependent instructions.
+// Computed by the host: a thread would need dozens of dependent instructions to divide by a number that isn't constant.
 struct Split {
-  std::uint32_t tiles;  // of a row
+  std::uint32_t tiles;  // per row
   std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
-  std::uint32_t warps;  // of a block that take tiles; none where rows have no columns
+  std::uint32_t warps;  // per block that take tiles; 0 if rows have no columns
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
@@ -301,11 +300,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 // ---- host side of the strategy
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
-  // A warp takes more at once where there is enough for all warps.
+  // A warp takes several tiles at once if that leaves enough for all warps.
   const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
-  // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
+  // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
   std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
@@ -316,7 +315,7 @@ Split split_of(const Params& p) {
   };
 }
 
-// As many blocks as the tables need.
+// Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
@@ -324,8 +323,8 @@ unsigned grid_blocks(const Params& p, const Split& split) {
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-// Where the backends' lengths differ, block b writes those of backend b.
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk, so the batch has no
+// limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
   const std::int32_t offset = length_offset(b);
@@ -339,7 +338,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   }
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
+// ---- kernel ------------------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_44bc678e2472d90c(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   int block = blockIdx.x;
@@ -348,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// Runs `call` with the plan's device as the current one.
+// Runs `call` while `device` is the current device.
 template <typename Call>
 cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
@@ -379,8 +378,8 @@ int onelaunch_broadcast_decode_n3_44bc678e2472d90c_launch(const std::int64_t* wo
   });
 }
 
-// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
-// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+// Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
+// thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
 int onelaunch_broadcast_decode_n3_44bc678e2472d90c_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};

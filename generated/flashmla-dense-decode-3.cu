@@ -23,27 +23,27 @@ namespace {
 // ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
-constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
+constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
-constexpr int kFirstTableBlock = 2 * kLengthSets;  // the blocks before compute vectors and schedules
+constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
+constexpr int kFirstTableBlock = 2 * kLengthSets;  // the blocks before it compute vectors and schedules
 using SeqLen = std::int64_t;
-constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
-constexpr int kNextN = 1;  // rows of a request
-constexpr int kMaxSmParts = 512;
-constexpr int kFlashMlaOrder = 2026;  // of the words of a part
+constexpr std::int32_t kLongestOffset = 0;  // largest offset that a backend adds to seq_lens
+constexpr int kNextN = 1;  // rows per request
+constexpr int kMaxSmParts = 512;  // capacity of the shared arrays
+constexpr int kFlashMlaOrder = 2026;  // order of a part's words: FlashMLA's of 2026 or of 2025
 constexpr bool kHasNumSplits = true;
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
-constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kWideTiles = 1;  // tiles that a warp takes at once where there is enough to do
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
+constexpr int kWideTiles = 1;  // tiles that a warp takes at once where every warp has work
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kPageSize = 64;  // tokens
-constexpr int kPageShift = 6;  // its binary logarithm, if it is a power of two
-constexpr bool kFillsPages = true;  // whether dead columns are written too
-constexpr std::int32_t kPageFill = -1;  // with this
+constexpr int kPageShift = 6;  // log2(kPageSize), if kPageSize is a power of two
+constexpr bool kFillsPages = true;  // whether columns after the live ones are filled
+constexpr std::int32_t kPageFill = -1;
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -51,8 +51,8 @@ struct Table {
   std::int64_t row_stride;  // elements
 };
 
-// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
-// pointer table in device memory, nothing to copy before a launch.
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
+// needs no pointer table in device memory and no copy before a launch.
 struct Params {
   // set at each call
   const SeqLen* seq_lens;  // [batch_size]
@@ -60,14 +60,14 @@ struct Params {
   const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
   std::int64_t req_pool_indices_stride;  // elements
   std::int64_t batch_size;  // requests
-  std::int64_t columns;  // no column from here on is written
+  std::int64_t columns;  // columns from here on are not written
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
   Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t sm_count;  // SMs of the device
   std::int64_t real_page_table_width;  // columns
   std::int64_t num_sm_parts;  // parts of FlashMLA's schedule
   std::int32_t* cache_seqlens[kBackends];  // [bs]
@@ -77,29 +77,29 @@ struct Params {
 constexpr int kParamWords = 28;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+// Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
 __device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
   const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
   return static_cast<std::int32_t>(length);
 }
 
-// What every backend adds to seq_lens.
+// The offset that every backend adds to seq_lens.
 __device__ __forceinline__ std::int32_t length_offset(int) {
   return kLongestOffset;
 }
 
-// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+// A request's row of req_to_token. If it is negative, the request has none and nothing may be read.
 __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
   const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
   return row;
 }
 
-// Columns of every row of the tables, whatever a request's length: pages.
+// The number of columns of each table row, at any request length: in pages.
 __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.real_page_table_width;
 }
 
-// Rows of the tables and of the vectors with an element for each row.
+// A range of rows of the tables, and of the vectors that have one element per row.
 struct Rows {
   std::int64_t first, stop;
 };
@@ -120,7 +120,7 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
 // may not wrap has 64 bits.
 constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
-// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+// The inclusive running sum of `value` over the lanes of a warp.
 template <typename T>
 __device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
@@ -157,7 +157,7 @@ template <typename T>
 struct RunningSum {
   T carry = 0;  // the sum of all chunks so far
 
-  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  // The inclusive sum up to this thread's value of the next chunk. All threads must call it.
   __device__ __forceinline__ T add(T value) {
     T chunk;
     const T sum = carry + block_running_sum(value, chunk);
@@ -167,7 +167,7 @@ struct RunningSum {
 };
 
 // ---- destinations ------------------------------------------------------------------------------------------------
-// How often a loop over so many destinations is unrolled: fully while that stays short.
+// The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
 [[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
   return destinations <= 8 ? destinations : 1;
 }
@@ -205,19 +205,19 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
 }
 
 // ---- FlashMLA's schedule -----------------------------------------------------------------------------------------
-// One block computes it from seq_lens, however many requests there are: in chunks of kThreads. The parts take blocks of
-// the requests one after the other, so one thread walks them: past all requests of a chunk at once, or in steps that
-// double while whole requests fit into a part. That takes as many turns as there are parts and chunks. It notes where
-// each part begins; all threads derive the entries from that.
+// One block computes it from seq_lens, in chunks of kThreads requests, so the batch has no limit. The parts take the
+// requests' blocks in order, so one thread walks along them. If the current part has room for what remains of the
+// chunk, the walk skips it; otherwise a search with doubling steps finds the last request that fits. So there is one
+// turn per part and per chunk. The walk records where each part begins; all threads derive the entries from that.
 constexpr int kMlaBlock = 64;  // tokens
-constexpr int kMlaOverhead = 5;  // what a request costs a part beside its blocks, in blocks
+constexpr int kMlaOverhead = 5;  // fixed cost of a request in a part, in blocks
 
 // Where the parts begin, in shared memory.
 struct Parts {
   std::int32_t request[kMaxSmParts];
-  std::int32_t block[kMaxSmParts];  // of that request
-  std::int32_t split[kMaxSmParts];  // splits of that request in the parts before
-  std::int32_t cuts[kMaxSmParts];  // parts up to and including this one that begin within a request; -1 behind the walk
+  std::int32_t block[kMaxSmParts];  // within that request
+  std::int32_t split[kMaxSmParts];  // splits of that request in earlier parts
+  std::int32_t cuts[kMaxSmParts];  // parts up to and including this one that begin within a request; -1 after the last
 };
 
 __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request, int b) {
@@ -225,7 +225,7 @@ __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request,
   return length > 0 ? (length - 1) / kMlaBlock + 1 : 1;
 }
 
-// What a request costs in blocks, as long as no part begins within it.
+// The cost of a request in blocks, unless a part begins within it.
 __device__ __forceinline__ std::uint64_t mla_cost(const Params& p, int request, int b) {
   return static_cast<std::uint64_t>(mla_blocks(p, request, b) + kMlaOverhead);
 }
@@ -242,14 +242,14 @@ __device__ __forceinline__ void walk_parts(const Params& p, int b, Parts& begin)
   const std::uint64_t share = (total + static_cast<std::uint64_t>(parts) - 1) / static_cast<std::uint64_t>(parts);
   const std::int64_t payload = static_cast<std::int64_t>(share) + kMlaOverhead;
 
-  __shared__ std::int64_t ends[kThreads];  // the cost of the requests up to and including one of the chunk
-  // The walk's place, in the thread that walks.
-  std::int64_t place = 0;  // the cost of what was taken, without that of splitting
+  __shared__ std::int64_t ends[kThreads];  // cost of all requests up to and including one of the chunk
+  // The state of the walk; only thread 0 uses it.
+  std::int64_t place = 0;  // cost taken so far, without that of splitting
   std::int64_t remain = payload;
   int part = 0;
   std::int32_t block = 0, split = 0, cut = 0;
   for (int i = slot; i < parts; i += kThreads) {
-    // The values of parts behind the walk's end; the walk overwrites the others.
+    // The values of parts that the walk doesn't reach; it overwrites the others.
     begin.request[i] = i == 0 ? 0 : batch_size;
     begin.block[i] = begin.split[i] = 0;
     begin.cuts[i] = i == 0 ? 0 : -1;
@@ -257,11 +257,11 @@ __device__ __forceinline__ void walk_parts(const Params& p, int b, Parts& begin)
   RunningSum<std::uint64_t> cost_sum;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
-    // After the sum's barriers the walk doesn't read the last chunk's ends any more.
+    // The sum's barriers come after the walk's last read of the previous chunk's ends.
     ends[slot] = static_cast<std::int64_t>(cost_sum.add(request < batch_size ? mla_cost(p, request, b) : 0));
     __syncthreads();
     const int count = batch_size - first < kThreads ? batch_size - first : kThreads;
-    int at = 0;  // in the chunk: the first request that isn't done
+    int at = 0;  // the chunk's first request that isn't done
     while (slot == 0 && at < count) {
       const std::int64_t limit = place + remain;
       const int from = at;
@@ -280,7 +280,7 @@ __device__ __forceinline__ void walk_parts(const Params& p, int b, Parts& begin)
         block = split = 0;
       }
       if (at == count) break;
-      // The part ends here, with as many blocks of this request as it still can take.
+      // The part ends here, with as many blocks of this request as still fit.
       if (remain > kMlaOverhead) {
         place += remain - kMlaOverhead;
         block += static_cast<std::int32_t>(remain - kMlaOverhead);
@@ -369,8 +369,8 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
   return ends.end;
 }
 
-// ---- how far rows are written: as far as a request's tokens go ---------------------------------------------------
-// Live columns are those below a request's length, within the table.
+// ---- how far rows are written: to the request's length -----------------------------------------------------------
+// Live columns: the first seq_len columns of a row, within the table.
 using Ends = SameEnd;
 
 __device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) {
@@ -388,7 +388,7 @@ __device__ __forceinline__ Ends ends_at(const Params&, int reach) {
 }
 
 // ---- pages -------------------------------------------------------------------------------------------------------
-// The pages that a number of tokens takes.
+// The number of pages that hold `tokens` tokens.
 __device__ __forceinline__ int pages_of(int tokens) {
   return tokens / kPageSize + (tokens % kPageSize != 0);
 }
@@ -399,7 +399,7 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
   return static_cast<std::int32_t>(floor_div(token, kPageSize));
 }
 
-// ---- tables of pages alone ---------------------------------------------------------------------------------------
+// ---- tables of pages, without a table of tokens ------------------------------------------------------------------
 // The columns of a tile are pages.
 [[maybe_unused]] __device__ __forceinline__ int written_columns(const Params& p, Ends ends) {
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
@@ -456,22 +456,21 @@ __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64
 }
 
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
-// Every row has as many tiles, whatever the requests' lengths, and every warp takes one of them: tile `tile` of row
-// `row` belongs to warp row * tiles + tile. A loop would make the compiler fetch the constants of all destinations
-// before the first load.
+// Every row has the same number of tiles, whatever the requests' lengths. Warp row * tiles + i takes tile i of a row,
+// and no other: a loop would make the compiler fetch the constants of all destinations before the first load.
 //
 //   block   0 .. kFirstTableBlock   0             1             2
 //          +-----------------------+-------------+-------------+-------------+
 //          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
 //          +-----------------------+-------------+-------------+-------------+
-constexpr int kWideFrom = 12;  // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
-constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half of each block's warps take them
+constexpr int kWideFrom = 12;  // from this many tiles per SM, a warp takes kWideTiles tiles at once
+constexpr int kSpreadTiles = 16;  // below this many tiles per SM, only half of each block's warps take tiles
 
-// The host's share: dividing by a number that isn't a constant takes a thread dozens of dependent instructions.
+// Computed by the host: a thread would need dozens of dependent instructions to divide by a number that isn't constant.
 struct Split {
-  std::uint32_t tiles;  // of a row
+  std::uint32_t tiles;  // per row
   std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
-  std::uint32_t warps;  // of a block that take tiles; none where rows have no columns
+  std::uint32_t warps;  // per block that take tiles; 0 if rows have no columns
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
@@ -499,11 +498,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 // ---- host side of the strategy
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
-  // A warp takes more at once where there is enough for all warps.
+  // A warp takes several tiles at once if that leaves enough for all warps.
   const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
-  // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
+  // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
   std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
@@ -514,7 +513,7 @@ Split split_of(const Params& p) {
   };
 }
 
-// As many blocks as the tables need.
+// Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
@@ -522,8 +521,8 @@ unsigned grid_blocks(const Params& p, const Split& split) {
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-// Where the backends' lengths differ, block b writes those of backend b.
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk, so the batch has no
+// limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
   const std::int32_t offset = length_offset(b);
@@ -537,7 +536,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   }
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
+// ---- kernel ------------------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_d7c39656c367a96b(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   int block = blockIdx.x;
@@ -548,7 +547,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// Runs `call` with the plan's device as the current one.
+// Runs `call` while `device` is the current device.
 template <typename Call>
 cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
@@ -579,8 +578,8 @@ int onelaunch_broadcast_decode_n3_d7c39656c367a96b_launch(const std::int64_t* wo
   });
 }
 
-// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
-// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+// Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
+// thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
 int onelaunch_broadcast_decode_n3_d7c39656c367a96b_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};

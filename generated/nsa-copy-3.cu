@@ -25,12 +25,12 @@ constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
+constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
-constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kBlocksPerSm = 4;  // at most
-constexpr bool kEqualRows = true;  // whether all rows are written equally far
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
+constexpr int kBlocksPerSm = 4;  // limits the blocks for the tables
+constexpr bool kEqualRows = true;  // whether all rows are written up to the same column
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -38,20 +38,20 @@ struct Table {
   std::int64_t row_stride;  // elements
 };
 
-// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
-// pointer table in device memory, nothing to copy before a launch.
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
+// needs no pointer table in device memory and no copy before a launch.
 struct Params {
   // set at each call
   std::int64_t batch_size;  // requests
-  std::int64_t page_indices_columns;  // no column from here on is written
-  std::int64_t real_page_table_columns;  // no column from here on is written
+  std::int64_t page_indices_columns;  // columns from here on are not written
+  std::int64_t real_page_table_columns;  // columns from here on are not written
   // set when a plan is bound
   Table from_page_indices;  // precomputed
   Table page_indices[kBackends];  // [bs, W]
   Table from_real_page_table;  // precomputed
   Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t sm_count;  // SMs of the device
   std::int32_t* from_cache_seqlens;  // precomputed
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* from_cu_seqlens_k;  // precomputed
@@ -64,13 +64,13 @@ struct Params {
 constexpr int kParamWords = 37;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// Rows of the tables and of the vectors with an element for each row.
+// A range of rows of the tables, and of the vectors that have one element per row.
 struct Rows {
   std::int64_t first, stop;
 };
 
 // ---- destinations ------------------------------------------------------------------------------------------------
-// How often a loop over so many destinations is unrolled: fully while that stays short.
+// The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
 [[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
   return destinations <= 8 ? destinations : 1;
 }
@@ -151,9 +151,9 @@ __device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, cons
   }
 }
 
-// ---- 16-byte reads of int32 rows that begin anywhere --------------------------------------------------------------
+// ---- 16-byte reads of int32 rows of any alignment ----------------------------------------------------------------
 // The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
-// array, which would live in local memory.
+// array, which would be in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   if (shift & 2) {
     low.x = low.z;
@@ -176,7 +176,7 @@ __device__ __forceinline__ const int4* boundary_before(const std::int32_t* addre
   return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
 }
 
-// How many words an address lies behind that boundary, 0 to 3.
+// How many words an address lies after that boundary, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
@@ -185,8 +185,8 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 // Tiles begin at multiples of this in the destination: a 128-byte line, or a whole tile if that is shorter.
 constexpr int kTileAlignment = kTileColumns < 32 ? kTileColumns : 32;  // words
 
-// How many columns before column 0 of a row its first tile begins. All destinations have the same offset modulo 16
-// bytes: destinations that don't are bound to a kernel with 4-byte stores.
+// The first tile of a row begins this many columns before column 0. A row's address modulo 16 bytes is the same in all
+// destinations; where it isn't, bind chooses a kernel with 4-byte stores.
 template <int N>
 __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64_t row) {
   const std::int32_t* begin = to[0].data + row * to[0].row_stride;
@@ -194,7 +194,8 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 }
 
 // Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
-// `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
+// If so, it calls `then` with the words that this lane moved. `width` is the number of readable elements of the source
+// row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
@@ -205,10 +206,10 @@ __device__ __forceinline__ bool copy_vectors(
   const int stop = shortest_end(to, ends);
   const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
   if constexpr (kRealigns) {
-    // Source rows begin anywhere: each group of four words is selected from the two aligned groups that it lies in.
+    // Source rows have any alignment: each group of four words is selected from the two aligned groups that contain it.
     int next = 1;
     if constexpr (kEqualRows) {
-      // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+      // A row that needs no shift has no second group to read, so 16-byte accesses reach its very end.
       const int shift = words_past_boundary(source + column);
       next = shift > 0 ? 1 : 0;
       const int behind = shift > 0 ? kVectorWords - shift : 0;
@@ -249,7 +250,7 @@ __device__ __forceinline__ bool copy_vectors(
   return true;
 }
 
-// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
+// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
@@ -258,8 +259,8 @@ __device__ __forceinline__ void copy_columns(
   }
 }
 
-// ---- copying a table that was computed before --------------------------------------------------------------------
-// Rows of equal length: the warps of all blocks take their tiles in turn.
+// ---- copying a precomputed table ---------------------------------------------------------------------------------
+// All rows are equally long. The warps of all blocks take the tiles in turn.
 template <int N>
 __device__ __forceinline__ void copy_table(
     const Table& from, const Table (&to)[N], std::int64_t row_count, std::int64_t column_count) {
@@ -281,7 +282,7 @@ __device__ void write_tables(const Params& p) {
   for (std::int64_t i = thread; i <= p.batch_size; i += threads) {
     store(p.cu_seqlens_k, 0, i, p.from_cu_seqlens_k[i]);
     store(p.nsa_cu_seqlens_k, 0, i, p.from_nsa_cu_seqlens_k[i]);
-    if (i == p.batch_size) break;  // only running sums have one element more
+    if (i == p.batch_size) break;  // only running sums have this last element
     store(p.cache_seqlens, 0, i, p.from_cache_seqlens[i]);
     store(p.nsa_cache_seqlens, 0, i, p.from_nsa_cache_seqlens[i]);
   }
@@ -289,25 +290,25 @@ __device__ void write_tables(const Params& p) {
   copy_table(p.from_real_page_table, p.real_page_table, p.batch_size, p.real_page_table_columns);
 }
 
-// As many blocks as the tables could need, up to a number that suits the device.
+// Enough blocks for all tiles, up to a limit that follows from the device.
 unsigned grid_blocks(const Params& p) {
   std::int64_t tiles = 0;
   tiles += p.batch_size * ((p.page_indices_columns + kTileAlignment - 2) / kTileColumns + 1);
   tiles += p.batch_size * ((p.real_page_table_columns + kTileAlignment - 2) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  const std::int64_t limit = p.sm_count * kBlocksPerSm * 2;  // more blocks cost nothing where none adds lengths up
+  const std::int64_t limit = p.sm_count * kBlocksPerSm * 2;  // twice the usual limit: no lengths to sum
   const std::int64_t blocks = wanted < limit ? wanted : limit;
   return static_cast<unsigned>(blocks > 1 ? blocks : 1);
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
+// ---- kernel ------------------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
     onelaunch_copy_decode_n3_bf9fc60ccd15c052(const __grid_constant__ Params p) {
   write_tables(p);
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// Runs `call` with the plan's device as the current one.
+// Runs `call` while `device` is the current device.
 template <typename Call>
 cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
@@ -337,8 +338,8 @@ int onelaunch_copy_decode_n3_bf9fc60ccd15c052_launch(const std::int64_t* words, 
   });
 }
 
-// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
-// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+// Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
+// thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
 int onelaunch_copy_decode_n3_bf9fc60ccd15c052_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};

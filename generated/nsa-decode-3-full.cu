@@ -24,24 +24,24 @@ namespace {
 // ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
-constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
+constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
-constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before it compute vectors and schedules
 using SeqLen = std::int64_t;
-constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
-constexpr int kNextN = 1;  // rows of a request
+constexpr std::int32_t kLongestOffset = 0;  // largest offset that a backend adds to seq_lens
+constexpr int kNextN = 1;  // rows per request
 constexpr std::int32_t kIndexTopk = 2048;  // tokens
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
-constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kWideTiles = 2;  // tiles that a warp takes at once where there is enough to do
-constexpr bool kEqualRows = true;  // whether all rows are written equally far
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
+constexpr int kWideTiles = 2;  // tiles that a warp takes at once where every warp has work
+constexpr bool kEqualRows = true;  // whether all rows are written up to the same column
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kPageSize = 64;  // tokens
-constexpr int kPageShift = 6;  // its binary logarithm, if it is a power of two
+constexpr int kPageShift = 6;  // log2(kPageSize), if kPageSize is a power of two
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -49,8 +49,8 @@ struct Table {
   std::int64_t row_stride;  // elements
 };
 
-// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
-// pointer table in device memory, nothing to copy before a launch.
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
+// needs no pointer table in device memory and no copy before a launch.
 struct Params {
   // set at each call
   const SeqLen* seq_lens;  // [batch_size]
@@ -58,7 +58,7 @@ struct Params {
   const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
   std::int64_t req_pool_indices_stride;  // elements
   std::int64_t batch_size;  // requests
-  std::int64_t columns;  // no column from here on is written
+  std::int64_t columns;  // columns from here on are not written
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
@@ -66,7 +66,7 @@ struct Params {
   Table page_indices[kBackends];  // [bs, W]
   Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t sm_count;  // SMs of the device
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
   std::int32_t* nsa_cache_seqlens[kBackends];  // [bs]
@@ -75,29 +75,29 @@ struct Params {
 constexpr int kParamWords = 35;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+// Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
 __device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
   const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
   return static_cast<std::int32_t>(length);
 }
 
-// What every backend adds to seq_lens.
+// The offset that every backend adds to seq_lens.
 __device__ __forceinline__ std::int32_t length_offset(int) {
   return kLongestOffset;
 }
 
-// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+// A request's row of req_to_token. If it is negative, the request has none and nothing may be read.
 __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
   const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
   return row;
 }
 
-// Columns of every row of the tables, whatever a request's length: tokens.
+// The number of columns of each table row, at any request length: in tokens.
 __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.columns;
 }
 
-// Rows of the tables and of the vectors with an element for each row.
+// A range of rows of the tables, and of the vectors that have one element per row.
 struct Rows {
   std::int64_t first, stop;
 };
@@ -118,7 +118,7 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
 // may not wrap has 64 bits.
 constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
-// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+// The inclusive running sum of `value` over the lanes of a warp.
 template <typename T>
 __device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
@@ -155,7 +155,7 @@ template <typename T>
 struct RunningSum {
   T carry = 0;  // the sum of all chunks so far
 
-  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  // The inclusive sum up to this thread's value of the next chunk. All threads must call it.
   __device__ __forceinline__ T add(T value) {
     T chunk;
     const T sum = carry + block_running_sum(value, chunk);
@@ -165,7 +165,7 @@ struct RunningSum {
 };
 
 // ---- destinations ------------------------------------------------------------------------------------------------
-// How often a loop over so many destinations is unrolled: fully while that stays short.
+// The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
 [[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
   return destinations <= 8 ? destinations : 1;
 }
@@ -265,9 +265,9 @@ __device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, cons
   }
 }
 
-// ---- 16-byte reads of int32 rows that begin anywhere --------------------------------------------------------------
+// ---- 16-byte reads of int32 rows of any alignment ----------------------------------------------------------------
 // The four words that begin `shift` words into low and high, for shift from 0 to 3. Selects instead of an indexed
-// array, which would live in local memory.
+// array, which would be in local memory.
 __device__ __forceinline__ int4 realign(int4 low, int4 high, int shift) {
   if (shift & 2) {
     low.x = low.z;
@@ -290,7 +290,7 @@ __device__ __forceinline__ const int4* boundary_before(const std::int32_t* addre
   return reinterpret_cast<const int4*>(reinterpret_cast<std::uintptr_t>(address) / sizeof(int4) * sizeof(int4));
 }
 
-// How many words an address lies behind that boundary, 0 to 3.
+// How many words an address lies after that boundary, 0 to 3.
 __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) / sizeof(std::int32_t) % kVectorWords);
 }
@@ -299,8 +299,8 @@ __device__ __forceinline__ int words_past_boundary(const std::int32_t* address) 
 // Tiles begin at multiples of this in the destination: a 128-byte line, or a whole tile if that is shorter.
 constexpr int kTileAlignment = kTileColumns < 32 ? kTileColumns : 32;  // words
 
-// How many columns before column 0 of a row its first tile begins. All destinations have the same offset modulo 16
-// bytes: destinations that don't are bound to a kernel with 4-byte stores.
+// The first tile of a row begins this many columns before column 0. A row's address modulo 16 bytes is the same in all
+// destinations; where it isn't, bind chooses a kernel with 4-byte stores.
 template <int N>
 __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64_t row) {
   const std::int32_t* begin = to[0].data + row * to[0].row_stride;
@@ -308,7 +308,8 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 }
 
 // Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
-// `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
+// If so, it calls `then` with the words that this lane moved. `width` is the number of readable elements of the source
+// row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
@@ -319,10 +320,10 @@ __device__ __forceinline__ bool copy_vectors(
   const int stop = shortest_end(to, ends);
   const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
   if constexpr (kRealigns) {
-    // Source rows begin anywhere: each group of four words is selected from the two aligned groups that it lies in.
+    // Source rows have any alignment: each group of four words is selected from the two aligned groups that contain it.
     int next = 1;
     if constexpr (kEqualRows) {
-      // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+      // A row that needs no shift has no second group to read, so 16-byte accesses reach its very end.
       const int shift = words_past_boundary(source + column);
       next = shift > 0 ? 1 : 0;
       const int behind = shift > 0 ? kVectorWords - shift : 0;
@@ -363,7 +364,7 @@ __device__ __forceinline__ bool copy_vectors(
   return true;
 }
 
-// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
+// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
@@ -372,7 +373,7 @@ __device__ __forceinline__ void copy_columns(
   }
 }
 
-// ---- how far rows are written: to max_len, whatever a request's length -------------------------------------------
+// ---- how far rows are written: to max_len, at any request length -------------------------------------------------
 using Ends = SameEnd;
 
 __device__ __forceinline__ int row_reach(const Params& p, std::int64_t) {
@@ -384,7 +385,7 @@ __device__ __forceinline__ Ends ends_at(const Params&, int reach) {
 }
 
 // ---- pages -------------------------------------------------------------------------------------------------------
-// The pages that a number of tokens takes.
+// The number of pages that hold `tokens` tokens.
 __device__ __forceinline__ int pages_of(int tokens) {
   return tokens / kPageSize + (tokens % kPageSize != 0);
 }
@@ -404,7 +405,7 @@ __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t ro
   return alignment_offset(p.page_indices, row);
 }
 
-// The largest alignment offset of the table's rows: 0 if all of them begin at a boundary.
+// An upper bound of the rows' alignment offsets: 0 if all rows begin at a boundary.
 inline std::int64_t largest_offset(const Params& p) {
   const Table& table = p.page_indices[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
@@ -413,7 +414,7 @@ inline std::int64_t largest_offset(const Params& p) {
 }
 
 // ---- the pages that begin in a tile of tokens --------------------------------------------------------------------
-// Stores one page to a table with a column for each page, or for each `pages_per_column` of them.
+// Stores one page to a table that has one column per `pages_per_column` pages.
 template <int N>
 __device__ __forceinline__ void store_page(
     const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {
@@ -451,10 +452,10 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
   }
 }
 
-// ---- tables of tokens and of pages, whose tokens are in registers already ----------------------------------------
-// With a tile's tokens come the pages that begin in it. Where a page is a multiple of four
-// tokens, the tokens that begin pages are all the same one of a lane's four words.
-// One of four words. Selects instead of an indexed array, which would live in local memory.
+// ---- tables of tokens and of pages: the tokens that begin pages are in registers already -------------------------
+// A page is a multiple of four tokens, so these tokens are at the same place in every lane's four words.
+
+// One of four words. Selects instead of an indexed array, which would be in local memory.
 __device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
   const std::int32_t even = index & 2 ? words.z : words.x;
   const std::int32_t odd = index & 2 ? words.w : words.y;
@@ -465,9 +466,9 @@ __device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
 template <int kAccesses>
 __device__ __forceinline__ void write_held_pages(
     const Params& p, Rows rows, const int4 (&words)[kAccesses], int first, Ends ends) {
-  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that the warp holds in each of its words
+  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that a warp holds in words[u]
   static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
-  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
+  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the previous page
   // Where in the tile this lane's page begins, and which lane holds its token.
   const int column = before + static_cast<int>(threadIdx.x % kWarpSize) * kPageSize;
   const int holder = column / kVectorWords % kWarpSize;
@@ -493,22 +494,21 @@ __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64
 }
 
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
-// Every row has as many tiles, whatever the requests' lengths, and every warp takes one of them: tile `tile` of row
-// `row` belongs to warp row * tiles + tile. A loop would make the compiler fetch the constants of all destinations
-// before the first load.
+// Every row has the same number of tiles, whatever the requests' lengths. Warp row * tiles + i takes tile i of a row,
+// and no other: a loop would make the compiler fetch the constants of all destinations before the first load.
 //
 //   block   0 .. kFirstTableBlock   0             1             2
 //          +-----------------------+-------------+-------------+-------------+
 //          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
 //          +-----------------------+-------------+-------------+-------------+
-constexpr int kWideFrom = 12;  // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
-constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half of each block's warps take them
+constexpr int kWideFrom = 12;  // from this many tiles per SM, a warp takes kWideTiles tiles at once
+constexpr int kSpreadTiles = 16;  // below this many tiles per SM, only half of each block's warps take tiles
 
-// The host's share: dividing by a number that isn't a constant takes a thread dozens of dependent instructions.
+// Computed by the host: a thread would need dozens of dependent instructions to divide by a number that isn't constant.
 struct Split {
-  std::uint32_t tiles;  // of a row
+  std::uint32_t tiles;  // per row
   std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
-  std::uint32_t warps;  // of a block that take tiles; none where rows have no columns
+  std::uint32_t warps;  // per block that take tiles; 0 if rows have no columns
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
@@ -536,11 +536,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 // ---- host side of the strategy
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
-  // A warp takes more at once where there is enough for all warps.
+  // A warp takes several tiles at once if that leaves enough for all warps.
   const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
-  // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
+  // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
   std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
@@ -551,7 +551,7 @@ Split split_of(const Params& p) {
   };
 }
 
-// As many blocks as the tables need.
+// Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
@@ -559,8 +559,8 @@ unsigned grid_blocks(const Params& p, const Split& split) {
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-// Where the backends' lengths differ, block b writes those of backend b.
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk, so the batch has no
+// limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
   const std::int32_t offset = length_offset(b);
@@ -584,7 +584,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   }
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
+// ---- kernel ------------------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_23226b7e64a25b9b(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   int block = blockIdx.x;
@@ -593,7 +593,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// Runs `call` with the plan's device as the current one.
+// Runs `call` while `device` is the current device.
 template <typename Call>
 cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
@@ -624,8 +624,8 @@ int onelaunch_broadcast_decode_n3_23226b7e64a25b9b_launch(const std::int64_t* wo
   });
 }
 
-// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
-// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+// Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
+// thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
 int onelaunch_broadcast_decode_n3_23226b7e64a25b9b_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};

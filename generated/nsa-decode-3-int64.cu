@@ -24,25 +24,25 @@ namespace {
 // ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
-constexpr int kResidentBlocks = 4;  // minimum per multiprocessor, which caps the registers per thread
+constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
-constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before it compute vectors and schedules
 using SeqLen = std::int64_t;
-constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
-constexpr int kNextN = 1;  // rows of a request
+constexpr std::int32_t kLongestOffset = 0;  // largest offset that a backend adds to seq_lens
+constexpr int kNextN = 1;  // rows per request
 constexpr std::int32_t kIndexTopk = 2048;  // tokens
 constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // groups of kVectorWords that a thread has in flight
-constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // one warp's share of a row
-constexpr int kBlocksPerSm = 4;  // at most
-constexpr int kWideTiles = 2;  // tiles that a warp takes at once where there is enough to do
-constexpr bool kEqualRows = false;  // whether all rows are written equally far
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
+constexpr int kBlocksPerSm = 4;  // limits the blocks for the tables
+constexpr int kWideTiles = 2;  // tiles that a warp takes at once where every warp has work
+constexpr bool kEqualRows = false;  // whether all rows are written up to the same column
 using PoolIndex = std::int64_t;
 using Token = std::int64_t;
 constexpr int kPageSize = 64;  // tokens
-constexpr int kPageShift = 6;  // its binary logarithm, if it is a power of two
+constexpr int kPageShift = 6;  // log2(kPageSize), if kPageSize is a power of two
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -50,8 +50,8 @@ struct Table {
   std::int64_t row_stride;  // elements
 };
 
-// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
-// pointer table in device memory, nothing to copy before a launch.
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
+// needs no pointer table in device memory and no copy before a launch.
 struct Params {
   // set at each call
   const SeqLen* seq_lens;  // [batch_size]
@@ -59,7 +59,7 @@ struct Params {
   const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
   std::int64_t req_pool_indices_stride;  // elements
   std::int64_t batch_size;  // requests
-  std::int64_t columns;  // no column from here on is written
+  std::int64_t columns;  // columns from here on are not written
   // set when a plan is bound
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
@@ -67,7 +67,7 @@ struct Params {
   Table page_indices[kBackends];  // [bs, W]
   Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
-  std::int64_t sm_count;  // multiprocessors of the device
+  std::int64_t sm_count;  // SMs of the device
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
   std::int32_t* nsa_cache_seqlens[kBackends];  // [bs]
@@ -76,29 +76,29 @@ struct Params {
 constexpr int kParamWords = 35;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+// Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
 __device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
   const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
   return static_cast<std::int32_t>(length);
 }
 
-// What every backend adds to seq_lens.
+// The offset that every backend adds to seq_lens.
 __device__ __forceinline__ std::int32_t length_offset(int) {
   return kLongestOffset;
 }
 
-// A request's row of req_to_token. Negative: there is none, and nothing may be read.
+// A request's row of req_to_token. If it is negative, the request has none and nothing may be read.
 __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
   const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
   return row;
 }
 
-// Columns of every row of the tables, whatever a request's length: tokens.
+// The number of columns of each table row, at any request length: in tokens.
 __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.columns;
 }
 
-// Rows of the tables and of the vectors with an element for each row.
+// A range of rows of the tables, and of the vectors that have one element per row.
 struct Rows {
   std::int64_t first, stop;
 };
@@ -119,7 +119,7 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
 // may not wrap has 64 bits.
 constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
-// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+// The inclusive running sum of `value` over the lanes of a warp.
 template <typename T>
 __device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
@@ -156,7 +156,7 @@ template <typename T>
 struct RunningSum {
   T carry = 0;  // the sum of all chunks so far
 
-  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  // The inclusive sum up to this thread's value of the next chunk. All threads must call it.
   __device__ __forceinline__ T add(T value) {
     T chunk;
     const T sum = carry + block_running_sum(value, chunk);
@@ -166,7 +166,7 @@ struct RunningSum {
 };
 
 // ---- destinations ------------------------------------------------------------------------------------------------
-// How often a loop over so many destinations is unrolled: fully while that stays short.
+// The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
 [[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
   return destinations <= 8 ? destinations : 1;
 }
@@ -270,8 +270,8 @@ __device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, cons
 // Tiles begin at multiples of this in the destination: a 128-byte line, or a whole tile if that is shorter.
 constexpr int kTileAlignment = kTileColumns < 32 ? kTileColumns : 32;  // words
 
-// How many columns before column 0 of a row its first tile begins. All destinations have the same offset modulo 16
-// bytes: destinations that don't are bound to a kernel with 4-byte stores.
+// The first tile of a row begins this many columns before column 0. A row's address modulo 16 bytes is the same in all
+// destinations; where it isn't, bind chooses a kernel with 4-byte stores.
 template <int N>
 __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64_t row) {
   const std::int32_t* begin = to[0].data + row * to[0].row_stride;
@@ -279,7 +279,8 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 }
 
 // Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
-// `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
+// If so, it calls `then` with the words that this lane moved. `width` is the number of readable elements of the source
+// row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
@@ -290,10 +291,10 @@ __device__ __forceinline__ bool copy_vectors(
   const int stop = shortest_end(to, ends);
   const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
   if constexpr (kRealigns) {
-    // Source rows begin anywhere: each group of four words is selected from the two aligned groups that it lies in.
+    // Source rows have any alignment: each group of four words is selected from the two aligned groups that contain it.
     int next = 1;
     if constexpr (kEqualRows) {
-      // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+      // A row that needs no shift has no second group to read, so 16-byte accesses reach its very end.
       const int shift = words_past_boundary(source + column);
       next = shift > 0 ? 1 : 0;
       const int behind = shift > 0 ? kVectorWords - shift : 0;
@@ -334,7 +335,7 @@ __device__ __forceinline__ bool copy_vectors(
   return true;
 }
 
-// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
+// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
@@ -343,8 +344,8 @@ __device__ __forceinline__ void copy_columns(
   }
 }
 
-// ---- how far rows are written: as far as a request's tokens go ---------------------------------------------------
-// Live columns are those below a request's length, within the table.
+// ---- how far rows are written: to the request's length -----------------------------------------------------------
+// Live columns: the first seq_len columns of a row, within the table.
 using Ends = SameEnd;
 
 __device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) {
@@ -362,7 +363,7 @@ __device__ __forceinline__ Ends ends_at(const Params&, int reach) {
 }
 
 // ---- pages -------------------------------------------------------------------------------------------------------
-// The pages that a number of tokens takes.
+// The number of pages that hold `tokens` tokens.
 __device__ __forceinline__ int pages_of(int tokens) {
   return tokens / kPageSize + (tokens % kPageSize != 0);
 }
@@ -382,7 +383,7 @@ __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t ro
   return alignment_offset(p.page_indices, row);
 }
 
-// The largest alignment offset of the table's rows: 0 if all of them begin at a boundary.
+// An upper bound of the rows' alignment offsets: 0 if all rows begin at a boundary.
 inline std::int64_t largest_offset(const Params& p) {
   const Table& table = p.page_indices[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
@@ -391,7 +392,7 @@ inline std::int64_t largest_offset(const Params& p) {
 }
 
 // ---- the pages that begin in a tile of tokens --------------------------------------------------------------------
-// Stores one page to a table with a column for each page, or for each `pages_per_column` of them.
+// Stores one page to a table that has one column per `pages_per_column` pages.
 template <int N>
 __device__ __forceinline__ void store_page(
     const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {
@@ -430,7 +431,7 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
 }
 
 // ---- tables of tokens and of pages -------------------------------------------------------------------------------
-// With a tile's tokens come the pages that begin in it.
+// Copies a tile's tokens, and writes the pages that begin in it.
 template <int kTiles>
 __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
@@ -438,12 +439,12 @@ __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64
   read_pages<kTiles>(p, rows, source, first, ends);
 }
 
-// ---- whose tile it is --------------------------------------------------------------------------------------------
-// The tiles of up to kThreads requests, a window, in shared memory. Each thread counts those of one request; then every
-// warp of every block can look up which request a tile belongs to.
+// ---- which request a tile belongs to -----------------------------------------------------------------------------
+// A window: the tile counts of up to kThreads requests, in shared memory. Each thread adds one request's; then every
+// warp can look up a tile's request.
 struct Window {
-  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, within its warp
-  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
+  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, among its group of kWarpSize requests
+  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a group
 };
 
 struct Place {
@@ -451,12 +452,11 @@ struct Place {
   std::uint32_t tile;  // among the request's tiles
 };
 
-// Adds up the tiles of the window's requests: `tiles` is the number of this thread's request. Returns the sum of all;
-// lane w gets in `warp_end` the sum up to and including warp w. All threads must call it, behind a barrier that
-// follows the last look-up. Ends with a barrier before the sums are read: what a thread wrote to shared memory before
-// the call can be read after it.
+// Sums the tiles of the window's requests; `tiles` is the number of this thread's request. Returns the total; in lane
+// w, `warp_end` becomes the sum up to and including group w. All threads must call it, after a barrier that follows the
+// last look-up. It contains a barrier: what a thread wrote to shared memory before the call can be read after it.
 __device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
-  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  static_assert(kWarps <= kWarpSize, "each warp needs a lane");
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const std::uint32_t in_warp = warp_running_sum(tiles);
   window.tile_end[threadIdx.x] = in_warp;
@@ -471,7 +471,7 @@ __device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32
   return sum;
 }
 
-// Looks a tile up: first how many warps' requests end at or before it, then how many requests of the next warp do.
+// Finds a tile's request: counts the groups that end at or before the tile, then the next group's requests that do.
 __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t warp_end, std::uint32_t tile) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int warp = __popc(__ballot_sync(kFullMask, warp_end <= tile));
@@ -483,41 +483,41 @@ __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t w
 }
 
 // ---- strategy: live columns --------------------------------------------------------------------------------------
-// The cost follows the requests' lengths, not the tables' width. Live columns are those below a request's length. Each
-// request has warps of its own, which take its first tiles; the remainder tiles of long requests are shared out among
-// the warps of other blocks.
+// Live columns: the first seq_len columns of a row. The cost follows them, not the tables' width. Each request has
+// warps of its own, which take its first tiles, one each: the own tiles. All further tiles of a long request are
+// remainder tiles, which the warps of other blocks take in turn.
 //
 //   blocks  0 .. kFirstTableBlock - 1   then split.own_blocks          then the other blocks
 //          +---------------------------+-----------------------------+---------------------------+
-//          | vectors and schedules     | own tiles: a warp has one   | remainder tiles, in turn  |
+//          | vectors and schedules     | own tiles, one per warp     | remainder tiles, in turn  |
 //          +---------------------------+-----------------------------+---------------------------+
 //
 //   request 0  [  own tile  ][  own tile  ][ remainder  ][ remainder  ][ rem        a long request
-//   request 1  [  own tile  ][  ow                                                  one without a remainder
+//   request 1  [  own tile  ][  ow                                                  a short request
 //   request 2  [  own tile  ][  own tile  ][ remai
-//              ^ column 0, less the alignment offset    ^ the live columns end where the row of tiles does
+//              ^ column 0, less the alignment offset    ^ end of the live columns
 //
-// No warp with an own tile waits for the lengths of other requests: for short requests there is nothing else to do, and
-// every instruction before the first load shows. The remainder starts at the same time: a long request among short ones
-// doesn't wait until its own warps are done. Every block that takes remainder tiles counts all of them, so that no warp
-// gets more than its share, however uneven the requests are.
-constexpr int kSpreadRounds = 3;  // up to so many rounds of own tiles, a block's warps take distant tiles of a request
-constexpr int kManyBlocks = 8;  // from so many blocks per request on, neighbouring remainder tiles go to all blocks
-constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that take neighbouring tiles even then
+// A warp with an own tile reads no other request's length: short requests need nothing else, and every instruction
+// before the first load costs time. Remainder tiles start at the same time, so a long request among short ones doesn't
+// wait for its own warps. Every block that takes remainder tiles counts all of them, so that no warp gets more than its
+// share, however uneven the requests are.
+constexpr int kSpreadRounds = 3;  // spread a request over more SMs if its own blocks finish within this many rounds
+constexpr int kManyBlocks = 8;  // from this many blocks per request, stripe remainder tiles over all blocks
+constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that still take neighbouring tiles if spread
 
-// How a launch shares the requests out. The host computes it: dividing by a number that isn't a constant takes a thread
-// dozens of dependent instructions. It is the kernel's first parameter, so that what a thread needs before its first
+// How a launch divides the work. Computed by the host: a thread would need dozens of dependent instructions to divide
+// by a number that isn't constant. It is the kernel's first parameter, so that what a thread needs before its first
 // load lies in one line of the constant cache.
 struct Split {
   std::uint32_t own_blocks;  // blocks whose warps have own tiles; the others take remainder tiles
   std::uint32_t reciprocal;  // (2^32 - 1) / requests
-  std::uint32_t requests;  // of the batch
-  std::int32_t wide_from;  // columns of a request beyond which its own warps take kWideTiles tiles at once
-  std::uint32_t own_tiles;  // of a request: one for each of its own warps
+  std::uint32_t requests;  // in the batch
+  std::int32_t wide_from;  // beyond this many columns, a request's own warps take kWideTiles tiles at once
+  std::uint32_t own_tiles;  // per request: one for each of its own warps
   std::uint8_t all_own;  // whether own tiles reach the end of every row
-  std::uint8_t spread;  // whether a block's warps take distant tiles of their request
-  std::uint8_t spread_remainder;  // whether neighbouring remainder tiles go to different blocks
-  std::uint8_t log2_warps_per_request;  // among the warps of a block
+  std::uint8_t spread;  // whether a block's warps take distant tiles of a request
+  std::uint8_t spread_remainder;  // whether remainder tiles are striped over all blocks
+  std::uint8_t log2_warps_per_request;  // within a block
 };
 
 __device__ __forceinline__ void copy_remainder(const Params& p, const Split& split) {
@@ -528,19 +528,19 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   const std::uint32_t block = blockIdx.x - kFirstTableBlock - split.own_blocks;
   const std::uint32_t warps = blocks * kWarps;
   std::uint32_t tile = split.spread_remainder ? warp * blocks + block : block * kWarps + warp;
-  // Every block counts the remainder tiles of a window of requests, and the warps of all blocks take them in turn.
+  // Every block counts the remainder tiles of a window of requests; the warps of all blocks take them in turn.
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the column that its remainder begins at
+  __shared__ std::int32_t begins[kThreads];  // the first column of its remainder
   __shared__ std::int64_t pool_rows[kThreads];
-  int first = -kThreads;  // the window's first request: there is none yet
-  std::uint32_t window_tiles = 0;  // that the warps take in turn
+  int first = -kThreads;  // the window's first request; there is no window yet
+  std::uint32_t window_tiles = 0;  // the window's tiles, or wide tiles, that the warps take in turn
   std::uint32_t warp_end = 0;
   bool wide = false;  // whether a warp takes kWideTiles tiles at once
   const int own_columns = static_cast<int>(split.own_tiles) * kTileColumns;
   while (true) {
     while (tile >= window_tiles) {
-      tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+      tile -= window_tiles;  // the turn goes on with the next window's tiles, so that all warps get equally many
       first += kThreads;
       if (first >= batch_size) return;
       const int request = first + slot;
@@ -558,7 +558,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
           tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
-      if (first > 0) __syncthreads();  // no warp looks tiles up in the last window any more
+      if (first > 0) __syncthreads();  // all warps are done with the previous window
       pool_rows[slot] = pool_row;
       reaches[slot] = reach;
       begins[slot] = begin;
@@ -595,12 +595,12 @@ __device__ void write_tables(const Params& p, const Split& split) {
     const Ends ends = ends_at(p, reach);
     int columns = written_columns(p, ends);
     std::uint32_t tile = (round << split.log2_warps_per_request) + (warp & ((1u << split.log2_warps_per_request) - 1));
-    // Few requests would keep few multiprocessors busy if a block took neighbouring tiles only.
+    // If a block took only neighbouring tiles, a few requests would keep only a few SMs busy.
     if (split.spread) {
       tile = warp / kNearWarps * (split.own_tiles / (kWarps / kNearWarps)) + round * kNearWarps + warp % kNearWarps;
     }
-    if (pool_row < 0) columns = 0;  // the test makes the compiler load the row beside the length, not after
-    if (tile >= split.own_tiles) columns = 0;  // the last block's warps without a request
+    if (pool_row < 0) columns = 0;  // tested here, so that the compiler loads the row beside the length, not after it
+    if (tile >= split.own_tiles) columns = 0;  // warps of the last block that have no request
     const int offset = alignment_offset(p, request);
     if constexpr (kWideTiles > 1) {
       if (columns + offset > split.wide_from) {
@@ -617,11 +617,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 }
 
 // ---- host side of the strategy
-// Blocks for the tables: as many as they could need, up to a number that suits the device.
+// Blocks for the tables: enough for all tiles of rows of maximum length, up to a limit that follows from the device.
 std::int64_t table_blocks(const Params& p) {
   const std::int64_t tiles = p.batch_size * ((row_columns(p) + largest_offset(p) - 1) / kTileColumns + 1);
   std::int64_t blocks = (tiles + kWarps - 1) / kWarps;
-  // With little to do, a block has tiles for kNearWarps of its warps, and more multiprocessors take part.
+  // With few tiles, only kNearWarps warps of a block have work, and more SMs take part.
   const std::int64_t spread = (tiles + kNearWarps - 1) / kNearWarps;
   if (blocks < p.sm_count) blocks = spread < p.sm_count ? spread : p.sm_count;
   const std::int64_t limit = p.sm_count * kBlocksPerSm;
@@ -633,11 +633,11 @@ Split split_of(const Params& p) {
   const std::int64_t blocks = table_blocks(p);
   const std::int64_t requests = p.batch_size > 0 ? p.batch_size : 1;
   const std::int64_t columns = row_columns(p);
-  std::int64_t share = blocks / requests;  // blocks for each request
+  std::int64_t share = blocks / requests;  // blocks per request
   const bool all_own = columns <= share * kWarps * kWideTiles * kTileColumns - largest_offset(p);
   const bool spread = columns <= kSpreadRounds * share * kWarps * kTileColumns;
   const bool many = blocks >= kManyBlocks * requests;
-  // Unless all tiles are own tiles, half of the blocks, or warps of them, get own tiles, and half get the remainder.
+  // Unless all tiles are own tiles, half of the blocks get own tiles and the other half get remainder tiles.
   const std::int64_t half = blocks / 2;
   if (!all_own) share = half / requests;
   std::int64_t own_blocks = share * p.batch_size;
@@ -645,13 +645,13 @@ Split split_of(const Params& p) {
   std::uint8_t log2_warps = 0;
   while (1 << log2_warps < kWarps) ++log2_warps;
   if (share == 0) {
-    // Fewer blocks than requests: several requests share a block, each with fewer of its warps.
+    // Fewer blocks than requests: several requests share a block, and each gets fewer of its warps.
     own_tiles = kWarps;
     for (own_blocks = requests; own_blocks > half && own_tiles > 1; own_blocks = (own_blocks + 1) / 2) {
       own_tiles /= 2;
       --log2_warps;
     }
-    // With more requests the threads' division by the reciprocal isn't exact.
+    // The kernel's division by the reciprocal is exact only up to 65,535 requests.
     if (own_blocks > half || requests > 0xffff) own_blocks = own_tiles = 0;
   }
   Split split{};
@@ -671,15 +671,15 @@ Split split_of(const Params& p) {
 
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t blocks = table_blocks(p);
-  // Where each request has few blocks, the remainder may be long. Blocks beyond those that run at once start when the
-  // blocks of short requests end.
+  // With few blocks per request the remainder may be long. More blocks than can be resident start when the blocks of
+  // short requests end.
   const bool more = !split.all_own && !split.spread_remainder;
   return static_cast<unsigned>(kFirstTableBlock + blocks + (more ? blocks / 2 : 0));
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-// Where the backends' lengths differ, block b writes those of backend b.
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk, so the batch has no
+// limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
   const std::int32_t offset = length_offset(b);
@@ -703,7 +703,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   }
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
+// ---- kernel ------------------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n3_1a689d792371c0a6(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   int block = blockIdx.x;
@@ -712,7 +712,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// Runs `call` with the plan's device as the current one.
+// Runs `call` while `device` is the current device.
 template <typename Call>
 cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
@@ -743,8 +743,8 @@ int onelaunch_broadcast_decode_n3_1a689d792371c0a6_launch(const std::int64_t* wo
   });
 }
 
-// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
-// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+// Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
+// thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
 int onelaunch_broadcast_decode_n3_1a689d792371c0a6_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};

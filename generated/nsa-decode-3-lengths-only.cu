@@ -24,15 +24,15 @@ constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLengthSets = 1;  // lengths of a request: one for all backends, or one each
-constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before compute vectors and schedules
+constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
+constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before it compute vectors and schedules
 using SeqLen = std::int64_t;
-constexpr std::int32_t kLongestOffset = 0;  // the most that a backend adds to seq_lens
+constexpr std::int32_t kLongestOffset = 0;  // largest offset that a backend adds to seq_lens
 constexpr std::int32_t kIndexTopk = 2048;  // tokens
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
-// Every member is 64 bits wide, so that the host can fill the block as an array of words. It travels by value: no
-// pointer table in device memory, nothing to copy before a launch.
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
+// needs no pointer table in device memory and no copy before a launch.
 struct Params {
   // set at each call
   const SeqLen* seq_lens;  // [batch_size]
@@ -48,13 +48,13 @@ struct Params {
 constexpr int kParamWords = 16;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// Lengths are int32 in every consumer; a wider input is truncated as tensor.to(torch.int32) does it.
+// Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
 __device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
   const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
   return static_cast<std::int32_t>(length);
 }
 
-// What every backend adds to seq_lens.
+// The offset that every backend adds to seq_lens.
 __device__ __forceinline__ std::int32_t length_offset(int) {
   return kLongestOffset;
 }
@@ -64,7 +64,7 @@ __device__ __forceinline__ std::int32_t length_offset(int) {
 // may not wrap has 64 bits.
 constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
 
-// The inclusive running sum of `value` over the lanes of a warp. The distance doubles from step to step.
+// The inclusive running sum of `value` over the lanes of a warp.
 template <typename T>
 __device__ __forceinline__ T warp_running_sum(T value) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
@@ -101,7 +101,7 @@ template <typename T>
 struct RunningSum {
   T carry = 0;  // the sum of all chunks so far
 
-  // The inclusive sum at this thread's value of the next chunk. All threads must call it.
+  // The inclusive sum up to this thread's value of the next chunk. All threads must call it.
   __device__ __forceinline__ T add(T value) {
     T chunk;
     const T sum = carry + block_running_sum(value, chunk);
@@ -111,7 +111,7 @@ struct RunningSum {
 };
 
 // ---- destinations ------------------------------------------------------------------------------------------------
-// How often a loop over so many destinations is unrolled: fully while that stays short.
+// The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
 [[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
   return destinations <= 8 ? destinations : 1;
 }
@@ -142,8 +142,8 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
-// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk: no limit on the batch.
-// Where the backends' lengths differ, block b writes those of backend b.
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk, so the batch has no
+// limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
   const std::int32_t offset = length_offset(b);
@@ -167,7 +167,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   }
 }
 
-// ---- the one launch ----------------------------------------------------------------------------------------------
+// ---- kernel ------------------------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kThreads)
     onelaunch_broadcast_decode_n3_07858aa8f5e4c324(const __grid_constant__ Params p) {
   int block = blockIdx.x;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
-// Runs `call` with the plan's device as the current one.
+// Runs `call` while `device` is the current device.
 template <typename Call>
 cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;
@@ -205,8 +205,8 @@ int onelaunch_broadcast_decode_n3_07858aa8f5e4c324_launch(const std::int64_t* wo
   });
 }
 
-// Loads the kernel on a device, so that no later launch has to, and reads what it needs there:
-// registers a thread, bytes of shared memory a block, bytes of local memory a thread. Returns a cudaError_t.
+// Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
+// thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
 int onelaunch_broadcast_decode_n3_07858aa8f5e4c324_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};

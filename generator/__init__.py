@@ -1,7 +1,7 @@
 """onelaunch: refresh the attention metadata of N draft backends in one CUDA launch.
 
-A configuration becomes a key, the key becomes emitted CUDA, the CUDA becomes a module, the module binds to buffers,
-and the bound plan is one launch.
+A configuration is rendered as CUDA, the CUDA is built into a module, the module is bound to buffers, and the bound plan
+refreshes them in one launch.
 
 Importing this package imports no torch, no jinja2 and no numpy: names that need them are imported when they are first
 used (PEP 562).
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
     )
     from .run.groups import Groups, bind_groups
     from .run.plan import Plan, bind
-    from .run.schedules import sparse_flashmla_metadata
+    from .run.schedules import paged_mqa_schedule, sparse_flashmla_metadata
     from .spec import reference
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# The same for the interpreter: each name with the module that it is imported from when it is first used.
+# The same names for the interpreter, each with the module that it is imported from at its first use.
 _LAZY = {
     "Groups": "run.groups",
     "Kernel": "load.loader",
@@ -62,6 +62,7 @@ _LAZY = {
     "freeze": "load.loader",
     "fused_metadata_copy_cuda": "run.api",
     "fused_metadata_precompute_and_broadcast_cuda": "run.api",
+    "paged_mqa_schedule": "run.schedules",
     "precompute_decode_metadata_cuda": "run.api",
     "precompute_draft_extend_metadata_cuda": "run.api",
     "precompute_target_verify_metadata_cuda": "run.api",
@@ -94,6 +95,7 @@ __all__ = [
     "freeze",
     "fused_metadata_copy_cuda",
     "fused_metadata_precompute_and_broadcast_cuda",
+    "paged_mqa_schedule",
     "precompute_decode_metadata_cuda",
     "precompute_draft_extend_metadata_cuda",
     "precompute_target_verify_metadata_cuda",

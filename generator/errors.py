@@ -1,4 +1,4 @@
-"""The exceptions of onelaunch, a class for each kind of fault.
+"""The exceptions of onelaunch, one class per kind of fault.
 
 A message names the argument, its value, what is allowed and what to do.
 """
@@ -14,26 +14,28 @@ class OnelaunchError(Exception):
 
 
 class ConfigError(OnelaunchError, ValueError):
-    """A configuration that no kernel can be emitted for."""
+    """A configuration that no kernel can be emitted for. Change the setting that the message names."""
 
 
 class ArgumentError(OnelaunchError, ValueError):
-    """An argument that a call can't accept. Nothing was written."""
+    """An argument that a call can't accept. Nothing was written. Pass what the message allows."""
 
 
 class ToolchainError(OnelaunchError, RuntimeError):
-    """A compiler, linker or build tool that is missing or doesn't fit the others."""
+    """A compiler or build tool is missing, or doesn't fit the others. `onelaunch doctor` says what to fix first."""
 
 
 class CompileError(OnelaunchError, RuntimeError):
-    """A build that failed.
+    """A build that failed. The message has the compiler's first error and the path of the whole log.
+
+    What a compiler said about the source is remembered; ``onelaunch build --retry`` tries again.
 
     Attributes:
         key: key of the entry that was being built.
         command: the failing compiler command, or "" if it isn't in the log.
         log: path of the full build log.
         source: path of the emitted source.
-        lasting: whether another try would fail again; False where memory, disk or time ran out.
+        lasting: whether another try would fail again; False if memory, disk space or time ran out.
     """
 
     def __init__(self, message: str, *, key: str, command: str, log: Path, source: Path, lasting: bool = True) -> None:
@@ -41,7 +43,7 @@ class CompileError(OnelaunchError, RuntimeError):
         self.key, self.command, self.log, self.source, self.lasting = key, command, log, source, lasting
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default only positional arguments are pickled, and ranks send each other this error.
+        # Ranks send each other this error, and by default pickle keeps only positional arguments.
         return _compile_error, (str(self), self.key, self.command, self.log, self.source, self.lasting)
 
 
@@ -50,12 +52,12 @@ def _compile_error(message: str, key: str, command: str, log: Path, source: Path
 
 
 class StoreError(OnelaunchError, RuntimeError):
-    """A cache folder or entry that can't be trusted or used."""
+    """A cache folder or entry that can't be trusted or used. Fix its owner or mode, or set ONELAUNCH_CACHE_DIR."""
 
 
 class JitPolicyError(OnelaunchError, RuntimeError):
-    """A build or a load was needed where the policy forbids it (see onelaunch.freeze)."""
+    """A build or a load was needed where onelaunch.freeze or ONELAUNCH_JIT forbids it. Build it ahead of time."""
 
 
 class LaunchError(OnelaunchError, RuntimeError):
-    """The CUDA runtime refused a launch; the message has its error code and text."""
+    """The CUDA runtime refused a launch. The message has its error code and text, and whose error it may be."""

@@ -1,4 +1,4 @@
-"""The logger "onelaunch": a line for each build, load and bind. $ONELAUNCH_LOG shows them on standard error."""
+"""The logger "onelaunch": one line per build, load and bind. $ONELAUNCH_LOG shows them on standard error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def event(
 
 
 def short_key(key: str) -> str:
-    """As many digits of a key as people are shown; commands accept 4 or more."""
+    """The digits of a key that messages show; commands accept 4 or more."""
     return key[:12]
 
 
@@ -46,7 +46,7 @@ def notice(text: str) -> None:
 
 
 def _show(name: str) -> None:
-    """Sends the lines to standard error; an application that configures logging itself leaves the variable unset."""
+    """Sends the lines to standard error. An application that configures logging itself leaves the variable unset."""
     if name not in _LEVELS:
         warnings.warn(f"{LOG_VARIABLE} is {name!r}; allowed: info, debug. Nothing is logged.", stacklevel=2)
         return

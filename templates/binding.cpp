@@ -1,12 +1,12 @@
 // The Python side of a kernel: a plan is an array of 64-bit words, and a call sets the first of them and launches.
-// Only the limited C-API, so that one build serves every Python from 3.11 on, and no torch header at all: tensors are
-// read through the C functions that their class offers by the DLPack standard.
+// It uses only the limited C API, so that one build serves every Python from 3.11 on. It includes no torch header:
+// tensors are read through the C functions that their class offers by the DLPack standard.
 //
 // emit/binding.py puts these macros before it:
 //   ONELAUNCH_SYMBOL      stem of the kernel's exported C functions
 //   ONELAUNCH_MODULE      import name of this module
 //   ONELAUNCH_PLAN_WORDS  64-bit words of the kernel's parameters
-//   ONELAUNCH_CALL_WORDS  how many of them, the first ones, each call sets
+//   ONELAUNCH_CALL_WORDS  how many of them each call sets; they come first
 //   ONELAUNCH_CALL_NAMES  their names, a string that ends with a comma
 #define PY_SSIZE_T_CLEAN
 #ifndef Py_LIMITED_API
@@ -37,10 +37,10 @@ namespace {
 constexpr Py_ssize_t kPlanWords = ONELAUNCH_PLAN_WORDS;
 constexpr Py_ssize_t kCallWords = ONELAUNCH_CALL_WORDS;
 
-constexpr Py_ssize_t kMaxArguments = 4;  // of a call that run() compares with the previous one
+constexpr Py_ssize_t kMaxArguments = 4;  // of run(), which compares them with the previous call's
 
 // ---- tensors -----------------------------------------------------------------------------------------------------
-// The part of DLPack 1 (dlpack.h) that is used here: what a tensor is, and the functions of a class of tensors.
+// The part of DLPack 1 (dlpack.h) that is used here: the struct of a tensor, and the functions of a tensor class.
 struct Tensor {
   void* data;
   std::int32_t device_type, device;
@@ -76,7 +76,7 @@ void replace(PyTypeObject*& reference, PyObject* type) {
   Py_XDECREF(before);
 }
 
-// reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): registers the classes that arguments have.
+// reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): registers the classes of arguments.
 PyObject* reads(PyObject*, PyObject* const* args, Py_ssize_t count) {
   bool fits = count == 4 && PyTuple_Check(args[3]);
   for (int i = 0; fits && i < 3; ++i) fits = PyType_Check(args[i]);
@@ -117,14 +117,15 @@ bool is_a(PyObject* object, PyTypeObject* wanted) {
 }
 
 // ---- fingerprints of arguments -------------------------------------------------------------------------------------
-// An argument as words: arguments with equal words are the same to a kernel and to the checks before it. The words hold
-// neither the object's address nor a reference: they keep nothing alive, and a new object at a dead one's address isn't
-// mistaken for it.
+// An argument as words: a kernel, and the checks before it, can't tell arguments with equal words apart. The words hold
+// neither the object's address nor a reference, so they keep nothing alive, and a new object at a dead one's address
+// isn't mistaken for it.
 enum Kind : std::int64_t { kNone, kInt, kTensor, kDtype, kText, kBuffers, kSequence };
 constexpr std::int32_t kMaxDims = 2;
 constexpr Py_ssize_t kMaxWords = 2 + 2 * kMaxDims;  // of one argument
 
-// Writes the words of None, an int or a tensor, and returns how many: 0 for anything else, which equals nothing.
+// Writes the words of None, an int or a tensor, and returns their number: 0 for anything else, which equals no
+// argument.
 Py_ssize_t fingerprint_one(PyObject* object, std::int64_t* words) {
   if (object == Py_None) {
     words[0] = kNone;
@@ -132,7 +133,7 @@ Py_ssize_t fingerprint_one(PyObject* object, std::int64_t* words) {
   }
   if (is_a(object, tensor_type)) {
     Tensor tensor;
-    if (exchange->read(object, &tensor) != 0) {  // it isn't strided, or has no memory
+    if (exchange->read(object, &tensor) != 0) {  // the tensor isn't strided, or has no memory
       PyErr_Clear();
       return 0;
     }
@@ -197,7 +198,7 @@ struct Fingerprint {
     PyTypeObject* type = Py_TYPE(object);
     if (type == tensor_type || type == &PyLong_Type || object == Py_None) return add(object);
     if (!reserve()) return false;
-    if (type == dtype_type) {  // torch has one object for each dtype, for ever
+    if (type == dtype_type) {  // torch has one object per dtype, which is never freed
       words[count++] = kDtype;
       words[count++] = reinterpret_cast<std::int64_t>(object);
       return true;
@@ -222,7 +223,7 @@ struct Fingerprint {
     Py_ssize_t length = 0;
     const char* bytes = PyUnicode_AsUTF8AndSize(text, &length);
     constexpr Py_ssize_t kWord = sizeof(std::int64_t);
-    if (bytes == nullptr || length > (kMaxWords - 1) * kWord) return false;  // longer than any mode's name
+    if (bytes == nullptr || length > (kMaxWords - 1) * kWord) return false;  // no mode's name is so long
     words[count++] = kText | std::int64_t{length} << 8;
     const Py_ssize_t more = (length + kWord - 1) / kWord;
     if (more > 0) words[count + more - 1] = 0;
@@ -235,13 +236,13 @@ struct Fingerprint {
     words[count++] = kBuffers;
     const Py_ssize_t start = count;
     if (Py_TYPE(buffers) == buffers_type) {
-      // Its __dict__ has the fields in their order; to iterate is far quicker than to look each of them up.
+      // Its __dict__ has the fields in order; to iterate is far quicker than to look up each of them.
       PyObject* own = PyObject_GenericGetDict(buffers, nullptr);
       if (own == nullptr) return false;
       const bool added = add_values(own);
       Py_DECREF(own);
       if (added) return true;
-      count = start;  // somebody added or deleted attributes
+      count = start;  // attributes were added or deleted
     }
     for (Py_ssize_t i = 0; i < field_count; ++i) {
       PyObject* value = PyObject_GetAttr(buffers, field_names[i]);
@@ -253,7 +254,7 @@ struct Fingerprint {
     return true;
   }
 
-  // Adds the values of a dictionary whose first keys are the names of the fields; false for another one.
+  // Adds the values of a dictionary whose first keys are the fields' names; false for any other dictionary.
   bool add_values(PyObject* dictionary) {
     Py_ssize_t position = 0;
     PyObject *name, *value;
@@ -273,7 +274,7 @@ struct Fingerprint {
 };
 
 // ---- a memo of objects by arguments --------------------------------------------------------------------------------
-// Least recently used last: a call that repeats the previous one compares once.
+// In order of use, latest first: a call that repeats the previous one compares once.
 struct Entry {
   PyObject* object;
   Py_ssize_t count;
@@ -302,7 +303,7 @@ void put_first(Memo* memo, Entry* entry, Py_ssize_t before) {
   memo->entries[0] = entry;
 }
 
-// find(arguments...): the object that keep() got with equal arguments; None if there is none, or nothing can be equal.
+// find(arguments...): the object that keep() got with equal arguments, or None. Arguments without words equal nothing.
 PyObject* memo_find(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Fingerprint wanted;
   if (!add_all(wanted, args, count)) Py_RETURN_NONE;
@@ -386,11 +387,21 @@ void memo_dealloc(PyObject* self) {
 // ---- plans ---------------------------------------------------------------------------------------------------------
 PyTypeObject* plan_type = nullptr;
 
+// Arguments that were checked. An engine that makes its inputs anew at each step gets them from its allocator at a few
+// addresses, in turns: 4 or 5 in SGLang.
+constexpr Py_ssize_t kMaxChecked = 8;
+
+struct Checked {
+  Py_ssize_t count;  // 0 for none
+  std::int64_t fingerprint[kMaxArguments * kMaxWords];
+  std::int64_t words[kCallWords + 1];  // what a call with these arguments sets
+};
+
 struct Plan {
   PyObject_HEAD std::int32_t device;  // run() launches on its current stream; negative on the CPU target
-  Py_ssize_t last_count;
-  std::int64_t last[kMaxArguments * kMaxWords];  // the words of the previous call's arguments
-  std::int64_t words[kPlanWords];                // the kernel's parameters
+  Py_ssize_t next;                    // the entry that is replaced next
+  Checked checked[kMaxChecked];
+  std::int64_t words[kPlanWords];  // the kernel's parameters
 };
 
 PyObject* raise_cuda(int code) {
@@ -427,11 +438,23 @@ PyObject* plan_launch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     return PyErr_Format(PyExc_TypeError, "launch takes %zd integers, got %zd", kCallWords + 1, count);
   }
   auto* plan = reinterpret_cast<Plan*>(self);
-  plan->last_count = 0;  // the words are no longer those of run()'s previous call
   for (Py_ssize_t i = 0; i < kCallWords; ++i) plan->words[i] = PyLong_AsLongLong(args[i]);
   void* stream = PyLong_AsVoidPtr(args[kCallWords]);
   if (PyErr_Occurred()) return nullptr;
   return launched(plan, stream);
+}
+
+// Whether arguments with this fingerprint were checked before; then sets the words that the call sets.
+bool checked_before(Plan* plan, const std::int64_t* fingerprint, Py_ssize_t count) {
+  if (count == 0) return false;
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(std::int64_t);
+  for (const Checked& entry : plan->checked) {
+    if (entry.count == count && std::memcmp(entry.fingerprint, fingerprint, bytes) == 0) {
+      std::memcpy(plan->words, entry.words, kCallWords * sizeof(std::int64_t));
+      return true;
+    }
+  }
+  return false;
 }
 
 // Sets the words that a call sets to what owner._check(arguments...) returns. `fingerprint` is that of the arguments.
@@ -449,19 +472,23 @@ bool update_arguments(
   Py_XDECREF(arguments);
   Py_DECREF(check);
   if (checked == nullptr) return false;
-  std::int64_t words[kCallWords + 1];
-  const bool valid = read_words(checked, words, kCallWords);
+  Checked found;
+  const bool valid = read_words(checked, found.words, kCallWords);
   Py_DECREF(checked);
   if (!valid) return false;
   // No Python runs from here to the launch, so another thread's call can't come between.
-  std::memcpy(plan->words, words, kCallWords * sizeof(std::int64_t));
-  std::memcpy(plan->last, fingerprint, static_cast<std::size_t>(fingerprint_count) * sizeof(std::int64_t));
-  plan->last_count = fingerprint_count;
+  std::memcpy(plan->words, found.words, kCallWords * sizeof(std::int64_t));
+  if (fingerprint_count == 0) return true;
+  found.count = fingerprint_count;
+  std::memcpy(found.fingerprint, fingerprint, static_cast<std::size_t>(fingerprint_count) * sizeof(std::int64_t));
+  plan->checked[plan->next] = found;
+  plan->next = (plan->next + 1) % kMaxChecked;
   return true;
 }
 
-// run(owner, arguments...): one launch on the current stream. Where the arguments differ from the previous call's, or
-// have no fingerprint, owner._check(arguments...) refuses them or returns the words that the call sets.
+// run(owner, arguments...): one launch on the current stream. Where the arguments differ from those of the last calls
+// that were checked, or have no fingerprint, owner._check(arguments...) refuses them or returns the words that the call
+// sets.
 PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (count < 1 || count > 1 + kMaxArguments) {
     return PyErr_Format(PyExc_TypeError, "run takes an owner and up to %zd arguments, got %zd", kMaxArguments, count);
@@ -477,21 +504,19 @@ PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       break;
     }
   }
-  const bool same = now_count > 0 && now_count == plan->last_count &&
-                    std::memcmp(now, plan->last, static_cast<std::size_t>(now_count) * sizeof(std::int64_t)) == 0;
-  if (!same && !update_arguments(plan, args, count, now, now_count)) return nullptr;
+  if (!checked_before(plan, now, now_count) && !update_arguments(plan, args, count, now, now_count)) return nullptr;
   void* stream = nullptr;
   if (plan->device >= 0 && exchange->current_stream(kCuda, plan->device, &stream) != 0) return nullptr;
   return launched(plan, stream);
 }
 
-// bind(words after those that a call sets, device): a plan. The device is for run() alone.
+// bind(words after those that a call sets, device): a plan. Only run() uses the device.
 PyObject* bind(PyObject*, PyObject* args) {
   PyObject* words = nullptr;
   int device = -1;
   if (!PyArg_ParseTuple(args, "O|i", &words, &device)) return nullptr;
   if (device >= 0 && exchange == nullptr) {
-    return PyErr_Format(PyExc_RuntimeError, "call reads() first: it registers where current streams are found");
+    return PyErr_Format(PyExc_RuntimeError, "call reads() first: run() finds the current stream through it");
   }
   auto* plan = allocated<Plan>(plan_type);
   if (plan == nullptr) return nullptr;
@@ -554,7 +579,7 @@ PyType_Spec memo_spec = {
 
 PyMethodDef module_methods[] = {
     {"reads", method(reads), METH_FASTCALL,
-     "reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): registers what arguments are read by."},
+     "reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): registers the classes of arguments."},
     {"memo", memo, METH_O, "memo(max_count): objects by the arguments that they were made for."},
     {"bind", bind, METH_VARARGS, "bind(words, device=-1): a plan with the parameters that no call sets."},
     {"prepare", prepare, METH_O, "prepare(device): loads the kernel; (registers, shared bytes, local bytes)."},

@@ -228,7 +228,7 @@ STRATEGIES = {
 # Combinations of them that took code of their own.
 CONFIGURATIONS = {
     **STRATEGIES,
-    "one token a page": KernelConfig(num_backends=3, page_size=1),
+    "one token per page": KernelConfig(num_backends=3, page_size=1),
     "pages beyond a tile": KernelConfig(num_backends=2, page_size=1024),
     "pages of int64, equal rows": KernelConfig(page_size=7, req_to_token_dtype="int64", extent="full"),
     "pages alone, equal rows": KernelConfig(num_backends=2, fields=("real_page_table",), extent="full"),
@@ -358,6 +358,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "schedule_remainder": ("last", "first"),
     "schedule_per": ("request", "row"),
     "schedule_atoms": (0, 3),
+    "schedule_split_cost": (0, 5),
     "flashmla_order": ("2026", "2025"),
     "writes": ("all", "verified"),
     "indices": ("int32", "int64"),

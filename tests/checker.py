@@ -354,6 +354,14 @@ class Scene:
         extends = self.extend_seq_lens if self.config.extend == "variable" else None
         plan.run(self.seq_lens, self.req_pool_indices, extends, max_len=self.shape.max_len)
 
+    def take_inputs(self, other: Scene) -> None:
+        """Copies another scene's inputs into this one's memory, and expects what belongs to them."""
+        for name in ("seq_lens", "req_pool_indices", "req_to_token", "extend_seq_lens"):
+            getattr(self, name).copy_(getattr(other, name))
+        for field, tensor in other.source.items():
+            getattr(self.source, field.name).copy_(tensor)
+        self.expected = other.expected
+
     def compare(self) -> None:
         """Every word of every allocation: the destinations, and the poison around them.
 

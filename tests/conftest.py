@@ -15,7 +15,7 @@ import torch
 from onelaunch.build import environment, toolchain
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
-from onelaunch.run import api, refresh
+from onelaunch.run import api, refresh, schedules
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 # A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.
@@ -125,5 +125,5 @@ def _no_policy_is_left_behind() -> Iterator[None]:
     frozen = loader._frozen
     yield
     loader._frozen = frozen
-    for plans in (refresh.plans, api.copy_plans):
+    for plans in (refresh.plans, api.copy_plans, schedules.mqa_plans):
         plans.clear()

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,21 @@ def _place(word: int, tensor: Tensor) -> str:
     row, column = divmod(at, tensor.stride(0))
     inside = 0 <= row < tensor.shape[0] and column < tensor.shape[1]
     return f"[{row}, {column}]" if inside else f": row {row}, column {column}, outside of it,"
+
+
+def poison(backends: Iterable[Poisoned]) -> None:
+    """As if nothing had been written."""
+    for backend in backends:
+        for storage in backend.storages.values():
+            storage.fill_(POISON)
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A call in a CUDA graph, as an engine captures it; nothing has run yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
 
 
 # ------------------------------------------------------------------------------------------------ inputs

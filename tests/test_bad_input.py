@@ -243,7 +243,7 @@ BIND: list[Case] = [
     case(attribute("backends", lambda s: "ab"), "backends is a str", "list of MetadataBuffers"),
     case(attribute("backends", lambda s: [s.backends[0], None]), "backends[1] is a NoneType"),
     case(attribute("backends", lambda s: [{}, *s.backends]), "backends[0] is a dict"),
-    case(attribute("backends", lambda s: [MetadataBuffers()] * 2), "no field at all", "at least one"),
+    case(attribute("backends", lambda s: [MetadataBuffers()] * 2), "backends have no fields", "at least one"),
     case(spoil("cu_seqlens_k", lambda t: None), "{cu_seqlens_k} is None", "same fields"),
     case(
         lambda s: setattr(s.backends[1], "seqlens_expanded", s.new(BS)),
@@ -260,10 +260,10 @@ BIND: list[Case] = [
         "backends[0].real_page_table has 2 columns",
         "40 tokens in pages of 16 need 3",
     ),
-    case(fact(page_size=1), "backends[0].real_page_table is a tensor of its own", "pages of one token"),
+    case(fact(page_size=1), "backends[0].real_page_table is a separate tensor", "pages of one token"),
     case(
         lambda s: (fact(page_size=1)(s), [s.set("page_indices", lambda t: None, b) for b in (0, 1)]),
-        "backends[0].real_page_table is a tensor of its own",
+        "backends[0].real_page_table is a separate tensor",
         "pages of one token",
     ),
     *number_facts("index_topk", 0, 2**31 - 1),
@@ -291,9 +291,9 @@ BIND: list[Case] = [
             setattr(s.backends[1], "cache_seqlens", s.backends[0].cache_seqlens),
         ),
         "backends[0].cache_seqlens",
-        "1 different tensors",
+        "is shared",
         "seqlen_offsets is (0, 1)",
-        "one for each",
+        "one tensor per backend",
     ),
     *number_facts("index_kpool", 1, 2**31 - 1),
     case(
@@ -451,7 +451,7 @@ VARIABLE = {"mode": "draft_extend", "extend": "variable"}
 
 @named(
     [
-        case(attribute("extends", lambda s: None), "extend_seq_lens is None", "an element for each request"),
+        case(attribute("extends", lambda s: None), "extend_seq_lens is None", "one element per request"),
         case(attribute("extends", lambda s: [1, 0, 2, 1]), "extend_seq_lens is a list", "torch.Tensor"),
         case(attribute("extends", lambda s: s.extends[:3]), "extend_seq_lens has 3 elements", "seq_lens has 4"),
         case(attribute("extends", lambda s: s.extends.int()), "extend_seq_lens has dtype int32", "int64"),
@@ -491,7 +491,7 @@ def test_run_with_more_rows_than_room(device: torch.device) -> None:
 
 
 def test_check_of_a_plan_that_checks_nothing(device: torch.device) -> None:
-    refused(ArgumentError, ("checks nothing", "checked=True"), bind(Scene(device)).check)
+    refused(ArgumentError, ("without device checks", "checked=True"), bind(Scene(device)).check)
 
 
 # ------------------------------------------------------------------------------------- precompute and broadcast
@@ -513,7 +513,7 @@ BROADCAST: list[Case] = [
     *number_facts("max_len", 0, WIDTH),
     *number_facts("nsa_index_topk", 0, 2**31 - 1),
     *number_facts("real_page_size", 1, 2**31 - 1),
-    case(fact(real_page_size=1), "real_page_table_list[0] is a tensor of its own", "pages of one token"),
+    case(fact(real_page_size=1), "real_page_table_list[0] is a separate tensor", "pages of one token"),
     case(
         lambda s: [s.set("real_page_table", lambda t: t[:, :2], backend) for backend in (0, 1)],
         "real_page_table_list[0] has 2 columns",
@@ -625,7 +625,7 @@ PRECOMPUTE: list[Case] = [
     *number_facts("nsa_index_topk", 0, 2**31 - 1),
     *number_facts("real_page_size", 1, 2**31 - 1),
     case(lambda s: s.facts.update(out=[s.backends[1]]), "out is a list", "MetadataBuffers or None"),
-    case(lambda s: s.facts.update(out=MetadataBuffers()), "no field at all"),
+    case(lambda s: s.facts.update(out=MetadataBuffers()), "backends have no fields"),
     case(spoil("page_indices", lambda t: t[:3]), "4 requests; out.page_indices has room for 3"),
     case(spoil("page_indices", lambda t: t[:, :39]), "max_len is 40; allowed: 0 to 39"),
     case(spoil("real_page_table", lambda t: t[:, :2]), "out.real_page_table has 2 columns", "need 3"),
@@ -662,7 +662,7 @@ def test_precompute_allocates_only_for_a_known_number_of_rows(device: torch.devi
     def call(**changes: Any) -> None:
         onelaunch.precompute_draft_extend_metadata_cuda(scene.seq_lens, scene.rows, scene.pool, **{**facts, **changes})
 
-    refused(ArgumentError, ("rows is None", "sum is needed"), call)
+    refused(ArgumentError, ("rows is None", "give the sum of extend_seq_lens"), call)
     refused(ArgumentError, ("rows is -1", "0 to"), lambda: call(rows=-1))
     refused(ArgumentError, ("next_n is 0", "1 to"), lambda: call(extend_seq_lens=None, next_n=0))
 
@@ -714,7 +714,7 @@ COPY: list[tuple[str, Callable[[CopyScene], None], tuple[str, ...]]] = [
     case(attribute("backends", lambda s: None), "destinations is None", "MetadataBuffers"),
     case(attribute("backends", lambda s: []), "destinations is empty", "at least one"),
     case(attribute("backends", lambda s: [s.backends[0], None]), "destinations is [", "None]"),
-    case(attribute("backends", lambda s: [MetadataBuffers()]), "no field at all"),
+    case(attribute("backends", lambda s: [MetadataBuffers()]), "backends have no fields"),
     case(spoil("cu_seqlens_k", lambda t: None), "{cu_seqlens_k} is None", "same fields"),
     case(
         lambda s: [s.set("page_indices", lambda t: t[:, :39], b) for b in (0, 1)],
@@ -753,8 +753,8 @@ def test_copy_of_lengths_alone_checks_max_len(device: torch.device, bad: Any) ->
 
 @named(
     [
-        case(fact(next_n=2), "next_n is 2", "in decode a request is a row"),
-        case(fact(rows=2), "rows is 2", "in decode a request is a row"),
+        case(fact(next_n=2), "next_n is 2", "in decode a request has one row"),
+        case(fact(rows=2), "rows is 2", "in decode a request has one row"),
         case(fact(mode="target_verify", bs=2), "bs is 2 in target_verify", "next_n and rows are None"),
         case(fact(mode="draft_extend", bs=2, next_n=0), "next_n is 0", "1 to 32768"),
         case(fact(mode="draft_extend", rows=5), "rows is 5", "has room for 4"),

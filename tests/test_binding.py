@@ -71,6 +71,18 @@ def test_what_is_the_same_is_checked_once(asked: Asked, out: Tensor, device: tor
     assert out.tolist() == [4, 5, 6, -7, -7, -7, -7, -7]
 
 
+def test_arguments_that_take_turns_are_checked_once(asked: Asked, out: Tensor, device: torch.device) -> None:
+    """An engine gets its inputs from an allocator, at a few addresses in turns; 8 are remembered."""
+    turns = [(torch.tensor([i, i + 1], device=device), torch.tensor([0, 1], device=device)) for i in range(9)]
+    for round_, numbers in enumerate((range(8), range(8), (8, 1, 8))):
+        for number in numbers:
+            out.fill_(-7)
+            new = round_ == 0 or (number == 8 and asked.times == 8)
+            assert asked.run(*turns[number], None, None) == new, (round_, number)
+            assert out.tolist()[:3] == [number, number + 1, -7]
+    assert asked.run(*turns[0], None, None) == 1, "the ninth replaced the first"
+
+
 def resized(lengths: Tensor, rows: Tensor) -> None:
     lengths.resize_(2)
     rows.resize_(2)
@@ -194,13 +206,12 @@ def test_words_that_are_wrong_change_nothing(asked: Asked, out: Tensor, device: 
     assert out.tolist()[:3] == [3, 4, -7]
 
 
-def test_a_bare_launch_is_forgotten(asked: Asked, out: Tensor, device: torch.device) -> None:
-    """Its words replace those of the last call."""
+def test_a_bare_launch_leaves_no_trace(asked: Asked, out: Tensor, device: torch.device) -> None:
     lengths, rows = inputs(device, 3, 4)
     asked.run(lengths, rows, None, None)
     asked.plan._bound.launch(*asked.plan._check(lengths[:1], rows[:1], None, None), 0)
     out.fill_(-7)
-    assert asked.run(lengths, rows, None, None) == 1
+    assert asked.run(lengths, rows, None, None) == 0
     assert out.tolist()[:3] == [3, 4, -7]
 
 

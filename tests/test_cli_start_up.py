@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-# Seconds to import: torch 2 to 5, matplotlib and numpy 0.2 each, rich and jinja2 0.1 each.
-LARGE = ("torch", "numpy", "matplotlib", "triton", "rich", "jinja2")
+# Seconds to import: torch 2 to 5, matplotlib and numpy 0.2 each, jinja2 0.1.
+LARGE = ("torch", "numpy", "matplotlib", "triton", "jinja2")
 RUN = """
 import json, sys
 from onelaunch.cli.main import app

@@ -557,7 +557,7 @@ def test_import_writes_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
         """
         import sys, onelaunch, torch
         assert not torch.cuda.is_initialized()
-        for name in ("torch.utils.cpp_extension", "jinja2", "ninja", "filelock", "typer", "rich", "setuptools"):
+        for name in ("torch.utils.cpp_extension", "jinja2", "ninja", "filelock", "click", "setuptools"):
             assert name not in sys.modules, name
         """
     )

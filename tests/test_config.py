@@ -62,6 +62,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "schedule_remainder": {"fields": (MQA,), "schedule_remainder": "first"},
     "schedule_per": {"fields": (MQA,), "mode": "target_verify", "schedule_per": "row"},
     "schedule_atoms": {"fields": (MQA,), "schedule_atoms": 2},
+    "schedule_split_cost": {"fields": (MQA,), "schedule_split_cost": 3},
     "flashmla_order": {"fields": ("flashmla_metadata",), "flashmla_order": "2025"},
     "copied rows": {"operation": "copy", "mode": "target_verify"},
 }
@@ -89,15 +90,15 @@ def base(**changes: Any) -> KernelConfig:
         ({"seqlen_offsets": (1, -2, 3)}, ("seqlen_offsets[1] is -2", "0 to 32768")),
         ({"seqlen_offsets": (1, 2, 2**15 + 1)}, ("seqlen_offsets[2] is 32769", "0 to 32768")),
         ({"seqlen_offsets": (1, 2, 3.0)}, ("seqlen_offsets[2] is 3.0", "whole number")),
-        ({"seqlen_offsets": 3}, ("seqlen_offsets is 3", "one whole number a backend")),
-        ({"seqlen_offsets": "123"}, ("seqlen_offsets is '123'", "one whole number a backend")),
+        ({"seqlen_offsets": 3}, ("seqlen_offsets is 3", "one whole number per backend")),
+        ({"seqlen_offsets": "123"}, ("seqlen_offsets is '123'", "one whole number per backend")),
         (
             {"seqlen_offsets": (1, 2, 3), "distinct": (("cache_seqlens", 1),)},
-            ("distinct[cache_seqlens] is 1", "share a table"),
+            ("distinct[cache_seqlens] is 1", "can share only a table"),
         ),
         (
             {"seqlen_offsets": (1, 2, 3), "distinct": (("page_indices", 2),)},
-            ("distinct[page_indices] is 2", "share a table"),
+            ("distinct[page_indices] is 2", "can share only a table"),
         ),
         ({"index_kpool": 0}, ("index_kpool is 0", "1 to 2147483647")),
         ({"page_fill": 0}, ("page_fill is 0", "None, -1")),
@@ -186,7 +187,7 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
 
 def test_a_huge_number_of_backends_is_refused_at_once() -> None:
     began = time.perf_counter()
-    with pytest.raises(ConfigError, match=r"num_backends is 100000000 with 6 fields, which needs \d+ bytes"):
+    with pytest.raises(ConfigError, match=r"num_backends is 100000000 with 6 fields. That needs \d+ bytes"):
         KernelConfig(num_backends=10**8)
     assert time.perf_counter() - began < 1
 
@@ -249,6 +250,7 @@ def test_a_huge_number_of_backends_is_refused_at_once() -> None:
         ({"operation": "copy", "req_pool_indices_dtype": "int32"}, {"operation": "copy"}),
         ({"schedule_remainder": "first"}, {}),
         ({"schedule_atoms": 2}, {}),
+        ({"schedule_split_cost": 2}, {}),
         ({"flashmla_order": "2025"}, {}),
         ({"mode": "target_verify", "schedule_per": "row"}, {"mode": "target_verify"}),
         ({"fields": (MQA,), "schedule_per": "row"}, {"fields": (MQA,)}),
@@ -367,6 +369,7 @@ def test_atoms_of_a_schedule() -> None:
     assert per_request == [1, 1, 2, 2, 3]
     assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_per="row").atoms == 1
     assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_atoms=3).atoms == 3
+    assert KernelConfig(fields=(MQA,), mode="target_verify", next_n=4, schedule_split_cost=9).atoms == 4, "tokens"
 
 
 def test_what_a_configuration_needs() -> None:
@@ -588,14 +591,15 @@ NAMES = ", ".join(FIELDS)
 MESSAGES: list[tuple[dict[str, Any], str]] = [
     (
         {"threads": 16},
-        "threads is 16; on the cuda target it must be a power of two from 32 to 1024: a block is made of whole warps.",
+        "threads is 16; on the cuda target it must be a power of two from 32 to 1024, because a block consists "
+        "of whole warps.",
     ),
     ({"fields": "all"}, f"fields is 'all'; it must be a tuple of names from {NAMES}."),
     ({"fields": ()}, f"fields is empty; name at least one of {NAMES}."),
     (
         {"fields": ("real_page_table",), "page_size": 1},
         "fields has real_page_table without page_indices and page_size is 1; with pages of one token the two are the "
-        "same table: ask for page_indices instead.",
+        "same table. Request page_indices instead.",
     ),
     ({"target": 3}, "target is 3; allowed: 'cuda', 'cpu'."),
     ({"target": "xyz"}, "target is 'xyz'; allowed: 'cuda', 'cpu'."),
@@ -603,8 +607,8 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     ({"seq_lens_dtype": "int3"}, "seq_lens_dtype is 'int3'; allowed: 'int32', 'int64'. Did you mean 'int32'?"),
     (
         {"num_backends": 4100, "fields": ("cache_seqlens",)},
-        f"num_backends is 4100 with 1 fields, which needs {8 * 4104} bytes of kernel parameters; "
-        f"CUDA allows {8 * MAX_PARAM_WORDS}. Refresh the backends in several plans.",
+        f"num_backends is 4100 with 1 fields. That needs {8 * 4104} bytes of kernel parameters; "
+        f"CUDA allows {8 * MAX_PARAM_WORDS}. Bind the backends in several plans.",
     ),
     (
         {"fields": ("page_indices", "page_indices")},
@@ -612,60 +616,61 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"operation": "copy", "fields": ("cache_seqlens", "kv_indices")},
-        "fields has kv_indices and operation is 'copy'; schedules and kv_indices are computed by each refresh, and not "
-        "copied. Leave them out of the destinations.",
+        "fields has kv_indices and operation is 'copy'; a copy can't write schedules or kv_indices, which each refresh "
+        "computes. Leave them out of the destinations.",
     ),
     (
         {"operation": "copy", "fields": ("flashmla_metadata", "num_splits")},
-        "fields has flashmla_metadata and operation is 'copy'; schedules and kv_indices are computed by each refresh, "
-        "and not copied. Leave them out of the destinations.",
+        "fields has flashmla_metadata and operation is 'copy'; a copy can't write schedules or kv_indices, which each "
+        "refresh computes. Leave them out of the destinations.",
     ),
     (
         {"operation": "copy", "fields": ("cache_seqlens", "num_splits")},
-        "fields has num_splits and operation is 'copy'; schedules and kv_indices are computed by each refresh, and not "
-        "copied. Leave them out of the destinations.",
+        "fields has num_splits and operation is 'copy'; a copy can't write schedules or kv_indices, which each refresh "
+        "computes. Leave them out of the destinations.",
     ),
     (
         {"fields": ("real_page_table", "kv_indices")},
-        "fields has kv_indices and real_page_table; a kernel writes either tables or indices. Bind them to two plans.",
+        "fields has kv_indices and real_page_table; a kernel writes either tables or kv_indices. Bind them to "
+        "two plans.",
     ),
     (
         {"fields": ("cache_seqlens", "num_splits")},
-        "fields has num_splits without flashmla_metadata, whose rows say how many parts there are; name both.",
+        "fields has num_splits without flashmla_metadata, whose rows give the number of parts. Request both.",
     ),
     (
         {"mode": "draft_extend", "extend": "variable", "fields": ("seqlens_expanded", MQA), "schedule_per": "row"},
         "fields has paged_mqa_schedule_metadata, schedule_per is 'row' and extend is 'variable'; a schedule of rows is "
-        "defined for next_n rows a request. Set extend='uniform'.",
+        "defined for next_n rows per request. Set extend='uniform'.",
     ),
     (
         {"mode": "draft_extend", "extend": "variable", "fields": ("seqlens_expanded", MQA)},
-        "fields has paged_mqa_schedule_metadata, schedule_atoms is 0 and extend is 'variable'; the atoms follow from "
-        "next_n rows a request only. Give their number.",
+        "fields has paged_mqa_schedule_metadata, schedule_atoms is 0 and extend is 'variable'; the atoms follow only "
+        "from a fixed next_n. Set schedule_atoms.",
     ),
     (
         {"num_backends": 2, "seqlen_offsets": "12"},
-        "seqlen_offsets is '12'; it must be a tuple with one whole number a backend.",
+        "seqlen_offsets is '12'; it must be a tuple with one whole number per backend.",
     ),
     (
         {"num_backends": 3, "seqlen_offsets": (1, 2)},
-        "seqlen_offsets has 2 numbers and num_backends is 3; give one a backend, one for all, or none.",
+        "seqlen_offsets has 2 numbers and num_backends is 3; give one per backend, one for all, or none.",
     ),
     ({"num_backends": 2, "seqlen_offsets": (0, -1)}, "seqlen_offsets[1] is -1; allowed: 0 to 32768."),
     (
         {"num_backends": 2, "seqlen_offsets": (1, 2), "distinct": (("cache_seqlens", 1),)},
-        "distinct[cache_seqlens] is 1 and seqlen_offsets is (1, 2); backends whose lengths differ share a table that "
-        "all of them have, or nothing.",
+        "distinct[cache_seqlens] is 1 and seqlen_offsets is (1, 2); backends whose lengths differ can share only "
+        "a table, and only if all of them share it.",
     ),
     (
         {"page_fill": -1},
-        "page_fill is -1 with the tables page_indices, real_page_table and extent 'live'; it fills a real_page_table "
-        "that is the only table, of extent 'live'. Leave it None.",
+        "page_fill is -1 with the tables page_indices, real_page_table and extent 'live'; it needs extent "
+        "'live' and real_page_table as the only table. Set page_fill to None.",
     ),
     (
         {"page_fill": -1, "fields": ("cache_seqlens",)},
-        "page_fill is -1 with the tables none and extent 'live'; it fills a real_page_table that is the only table, of "
-        "extent 'live'. Leave it None.",
+        "page_fill is -1 with the tables none and extent 'live'; it needs extent 'live' and real_page_table as "
+        "the only table. Set page_fill to None.",
     ),
 ]
 

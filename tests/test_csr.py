@@ -91,7 +91,7 @@ def test_backends_of_other_dtypes_are_refused() -> None:
 def test_shared_indices_of_different_lengths_are_refused() -> None:
     shared = torch.zeros(9, dtype=torch.int32)
     backends = [MetadataBuffers(kv_indices=shared) for _ in range(2)]
-    with pytest.raises(ArgumentError, match="share a table that all of them have, or nothing"):
+    with pytest.raises(ArgumentError, match="can share only a table, and only if all of them share it"):
         onelaunch.bind(backends, req_to_token=torch.zeros(2, 9, dtype=torch.int32), seqlen_offsets=(1, 2))
 
 

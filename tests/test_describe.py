@@ -147,7 +147,7 @@ def test_shared_tables_other_dtypes_and_copies() -> None:
     wide = traffic(KernelConfig(num_backends=3, req_to_token_dtype="int64", seq_lens_dtype="int32"), [100, 100])
     assert wide.bytes_read - plain.bytes_read == 4 * 200 - 4 * 2
     pages = traffic(preset("nsa-decode-3-pages-only"), [100, 100])
-    assert pages.bytes_read == 2 * 8 + 2 * 8 + 4 * 2 * 2, "only one token a page is read"
+    assert pages.bytes_read == 2 * 8 + 2 * 8 + 4 * 2 * 2, "only one token per page is read"
     copy = traffic(KernelConfig(operation="copy", num_backends=3), [100, 100], 100)
     assert copy.bytes_written == 3 * copy.bytes_read
     assert traffic(KernelConfig(), []).bytes_written == 4 * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,18 @@ HOWS = (
     "a group of two",
     "slower than the time-out",
     "leader is interrupted",
+    "no list",
+    "another is killed",
+    "leader is killed",
+)
+RANKS = 4
+GONE = (
+    "A rank ended, or didn't answer in time, while all were in onelaunch.distribute(). Look at what the rank that "
+    "ended first said, and start the job again."
 )
 
 RANK = """
-import datetime, json, os, sys, threading, time
+import datetime, json, os, signal, sys, threading, time
 import onelaunch
 import torch.distributed as dist
 from onelaunch import KernelConfig
@@ -34,29 +43,40 @@ from onelaunch.load import loader, pack
 from onelaunch.cache.store import Store
 from pathlib import Path
 rank, folder = int(os.environ["RANK"]), Path(os.environ["FOLDER"])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
 rendering, build = sys.modules["onelaunch.emit.render"], compiler.build
 render, unpack = onelaunch.render, pack.from_bytes
 builds = []
-ONE = ("leader fails", "another fails", "a group of two", "slower than the time-out", "leader is interrupted")
+TWO = ("all well", "two architectures", "they differ")
 groups = {
     "a group of two": dist.new_group([0, 1]),
     "slower than the time-out": dist.new_group(timeout=datetime.timedelta(seconds=5)),
+    "leader is killed": dist.new_group([0, 1, 2]),
 }
 join = threading.Thread.join
 def interrupted(thread, seconds=None):
     raise KeyboardInterrupt
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def wait_and_die():
+    while not (folder / "building").exists():
+        time.sleep(0.01)
+    die()
 def counted(recipe, *args, **kwargs):
     builds.append(recipe.module)
+    if how == "another is killed":
+        (folder / "building").touch()
+        time.sleep(3)
+    if how == "leader is killed":
+        die()
     if how == "slower than the time-out" and len(builds) == 1:
         time.sleep(7)
     return build(recipe, *args, **kwargs)
 def broken(*args):
     raise ValueError("no room for it")
 compiler.build = counted
-said = {}
 for how in json.loads(os.environ["HOWS"]):
-    count = 1 if how in ONE else 2
+    count = 2 if how in TWO else 1
     configs = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n + 1) for n in range(count)]
     fails = how == "leader fails" and rank == 0
     rendering.render = (lambda config: render(config) + "#error not today\\n") if fails else render
@@ -67,19 +87,23 @@ for how in json.loads(os.environ["HOWS"]):
     store = Store(folder / how / f"cache-{rank}")
     builds.clear()
     threading.Thread.join = interrupted if how == "leader is interrupted" and rank == 0 else join
+    if how == "no list" and rank == 1:
+        configs = None
+    if how == "another is killed" and rank == 3:
+        threading.Thread(target=wait_and_die).start()
     try:
         kernels = onelaunch.distribute(configs, groups.get(how), archs=archs, store=store)
-        said[how] = {
+        said = {
             "keys": [kernel.key for kernel in kernels],
             "paths": [str(kernel.path) for kernel in kernels],
             "works": all(hasattr(kernel.module, "bind") for kernel in kernels),
             "builds": len(builds),
         }
     except (onelaunch.OnelaunchError, KeyboardInterrupt) as error:
-        said[how] = {"error": [type(error).__name__, str(error)]}
+        said = {"error": [type(error).__name__, str(error)]}
     threading.Thread.join = join
-print(json.dumps(said))
-dist.destroy_process_group()
+    print(json.dumps({how: said}), flush=True)
+os._exit(0)  # a group can't be destroyed in order where a rank is dead
 """
 
 
@@ -90,7 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """By case, what each of three ranks said. None of them hangs."""
+    """By case, what each rank said, until it was killed. None of them hangs."""
     started = [
         subprocess.Popen(
             [sys.executable, "-c", RANK],
@@ -99,23 +123,23 @@ def said(folder: Path) -> dict[str, list[dict[str, Any]]]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(3)
+        for rank in range(RANKS)
     ]
     results = []
     try:
-        for process in started:
+        for rank, process in enumerate(started):
             out, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err
-            results.append(json.loads(out.splitlines()[-1]))
+            assert process.returncode == (-signal.SIGKILL if rank in (0, 3) else 0), err
+            results.append({how: result for line in out.splitlines() for how, result in json.loads(line).items()})
     finally:
         for process in started:
             process.kill()
-    return {how: [result[how] for result in results] for how in HOWS}
+    return {how: [result[how] for result in results if how in result] for how in HOWS}
 
 
 @pytest.mark.parametrize(
     ("how", "builds"),
-    [("all well", [2, 0, 0]), ("two architectures", [2, 0, 2]), ("slower than the time-out", [1, 0, 0])],
+    [("all well", [2, 0, 0, 0]), ("two architectures", [2, 0, 2, 0]), ("slower than the time-out", [1, 0, 0, 0])],
 )
 def test_one_rank_builds_and_all_have_it(
     said: dict[str, list[dict[str, Any]]], folder: Path, how: str, builds: list[int]
@@ -133,6 +157,7 @@ def test_one_rank_builds_and_all_have_it(
         ("leader fails", "CompileError", "Rank 0: The kernel"),
         ("another fails", "StoreError", "Rank 1 failed in onelaunch.distribute(): ValueError: no room for it"),
         ("they differ", "StoreError", "Rank 2 calls distribute() with other configurations than rank 0"),
+        ("no list", "StoreError", "Rank 1 failed in onelaunch.distribute(): TypeError: 'NoneType' object"),
     ],
 )
 def test_a_rank_that_fails_makes_all_raise(
@@ -146,18 +171,26 @@ def test_a_rank_that_fails_makes_all_raise(
 
 
 def test_a_rank_outside_of_the_group_gets_a_sentence(said: dict[str, list[dict[str, Any]]]) -> None:
-    one, two, outside = said["a group of two"]
+    one, two, *outside = said["a group of two"]
     assert one["keys"] == two["keys"]
-    assert outside["error"] == [
-        "ArgumentError",
-        "Rank 2 isn't in the group given to distribute(): call it on the group's ranks only.",
-    ]
+    for rank, result in enumerate(outside, 2):
+        text = f"Rank {rank} isn't in the group given to distribute(): call it on the group's ranks only."
+        assert result["error"] == ["ArgumentError", text]
 
 
 def test_an_interrupt_is_passed_on(said: dict[str, list[dict[str, Any]]]) -> None:
     first, *others = (result["error"] for result in said["leader is interrupted"])
     assert first == ["KeyboardInterrupt", ""]
-    assert others == [["StoreError", "Rank 0 failed in onelaunch.distribute(): KeyboardInterrupt"]] * 2
+    assert others == [["StoreError", "Rank 0 failed in onelaunch.distribute(): KeyboardInterrupt"]] * 3
+
+
+@pytest.mark.parametrize(("how", "survivors"), [("another is killed", 3), ("leader is killed", 2)])
+def test_a_rank_that_is_killed_makes_all_others_raise(
+    said: dict[str, list[dict[str, Any]]], how: str, survivors: int
+) -> None:
+    """At once, not after a group's time-out of half an hour: the fixture waits less for everything together."""
+    results = said[how][:survivors]
+    assert [result["error"] for result in results] == [["StoreError", GONE]] * survivors
 
 
 def test_without_torch_distributed() -> None:

@@ -158,7 +158,7 @@ def test_refusals_point_at_the_place(formula: str, column: int, reason: str) -> 
 
 @pytest.mark.parametrize("formula", ["", "  ", None, 3])
 def test_no_formula(formula: Any) -> None:
-    with pytest.raises(ConfigError, match="it must be a text such as 'seq_len \\+ 1'"):
+    with pytest.raises(ConfigError, match="it must be a string such as 'seq_len \\+ 1'"):
         tree(formula)
 
 

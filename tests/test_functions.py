@@ -162,6 +162,47 @@ def test_precompute_then_copy_is_the_broadcast(device: torch.device, mode: str) 
     assert_same(copied.backends, wanted)
 
 
+def copy(scene: Scene) -> None:
+    targets = support.buffers_of(scene.backends)
+    onelaunch.fused_metadata_copy_cuda(scene.source, targets, mode=scene.config.mode)
+
+
+# What engines capture: a call that allocates nothing, on tensors that stay.
+CAPTURABLE = {
+    "broadcast": broadcast,
+    "precompute": lambda scene: precompute(scene, scene.backends[0].buffers),
+    "copy": copy,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_inputs_changed_in_place(device: torch.device, name: str, mode: str) -> None:
+    """Later calls of an engine, and replays of its graph, see other lengths, rows and tokens in the same memory."""
+
+    def scene_of(seed: int) -> Scene:
+        # As many rows each time, in another order.
+        extends = (0, 3, 1, 0, 2, 7, 0)
+        shape = batch(21, 250, page_size=seed, seed=seed, spare_rows=0, extends=(*extends[seed:], *extends[:seed]))
+        if name == "copy":  # of any number of rows
+            config = KernelConfig(operation="copy", mode=MODES[mode].get("mode", mode), num_backends=3, fields=SEVEN)
+            return Scene(config, shape, device)
+        return scene_for(device, shape, mode, 1 if name == "precompute" else 3)
+
+    scene = scene_of(0)
+
+    def call() -> object:
+        return CAPTURABLE[name](scene)
+
+    call()  # builds and binds, which a capture must not
+    again = support.captured(call).replay if device.type == "cuda" else call
+    for seed in range(1, 5):
+        scene.take_inputs(scene_of(seed))
+        support.poison(scene.backends)
+        again()
+        scene.compare()
+
+
 def test_precompute_into_buffers_of_another_mode_is_another_plan(device: torch.device) -> None:
     """The table of plans knows the mode: a verify must not find the plan of a decode step on the same tensors."""
     out = support.destination(SEVEN, 12, 90, 16, requests=12, device=device)
@@ -275,7 +316,7 @@ def test_copy_of_a_part(device: torch.device, wanted: dict[str, Any], arguments:
 
 def test_copy_of_pages_of_one_token(device: torch.device) -> None:
     """With pages of one token both names are one tensor, in the source and in the destinations."""
-    config = CONFIGURATIONS["one token a page"]
+    config = CONFIGURATIONS["one token per page"]
     scene = Scene(config.replace(extent="full"), batch(6, 50), device)
     made = precompute(scene)
     assert made.real_page_table is made.page_indices

@@ -18,7 +18,7 @@ from onelaunch import JitPolicyError, KernelConfig, MetadataBuffers
 from onelaunch.build import toolchain
 from onelaunch.cache.store import Store
 from onelaunch.load import loader
-from support import POISON, assert_same
+from support import POISON, assert_same, captured, poison
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,19 +27,6 @@ DEVICE = torch.device("cuda", 0)
 LIVE = STRATEGIES["live"]
 # Of which the rows, and so the shapes of the destinations, are the same whatever the lengths.
 SHAPE = batch(42, 1031, seed=1)
-
-
-def poison(scene: Scene) -> None:
-    for backend in scene.backends:
-        for storage in backend.storages.values():
-            storage.fill_(POISON)
-
-
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
 
 
 # ------------------------------------------------------------------------------------------------ graphs
@@ -53,13 +40,8 @@ def test_graph_replays_follow_the_inputs(name: str) -> None:
     graph = captured(lambda: scene.run(plan))
     for seed in range(2, 6):
         other = Scene(STRATEGIES[name], batch(42, 1031, page_size=seed, seed=seed), DEVICE)
-        inputs = ("seq_lens", "req_pool_indices", "req_to_token")
-        for mine, theirs in (
-            *((getattr(scene, tensor), getattr(other, tensor)) for tensor in inputs),
-            *((getattr(scene.source, field.name), tensor) for field, tensor in other.source.items()),
-        ):
-            mine.copy_(theirs)
-        poison(scene)
+        scene.take_inputs(other)
+        poison(scene.backends)
         graph.replay()
         if "kv_indices" in scene.config.fields:  # as long as the first lengths needed
             other.expected = [_first(buffers, scene.capacity) for buffers in other.expected]
@@ -83,7 +65,7 @@ def test_graphs_of_several_batch_sizes_share_the_destinations() -> None:
         for bs in sizes
     }
     for bs in (7, 64, 1, 31):
-        poison(scene)
+        poison(scene.backends)
         graphs[bs].replay()
         settings = {"index_topk": LIVE.index_topk, "page_size": LIVE.page_size, "extent": "live"}
         inputs = scene.seq_lens[:bs], scene.req_pool_indices[:bs], scene.req_to_token
@@ -215,7 +197,7 @@ def test_a_call_allocates_nothing_and_can_be_captured(make: Make) -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     written = [{name: s.clone() for name, s in b.storages.items()} for b in scene.backends]
     graph = captured(call)
-    poison(scene)
+    poison(scene.backends)
     graph.replay()
     for backend, wanted in zip(scene.backends, written, strict=True):
         for name, storage in backend.storages.items():
@@ -231,7 +213,7 @@ def test_the_launch_is_on_the_current_stream() -> None:
     late = torch.zeros_like(scene.seq_lens)
     plan.run(late, scene.req_pool_indices)
     torch.cuda.synchronize()
-    poison(scene)
+    poison(scene.backends)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -55,7 +55,7 @@ def test_offsets_and_fields_belong_to_the_backends_of_a_group(device: torch.devi
 @pytest.mark.parametrize("partition", [[[0], [1]], [[0, 1], [1, 2]], [[0, 1, 3]], [[0, 1, 2], []], [0, 1, 2], [["0"]]])
 def test_groups_that_are_no_partition_are_refused(partition: list[Any]) -> None:
     backends, pool, _, _ = scene("cpu", 3)
-    with pytest.raises(ArgumentError, match="in which each of the 3 backends is once"):
+    with pytest.raises(ArgumentError, match="with each of the 3 backends exactly once"):
         onelaunch.bind_groups(buffers_of(backends), partition, req_to_token=pool)
 
 
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_named_as_the_caller_numbers_it() -> None:
     with pytest.raises(ArgumentError, match=r"backends\[2\].cache_seqlens has dtype float32"):
         onelaunch.bind_groups(buffers, [[0, 1], [2]], req_to_token=pool)
     buffers[2].cache_seqlens = buffers[0].cache_seqlens
-    message = r"backends\[(0|2)\].cache_seqlens overlaps backends\[(0|2)\].* put backends that share a tensor into one"
+    message = r"backends\[(0|2)\].cache_seqlens overlaps backends\[(0|2)\].* Put backends that share a tensor into one"
     with pytest.raises(ArgumentError, match=message):
         onelaunch.bind_groups(buffers, [[0, 1], [2]], req_to_token=pool)
     assert onelaunch.bind_groups(buffers, [[0, 2], [1]], req_to_token=pool).plans[0].config.distinct

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import onelaunch
 import pytest
 
-HEAVY = ("torch", "jinja2", "numpy", "ninja", "typer", "rich")
+HEAVY = ("torch", "jinja2", "numpy", "ninja", "click")
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -96,3 +98,45 @@ def test_what_cannot_run_it_is_refused_at_import(disguise: str, message: str) ->
     done = run(f"import sys\n{disguise}\nimport onelaunch")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"ImportError: {message}"
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [
+        ("2.9.1+cu128", "torch is 2.9.1+cu128, and onelaunch needs 2.11 or later. Nothing was changed: use an engine"),
+        ("", "torch isn't installed. Install the torch that your engine needs, 2.11 or later."),
+    ],
+)
+def test_an_older_torch_is_a_sentence_at_the_first_use(version: str, sentence: str, tmp_path: Path) -> None:
+    """The metadata of an older torch, found before the real one's."""
+    folder = tmp_path / f"torch-{version or 'x'}.dist-info"
+    folder.mkdir()
+    if version:
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    code = f"""
+import importlib.metadata, sys
+sys.path.insert(0, {str(tmp_path)!r})
+if not {version!r}:
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+    importlib.metadata.version = missing
+import onelaunch
+for use in (lambda: onelaunch.bind, lambda: onelaunch.specialize(onelaunch.KernelConfig(target="cpu"))):
+    try:
+        use()
+    except onelaunch.ToolchainError as error:
+        print(error)
+print("torch" in sys.modules)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    first, second, imported = done.stdout.splitlines()
+    assert first == second
+    assert first.startswith(sentence)
+    assert imported == "False"
+
+
+def test_no_installer_would_exchange_an_engines_torch() -> None:
+    needs = [need for need in metadata.requires("onelaunch") or () if "extra" not in need]
+    assert "torch" in needs, "without a bound"
+    assert sorted(re.match(r"[\w-]+", need)[0] for need in needs) == ["click", "jinja2", "ninja", "setuptools", "torch"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ import onelaunch
 import pytest
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
-from onelaunch.cache import staging, tiers
+from onelaunch.cache import files, tiers
 from onelaunch.cache import store as stores
 from onelaunch.cache.store import OWN_NAMES, TAG, Store
 from onelaunch.load import loader
@@ -92,37 +93,49 @@ def left_in(root: Path) -> list[Path]:
     return [path for path in (*inside, *beside) if path not in own]
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.long)])
+SITUATIONS = {
+    "there is no cache": (None, SMALL),
+    "there is a cache": (SMALL, OTHER),
+    "it is built": (SMALL, SMALL),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("count", [8, pytest.param(170, marks=pytest.mark.long)])
 def test_what_killed_processes_leave_is_swept(
-    count: int, made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, situation: str, made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At equally spaced lines from the first to the last: of a first build, of a second one, and of a load."""
-    root, whole = tmp_path / "cache", tmp_path / "whole"
-    lines = traced(lambda: loader.load(SMALL, store=Store(whole)), 0)
-    assert lines > 500
-    left = 0
+    """At equally spaced lines from the first to the last of a load."""
+    before, wanted = SITUATIONS[situation]
+    template = tmp_path / "template"
+    if before is not None:
+        traced(lambda: loader.load(before, store=Store(template)), 0)
+
+    def cache(name: str) -> Store:
+        if template.exists():
+            shutil.copytree(template, tmp_path / name)
+        return Store(tmp_path / name)
+
+    # Paths of other lengths take some lines more or fewer.
+    lines = traced(lambda: loader.load(wanted, store=cache("whole")), 0) - 30
+    caches, left = [], 0
     for number in range(count):
-        # Every fifth begins with no cache at all; the others meet what was left by those before.
-        if number % 5 == 0 and root.exists():
-            root.rename(tmp_path / f"cache-{number}")
-        config = (SMALL, OTHER)[number % 2]
-        at = 1 + number * (lines - 1) // max(1, count - 1)
-        traced(lambda config=config: loader.load(config, store=Store(root)), at)
-        left += len(left_in(root))
+        caches.append(store := cache(f"cache-{number}"))
+        at = 1 + number * (lines - 1) // (count - 1)
+        assert traced(lambda store=store: loader.load(wanted, store=store), at) == 0, "it wasn't killed"
+        left += len(left_in(store.root))
         # Whoever comes next finds it or builds it, and doesn't wait for the dead.
-        if number % 5 == 4:
+        if number % 8 == 3:
             began = time.monotonic()
-            assert traced(lambda: [loader.load(config, store=Store(root)) for config in (SMALL, OTHER)], 0)
+            assert traced(lambda store=store: loader.load(wanted, store=Store(store.root)), 0)
             assert time.monotonic() - began < 60
-    assert left > 0, "nothing was killed halfway"
+    assert (left > 0) == (situation != "it is built")
     # As if the last of them had died a while ago.
-    monkeypatch.setattr(staging.time, "time", lambda now=time.time: now() + 3600)
-    for cache in (root, *tmp_path.glob("cache-*")):
-        store = Store(cache)
+    monkeypatch.setattr(files.time, "time", lambda now=time.time: now() + 3600)
+    for store in caches:
         store.sweep()
-        assert left_in(cache) == []
-        assert store.is_marked
-        for entry in store.entries():
-            assert entry.key == cache.joinpath("entries", entry.key).name
+        assert left_in(store.root) == []
+        assert store.is_marked or not store.root.exists() or list(store.root.iterdir()) == []
+        assert len(list(store.entries())) == len(store.stored_keys())
         assert store.listed("damaged") == []
     assert list((tmp_path / "temporary").iterdir()) == []

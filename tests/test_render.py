@@ -538,7 +538,7 @@ def test_the_host_divides_where_threads_would_have_to(
     assert config.strategy == strategy
     source = render(config)
     assert ("std::uint32_t own_blocks;" in source) == (split == "own_blocks")
-    assert ("std::uint32_t tiles;  // of a row" in source) == (split == "tiles")
+    assert ("std::uint32_t tiles;  // per row" in source) == (split == "tiles")
     assert ("split_of(params" in source) == (split is not None)
     assert ("const __grid_constant__ Split split" in source) == (split is not None)
 

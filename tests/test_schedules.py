@@ -53,8 +53,18 @@ def test_the_atoms_of_an_item_follow_one_another() -> None:
     assert reference.paged_mqa_schedule([300, 700], 5, atoms=2) == [[0, 0], [1, 0], [2, 0], [2, 2], [3, 1], [4, 0]]
 
 
+def test_where_splits_cost_work_entries_begin_at_requests() -> None:
+    # Two tokens a request and 2 units a split: 2, 0 and 3 splits are 10 units, 4, 3 and 3 for three multiprocessors.
+    lengths, tokens = [300, 0, 700], {"atoms": 2, "split_cost": 2, "remainder": "first"}
+    # The second one begins with unit 4, the first of the third request; the third with unit 7, in that one's split 1.
+    assert reference.paged_mqa_schedule(lengths, 3, **tokens) == [[0, 0], [4, 0], [4, 1], [6, 0]]
+    # With one token a request, and a unit a split, it is the schedule of atoms.
+    one = {"split_cost": 1, "remainder": "first"}
+    assert reference.paged_mqa_schedule(lengths, 3, **one) == [[0, 0], [2, 0], [2, 2], [3, 0]]
+
+
 def test_multiprocessors_without_work() -> None:
-    assert reference.paged_mqa_schedule([0, 0], 2) == [[1, 0], [1, 0], [2, 0]]
+    assert reference.paged_mqa_schedule([0, 0], 2) == [[2, 0], [2, 0], [2, 0]]
     assert reference.paged_mqa_schedule([0, 0], 2, remainder="first") == [[2, 0], [2, 0], [2, 0]]
     assert reference.paged_mqa_schedule([], 2) == [[0, 0]] * 3
     assert reference.paged_mqa_schedule([9], 3) == [[0, 0], [0, 0], [0, 0], [1, 0]]
@@ -90,7 +100,7 @@ def test_the_parts_of_flashmla_by_hand() -> None:
         [[0, 0, 0, 10, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0]],
         [0, 1, 2],
     )
-    # One request of 100 blocks: a payload of 40, 35 blocks a part.
+    # One request of 100 blocks: a payload of 40, 35 blocks per part.
     assert reference.flashmla_schedule([6400], 3) == (
         [[0, 0, 0, 35, 0, 1, 1, 0], [0, 0, 35, 70, 1, 1, 1, 0], [0, 0, 70, 100, 2, 1, 1, 0]],
         [0, 3],
@@ -147,7 +157,13 @@ def test_schedules_of_any_lengths(remainder: str, order: str, kind: str, device:
 @pytest.mark.parametrize("next_n", [1, 2, 3, 4])
 def test_the_atoms_of_a_verified_request(next_n: int, device: torch.device) -> None:
     """Half of next_n, rounded up, unless their number is given; a row is one."""
-    for settings, atoms in (({}, (next_n + 1) // 2), ({"schedule_atoms": 3}, 3), ({"schedule_per": "row"}, 1)):
+    for settings, atoms in (
+        ({}, (next_n + 1) // 2),
+        ({"schedule_atoms": 3}, 3),
+        ({"schedule_per": "row"}, 1),
+        ({"schedule_split_cost": next_n, "schedule_remainder": "first"}, next_n),
+        ({"schedule_split_cost": 9, "schedule_per": "row"}, 1),
+    ):
         config = KernelConfig(fields=(MQA,), mode="target_verify", next_n=next_n, **settings)
         assert config.atoms == atoms
         check(config, Shape("edges", tuple(lengths_for(37, "edges"))), device)
@@ -191,7 +207,7 @@ def test_an_unknown_order_of_a_sparse_schedule_is_refused() -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"fields": (MQA,), "operation": "copy"}, "computed by each refresh, and not copied"),
+        ({"fields": (MQA,), "operation": "copy"}, "a copy can't write schedules"),
         ({"fields": ("num_splits",)}, "num_splits without flashmla_metadata"),
         ({"fields": (MQA,), "schedule_remainder": "middle"}, "schedule_remainder is 'middle'"),
         ({"fields": (MQA,), "schedule_per": "rows"}, "Did you mean 'row'"),
@@ -199,12 +215,12 @@ def test_an_unknown_order_of_a_sparse_schedule_is_refused() -> None:
         ({"fields": ("flashmla_metadata",), "flashmla_order": 2026}, "flashmla_order is 2026"),
         (
             {"fields": (MQA,), "mode": "draft_extend", "extend": "variable", "schedule_per": "row"},
-            "a schedule of rows is defined for next_n rows a request",
+            "a schedule of rows is defined for next_n rows per request",
         ),
-        ({"fields": (MQA,), "mode": "draft_extend", "extend": "variable"}, "Give their number"),
+        ({"fields": (MQA,), "mode": "draft_extend", "extend": "variable"}, "Set schedule_atoms"),
         (
             {"fields": (MQA,), "num_backends": 2, "seqlen_offsets": (1, 2), "distinct": ((MQA, 1),)},
-            "share a table that all of them have, or nothing",
+            "can share only a table, and only if all of them share it",
         ),
     ],
 )
@@ -244,7 +260,7 @@ def int32(*shape: int) -> torch.Tensor:
         ("flashmla_metadata", int32(0, 8), r"shape \(0, 8\); it must be \[num_sm_parts, 8\], of 1 to 512 rows"),
         ("flashmla_metadata", int32(513, 8), "of 1 to 512 rows"),
         ("flashmla_metadata", int32(4, 5), r"shape \(4, 5\)"),
-        ("num_splits", int32(0), "must have room for the first 0"),
+        ("num_splits", int32(0), "with room for the first 0"),
     ],
 )
 def test_tensors_that_are_no_schedule_are_refused(name: str, tensor: torch.Tensor, message: str) -> None:
@@ -261,10 +277,10 @@ def test_backends_of_other_sizes_are_refused() -> None:
 
 def test_a_shared_schedule_of_different_lengths_is_refused() -> None:
     schedule = int32(9, 2)
-    with pytest.raises(ArgumentError, match="backends of different lengths share a table that all of them have"):
+    with pytest.raises(ArgumentError, match="backends with different offsets can share only a table"):
         onelaunch.bind([bad(MQA, schedule)] * 2, req_to_token=int32(2, 9), seqlen_offsets=(1, 2))
 
 
 def test_schedules_are_not_copied() -> None:
-    with pytest.raises(ConfigError, match="computed by each refresh"):
+    with pytest.raises(ConfigError, match="which each refresh computes"):
         onelaunch.fused_metadata_copy_cuda(bad(MQA, int32(9, 2)), bad(MQA, int32(9, 2)))

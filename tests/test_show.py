@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from click.testing import CliRunner
 from onelaunch import KernelConfig, preset, render
 from onelaunch.cache import files
 from onelaunch.cli.main import app
-from onelaunch.cli.show import LEXERS, show
 from onelaunch.inspect import views
 from onelaunch.inspect.kernels import find
 from onelaunch.load import loader
@@ -24,23 +21,6 @@ CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
 
 def invoke(*words: str) -> Any:
     return CliRunner().invoke(app, ["show", *words])
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, *words: str, **environment: str) -> str:
-    screen = Terminal()
-    for name in ("NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"TERM": "xterm-256color", "COLUMNS": str(width), **environment}.items():
-        monkeypatch.setenv(name, value)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", screen)
-        show(list(words), standalone_mode=False)
-    return screen.getvalue()
 
 
 def test_it_prints_the_source_and_nothing_else() -> None:
@@ -74,28 +54,6 @@ def test_machine_code_of_a_file(tmp_path: Path) -> None:
     sass = invoke(file, "--what", "sass", "--annotate", "--arch", "90a")
     assert sass.exit_code == 0, sass.output
     assert re.search(r"// \d+: .*seq_lens", sass.stdout)
-
-
-def test_colours_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = render(preset("nsa-decode-1"))
-    # No line is folded or cut, however narrow it is: what is copied from a terminal must compile.
-    text = on_a_terminal(monkeypatch, 40, "nsa-decode-1")
-    assert "\x1b[" in text
-    assert re.sub(r"\x1b\[[\d;]*m", "", text) == source
-    assert on_a_terminal(monkeypatch, 40, "nsa-decode-1", NO_COLOR="1") == source
-    assert "\x1b[" not in invoke("nsa-decode-1").stdout
-
-
-@pytest.mark.parametrize("what", ["binding", "key"])
-def test_every_lexer_is_one(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pygments.lexers import get_lexer_by_name
-
-    assert tuple(LEXERS) == views.VIEWS
-    for lexer in (*LEXERS.values(), "json", "diff"):
-        assert get_lexer_by_name(lexer)
-    loader.load(CPU)
-    text = on_a_terminal(monkeypatch, 200, "--what", what, "--set", CPU.settings())
-    assert re.sub(r"\x1b\[[\d;]*m", "", text) == views.view(find(None, CPU.settings()), what)
 
 
 def test_into_a_folder_with_what_editors_want(tmp_path: Path) -> None:
@@ -149,7 +107,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         (["--set", "page_size=many"], "page_size is 'many'; it must be a whole number"),
         (["--set", "page_sise=3"], "Did you mean 'page_size'?"),
         (["--set", "num_backends=0"], "num_backends is 0; allowed: 1 or more"),
-        (["--set", "num_backends=100000"], "Refresh the backends in several plans."),
+        (["--set", "num_backends=100000"], "Bind the backends in several plans."),
         (["0123456789abcdef"], "No entry's key begins with '0123456789abcdef'; `onelaunch list` shows them."),
     ],
 )

@@ -200,7 +200,7 @@ def test_a_declaration_of_ones_own() -> None:
         with pytest.raises(ConfigError, match=f"formula of mine, column 1 of .*{reason}"):
             declare(text)
     for named in ("row", "seqlens_expanded"):
-        with pytest.raises(ConfigError, match=f"formula of mine, '{named} . 1', names {named}, which each row has"):
+        with pytest.raises(ConfigError, match=f"formula of mine, '{named} . 1', names {named}, which is per row"):
             declare(f"{named} + 1", "request")
 
 

@@ -1,4 +1,4 @@
-"""The C++ of a kernel's Python binding: templates/binding.cpp behind a few macros."""
+"""The C++ of a kernel's Python binding: a few macros, then templates/binding.cpp."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def _text() -> str:
 
 
 def module_name(symbol: str) -> str:
-    """The import name of a kernel's binding, by the stem of the kernel's exported names."""
+    """The import name of a kernel's binding; ``symbol`` is the stem of the kernel's exported names."""
     return f"{symbol}_binding"
 
 
 def render_binding(config: KernelConfig, module: str) -> str:
-    """The binding of a configuration's kernel; ``module`` is the import name that is baked into it."""
+    """The binding of a configuration's kernel; ``module`` is the import name that is compiled into it."""
     return _binding(config.symbol, module, layout.call_words(config), len(layout.param_words(config)))
 
 
 def render_plain_binding(symbol: str, call_words: Sequence[str], words: int) -> str:
-    """The binding of a kernel that no configuration describes; its module is named ``<symbol>_binding``.
+    """The binding of a kernel without a configuration; its module is named ``<symbol>_binding``.
 
     Args:
         symbol: stem of the exported names.

@@ -1,6 +1,6 @@
 """Kernels edited by hand: $ONELAUNCH_OVERRIDE_DIR/<symbol>.cu is compiled in place of what the templates emit.
 
-Triton's TRITON_OVERRIDE_DIR has the idea. An edit is part of the key, so no cache ever takes one for the other.
+The idea is from Triton's TRITON_OVERRIDE_DIR. The edited text is part of the key, so no cache confuses the two kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def edited(config: KernelConfig) -> Edited | None:
     """The edited source of a configuration; None if there is none, or if it is what the templates emit anyway.
 
     Raises:
-        StoreError: the folder or file can't be read, or somebody else could have written it.
+        StoreError: the folder or file can't be read, or another user could have written it.
     """
     name = OVERRIDE_VARIABLE.read()
     if not name:

@@ -1,4 +1,4 @@
-"""Configuration to source text: the one Jinja environment, and the only place that C++ spellings come from."""
+"""Configuration to source text. Holds the only Jinja environment; no other module spells C++ types."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .binding import render_plain_binding
 if TYPE_CHECKING:
     import jinja2
 
-# The functions that compute a schedule or the vectors, each in blocks of its own.
+# By field, the function that computes a schedule in a block of its own.
 _SCHEDULERS = {"paged_mqa_schedule_metadata": "schedule_mqa", "flashmla_metadata": "schedule_flashmla"}
 _MEMBER_TYPES = {
     "int64": "std::int64_t ",
@@ -44,7 +44,7 @@ def _device(name: str) -> str:
     """The text of device/<name>.cuh, emitted as it is."""
     text = _read(f"device/{name}.cuh")
     if text is None:
-        raise LookupError(f"there is no device/{name}.cuh among the templates.")
+        raise LookupError(f"the templates have no device/{name}.cuh.")
     return text.rstrip("\n")
 
 
@@ -68,7 +68,7 @@ def _environment() -> jinja2.Environment:
 def render(config: KernelConfig) -> str:
     """The emitted CUDA (or, for ``target="cpu"``, C++) of a configuration.
 
-    The text depends on the configuration and the templates alone: no time, no path, no machine.
+    The text depends only on the configuration and the templates, not on time, paths or the machine.
     """
     return _environment().get_template("kernel.cu.j2").render(_context(config))
 
@@ -96,9 +96,9 @@ def _context(config: KernelConfig) -> dict[str, Any]:
 def device_files(config: KernelConfig) -> list[str]:
     """The files of templates/device/ that a configuration's kernel has, without their suffix, in order."""
     strategy, copies = config.strategy, config.copies
-    rows = bool(config.tables) and strategy != "indices"  # tables with a row for each request, or for each of its rows
+    rows = bool(config.tables) and strategy != "indices"  # tables that have rows
     tokens, pages = copies or "page_indices" in config.fields, not copies and bool(config.paged_tables)
-    counts = strategy in ("live", "variable", "indices")  # tiles of requests of different length
+    counts = strategy in ("live", "variable", "indices")  # it counts the tiles of requests of different lengths
     computes = not copies and bool(config.vectors or config.schedules)
     vectorized = config.vector_bytes == 16
     ends = "live_ends" if config.live else "full_ends"
@@ -153,7 +153,7 @@ def _copy_tile_file(config: KernelConfig) -> str:
 
 
 def _roles(config: KernelConfig) -> list[str]:
-    """The functions of the blocks before those that write tables."""
+    """The functions that the first blocks run, before those that write tables."""
     if config.copies:
         return []
     return [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
@@ -177,7 +177,7 @@ def render_baseline(
         words: 64-bit words of its parameter block.
         config: a configuration whose settings and parameter block the template uses.
         plan_words: names of 64-bit words that the template adds at the end of that block.
-        facts: what else the template asks for.
+        facts: further variables of the template.
     """
     context = {"target": "cuda", **(_context(config) if config else {}), **facts, "symbol": symbol}
     if config:
@@ -188,7 +188,7 @@ def render_baseline(
 
 
 def _banner(config: KernelConfig) -> list[tuple[str, str]]:
-    """The settings as the banner shows them."""
+    """The settings as (name, text) pairs for the banner."""
     shown = []
     for name, value in config.shown_settings().items():
         if isinstance(value, dict):

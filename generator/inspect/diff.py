@@ -23,12 +23,13 @@ def difference(one: Subject, other: Subject, what: str, context: int = 3) -> str
         what: one of COMPARED.
         context: equal lines around each difference.
     """
-    before, after = (_comparable(kernel, what).splitlines(keepends=True) for kernel in (one, other))
+    before, after = (comparable(kernel, what).splitlines(keepends=True) for kernel in (one, other))
     was, now = (f"{kernel.name} ({what}{', edited by hand' if kernel.edited else ''})" for kernel in (one, other))
     return "".join(difflib.unified_diff(before, after, was, now, n=context))
 
 
-def _comparable(kernel: Subject, what: str) -> str:
+def comparable(kernel: Subject, what: str) -> str:
+    """A view without what differs by name alone."""
     if what == "resources":
         return table(machine_code.resources(kernel))
     text = view(kernel, what).replace(kernel.symbol, "onelaunch_kernel")

@@ -34,7 +34,7 @@ def sass(kernel: Subject, annotate: bool = False) -> str:
 
 
 def resources(kernel: Subject) -> dict[str, dict[str, int]]:
-    """Registers a thread, and bytes of shared, stack and local memory, by architecture.
+    """Registers per thread, and bytes of shared, stack and local memory, by architecture.
 
     Raises:
         ArgumentError: it is for the CPU.

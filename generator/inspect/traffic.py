@@ -42,7 +42,7 @@ class Traffic:
         written: what it writes of each field.
         bytes_read: of all that it reads, each word once.
         width: columns of the tables, in tokens.
-        rows: R, the rows of fields with one element a row; the requests in decode.
+        rows: R, the rows of fields with one element per row; the requests in decode.
     """
 
     written: tuple[Written, ...]
@@ -86,7 +86,7 @@ def traffic(
         num_sm_parts: rows of flashmla_metadata; None is num_sms. kv_indices has room for all tokens.
 
     Raises:
-        ArgumentError: a number is negative, or rows are not one number a request.
+        ArgumentError: a number is negative, or rows are not one number per request.
     """
     copies = config.operation == "copy"
     num_sms = H100_SMS if num_sms is None else num_sms

@@ -9,61 +9,66 @@ from typing import Any
 _CONTEXT = "sglang.srt.runtime_context"
 
 
-def _is_set(name: str) -> Callable[[Any], bool]:
-    """Whether the attribute is there, and neither None nor False nor 0."""
-    return lambda owner: bool(getattr(owner, name, None))
+def _is_set(value: Any) -> bool:
+    """Whether an attribute is neither None nor False nor 0."""
+    return bool(value)
 
 
-def _is_there(name: str) -> Callable[[Any], bool]:
-    return lambda owner: getattr(owner, name, None) is not None
+def _is_there(value: Any) -> bool:
+    return value is not None
 
 
-def _above_one(name: str) -> Callable[[Any], bool]:
-    return lambda owner: (getattr(owner, name, None) or 1) > 1
+def _above_one(value: Any) -> bool:
+    return (value or 1) > 1
 
 
-def _translates(owner: Any) -> bool:
-    translator = getattr(owner, "kv_index_translator", None)
-    return bool(getattr(translator, "is_translating", False) or getattr(translator, "reads_are_translated", False))
-
-
-def _context_parallel(owner: Any) -> bool:
-    """Whether the process decodes with context parallelism; TRTLLM-MLA asks SGLang's context and has no attribute."""
-    context = sys.modules.get(_CONTEXT)
-    if context is None or not type(owner).__module__.startswith("sglang."):
-        return False
-    return bool(getattr(context.get_parallel(), "dcp_enabled", False))
-
-
-def _int64_indices(owner: Any) -> bool:
-    return type(owner).__name__.startswith("Triton")
-
-
+_UNIFIED = "the pool is unified: req_to_token holds virtual ids"
 _PART_OF_TOKENS = "decode context parallelism: a rank has some of the tokens only"
 _SWA = "a sliding-window pool has a second table and write locations"
 
-# The attribute, how it shows, what it means, and whether even the tensors that onelaunch does refresh would be wrong.
-# The attribute is looked for in the backend and in each of its children.
+# The attribute, how its value shows, what it means, and whether even the tensors that onelaunch does refresh would be
+# wrong. The attribute is looked for in the backend and in each of its children; those of SGLang 0.5.17 alone are so
+# marked.
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, bool], ...] = (
-    ("kv_index_translator.is_translating", _translates, "the pool is unified: req_to_token holds virtual ids", True),
-    ("kv_indices", _int64_indices, "they are int64, and onelaunch writes int32 alone", True),
-    ("draft_window_size", _is_set("draft_window_size"), "lists leave out the middle of a request", True),
-    ("draft_sink_size", _is_set("draft_sink_size"), "lists leave out the middle of a request", True),
-    ("is_prefill_aware_swa", _is_set("is_prefill_aware_swa"), "tables leave out a part of the prompt", True),
-    ("is_encoder_decoder", _is_set("is_encoder_decoder"), "encoder tokens lie before a request's own", True),
-    ("dcp_size", _above_one("dcp_size"), _PART_OF_TOKENS, True),
-    ("dcp_world_size", _above_one("dcp_world_size"), _PART_OF_TOKENS, True),
-    ("dcp_enabled", _context_parallel, _PART_OF_TOKENS, True),
-    ("_kv_shard_pool", _is_there("_kv_shard_pool"), "the pool is sharded: a rank has some of the tokens", True),
-    ("topk", _above_one("topk"), "a draft tree has rows for each branch", False),
-    ("window_rail", _is_set("window_rail"), "layers with a sliding window have lists of their own", False),
-    ("use_sliding_window_kv_pool", _is_set("use_sliding_window_kv_pool"), _SWA, False),
-    ("_swa_kv_pool", _is_there("_swa_kv_pool"), _SWA, False),
-    ("local_attn_builder", _is_there("local_attn_builder"), "local attention has tables of chunks", False),
-    ("expand_encoder_only_verify", _is_set("expand_encoder_only_verify"), "encoder layers have their own rows", False),
-    ("dsa_index_kpool", _above_one("dsa_index_kpool"), "k-pools have write plans, which onelaunch doesn't make", False),
-    ("hisparse_coordinator", _is_there("hisparse_coordinator"), "HiSparse moves tokens between pools", False),
-)  # fmt: skip
+    ("kv_index_translator.is_translating", _is_set, _UNIFIED, True),
+    ("kv_index_translator.reads_are_translated", _is_set, _UNIFIED, True),
+    ("_unified_hooks.enabled", _is_set, _UNIFIED, True),  # 0.5.17: FA3
+    ("_v2p_page_table", _is_there, _UNIFIED, True),  # 0.5.17: TRTLLM-MLA
+    ("_translate_kv_loc", _is_there, _UNIFIED, True),  # 0.5.17: Triton
+    ("indices_updater_decode._translate_kv_loc_dense", _is_there, _UNIFIED, True),  # 0.5.17: FlashInfer-MLA
+    ("draft_window_size", _is_set, "lists leave out the middle of a request", True),
+    ("draft_sink_size", _is_set, "lists leave out the middle of a request", True),
+    ("is_prefill_aware_swa", _is_set, "tables leave out a part of the prompt", True),
+    ("is_encoder_decoder", _is_set, "encoder tokens lie before a request's own", True),
+    ("dcp_size", _above_one, _PART_OF_TOKENS, True),
+    ("dcp_world_size", _above_one, _PART_OF_TOKENS, True),
+    ("_kv_shard_pool", _is_there, "the pool is sharded: a rank has some of the tokens", True),
+    ("topk", _above_one, "a draft tree has rows for each branch", False),
+    ("window_rail", _is_set, "layers with a sliding window have lists of their own", False),
+    ("window_kv_indptr", _is_there, "layers with a sliding window have lists of their own", False),
+    ("dllm_attention", _is_there, "diffusion models attend by other metadata", False),
+    ("use_sliding_window_kv_pool", _is_set, _SWA, False),
+    ("_swa_kv_pool", _is_there, _SWA, False),
+    ("has_local_attention", _is_set, "local attention has tables of chunks", False),
+    ("expand_encoder_only_verify", _is_set, "encoder layers have their own rows", False),
+    ("dsa_index_kpool", _above_one, "k-pools have write plans, which onelaunch doesn't make", False),
+    ("hisparse_coordinator", _is_there, "HiSparse moves tokens between pools", False),
+)
+
+
+def _value(owner: Any, path: str) -> Any:
+    """An attribute, or an attribute of one; None where there is none."""
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def _context_parallel(backend: Any) -> bool:
+    """Whether the process decodes with context parallelism; TRTLLM-MLA asks SGLang's context and has no attribute."""
+    context = sys.modules.get(_CONTEXT)
+    if context is None or not type(backend).__module__.startswith("sglang."):
+        return False
+    return bool(getattr(context.get_parallel(), "dcp_enabled", False))
 
 
 def refusal(backend: Any, *, partly: bool = False) -> str:
@@ -74,10 +79,10 @@ def refusal(backend: Any, *, partly: bool = False) -> str:
         partly: whether it is enough that what onelaunch refreshes is right, though the backend has more.
     """
     owners = [backend, *(getattr(backend, "attn_backends", None) or ())]
-    for name, shows, reason, wrong in _REFUSED:
-        if (wrong or not partly) and any(shows(owner) for owner in owners):
-            return f"{name} is set: {reason}"
-    return ""
+    for path, shows, reason, wrong in _REFUSED:
+        if (wrong or not partly) and any(shows(_value(owner, path)) for owner in owners):
+            return f"{path} is set: {reason}"
+    return f"dcp_enabled is set: {_PART_OF_TOKENS}" if _context_parallel(backend) else ""
 
 
 def batch_refusal(forward_batch: Any) -> str:
@@ -110,7 +115,7 @@ def wide_table_refusal(backend: Any) -> str:
             return "dsa_index_kpool is above 1: the top-k of pools reads it"
         if getattr(child, "hisparse_coordinator", None) is not None:
             return "hisparse_coordinator is set: HiSparse reads it"
-        if getattr(child, "physical_page_size", 1) == 1:
+        if (getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)) == 1:
             return "pages have one token: it is the only table"
         if getattr(child, "need_pad_heads", None) is not None:  # set on AMD GPUs alone
             return "the indexer of AMD GPUs reads it"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import pickle
 import threading
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .. import errors
@@ -15,6 +19,8 @@ from . import loader, pack
 
 # While a rank builds, all meet in a collective this often, so that none waits in one until the group's time-out.
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.02, 1.0
+# Who comes this much later than the others to one of those collectives is taken for gone.
+_PATIENCE_SECONDS = 60.0
 
 
 def distribute(
@@ -26,8 +32,10 @@ def distribute(
 ) -> list[loader.Kernel]:
     """Builds configurations once for a whole job: each architecture's first rank builds, and sends to the others.
 
-    Every rank of the group calls this with equal ``configs``. If one rank fails, all raise the same error, at once. A
-    rank that is interrupted raises its interrupt, and the others an error that names it.
+    Every rank of the group calls this with equal ``configs``; the first one waits for the last one as long as the
+    group's own time-out says. From then on they talk through gloo, on their CPUs. If one rank fails, all raise the same
+    error, at once. A rank that is interrupted raises its interrupt, and the others an error that names it. If one is
+    killed, or doesn't answer for a minute, all others raise an error that says so.
 
     Args:
         configs: what to build or load.
@@ -46,19 +54,28 @@ def distribute(
 
     if not dist.is_available() or not dist.is_initialized():
         raise ArgumentError("torch.distributed isn't initialized: call init_process_group before distribute().")
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
+    if dist.get_rank(group) < 0:
         raise ArgumentError(
             f"Rank {dist.get_rank()} isn't in the group given to distribute(): call it on the group's ranks only."
         )
-    store = store or loader.default_store()
-    wanted = list(configs)
+    ranks = _Ranks(dist, group)
+    try:
+        return _distribute(ranks, configs, archs, store or loader.default_store())
+    finally:
+        ranks.close()
+
+
+def _distribute(
+    ranks: _Ranks, configs: Sequence[KernelConfig], archs: Sequence[str] | None, store: Store
+) -> list[loader.Kernel]:
+    rank, wanted = ranks.rank, list[KernelConfig]()
 
     def request() -> tuple[list[str], list[str]]:
+        wanted.extend(configs)
         targets = tuple(archs or toolchain.current_architectures())
         return [config.key for config in wanted], [toolchain.gencode_flags((arch,))[0] for arch in targets]
 
-    requests = _gather(dist, group, _Work(request))
+    requests = ranks.gather(_Work(request))
     for other, (keys, _) in enumerate(requests):
         if keys != requests[0][0]:
             raise StoreError(
@@ -66,7 +83,7 @@ def distribute(
             )
     targets = tuple(flag.rpartition("sm_")[2] for flag in requests[rank][1])
     # The CPU's kernels are the same for all; those of a GPU for all ranks of one architecture.
-    leaders = list(dict.fromkeys(_leader(requests, other) for other in range(size)))
+    leaders = list(dict.fromkeys(_leader(requests, other) for other in range(ranks.size)))
 
     def build() -> bytes:
         if rank not in leaders:
@@ -76,23 +93,19 @@ def distribute(
         return pack.to_bytes(entries.values()) if entries else b""
 
     building = _Work(build, in_thread=True)
-    _gather(dist, group, building, results=False)
-    sent: list[list[Any]] = []
-    for leader in leaders:
-        box = [building.result if rank == leader else None]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(group, leader) if group else leader, group=group)
-        sent.append(box)
+    ranks.gather(building, results=False)
+    sent = [ranks.broadcast(building.result, leader) for leader in leaders]
 
     def take() -> list[loader.Kernel]:
         own = _leader(requests, rank)
         if rank != own and wanted:
-            done = pack.from_bytes(sent[leaders.index(own)][0], store)
+            done = pack.from_bytes(sent[leaders.index(own)], store)
             if done.refused:
                 raise StoreError(f"{done.refused[0][0]} can't run here: {done.refused[0][1]}.")
         return [loader.load(config, targets, store) for config in wanted]
 
     taking = _Work(take)
-    _gather(dist, group, taking, results=False)
+    ranks.gather(taking, results=False)
     return list(taking.result)
 
 
@@ -132,22 +145,93 @@ class _Work:
             self.error = error
 
 
-def _gather(dist: Any, group: Any, work: _Work, results: bool = True) -> list[Any]:
-    """Every rank's result (or None), on every rank, when all have ended; the first error as soon as one has failed."""
-    pause = _FIRST_PAUSE_SECONDS
-    while True:
-        ended = work.ended(pause)
-        failed = _facts(work.error) if work.error is not None else None
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, (ended, failed, work.result if results else None), group=group)
-        if work.error is not None and not isinstance(work.error, Exception):
-            raise work.error
-        for other, (_, facts, _) in enumerate(gathered):
-            if facts is not None:
-                raise _error(facts, other)
-        if all(other_ended for other_ended, _, _ in gathered):
-            return [result for _, _, result in gathered]
-        pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+class _Ranks:
+    """The ranks of a group, with connections of their own, which end on every rank as soon as one of them is gone.
+
+    Args:
+        dist: torch.distributed.
+        group: the caller's group.
+
+    Raises:
+        StoreError: a rank is gone. So does each method.
+    """
+
+    def __init__(self, dist: Any, group: Any) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._gloo: Any = None
+        self._agreed = False
+        names = [None] * self.size
+        with self._talking():
+            # The caller's group knows how long to wait for the last one.
+            dist.all_gather_object(names, uuid.uuid4().hex, group=group)
+            # Not by new_group: all ranks of the job would have to call it, or it names groups alike.
+            store = dist.PrefixStore(f"onelaunch/{names[0]}", dist.distributed_c10d._get_default_store())
+            patience = datetime.timedelta(seconds=_PATIENCE_SECONDS)
+            self._gloo = dist.ProcessGroupGloo(store, self.rank, self.size, patience)
+
+    def gather(self, work: _Work, results: bool = True) -> list[Any]:
+        """Every rank's result (or None), on every rank, when all ended; the first error as soon as one has failed."""
+        pause, self._agreed = _FIRST_PAUSE_SECONDS, False
+        while True:
+            ended = work.ended(pause)
+            failed = _facts(work.error) if work.error is not None else None
+            gathered = self._all((ended, failed, work.result if results else None))
+            self._agreed = True  # if this is the end, all know it
+            if work.error is not None and not isinstance(work.error, Exception):
+                raise work.error
+            for other, (_, facts, _) in enumerate(gathered):
+                if facts is not None:
+                    raise _error(facts, other)
+            if all(other_ended for other_ended, _, _ in gathered):
+                return [result for _, _, result in gathered]
+            pause, self._agreed = min(2 * pause, _MAX_PAUSE_SECONDS), False
+
+    def broadcast(self, data: bytes, rank: int) -> bytes:
+        """A rank's bytes; of the others only the type counts."""
+        import torch
+
+        with self._talking():
+            size = torch.tensor([len(data)])
+            self._gloo.broadcast(size, rank).wait()
+            content = torch.empty(int(size), dtype=torch.uint8)
+            if self.rank == rank and data:
+                content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            self._gloo.broadcast(content, rank).wait()
+        return content.numpy().tobytes()
+
+    def close(self) -> None:
+        """Leaves. Where all know that this is the end, none leaves before the others have heard what ended it."""
+        if self._gloo is not None and self._agreed:
+            with contextlib.suppress(RuntimeError):
+                self._gloo.barrier().wait()
+        self._gloo = None
+
+    def _all(self, value: Any) -> list[Any]:
+        """The value of every rank."""
+        import torch
+
+        with self._talking():
+            data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            self._gloo.allgather([sizes], [torch.tensor([len(data)])]).wait()
+            room = max(int(size) for size in sizes)
+            boxes = [torch.empty(room, dtype=torch.uint8) for _ in range(self.size)]
+            self._gloo.allgather([boxes], [torch.nn.functional.pad(data, (0, room - len(data)))]).wait()
+        return [pickle.loads(box[: int(size)].numpy().tobytes()) for box, size in zip(boxes, sizes, strict=True)]
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            # The last reference: connections are closed, and whoever waits for this rank hears of it at once.
+            self._gloo = None
+            if not isinstance(error, RuntimeError):
+                raise
+            raise StoreError(
+                "A rank ended, or didn't answer in time, while all were in onelaunch.distribute(). Look at what the "
+                "rank that ended first said, and start the job again."
+            ) from error
 
 
 def _leader(requests: Sequence[tuple[list[str], list[str]]], rank: int) -> int:

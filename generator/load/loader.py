@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from .. import log
+from .. import log, torch_version
 from ..build import key as keys
 from ..build import toolchain
 from ..build.programs import save_answers
@@ -81,7 +81,7 @@ class Kernel:
 
     @property
     def resources(self) -> dict[str, dict[str, int]]:
-        """Registers a thread, and bytes of stack, shared and local memory, by architecture."""
+        """Registers per thread, and bytes of stack, shared and local memory, by architecture."""
         return dict(self.manifest["resources"])
 
     def __repr__(self) -> str:
@@ -196,6 +196,7 @@ def _targets(config: KernelConfig, archs: Sequence[str] | None) -> tuple[str, ..
 
 
 def _load(request: find.Request, store: Store) -> Kernel:
+    torch_version.check()
     _refuse_during_capture(request.config, request.archs)
     entry, home, built = _entry(request, store, Bounds(), obey_policy=True)
     try:

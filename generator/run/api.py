@@ -44,8 +44,8 @@ def fused_metadata_precompute_and_broadcast_cuda(
 ) -> None:
     """Computes the metadata of a step and writes it to N backends, in one launch.
 
-    Works on CUDA and on CPU tensors; all must be on one device. The field of a list that is None isn't written. In
-    target_verify and draft_extend a request has several rows, request after request, R in all.
+    The tensors may be on a CUDA device or on the CPU, but all on the same one. If a list is None, its field isn't
+    written. In target_verify and draft_extend a request has several rows, R in all, request after request.
 
     Args:
         seq_lens, req_pool_indices: int32 or int64 [bs].
@@ -57,10 +57,10 @@ def fused_metadata_precompute_and_broadcast_cuda(
         page_indices_list: N int32 tensors [bs or R or more, max_len or more].
         real_page_table_list: N int32 tensors [bs or R or more, ceil(w / real_page_size) or more], where w is the
             columns that both page_indices and req_to_token have.
-        max_len: columns to write, at most the width of every table.
+        max_len: columns to write, at most the width of the narrowest table.
         nsa_index_topk: clamp of the NSA lengths.
-        real_page_size: tokens a page of real_page_table.
-        extent: "full" writes every column below max_len, "live" only the live ones: the first seq_len of a row.
+        real_page_size: tokens per page of real_page_table.
+        extent: "full" writes every column below max_len, "live" only the live columns: the first seq_len of a row.
         mode: "decode", "target_verify" or "draft_extend".
         next_n: rows of each request in the last two, if extend_seq_lens is None.
         extend_seq_lens: int32 or int64 [bs], the rows of each request in draft_extend, each 0 or more; the caller
@@ -132,12 +132,13 @@ def precompute_decode_metadata_cuda(
         req_to_token: int32 or int64 [pool rows, W].
         max_len: columns of page_indices, at most W.
         nsa_index_topk: clamp of the NSA lengths.
-        real_page_size: tokens a page of real_page_table; 1 makes it the same tensor as page_indices.
-        out: where to write; None allocates every field at its exact shape. New memory needs a new plan, and binding one
-            takes a thousand times as long as a call that finds its plan.
+        real_page_size: tokens per page of real_page_table; 1 makes it the same tensor as page_indices.
+        out: where to write; None allocates every field at its exact shape. Newly allocated memory needs a new plan:
+            binding one takes a thousand times as long as a call that finds its plan.
 
     Returns:
-        ``out``, or new buffers. seqlens_expanded is the very tensor of cache_seqlens, as decode defines it.
+        ``out``, or new buffers. There seqlens_expanded is the same tensor as cache_seqlens, because decode makes them
+        equal.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
@@ -156,10 +157,10 @@ def precompute_target_verify_metadata_cuda(
     next_n: int,
     out: MetadataBuffers | None = None,
 ) -> MetadataBuffers:
-    """precompute_decode_metadata_cuda for a step that verifies next_n tokens a request: R = bs * next_n rows.
+    """precompute_decode_metadata_cuda for a step that verifies next_n tokens per request: R = bs * next_n rows.
 
     Args:
-        next_n: rows of each request, and the number of tokens that are added to seq_lens.
+        next_n: rows of each request, and the number of tokens that is added to its seq_len.
         The others as in precompute_decode_metadata_cuda.
 
     Returns:
@@ -194,12 +195,12 @@ def precompute_draft_extend_metadata_cuda(
     rows: int | None = None,
     out: MetadataBuffers | None = None,
 ) -> MetadataBuffers:
-    """precompute_decode_metadata_cuda for a step that extends every request by some tokens, a row each.
+    """precompute_decode_metadata_cuda for a step that extends every request by some tokens, one row per token.
 
     Args:
-        next_n: rows of each request, where extend_seq_lens is None.
+        next_n: rows of each request, if extend_seq_lens is None.
         extend_seq_lens: int32 or int64 [bs], the rows of each request, each 0 or more.
-        rows: the sum of extend_seq_lens, needed to allocate; reading it from the device would wait for it.
+        rows: the sum of extend_seq_lens, needed to allocate. Reading it from the device would wait for the device.
         The others as in precompute_decode_metadata_cuda.
 
     Returns:
@@ -245,7 +246,7 @@ def _precompute(
             rows = seq_lens.numel() * check_int("next_n", next_n, 1, MAX_NEXT_N)
         elif rows is None:
             raise ArgumentError(
-                "rows is None; to allocate the fields for extend_seq_lens their sum is needed. Give it, or out."
+                "rows is None; to allocate the fields, give the sum of extend_seq_lens as rows, or give out."
             )
         else:
             check_int("rows", rows, 0, MAX_BATCH)
@@ -301,14 +302,14 @@ def fused_metadata_copy_cuda(
     Args:
         precomputed: the source, from precompute_decode_metadata_cuda.
         destinations: one MetadataBuffers, or N.
-        bs: requests to copy; None is what ``precomputed`` holds.
-        max_len: columns of page_indices to copy; None is the source's width.
+        bs: requests to copy; None copies all that ``precomputed`` has.
+        max_len: columns of page_indices to copy; None copies the source's whole width.
         real_page_size: bounds the columns of real_page_table at ceil(max_len / real_page_size); None copies the
             source's whole width.
         mode: "decode", "target_verify" or "draft_extend"; in the last two requests have several rows.
         next_n: rows of each request, if all have the same number; with ``bs`` it gives the number of rows to copy.
-        rows: rows to copy of the fields with an element for each row, if extend lengths vary; None is what
-            ``precomputed`` holds.
+        rows: rows to copy of the fields with one element per row, if extend lengths vary; None copies all that
+            ``precomputed`` has.
 
     Raises:
         ArgumentError: an argument doesn't fit; nothing was written.
@@ -357,10 +358,10 @@ def _single_destination(index: int, name: str) -> str:
 
 
 def _rows_of(bs: int | None, mode: str, next_n: int | None, rows: int | None) -> int | None:
-    """The number of rows to copy; None for all that the source has."""
+    """The number of rows to copy; None for all rows of the source."""
     if mode == "decode":
         if rows is not None or next_n not in (None, 1):
-            raise ArgumentError(f"next_n is {next_n} and rows is {rows}; in decode a request is a row: omit both.")
+            raise ArgumentError(f"next_n is {next_n} and rows is {rows}; in decode a request has one row. Omit both.")
     elif rows is None and next_n is not None:
         check_int("next_n", next_n, 1, MAX_NEXT_N)
         if bs is not None:

@@ -1,4 +1,4 @@
-"""A loaded kernel bound to its constant parameter words: what a plan launches."""
+"""A loaded kernel with its constant parameter words. A plan launches it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class BoundKernel:
     Args:
         config: the configuration.
         device: the device of all tensors.
-        values: the words of each parameter that no call changes, by the member's name; more than the kernel has is
-            allowed. ``device`` and ``sm_count`` are added here.
+        values: the words of the parameters that no call changes, by the parameter's name. Parameters that the kernel
+            doesn't have are ignored; ``device`` and ``sm_count`` are added here.
 
     Attributes:
         kernel: the kernel.
         run: run(owner, arguments...): one launch on the device's current stream. If the arguments (tensors, ints and
-            None) differ from the last call's, it calls owner._check(arguments...), which raises or returns the words.
+            None) differ from those of the last 8 different calls, it calls owner._check(arguments...), which raises or
+            returns the words.
         launch: launch(words..., stream): the bare launch, for measurements.
 
     Raises:
@@ -50,7 +51,7 @@ class BoundKernel:
         self.kernel = loader.load(config, archs)
         module = self.kernel.module
         try:
-            # Loads the kernel on the device now: a first launch inside a graph capture couldn't.
+            # Loads the kernel on the device now, because a first launch inside a graph capture couldn't.
             module.prepare(ordinal)
         except RuntimeError as error:
             raise LaunchError(
@@ -59,7 +60,7 @@ class BoundKernel:
             ) from error
         try:
             module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
-        except (AttributeError, RuntimeError) as error:  # torch has no such functions, or those of another DLPack
+        except (AttributeError, RuntimeError) as error:  # no such functions, or of another DLPack version
             raise LaunchError(
                 f"{config.symbol} can't read the tensors of torch {torch.__version__}: {error}. It needs "
                 "torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1: install torch 2.11 or later."
@@ -73,12 +74,12 @@ class BoundKernel:
         log.event("bind", config.symbol, self.kernel.key, outcome, time.perf_counter() - start, f"on {device}", mark)
 
     def launch_error(self, error: RuntimeError) -> LaunchError:
-        """What run() of a plan raises for an error of the launch."""
+        """The error that a plan's run() raises if its launch failed."""
         return LaunchError(f"{self._config.symbol} wasn't launched on {self._device}: {error}.")
 
 
 def _with_nvtx(run: Callable[..., None], name: str) -> Callable[..., None]:
-    """``run`` itself, or with $ONELAUNCH_NVTX=1 in an NVTX range. Decided once here, so that a call tests nothing."""
+    """``run`` itself, or with $ONELAUNCH_NVTX=1 ``run`` in an NVTX range. Decided here once, so calls needn't check."""
     if not NVTX_VARIABLE.is_on():
         return run
     nvtx: Any = torch.cuda.nvtx  # its functions have no annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 
-# Columns are 32-bit in the kernels; the margin keeps a tile that begins below the limit from overflowing.
+# Kernels count columns in 32 bits. The margin keeps a tile that begins below the limit from overflowing.
 MAX_COLUMNS = 2**31 - 2**16
 MAX_BATCH = 2**31 - 2**16
 
@@ -84,14 +84,14 @@ def check_destination(
 
 
 def check_int(name: str, value: Any, low: int, high: int | None, why: str = "") -> int:
-    """Checks that a number is a Python int within bounds. A tensor would have to be read back from the device.
+    """Checks that a number is a Python int within bounds. Tensors are refused: they would be read from the device.
 
     Args:
         low, high: the bounds, both inclusive; high None for no upper bound.
-        why: what the message says after the bounds.
+        why: the end of the message, after the bounds.
 
     Raises:
-        ArgumentError: it isn't.
+        ArgumentError: it isn't an int, or is out of bounds.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise ArgumentError(f"{name} is {value!r} ({type(value).__name__}); it must be a Python int.")

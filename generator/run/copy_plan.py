@@ -19,13 +19,13 @@ class CopyPlan:
 
     Args:
         precomputed: the source; it has every field that the destinations have.
-        destinations: the destinations.
+        destinations: the checked destinations.
         keep: whether the plan keeps the memory of all tensors alive; otherwise the caller does.
         mode: the forward mode; in decode a row is a request.
 
     Attributes:
         config, kernel, device, launches: as in Plan.
-        capacity, row_capacity: requests and rows that the source has and every destination has room for.
+        capacity, row_capacity: the largest numbers of requests and rows that fit the source and every destination.
 
     Raises:
         ArgumentError: a field of the source is missing, doesn't fit or overlaps a destination.
@@ -39,13 +39,13 @@ class CopyPlan:
         self.launches = 0
         sources: dict[str, Tensor] = {}
         held: dict[str, list[Room]] = {"request": [], "row": []}
-        # By table: columns of the source, and of the destinations.
+        # By table: the columns of the source, and of the destinations.
         self._widths: dict[str, tuple[int, int]] = {}
         for name in destinations.fields:
             source, label = getattr(precomputed, name), f"precomputed.{name}"
             if source is None:
                 raise ArgumentError(
-                    f"{label} is None but the destinations have {name}; precompute it, or leave it out of the "
+                    f"{label} is None but the destinations have {name}. Precompute it, or leave it out of the "
                     "destinations."
                 )
             field = FIELDS[name]
@@ -61,7 +61,7 @@ class CopyPlan:
                     )
             if (width := destinations.width(name) if field.kind == "table" else None) is not None:
                 self._widths[name] = source.shape[1], width
-        # What is copied unless a call gives a number, and what fits on either side.
+        # The numbers that a call copies by default, and the largest that fit both sides.
         self._source_requests = min(held["request"], default=Room(0, "")).capacity
         self._source_rows = min(held["row"], default=Room(0, "")).capacity
         self._requests = min([destinations.requests, *held["request"]])
@@ -99,11 +99,11 @@ class CopyPlan:
         """Copies every field to every destination: one launch on the device's current stream.
 
         Args:
-            bs: requests; None is what the precomputed fields hold.
+            bs: requests; None copies all that the precomputed fields have.
             max_len: columns of page_indices; None is the source's width.
-            page_size: P, to bound real_page_table's columns at ceil(max_len / P); None copies its source's width.
-            rows: rows of the fields with an element for each row; None is what the precomputed fields hold. In decode
-                ``bs``.
+            page_size: P, to bound real_page_table's columns at ceil(max_len / P); None copies the source's width.
+            rows: rows of the fields with one element per row; None copies all that the precomputed fields have. In
+                decode it is ``bs``.
 
         Raises:
             ArgumentError: a number doesn't fit; nothing was written.
@@ -116,7 +116,7 @@ class CopyPlan:
         self.launches += 1
 
     def _check(self, bs: int | None, max_len: int | None, page_size: int | None, rows: int | None) -> list[int]:
-        """The words of a call. The binding calls it when the arguments differ from the last call's."""
+        """The words of a call. The binding calls it when the arguments differ from those of the last calls."""
         self._storages.check()
         if page_size is not None:
             check_int("real_page_size", page_size, 1, 2**31 - 1)

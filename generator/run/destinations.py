@@ -1,4 +1,4 @@
-"""The destinations of N backends, checked: their fields, their tensors, and how much fits into them."""
+"""The checked destinations of N backends: their fields, their tensors, and their capacity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..spec.parts import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
 from .checks import MAX_BATCH, MAX_COLUMNS, check_destination, check_int, dtype_name, torch_dtypes
 from .memory import Region, check_disjoint
 
-# (index of the backend, field) -> the name of that destination in messages.
+# Takes the index of a backend and a field; returns the name of that destination in messages.
 NameOf = Callable[[int, str], str]
 
 
@@ -24,7 +24,7 @@ def backend_field(index: int, name: str) -> str:
 
 
 class Room(NamedTuple):
-    """How many requests, or rows, fit, and the name of the tensor that has the least room."""
+    """The number of requests, or rows, that fit, and the name of the smallest tensor."""
 
     capacity: int
     name: str
@@ -37,7 +37,7 @@ class _Destination(NamedTuple):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Equal for tensors that are the same memory with the same shape and strides."""
+        """A value that is equal for tensors with the same memory, shape and strides."""
         return self.region.start, self.tensor.shape, self.tensor.stride()
 
 
@@ -46,17 +46,17 @@ class Destinations:
 
     Args:
         backends: a MetadataBuffers for each backend, at least one (see check_backends); all have the same fields.
-        page_size: P; with 1, real_page_table must be page_indices or None.
+        page_size: P; if it is 1, real_page_table must be page_indices or None.
         name_of: the name of a backend's field in messages.
         mode: the forward mode; in decode a row is a request.
 
     Attributes:
         count: N.
         fields: names of the fields that are written, in the order of FIELDS.
-        tensors: by field, its different tensors. A tensor that several backends share is in it once.
+        tensors: by field, its different tensors. A tensor that several backends share is listed once.
         regions: the memory of all of them.
         device: the device of all of them.
-        requests, rows: how many requests and rows fit.
+        requests, rows: the numbers of requests and rows that fit.
 
     Raises:
         ArgumentError: a tensor can't be written to, the backends have different fields, or destinations overlap.
@@ -84,12 +84,12 @@ class Destinations:
                 has, lacks = (0, index) if name in first else (index, 0)
                 raise ArgumentError(
                     f"{name_of(lacks, name)} is None but {name_of(has, name)} is a tensor; all backends must have the "
-                    "same fields. Bind backends with other fields to a plan of their own."
+                    "same fields. Bind backends with other fields to another plan."
                 )
             for name, destination in given.items():
                 field, label, tensor = FIELDS[name], destination.name, destination.tensor
                 if field.extra and tensor.numel() == 0:
-                    raise ArgumentError(f"{label} is empty; it must have room for the first 0, shape [bs + 1].")
+                    raise ArgumentError(f"{label} is empty; it must have shape [bs + 1], with room for the first 0.")
                 if field.kind == "schedule":
                     _check_schedule(name, label, tensor)
                 if field.sized_by_batch:
@@ -101,7 +101,7 @@ class Destinations:
                     )
                 by_field.setdefault(name, {}).setdefault(destination.identity, destination)
         if device is None:
-            raise ArgumentError("backends have no field at all; give at least one tensor.")
+            raise ArgumentError("backends have no fields; give at least one tensor.")
         self.device = device
         self.fields = tuple(name for name in FIELDS if name in first)
         if mode == "decode":
@@ -122,7 +122,7 @@ class Destinations:
         return [(d.name, d.tensor) for different in self._different.values() for d in different]
 
     def width(self, name: str) -> int | None:
-        """The columns that all backends have in a table; None if there is no such field.
+        """The columns of a table, the same in all backends; None if they don't have the field.
 
         Raises:
             ArgumentError: backends differ in it.
@@ -130,7 +130,7 @@ class Destinations:
         return self._common(name, 1, "columns", "Slice them: table[:, :width].")
 
     def length(self, name: str) -> int | None:
-        """The first dimension of a field that isn't sized by the batch, likewise."""
+        """The first dimension of a field that isn't sized by the batch; None and errors as in width()."""
         return self._common(name, 0, "rows" if FIELDS[name].dim == 2 else "elements", "Slice them: tensor[:length].")
 
     def _common(self, name: str, dim: int, what: str, remedy: str) -> int | None:
@@ -147,13 +147,13 @@ class Destinations:
         return int(first.tensor.shape[dim])
 
     def token_columns(self, pool_width: int, page_size: int, index_kpool: int) -> int:
-        """The number of tokens that every row of every table has columns for.
+        """The number of tokens that fit a row of every table.
 
         Args:
             pool_width: columns of req_to_token.
 
         Raises:
-            ArgumentError: a table of pages or pools has too few columns for the tokens of the wider table.
+            ArgumentError: a table of pages or pools has too few columns for the tokens of another table.
         """
         columns, limited = min(pool_width, MAX_COLUMNS), False
         for table, tokens, unit in (
@@ -173,22 +173,22 @@ class Destinations:
         return columns
 
     def same_alignment(self, name: str, *, all_rows: bool = False) -> bool:
-        """Whether row r of every tensor has the same alignment offset to 16 bytes, for every r.
+        """Whether, for every r, row r has the same address modulo 16 in every tensor of a field.
 
         Args:
-            all_rows: whether all rows must have the same one, too, since a tile is written to several.
+            all_rows: whether it must also be the same for all rows, because a tile is written to several of them.
         """
         tensors = self.tensors[name]
         first = tensors[0]
         if any((t.data_ptr() - first.data_ptr()) % 16 for t in tensors):
             return False
         if all_rows:
-            # Checked for a single row, too: the kernel computes the offset of any row from its stride.
+            # Also checked for a single row: the kernel computes every row's offset from the stride.
             return all(t.stride(0) % 4 == 0 for t in tensors)
         return all((t.stride(0) - first.stride(0)) % 4 == 0 or t.shape[0] == first.shape[0] == 1 for t in tensors)
 
     def distinct(self) -> tuple[tuple[str, int], ...]:
-        """(field, number of tensors) for the fields that backends share, for KernelConfig.distinct."""
+        """(field, number of different tensors) for the fields that backends share: KernelConfig.distinct."""
         return tuple((name, len(t)) for name, t in self.tensors.items() if len(t) < self.count)
 
     def dtypes(self) -> tuple[tuple[str, str], ...]:
@@ -202,7 +202,7 @@ class Destinations:
         return [word for tensor in self.tensors[name] for word in tensor_words(tensor)]
 
     def check_offsets(self, offsets: Any) -> tuple[int, ...]:
-        """Checks seqlen_offsets: a number for each backend, or none.
+        """Checks seqlen_offsets: one number per backend, or None.
 
         Raises:
             ArgumentError: they don't fit, or backends with different offsets share a tensor that would differ.
@@ -212,15 +212,15 @@ class Destinations:
             for name, different in self._different.items():
                 if len(different) < self.count and (FIELDS[name].kind != "table" or len(different) > 1):
                     raise ArgumentError(
-                        f"{different[0].name} and the other backends' are {len(different)} different tensors, and "
-                        f"seqlen_offsets is {checked}; backends of different lengths share a table that all of them "
-                        "have, or nothing. Allocate one for each."
+                        f"{different[0].name} is shared (tensors: {len(different)}, backends: {self.count}), and "
+                        f"seqlen_offsets is {checked}; backends with different offsets can share only a table, "
+                        "and only if all of them share it. Allocate one tensor per backend."
                     )
         return checked
 
 
 def check_backends(backends: Any) -> None:
-    """Checks that an argument is a list of MetadataBuffers, with at least one element.
+    """Checks that ``backends`` is a list of at least one MetadataBuffers.
 
     Raises:
         ArgumentError: it isn't.
@@ -235,10 +235,10 @@ def check_backends(backends: Any) -> None:
 
 
 def check_offsets(offsets: Any, count: int) -> tuple[int, ...]:
-    """Checks that seqlen_offsets is None, or has a number for each of ``count`` backends.
+    """Checks that seqlen_offsets is None, or has one number for each of ``count`` backends.
 
     Raises:
-        ArgumentError: it doesn't.
+        ArgumentError: it is neither.
     """
     if offsets is None:
         return ()
@@ -257,7 +257,7 @@ def tensor_words(tensor: Tensor) -> list[int]:
 
 
 def _without_aliases(given: dict[str, _Destination], page_size: int, mode: str) -> dict[str, _Destination]:
-    """The fields of a backend without those that are only another name for the same memory."""
+    """The fields of a backend, without those that are only another name for the same memory."""
     expanded, cache = given.get("seqlens_expanded"), given.get("cache_seqlens")
     dropped = set()
     if mode == "decode" and expanded is not None and cache is not None and expanded.identity == cache.identity:
@@ -266,8 +266,8 @@ def _without_aliases(given: dict[str, _Destination], page_size: int, mode: str) 
     if page_size == 1 and real is not None:
         if wide is None or real.identity != wide.identity:
             raise ArgumentError(
-                f"{real.name} is a tensor of its own, but with pages of one token it is the same table as "
-                "page_indices; pass None, or the very same tensor."
+                f"{real.name} is a separate tensor, but with pages of one token it is the same table as "
+                "page_indices. Pass None, or the same tensor."
             )
         dropped.add("real_page_table")
     return {name: destination for name, destination in given.items() if name not in dropped}

@@ -1,8 +1,8 @@
-"""Groups of backends: a plan for each group, launched side by side.
+"""Groups of backends: one plan per group, launched side by side.
 
-One launch for all backends reads each token once and stores it N times; with groups, every group reads the tokens
-again, and its stream costs a fork and a join. So groups are for backends that one plan can't hold: those with other
-fields, or more of them than a kernel's parameters can address. Everything else is faster in one plan (measured: see
+One launch for all backends reads each token once and stores it N times. With groups, every group reads the tokens
+again, and its stream costs a fork and a join. So groups are for backends that don't fit one plan: backends with
+different fields, or more than a kernel's parameters can address. All others are faster in one plan (measured: see
 ``tests/gpu/NOTES.md``).
 """
 
@@ -26,8 +26,8 @@ class Groups:
     """Plans that are launched side by side. Made by bind_groups().
 
     Attributes:
-        plans: a plan for each group.
-        streams: the stream of each; None for the current one.
+        plans: one plan per group.
+        streams: one stream per group; None for the current one.
     """
 
     def __init__(self, plans: Sequence[Plan], streams: Sequence[Any]) -> None:
@@ -47,7 +47,7 @@ class Groups:
         *,
         max_len: int | None = None,
     ) -> None:
-        """Refreshes every group: a launch each, forked from the device's current stream and joined to it. Capturable.
+        """Refreshes every group: one launch each, forked from the device's current stream and joined to it. Capturable.
 
         Args:
             seq_lens, req_pool_indices, extend_seq_lens, max_len: see Plan.run.
@@ -80,19 +80,20 @@ def bind_groups(
     seqlen_offsets: Sequence[int] | None = None,
     **settings: Any,
 ) -> Groups:
-    """Binds groups of backends, a plan for each, to be launched on streams of their own.
+    """Binds groups of backends: one plan per group, each launched on its own stream.
 
     Args:
         backends: as in bind(), but only the backends of one group need the same fields.
         groups: indices into ``backends``, each exactly once: [[0, 1], [2]].
-        streams: a torch.cuda.Stream for each group, or None in its place for the current stream; None for a new stream
-            for every group but the last. On the CPU None: groups run one after another.
+        streams: one torch.cuda.Stream, or None for the current stream, per group. None as a whole makes new streams for
+            all groups but the last, which uses the current one. On the CPU it must be None: groups run in turn.
         req_to_token: as in bind().
-        seqlen_offsets: a number for each backend, as in bind().
+        seqlen_offsets: one number per backend, as in bind().
         settings: the other arguments of bind().
 
     Raises:
-        ArgumentError: groups or streams don't fit, or groups share memory; and see bind().
+        ArgumentError: groups or streams don't fit, or groups share memory.
+        And the errors of bind().
     """
     check_backends(backends)
     _check_partition(groups, len(backends))
@@ -104,7 +105,7 @@ def bind_groups(
         plans.append(make_plan([backends[index] for index in group], req_to_token, {**settings, **chosen}, names))
     check_disjoint(
         [region for plan in plans for region in plan.regions],
-        "groups run side by side: put backends that share a tensor into one group.",
+        "groups run side by side. Put backends that share a tensor into one group.",
     )
     return Groups(plans, _streams(streams, plans[0].device, len(plans)))
 
@@ -117,15 +118,17 @@ def _check_partition(groups: Any, count: int) -> None:
         whole = False
     if not whole:
         raise ArgumentError(
-            f"groups is {groups!r}; it must be lists of indices in which each of the {count} backends is once, such as "
-            "[[0, 1], [2]], and none of them empty."
+            f"groups is {groups!r}; it must be non-empty lists of indices, with each of the {count} backends exactly "
+            "once, such as [[0, 1], [2]]."
         )
 
 
 def _streams(streams: Sequence[Any] | None, device: torch.device, count: int) -> list[Any]:
     if device.type != "cuda":
         if streams is not None and any(stream is not None for stream in streams):
-            raise ArgumentError(f"streams is {streams!r}; the backends are on {device}, which has none: leave it None.")
+            raise ArgumentError(
+                f"streams is {streams!r}; the backends are on {device}, which has no streams. Give None."
+            )
         return [None] * count
     if streams is None:  # pragma: gpu
         return [*(torch.cuda.Stream(device) for _ in range(count - 1)), None]  # type: ignore[no-untyped-call]

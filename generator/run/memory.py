@@ -1,4 +1,4 @@
-"""The memory of tensors: where it lies, what overlaps, and what a plan must keep alive."""
+"""The memory of tensors: regions, overlaps, and the storages that a plan keeps alive."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Region(NamedTuple):
                 storage was resized and no longer holds all of its elements.
         """
         if is_dynamo_compiling():
-            torch._dynamo.skip_frame()  # Plan.run calls this between two graphs; there is nothing to compile
+            torch._dynamo.skip_frame()  # Plan.run calls this between two graphs: nothing to compile
         try:
             start, size = tensor.data_ptr(), tensor.element_size()
         except RuntimeError:
@@ -61,7 +61,8 @@ class Region(NamedTuple):
         return cls(name, start, start + (last + 1) * size, row_bytes, row_stride)
 
     def overlaps(self, other: Region) -> bool:
-        """Whether the two share a byte. Exact for column slices of one table, whose row strides are equal."""
+        """Whether the two share a byte. Exact for column slices of one table, which have equal row strides; else
+        conservative: interleaved rows with different strides count as overlapping."""
         if self.start == self.end or other.start == other.end:
             return False
         if self.end <= other.start or other.end <= self.start:
@@ -82,7 +83,7 @@ def check_disjoint(
 
     Args:
         regions: in any order.
-        advice: the end of the message: what is allowed and what to do.
+        advice: the end of the message, which says what is allowed and what to do.
 
     Raises:
         ArgumentError: two of them overlap; the message names both.
@@ -97,10 +98,10 @@ def check_disjoint(
 
 
 class HeldStorages:
-    """The storages of bound tensors. A kernel holds bare addresses, so a plan holds these for as long as it lives.
+    """The storages of bound tensors. A kernel has only addresses, so its plan keeps these alive.
 
-    A tensor that gets another storage (``set_``, ``.data =``) leaves the old one to the plan. A storage that is resized
-    in place moves its memory under the plan, and PyTorch offers no way to prevent that: check() finds it.
+    If a tensor gets another storage (``set_``, ``.data =``), the plan still has the old one. If a storage is resized in
+    place, its memory moves, and PyTorch offers no way to prevent that; check() detects it.
 
     Args:
         tensors: the tensors by their names in messages.
@@ -113,7 +114,7 @@ class HeldStorages:
         self._places = self._read()
 
     def _read(self) -> list[tuple[int, int]]:
-        """(address, bytes) of each storage; by map() for speed, as every run() with other arguments needs it."""
+        """(address, bytes) of each storage. Uses map() for speed: every run() with new arguments needs it."""
         if is_dynamo_compiling():
             torch._dynamo.skip_frame()  # as in Region.of
         storage = torch.UntypedStorage

@@ -1,12 +1,12 @@
-"""The functions of api.py as operators of torch, which torch.compile puts into a graph in their place.
+"""The functions of api.py and schedules.py as operators of torch, which torch.compile puts into a graph in their place.
 
-``torch.ops.onelaunch`` has one for each of them, registered when api.py is imported: a process that loads a saved graph
-imports onelaunch.run.api first. The operators only write to tensors that they are given, so their fake implementation
-does nothing, and ``out=None`` is allocated in the graph, where the compiler plans the memory. Outside of torch.compile
-the functions don't use the operators: the dispatcher would only cost time.
+``torch.ops.onelaunch`` has one for each of them, registered when its file is imported: a process that loads a saved
+graph imports onelaunch.run.api or onelaunch.run.schedules first. The operators only write to tensors that they are
+given, so their fake implementation does nothing, and ``out=None`` is allocated in the graph, where the compiler plans
+the memory. Outside of torch.compile the functions don't use the operators: the dispatcher would only cost time.
 
-A MetadataBuffers is passed as its tensors and their names, "page_indices,cache_seqlens=seqlens_expanded". A tensor that
-is two fields is passed once, because an operator must not write to one tensor under two names.
+A MetadataBuffers is passed as its tensors and their names, such as "page_indices,cache_seqlens=seqlens_expanded". A
+tensor that is two fields is passed once, because an operator must not write to one tensor under two names.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ _SCHEMAS = {
         " SymInt? bs=None, SymInt? max_len=None, SymInt? real_page_size=None,"
         ' str forward_mode="decode", SymInt? next_n=None, SymInt? rows=None) -> ()'
     ),
+    "paged_mqa_schedule": (
+        "(Tensor context_lens, SymInt num_sms, Tensor(a!) out, str? convention=None, SymInt split_cost=0) -> ()"
+    ),
 }
 
 
 def register(fused: Callable[..., None], precompute: Callable[..., Any], copy: Callable[..., None]) -> None:
-    """Registers the operators. Cheap enough for an import: nothing of torch.compile is imported.
+    """Registers api.py's operators. Cheap enough for an import: nothing of torch.compile is imported.
 
     Args:
         fused: fused_metadata_precompute_and_broadcast_cuda.
@@ -69,17 +72,23 @@ def register(fused: Callable[..., None], precompute: Callable[..., Any], copy: C
         targets = [_unpack([next(rest) for _ in _names(fields)], fields) for fields in each.split(";")]
         copy(_unpack(precomputed, fields), targets, mode=forward_mode, **kwargs)
 
-    for name, function in zip(_SCHEMAS, (fused_into, precompute_into, copy_packed), strict=True):
-        operation = f"onelaunch::{name}"
-        torch.library.define(operation, _SCHEMAS[name])
-        # One implementation for every device, so that the function's own checks refuse what doesn't fit.
-        torch.library.impl(operation, "default", function)
-        # The fake one. torch.library.register_fake does the same, but searches every loaded module for its caller.
-        torch.library.impl(operation, "meta", lambda *args, **kwargs: None)
+    define("fused_metadata_precompute_and_broadcast_cuda", fused_into)
+    define("precompute_decode_metadata_cuda", precompute_into)
+    define("fused_metadata_copy_cuda", copy_packed)
+
+
+def define(name: str, function: Callable[..., None]) -> None:
+    """Registers one operator, whose signature _SCHEMAS has."""
+    operation = f"onelaunch::{name}"
+    torch.library.define(operation, _SCHEMAS[name])
+    # One implementation for every device, so that the function's own checks refuse what doesn't fit.
+    torch.library.impl(operation, "default", function)
+    # The fake one. torch.library.register_fake does the same, but searches every loaded module for its caller.
+    torch.library.impl(operation, "meta", lambda *args, **kwargs: None)
 
 
 def precompute(out: MetadataBuffers, *args: Any, **kwargs: Any) -> None:
-    """precompute_decode_metadata_cuda or a sibling of it into ``out``, in a graph."""
+    """precompute_decode_metadata_cuda, or its variant for another mode, in a graph; writes to ``out``."""
     torch.ops.onelaunch.precompute_decode_metadata_cuda(*args, *_pack(out), **kwargs)
 
 

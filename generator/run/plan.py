@@ -1,4 +1,4 @@
-"""Plan: N backends' buffers bound to one kernel, so that a step is one call and one launch. bind() makes one."""
+"""Plan: N backends' buffers bound to one kernel, so that a step is one call and one launch. bind() makes a plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .destinations import Destinations, NameOf, backend_field, check_backends
 from .hashes import hashes_of
 from .memory import HeldStorages, Region
 
-# What a configuration has beyond bind()'s settings and the buffers themselves: for measurements.
+# Settings that make_plan() takes and bind() doesn't: the bench varies them.
 _LAUNCH_SHAPE = ("threads", "unroll", "blocks_per_sm")
 
 
@@ -30,11 +30,12 @@ class Plan:
     """N backends' buffers bound to one kernel. Made by bind().
 
     Attributes:
-        config: what the kernel is specialized to.
+        config: the configuration that the kernel is specialized to.
         kernel: the kernel.
         device: the device of all tensors.
         capacity: the largest batch that fits the destinations.
-        row_capacity: the most rows that fit; with variable extend lengths the caller keeps their sum within it.
+        row_capacity: the largest number of rows that fits. The caller keeps the sum of variable extend lengths within
+            it.
         regions: the memory that the kernel writes.
         launches: kernel launches so far.
     """
@@ -56,7 +57,7 @@ class Plan:
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
             self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
-        # Columns that fit, and how many of them a call without max_len writes.
+        # The columns that fit, and those that a call without max_len writes.
         self._columns, self._max_len = columns, columns if max_len is None else max_len
         self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
         self._pool_dtype = getattr(torch, config.req_pool_indices_dtype)
@@ -104,24 +105,24 @@ class Plan:
         *,
         max_len: int | None = None,
     ) -> None:
-        """Refreshes every backend: one launch on the device's current stream, nothing else. Capturable.
+        """Refreshes every backend: one launch on the device's current stream and nothing else. Capturable.
 
         Args:
-            seq_lens: int [bs], of the dtype that the plan was bound for, any stride, bs up to ``capacity``.
+            seq_lens: int [bs] of the dtype that was given to bind(), of any stride, bs up to ``capacity``.
             req_pool_indices: int [bs], likewise; rows of req_to_token. The caller guarantees their range.
-            extend_seq_lens: int [bs], likewise, the rows of each request, for a plan with variable extend lengths;
-                None for any other. The caller guarantees that their sum is at most ``row_capacity``.
+            extend_seq_lens: int [bs], likewise: the rows of each request, for a plan with variable extend lengths;
+                None for all other plans. The caller guarantees that their sum is at most ``row_capacity``.
             max_len: bound on the columns of this call; None is the bound that was given to bind().
 
         Raises:
             ArgumentError: a tensor doesn't fit; nothing was written.
             LaunchError: CUDA refused the launch.
 
-        In a function that torch.compile compiles it breaks the graph: it runs as it is, between two graphs. With
-        ``fullgraph=True`` that is an error; the functions of api.py go into a graph.
+        In a function compiled by torch.compile it causes a graph break and runs between two graphs; with
+        ``fullgraph=True`` that is an error. The functions of api.py can be part of a graph.
         """
         if is_dynamo_compiling():
-            # A graph would know neither the addresses that are written to nor when.
+            # A graph doesn't know which addresses are written, or when.
             torch._dynamo.skip_frame(
                 msg="Plan.run can't be in a graph. fused_metadata_precompute_and_broadcast_cuda can, see onelaunch.ops."
             )
@@ -139,10 +140,10 @@ class Plan:
         *,
         max_len: int | None = None,
     ) -> None:
-        """Checks the arguments of run() and launches nothing.
+        """Checks the arguments of run() without a launch.
 
         Raises:
-            ArgumentError: run() would raise it.
+            ArgumentError: as run().
         """
         self._check(seq_lens, req_pool_indices, extend_seq_lens, max_len)
 
@@ -153,7 +154,7 @@ class Plan:
         extend_seq_lens: Tensor | None,
         max_len: int | None,
     ) -> list[int]:
-        """The words of a call. The binding calls it when the arguments differ from the last call's."""
+        """The words of a call. The binding calls it when the arguments differ from those of the last calls."""
         inputs = [("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths)]
         if extend_seq_lens is not None:
             if not self._variable and self._has_rows:
@@ -165,8 +166,8 @@ class Plan:
             inputs.append(("extend_seq_lens", extend_seq_lens, self._extend_dtype, self._variable))
         elif self._variable:
             raise ArgumentError(
-                "extend_seq_lens is None; a plan with variable extend lengths needs an element for each request. "
-                "Bind with extend='uniform' for next_n rows a request."
+                "extend_seq_lens is None; a plan with variable extend lengths needs one element per request. "
+                "Bind with extend='uniform' for next_n rows per request."
             )
         inputs.append(("req_pool_indices", req_pool_indices, self._pool_dtype, self._gathers))
         for name, tensor, dtype, read in inputs:
@@ -176,8 +177,8 @@ class Plan:
             for first, last, destination in self._spans:
                 if start < last and first < end and region.overlaps(destination):
                     raise ArgumentError(
-                        f"{name} overlaps {destination.name} in memory; the kernel would read what it is writing. "
-                        "Pass a copy (note that .to(torch.int32) returns the same tensor if it is int32 already)."
+                        f"{name} overlaps {destination.name} in memory; the kernel would read memory that it writes. "
+                        "Pass a copy (.to(torch.int32) returns the same tensor if it is int32 already)."
                     )
         batch_size = seq_lens.numel()
         for name, tensor, _, _ in inputs[1:]:
@@ -201,18 +202,18 @@ class Plan:
         return [*words, batch_size, columns] if self._gathers else [*words, batch_size]
 
     def check(self) -> None:
-        """Raises the violation that the kernel of a checked plan has recorded, and clears it. Waits for the device.
+        """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
 
         After a violation the kernel goes on, but reads and writes nothing out of bounds. Only the first violation since
-        the last call of this function is reported.
+        the last call of check() is reported.
 
         Raises:
-            ArgumentError: an input was wrong, or the plan wasn't bound with ``checked=True``.
+            ArgumentError: an input violated a check, or the plan wasn't bound with ``checked=True``.
         """
         if self._violation is None:
-            raise ArgumentError("the plan checks nothing on the device; bind it with checked=True.")
+            raise ArgumentError("the plan was bound without device checks. Bind it with checked=True.")
         if self.device.type == "cuda":  # pragma: gpu
-            torch.cuda.synchronize(self.device)  # whatever stream it was launched on
+            torch.cuda.synchronize(self.device)  # the launch may be on any stream
         kind, request, value, limit = self._violation.tolist()
         if kind:
             self._violation.zero_()
@@ -234,7 +235,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ArgumentNames:
-    """What a function that makes a plan calls its arguments, for messages."""
+    """The names of arguments in messages, for functions that call them otherwise than bind() does."""
 
     destination: NameOf = backend_field
     index_topk: str = "index_topk"
@@ -262,6 +263,7 @@ def bind(
     schedule_remainder: str = "last",
     schedule_per: str = "request",
     schedule_atoms: int = 0,
+    schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
     writes: str = "all",
 ) -> Plan:
@@ -270,25 +272,26 @@ def bind(
     The first bind of a new configuration builds its kernel. The plan keeps the tensors' memory alive, also where a
     tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
     Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
-    memory. A later run() raises ArgumentError then, but only if its arguments differ from the last call's, and a
-    captured graph can't notice: don't resize what is bound.
+    memory. A later run() raises ArgumentError then, but only if its arguments differ from those of the
+    last calls, and a captured graph can't notice: don't resize what is bound.
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
-            In target_verify and draft_extend the fields with an element for each row have R of them, request after
+            In target_verify and draft_extend the fields with one element per row have R elements, request after
             request.
         req_to_token: int32 or int64 [pool rows, W], unit inner stride, any row stride.
-        mode: "decode", "target_verify" (a request has next_n rows, and is next_n tokens longer than seq_lens says) or
-            "draft_extend" (a request has next_n rows, or as many as run() is given, and seq_lens includes them).
+        mode: "decode"; "target_verify" (a request has next_n rows, and is next_n tokens longer than its seq_len); or
+            "draft_extend" (a request has next_n rows, or the number that run() is given; its seq_len includes them).
         index_topk: T, 0 or more.
         page_size: P in tokens, 1 or more; 1 means that real_page_table is page_indices. None is 64, or 1 with
             kv_indices, whose pages have one token.
-        next_n: rows of a request; 1 in decode, and where extend is "variable".
-        seqlen_offsets: what is added to seq_lens for each backend, 0 to 32768, such as (1, 2, 3) for three draft steps
-            that each see the tokens of the steps before; None adds nothing. The tables of each backend are written up
-            to its own length. Backends with different offsets may share a table if all of them do, and nothing else.
-        extent: "live" writes the live columns (the first seq_len of a row) and leaves the others untouched; "full"
-            writes every column below max_len.
+        next_n: rows per request; 1 in decode, and if extend is "variable".
+        seqlen_offsets: the number that is added to seq_lens for each backend, 0 to 32768, such as (1, 2, 3) for three
+            draft steps that each see the tokens of the earlier steps; None adds nothing. The tables of each backend are
+            written up to its own length. Backends with different offsets can share only a table, and only if all of
+            them share it.
+        extent: "live" writes the live columns (the first seq_len columns of a row) and leaves the others untouched;
+            "full" writes every column below max_len.
         max_len: bound on the columns; None is the width of the narrowest table.
         seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype: torch.int32 or torch.int64, the dtypes of the
             tensors that run() will get.
@@ -297,10 +300,12 @@ def bind(
         page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
         checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
         schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
-            "first" for the one before.
+            "first" for the one before, and for sm_100.
         schedule_per: whether DeepGEMM gets the lengths of "request"s ([bs, n], cache_seqlens) or of "row"s ([R, 1],
             seqlens_expanded) in target_verify and draft_extend.
         schedule_atoms: query atoms of a request in that schedule; 0 for ceil(next_n / 2).
+        schedule_split_cost: units of work that a split of 256 tokens is in that schedule, whose entries then begin at a
+            request's first token, as on sm_100: next_n in DeepGEMM of 2026-06. 0 for the schedule of sm_90.
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
         writes: "all" writes every live column. "verified" reads as much, and writes only the tiles of the tables that
             differ from what this plan, or another one of the same tables, wrote last; kv_indices element by element.
@@ -312,7 +317,7 @@ def bind(
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
-    settings = dict(locals())  # the arguments: nothing else is local yet
+    settings = dict(locals())  # all arguments: there are no other locals yet
     return make_plan(settings.pop("backends"), settings.pop("req_to_token"), settings)
 
 
@@ -324,11 +329,11 @@ def make_plan(
     *,
     keep: bool = True,
 ) -> Plan:
-    """bind() for a function whose arguments have other names, or that keeps the tensors alive itself.
+    """bind() for functions whose arguments have other names, or whose callers keep the tensors alive.
 
     Args:
         backends, req_to_token: see bind().
-        settings: the other arguments of bind(), of which any may be missing, and threads, unroll and blocks_per_sm.
+        settings: any of the other arguments of bind(), and of threads, unroll and blocks_per_sm.
         names: the names in messages.
         keep: whether the plan keeps the memory of all tensors alive; otherwise the caller does.
 
@@ -377,7 +382,7 @@ def make_plan(
 
 
 def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:
-    """Checks the numbers and dtypes whose meaning doesn't depend on the buffers."""
+    """Checks the numbers and dtypes that don't depend on the buffers."""
     mode, extend = facts["mode"], facts["extend"]
     check_int(names.index_topk, facts["index_topk"], 0, 2**31 - 1)
     check_int("index_kpool", facts["index_kpool"], 1, 2**31 - 1)

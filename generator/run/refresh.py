@@ -1,4 +1,4 @@
-"""What the engines' refresh functions have in common: find or bind the plan of a call's tensors, and run it."""
+"""The common part of the refresh functions: finds or binds the plan for a call's tensors, and runs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .checks import INT_DTYPES, check_tensor
 from .destinations import NameOf
 from .remembered import RememberedPlans
 
-# The fields of the lists that fused_metadata_precompute_and_broadcast_cuda takes, in the order of backends_of_lists.
+# The fields of the lists that fused_metadata_precompute_and_broadcast_cuda takes, in the order that backends_of_lists
+# expects.
 LISTS = (
     "cache_seqlens",
     "cu_seqlens_k",
@@ -26,7 +27,7 @@ LISTS = (
     "seqlens_expanded",
 )
 
-# Makes the backends of a call's destinations, and the names of their fields in messages.
+# Turns a call's destinations into backends; also returns the names of their fields in messages.
 BackendsOf = Callable[[tuple[Any, ...]], tuple[list[MetadataBuffers], NameOf]]
 
 plans = RememberedPlans()
@@ -46,10 +47,10 @@ def refresh(
     mode: str,
     next_n: int,
 ) -> None:
-    """Runs the plan of these tensors, and binds it at the first call.
+    """Runs the plan for these tensors; the first call binds it.
 
     Args:
-        destinations: tensors, lists of them or a MetadataBuffers, as ``backends_of`` takes them.
+        destinations: lists of tensors or a MetadataBuffers, as ``backends_of`` takes them.
         The others as in fused_metadata_precompute_and_broadcast_cuda.
 
     Raises:
@@ -86,7 +87,7 @@ def refresh(
         if extend_seq_lens is not None:
             check_tensor("extend_seq_lens", extend_seq_lens, dim=1, dtypes=INT_DTYPES)
             if mode != "draft_extend":
-                raise ArgumentError(f"extend_seq_lens is a tensor and mode is {mode!r}; they are for 'draft_extend'.")
+                raise ArgumentError(f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' only.")
             settings |= {"extend": "variable", "extend_seq_lens_dtype": extend_seq_lens.dtype}
         backends, name_of = backends_of(destinations)
         names = plan.ArgumentNames(name_of, index_topk="nsa_index_topk", page_size="real_page_size")
@@ -104,7 +105,7 @@ def backends_of_lists(lists: tuple[Any, ...]) -> tuple[list[MetadataBuffers], Na
     """The backends of lists in the order of LISTS.
 
     Raises:
-        ArgumentError: a list isn't one of tensors, or the lists have different lengths.
+        ArgumentError: an argument isn't a list of tensors, or the lists have different lengths.
     """
     given: dict[str, Sequence[Tensor]] = {}
     for name, tensors in zip(LISTS, lists, strict=True):
@@ -131,7 +132,7 @@ def backends_of_lists(lists: tuple[Any, ...]) -> tuple[list[MetadataBuffers], Na
 
 
 def allocate(bs: int, rows: int, max_len: int, page_size: int, device: torch.device, mode: str) -> MetadataBuffers:
-    """New buffers of exactly the shapes that a precompute function writes."""
+    """New buffers with exactly the shapes that a precompute function writes."""
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Plans found again by the arguments that they were made for, so that a function call costs no bind."""
+"""Plans by the arguments that they were made for, so that a repeated function call needs no bind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class RememberedPlans:
     """The plans of one function, by the arguments of the call that made them.
 
     The binding compares arguments by value. The value of a tensor is its address, shape, strides, dtype and device, so
-    a tensor that changed in place, or that took another's place, is another argument. The plans hold addresses only:
-    the caller that passes a tensor keeps it alive.
+    a tensor whose memory or shape changed is another argument. The plans have addresses only: they don't keep tensors
+    alive, because every call passes them again.
 
     Attributes:
         find: find(arguments...): the plan for equal arguments, or None. One C call.
@@ -26,7 +26,7 @@ class RememberedPlans:
 
     def clear(self) -> None:
         """Forgets all plans."""
-        self._memo: Any = None  # made by the first plan's binding; all bindings compare alike
+        self._memo: Any = None  # made by the first plan's binding; all bindings compare in the same way
         self.find = lambda *arguments: None
 
     def keep(self, plan: Any, *arguments: Any) -> None:

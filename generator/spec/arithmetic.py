@@ -1,4 +1,4 @@
-"""What the operators of formulas compute: constants when a kernel is emitted, tensors when it is checked."""
+"""The values of formulas: constants are folded when a kernel is emitted, tensors are computed when it is checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from .expressions import MAX_DIVISOR, Constant, Dtype, Name, Node, Number, Operation, limits, text
 
 if TYPE_CHECKING:
-    # For annotations alone: tensors come with the methods that are used.
+    # For annotations only: formulas are folded without torch.
     from torch import Tensor
 
 _COMPUTE: dict[str, Callable[..., Any]] = {
@@ -36,10 +36,10 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
 
 
 def fold(node: Node, dtype: Dtype = "int32") -> Node:
-    """The formula with what is known computed: constants, and operations that leave a value as it is.
+    """The formula with constants computed, and without operations that leave a value as it is.
 
     Raises:
-        ConfigError: a divisor isn't positive, or above MAX_DIVISOR.
+        ConfigError: a divisor isn't a constant from 1 to MAX_DIVISOR.
     """
     if not isinstance(node, Operation):
         return node
@@ -69,7 +69,7 @@ def fold(node: Node, dtype: Dtype = "int32") -> Node:
 
 
 def _fold_extremum(op: str, arguments: tuple[Node, ...], dtype: Dtype) -> Node:
-    """min or max of two at a time, without what repeats and without the number that changes nothing."""
+    """min or max as a chain of pairs, without repeated arguments and without the neutral number."""
     neutral = limits(dtype)[0 if op == "max" else 1]
     chosen = [argument for argument in dict.fromkeys(arguments) if known_value(argument) != neutral]
     if not chosen:
@@ -78,7 +78,7 @@ def _fold_extremum(op: str, arguments: tuple[Node, ...], dtype: Dtype) -> Node:
 
 
 def known_value(node: Node) -> int | None:
-    """The number that a node is, if it is one."""
+    """The value of a number or constant; None for any other node."""
     return node.value if isinstance(node, Number | Constant) else None
 
 
@@ -92,7 +92,7 @@ def evaluate(node: Node, inputs: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         node: the formula, with no name that isn't an input.
-        inputs: at least one tensor; all int32, or all int64 for an int64 field, of shapes that broadcast.
+        inputs: at least one tensor; all int32, or all int64 for an int64 field; their shapes broadcast.
 
     Returns:
         A tensor of the inputs' dtype and of the shape that they broadcast to.
@@ -125,5 +125,5 @@ def evaluate(node: Node, inputs: Mapping[str, Tensor]) -> Tensor:
         result: Tensor = _COMPUTE[op](*values)
         return result.to(like.dtype)
 
-    # A formula of constants has no shape of its own.
+    # A formula of constants has no shape; adding zeros gives it the inputs' shape.
     return value(node) + reduce(operator.add, (tensor * 0 for tensor in inputs.values()))

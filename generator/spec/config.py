@@ -1,6 +1,6 @@
-"""KernelConfig: what one kernel is specialized to. Immutable, validated, printable, hashable.
+"""KernelConfig: the settings that one kernel is specialized to. Immutable, validated, printable, hashable.
 
-Nothing here spells C++: the emitted spellings appear only where the templates are rendered.
+It contains no C++: emitted names and types appear only where the templates are rendered.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .values import Names, OneOf, Pairs, Whole, check_one_of, check_whole
 Operation = Literal["precompute_and_broadcast", "copy"]
 Target = Literal["cuda", "cpu"]
 
-# Part of every key: raise it when the ingredients of a key, or a setting's default, change meaning.
+# Part of every key. Raise it when a key is computed differently, or when a setting's default or meaning changes.
 SCHEMA_VERSION = 2
 
 _DEFAULT_FIELDS = (
@@ -51,30 +51,30 @@ _DEFAULT_FIELDS = (
 class KernelConfig(Implied):
     """The settings that one emitted kernel is specialized to.
 
-    Batch size, lengths, widths, strides and pointers aren't among them: those are arguments, so one kernel serves
-    every captured batch size.
+    Batch size, lengths, widths, strides and pointers aren't settings but arguments, so one kernel serves every captured
+    batch size.
 
-    Settings are given and read by name, whichever part they belong to: ``KernelConfig(page_size=16).page_size``. What
-    the chosen fields and modes don't use is absent: ``config.pages`` is None without a table of pages, and
-    ``config.page_size`` then yields what the setting declares for that case. So two configurations that emit the same
-    CUDA are equal.
+    Settings are given and read by name, whichever part they belong to: ``KernelConfig(page_size=16).page_size``.
+    Settings that the chosen fields and mode don't use are absent: without a table of pages, ``config.pages`` is None
+    and ``config.page_size`` is the value that the setting declares for this case. So two configurations that emit the
+    same CUDA are equal.
 
     Attributes:
         operation: "precompute_and_broadcast" computes the fields from the lengths and the token table and writes
-            them to every backend; "copy" copies fields that were computed before to every backend.
-        mode: the forward mode: "decode", "target_verify" or "draft_extend". In the last two a request has several rows;
-            a copy knows "decode" and, for both of them, "target_verify".
-        num_backends: N, the number of backends one launch refreshes, 1 or more.
+            them to every backend; "copy" copies precomputed fields to every backend.
+        mode: the forward mode: "decode", "target_verify" or "draft_extend". In the last two a request has several rows.
+            In a copy they are the same, and "draft_extend" becomes "target_verify".
+        num_backends: N, the number of backends that one launch refreshes, 1 or more.
         fields: names from FIELDS, in any order, without repeats.
-        distinct: (field, count) for each field whose N destinations are fewer than N different tensors, because
-            backends share them. Shared memory is written once.
+        distinct: (field, count) for each field whose backends share tensors: it has count < N different tensors. A
+            shared tensor is written once.
         target: "cuda", or "cpu" for the same kernel built by the host compiler.
         checked: the kernel checks what it reads (rows of the pool, lengths) and records the first violation.
         declared, lengths, rows, gather, pages, sparse, mqa_schedule, flashmla_schedule, launch: the other settings, by
             part (see parts.py); None where a configuration uses none of a part's settings.
 
     Raises:
-        ConfigError: a setting is unknown, or outside what is allowed.
+        ConfigError: a setting is unknown, or its value isn't allowed.
     """
 
     operation: Operation = setting("precompute_and_broadcast", OneOf("precompute_and_broadcast", "copy"))
@@ -108,7 +108,7 @@ class KernelConfig(Implied):
         self._check_combinations()
         self._check_offsets()
         if self.copies and self.mode != "decode":
-            # All that a copy sees of a mode is whether the rows are a number of their own.
+            # To a copy a mode only says whether there is a separate number of rows.
             _set(self, "mode", "target_verify")
         self._check_fill()
         for part in PARTS:
@@ -118,7 +118,7 @@ class KernelConfig(Implied):
         self._check_parameters()
 
     def __getattr__(self, name: str) -> Any:
-        """A setting of one of the parts; where it isn't used, what its declaration says."""
+        """A setting of one of the parts; if the configuration doesn't use it, the declared ``unused`` value."""
         if name not in _PART_OF:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
         part = self.__dict__[_PART_OF[name]]
@@ -134,7 +134,7 @@ class KernelConfig(Implied):
             if "real_page_table" in fields and "page_indices" not in fields:
                 raise ConfigError(
                     "fields has real_page_table without page_indices and page_size is 1; with pages of one token "
-                    "the two are the same table: ask for page_indices instead."
+                    "the two are the same table. Request page_indices instead."
                 )
             _set(self, "fields", tuple(name for name in fields if name != "real_page_table"))
         distinct = dict(self.distinct)
@@ -154,42 +154,42 @@ class KernelConfig(Implied):
     def _check_combinations(self) -> None:
         if self.target == "cuda" and (self.threads < 32 or self.threads & (self.threads - 1)):
             raise ConfigError(
-                f"threads is {self.threads}; on the cuda target it must be a power of two from 32 to 1024: "
-                "a block is made of whole warps."
+                f"threads is {self.threads}; on the cuda target it must be a power of two from 32 to 1024, "
+                "because a block consists of whole warps."
             )
         derived = [name for name in self.fields if FIELDS[name].kind in ("schedule", "splits", "indices")]
         if self.copies and derived:
             raise ConfigError(
-                f"fields has {derived[0]} and operation is 'copy'; schedules and kv_indices are computed by each "
-                "refresh, and not copied. Leave them out of the destinations."
+                f"fields has {derived[0]} and operation is 'copy'; a copy can't write schedules or kv_indices, "
+                "which each refresh computes. Leave them out of the destinations."
             )
         tables = [name for name in self.fields if FIELDS[name].kind == "table"]
         if "kv_indices" in self.fields and tables:
             raise ConfigError(
-                f"fields has kv_indices and {tables[0]}; a kernel writes either tables or indices. Bind them to two "
+                f"fields has kv_indices and {tables[0]}; a kernel writes either tables or kv_indices. Bind them to two "
                 "plans."
             )
         if "num_splits" in self.fields and "flashmla_metadata" not in self.fields:
             raise ConfigError(
-                "fields has num_splits without flashmla_metadata, whose rows say how many parts there are; name both."
+                "fields has num_splits without flashmla_metadata, whose rows give the number of parts. Request both."
             )
         if self.has_mqa_schedule and self.mode == "draft_extend" and self.extend == "variable":
             if self.schedule_per == "row":
                 raise ConfigError(
                     "fields has paged_mqa_schedule_metadata, schedule_per is 'row' and extend is 'variable'; a "
-                    "schedule of rows is defined for next_n rows a request. Set extend='uniform'."
+                    "schedule of rows is defined for next_n rows per request. Set extend='uniform'."
                 )
             if self.schedule_atoms == 0:
                 raise ConfigError(
                     "fields has paged_mqa_schedule_metadata, schedule_atoms is 0 and extend is 'variable'; the atoms "
-                    "follow from next_n rows a request only. Give their number."
+                    "follow only from a fixed next_n. Set schedule_atoms."
                 )
 
     def _check_offsets(self) -> None:
         offsets = self.seqlen_offsets
         if len(offsets) not in (0, 1, self.num_backends):
             raise ConfigError(
-                f"seqlen_offsets has {len(offsets)} numbers and num_backends is {self.num_backends}; give one a "
+                f"seqlen_offsets has {len(offsets)} numbers and num_backends is {self.num_backends}; give one per "
                 "backend, one for all, or none."
             )
         if len(set(offsets)) < 2 or not self.needs_lengths:
@@ -198,7 +198,7 @@ class KernelConfig(Implied):
             if FIELDS[name].kind != "table" or count > 1:
                 raise ConfigError(
                     f"distinct[{name}] is {count} and seqlen_offsets is {offsets}; backends whose "
-                    "lengths differ share a table that all of them have, or nothing."
+                    "lengths differ can share only a table, and only if all of them share it."
                 )
 
     def _check_fill(self) -> None:
@@ -207,15 +207,15 @@ class KernelConfig(Implied):
         if self.tables != ("real_page_table",) or self.extent != "live":
             raise ConfigError(
                 f"page_fill is {self.page_fill} with the tables {', '.join(self.tables) or 'none'} and extent "
-                f"{self.extent!r}; it fills a real_page_table that is the only table, of extent 'live'. Leave it None."
+                f"{self.extent!r}; it needs extent 'live' and real_page_table as the only table. Set page_fill to None."
             )
 
     def _check_parameters(self) -> None:
         if self.param_words > layout.MAX_PARAM_WORDS:
             raise ConfigError(
-                f"num_backends is {self.num_backends} with {len(self.fields)} fields, which needs "
+                f"num_backends is {self.num_backends} with {len(self.fields)} fields. That needs "
                 f"{8 * self.param_words} bytes of kernel parameters; CUDA allows {8 * layout.MAX_PARAM_WORDS}. "
-                "Refresh the backends in several plans."
+                "Bind the backends in several plans."
             )
 
     @property
@@ -224,20 +224,20 @@ class KernelConfig(Implied):
         return sum(member.words for member in layout.members(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as plain JSON values."""
+        """All settings as JSON values."""
         return {name: _plain(name, getattr(self, name)) for name in SETTINGS}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> KernelConfig:
-        """The inverse of to_dict; settings that are left out have their defaults, and unknown names are refused.
+        """The inverse of to_dict. Missing settings get their defaults; unknown names are refused.
 
         Raises:
-            ConfigError: a name isn't a setting's, or a value is outside what is allowed.
+            ConfigError: a setting is unknown, or its value isn't allowed.
         """
         return cls(**settings)
 
     def shown_settings(self) -> dict[str, Any]:
-        """What a banner shows, as plain JSON values: its own settings, and those of parts that aren't the defaults."""
+        """The banner's settings, as JSON values: the configuration's own, and others that aren't at their default."""
         shown = {name: value for name, value in self._in_use() if name not in _PART_OF} | self._chosen()
         return {name: _plain(name, value) for name, value in shown.items()}
 
@@ -246,14 +246,14 @@ class KernelConfig(Implied):
         return ",".join(f"{n}={SETTINGS[n].metadata['value'].write(value)}" for n, value in self._chosen().items())
 
     def replace(self, **changes: Any) -> KernelConfig:
-        """A copy with some settings changed, validated again. What wasn't used before has its default."""
+        """A copy with some settings changed, validated again. Settings that weren't in use get their defaults."""
         return KernelConfig(**dict(self._in_use()) | changes)
 
     @cached_property
     def key(self) -> str:
         """sha256 (hex) of the schema version and of the settings that differ from the defaults.
 
-        The key of a build, which also covers source, flags, architectures and compilers, is the store's.
+        A build has another key, which also covers source, flags, architectures and compilers: see build/key.py.
         """
         return hashlib.sha256(f"{SCHEMA_VERSION},{self.settings()}".encode()).hexdigest()
 
@@ -275,7 +275,7 @@ class KernelConfig(Implied):
         return {name: value for name, value in self._in_use() if value != SETTINGS[name].default}
 
 
-# Which part a setting belongs to; the others are the configuration's own.
+# The part that a setting belongs to. Other settings are attributes of the configuration itself.
 _PART_OF = {field.name: part for part, kind in PARTS.items() for field in dataclasses.fields(kind)}
 
 SETTINGS: dict[str, dataclasses.Field[Any]] = {
@@ -284,7 +284,7 @@ SETTINGS: dict[str, dataclasses.Field[Any]] = {
     for field in fields
     if field.name not in PARTS
 }
-"""Every setting's declaration, by the name that users give."""
+"""The declaration of every setting, by its name."""
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -9,8 +9,8 @@ from .expressions import COMPARISONS, PRECEDENCE, Constant, Dtype, Name, Node, N
 def cpp(node: Node, dtype: Dtype = "int32") -> str:
     """A folded formula as a C++ expression of type std::int32_t, or std::int64_t for int64.
 
-    Names are int32 variables, constants are spelled kIndexTopk and so on. Beside what C++ has it uses min and max of
-    two values of one type, and of templates/device/ floor_div, floor_mod, ceil_div, bits and wrap.
+    Names are int32 variables; constants are spelled kIndexTopk and so on. The expression may call min and max of two
+    values of one type, and floor_div, floor_mod, ceil_div, bits and wrap from templates/device/.
     """
     return _Cpp("int64" if dtype == "int64" else "int32").value(node)
 
@@ -23,8 +23,8 @@ def cpp_constant(name: str) -> str:
 class _Cpp:
     """Writes one formula.
 
-    Sums and products are computed unsigned, since signed overflow is undefined in C++, and converted back. Where the
-    left side of an operator is unsigned C++ converts the right side, sign and all.
+    Sums and products are computed unsigned and converted back, since signed overflow is undefined in C++. Where the
+    left operand is unsigned, C++ converts the right one, modulo 2^32 or 2^64.
     """
 
     def __init__(self, dtype: Dtype) -> None:
@@ -59,7 +59,7 @@ class _Cpp:
         return f"{self.value(node)} != 0"
 
     def _bits(self, node: Node) -> tuple[str, int]:
-        """An unsigned expression with the bits of a value, and how tightly it binds."""
+        """An unsigned expression with the bits of a value, and its precedence."""
         match node:
             case Operation("negative", (argument,)):
                 return f"{self._unsigned}{{0}} - {self._operand(argument, 2)}", 2
@@ -74,7 +74,7 @@ class _Cpp:
         return f"bits({self.value(node)})", 5
 
     def _operand(self, node: Node, own: int) -> str:
-        """What stands on the right of an unsigned operator."""
+        """The right operand of an unsigned operator."""
         if isinstance(node, Operation) and node.operator in ("+", "-", "*", "negative"):
             bits, tightness = self._bits(node)
             return bits if tightness > own else f"({bits})"
@@ -95,7 +95,7 @@ class _Cpp:
 
     def _number(self, value: int) -> str:
         low, _ = limits("int64" if self._wide else "int32")
-        if value == low:  # its magnitude is no number of this type
+        if value == low:  # its magnitude doesn't fit this type
             return f"({self._number(value + 1)} - 1)"
         return f"{self._type}{{{value}}}" if self._wide else str(value)
 

@@ -1,8 +1,8 @@
 """Formulas: a subset of Python's integer expressions, parsed once.
 
 A formula is made of whole numbers, names, ``+ - * // %`` with Python's rounding, comparisons (1 or 0), and the
-functions of FUNCTIONS. Every operator is total: sums and products wrap around at the width of the field, a divisor is
-a positive constant, and ``where`` computes both of its values.
+functions of FUNCTIONS. Every operator is defined for all values: sums and products wrap around at the width of the
+field, a divisor is a positive constant, and ``where`` computes both of its values.
 
 arithmetic.py folds and evaluates a formula's tree, cpp.py emits it.
 """
@@ -23,7 +23,7 @@ MAX_DEPTH = 32
 # A divisor is an int in C++, whatever the width of the dividend.
 MAX_DIVISOR = 2**31 - 1
 
-# Operators by the nodes of Python's syntax tree; from loose to tight.
+# Operators by the nodes of Python's syntax tree; PRECEDENCE is higher where an operator binds more tightly.
 COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Lt: "<",
     ast.LtE: "<=",
@@ -41,7 +41,7 @@ _ARITHMETIC: dict[type[ast.operator], str] = {
 }
 PRECEDENCE = dict.fromkeys(COMPARISONS.values(), 1) | {"+": 2, "-": 2, "*": 3, "//": 3, "%": 3, "negative": 4}
 
-# How many arguments a function takes: at least, at most.
+# The smallest and the largest number of arguments of each function.
 FUNCTIONS: dict[str, tuple[int, int]] = {
     "min": (2, 8),
     "max": (2, 8),
@@ -60,7 +60,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Constant:
-    """A number that has a name: a setting. C++ shows the name."""
+    """A setting: a number with a name. The emitted C++ uses the name."""
 
     name: str
     value: int
@@ -92,7 +92,7 @@ def parse(text: str, label: str, names: Collection[str], constants: Collection[s
 
     Args:
         text: the formula.
-        label: what it is the formula of, for messages.
+        label: the name of its field, for messages.
         names: inputs and vectors that it may name.
         constants: settings that it may name, also in divisors.
         dtype: of the field; literals must fit.
@@ -111,7 +111,7 @@ class _Parser:
     def parse(self) -> Node:
         text = self._text
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"the formula of {self._label} is {text!r}; it must be a text such as 'seq_len + 1'.")
+            raise ConfigError(f"the formula of {self._label} is {text!r}; it must be a string such as 'seq_len + 1'.")
         if len(text) > MAX_CHARACTERS:
             self._refuse(MAX_CHARACTERS, f"it has {len(text)} characters; allowed: {MAX_CHARACTERS}")
         for column, character in enumerate(text):
@@ -201,13 +201,13 @@ class _Parser:
 
 
 def limits(dtype: Dtype) -> tuple[int, int]:
-    """The least and the largest value that a formula of this dtype computes with; bool computes in int32."""
+    """The smallest and the largest value of a formula of this dtype; bool is computed in int32."""
     bits = 64 if dtype == "int64" else 32
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def names(node: Node) -> list[str]:
-    """The names in a formula, in the order in which they are met, each once."""
+    """The names in a formula, in order of appearance, each once."""
     match node:
         case Name(name):
             return [name]
@@ -217,7 +217,7 @@ def names(node: Node) -> list[str]:
 
 
 def size(node: Node) -> int:
-    """How many nodes a formula has."""
+    """The number of nodes of a formula."""
     return 1 + sum(map(size, node.arguments)) if isinstance(node, Operation) else 1
 
 
@@ -249,7 +249,7 @@ def _text(node: Node) -> tuple[str, int]:
         case Operation(op, (left, right)) if op in PRECEDENCE:
             own = PRECEDENCE[op]
             before, behind = _text(left), _text(right)
-            # A chain of comparisons would mean something else.
+            # Without parentheses Python would read a chained comparison.
             first = before[0] if before[1] > own or (before[1] == own and own > 1) else f"({before[0]})"
             second = behind[0] if behind[1] > own else f"({behind[0]})"
             return f"{first} {op} {second}", own

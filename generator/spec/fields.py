@@ -1,22 +1,22 @@
-"""The metadata fields. A field is declared in one line here, and nowhere else.
+"""The metadata fields. Each is declared here, in one line, and nowhere else.
 
-Vectors and running sums are declared by a formula (see expressions.py), from which the kernel, the parameters, the
-checks of a binding, descriptions and an evaluation with PyTorch follow (vectors.py). What isn't a formula has code of
-its own in templates/device, and is declared with its shape and with what an element holds, for people.
+Vectors and running sums are declared by a formula (see expressions.py). The kernel, its parameters, the checks of a
+binding, descriptions and an evaluation with PyTorch follow from it (see vectors.py). Any other field has its own code
+in templates/device; its declaration gives the shape, and describes an element for people.
 
-A field has an element for each of the bs requests, or for each of the R rows. In decode R is bs. In target_verify and
-draft_extend a request has several rows, request after request. ``reference.py`` says by hand what each field means.
+A field has one element per request (bs), or one per row (R). In decode R is bs. In target_verify and
+draft_extend a request has several rows, request after request. ``reference.py`` defines each field again, by hand.
 
 A formula may name:
 
 * ``base_len``: a request's input length, as int32;
-* ``offset``: what the mode and the backend add to it: the backend's seqlen_offset, and next_n in target_verify;
+* ``offset``: the sum of the backend's seqlen_offset and, in target_verify, next_n;
 * ``seq_len``: base_len + offset, the length that the backend sees;
-* ``rows``: how many rows the request has, 1 in decode;
-* ``row``: which of them the element is, from 0 on; only in fields with an element a row;
-* ``request`` and ``step``: the number of the request, and of the backend;
+* ``rows``: the number of rows of the request, 1 in decode;
+* ``row``: the index of the element's row in its request, from 0; only in fields with one element per row;
+* ``request`` and ``step``: the index of the request, and of the backend;
 * the settings ``index_topk``, ``index_kpool`` and ``page_size``;
-* other vectors, and TERMS. A name stands for a formula, not for memory: the vector needn't be bound.
+* other vectors, and TERMS. A name stands for that vector's formula, so the vector needn't be bound.
 
 In the formulas of the other kinds ``pool_row`` is the request's row of req_to_token and W the width of page_indices.
 """
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from .expressions import Dtype
 
 if TYPE_CHECKING:
-    # For annotations alone: what emits and loads kernels runs without torch.
+    # For annotations only: emitting and loading kernels needs no torch.
     from torch import Tensor
 
 Kind = Literal["vector", "running_sum", "table", "schedule", "splits", "indices"]
@@ -40,14 +40,14 @@ Per = Literal["request", "row"]
 
 @dataclass(frozen=True)
 class Vector:
-    """One element a request or a row.
+    """One element per request, or per row.
 
     Attributes:
         formula: the element's value.
-        per: what has an element: a request, or each row of a request.
-        dtype: int32 and bool are computed in wrapping int32, int64 with inputs that are widened first; bool stores
-            whether the value isn't 0.
-        decode: the formula in decode, where it isn't what the other one gives for one row.
+        per: whether there is one element per request, or per row.
+        dtype: int32 and bool are computed in wrapping int32, int64 in int64 with widened inputs; bool stores whether
+            the value isn't 0.
+        decode: a separate formula for decode, if ``formula`` with one row isn't the right one.
     """
 
     formula: str
@@ -65,7 +65,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class RunningSum(Vector):
-    """0, then the running sum of a formula over all requests or rows: one element more than there are of them."""
+    """0, then the inclusive running sum of a formula over all requests or rows."""
 
     kind: ClassVar[Kind] = "running_sum"
     shape: ClassVar[str] = "[bs + 1]"
@@ -78,16 +78,16 @@ class RunningSum(Vector):
 
 @dataclass(frozen=True)
 class Special:
-    """A field with code of its own in templates/device.
+    """A field with its own code in templates/device.
 
     Attributes:
-        kind: "table" has unit inner stride; "schedule" is contiguous, its size a number of multiprocessors; "splits" is
-            a running sum that comes with one; "indices" holds tables one behind the other.
+        kind: "table" has unit inner stride; "schedule" is contiguous and sized by SMs, not by the batch; "splits" is a
+            running sum that belongs to a schedule; "indices" holds the rows of all requests one after the other.
         shape: the shape for people, in decode, with bs requests.
         meaning: what an element holds, for people.
-        per: what has an element or a table row: a request, or each row of a request.
-        settings: the settings of fields that it depends on.
-        other_dtypes: what its tensors may have in place of ``dtype``.
+        per: whether there is one element, or table row, per request or per row.
+        settings: the settings that its values depend on.
+        other_dtypes: dtypes that its tensors may have in place of ``dtype``.
     """
 
     kind: Kind
@@ -116,12 +116,12 @@ class Field:
 
     @property
     def kind(self) -> Kind:
-        """What sort of field it is."""
+        """The kind of field."""
         return self.declaration.kind
 
     @property
     def per(self) -> Per:
-        """Whether its rows are requests, or the rows that a request has."""
+        """Whether it has one element, or table row, per request or per row of a request."""
         return self.declaration.per
 
     @property
@@ -142,22 +142,22 @@ class Field:
 
     @property
     def formula(self) -> str:
-        """What an element holds, for people."""
+        """The meaning of an element, for people."""
         return self.declaration.meaning
 
     @property
     def dim(self) -> int:
-        """Dimensions of its tensor."""
+        """The number of dimensions of its tensor."""
         return 2 if self.kind in ("table", "schedule") else 1
 
     @property
     def extra(self) -> int:
-        """Elements that it has more than requests or rows: the 0 that running sums begin with."""
+        """Elements beyond one per request or row: 1 for the 0 that running sums begin with."""
         return int(self.kind in ("running_sum", "splits"))
 
     @property
     def sized_by_batch(self) -> bool:
-        """Whether its first dimension says how many requests or rows fit."""
+        """Whether its first dimension is a capacity in requests or rows."""
         return self.kind not in ("schedule", "indices")
 
     def shape_in(self, mode: str) -> str:
@@ -196,7 +196,7 @@ class MetadataBuffers:
     cache_seqlens: Tensor | None = vector("seq_len", "request")
     cu_seqlens_k: Tensor | None = running_sum("cache_seqlens", "request")
     page_indices: Tensor | None = special("table", "[bs, W]", "req_to_token[pool_row, column]")
-    # Complete pools are clamped; the tokens behind the last one stay.
+    # Only complete pools are clamped; the tokens after the last complete one are always added.
     nsa_cache_seqlens: Tensor | None = vector("min(seqlens_expanded - pool_tail, index_topk) + pool_tail")
     nsa_cu_seqlens_k: Tensor | None = running_sum("nsa_cache_seqlens")
     real_page_table: Tensor | None = special(
@@ -205,7 +205,7 @@ class MetadataBuffers:
         "req_to_token[pool_row, column * page_size] // page_size",
         settings=("page_size",),
     )
-    # Every row sees one token less than the row behind it. A padding request has fewer tokens than rows.
+    # Every row sees one token less than the row after it. A padding request has fewer tokens than rows.
     seqlens_expanded: Tensor | None = vector("max(seq_len - rows + row + 1, 0)", decode="seq_len")
     pooled_cache_seqlens: Tensor | None = vector("cache_seqlens // index_kpool", "request")
     pooled_real_page_table: Tensor | None = special(
@@ -217,7 +217,7 @@ class MetadataBuffers:
     paged_mqa_schedule_metadata: Tensor | None = special(
         "schedule",
         "[num_sms + 1, 2]",
-        "where each multiprocessor begins: its query atom and split of 256",
+        "where each SM begins: its query atom and split of 256",
         "request",
         settings=("index_kpool",),
     )
@@ -238,14 +238,14 @@ class MetadataBuffers:
     )
 
     def items(self) -> Iterator[tuple[Field, Tensor]]:
-        """The fields that are present, in the order of the table."""
+        """The fields that are present, with their tensors, in the order of FIELDS."""
         for field in FIELDS.values():
             tensor = getattr(self, field.name)
             if tensor is not None:
                 yield field, tensor
 
 
-# Vectors that formulas name, and that no buffer holds.
+# Vectors that only formulas use: no buffer holds them.
 TERMS: dict[str, Field] = {"pool_tail": Field("pool_tail", Vector("seqlens_expanded % index_kpool"))}
 
 FIELDS: dict[str, Field] = {

@@ -1,6 +1,7 @@
-"""What the settings of a configuration imply, in the terms that templates and the host ask for.
+"""Properties that follow from the settings of a configuration, for the templates and the host code.
 
-These hold while a configuration is made, too, before what it doesn't use is taken out: parts.py asks them what is used.
+They also work while a configuration is being made, before its unused settings are removed: parts.py decides by them
+which settings are used.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Implied:
 
     @property
     def copies(self) -> bool:
-        """Whether it copies fields that were computed before."""
+        """Whether it copies precomputed fields."""
         return self.operation == "copy"
 
     @property
@@ -48,22 +49,22 @@ class Implied:
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """The fields that have one element a request, or one more (running sums)."""
+        """The vectors and running sums."""
         return tuple(name for name in self.fields if FIELDS[name].kind in ("vector", "running_sum"))
 
     @property
     def schedules(self) -> tuple[str, ...]:
-        """The schedules that blocks of their own compute, by the field that they are named after."""
+        """The schedules. Each is computed by a block of its own; num_splits comes with flashmla_metadata."""
         return tuple(name for name in self.fields if FIELDS[name].kind == "schedule")
 
     @property
     def row_fields(self) -> tuple[str, ...]:
-        """The fields whose rows are not requests but the rows that a request has several of."""
+        """The fields with one element, or table row, per row, in modes where a request has several rows."""
         return tuple(name for name in self.fields if self.mode != "decode" and FIELDS[name].per == "row")
 
     @property
     def live(self) -> bool:
-        """Whether what is gathered ends where a request's length does."""
+        """Whether only live columns are gathered: the first seq_len columns of a row."""
         return self.gathers and ("kv_indices" in self.fields or self.extent == "live")
 
     @property
@@ -83,7 +84,7 @@ class Implied:
 
     @property
     def variable_rows(self) -> bool:
-        """Whether each call says how many rows each request has."""
+        """Whether each call gives the number of rows of each request."""
         several = not self.copies and self.mode == "draft_extend" and bool(self.row_fields)
         return several and self.extend == "variable"
 
@@ -96,18 +97,18 @@ class Implied:
 
     @property
     def equal_rows(self) -> bool:
-        """Whether every row of every table is written equally far, whatever the lengths, by a kernel that gathers."""
+        """Whether a kernel that gathers writes every row of every table up to the same column, at any length."""
         if not self.gathers or "kv_indices" in self.fields or self.variable_rows:
             return False
         return self.extent == "full" or self.page_fill is not None
 
     def uses(self, setting: str) -> bool:
-        """Whether one of the fields depends on a setting that formulas may name."""
+        """Whether a field depends on one of the settings that formulas may name."""
         return not self.copies and any(setting in settings_of(name) for name in self.fields)
 
     @property
     def names_pools(self) -> bool:
-        """Whether the emitted code names index_kpool: in formulas a pool of one token is folded away."""
+        """Whether the emitted code names index_kpool. Formulas don't if it is 1, because that is folded away."""
         named = self.has_mqa_schedule or "pooled_real_page_table" in self.fields
         return self.uses("index_kpool") and (named or self.index_kpool > 1)
 
@@ -124,26 +125,29 @@ class Implied:
     @property
     def atoms_of_next_n(self) -> int:
         """Query atoms of each item of DeepGEMM's schedule that follow from the rows of a request."""
-        return 1 if self.schedules_rows else (int(self.next_n) + 1) // 2
+        if self.schedules_rows:
+            return 1
+        # Where tokens go through a split together, an entry counts tokens.
+        return int(self.next_n) if self.schedule_split_cost else (int(self.next_n) + 1) // 2
 
     @property
     def atoms(self) -> int:
-        """Query atoms of each item of DeepGEMM's schedule."""
+        """Query atoms per item of DeepGEMM's schedule."""
         return self.schedule_atoms or self.atoms_of_next_n
 
     @property
     def sums(self) -> tuple[str, ...]:
-        """The vectors that are running sums: one element more than requests or rows, the first one 0."""
+        """The running sums: 0, then one element per request or row."""
         return tuple(name for name in self.fields if FIELDS[name].kind == "running_sum")
 
     @property
     def request_vectors(self) -> tuple[str, ...]:
-        """The vectors with an element for each request."""
+        """The vectors and running sums with one element per request."""
         return tuple(name for name in self.vectors if name not in self.row_fields)
 
     @property
     def row_vectors(self) -> tuple[str, ...]:
-        """The vectors with an element for each of the rows that a request has several of."""
+        """The vectors and running sums with one element per row."""
         return tuple(name for name in self.vectors if name in self.row_fields)
 
     @property
@@ -158,10 +162,10 @@ class Implied:
 
     @property
     def strategy(self) -> str | None:
-        """How the tables are written, None where no block writes any.
+        """How the tables are written; None without tables.
 
-        "live" writes as far as each request's length, "equal" all rows equally far, "variable" requests with a number
-        of rows of their own; "indices" writes kv_indices, "copy" what was computed before.
+        "live" writes each row up to its request's length, "equal" all rows up to the same column, "variable" requests
+        with different numbers of rows; "indices" writes kv_indices, "copy" precomputed fields.
         """
         if self.operation == "copy":
             return "copy"
@@ -175,28 +179,29 @@ class Implied:
 
     @property
     def length_offsets(self) -> tuple[int, ...]:
-        """What the backends add to seq_lens: one number for all, or one each. target_verify adds its rows."""
+        """The offsets that backends add to seq_lens, including next_n in target_verify: one for all, or one each."""
         verified = self.next_n if self.mode == "target_verify" else 0
         return tuple(offset + verified for offset in self.seqlen_offsets or (0,))
 
     @property
     def lengths_differ(self) -> bool:
-        """Whether each backend has lengths of its own."""
+        """Whether the backends see different lengths."""
         return self.needs_lengths and len(self.seqlen_offsets) > 1
 
     @property
     def resident_blocks(self) -> int:
-        """Blocks that a multiprocessor has room for at least, 0 where that is the compiler's choice.
+        """Minimum resident blocks per SM; 0 leaves the choice to the compiler.
 
-        That caps the registers: without it ptxas takes, or spills, some more for blocks that the grid doesn't have.
+        This caps the registers at 64 per thread. Without it ptxas uses, or spills, a few more.
         """
         return 1024 // int(self.threads) if self.strategy in ("live", "equal", "variable") else 0
 
     @property
     def wide_tiles(self) -> int:
-        """Tiles that a warp takes at once in large tables and of long requests: 2, or 1 where it never takes more.
+        """Tiles that a warp takes at once, in large tables and for long requests: 2, or 1 if it never takes more.
 
-        With more to write for each word there is enough in flight without, and the registers are needed for addresses.
+        If each word is written to many places, one tile keeps enough accesses in flight, and the registers are needed
+        for addresses.
         """
         if self.strategy not in ("live", "equal") or "page_indices" not in self.fields:
             return 1
@@ -207,9 +212,9 @@ class Implied:
 
     @property
     def holds_page_tokens(self) -> bool:
-        """Whether the registers that hold a tile's tokens hold those that begin pages, each the same word of four.
+        """Whether the tokens that begin pages are read from the registers that hold the tile (device/held_pages.cuh).
 
-        So it is where a tile has at most one page for each lane.
+        This needs at most one page per lane, and pages of a multiple of four tokens.
         """
         tokens = self.tile_columns * self.wide_tiles
         power = self.page_size & (self.page_size - 1) == 0
@@ -224,27 +229,27 @@ class Implied:
 
     @property
     def copied_vectors(self) -> dict[str, tuple[str, ...]]:
-        """The vectors that a copy copies, by the parameter that says how many elements they have (sums one more)."""
+        """The vectors that a copy copies, by the parameter with their number of elements (sums have one more)."""
         groups = {"batch_size": self.request_vectors, "rows": self.row_vectors}
         return {count: names for count, names in groups.items() if names}
 
     @property
     def warp_size(self) -> int:
-        """Threads that exchange registers: 32 on a GPU; 1 where one thread runs a whole block."""
+        """Threads per warp: 32 on a GPU; 1 on the CPU target, where one thread runs a whole block."""
         return 32 if self.target == "cuda" else 1
 
     @property
     def tile_columns(self) -> int:
-        """Columns of a tile, one warp's share of a row."""
+        """Columns of a tile: what one warp moves of a row."""
         return self.warp_size * 4 * int(self.unroll)
 
     @property
     def tile_alignment(self) -> int:
-        """Words at whose multiples in the destination tiles begin, where stores are of 16 bytes."""
+        """With 16-byte stores, tiles begin at multiples of this many words in the destination."""
         return min(32, self.tile_columns)
 
     def destinations(self, field: str) -> int:
-        """How many different tensors the backends have for a field."""
+        """The number of different tensors that the backends have for a field."""
         return dict(self.distinct).get(field, self.num_backends)
 
     def dtype(self, field: str) -> Dtype:

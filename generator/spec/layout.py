@@ -1,7 +1,7 @@
-"""The parameter block: which 64-bit words a kernel takes, in which order.
+"""The parameter block: the 64-bit words that a kernel takes, in order.
 
 The struct in the emitted CUDA and the integers that a plan packs both follow this list, so they can't disagree.
-Every word is 64 bits wide (a pointer, or a signed integer), so a block is an array of int64 as well as a struct.
+Every word is a pointer or a signed integer of 64 bits, so the block is a struct as well as an array of int64.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Member:
             "violation" (pointer to the record of a checked kernel); "hashes" (pointer to the hashes of
             a verified kernel's tiles).
         count: array length, or None for a single member.
-        per_call: set at each call; the rest is set once, when a plan is bound.
+        per_call: whether each call sets it; the others are set once, when a plan is bound.
         comment: what it holds.
     """
 
@@ -47,7 +47,7 @@ class Member:
 
     @property
     def words(self) -> int:
-        """64-bit words the member takes."""
+        """The number of 64-bit words that the member takes."""
         return (self.count or 1) * (2 if self.type == "table" else 1)
 
 
@@ -72,8 +72,8 @@ def members(config: KernelConfig) -> list[Member]:
     if copies and config.row_fields:
         add("rows", "int64", "rows of all requests", per_call=True)
     for name in column_limits(config):
-        add(name, "int64", "no column from here on is written", per_call=True)
-    # What a thread needs before it can read its first token comes first, and lies in few cache lines.
+        add(name, "int64", "columns from here on are not written", per_call=True)
+    # The words that a thread needs before it can read its first token come first, so that they lie in few cache lines.
     if config.tables and not copies:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
@@ -93,9 +93,9 @@ def members(config: KernelConfig) -> list[Member]:
     add_fields([name for name in config.fields if FIELDS[name].kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
-        add("sm_count", "int64", "multiprocessors of the device")
+        add("sm_count", "int64", "SMs of the device")
     if config.checked:
-        add("violation", "violation", "the first one found, or none")
+        add("violation", "violation", "the first violation, or none")
         if config.extend == "variable":
             add("row_capacity", "int64", "rows that fit the destinations")
         if config.tables:
@@ -103,7 +103,7 @@ def members(config: KernelConfig) -> list[Member]:
     if config.page_fill is not None:
         add("real_page_table_width", "int64", "columns")
     if "paged_mqa_schedule_metadata" in config.fields:
-        add("num_sms", "int64", "multiprocessors that DeepGEMM's schedule is for")
+        add("num_sms", "int64", "SMs that DeepGEMM's schedule is for")
     if "flashmla_metadata" in config.fields:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
     if "kv_indices" in config.fields:
@@ -113,17 +113,17 @@ def members(config: KernelConfig) -> list[Member]:
 
 
 def column_limits(config: KernelConfig) -> list[str]:
-    """The per-call members that bound the columns: one where tables share a source, one a table in a copy."""
+    """The per-call members that bound the columns: one for all tables, or one per table in a copy."""
     if config.copies:
         return [f"{name}_columns" for name in config.tables]
     return ["columns"] if config.tables else []
 
 
 def param_words(config: KernelConfig) -> list[str]:
-    """Names of the 64-bit words in order, one entry a word."""
+    """The names of the 64-bit words, in order, one per word."""
     return [m.name for m in members(config) for _ in range(m.words)]
 
 
 def call_words(config: KernelConfig) -> list[str]:
-    """Names of the words that each call sets: the first ones of the block."""
+    """The names of the words that each call sets; they are the first of the block."""
     return [m.name for m in members(config) if m.per_call]

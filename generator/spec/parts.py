@@ -1,8 +1,8 @@
 """The parts of a configuration: settings that belong together, each declared in one line.
 
-A setting says its default, what is allowed, and which configurations use it. What a configuration doesn't use is
-absent from it: the setting is None in its part, and a part without any setting in use is None itself. So two
-configurations that emit the same CUDA are equal, and a setting that is added later changes no key that exists.
+The declaration of a setting gives its default, the allowed values, and which configurations use it. A setting that a
+configuration doesn't use is None in its part, and a part without any setting in use is None itself. So two
+configurations that emit the same CUDA are equal, and a setting that is added later changes no existing key.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ Remainder = Literal["last", "first"]
 SchedulePer = Literal["request", "row"]
 FlashMLAOrder = Literal["2026", "2025"]
 
-# Beyond any speculation, and small enough that the sum of a length and an offset still fits into 32 bits.
+# Far more than any engine speculates, and so small that a length plus an offset still fits into 32 bits.
 MAX_NEXT_N = 2**15
 MAX_SEQLEN_OFFSET = 2**15
-# More than any GPU has multiprocessors: a block keeps where every part of FlashMLA's schedule begins.
+# More parts of FlashMLA's schedule than any GPU has SMs. One block holds an entry for each in shared memory.
 MAX_SM_PARTS = 512
+MAX_SPLIT_COST = 2**20
 
 _INT_DTYPE = OneOf("int32", "int64")
 _DTYPE = OneOf("int32", "int64", "bool")
@@ -47,10 +48,11 @@ def setting(
     """Declares a setting.
 
     Args:
-        default: its value where the user gives none. Keys and banners omit settings at their default.
-        value: what is allowed.
+        default: its value if the user gives none. Settings at their default are omitted from key and banner, so that
+            adding a setting doesn't invalidate existing builds.
+        value: the allowed values.
         used: whether a configuration's kernel depends on it.
-        unused: what reading it from a configuration yields where it isn't used; the default unless given.
+        unused: the value that a configuration shows if it doesn't use the setting; by default ``default``.
     """
     unused = default if unused is _SAME_AS_DEFAULT else unused
     return dataclasses.field(default=default, metadata={"value": value, "used": used, "unused": unused})
@@ -58,10 +60,10 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Settings that belong together. An instance has checked them.
+    """Settings that belong together. The constructor checks them.
 
     Raises:
-        ConfigError: a setting is outside what is allowed.
+        ConfigError: a setting's value isn't allowed.
     """
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class Part:
             object.__setattr__(self, field.name, value)
 
     def in_use(self, config: KernelConfig) -> Self | None:
-        """The part with None for what the configuration doesn't use; None if it uses nothing of it."""
+        """The part with unused settings set to None; None if the configuration uses none of them."""
         unused = [field.name for field in dataclasses.fields(self) if not field.metadata["used"](config)]
         if len(unused) == len(dataclasses.fields(self)):
             return None
@@ -97,8 +99,8 @@ class Lengths(Part):
 
     Attributes:
         seq_lens_dtype: "int32" or "int64".
-        seqlen_offsets: what each backend adds to every length, one number a backend from 0 to 32768. Offsets that are
-            all equal become one number, and none where that is 0.
+        seqlen_offsets: the number that each backend adds to every length, one per backend, 0 to 32768. Equal offsets
+            become a single one, and () if that is 0.
     """
 
     seq_lens_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.needs_lengths)
@@ -110,7 +112,7 @@ class Rows(Part):
     """The rows that a request has in target_verify and draft_extend.
 
     Attributes:
-        extend: in draft_extend, "uniform" for next_n rows a request, "variable" for lengths that each call gives.
+        extend: in draft_extend, "uniform" for next_n rows per request, "variable" for lengths that each call gives.
         next_n: n, the rows of each request in target_verify and in a uniform draft_extend, 1 to 32768.
         extend_seq_lens_dtype: of variable extend lengths, "int32" or "int64".
     """
@@ -126,11 +128,11 @@ class Rows(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(Part):
-    """What is read from the token table.
+    """How req_to_token is read.
 
     Attributes:
-        extent: "live" writes the live columns of a row, those below its request's length; "full" every column below
-            max_len. kv_indices has live columns only.
+        extent: "live" writes the live columns, the first seq_len columns of a row; "full" every column below max_len.
+            kv_indices has live columns only.
         req_pool_indices_dtype, req_to_token_dtype: "int32" or "int64".
         writes: "all" writes what a refresh makes; "verified" writes only where that differs from what was written last.
     """
@@ -148,9 +150,9 @@ class Pages(Part):
     """Tables whose columns are pages.
 
     Attributes:
-        page_size: P, tokens a page of real_page_table, 1 or more.
+        page_size: P, tokens per page of real_page_table, 1 or more.
         page_fill: -1 writes -1 to the columns of real_page_table that aren't live, up to the table's width; None leaves
-            them alone. For a real_page_table that is the only table, of extent "live".
+            them alone. Requires extent "live" and real_page_table as the only table.
     """
 
     page_size: int | None = setting(64, Whole(1, 2**31 - 1), used=lambda c: c.uses("page_size"), unused=1)
@@ -159,11 +161,11 @@ class Pages(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse(Part):
-    """What sparse attention selects.
+    """The selection of sparse attention.
 
     Attributes:
         index_topk: T, the clamp of nsa_cache_seqlens, 0 or more.
-        index_kpool: k, tokens a pool: index_topk clamps complete pools only, and pooled_* fields count pools.
+        index_kpool: k, tokens per pool: index_topk clamps complete pools only, and pooled_* fields count pools.
     """
 
     index_topk: int | None = setting(2048, Whole(0, 2**31 - 1), used=lambda c: c.uses("index_topk"))
@@ -180,6 +182,8 @@ class MqaSchedule(Part):
         schedule_per: what its lengths are in target_verify and draft_extend: "request" for [bs, n], of which only the
             last column counts (cache_seqlens), "row" for [R, 1] (seqlens_expanded).
         schedule_atoms: query atoms of each request; 0 for as many as follow from next_n, ceil(n / 2).
+        schedule_split_cost: units of work of a split of 256 tokens, which all of a request's tokens go through together
+            (sm_100); 0 for a unit for each of the request's atoms (sm_90).
     """
 
     schedule_remainder: Remainder | None = setting("last", OneOf("last", "first"), used=lambda c: c.has_mqa_schedule)
@@ -191,6 +195,7 @@ class MqaSchedule(Part):
         Whole(0, MAX_NEXT_N),
         used=lambda c: c.has_mqa_schedule and not c.schedules_rows and c.schedule_atoms not in (0, c.atoms_of_next_n),
     )
+    schedule_split_cost: int | None = setting(0, Whole(0, MAX_SPLIT_COST), used=lambda c: c.has_mqa_schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +203,7 @@ class FlashMLASchedule(Part):
     """FlashMLA's schedule, flashmla_metadata.
 
     Attributes:
-        flashmla_order: the order of the fields in a row, "2026" or "2025".
+        flashmla_order: the order of the words in a row, FlashMLA's of "2026" or "2025".
     """
 
     flashmla_order: FlashMLAOrder | None = setting(
@@ -208,14 +213,15 @@ class FlashMLASchedule(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Launch(Part):
-    """How a launch is laid out.
+    """The shape of a launch.
 
     Attributes:
-        threads: threads a block, a power of two from 32 to 1024 (1 on the CPU target).
-        unroll: 16-byte accesses a thread has in flight, 1 to 8.
-        blocks_per_sm: blocks launched for each multiprocessor, at most, 1 to 32; twice as many in copies. Where all
-            rows are equally long (extent "full", page_fill) they have as many blocks as they need.
-        vector_bytes: width of the table stores: 16 where all destinations of a row have one 16-byte phase, else 4.
+        threads: threads per block, a power of two from 32 to 1024 (1 on the CPU target).
+        unroll: 16-byte accesses that a thread has in flight, 1 to 8.
+        blocks_per_sm: limit of the blocks that write tables, per SM, 1 to 32; copies have twice this limit. Unused if
+            all rows are equally long (extent "full", page_fill): then every tile has its warp.
+        vector_bytes: width of the table stores: 16 if a row's address modulo 16 is the same in all destinations, else
+            4.
     """
 
     threads: int | None = setting(256, Whole(1, 1024), used=lambda c: c.target == "cuda", unused=1)
@@ -223,13 +229,13 @@ class Launch(Part):
     blocks_per_sm: int | None = setting(
         4, Whole(1, 32), used=lambda c: bool(c.tables) and not c.equal_rows and c.target == "cuda", unused=1
     )
-    # A page's number is one word in page_size: only page_indices and copies move runs of 16 bytes.
+    # Only page_indices and copies move 16 consecutive bytes; a table of pages takes one word of every page_size.
     vector_bytes: Literal[4, 16] | None = setting(
         16, OneOf(4, 16), used=lambda c: bool(c.tables) and (c.copies or "page_indices" in c.fields), unused=4
     )
 
 
-# The name of a part in a configuration, in the order in which settings are listed.
+# The parts by their name in a configuration, in the order in which settings are listed.
 PARTS: dict[str, type[Part]] = {
     "declared": Declared,
     "lengths": Lengths,

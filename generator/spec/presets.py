@@ -68,15 +68,15 @@ PRESETS: dict[str, KernelConfig] = {
     ),
     "flashinfer-decode-3": KernelConfig(num_backends=3, fields=("kv_indptr", "kv_indices"), seqlen_offsets=(1, 2, 3)),
 }
-"""The configurations that ship: their CUDA is in generated/, and each is compiled and run by the tests."""
+"""The shipped configurations. Their CUDA is in generated/, and the tests compile and run each of them."""
 
 PURPOSES: dict[str, str] = {
-    "nsa-decode-1": "one backend; the least that there is to refresh",
+    "nsa-decode-1": "DSA with one backend",
     "nsa-decode-2": "DeepSeek sparse attention (DSA, NSA) with two draft steps",
-    "nsa-decode-3": "DSA with three draft steps; the usual case, and the one measured most",
+    "nsa-decode-3": "DSA with three draft steps; the usual case",
     "nsa-decode-7": "DSA with seven draft steps",
     "nsa-decode-64": "64 backends in one launch",
-    "nsa-decode-3-full": "dead columns too, as the functions that take lists write them",
+    "nsa-decode-3-full": "all columns below max_len, as the functions that take lists write them",
     "nsa-decode-3-page1": "pages of one token",
     "nsa-decode-3-page16": "pages of 16 tokens",
     "nsa-decode-3-unaligned": "tables whose rows aren't aligned to 16 bytes",
@@ -87,24 +87,24 @@ PURPOSES: dict[str, str] = {
     "nsa-precompute": "what precompute_decode_metadata_cuda runs",
     "nsa-copy-1": "what fused_metadata_copy_cuda runs, to one backend",
     "nsa-copy-3": "the same, to three backends",
-    "nsa-copy-3-rows": "the same, with several rows a request",
-    "nsa-target-verify-3": "four tokens of each request verified, a row each",
-    "nsa-draft-extend-3": "the last four tokens of each request extended",
-    "nsa-draft-extend-3-variable": "another number of tokens extended for each request",
+    "nsa-copy-3-rows": "the same, to three backends, with several rows per request",
+    "nsa-target-verify-3": "verification of four tokens per request, one row each",
+    "nsa-draft-extend-3": "draft extension by four tokens per request",
+    "nsa-draft-extend-3-variable": "draft extension by a different number of tokens per request",
     "nsa-decode-3-kpool": "pools of four tokens (index_kpool)",
-    "nsa-decode-3-checked": "reports rows and lengths that are out of range",
+    "nsa-decode-3-checked": "checks rows and lengths, and reports those out of range",
     "fa3-decode-3": "SGLang's FA3 with three draft steps, pages of 64",
     "trtllm-mha-decode-3": "SGLang's TRTLLM-MHA with three draft steps, pages of 32",
-    "flashmla-decode-3": "FlashMLA and TRTLLM-MLA: -1 in dead columns",
+    "flashmla-decode-3": "FlashMLA and TRTLLM-MLA: -1 in columns after the live ones",
     "nsa-decode-3-schedule": "DSA with DeepGEMM's schedule in the same launch",
-    "nsa-target-verify-3-schedule": "verification with DeepGEMM's schedule, a row a token",
+    "nsa-target-verify-3-schedule": "verification with DeepGEMM's schedule, one item per row",
     "flashmla-dense-decode-3": "dense FlashMLA with its schedule in the same launch",
     "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",
 }
-"""What each of them is for, in a line."""
+"""The purpose of each preset, in one line."""
 
 
-# Presets of earlier versions: for one release they say why they went.
+# Removed presets, with the reason; kept for one release.
 _GONE = {"vllm-decode-3": "vLLM's draft steps advance one object in place, so there is nothing to bind"}
 
 
@@ -112,7 +112,7 @@ def preset(name: str) -> KernelConfig:
     """A shipped configuration by name.
 
     Raises:
-        ConfigError: there is no preset of that name; the message has the nearest.
+        ConfigError: there is no preset of that name; the message suggests the nearest one.
     """
     if name in _GONE:
         raise ConfigError(f"The preset {name!r} is gone since 0.2: {_GONE[name]}.")
@@ -122,6 +122,6 @@ def preset(name: str) -> KernelConfig:
 
 
 def nearest(name: str) -> str:
-    """A sentence with the preset whose name is nearest; "" if none is near."""
+    """A sentence that suggests the preset with the nearest name; "" if none is near."""
     found = difflib.get_close_matches(name, PRESETS, n=1)
     return f" Did you mean {found[0]!r}?" if found else ""

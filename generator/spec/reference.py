@@ -1,7 +1,7 @@
-"""What every field means, in plain PyTorch. The kernels must agree with it element for element.
+"""The meaning of every field, in plain PyTorch. The kernels must agree with it element for element.
 
-Formulas are SGLang's, read from its DSA/NSA attention backend, for the modes decode, target_verify and draft_extend.
-Written for clarity: whole-tensor operations, every row as wide as the longest. Works on any device.
+The formulas are those of SGLang's DSA/NSA attention backend, for the modes decode, target_verify and draft_extend. The
+code is written for clarity: whole-tensor operations, every row as wide as the longest. It works on any device.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def running_sum(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that a batch has in the per-row fields, request-major.
+    """The rows of a batch in the per-row fields, request after request.
 
     Attributes:
         request: int64 [R], the request that a row belongs to.
-        live: int64 [R], columns that the row's tables have live. A length beyond int32 makes all of them live.
+        live: int64 [R], the live columns of the row's tables. May exceed int32; callers clamp it to the table's width.
     """
 
     request: Tensor
@@ -39,7 +39,7 @@ class Rows:
 def nsa_lengths(lengths: Tensor, *, index_topk: int, index_kpool: int = 1) -> Tensor:
     """The lengths that sparse attention sees.
 
-    With pools of k tokens only complete pools are clamped, and the unfinished tail is always kept:
+    With pools of k tokens only complete pools are clamped, and the incomplete tail is always added:
     min(floor(length / k) * k, T) + length mod k.
     """
     tail = lengths % index_kpool
@@ -58,26 +58,26 @@ def lengths(
 ) -> tuple[dict[str, Tensor], Rows]:
     """The fields that follow from the lengths alone, and the rows of the per-row fields.
 
-    With s a request's length, n ``next_n``, q its extend length and j a row's place among its request's rows:
+    With s a request's length, n ``next_n``, q its extend length and j the index of a row in its request:
 
-    * decode: one row a request. cache_seqlens = s, seqlens_expanded is the same tensor.
-    * target_verify: n rows a request. cache_seqlens = s + n, seqlens_expanded = max(s + j + 1, 0); the tables are live
-      up to s + n in all n rows.
-    * draft_extend: q rows a request, none where q is 0. s counts the draft's tokens already, so cache_seqlens = s;
+    * decode: one row per request. cache_seqlens = s, seqlens_expanded is the same tensor.
+    * target_verify: n rows per request. cache_seqlens = s + n, seqlens_expanded = max(s + j + 1, 0); all n table rows
+      have s + n live columns.
+    * draft_extend: q rows per request, none where q is 0. s includes the draft's tokens, so cache_seqlens = s;
       seqlens_expanded = max(s - q + j + 1, 0), because a padding request has s = 1 < q.
 
     pooled_cache_seqlens = floor(cache_seqlens / k).
 
-    nsa_cache_seqlens follows from seqlens_expanded, one element a row. Running sums begin with 0.
+    nsa_cache_seqlens follows from seqlens_expanded, one element per row. Running sums begin with 0.
 
     Args:
         seq_lens: int32 or int64 [bs]; truncated to int32.
         mode: "decode", "target_verify" or "draft_extend".
         index_topk: T.
         next_n: n of target_verify, and every q of draft_extend where extend_seq_lens is None.
-        extend_seq_lens: int [bs], each request's q, in draft_extend; less than 0 counts as 0.
+        extend_seq_lens: int [bs], q of each request in draft_extend; negative values count as 0.
         seqlen_offset: added to every length, for a draft step that sees the tokens of the steps before it.
-        index_kpool: tokens a pool, see nsa_lengths.
+        index_kpool: tokens per pool, see nsa_lengths.
 
     Returns:
         int32 tensors by field name, and the rows.
@@ -158,9 +158,10 @@ def refresh(
     schedule_remainder: str = "last",
     schedule_per: str = "request",
     schedule_atoms: int = 0,
+    schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
 ) -> None:
-    """Refreshes the backends in place, and leaves every element alone that a kernel must leave alone.
+    """Refreshes the backends in place, and writes exactly the elements that a kernel must write.
 
     Args:
         backends: destinations; a field that is None isn't written.
@@ -168,14 +169,14 @@ def refresh(
         req_to_token: int32 or int64 [pool rows, W].
         mode, next_n, extend_seq_lens, index_kpool: see lengths.
         index_topk, page_size: T and P.
-        extent: "live" writes the columns that a row has live, "full" those below ``max_len``.
+        extent: "live" writes the live columns of a row, "full" all columns below ``max_len``.
         max_len: bound on the columns; None is the width of the narrowest table.
-        seqlen_offsets: one offset a backend, added to its lengths; None is no offset.
+        seqlen_offsets: one offset per backend, added to its lengths; None is no offset.
         page_fill: written to the columns of real_page_table that aren't live, up to its width; None writes nothing.
-        schedule_remainder, schedule_per, schedule_atoms: of paged_mqa_schedule_metadata, see paged_mqa_schedule. With
-            "request" its items are the requests' cache_seqlens, of schedule_atoms atoms each, or ceil(next_n / 2) if
-            that is 0; with "row" the rows' seqlens_expanded, of one atom each. With pools of k tokens lengths are in
-            pools, max(floor(length / k), 1).
+        schedule_remainder, schedule_per, schedule_atoms, schedule_split_cost: of paged_mqa_schedule_metadata, see
+            paged_mqa_schedule. With "request" its items are the requests' cache_seqlens, of schedule_atoms atoms each,
+            or if that is 0 ceil(next_n / 2), with a split cost next_n; with "row" the rows' seqlens_expanded, of one.
+            With pools of k tokens lengths are in pools, max(floor(length / k), 1).
         flashmla_order: of flashmla_metadata, which schedules the requests' cache_seqlens.
 
     Raises:
@@ -202,7 +203,8 @@ def refresh(
             values,
             schedule_remainder,
             "request" if mode == "decode" else schedule_per,
-            schedule_atoms or (next_n + 1) // 2,
+            schedule_atoms or (next_n if schedule_split_cost else (next_n + 1) // 2),
+            schedule_split_cost,
             flashmla_order,
             index_kpool,
         )
@@ -216,7 +218,7 @@ def refresh(
         written = torch.arange(longest, device=counts.device) < counts[:, None]
         if buffers.page_indices is not None:
             _write(buffers.page_indices[:total, :longest], tokens.to(torch.int32), written)
-        # With pages of one token the real page table is page_indices itself: nothing else to write.
+        # With pages of one token real_page_table is page_indices itself.
         if buffers.real_page_table is not None and page_size > 1:
             pages = page_row(tokens, page_size)
             _write(buffers.real_page_table[:total, : pages.shape[1]], pages, written[:, ::page_size])
@@ -239,6 +241,7 @@ def _schedule(
     remainder: str,
     per: str,
     atoms: int,
+    split_cost: int,
     order: str,
     index_kpool: int,
 ) -> None:
@@ -249,7 +252,9 @@ def _schedule(
             items, atoms = values["seqlens_expanded"], 1
         if index_kpool > 1:
             items = pooled_lengths(items, index_kpool).clamp(min=1)
-        entries = paged_mqa_schedule(items.tolist(), schedule.shape[0] - 1, atoms=atoms, remainder=remainder)
+        entries = paged_mqa_schedule(
+            items.tolist(), schedule.shape[0] - 1, atoms=atoms, remainder=remainder, split_cost=split_cost
+        )
         schedule.copy_(torch.tensor(entries, dtype=torch.int32))
     if buffers.flashmla_metadata is not None:
         cache = values["cache_seqlens"].tolist()
@@ -262,7 +267,7 @@ def _schedule(
 def _csr(
     buffers: MetadataBuffers, tokens: Tensor, req_pool_indices: Tensor, req_to_token: Tensor, max_len: int | None
 ) -> None:
-    """kv_indptr, and every request's tokens behind those of the requests before it, as far as kv_indices reaches."""
+    """Writes kv_indptr, and to kv_indices the tokens of all requests one after the other, up to its capacity."""
     ends = torch.cumsum(tokens, dim=0)
     if buffers.kv_indptr is not None:
         buffers.kv_indptr[0] = 0
@@ -311,7 +316,7 @@ def copy(
         precomputed: the source; has every field that a destination has.
         destinations: written in place.
         bs: requests; running sums have one element more.
-        rows: rows in the fields with an element a row; None is ``bs``, as in decode.
+        rows: rows in the fields with one element per row; None is ``bs``, as in decode.
         columns, page_columns: columns of page_indices and real_page_table; None is the source's width.
     """
     limits = {"page_indices": columns, "real_page_table": page_columns}

@@ -8,22 +8,27 @@ from collections.abc import Sequence
 
 
 def paged_mqa_schedule(
-    lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last"
+    lengths: Sequence[int], num_sms: int, *, atoms: int = 1, remainder: str = "last", split_cost: int = 0
 ) -> list[list[int]]:
-    """DeepGEMM's schedule of paged MQA logits: where each multiprocessor begins, [num_sms + 1][2].
+    """DeepGEMM's schedule of paged MQA logits: where each SM begins, [num_sms + 1][2].
 
     An item of length l is ceil(l / 256) splits for each of its atoms, atom after atom, and the items follow one
-    another. Multiprocessors get equal numbers of splits; some get one more, the last ones (DeepGEMM from 2026-06 on) or
-    the first ones (before). An entry is the atom, counted over all items, and the split in it; the last entry is the
-    end, (items * atoms, 0). A multiprocessor without splits begins at the end, too. But if the remainder goes last,
-    which leaves one without splits only where all lengths are 0, it begins at (the last item's first atom, 0), which
-    consumers may look up.
+    another. Multiprocessors get equal numbers of splits; some get one more, the last ones (DeepGEMM from 2026-06 on, on
+    sm_90 and sm_120) or the first ones (before). An entry is the atom, counted over all items, and the split in it; the
+    last entry is the end, (items * atoms, 0). A multiprocessor behind all splits begins at the end, too.
+
+    With a split_cost, as on sm_100, a split is that many units of work, and the units are what multiprocessors get. An
+    entry is an item's first query token, of which each item has ``atoms``, and the split that the first unit is of.
+
+    Source: DeepGEMM's scheduler/sm90_paged_mqa_logits.cuh and scheduler/sm100_paged_mqa_logits.cuh of 2026-06; where
+    no length is above 0, what its copy in vLLM 0.33.0 does (the other reads beyond its memory).
 
     Args:
         lengths: one an item; below 0 counts as 0.
         num_sms: multiprocessors, 1 or more.
-        atoms: query atoms of an item.
+        atoms: query atoms of an item; with a split_cost its query tokens.
         remainder: "last" or "first".
+        split_cost: units of work of a split; 0 for one for each atom.
 
     Raises:
         ValueError: an unknown remainder.
@@ -31,18 +36,20 @@ def paged_mqa_schedule(
     if remainder not in ("last", "first"):
         raise ValueError(f"remainder is {remainder!r}; allowed: 'last', 'first'.")
     splits = [-(-max(length, 0) // 256) for length in lengths]
-    ends = list(itertools.accumulate(n * atoms for n in splits))
+    ends = list(itertools.accumulate(n * (split_cost or atoms) for n in splits))
     end = [len(lengths) * atoms, 0]
-    beyond = [max(len(lengths) - 1, 0) * atoms, 0] if remainder == "last" else end
     share, more = divmod(ends[-1] if ends else 0, num_sms)
     entries, start = [], 0
     for sm in range(num_sms):
         item = bisect.bisect_right(ends, start)
-        if item < len(ends):
-            atom, split = divmod(start - ends[item] + splits[item] * atoms, splits[item])
-            entries.append([item * atoms + atom, split])
+        before = ends[item - 1] if item else 0
+        if item == len(ends):
+            entries.append(list(end))
+        elif split_cost:
+            entries.append([item * atoms, (start - before) // split_cost])
         else:
-            entries.append(list(beyond))
+            atom, split = divmod(start - before, splits[item])
+            entries.append([item * atoms + atom, split])
         start += share + (sm >= num_sms - more if remainder == "last" else sm < more)
     return [*entries, end]
 
@@ -52,18 +59,19 @@ def flashmla_schedule(
 ) -> tuple[list[list[int]], list[int]]:
     """FlashMLA's tile schedule: (metadata [num_sm_parts][8], num_splits [bs + 1]).
 
-    A request of length l is max(l - 1, 0) // 64 + 1 blocks, and costs 5 more in every part that has some of it. The
-    parts walk the requests in turn: a part takes the remaining blocks of a request if they fit into its payload. If
-    not, it takes as many blocks as fit, if any, and ends. num_splits is 0, then the running sum of the parts that share
-    each request.
+    A request of length l has max(l - 1, 0) // 64 + 1 blocks, and costs 5 more in every part that takes some of them.
+    The parts take the requests' blocks in order: a part takes the remaining blocks of a request if they fit into its
+    payload. If not, it takes as many as fit, if any, and ends. num_splits is 0, then the running sum of the number of
+    parts that share each request.
 
-    A row is in the order "2026": first request, last request, first block, block after the last, number of the first
-    request's splits before, whether the first and the last request are split, 0; or "2025": first request, first block,
-    last request, block after the last, splits before, 0, 0, 0. A part without work begins at the end and ends with the
-    last request; without any request its last request is -1 and its blocks are 0.
+    The words of a row, in order "2026": first request, last request, first block, block after the last, number of
+    earlier splits of the first request, whether the first request is split, whether the last one is, 0. In order
+    "2025": first request, first block, last request, block after the last, number of earlier splits of the first
+    request, 0, 0, 0. A part without work begins at the end and ends with the last request; without any request its last
+    request is -1 and its blocks are 0.
 
     Args:
-        lengths: one a request.
+        lengths: one per request.
         num_sm_parts: parts, 1 or more.
         order: "2026" or "2025".
 

@@ -1,4 +1,4 @@
-"""Reading of settings that a user wrote as ``key=value,…``."""
+"""Parses settings that a user wrote as ``key=value,…``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .values import check_one_of
 
 
 def parse_settings(text: str, base: KernelConfig | None = None) -> KernelConfig:
-    """Reads ``key=value,…`` over a base configuration (the defaults if None); fields are joined by ``+``.
+    """Parses ``key=value,…`` and applies it to a base configuration (None: the defaults). Fields are joined by ``+``.
 
     Raises:
         ConfigError: a part isn't ``key=value``, a key is unknown or given twice, or a value isn't allowed.

@@ -1,4 +1,4 @@
-"""What a setting's value may be: each kind checks a value, reads it from text and writes it as text."""
+"""Kinds of setting values. Each kind checks a value, reads it from text and writes it as text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Value(Protocol):
         """
 
     def read(self, name: str, text: str) -> Any:
-        """The value that a text stands for, as ``--set`` has it. It isn't checked yet.
+        """The value of a text from ``--set``. It isn't checked yet.
 
         Raises:
-            ConfigError: the text stands for no value of this kind.
+            ConfigError: the text isn't a value of this kind.
         """
 
     def write(self, value: Any) -> str:
@@ -52,7 +52,7 @@ class OneOf:
 
 
 class Whole:
-    """A whole number from ``low`` to ``high``; None is no upper end."""
+    """A whole number from ``low`` to ``high``, both inclusive; None is no upper limit."""
 
     def __init__(self, low: int, high: int | None) -> None:
         self._low, self._high = low, high
@@ -68,7 +68,7 @@ class Whole:
 
 
 class Names:
-    """Some of a few names, each at most once; as text they are joined by ``+``."""
+    """One or more of the given names, each at most once; as text they are joined by ``+``."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = tuple(names)
@@ -114,9 +114,9 @@ class Pairs:
 
 
 class Offsets:
-    """One whole number a backend, from 0 to ``high``; one number for all, or none. As text joined by ``+``.
+    """One whole number per backend, from 0 to ``high``; one number for all, or none. As text joined by ``+``.
 
-    Numbers that are all equal become one, and none where that is 0.
+    Equal numbers become a single one, and () if that is 0.
     """
 
     def __init__(self, high: int) -> None:
@@ -124,7 +124,7 @@ class Offsets:
 
     def check(self, name: str, value: Any) -> tuple[int, ...]:
         if isinstance(value, str) or not isinstance(value, Iterable):
-            raise ConfigError(f"{name} is {value!r}; it must be a tuple with one whole number a backend.")
+            raise ConfigError(f"{name} is {value!r}; it must be a tuple with one whole number per backend.")
         offsets = tuple(value)
         for index, offset in enumerate(offsets):
             check_whole(f"{name}[{index}]", offset, 0, self._high)
@@ -140,10 +140,10 @@ class Offsets:
 
 
 def check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuses what is none of the choices, and says which one may have been meant.
+    """Refuses a value that isn't one of the choices, and suggests a similar one.
 
     Raises:
-        ConfigError: the value is none of the choices, or equals one of another type.
+        ConfigError: the value isn't one of the choices, or only equals one of another type.
     """
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return
@@ -154,7 +154,7 @@ def check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None) -> int:
-    """Refuses what isn't a whole number in a range.
+    """Refuses a value that isn't a whole number in a range.
 
     Raises:
         ConfigError: the value isn't an int (a bool isn't one here), or is outside the range.
@@ -168,10 +168,10 @@ def check_whole(name: str, value: Any, low: int, high: int | None) -> int:
 
 
 def read_whole(name: str, text: str) -> int:
-    """The whole number that a text stands for.
+    """The whole number that a text spells.
 
     Raises:
-        ConfigError: it stands for none.
+        ConfigError: the text isn't a whole number.
     """
     try:
         return int(text)

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from .config import KernelConfig
 
 INPUTS = ("base_len", "offset", "seq_len", "rows", "row", "request", "step")
-# Settings that formulas may name. Those from 1 on may divide.
+# Settings that formulas may name. Those that are at least 1 may be divisors.
 CONSTANTS = ("index_topk", "index_kpool", "page_size")
 
-# What has a formula.
+# The fields and terms that have a formula.
 _VECTORS = {name: field for name, field in (FIELDS | TERMS).items() if isinstance(field.declaration, Vector)}
 
-# Of a formula whose references are substituted.
+# The limit for a formula after substitution of the vectors that it names.
 MAX_NODES = 1_000
 
 
@@ -35,7 +35,7 @@ class Local:
     """A local constant of the emitted code.
 
     Attributes:
-        name: the vector that it is the value of.
+        name: the vector whose value it is.
         type: "std::int32_t" or "std::int64_t".
         cpp: its value, an expression of inputs and of the locals before it.
     """
@@ -65,10 +65,10 @@ def parse_declaration(field: Field, declarations: Mapping[str, Declaration], mod
     Args:
         field: the field.
         declarations: every field that it may name.
-        mode: the forward mode: a declaration may have a formula of its own for decode.
+        mode: the forward mode; a declaration may have a separate formula for decode.
 
     Raises:
-        ConfigError: the formula isn't in the subset, or names what it may not.
+        ConfigError: the formula isn't in the subset, or names a field that it can't use.
     """
     declared = field.declaration
     assert isinstance(declared, Vector)
@@ -79,14 +79,14 @@ def parse_declaration(field: Field, declarations: Mapping[str, Declaration], mod
         for name in names(node):
             if name == "row" or (name in vectors and declarations[name].per == "row"):
                 raise ConfigError(
-                    f"the formula of {field.name}, {written!r}, names {name}, which each row has; {field.name} has an "
-                    "element a request. Declare it with per='row', or name what requests have."
+                    f"the formula of {field.name}, {written!r}, names {name}, which is per row; {field.name} has one "
+                    "element per request. Declare it with per='row', or name per-request inputs only."
                 )
     return node
 
 
 def substituted(name: str, formulas: Mapping[str, Node]) -> Node:
-    """A formula with the formulas of the vectors that it names in place of their names.
+    """A vector's formula, with the vectors that it names replaced by their formulas.
 
     Raises:
         ConfigError: formulas name each other, or the result has more than MAX_NODES nodes.
@@ -95,7 +95,7 @@ def substituted(name: str, formulas: Mapping[str, Node]) -> Node:
     def visit(name: str, path: tuple[str, ...]) -> Node:
         if name in path:
             circle = " names ".join((*path[path.index(name) :], name))
-            raise ConfigError(f"formulas name each other: {circle}. State one of them without the others.")
+            raise ConfigError(f"formulas name each other: {circle}. Write one of them without the others.")
         node = formulas[name]
         node = substitute(node, {named: visit(named, (*path, name)) for named in names(node) if named in formulas})
         if size(node) > MAX_NODES:
@@ -110,7 +110,7 @@ def substituted(name: str, formulas: Mapping[str, Node]) -> Node:
 
 @cache
 def settings_of(name: str) -> frozenset[str]:
-    """The settings that a standard field depends on, by the vectors that it names, too."""
+    """The settings that a standard field depends on, directly or through the vectors that it names."""
     declared = FIELDS[name].declaration
     if not isinstance(declared, Vector):
         return frozenset(declared.settings)
@@ -135,9 +135,9 @@ def _formulas(mode: str) -> dict[str, Node]:
 
 
 def formula_in(config: KernelConfig, name: str, dtype: Dtype) -> Node:
-    """A vector's formula in a configuration, computed in a dtype: settings are filled in, other vectors are names."""
+    """A vector's folded formula in a configuration and a dtype: settings are constants, other vectors are names."""
     known = _known(config)
-    # A vector that is no more than another name or number needs no local of its own.
+    # A vector that is only another name or a number needs no local constant.
     node = substitute(formula(name, config.mode), known)
     for named in names(node):
         if named in _VECTORS:
@@ -147,7 +147,7 @@ def formula_in(config: KernelConfig, name: str, dtype: Dtype) -> Node:
 
 
 def described(config: KernelConfig, name: str) -> str:
-    """What an element of a field holds in a configuration, for people: settings by name, what is constant computed."""
+    """An element's formula in a configuration, for people: settings appear by name, constants are folded."""
     field = FIELDS[name]
     if name not in _VECTORS:
         return field.formula
@@ -157,12 +157,12 @@ def described(config: KernelConfig, name: str) -> str:
 
 
 def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
-    """The local constants by which emitted code computes some fields, in the order in which they can be computed.
+    """The local constants from which emitted code computes some fields, in an order in which they can be computed.
 
     Args:
         config: the configuration.
-        fields: vectors and running sums that all have an element a request, or all one a row. The locals of fields
-            with an element a request are there where those of rows are computed, and aren't repeated.
+        fields: vectors and running sums, either all per request or all per row. Per-row code can use the locals of the
+            per-request fields, so these aren't repeated for it.
     """
     found: dict[str, Local] = {}
 
@@ -186,14 +186,14 @@ def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
 
 
 def element(config: KernelConfig, name: str) -> str:
-    """The C++ of a vector's element, or of what a running sum adds up, by the locals of locals_of."""
+    """The C++ of a vector's element, or of a running sum's summand; it uses the locals of locals_of."""
     dtype = FIELDS[name].dtype
     node = formula_in(config, name, dtype)
     return _local(name, dtype) if isinstance(node, Operation) else cpp(node, dtype)
 
 
 def functions_of(config: KernelConfig) -> frozenset[str]:
-    """Which of the functions of templates/device/ the emitted formulas call."""
+    """The division functions of templates/device/ that the emitted formulas call."""
     if config.copies:
         return frozenset()
     written = [local.cpp for name in config.vectors for local in locals_of(config, [name])]
@@ -205,16 +205,16 @@ def functions_of(config: KernelConfig) -> frozenset[str]:
 def evaluate_vectors(
     config: KernelConfig, seq_lens: Tensor, extend_seq_lens: Tensor | None = None, step: int = 0
 ) -> dict[str, Tensor]:
-    """The values of a configuration's vectors and running sums for one backend, by their formulas.
+    """The values of a configuration's vectors and running sums for one backend, by their formulas, with PyTorch.
 
     Args:
         config: its vectors, mode, offsets and settings.
         seq_lens: int32 or int64 [bs].
-        extend_seq_lens: int32 or int64 [bs], each request's rows where the configuration doesn't say how many.
+        extend_seq_lens: int32 or int64 [bs], the rows of each request, for a configuration with variable rows.
         step: the backend, from 0 on.
 
     Returns:
-        By field, a tensor of its dtype with one element a request or row, or one more.
+        By field, a tensor of its dtype with one element per request or row; running sums have one more.
     """
     base_len = seq_lens.int()
     counts = base_len.new_full(base_len.shape, 1 if config.mode == "decode" else config.next_n)
@@ -243,5 +243,5 @@ def evaluate_vectors(
 
 
 def _local(name: str, dtype: Dtype) -> str:
-    """The local constant with a vector's value. A field of another width computes it anew, in its own width."""
+    """The name of the local constant with a vector's value; a field of another width has a local of its own width."""
     return name if (dtype == "int64") == (_VECTORS[name].dtype == "int64") else f"{name}_{dtype}"

@@ -1,6 +1,6 @@
-"""The violations that a checked kernel reports: their numbers in the emitted CUDA and the host's sentence for each.
+"""The violations that a checked kernel reports: their numbers in the emitted CUDA, and the host's message for each.
 
-The templates and Plan.check both read this list.
+The templates and Plan.check both use this list.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Violation:
 
     Attributes:
         constant: name of the constant in the emitted CUDA.
-        number: the value that a kernel writes for this kind, 1 or more.
+        number: the number that a kernel records for this kind, 1 or more.
         applies: whether the kernel of a configuration can report it.
         sentence: the message, a format string with {request}, {value} and {limit}.
     """
@@ -38,7 +38,7 @@ VIOLATIONS = tuple(
                 "kPoolIndex",
                 lambda config: bool(config.tables),
                 "req_pool_indices[{request}] is {value}; allowed: rows of req_to_token, 0 to {limit} exclusive. "
-                "Its tables weren't written.",
+                "The request's table rows weren't written.",
             ),
             (
                 "kNegativeLength",
@@ -48,7 +48,7 @@ VIOLATIONS = tuple(
             (
                 "kLengthBeyondTable",
                 lambda config: config.needs_lengths and bool(config.tables),
-                "seq_lens[{request}] is {value}; allowed: up to {limit}, as far as the tables of this call go. "
+                "seq_lens[{request}] is {value}; allowed: up to {limit}, the columns of this call's tables. "
                 "Bind wider tables, or raise max_len.",
             ),
             (

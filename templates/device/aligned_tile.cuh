@@ -2,8 +2,8 @@
 // Tiles begin at multiples of this in the destination: a 128-byte line, or a whole tile if that is shorter.
 constexpr int kTileAlignment = kTileColumns < 32 ? kTileColumns : 32;  // words
 
-// How many columns before column 0 of a row its first tile begins. All destinations have the same offset modulo 16
-// bytes: destinations that don't are bound to a kernel with 4-byte stores.
+// The first tile of a row begins this many columns before column 0. A row's address modulo 16 bytes is the same in all
+// destinations; where it isn't, bind chooses a kernel with 4-byte stores.
 template <int N>
 __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64_t row) {
   const std::int32_t* begin = to[0].data + row * to[0].row_stride;
@@ -11,7 +11,8 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 }
 
 // Moves kTiles tiles with 16-byte accesses if they lie inside the rows of all destinations; returns whether they do.
-// `words` then holds what this lane moved. `width` is how many elements of the source row may be read.
+// If so, it calls `then` with the words that this lane moved. `width` is the number of readable elements of the source
+// row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
@@ -22,10 +23,10 @@ __device__ __forceinline__ bool copy_vectors(
   const int stop = shortest_end(to, ends);
   const int column = first + static_cast<int>(threadIdx.x % kWarpSize) * kVectorWords;
   if constexpr (kRealigns) {
-    // Source rows begin anywhere: each group of four words is selected from the two aligned groups that it lies in.
+    // Source rows have any alignment: each group of four words is selected from the two aligned groups that contain it.
     int next = 1;
     if constexpr (kEqualRows) {
-      // Nothing is read behind rows that need no shift, so that they use 16-byte accesses to their end.
+      // A row that needs no shift has no second group to read, so 16-byte accesses reach its very end.
       const int shift = words_past_boundary(source + column);
       next = shift > 0 ? 1 : 0;
       const int behind = shift > 0 ? kVectorWords - shift : 0;
@@ -66,7 +67,7 @@ __device__ __forceinline__ bool copy_vectors(
   return true;
 }
 
-// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their edges.
+// Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
     const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {

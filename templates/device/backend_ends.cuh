@@ -1,7 +1,7 @@
-// ---- how far rows are written: as far as a request's tokens go in each backend -----------------------------------
-// Live columns are those below a request's length, within the table. Backends add different offsets to the length.
-// `reach` stands for all of them: the length of the backend with the longest ones, cut where every backend's columns
-// reach the end of the table.
+// ---- how far rows are written: to the request's length in each backend -------------------------------------------
+// Live columns: the first seq_len columns of a row, within the table. Each backend adds its own offset to seq_len.
+// `reach` represents all backends: it is the length in the backend with the largest offset, capped where even the
+// backend with the smallest one reaches the end of the table.
 struct Ends {
   const Params& p;
   int reach;
@@ -27,7 +27,7 @@ __device__ __forceinline__ int longest_end(Ends ends) {
   return end_with(ends, kLongestOffset);
 }
 
-// A table that all backends share has the longest backend's columns.
+// A table that all backends share is written up to the longest backend's end.
 template <int N>
 __device__ __forceinline__ bool ends_differ(const Table (&)[N], Ends) {
   return N == kBackends;

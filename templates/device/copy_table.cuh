@@ -1,5 +1,5 @@
-// ---- copying a table that was computed before --------------------------------------------------------------------
-// Rows of equal length: the warps of all blocks take their tiles in turn.
+// ---- copying a precomputed table ---------------------------------------------------------------------------------
+// All rows are equally long. The warps of all blocks take the tiles in turn.
 template <int N>
 __device__ __forceinline__ void copy_table(
     const Table& from, const Table (&to)[N], std::int64_t row_count, std::int64_t column_count) {

@@ -1,4 +1,4 @@
-// ---- CPU target: the CUDA names that the code below uses. A block is one thread, and blocks run one after another --
+// ---- CPU target: the CUDA names that the code below uses. A block is one thread; blocks run one after another ----
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>

@@ -1,20 +1,19 @@
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
-// Every row has as many tiles, whatever the requests' lengths, and every warp takes one of them: tile `tile` of row
-// `row` belongs to warp row * tiles + tile. A loop would make the compiler fetch the constants of all destinations
-// before the first load.
+// Every row has the same number of tiles, whatever the requests' lengths. Warp row * tiles + i takes tile i of a row,
+// and no other: a loop would make the compiler fetch the constants of all destinations before the first load.
 //
 //   block   0 .. kFirstTableBlock   0             1             2
 //          +-----------------------+-------------+-------------+-------------+
 //          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
 //          +-----------------------+-------------+-------------+-------------+
-constexpr int kWideFrom = 12;  // tiles per multiprocessor from which on a warp takes kWideTiles tiles at once
-constexpr int kSpreadTiles = 16;  // tiles per multiprocessor below which half of each block's warps take them
+constexpr int kWideFrom = 12;  // from this many tiles per SM, a warp takes kWideTiles tiles at once
+constexpr int kSpreadTiles = 16;  // below this many tiles per SM, only half of each block's warps take tiles
 
-// The host's share: dividing by a number that isn't a constant takes a thread dozens of dependent instructions.
+// Computed by the host: a thread would need dozens of dependent instructions to divide by a number that isn't constant.
 struct Split {
-  std::uint32_t tiles;  // of a row
+  std::uint32_t tiles;  // per row
   std::int32_t tile_columns;  // kTileColumns, or kWideTiles times as many
-  std::uint32_t warps;  // of a block that take tiles; none where rows have no columns
+  std::uint32_t warps;  // per block that take tiles; 0 if rows have no columns
   std::uint64_t reciprocal;  // (2^64 - 1) / tiles
 };
 
@@ -42,11 +41,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 // ---- host side of the strategy
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
-  // A warp takes more at once where there is enough for all warps.
+  // A warp takes several tiles at once if that leaves enough for all warps.
   const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
-  // Where there are few tiles, half of a block's warps take them, so that twice as many blocks take part.
+  // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
   std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
@@ -57,7 +56,7 @@ Split split_of(const Params& p) {
   };
 }
 
-// As many blocks as the tables need.
+// Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;

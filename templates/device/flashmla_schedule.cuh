@@ -1,17 +1,17 @@
 // ---- FlashMLA's schedule -----------------------------------------------------------------------------------------
-// One block computes it from seq_lens, however many requests there are: in chunks of kThreads. The parts take blocks of
-// the requests one after the other, so one thread walks them: past all requests of a chunk at once, or in steps that
-// double while whole requests fit into a part. That takes as many turns as there are parts and chunks. It notes where
-// each part begins; all threads derive the entries from that.
+// One block computes it from seq_lens, in chunks of kThreads requests, so the batch has no limit. The parts take the
+// requests' blocks in order, so one thread walks along them. If the current part has room for what remains of the
+// chunk, the walk skips it; otherwise a search with doubling steps finds the last request that fits. So there is one
+// turn per part and per chunk. The walk records where each part begins; all threads derive the entries from that.
 constexpr int kMlaBlock = 64;  // tokens
-constexpr int kMlaOverhead = 5;  // what a request costs a part beside its blocks, in blocks
+constexpr int kMlaOverhead = 5;  // fixed cost of a request in a part, in blocks
 
 // Where the parts begin, in shared memory.
 struct Parts {
   std::int32_t request[kMaxSmParts];
-  std::int32_t block[kMaxSmParts];  // of that request
-  std::int32_t split[kMaxSmParts];  // splits of that request in the parts before
-  std::int32_t cuts[kMaxSmParts];  // parts up to and including this one that begin within a request; -1 behind the walk
+  std::int32_t block[kMaxSmParts];  // within that request
+  std::int32_t split[kMaxSmParts];  // splits of that request in earlier parts
+  std::int32_t cuts[kMaxSmParts];  // parts up to and including this one that begin within a request; -1 after the last
 };
 
 __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request, int b) {
@@ -19,7 +19,7 @@ __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request,
   return length > 0 ? (length - 1) / kMlaBlock + 1 : 1;
 }
 
-// What a request costs in blocks, as long as no part begins within it.
+// The cost of a request in blocks, unless a part begins within it.
 __device__ __forceinline__ std::uint64_t mla_cost(const Params& p, int request, int b) {
   return static_cast<std::uint64_t>(mla_blocks(p, request, b) + kMlaOverhead);
 }
@@ -36,14 +36,14 @@ __device__ __forceinline__ void walk_parts(const Params& p, int b, Parts& begin)
   const std::uint64_t share = (total + static_cast<std::uint64_t>(parts) - 1) / static_cast<std::uint64_t>(parts);
   const std::int64_t payload = static_cast<std::int64_t>(share) + kMlaOverhead;
 
-  __shared__ std::int64_t ends[kThreads];  // the cost of the requests up to and including one of the chunk
-  // The walk's place, in the thread that walks.
-  std::int64_t place = 0;  // the cost of what was taken, without that of splitting
+  __shared__ std::int64_t ends[kThreads];  // cost of all requests up to and including one of the chunk
+  // The state of the walk; only thread 0 uses it.
+  std::int64_t place = 0;  // cost taken so far, without that of splitting
   std::int64_t remain = payload;
   int part = 0;
   std::int32_t block = 0, split = 0, cut = 0;
   for (int i = slot; i < parts; i += kThreads) {
-    // The values of parts behind the walk's end; the walk overwrites the others.
+    // The values of parts that the walk doesn't reach; it overwrites the others.
     begin.request[i] = i == 0 ? 0 : batch_size;
     begin.block[i] = begin.split[i] = 0;
     begin.cuts[i] = i == 0 ? 0 : -1;
@@ -51,11 +51,11 @@ __device__ __forceinline__ void walk_parts(const Params& p, int b, Parts& begin)
   RunningSum<std::uint64_t> cost_sum;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
-    // After the sum's barriers the walk doesn't read the last chunk's ends any more.
+    // The sum's barriers come after the walk's last read of the previous chunk's ends.
     ends[slot] = static_cast<std::int64_t>(cost_sum.add(request < batch_size ? mla_cost(p, request, b) : 0));
     __syncthreads();
     const int count = batch_size - first < kThreads ? batch_size - first : kThreads;
-    int at = 0;  // in the chunk: the first request that isn't done
+    int at = 0;  // the chunk's first request that isn't done
     while (slot == 0 && at < count) {
       const std::int64_t limit = place + remain;
       const int from = at;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void walk_parts(const Params& p, int b, Parts& begin)
         block = split = 0;
       }
       if (at == count) break;
-      // The part ends here, with as many blocks of this request as it still can take.
+      // The part ends here, with as many blocks of this request as still fit.
       if (remain > kMlaOverhead) {
         place += remain - kMlaOverhead;
         block += static_cast<std::int32_t>(remain - kMlaOverhead);

@@ -1,4 +1,4 @@
-// ---- how far rows are written: to max_len, whatever a request's length -------------------------------------------
+// ---- how far rows are written: to max_len, at any request length -------------------------------------------------
 using Ends = SameEnd;
 
 __device__ __forceinline__ int row_reach(const Params& p, std::int64_t) {

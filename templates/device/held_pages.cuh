@@ -1,7 +1,7 @@
-// ---- tables of tokens and of pages, whose tokens are in registers already ----------------------------------------
-// With a tile's tokens come the pages that begin in it. Where a page is a multiple of four
-// tokens, the tokens that begin pages are all the same one of a lane's four words.
-// One of four words. Selects instead of an indexed array, which would live in local memory.
+// ---- tables of tokens and of pages: the tokens that begin pages are in registers already -------------------------
+// A page is a multiple of four tokens, so these tokens are at the same place in every lane's four words.
+
+// One of four words. Selects instead of an indexed array, which would be in local memory.
 __device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
   const std::int32_t even = index & 2 ? words.z : words.x;
   const std::int32_t odd = index & 2 ? words.w : words.y;
@@ -12,9 +12,9 @@ __device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
 template <int kAccesses>
 __device__ __forceinline__ void write_held_pages(
     const Params& p, Rows rows, const int4 (&words)[kAccesses], int first, Ends ends) {
-  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that the warp holds in each of its words
+  constexpr int kGroup = kWarpSize * kVectorWords;  // columns that a warp holds in words[u]
   static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
-  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the page before
+  const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the previous page
   // Where in the tile this lane's page begins, and which lane holds its token.
   const int column = before + static_cast<int>(threadIdx.x % kWarpSize) * kPageSize;
   const int holder = column / kVectorWords % kWarpSize;

@@ -1,6 +1,6 @@
 // ---- strategy: the tokens of all requests, one after the other ---------------------------------------------------
-// Where a request's tokens go depends on the lengths of all requests before it. Every block adds those up for itself,
-// window by window, beside the tiles that it counts: no block waits for another, and the sum has 64 bits. The warps of
+// The place of a request's tokens depends on the lengths of all requests before it. Every block sums the lengths
+// itself, window by window, together with the tiles, so no block waits for another. The sum has 64 bits. The warps of
 // all blocks take the tiles in turn. Nothing is written beyond the destinations' capacity.
 //
 //   block   0 .. kFirstTableBlock   the other blocks
@@ -13,13 +13,13 @@
 
 using Index = std::remove_pointer_t<std::remove_extent_t<decltype(Params::kv_indices)>>;
 
-// The tokens of a request, without a backend's offset.
+// The number of tokens of a request, without a backend's offset.
 __device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
   const std::int32_t length = request_length(p, request);
   return length > 0 ? length : 0;
 }
 
-// The tokens of a request that are read for a backend with this offset.
+// The number of tokens of a request that are read for a backend with this offset.
 __device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t offset) {
   const std::int64_t length = std::int64_t{tokens} + offset;
   return static_cast<int>(length < p.columns ? length : p.columns);
@@ -64,7 +64,7 @@ __device__ void write_tables(const Params& p) {
   __shared__ std::int32_t window_tokens[kThreads];
   __shared__ std::uint64_t tokens_before[kThreads];
   __shared__ std::int64_t pool_rows[kThreads];
-  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  static_assert(kWarps <= kWarpSize, "each warp needs a lane");
   RunningSum<std::uint64_t> token_sum;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
@@ -78,7 +78,7 @@ __device__ void write_tables(const Params& p) {
       pool_row = request_row(p, request);
       if (pool_row < 0) tiles = 0;
     }
-    // After the sum's barriers no warp looks tiles up in the last window any more.
+    // The sum's barriers come after the last look-up in the previous window.
     const std::uint64_t tokens_end = token_sum.add(static_cast<std::uint64_t>(tokens));
     if (request < batch_size) {
       check_capacity(p, request, static_cast<std::int64_t>(tokens_end) + (std::int64_t{request} + 1) * kLongestOffset);
@@ -90,8 +90,8 @@ __device__ void write_tables(const Params& p) {
     tokens_before[slot] = tokens_end - static_cast<std::uint64_t>(tokens);
     __syncthreads();
     for (; tile < window_tiles; tile += warps) {
-      // Whose tile it is: how many warps' requests end at or before it, then how many requests of the next warp do.
-      // Unlike find_tile this needs no register between look-ups.
+      // Finds the tile's request: counts the groups of kWarpSize requests that end at or before the tile, then the
+      // requests of the next group that do. Unlike find_tile, this needs no register between look-ups.
       const bool passed_warp = lane < kWarps && tile_end[lane * kWarpSize + kWarpSize - 1] <= tile;
       const int warp = __popc(__ballot_sync(kFullMask, passed_warp));
       const int passed = __popc(__ballot_sync(kFullMask, tile_end[warp * kWarpSize + lane] <= tile));
@@ -101,12 +101,12 @@ __device__ void write_tables(const Params& p) {
       const int column = static_cast<int>(in_row) * kTileColumns;
       copy_tile(p, first + found, pool_rows[found], before, window_tokens[found], column);
     }
-    tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+    tile -= window_tiles;  // the turn goes on with the next window's tiles, so that all warps get equally many
   }
 }
 
 // ---- host side of the strategy
-// As many blocks as the indices could need, up to a number that suits the device.
+// Enough blocks for all tiles of rows of maximum length, up to a limit that follows from the device.
 unsigned grid_blocks(const Params& p) {
   const std::int64_t tiles = p.batch_size * ((p.columns - 1) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;

@@ -1,5 +1,5 @@
 // ---- host side ---------------------------------------------------------------------------------------------------
-// Runs `call` with the plan's device as the current one.
+// Runs `call` while `device` is the current device.
 template <typename Call>
 cudaError_t on_device(std::int64_t device, const Call& call) {
   int current = 0;

@@ -1,39 +1,39 @@
 // ---- strategy: live columns --------------------------------------------------------------------------------------
-// The cost follows the requests' lengths, not the tables' width. Live columns are those below a request's length. Each
-// request has warps of its own, which take its first tiles; the remainder tiles of long requests are shared out among
-// the warps of other blocks.
+// Live columns: the first seq_len columns of a row. The cost follows them, not the tables' width. Each request has
+// warps of its own, which take its first tiles, one each: the own tiles. All further tiles of a long request are
+// remainder tiles, which the warps of other blocks take in turn.
 //
 //   blocks  0 .. kFirstTableBlock - 1   then split.own_blocks          then the other blocks
 //          +---------------------------+-----------------------------+---------------------------+
-//          | vectors and schedules     | own tiles: a warp has one   | remainder tiles, in turn  |
+//          | vectors and schedules     | own tiles, one per warp     | remainder tiles, in turn  |
 //          +---------------------------+-----------------------------+---------------------------+
 //
 //   request 0  [  own tile  ][  own tile  ][ remainder  ][ remainder  ][ rem        a long request
-//   request 1  [  own tile  ][  ow                                                  one without a remainder
+//   request 1  [  own tile  ][  ow                                                  a short request
 //   request 2  [  own tile  ][  own tile  ][ remai
-//              ^ column 0, less the alignment offset    ^ the live columns end where the row of tiles does
+//              ^ column 0, less the alignment offset    ^ end of the live columns
 //
-// No warp with an own tile waits for the lengths of other requests: for short requests there is nothing else to do, and
-// every instruction before the first load shows. The remainder starts at the same time: a long request among short ones
-// doesn't wait until its own warps are done. Every block that takes remainder tiles counts all of them, so that no warp
-// gets more than its share, however uneven the requests are.
-constexpr int kSpreadRounds = 3;  // up to so many rounds of own tiles, a block's warps take distant tiles of a request
-constexpr int kManyBlocks = 8;  // from so many blocks per request on, neighbouring remainder tiles go to all blocks
-constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that take neighbouring tiles even then
+// A warp with an own tile reads no other request's length: short requests need nothing else, and every instruction
+// before the first load costs time. Remainder tiles start at the same time, so a long request among short ones doesn't
+// wait for its own warps. Every block that takes remainder tiles counts all of them, so that no warp gets more than its
+// share, however uneven the requests are.
+constexpr int kSpreadRounds = 3;  // spread a request over more SMs if its own blocks finish within this many rounds
+constexpr int kManyBlocks = 8;  // from this many blocks per request, stripe remainder tiles over all blocks
+constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that still take neighbouring tiles if spread
 
-// How a launch shares the requests out. The host computes it: dividing by a number that isn't a constant takes a thread
-// dozens of dependent instructions. It is the kernel's first parameter, so that what a thread needs before its first
+// How a launch divides the work. Computed by the host: a thread would need dozens of dependent instructions to divide
+// by a number that isn't constant. It is the kernel's first parameter, so that what a thread needs before its first
 // load lies in one line of the constant cache.
 struct Split {
   std::uint32_t own_blocks;  // blocks whose warps have own tiles; the others take remainder tiles
   std::uint32_t reciprocal;  // (2^32 - 1) / requests
-  std::uint32_t requests;  // of the batch
-  std::int32_t wide_from;  // columns of a request beyond which its own warps take kWideTiles tiles at once
-  std::uint32_t own_tiles;  // of a request: one for each of its own warps
+  std::uint32_t requests;  // in the batch
+  std::int32_t wide_from;  // beyond this many columns, a request's own warps take kWideTiles tiles at once
+  std::uint32_t own_tiles;  // per request: one for each of its own warps
   std::uint8_t all_own;  // whether own tiles reach the end of every row
-  std::uint8_t spread;  // whether a block's warps take distant tiles of their request
-  std::uint8_t spread_remainder;  // whether neighbouring remainder tiles go to different blocks
-  std::uint8_t log2_warps_per_request;  // among the warps of a block
+  std::uint8_t spread;  // whether a block's warps take distant tiles of a request
+  std::uint8_t spread_remainder;  // whether remainder tiles are striped over all blocks
+  std::uint8_t log2_warps_per_request;  // within a block
 };
 
 __device__ __forceinline__ void copy_remainder(const Params& p, const Split& split) {
@@ -44,19 +44,19 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   const std::uint32_t block = blockIdx.x - kFirstTableBlock - split.own_blocks;
   const std::uint32_t warps = blocks * kWarps;
   std::uint32_t tile = split.spread_remainder ? warp * blocks + block : block * kWarps + warp;
-  // Every block counts the remainder tiles of a window of requests, and the warps of all blocks take them in turn.
+  // Every block counts the remainder tiles of a window of requests; the warps of all blocks take them in turn.
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the column that its remainder begins at
+  __shared__ std::int32_t begins[kThreads];  // the first column of its remainder
   __shared__ std::int64_t pool_rows[kThreads];
-  int first = -kThreads;  // the window's first request: there is none yet
-  std::uint32_t window_tiles = 0;  // that the warps take in turn
+  int first = -kThreads;  // the window's first request; there is no window yet
+  std::uint32_t window_tiles = 0;  // the window's tiles, or wide tiles, that the warps take in turn
   std::uint32_t warp_end = 0;
   bool wide = false;  // whether a warp takes kWideTiles tiles at once
   const int own_columns = static_cast<int>(split.own_tiles) * kTileColumns;
   while (true) {
     while (tile >= window_tiles) {
-      tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+      tile -= window_tiles;  // the turn goes on with the next window's tiles, so that all warps get equally many
       first += kThreads;
       if (first >= batch_size) return;
       const int request = first + slot;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
           tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
-      if (first > 0) __syncthreads();  // no warp looks tiles up in the last window any more
+      if (first > 0) __syncthreads();  // all warps are done with the previous window
       pool_rows[slot] = pool_row;
       reaches[slot] = reach;
       begins[slot] = begin;
@@ -111,12 +111,12 @@ __device__ void write_tables(const Params& p, const Split& split) {
     const Ends ends = ends_at(p, reach);
     int columns = written_columns(p, ends);
     std::uint32_t tile = (round << split.log2_warps_per_request) + (warp & ((1u << split.log2_warps_per_request) - 1));
-    // Few requests would keep few multiprocessors busy if a block took neighbouring tiles only.
+    // If a block took only neighbouring tiles, a few requests would keep only a few SMs busy.
     if (split.spread) {
       tile = warp / kNearWarps * (split.own_tiles / (kWarps / kNearWarps)) + round * kNearWarps + warp % kNearWarps;
     }
-    if (pool_row < 0) columns = 0;  // the test makes the compiler load the row beside the length, not after
-    if (tile >= split.own_tiles) columns = 0;  // the last block's warps without a request
+    if (pool_row < 0) columns = 0;  // tested here, so that the compiler loads the row beside the length, not after it
+    if (tile >= split.own_tiles) columns = 0;  // warps of the last block that have no request
     const int offset = alignment_offset(p, request);
     if constexpr (kWideTiles > 1) {
       if (columns + offset > split.wide_from) {
@@ -133,11 +133,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 }
 
 // ---- host side of the strategy
-// Blocks for the tables: as many as they could need, up to a number that suits the device.
+// Blocks for the tables: enough for all tiles of rows of maximum length, up to a limit that follows from the device.
 std::int64_t table_blocks(const Params& p) {
   const std::int64_t tiles = p.batch_size * ((row_columns(p) + largest_offset(p) - 1) / kTileColumns + 1);
   std::int64_t blocks = (tiles + kWarps - 1) / kWarps;
-  // With little to do, a block has tiles for kNearWarps of its warps, and more multiprocessors take part.
+  // With few tiles, only kNearWarps warps of a block have work, and more SMs take part.
   const std::int64_t spread = (tiles + kNearWarps - 1) / kNearWarps;
   if (blocks < p.sm_count) blocks = spread < p.sm_count ? spread : p.sm_count;
   const std::int64_t limit = p.sm_count * kBlocksPerSm;
@@ -149,11 +149,11 @@ Split split_of(const Params& p) {
   const std::int64_t blocks = table_blocks(p);
   const std::int64_t requests = p.batch_size > 0 ? p.batch_size : 1;
   const std::int64_t columns = row_columns(p);
-  std::int64_t share = blocks / requests;  // blocks for each request
+  std::int64_t share = blocks / requests;  // blocks per request
   const bool all_own = columns <= share * kWarps * kWideTiles * kTileColumns - largest_offset(p);
   const bool spread = columns <= kSpreadRounds * share * kWarps * kTileColumns;
   const bool many = blocks >= kManyBlocks * requests;
-  // Unless all tiles are own tiles, half of the blocks, or warps of them, get own tiles, and half get the remainder.
+  // Unless all tiles are own tiles, half of the blocks get own tiles and the other half get remainder tiles.
   const std::int64_t half = blocks / 2;
   if (!all_own) share = half / requests;
   std::int64_t own_blocks = share * p.batch_size;
@@ -161,13 +161,13 @@ Split split_of(const Params& p) {
   std::uint8_t log2_warps = 0;
   while (1 << log2_warps < kWarps) ++log2_warps;
   if (share == 0) {
-    // Fewer blocks than requests: several requests share a block, each with fewer of its warps.
+    // Fewer blocks than requests: several requests share a block, and each gets fewer of its warps.
     own_tiles = kWarps;
     for (own_blocks = requests; own_blocks > half && own_tiles > 1; own_blocks = (own_blocks + 1) / 2) {
       own_tiles /= 2;
       --log2_warps;
     }
-    // With more requests the threads' division by the reciprocal isn't exact.
+    // The kernel's division by the reciprocal is exact only up to 65,535 requests.
     if (own_blocks > half || requests > 0xffff) own_blocks = own_tiles = 0;
   }
   Split split{};
@@ -187,8 +187,8 @@ Split split_of(const Params& p) {
 
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t blocks = table_blocks(p);
-  // Where each request has few blocks, the remainder may be long. Blocks beyond those that run at once start when the
-  // blocks of short requests end.
+  // With few blocks per request the remainder may be long. More blocks than can be resident start when the blocks of
+  // short requests end.
   const bool more = !split.all_own && !split.spread_remainder;
   return static_cast<unsigned>(kFirstTableBlock + blocks + (more ? blocks / 2 : 0));
 }

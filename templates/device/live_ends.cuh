@@ -1,5 +1,5 @@
-// ---- how far rows are written: as far as a request's tokens go ---------------------------------------------------
-// Live columns are those below a request's length, within the table.
+// ---- how far rows are written: to the request's length -----------------------------------------------------------
+// Live columns: the first seq_len columns of a row, within the table.
 using Ends = SameEnd;
 
 __device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) {

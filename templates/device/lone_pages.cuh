@@ -1,4 +1,4 @@
-// ---- tables of pages alone ---------------------------------------------------------------------------------------
+// ---- tables of pages, without a table of tokens ------------------------------------------------------------------
 // The columns of a tile are pages.
 [[maybe_unused]] __device__ __forceinline__ int written_columns(const Params& p, Ends ends) {
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));

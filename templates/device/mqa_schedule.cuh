@@ -1,13 +1,16 @@
 // ---- DeepGEMM's schedule of paged MQA logits ---------------------------------------------------------------------
-// One block computes it from seq_lens, however many requests there are: in chunks of kThreads items. An item is a
-// request, or a row of one. Each item has the same number of query atoms, and each atom a split for every kSplit tokens
-// (or pools). Every multiprocessor gets the same number of splits; those that don't divide evenly go, one each, to the
-// last or to the first multiprocessors.
+// One block computes it from seq_lens, in chunks of kThreads items, so the batch has no limit. An item is a request, or
+// a row of one, with one split for every kSplit tokens (or pools). On sm_90 an item has a number of query atoms, each
+// with the item's splits, one unit of work each. On sm_100 the item's tokens share its splits, kSplitCost units each.
+// Every SM gets the same number of units; the remainder goes, one unit each, to the last or the first SMs. An SM begins
+// with the split that contains its first unit.
 constexpr std::uint32_t kSplit = 256;  // tokens, or pools
 
-// The splits of one atom of an item.
+constexpr std::uint32_t kWorkOfSplit = kSplitCost > 0 ? kSplitCost : kAtoms;
+
+// The splits of an item, or of one of its atoms.
 __device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, std::int64_t item, int b) {
-  // With a 64-bit index the loops over items would take 200 instructions more.
+  // 32 bits, because a 64-bit index adds 200 instructions to the loops over items.
   const int request = static_cast<int>(kItemIsRow ? item / kNextN : item);
   std::int32_t length = wrap(bits(request_length(p, request)) + length_offset(b));
   if constexpr (kItemIsRow) length = expanded_length(length, kNextN, static_cast<int>(item % kNextN));
@@ -25,48 +28,51 @@ __device__ void schedule_mqa(const Params& p, int b) {
   for (std::int64_t item = slot; item < items; item += kThreads) splits += mqa_splits(p, item, b);
   std::uint64_t total;
   block_running_sum(splits, total);
-  total *= kAtoms;
+  total *= kWorkOfSplit;
   const std::uint64_t num_sms = static_cast<std::uint64_t>(p.num_sms);
   const std::uint64_t share = total / num_sms;
-  const std::uint64_t more = total % num_sms;  // multiprocessors that get one split more
+  const std::uint64_t more = total % num_sms;  // SMs that get one unit more
 
-  // A thread's entries, in order: each is written in the chunk that its first split lies in.
-  __shared__ std::uint64_t ends[kThreads];  // splits up to and including an item of the chunk
+  // Each thread writes its entries in order, each in the chunk that contains the entry's first unit.
+  __shared__ std::uint64_t ends[kThreads];  // units of all items up to and including one of the chunk
   std::uint64_t entry = static_cast<std::uint64_t>(slot);
-  RunningSum<std::uint64_t> split_sum;
+  RunningSum<std::uint64_t> work_sum;
   for (std::int64_t first = 0; first < items; first += kThreads) {
     const std::int64_t item = first + slot;
-    const std::uint64_t carry = split_sum.carry;
-    // After the sum's barriers no thread reads the last chunk's ends any more.
-    ends[slot] = split_sum.add(item < items ? std::uint64_t{kAtoms} * mqa_splits(p, item, b) : 0);
+    const std::uint64_t carry = work_sum.carry;
+    // The sum's barriers come after the last read of the previous chunk's ends.
+    ends[slot] = work_sum.add(item < items ? std::uint64_t{kWorkOfSplit} * mqa_splits(p, item, b) : 0);
     __syncthreads();
     for (; entry < num_sms; entry += kThreads) {
       std::uint64_t start = entry * share;
       if constexpr (kRemainderLast) {
-        const std::uint64_t even = num_sms - more;  // the first that gets one more
+        const std::uint64_t even = num_sms - more;  // the first SM that gets one more
         start += entry > even ? entry - even : 0;
       } else {
         start += entry < more ? entry : more;
       }
-      if (start >= split_sum.carry) break;
+      if (start >= work_sum.carry) break;
       int found = 0;  // items of the chunk that end at or before the start
       for (int step = kThreads / 2; step > 0; step /= 2) {
         if (ends[found + step - 1] <= start) found += step;
       }
       const std::uint64_t before = found > 0 ? ends[found - 1] : carry;
-      const std::uint64_t per_atom = kAtoms > 1 ? (ends[found] - before) / kAtoms : 0;
-      const std::uint64_t atom = kAtoms > 1 ? (start - before) / per_atom : 0;
-      const std::uint64_t first_atom = static_cast<std::uint64_t>(first + found) * kAtoms;
-      store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(first_atom + atom));
-      const std::uint64_t split = (start - before) - atom * per_atom;
+      std::uint64_t query = static_cast<std::uint64_t>(first + found) * kAtoms;
+      std::uint64_t split = start - before;
+      if constexpr (kSplitCost > 0) {
+        split /= kSplitCost;
+      } else if constexpr (kAtoms > 1) {
+        const std::uint64_t per_atom = (ends[found] - before) / kAtoms;
+        query += split / per_atom;
+        split %= per_atom;
+      }
+      store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(query));
       store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, static_cast<std::int32_t>(split));
     }
   }
-  // The last entry is the end. So are entries without splits; where no split is there at all and the remainder goes to
-  // the last multiprocessors, they begin at the last item, whose length consumers may look up.
+  // The last entry is the end, and so are entries without work.
   for (; entry <= num_sms; entry += kThreads) {
-    const std::int64_t item = kRemainderLast && entry < num_sms && items > 0 ? items - 1 : items;
-    store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(item * kAtoms));
+    store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(items * kAtoms));
     store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, 0);
   }
 }

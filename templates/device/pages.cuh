@@ -1,5 +1,5 @@
 // ---- pages -------------------------------------------------------------------------------------------------------
-// The pages that a number of tokens takes.
+// The number of pages that hold `tokens` tokens.
 __device__ __forceinline__ int pages_of(int tokens) {
   return tokens / kPageSize + (tokens % kPageSize != 0);
 }

@@ -7,7 +7,7 @@ __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t ro
   return alignment_offset(p.page_indices, row);
 }
 
-// The largest alignment offset of the table's rows: 0 if all of them begin at a boundary.
+// An upper bound of the rows' alignment offsets: 0 if all rows begin at a boundary.
 inline std::int64_t largest_offset(const Params& p) {
   const Table& table = p.page_indices[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);

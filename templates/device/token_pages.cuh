@@ -1,5 +1,5 @@
 // ---- the pages that begin in a tile of tokens --------------------------------------------------------------------
-// Stores one page to a table with a column for each page, or for each `pages_per_column` of them.
+// Stores one page to a table that has one column per `pages_per_column` pages.
 template <int N>
 __device__ __forceinline__ void store_page(
     const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {

@@ -1,5 +1,5 @@
 // ---- tables of tokens and of pages -------------------------------------------------------------------------------
-// With a tile's tokens come the pages that begin in it.
+// Copies a tile's tokens, and writes the pages that begin in it.
 template <int kTiles>
 __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;

@@ -1,5 +1,5 @@
 // ---- 4-byte accesses throughout ----------------------------------------------------------------------------------
-// Destinations that differ in their position modulo 16 bytes cannot take the same 16-byte stores.
+// Destinations whose addresses differ modulo 16 bytes can't take the same 16-byte stores.
 constexpr int kTileAlignment = 1;  // words
 
 template <int N>

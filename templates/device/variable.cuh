@@ -1,12 +1,11 @@
-// ---- strategy: requests with a number of rows of their own -------------------------------------------------------
-// Where a request's rows are depends on the numbers of rows of all requests before it. Every block adds those up for
-// itself, window by window, beside the tiles that it counts; the warps of all blocks take the tiles in turn. The cost
-// follows the live columns, not the table's width, and no warp gets more than its share, however uneven the requests
-// are.
+// ---- strategy: requests with different numbers of rows -----------------------------------------------------------
+// The place of a request's rows depends on the numbers of rows of all requests before it. Every block sums these
+// itself, window by window, together with the tiles; the warps of all blocks take the tiles in turn. The cost follows
+// the live columns, not the table's width, and no warp gets more than its share, however uneven the requests are.
 //
 //   block   0 .. kFirstTableBlock   the other blocks
 //          +-----------------------+-----------------------------------------+
-//          | vectors, schedules    | tile, tile + warps, ...             |
+//          | vectors, schedules    | tile, tile + warps, ...                 |
 //          +-----------------------+-----------------------------------------+
 __device__ void write_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
@@ -15,16 +14,16 @@ __device__ void write_tables(const Params& p) {
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the column that its first tile begins at
+  __shared__ std::int32_t begins[kThreads];  // the first column of its first tile
   __shared__ std::int64_t pool_rows[kThreads];
   __shared__ Rows window_rows[kThreads];
-  int first = -kThreads;  // the window's first request: there is none yet
-  std::uint32_t window_tiles = 0;  // that the warps take in turn
+  int first = -kThreads;  // the window's first request; there is no window yet
+  std::uint32_t window_tiles = 0;  // the window's tiles, which the warps take in turn
   std::uint32_t warp_end = 0;
   RunningSum<std::uint32_t> row_sum;
   while (true) {
     while (tile >= window_tiles) {
-      tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+      tile -= window_tiles;  // the turn goes on with the next window's tiles, so that all warps get equally many
       first += kThreads;
       if (first >= batch_size) return;
       const int request = first + slot;
@@ -41,7 +40,7 @@ __device__ void write_tables(const Params& p) {
         const int columns = written_columns(p, ends_at(p, reach));
         if (columns > 0) tiles = static_cast<std::uint32_t>(columns - begin - 1) / kTileColumns + 1;
       }
-      // After this barrier no warp looks tiles up in the last window any more.
+      // The barrier below comes after the last look-up in the previous window.
       window_tiles = 0;
       if (!__syncthreads_or(tiles > 0)) continue;
       if (tiles > 0) pool_row = request_row(p, request);
@@ -60,7 +59,7 @@ __device__ void write_tables(const Params& p) {
 }
 
 // ---- host side of the strategy
-// As many blocks as the tables could need, up to a number that suits the device.
+// Enough blocks for all tiles of rows of maximum length, up to a limit that follows from the device.
 unsigned grid_blocks(const Params& p) {
   const std::int64_t tiles = p.batch_size * ((row_columns(p) + largest_offset(p) - 1) / kTileColumns + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;

@@ -1,9 +1,9 @@
-// ---- whose tile it is --------------------------------------------------------------------------------------------
-// The tiles of up to kThreads requests, a window, in shared memory. Each thread counts those of one request; then every
-// warp of every block can look up which request a tile belongs to.
+// ---- which request a tile belongs to -----------------------------------------------------------------------------
+// A window: the tile counts of up to kThreads requests, in shared memory. Each thread adds one request's; then every
+// warp can look up a tile's request.
 struct Window {
-  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, within its warp
-  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a warp
+  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, among its group of kWarpSize requests
+  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a group
 };
 
 struct Place {
@@ -11,12 +11,11 @@ struct Place {
   std::uint32_t tile;  // among the request's tiles
 };
 
-// Adds up the tiles of the window's requests: `tiles` is the number of this thread's request. Returns the sum of all;
-// lane w gets in `warp_end` the sum up to and including warp w. All threads must call it, behind a barrier that
-// follows the last look-up. Ends with a barrier before the sums are read: what a thread wrote to shared memory before
-// the call can be read after it.
+// Sums the tiles of the window's requests; `tiles` is the number of this thread's request. Returns the total; in lane
+// w, `warp_end` becomes the sum up to and including group w. All threads must call it, after a barrier that follows the
+// last look-up. It contains a barrier: what a thread wrote to shared memory before the call can be read after it.
 __device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
-  static_assert(kWarps <= kWarpSize, "one lane looks after each warp");
+  static_assert(kWarps <= kWarpSize, "each warp needs a lane");
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const std::uint32_t in_warp = warp_running_sum(tiles);
   window.tile_end[threadIdx.x] = in_warp;
@@ -31,7 +30,7 @@ __device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32
   return sum;
 }
 
-// Looks a tile up: first how many warps' requests end at or before it, then how many requests of the next warp do.
+// Finds a tile's request: counts the groups that end at or before the tile, then the next group's requests that do.
 __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t warp_end, std::uint32_t tile) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int warp = __popc(__ballot_sync(kFullMask, warp_end <= tile));

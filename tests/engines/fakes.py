@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -236,7 +237,17 @@ def install() -> None:
 
     importlib.metadata.version = version
     pretend_cuda()
+    _let_configurations_be_registered_again()
     _replace_compiled_functions()
+
+
+def _let_configurations_be_registered_again() -> None:
+    """SGLang 0.5.17 registers configurations of models that transformers has itself by now."""
+    auto = importlib.import_module("transformers.models.auto.configuration_auto")
+    register = auto._LazyConfigMapping.register
+    auto._LazyConfigMapping.register = lambda self, key, value, exist_ok=False: register(
+        self, key, value, exist_ok=True
+    )
 
 
 def digest(lengths: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -270,4 +281,7 @@ def _replace_compiled_functions() -> None:
     def get_mla_metadata(cache_seqlens: torch.Tensor, *more: Any, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return digest(cache_seqlens, parts, 8), digest(cache_seqlens, len(cache_seqlens) + 1)
 
-    importlib.import_module("sglang.kernels.ops.attention.flash_mla_interface").get_mla_metadata = get_mla_metadata
+    # SGLang has it in a module of its own, or imports it from an empty one.
+    importlib.import_module("sgl_kernel.flash_mla").get_mla_metadata = get_mla_metadata
+    if importlib.util.find_spec("sglang.kernels.ops.attention.flash_mla_interface") is not None:
+        importlib.import_module("sglang.kernels.ops.attention.flash_mla_interface").get_mla_metadata = get_mla_metadata

@@ -5,8 +5,10 @@ Only plain facts are made up here. Whatever has behaviour (backends, ForwardMode
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,11 @@ CONTEXT = 640
 WIDTH = CONTEXT + 60
 HEADS = 16
 
+# SGLang 0.5.17 has none: there each backend translates for itself.
+HAS_TRANSLATOR = find_spec("sglang.srt.mem_cache.kv_index_translator") is not None
+
 _settings: Any = None
+_alone = ExitStack()
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,14 @@ def settings(**fields: Any) -> None:
         _settings.restore()
     _settings = get_context().override_server_args(**fields)
     _settings.install()
-    ranks = ("tp_rank", "attn_tp_rank", "attn_cp_rank", "attn_dp_rank", "attn_dcp_rank", "dcp_rank", "pp_rank")
-    for rank in ranks:
-        get_parallel().override_permanently(**{rank: 0})
+    # A process of its own, which is rank 0 of one. SGLang 0.5.17 can only be told so for the time of a `with`.
+    parallel = get_parallel()
+    for rank in ("tp", "attn_tp", "attn_cp", "attn_dp", "attn_dcp", "dcp", "pp"):
+        alone = {f"{rank}_rank": 0, f"{rank}_size": 1}
+        if hasattr(parallel, "override_permanently"):
+            parallel.override_permanently(**alone)
+        else:
+            _alone.enter_context(parallel.override(**alone))
 
 
 def token_pool(page: int, seed: int) -> Tensor:
@@ -86,7 +97,9 @@ class _KVPool(SimpleNamespace):
     """The facts of a KV cache that backends read when they are made."""
 
     def get_kv_cache_quant_method(self) -> Any:
-        access = SimpleNamespace(kind=None, scale_recipe=None)
+        from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import KVCacheAttentionAccessKind
+
+        access = SimpleNamespace(kind=KVCacheAttentionAccessKind.PLAIN, scale_recipe=None)
         return SimpleNamespace(resolve_attention_access=lambda *a, **k: access, supports_attention=lambda *a: True)
 
     def get_key_buffer(self, layer: int) -> Tensor:
@@ -98,7 +111,6 @@ class _KVPool(SimpleNamespace):
 def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, index_topk: int = 256) -> Any:
     """What a backend's constructor takes."""
     from sglang.srt.configs.model_config import AttentionArch
-    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
     from sglang.srt.runtime_context import get_context
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -152,7 +164,7 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
         dsa_kv_cache_store_fp8=False,
     )
     allocator = SimpleNamespace(get_kvcache=lambda: pool, page_size=page)
-    return SimpleNamespace(
+    runner = SimpleNamespace(
         device="cpu",
         gpu_id=0,
         page_size=page,
@@ -161,15 +173,8 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
         token_to_kv_pool=pool,
         token_to_kv_pool_allocator=allocator,
         req_to_token_pool=SimpleNamespace(size=POOL_ROWS, req_to_token=req_to_token),
-        kv_index_translator=KVIndexTranslator(
-            req_to_token=req_to_token,
-            token_to_kv_pool_allocator=allocator,
-            token_to_kv_pool=pool,
-            page_size=page,
-            device="cpu",
-            is_draft_worker=draft,
-        ),
         is_draft_worker=draft,
+        ps=SimpleNamespace(tp_size=1, attn_cp_size=1),
         spec_algorithm=SpeculativeAlgorithm.from_string("EAGLE"),
         server_args=get_context().server_args,
         decode_num_tokens_per_req=lambda *a: 4,
@@ -185,6 +190,17 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
         is_hybrid_swa=False,
         hisparse_coordinator=None,
     )
+    if HAS_TRANSLATOR:
+        translators = import_module("sglang.srt.mem_cache.kv_index_translator")
+        runner.kv_index_translator = translators.KVIndexTranslator(
+            req_to_token=req_to_token,
+            token_to_kv_pool_allocator=allocator,
+            token_to_kv_pool=pool,
+            page_size=page,
+            device="cpu",
+            is_draft_worker=draft,
+        )
+    return runner
 
 
 def backend(name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft_tokens: int = 4) -> Any:

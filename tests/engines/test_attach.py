@@ -54,31 +54,50 @@ def set_of_backend(name: str, value: Any) -> Any:
     return change
 
 
-def unify(made: Any) -> None:
+def set_translator(name: str) -> Any:
     """Virtual ids: the translator itself says so. DSA has none, and so no such pool."""
-    assert children(made).kv_index_translator.is_translating is False
-    children(made).kv_index_translator = SimpleNamespace(is_translating=True, reads_are_translated=True)
+
+    def change(made: Any) -> None:
+        assert getattr(children(made).kv_index_translator, name) is False
+        children(made).kv_index_translator = SimpleNamespace(**{name: True})
+
+    return change
+
+
+def set_updater(made: Any) -> None:
+    assert children(made).indices_updater_decode._translate_kv_loc_dense is None
+    children(made).indices_updater_decode._translate_kv_loc_dense = object()
 
 
 REFUSED = [
-    ("fa3", 3, unify, "the pool is unified"),
-    ("flashinfer", 3, unify, "the pool is unified"),
     ("fa3", 3, set_of_backend("topk", 2), "topk is set: a draft tree"),
-    ("triton", 3, lambda made: None, "kv_indices is set: they are int64"),
-    ("flashinfer", 3, set_of_backend("draft_window_size", 128), "draft_window_size is set"),
-    ("flashinfer", 3, set_of_backend("draft_sink_size", 4), "draft_sink_size is set"),
     ("fa3", 0, set_of_child("use_sliding_window_kv_pool", True), "use_sliding_window_kv_pool is set"),
     ("trtllm_mha", 3, set_of_child("_swa_kv_pool", object()), "_swa_kv_pool is set"),
     ("fa3", 0, set_of_child("is_prefill_aware_swa", True), "is_prefill_aware_swa is set"),
-    ("fa3", 0, set_of_child("local_attn_builder", object()), "local attention has tables"),
+    ("fa3", 0, set_of_child("has_local_attention", True), "local attention has tables"),
     ("fa3", 0, set_of_child("is_encoder_decoder", True), "is_encoder_decoder is set"),
-    ("trtllm_mha", 0, set_of_child("expand_encoder_only_verify", True), "encoder layers have their own rows"),
-    ("dsa", 0, set_of_child("dcp_size", 2), "dcp_size is set: decode context parallelism"),
-    ("flashmla", 3, set_of_child("dcp_world_size", 2), "dcp_world_size is set: decode context parallelism"),
-    ("dsa", 0, set_of_child("_kv_shard_pool", object()), "the pool is sharded"),
-    ("dsa", 3, set_of_child("dsa_index_kpool", 2), "k-pools have write plans"),
     ("dsa", 3, set_of_child("hisparse_coordinator", object()), "HiSparse"),
 ]
+if objects.HAS_TRANSLATOR:
+    REFUSED += [
+        ("fa3", 3, set_translator("is_translating"), "is_translating is set: the pool is unified"),
+        ("flashinfer", 3, set_translator("reads_are_translated"), "reads_are_translated is set: the pool is unified"),
+        ("triton", 3, set_of_backend("window_rail", True), "window_rail is set: layers with a sliding window"),
+        ("flashinfer", 3, set_of_backend("draft_window_size", 128), "draft_window_size is set"),
+        ("flashinfer", 3, set_of_backend("draft_sink_size", 4), "draft_sink_size is set"),
+        ("trtllm_mha", 0, set_of_child("expand_encoder_only_verify", True), "encoder layers have their own rows"),
+        ("dsa", 0, set_of_child("dcp_size", 2), "dcp_size is set: decode context parallelism"),
+        ("flashmla", 3, set_of_child("dcp_world_size", 2), "dcp_world_size is set: decode context parallelism"),
+        ("dsa", 0, set_of_child("_kv_shard_pool", object()), "the pool is sharded"),
+        ("dsa", 3, set_of_child("dsa_index_kpool", 2), "k-pools have write plans"),
+    ]
+else:
+    REFUSED += [
+        ("fa3", 3, set_of_child("_unified_hooks", SimpleNamespace(enabled=True)), "the pool is unified"),
+        ("trtllm_mla", 0, set_of_child("_v2p_page_table", object()), "the pool is unified"),
+        ("triton", 3, set_of_child("_translate_kv_loc", object()), "the pool is unified"),
+        ("flashinfer_mla", 3, set_updater, "the pool is unified"),
+    ]
 
 
 @pytest.mark.parametrize(("name", "steps", "change", "reason"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
@@ -327,7 +346,7 @@ def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(
         assert type(factory.create_decode_backend()).__name__ == "TritonMultiStepDraftBackend"
         assert factory.create_decode_backend() is None
     assert "FlashAttentionMultiStepBackend: one launch refreshes" in caplog.text
-    assert "TritonMultiStepDraftBackend isn't served: kv_indices" in caplog.text
+    assert "TritonMultiStepDraftBackend isn't served: it has no" in caplog.text
 
     runner = SimpleNamespace(attn_backend=backend("dsa", 0), decode_attn_backend=None)
     ModelRunner.init_attention_backends(runner)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--shapes", metavar="LIST", help="Batch x longest request, such as 64x8k,128x32k.")
 @click.option("--n", metavar="LIST", help="Numbers of backends, such as 1,3,7; default 3.")
-@click.option("--page-size", metavar="LIST", help="Tokens a page, such as 64,1; default 64.")
+@click.option("--page-size", metavar="LIST", help="Tokens per page, such as 64,1; default 64.")
 @click.option("--extent", metavar="LIST", help="live,full; default live.")
 @click.option("--width", metavar="LIST", help="Table widths: live, wide (163911) or columns.")
 @click.option("--only", metavar="LIST", help="Implementations, such as onelaunch,ideal,triton.")

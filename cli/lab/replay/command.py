@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from onelaunch.cli.output import check_writable, write_whole
 from onelaunch.errors import ArgumentError
-from rich.console import Console
 
 from .options import SAMPLE_EVERY, DeviceChoice, Extent, ReplayOptions, Verify
 
@@ -80,7 +79,7 @@ def replay(json_to: str | None, **settings: Any) -> None:
     if json_to is not None and json_to != "-":
         with _named(json_to):
             check_writable(Path(json_to))  # before the work
-    summary = run_with_progress(options, Console(stderr=True))
+    summary = run_with_progress(options)
     if json_to is not None:
         _write_json(summary, json_to)
     # Standard output is one JSON document or the summary, never both.

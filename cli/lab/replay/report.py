@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .options import ReplayOptions
 from .serving import ServingSimulation
@@ -12,34 +12,19 @@ from .simulated import run_replay
 from .summary import Distribution, ReplaySummary
 
 
-def run_with_progress(options: ReplayOptions, console: Console) -> ReplaySummary:
-    """Replays a trace; on a terminal with a progress bar."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with progress:
-        task = progress.add_task("starting", total=None)
+def run_with_progress(options: ReplayOptions) -> ReplaySummary:
+    """Replays a trace; where standard error is a terminal, with a progress bar."""
+    if not sys.stderr.isatty():
+        return run_replay(options)
+    with click.progressbar(length=options.max_steps or 1, label="replay", file=sys.stderr) as bar:
 
         def on_step(steps: int, simulation: ServingSimulation, requests: int) -> None:
             # A limit of steps is usually reached long before the requests are done.
-            if options.max_steps is None:
-                done, total = simulation.finished, requests
-            else:
-                done, total = steps, options.max_steps
-            progress.update(
-                task,
-                completed=done,
-                total=total,
-                description=f"step {steps}, {len(simulation.running)} running, {simulation.waiting} waiting",
-            )
+            bar.length = options.max_steps or requests
+            bar.label = f"step {steps}, {len(simulation.running)} running, {simulation.waiting} waiting"
+            bar.update((simulation.finished if options.max_steps is None else steps) - bar.pos)
 
-        return run_replay(options, on_step if console.is_terminal else None)
+        return run_replay(options, on_step)
 
 
 def print_summary(summary: ReplaySummary, to_stderr: bool) -> None:

@@ -67,7 +67,7 @@ def buffers_from(
     Args:
         metadata: DSAMetadata or NSAMetadata, or their precomputed form; FlashAttentionMetadata; TRTLLMMHAMetadata;
             FlashMLADecodeMetadata or TRTLLMMLADecodeMetadata. An attribute that is None is a field that is None.
-        page_size: tokens a page. With 1, FA3's page_table holds tokens: it is page_indices.
+        page_size: tokens per page. With 1, FA3's page_table holds tokens: it is page_indices.
         leave: names of tensors that aren't refreshed: "page_table_1" of DSA (see attach), and those without a field in
             onelaunch, which the engine's own code refreshes.
         schedules: whether DSA's paged_mqa_schedule_metadata, if there is one, is refreshed too.

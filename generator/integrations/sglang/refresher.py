@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ...run.plan import Plan, bind
+from ...run.schedules import convention_of
 from ...spec.fields import MetadataBuffers
 from ..attributes import has, read
 from ..refusals import refusal
@@ -26,9 +27,6 @@ from .captured import (
     family_of,
     mode_of,
 )
-
-# On SM100 DeepGEMM gives the splits that are left over to the first multiprocessors, before that to the last.
-_FIRST_REMAINDER = (10, 0)
 
 
 def bind_backends(
@@ -160,9 +158,7 @@ def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
             "onelaunch doesn't make. Pass schedules=False."
         )
     device = getattr(metadata, SCHEDULE).device
-    if device.type == "cuda" and "schedule_remainder" not in given:  # pragma: gpu
-        first = torch.cuda.get_device_capability(device) >= _FIRST_REMAINDER
-        given["schedule_remainder"] = "first" if first else "last"
+    given.setdefault("schedule_remainder", "first" if convention_of(device) == "sm100" else "last")
     if given["mode"] == "decode" or "schedule_per" in given:
         return
     lengths = read("metadata", metadata, ("paged_mqa_ctx_lens_2d",), "Pass schedule_per=.")
@@ -174,7 +170,7 @@ def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
     given["schedule_per"] = "row" if lengths.shape[1] == 1 else "request"
     if lengths.shape[1] > 1 and "schedule_atoms" not in given:
         raise ArgumentError(
-            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows a request, and only "
+            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows per request, and only "
             "DeepGEMM knows how many atoms they are. Pass schedule_atoms=, or schedules=False."
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cases import Shape
 
 from .fault import Fault
-from .shown_by import MLA, MQA, SCHEDULED
+from .shown_by import MLA, MQA, SCHEDULED, WORK
 
 FAULTS = {
     "device/mqa_schedule.cuh": [
@@ -27,12 +27,28 @@ FAULTS = {
             "entry < more ? entry : more",
         ),
         Fault(
-            "let an empty schedule begin at the end",
-            "consumers look up the length of a request that isn't there",
+            "begin behind the end where there is nothing to do",
+            "multiprocessors take splits of a request that isn't there",
             MQA,
             Shape("all zero", (0, 0, 0)),
-            r"kRemainderLast && entry < num_sms && items > 0 \? items - 1 : items",
-            "items",
+            r"\(items \* kAtoms\)",
+            "((items + (entry < num_sms)) * kAtoms)",
+        ),
+        Fault(
+            "count units of work as splits",
+            "multiprocessors begin behind their first split",
+            WORK,
+            SCHEDULED,
+            r"split /= kSplitCost;",
+            "",
+        ),
+        Fault(
+            "let a split cost as much as a request has atoms",
+            "multiprocessors get unequal work",
+            WORK,
+            SCHEDULED,
+            r"kSplitCost > 0 \? kSplitCost : kAtoms",
+            "kAtoms",
         ),
         Fault(
             "leave out the last entry",

@@ -29,6 +29,14 @@ POOLS = preset("nsa-decode-3-kpool").replace(page_size=7, index_topk=512, **_SMA
 FILLED = preset("flashmla-decode-3").replace(**_SMALL)
 CHECKED = preset("nsa-decode-3-checked").replace(**_SMALL)
 MQA = KernelConfig(num_backends=2, fields=("paged_mqa_schedule_metadata",), threads=64)
+WORK = KernelConfig(
+    fields=("paged_mqa_schedule_metadata",),
+    mode="target_verify",
+    next_n=3,
+    schedule_remainder="first",
+    schedule_split_cost=7,
+    threads=64,
+)
 MLA = KernelConfig(num_backends=2, fields=("flashmla_metadata", "num_splits"), threads=64)
 INDICES = preset("flashinfer-decode-3").replace(**_SMALL)
 CHECKED_INDICES = INDICES.replace(checked=True)

@@ -1,0 +1,121 @@
+"""One engine that generates with EAGLE and CUDA graphs: python generate.py MODELS RESULT [argument=value ...]
+
+Greedy, with prompts of different lengths: 16 requests, one request, and 16 requests that end one after another, so that
+the batch shrinks through the captured sizes and is padded in between. Writes tokens' hashes and verify steps as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "sglang",
+    "sglang-kernel",
+    "flashinfer-python",
+    "apache-tvm-ffi",
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+)
+LENGTHS = (5, 40)  # of the prompts
+TOKENS = 64  # that the longest request generates
+
+
+def prompts(count: int) -> list[list[int]]:
+    numbers = random.Random(7)
+    return [[numbers.randrange(3, 512) for _ in range(numbers.randrange(*LENGTHS))] for _ in range(count)]
+
+
+def scenarios() -> dict[str, list[int]]:
+    """The number of tokens to generate for each request."""
+    return {"batch 16": [TOKENS] * 16, "batch 1": [TOKENS], "shrinking": [4 * (i + 1) for i in range(16)]}
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    import sglang
+
+    models, result = sys.argv[1:3]
+    arguments: dict[str, Any] = {
+        "model_path": f"{models}/target",
+        "speculative_draft_model_path": f"{models}/draft",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": 3,
+        "speculative_eagle_topk": 1,
+        "page_size": 1,
+        "context_length": 2048,
+        "max_total_tokens": 65536,
+        "max_running_requests": 32,
+        "mem_fraction_static": 0.3,
+        "cuda_graph_bs_decode": [1, 2, 4, 8, 16],
+        "cuda_graph_max_bs_decode": 16,
+        "disable_prefill_cuda_graph": True,
+        "disable_radix_cache": True,
+        "disable_custom_all_reduce": True,
+        "random_seed": 1,
+        "log_level": "info",
+        "watchdog_timeout": 100,
+    }
+    for argument in sys.argv[3:]:
+        name, _, value = argument.partition("=")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    arguments["speculative_num_draft_tokens"] = arguments["speculative_num_steps"] + 1
+    start = time.time()
+    engine = sglang.Engine(**arguments)
+    found: dict[str, Any] = {"up": round(time.time() - start, 1), "scenarios": {}}
+    phase = Path(os.environ["PROBE_PHASE"])
+    for name, tokens in scenarios().items():
+        # The first round compiles what is left to compile, and its figures aren't used.
+        for mark in ("warm", "timed", "profiled") if name == "batch 16" else ("other",):
+            phase.write_text(mark)
+            sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in tokens]
+            outputs = engine.generate(input_ids=prompts(len(tokens)), sampling_params=sampling)
+            phase.write_text("")
+            generated = [output["output_ids"] for output in outputs]
+            steps = [output["meta_info"].get("spec_verify_ct") or 0 for output in outputs]
+            found["scenarios"].setdefault(name, []).append(
+                {
+                    "hash": hashlib.sha256(json.dumps(generated).encode()).hexdigest()[:16],
+                    "tokens": sum(map(len, generated)),
+                    "verify_steps": sum(steps),
+                }
+            )
+    # The probe writes what it saw before each prefill.
+    phase.write_text("end")
+    engine.generate(input_ids=prompts(1), sampling_params={"temperature": 0, "max_new_tokens": 1, "ignore_eos": True})
+    found["versions"] = {package: version(package) for package in PACKAGES} | {
+        "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name(),
+    }
+    engine.shutdown()
+    Path(result).write_text(json.dumps(found, indent=1))
+    print("generated", json.dumps(found["scenarios"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

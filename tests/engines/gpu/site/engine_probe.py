@@ -1,0 +1,257 @@
+"""A plugin of SGLang that watches how an engine refreshes attention metadata; generate.py's engine loads it.
+
+It times the methods that refresh metadata before a replay, alike with and without onelaunch, counts what they launch in
+three profiled steps, and spoils the draft's table on request. Its variables:
+
+PROBE_RESULT: where it writes what it saw, as JSON.
+PROBE_PHASE: a file with what is generated now: "timed" and "profiled" (see generate.py); read before each prefill.
+PROBE_SPOIL: 1 zeroes the draft's table after each refresh.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH = 16  # the batch size whose steps are timed and profiled
+PROFILED_STEPS = range(4, 7)
+_EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+class Probe:
+    """What one scheduler process sees."""
+
+    def __init__(self) -> None:
+        self.phase, self.step = "", 0
+        self.decoding = self.inside = False
+        self.times: dict[str, list[float]] = collections.defaultdict(list)
+        self.started: float | None = None  # when the last decode step began
+        self.addresses: list[tuple[int, int]] = []  # of seq_lens and req_pool_indices in the draft's refreshes
+        self.lines: list[str] = []  # onelaunch's
+        self.after_capture: int | None = None  # how many of them there were when the engine had captured
+        self.attachments: list[Any] = []
+        self.profiler: Any = None
+        self.profile: dict[str, Any] = {}
+        self.spoiled = 0
+
+    # ------------------------------------------------------------------------------------------ what SGLang calls
+
+    def made(self, result: Any, scheduler: Any) -> None:
+        """After SGLang made its backends, and after onelaunch attached to them."""
+        draft = scheduler.draft_worker.draft_worker
+        for role, backend in (
+            ("draft", draft.draft_attn_backend),
+            ("verify", scheduler.tp_worker.model_runner.attn_backend),
+            ("draft-extend", draft.draft_extend_attn_backend),
+        ):
+            for name in ("init_forward_metadata_out_graph", "init_forward_metadata"):
+                setattr(backend, name, self._watched(role, backend, getattr(backend, name)))
+
+    def captured(self, result: Any, scheduler: Any) -> None:
+        """After SGLang captured its graphs."""
+        self.after_capture = len(self.lines)
+
+    def generation(self, original: Any, worker: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Around each step of the scheduler: a prefill, or draft, verification and draft extension."""
+        if not batch.forward_mode.is_decode():
+            self.phase, self.step, self.started = Path(os.environ["PROBE_PHASE"]).read_text(), 0, None
+            self.write()
+            return original(worker, batch, *arguments, **keywords)
+        now = time.perf_counter()
+        full = batch.batch_size() == BATCH
+        if self.phase == "timed" and full and self.started is not None:
+            self.times["step"].append(now - self.started)
+        self.started = now if full else None
+        self.step += 1
+        if self.phase == "profiled" and self.step == PROFILED_STEPS.start:
+            self._begin_profile()
+        self.decoding = True
+        try:
+            with self._span("step"):
+                return original(worker, batch, *arguments, **keywords)
+        finally:
+            self.decoding = False
+            if self.profiler is not None and self.step == PROFILED_STEPS.stop - 1:
+                self._end_profile()
+
+    # ------------------------------------------------------------------------------------------ watching
+
+    def _watched(self, role: str, backend: Any, method: Any) -> Any:
+        def watched(forward_batch: Any, *arguments: Any, **keywords: Any) -> Any:
+            if not self.decoding or self.inside:  # a capture, a prefill, or called by another of these methods
+                return method(forward_batch, *arguments, **keywords)
+            self.inside = True
+            try:
+                with self._span(role):
+                    start = time.perf_counter()
+                    result = method(forward_batch, *arguments, **keywords)
+                    taken = time.perf_counter() - start
+            finally:
+                self.inside = False
+            if self.phase == "timed" and forward_batch.batch_size == BATCH:
+                self.times[role].append(taken)
+                if role == "draft":
+                    self.addresses.append(
+                        (forward_batch.seq_lens.data_ptr(), forward_batch.req_pool_indices.data_ptr())
+                    )
+            if role == "draft" and os.environ.get("PROBE_SPOIL") == "1":
+                self._spoil(backend, forward_batch.batch_size)
+            return result
+
+        return watched
+
+    def _spoil(self, backend: Any, batch_size: int) -> None:
+        indices = getattr(backend, "cuda_graph_kv_indices", None)
+        children = backend.attn_backends
+        tables = (
+            [child.decode_cuda_graph_metadata[batch_size].page_table for child in children]
+            if indices is None
+            else [indices]
+        )
+        for table in tables:
+            table.zero_()
+        self.spoiled += 1
+
+    def _span(self, name: str) -> Any:
+        if self.profiler is None:
+            return contextlib.nullcontext()
+        import torch
+
+        return torch.profiler.record_function(f"probe {name}")
+
+    def _begin_profile(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        kinds = torch.profiler.ProfilerActivity
+        self.profiler = torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
+        self.profiler.start()
+
+    def _end_profile(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        self.profiler.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            self.profiler.export_chrome_trace(str(trace))
+            self.profile = launches(json.loads(trace.read_text())["traceEvents"])
+        self.profiler = None
+        self.write()
+
+    def write(self) -> None:
+        microseconds = {
+            role: {"calls": len(times), **{name: round(_at(times, part) * 1e6, 1) for name, part in _QUANTILES.items()}}
+            for role, times in self.times.items()
+        }
+        found = {
+            "host_us": microseconds,
+            "launches": self.profile,
+            "addresses": recency(self.addresses),
+            "onelaunch": self.lines[: self.after_capture],
+            "built_or_bound_after_capture": [] if self.after_capture is None else self.lines[self.after_capture :],
+            "attachments": [
+                {"backend": type(a.backend).__name__, "launches": a.launches, "failed": a.failed}
+                for a in self.attachments
+            ],
+            "spoiled": self.spoiled,
+        }
+        Path(os.environ["PROBE_RESULT"]).write_text(json.dumps(found, indent=1))
+
+
+_QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9}
+
+
+def _at(values: list[float], part: float) -> float:
+    return sorted(values)[int(part * (len(values) - 1))]
+
+
+def recency(addresses: list[tuple[int, int]]) -> dict[str, int]:
+    """How many calls had arguments at the same addresses as one of the last 1, 4, 8 or 16 different ones before."""
+    seen: list[tuple[int, int]] = []
+    hits = {"calls": len(addresses), "different": len(set(addresses)), "1": 0, "4": 0, "8": 0, "16": 0}
+    for pair in addresses:
+        for depth in (1, 4, 8, 16):
+            hits[str(depth)] += pair in seen[-depth:]
+        seen = [*(other for other in seen if other != pair), pair]
+    return hits
+
+
+def launches(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Kernel launches and copies through CUDA's API in each span of the probe, of the middle profiled step.
+
+    A graph's launch counts as one, under "graphs".
+    """
+    spans = [e for e in events if e.get("cat") == "user_annotation" and str(e.get("name", "")).startswith("probe ")]
+    calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
+    steps = sorted((s for s in spans if s["name"] == "probe step"), key=lambda s: s["ts"])
+    if not steps:
+        return {}
+    step = steps[len(steps) // 2]
+    found: dict[str, Any] = {}
+    for span in spans:
+        if not step["ts"] <= span["ts"] < step["ts"] + step["dur"]:
+            continue
+        count: collections.Counter[str] = collections.Counter()
+        for call in calls:
+            if call["tid"] != span["tid"] or not span["ts"] <= call["ts"] < span["ts"] + span["dur"]:
+                continue
+            name = call["name"].lower()
+            for kind, part in (("graphs", "graphlaunch"), ("kernels", "launchkernel"), ("copies", "memcpy"),
+                               ("copies", "memset"), ("waits", "synchronize")):  # fmt: skip
+                if part in name:
+                    count[kind] += 1
+                    break
+        found[span["name"].removeprefix("probe ")] = dict(count)
+    return found
+
+
+class _Lines(logging.Handler):
+    """Keeps onelaunch's lines."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.INFO)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+
+def install() -> None:
+    """The entry point. Only a scheduler's process has backends."""
+    if multiprocessing.current_process().name == "MainProcess" or "PROBE_RESULT" not in os.environ:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    probe = Probe()
+    HookRegistry.register(f"{_SCHEDULER}.init_all_attention_backends", probe.made, HookType.AFTER)
+    HookRegistry.register(f"{_SCHEDULER}.init_all_cuda_graphs", probe.captured, HookType.AFTER)
+    HookRegistry.register(f"{_EAGLE}.forward_batch_generation", probe.generation, HookType.AROUND)
+    if os.environ.get("ONELAUNCH_SGLANG") == "1":
+        from onelaunch.integrations import sglang
+
+        attach = sglang.attach
+
+        def recorded(*arguments: Any, **keywords: Any) -> Any:
+            attachment = attach(*arguments, **keywords)
+            probe.attachments.append(attachment)
+            return attachment
+
+        sglang.attach = recorded
+        logger = logging.getLogger("onelaunch")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_Lines(probe.lines))
+    if os.environ.get("ENGINES_GPU_FLASHINFER") == "1":
+        # FlashInfer chooses FA3 for prefills on Hopper; the modules that travel are FA2's.
+        import flashinfer.prefill
+
+        flashinfer.prefill.determine_attention_backend = lambda *arguments, **keywords: "fa2"
