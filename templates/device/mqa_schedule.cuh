@@ -27,7 +27,7 @@ __device__ void schedule_mqa(const Params& p, int b) {
   std::uint64_t splits = 0;
   for (std::int64_t item = slot; item < items; item += kThreads) splits += mqa_splits(p, item, b);
   std::uint64_t total;
-  block_running_sum(splits, total);
+  const std::uint64_t splits_end = block_running_sum(splits, total);
   total *= kWorkOfSplit;
   const std::uint64_t num_sms = static_cast<std::uint64_t>(p.num_sms);
   const std::uint64_t share = total / num_sms;
@@ -40,8 +40,13 @@ __device__ void schedule_mqa(const Params& p, int b) {
   for (std::int64_t first = 0; first < items; first += kThreads) {
     const std::int64_t item = first + slot;
     const std::uint64_t carry = work_sum.carry;
-    // The sum's barriers come after the last read of the previous chunk's ends.
-    ends[slot] = work_sum.add(item < items ? std::uint64_t{kWorkOfSplit} * mqa_splits(p, item, b) : 0);
+    if (items <= kThreads) {
+      ends[slot] = splits_end * kWorkOfSplit;  // a thread has one item: its sum is known
+      work_sum.carry = total;
+    } else {
+      // The sum's barriers come after the last read of the previous chunk's ends.
+      ends[slot] = work_sum.add(item < items ? std::uint64_t{kWorkOfSplit} * mqa_splits(p, item, b) : 0);
+    }
     __syncthreads();
     for (; entry < num_sms; entry += kThreads) {
       std::uint64_t start = entry * share;
@@ -54,7 +59,7 @@ __device__ void schedule_mqa(const Params& p, int b) {
       if (start >= work_sum.carry) break;
       int found = 0;  // items of the chunk that end at or before the start
       for (int step = kThreads / 2; step > 0; step /= 2) {
-        if (ends[found + step - 1] <= start) found += step;
+        if (step <= items && ends[found + step - 1] <= start) found += step;
       }
       const std::uint64_t before = found > 0 ? ends[found - 1] : carry;
       std::uint64_t query = static_cast<std::uint64_t>(first + found) * kAtoms;
