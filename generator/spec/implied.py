@@ -102,6 +102,11 @@ class Implied:
             return False
         return self.extent == "full" or self.page_fill is not None
 
+    @property
+    def pages_alone(self) -> bool:
+        """Whether the columns of a tile are pages: there are tables of pages, and none of tokens."""
+        return not self.copies and bool(self.paged_tables) and "page_indices" not in self.fields
+
     def uses(self, setting: str) -> bool:
         """Whether a field depends on one of the settings that formulas may name."""
         return not self.copies and any(setting in settings_of(name) for name in self.fields)

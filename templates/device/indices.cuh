@@ -54,7 +54,53 @@ __device__ __forceinline__ void copy_tile(
   }
 }
 
+// No more requests than a warp has lanes: each warp adds up for itself, without shared memory and barriers. Short
+// batches have little else to do.
+__device__ __forceinline__ void write_few(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  std::int32_t tokens = 0;
+  std::uint32_t tiles = 0;
+  std::int64_t pool_row = 0;
+  if (lane < batch_size) {
+    tokens = request_tokens(p, lane);
+    pool_row = request_row(p, lane);
+    const int columns = read_columns(p, tokens, kLongestOffset);
+    if (columns > 0 && pool_row >= 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
+  }
+  std::uint64_t tokens_end = static_cast<std::uint64_t>(tokens);
+  std::uint32_t tiles_end = tiles;
+  for (int distance = 1; distance < batch_size; distance *= 2) {
+    const std::uint64_t other_tokens = __shfl_up_sync(kFullMask, tokens_end, static_cast<unsigned>(distance));
+    const std::uint32_t other_tiles = __shfl_up_sync(kFullMask, tiles_end, static_cast<unsigned>(distance));
+    if (lane >= distance) {
+      tokens_end += other_tokens;
+      tiles_end += other_tiles;
+    }
+  }
+  if (lane < batch_size) {
+    check_capacity(p, lane, static_cast<std::int64_t>(tokens_end) + (std::int64_t{lane} + 1) * kLongestOffset);
+  }
+  const std::uint64_t tokens_before = tokens_end - static_cast<std::uint64_t>(tokens);
+  const std::uint32_t tiles_before = tiles_end - tiles;
+  const std::uint32_t all_tiles = __shfl_sync(kFullMask, tiles_end, batch_size - 1);
+  if (lane >= batch_size) tiles_end = all_tiles;
+  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
+  for (; tile < all_tiles; tile += warps) {
+    const int found = __popc(__ballot_sync(kFullMask, tiles_end <= tile));  // requests whose tiles end before it
+    const int column = static_cast<int>(tile - __shfl_sync(kFullMask, tiles_before, found)) * kTileColumns;
+    const std::int64_t row = __shfl_sync(kFullMask, pool_row, found);
+    const std::int64_t before = static_cast<std::int64_t>(__shfl_sync(kFullMask, tokens_before, found));
+    copy_tile(p, found, row, before, __shfl_sync(kFullMask, tokens, found), column);
+  }
+}
+
 __device__ void write_tables(const Params& p) {
+  if (p.batch_size <= kWarpSize) {
+    if (p.batch_size > 0) write_few(p);
+    return;
+  }
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = slot % kWarpSize;
