@@ -128,7 +128,7 @@ def device_files(config: KernelConfig) -> list[str]:
         "token_pages": tokens and pages,
         "lone_pages": rows and not tokens,
         _copy_tile_file(config): rows and not copies,
-        "window": strategy in ("live", "variable"),
+        "window": counts,
         "copy_table": rows and copies,
         str(strategy): strategy not in (None, "copy"),
     }

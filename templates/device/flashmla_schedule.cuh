@@ -11,7 +11,8 @@
 constexpr int kMlaBlock = 64;  // tokens
 constexpr int kMlaOverhead = 5;  // fixed cost of a request in a part, in blocks
 
-constexpr int kMlaAhead = 4;  // parts that the search for the next end covers
+constexpr int kMlaAhead = 32;  // ends that the search for the next one covers
+constexpr int kMlaMaxHop = 256;  // parts up to the next end, if that search finds it
 
 // Where the parts begin, in shared memory.
 struct Parts {
@@ -24,8 +25,7 @@ struct Parts {
 // A chunk of requests, in shared memory.
 struct Chunk {
   std::int64_t ends[kThreads + 1];  // the cost of all requests before the chunk, and up to and including each one
-  std::int32_t
-      next[kThreads];  // from an end: 16 times the end that a part begins at next, plus in how many parts; or 0
+  std::uint32_t next[kThreads];  // from an end: the next end that a part begins at, and how many parts later; or 0
 };
 
 __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request, int b) {
@@ -52,13 +52,19 @@ __device__ __forceinline__ int end_before(const Chunk& chunk, int count, std::in
   return found;
 }
 
-// What Chunk::next says of an end.
-__device__ __forceinline__ std::int32_t next_end(const Chunk& chunk, int count, int end, std::int64_t share) {
-  for (int parts = 1; parts <= kMlaAhead; ++parts) {
-    const std::int64_t begin = chunk.ends[end] + parts * share;
-    if (begin + kMlaOverhead >= chunk.ends[count]) return 0;
-    const int found = end_before(chunk, count, begin + kMlaOverhead);
-    if (chunk.ends[found] >= begin) return found * 16 + parts;
+// What Chunk::next says of an end. Ends lie further apart than kMlaOverhead, so that at most one pays for a part.
+__device__ __forceinline__ std::uint32_t next_end(
+    const Chunk& chunk, int count, int end, std::int64_t share, std::uint64_t reciprocal) {
+  const std::int64_t from = chunk.ends[end];
+  const int stop = count < end + kMlaAhead ? count : end + kMlaAhead;
+  for (int next = end + 1; next < stop; ++next) {
+    const std::int64_t distance = chunk.ends[next] - from;
+    // The first part for which that end isn't too far: the distance less kMlaOverhead, divided by the share, rounded up.
+    const std::int64_t before = distance - kMlaOverhead - 1;
+    std::int64_t parts = static_cast<std::int64_t>(__umul64hi(static_cast<std::uint64_t>(before), reciprocal)) + 1;
+    if (before - (parts - 1) * share >= share) ++parts;
+    if (parts > kMlaMaxHop) return 0;
+    if (parts * share <= distance) return static_cast<std::uint32_t>(next * (2 * kMlaMaxHop) + parts);
   }
   return 0;
 }
@@ -70,10 +76,10 @@ __device__ __forceinline__ int walk_chunk(
   std::int64_t begin = parts.begin[part];
   int end = begin == chunk.ends[0] ? 0 : -1;  // the end that the part begins at; -1 within a request
   while (part + 1 < stop) {
-    const std::int32_t next = end >= 0 ? chunk.next[end] : 0;
+    const std::uint32_t next = end >= 0 ? chunk.next[end] : 0;
     if (next > 0) {
-      const int steps = next % 16;
-      end = next / 16;
+      const int steps = static_cast<int>(next % (2 * kMlaMaxHop));
+      end = static_cast<int>(next / (2 * kMlaMaxHop));
       const std::int64_t last = chunk.ends[end];
       for (int i = lane + 1; i <= steps && part + i < stop; i += kWarpSize) {
         parts.begin[part + i] = i < steps ? begin + i * share : last;
@@ -111,6 +117,7 @@ __device__ __forceinline__ void find_parts(const Params& p, int b, Parts& parts)
   std::uint64_t total;
   const std::uint64_t cost_end = block_running_sum(cost, total);
   const std::int64_t share = static_cast<std::int64_t>((total + static_cast<std::uint64_t>(stop) - 1) / stop);
+  const std::uint64_t reciprocal = ~std::uint64_t{0} / static_cast<std::uint64_t>(share > 0 ? share : 1);
   for (int i = slot; i < stop; i += kThreads) {
     // Overwritten for the first part, and for the parts that have blocks.
     parts.begin[i] = i == 0 ? 0 : static_cast<std::int64_t>(total);
@@ -131,7 +138,7 @@ __device__ __forceinline__ void find_parts(const Params& p, int b, Parts& parts)
     chunk.ends[slot + 1] = static_cast<std::int64_t>(end);
     if (slot == 0) chunk.ends[0] = static_cast<std::int64_t>(carry);
     __syncthreads();
-    chunk.next[slot] = slot < count ? next_end(chunk, count, slot, share) : 0;
+    chunk.next[slot] = slot < count ? next_end(chunk, count, slot, share, reciprocal) : 0;
     __syncthreads();
     const int known = part;
     if (slot < kWarpSize) {
