@@ -10,11 +10,13 @@ WORKERS ?= $(shell $(BIN)/python -c 'import os; print(max(1, min(14, len(os.sche
 unexport PYTHONDONTWRITEBYTECODE
 TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversation.csv
 
-# An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt.
+# An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt. They are installed into a
+# folder of their own, which is put before the environment's packages when the tests run.
 ENGINE ?= sglang-0.5.23
+override ENGINE := $(patsubst vllm,vllm-0.33.0,$(ENGINE))
 ENGINES := build/engines/$(ENGINE)
 
-.PHONY: demo test test-long engines check gpu generate wheel clean
+.PHONY: demo test test-long matrix engines check gpu generate wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "onelaunch needs Python 3.11 or later; name one with PYTHON=..."'
@@ -36,15 +38,18 @@ test: $(VENV)/.installed  ## run the tests; with nvcc the CUDA target is compile
 test-long: $(VENV)/.installed  ## run the tests that take long and rarely find anything
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long
 
-$(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt pyproject.toml
-	$(PYTHON) -m venv $(ENGINES)
-	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[test]'
-	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r $<
+# An environment with torch has 5 GB. TESTS='tests/test_binding.py' chooses tests, PYTHONS='3.11 3.13' interpreters.
+matrix:  ## run the tests on the oldest and the newest Python and torch; says which interpreters there aren't
+	WORKERS=$(or $(WORKERS),2) $(PYTHON) tests/matrix.py $(PYTHONS:%=--python %) $(TESTS)
+
+$(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests/engines/*-imports.txt) $(VENV)/.installed
+	rm -rf $(ENGINES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes \
+	  --target $(ENGINES) -r $<
 	touch $@
 
-engines: BIN := $(ENGINES)/bin
-engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU, in an environment of its own
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
+engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU, beside the project's packages
+	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
 
 check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates

@@ -1,7 +1,8 @@
-"""The arguments that several verbs share, and the configurations they name."""
+"""Arguments and options that several verbs share, and the configurations that they name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from onelaunch.spec.settings import parse_settings
 
 
 def preset_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str | CompletionItem]:
-    """The presets that a shell completes a configuration's name to."""
+    """The presets that a shell offers as completions of a configuration's name."""
     return [name for name in PRESETS if name.startswith(incomplete)]
 
 
@@ -56,12 +57,12 @@ def html_option(function: Any) -> Any:
 
 
 def dry_run_option(function: Any) -> Any:
-    """--dry-run, for what removes something."""
-    return click.option("--dry-run", is_flag=True, help="Remove nothing; say what would be removed.")(function)
+    """--dry-run, for verbs that remove something."""
+    return click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be removed.")(function)
 
 
-def gone_option(name: str, instead: str) -> Any:
-    """An option of an earlier version, which says for one release what took its place."""
+def gone_option(name: str, instead: str) -> Callable[[Any], Any]:
+    """A removed option. For one release its error message names the replacement."""
 
     def refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
         if value is not None:
@@ -71,7 +72,7 @@ def gone_option(name: str, instead: str) -> Any:
 
 
 def chosen(name: str | None, settings: str | None, target: str | None = None) -> KernelConfig:
-    """The configuration that a preset's name, --set and --target stand for."""
+    """The configuration that a preset's name, --set and --target give."""
     config = parse_settings(settings or "", preset(name) if name else None)
     return config.replace(target=target) if target else config
 

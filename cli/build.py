@@ -13,11 +13,12 @@ from pathlib import Path
 import click
 import onelaunch
 from onelaunch.build import toolchain
-from onelaunch.cache import failures
+from onelaunch.cache import tiers
 from onelaunch.errors import ArgumentError, OnelaunchError
-from onelaunch.load import loader, prebuild
+from onelaunch.load import prebuild
 from onelaunch.load.prebuild import Done, Job
 from onelaunch.log import notice, short_key
+from onelaunch.variables import POLICY_VARIABLE, RETRY_VARIABLE
 
 from .arguments import arch_option, architectures, chosen, gone_option, json_option, preset_names, target_option
 
@@ -30,14 +31,14 @@ from .arguments import arch_option, architectures, chosen, gone_option, json_opt
     "settings",
     multiple=True,
     metavar="KEY=VALUE,…",
-    help="Settings over each preset. If repeated, one build for each.",
+    help="Settings over each preset. If repeated, one build per occurrence.",
 )
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A TOML file of [[build]] tables.")
 @target_option
 @arch_option
-@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Builds at once; memory also limits them.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Simultaneous builds; memory also limits them.")
 @click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds that one build may take; default 600.")
-@click.option("--retry", is_flag=True, help="Compile again what failed before.")
+@click.option("--retry", is_flag=True, help="Try failed builds again.")
 @json_option
 def build(
     configs: tuple[str, ...],
@@ -85,16 +86,17 @@ def build(
     wanted = prebuild.distinct(
         [job if job.archs or job.config.target == "cpu" else Job(job.config, here()) for job in wanted]
     )
-    if len(wanted) == 1 and timeout is None:
-        _here(wanted[0], retry, as_json)
-    else:
-        _in_children(wanted, jobs, timeout, retry, as_json)
+    with tiers.outliving_this_process():
+        if len(wanted) == 1 and timeout is None:
+            _here(wanted[0], retry, as_json)
+        else:
+            _in_children(wanted, jobs, timeout, retry, as_json)
 
 
 def _here(job: Job, retry: bool, as_json: bool) -> None:
     """Builds one configuration in this process."""
     start, before = time.perf_counter(), time.time()
-    with _set({loader.POLICY_VARIABLE: "allow", **({failures.RETRY_VARIABLE: "1"} if retry else {})}):
+    with _set({POLICY_VARIABLE: "allow", **({RETRY_VARIABLE: "1"} if retry else {})}):
         try:
             kernel = onelaunch.specialize(job.config, job.archs)
         except OnelaunchError as error:

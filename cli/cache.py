@@ -1,4 +1,4 @@
-"""onelaunch cache: what is in it, whether it is whole, how large it may be, and how it travels."""
+"""onelaunch cache: lists, verifies, limits, packs and unpacks the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from onelaunch.cache import collect, trust
+from onelaunch.cache import collect, tiers, trust
 from onelaunch.cache.manifest import MANIFEST, Entry
 from onelaunch.cache.store import Store
 from onelaunch.errors import StoreError
@@ -48,7 +48,7 @@ def _matching(keys: Sequence[str]) -> list[Entry]:
 
 
 def listed(store: Store) -> list[dict[str, Any]]:
-    """The entries of a store as JSON values, the last used first."""
+    """The entries of a store as JSON values, most recently used first."""
 
     def when(seconds: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
@@ -82,7 +82,7 @@ def path() -> None:
 @app.command("list")
 @json_option
 def list_entries(as_json: bool) -> None:
-    """List the entries, the last used first.
+    """List the entries, most recently used first.
 
     \b
     Examples:
@@ -108,7 +108,7 @@ def list_entries(as_json: bool) -> None:
 def info(keys: tuple[str, ...]) -> None:
     """Print the manifests of entries, as JSON.
 
-    A manifest has configuration, compilers, command, resources and what a host needs.
+    A manifest has configuration, compilers, command, resources and the requirements of a host.
 
     KEYS are the first digits of keys.
 
@@ -146,13 +146,13 @@ def verify(as_json: bool) -> None:
 
 @app.command("gc")
 @click.option("--max-size", metavar="SIZE", help="Keep at most this, such as 500M.")
-@click.option("--older-than", metavar="AGE", help="Remove what wasn't used for this long, such as 30d.")
+@click.option("--older-than", metavar="AGE", help="Remove entries that weren't used for this long, such as 30d.")
 @dry_run_option
 @json_option
 def gc(max_size: str | None, older_than: str | None, dry_run: bool, as_json: bool) -> None:
-    """Remove the entries that were used longest ago, and leftovers.
+    """Remove the least recently used entries, and leftovers.
 
-    Without options it applies the default limit. Leftovers are what killed processes left, and old logs.
+    Without options it applies the default limit. Leftovers are files of killed processes, and old logs.
 
     \b
     Examples:
@@ -182,7 +182,7 @@ def gc(max_size: str | None, older_than: str | None, dry_run: bool, as_json: boo
 @dry_run_option
 @json_option
 def clear(dry_run: bool, as_json: bool) -> None:
-    """Remove everything from the cache but what processes are using.
+    """Remove everything from the cache that no process is using.
 
     \b
     Examples:
@@ -241,7 +241,7 @@ def unpack(file: Path, as_json: bool) -> None:
 
     Exit code 1: some can't run here, and the reason is printed.
 
-    FILE is one that `pack` wrote. Kernels are programs: unpack only what comes from somebody you trust.
+    FILE is one that `pack` wrote. Kernels are programs: unpack only packs that you trust.
 
     \b
     Examples:
@@ -250,7 +250,8 @@ def unpack(file: Path, as_json: bool) -> None:
     # Imported here for start-up time: archives are for two verbs only.
     from onelaunch.load.pack import read_file
 
-    done = read_file(file, loader.default_store())
+    with tiers.outliving_this_process():
+        done = read_file(file, loader.default_store())
     if as_json:
         unpacked = [
             {"key": entry.key, "symbol": entry.manifest["symbol"], "path": str(entry.module_path)}

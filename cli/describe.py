@@ -9,7 +9,6 @@ import click
 from onelaunch.errors import ArgumentError
 from onelaunch.inspect.traffic import Traffic, traffic
 from onelaunch.spec.config import KernelConfig
-from onelaunch.spec.fields import FIELDS
 from onelaunch.spec.vectors import described
 
 from .arguments import config_argument, json_option, settings_option, target_option
@@ -31,12 +30,10 @@ from .show import kernel
     "--rows",
     type=click.IntRange(0, 2**20),
     default=1,
-    help="Rows of each request, where a call says how many (variable extends, copies).",
+    help="Rows of each request, if calls give the number (variable extends, copies).",
 )
-@click.option("--page-size", type=click.IntRange(min=1), default=64, help="Tokens per page of what a copy copies.")
-@click.option(
-    "--num-sms", type=click.IntRange(min=1), help="Multiprocessors that schedules are for; default: an H100's."
-)
+@click.option("--page-size", type=click.IntRange(min=1), default=64, help="Tokens per page, for copies.")
+@click.option("--num-sms", type=click.IntRange(min=1), help="SMs that schedules are for; default: an H100's.")
 @target_option
 @json_option
 def describe(
@@ -85,7 +82,7 @@ def _moved(config: KernelConfig, moved: Traffic) -> dict[str, Any]:
         "fields": [
             {
                 "name": each.field,
-                "shape": FIELDS[each.field].shape_in(config.mode),
+                "shape": config.field(each.field).shape_in(config.mode),
                 "formula": described(config, each.field) if config.operation != "copy" else "copied",
                 "written": [round(count, 1) for count in each.shape],
                 "tensors": each.tensors,

@@ -1,4 +1,4 @@
-"""onelaunch diff: how two kernels differ."""
+"""onelaunch diff: the differences between two kernels."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def diff(
 ) -> None:
     """Print how two kernels differ.
 
-    Keys, symbols and addresses, which always differ, are left out.
+    Keys, symbols and addresses, which always differ, are ignored.
 
-    A and B are each what CONFIG of `onelaunch show` is, or key=value,… as --set takes it.
+    A and B are each a CONFIG as in `onelaunch show`, or key=value,… as in --set.
 
     Exit codes are those of diff: 0 for no difference, 1 for some, 2 if they can't be compared.
 

@@ -1,4 +1,4 @@
-"""How the command ends: error messages, exit codes, and --traceback."""
+"""Error messages, exit codes, and --traceback."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def guarded(run: Callable[[], Result]) -> Result:
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except BrokenPipeError:
-        raise  # nobody reads standard output any more, as after `| head`: the library ends the command
+        raise  # the reader of standard output is gone, as after `| head`: click ends the command
     except OnelaunchError as error:
         message, code = str(error), 2
         show_traceback()
     except OSError as error:
-        # An error of a file names it.
+        # The OSError of a file names it.
         place = error.filename or "standard output"
         message, code = f"{place} can't be read or written: {error.strerror or error}.", 2
         show_traceback()
     except Exception as error:
-        # Usage errors and exits are the library's to show.
+        # click prints usage errors, and handles exits.
         if type(error).__module__.partition(".")[0] == "click":
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""onelaunch generate: generated/, the emitted CUDA of every preset, written or checked."""
+"""onelaunch generate: writes or checks generated/, the emitted CUDA of every preset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .output import write_whole
 @click.option("--check", is_flag=True, help="Write nothing; fail if a file isn't up to date.")
 @click.option("--clangd", is_flag=True, help="Also write a compile_commands.json there, for editors.")
 def generate(folder: Path, check: bool, clangd: bool) -> None:
-    """Write the emitted CUDA of every preset, or check that what is there is up to date.
+    """Write the emitted CUDA of every preset, or check that the files are up to date.
 
     \b
     Examples:
@@ -40,7 +40,7 @@ def generate(folder: Path, check: bool, clangd: bool) -> None:
         difference = check_folder(folder)
         if difference:
             click.echo(difference, nl=False)
-            click.echo(f"onelaunch: {folder} isn't what the templates emit. Run: onelaunch generate", err=True)
+            click.echo(f"onelaunch: {folder} is out of date. Run: onelaunch generate", err=True)
             raise click.exceptions.Exit(1)
         click.echo(f"{folder} is up to date")
         return
@@ -53,12 +53,12 @@ def generate(folder: Path, check: bool, clangd: bool) -> None:
 
 
 def emitted() -> dict[str, str]:
-    """File name to text, for every preset."""
+    """The emitted text of every preset, by file name."""
     return {f"{name}.cu": render(config) for name, config in PRESETS.items()}
 
 
 def write_folder(folder: Path) -> list[Path]:
-    """Writes what changed, removes the .cu files that no preset emits; returns the paths of both."""
+    """Writes changed files, and removes .cu files that no preset emits; returns the paths of both."""
     folder.mkdir(exist_ok=True)
     wanted = emitted()
     touched = []
@@ -75,7 +75,7 @@ def write_folder(folder: Path) -> list[Path]:
 
 
 def check_folder(folder: Path) -> str:
-    """A unified diff from what is in the folder to what the templates emit; "" if they agree."""
+    """A unified diff from the files in the folder to the emitted ones; "" if they agree."""
     wanted = emitted()
     present = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.cu")}
     parts: list[str] = []

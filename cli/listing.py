@@ -1,4 +1,4 @@
-"""onelaunch list: the presets, and what is built of them and of anything else."""
+"""onelaunch list: the presets, and all builds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .output import size
 @click.command("list")
 @json_option
 def list_kernels(as_json: bool) -> None:
-    """List the presets with what they are for, and what is built of them.
+    """List the presets with their purpose and their builds.
 
-    A build's line has its key, size, date and GPU architectures. Builds are looked for in the folders of
-    ONELAUNCH_PREBUILT and in the cache.
+    A build's line has its key, size, date and GPU architectures. Builds are listed from the folders of
+    ONELAUNCH_PREBUILT and from the cache.
 
     \b
     Examples:

@@ -32,7 +32,10 @@ def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     help="Print the version, and those of the toolchain.",
 )
 @click.option(
-    "--traceback", is_flag=True, expose_value=False, help="Show where an error comes from; may stand anywhere."
+    "--traceback",
+    is_flag=True,
+    expose_value=False,
+    help="Show where an error comes from; accepted anywhere on the command line.",
 )
 def app() -> None:
     """Generate, build, inspect and replay kernels that refresh N backends' attention metadata in one launch.

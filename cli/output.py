@@ -1,4 +1,4 @@
-"""How the verbs print, and how they write files."""
+"""Formatting of sizes, and writing of files, for the verbs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def size(count: float) -> str:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file in one step: if it is interrupted, the file keeps its old content.
+    """Writes a file atomically: if it is interrupted, the file keeps its old content.
 
     Raises:
         OSError: it can't be written; the error names ``path``.
@@ -36,7 +36,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError where write_whole would fail, as far as that is known in advance."""
+    """Raises OSError if write_whole would fail, as far as that is known in advance."""
     target = path.resolve()
     place = target if target.exists() and not target.is_file() else target.parent
     place.stat()  # raises if the folder is missing

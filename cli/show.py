@@ -1,4 +1,4 @@
-"""onelaunch show: what a kernel is, from its source to its machine code."""
+"""onelaunch show: a kernel's source, machine code, resources, commands and key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .output import write_whole
 @settings_option
 @target_option
 @arch_option
-@click.option("--annotate", is_flag=True, help="With the source line that PTX and SASS come from.")
+@click.option("--annotate", is_flag=True, help="Add the source lines of PTX and SASS.")
 @click.option("-o", "--output", metavar="PATH", help="Write to this file, or to <symbol>.cu in a FOLDER/.")
 @click.option("--clangd", is_flag=True, help="With -o: write a compile_commands.json beside it, for editors.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON: resources, command and key.")
@@ -45,7 +45,8 @@ def show(
     --html writes one page for a browser, which needs no network: source beside SASS beside PTX, where lines that
     belong together are lit together.
 
-    PTX is compiled aside; SASS and resources too, if the kernel isn't in the cache. Nothing is put into the cache.
+    PTX is compiled in a temporary folder; SASS and resources too, if the kernel isn't in the cache. The cache doesn't
+    change.
 
     To run an edited kernel, write it to a folder, edit it, and name the folder in ONELAUNCH_OVERRIDE_DIR. Every
     output then says so, and `onelaunch replay` checks it as it checks any kernel.
@@ -88,7 +89,7 @@ def show(
 
 
 def kernel(name: str | None, settings: str | None, target: str | None, arch: str | None) -> Subject:
-    """The kernel that a verb's arguments stand for. A note on standard error says so if it was edited by hand."""
+    """The kernel that a verb's arguments name. A line on standard error says if it was edited by hand."""
     found = find(name, settings, target, architectures(arch))
     if found.edited is not None:
         click.echo(f"onelaunch: {found.symbol} is edited by hand: {found.edited}", err=True)

@@ -11,33 +11,34 @@ import click
 
 from .faults import guarded, take_traceback
 
-# By name: the function (or the group of verbs) below onelaunch.cli, and what the list of verbs says of it.
+# By name: the function (or the group of verbs) in onelaunch.cli, and its line in the list of verbs.
 VERBS = {
-    "list": ("listing:list_kernels", "List the presets, and what is built of them."),
+    "list": ("listing:list_kernels", "List the presets and their builds."),
     "show": ("show:show", "Print what a kernel is: CUDA, machine code, resources or key."),
     "describe": ("describe:describe", "Print a kernel's fields, and the bytes that a refresh moves."),
     "diff": ("diff:diff", "Print how two kernels differ."),
     "build": ("build:build", "Compile configurations ahead of time into the cache."),
     "explain": ("explain:explain", "Say whether a configuration is in the cache, and if not, why."),
+    "export": ("export:export", "Write a kernel for a project that doesn't use onelaunch."),
     "replay": ("lab.replay.command:replay", "Replay a request trace, and check every refresh."),
     "doctor": ("doctor:doctor", "Check tools and cache, then build and run a real kernel."),
-    "bench": ("lab.bench.command:bench", "Measure the refresh beside everything it is compared with."),
+    "bench": ("lab.bench.command:bench", "Measure the refresh beside every baseline."),
     "generate": ("generate:generate", "Write the emitted CUDA of every preset, or check it."),
     "cache": ("cache:app", "List, verify, clean, pack and unpack the built kernels."),
 }
 
 
-# Commands of earlier versions: for one release they say what took their place.
+# Removed commands. For one release their error message gives the reason.
 GONE = {"tune": "the default launch shape was within 4.4 % of the best of 36 wherever it was measured"}
 
 
 class Verb(click.Command):
-    """A verb by name and help; the rest of it is in its module.
+    """A verb's name and help; everything else is in its module.
 
     Args:
         name: the verb.
         where: ``module:command`` below onelaunch.cli.
-        help: what the list of verbs says.
+        help: its line in the list of verbs.
     """
 
     def __init__(self, name: str, where: str, help: str) -> None:
@@ -58,7 +59,7 @@ class Verb(click.Command):
 
 
 class Verbs(click.Group):
-    """The command. It takes --traceback anywhere, and ends every fault with a sentence and an exit code."""
+    """The command. It accepts --traceback anywhere, and turns every error into a sentence and an exit code."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -78,7 +79,7 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **settings: Any) -> Any:
-        """Runs the command, whatever became of standard output."""
+        """Runs the command, also if standard output is closed or fails."""
         if sys.stdout is None:  # it was closed before the start
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         try:
@@ -91,7 +92,7 @@ class Verbs(click.Group):
             raise
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Takes --traceback out, wherever it is among a verb's arguments."""
+        """Removes --traceback, wherever it is among a verb's arguments."""
         return super().parse_args(ctx, take_traceback(args))
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -100,7 +101,7 @@ class Verbs(click.Group):
 
 
 def _flush() -> str:
-    """Writes what standard output still holds. Returns why that failed, "" if it didn't or if nobody reads any more."""
+    """Flushes standard output. Returns the error; "" if there is none, or if the reader is gone."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -11,7 +11,7 @@ from onelaunch.build import toolchain
 
 
 def lines() -> Iterator[str]:
-    """The version of onelaunch, then a line for each tool; of a tool that isn't usable, the reason."""
+    """The version of onelaunch, then one line per tool; for an unusable tool, the reason."""
     yield f"onelaunch {onelaunch.__version__}"
     rows = [("python", platform.python_version(), ""), ("torch", metadata.version("torch"), "")]
     for tool, value, origin in [*rows, *toolchain.describe()]:

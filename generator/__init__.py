@@ -29,7 +29,7 @@ from .errors import (
     ToolchainError,
 )
 from .spec.config import KernelConfig
-from .spec.fields import FIELDS, Field, MetadataBuffers
+from .spec.fields import FIELDS, Field, MetadataBuffers, running_sum, vector
 from .spec.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         precompute_draft_extend_metadata_cuda,
         precompute_target_verify_metadata_cuda,
     )
+    from .run.declared import Map, into
     from .run.groups import Groups, bind_groups
     from .run.plan import Plan, bind
     from .run.schedules import paged_mqa_schedule, sparse_flashmla_metadata
@@ -54,6 +55,8 @@ __version__ = "0.2.0"
 # The same names for the interpreter, each with the module that it is imported from at its first use.
 _LAZY = {
     "Groups": "run.groups",
+    "Map": "run.declared",
+    "into": "run.declared",
     "Kernel": "load.loader",
     "Plan": "run.plan",
     "bind": "run.plan",
@@ -84,6 +87,7 @@ __all__ = [
     "Kernel",
     "KernelConfig",
     "LaunchError",
+    "Map",
     "MetadataBuffers",
     "OnelaunchError",
     "Plan",
@@ -95,6 +99,7 @@ __all__ = [
     "freeze",
     "fused_metadata_copy_cuda",
     "fused_metadata_precompute_and_broadcast_cuda",
+    "into",
     "paged_mqa_schedule",
     "precompute_decode_metadata_cuda",
     "precompute_draft_extend_metadata_cuda",
@@ -102,8 +107,10 @@ __all__ = [
     "preset",
     "reference",
     "render",
+    "running_sum",
     "sparse_flashmla_metadata",
     "specialize",
+    "vector",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The environment variables of onelaunch, a line each. All of them are read here."""
+"""The environment variables of onelaunch, each declared once. All of them are read here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 
 
 class Variable(str):
-    """The name of a variable, with what it means.
+    """The name of a variable, with its meaning.
 
     Attributes:
-        values: what it may be set to.
-        default: what holds where it is unset or empty.
-        meaning: what it says, in a sentence.
+        values: the allowed values.
+        default: the value if it is unset or empty.
+        meaning: its meaning, in one sentence.
     """
 
     values: str
@@ -42,13 +42,13 @@ MAX_SIZE_VARIABLE = Variable(
     "ONELAUNCH_CACHE_MAX_SIZE",
     "a size such as 500M or 2G",
     "2G",
-    "The bytes of all entries together, above which those that were used longest ago are removed.",
+    "The limit of all entries together; above it the least recently used ones are removed.",
 )
 SHARED_VARIABLE = Variable(
-    "ONELAUNCH_SHARED_CACHE", "1", "off", "Everybody who can write to the cache is trusted: code from it runs as you."
+    "ONELAUNCH_SHARED_CACHE", "1", "off", "Trusts every user who can write to the cache: code from it runs as you."
 )
 PREBUILT_VARIABLE = Variable(
-    "ONELAUNCH_PREBUILT", "folders, joined by :", "none", "Read-only caches in which a kernel is looked for first."
+    "ONELAUNCH_PREBUILT", "folders, joined by :", "none", "Read-only caches that are searched for a kernel first."
 )
 TIMEOUT_VARIABLE = Variable(
     "ONELAUNCH_LOCK_TIMEOUT", "seconds", "600", "How long a process waits for another's build before it builds itself."
@@ -57,9 +57,9 @@ POLICY_VARIABLE = Variable(
     "ONELAUNCH_JIT",
     "allow, warn or error",
     "allow",
-    "What a build at a call does: it goes ahead, goes ahead with a warning, or is refused.",
+    "Whether a call may start a build: yes, yes with a warning, or no.",
 )
-RETRY_VARIABLE = Variable("ONELAUNCH_RETRY", "1", "off", "What didn't compile before is compiled again.")
+RETRY_VARIABLE = Variable("ONELAUNCH_RETRY", "1", "off", "Kernels that failed to compile before are compiled again.")
 ARCHITECTURE_VARIABLE = Variable(
     "ONELAUNCH_CUDA_ARCH",
     "architectures such as 90a,100a",
@@ -67,7 +67,7 @@ ARCHITECTURE_VARIABLE = Variable(
     "The GPU architectures that kernels are built for.",
 )
 OVERRIDE_VARIABLE = Variable(
-    "ONELAUNCH_OVERRIDE_DIR", "a folder", "none", "Kernels edited by hand, which run in place of what is emitted."
+    "ONELAUNCH_OVERRIDE_DIR", "a folder", "none", "Kernels edited by hand, which run in place of the emitted ones."
 )
 LOG_VARIABLE = Variable("ONELAUNCH_LOG", "info or debug", "off", "A line on stderr for each build, load and bind.")
 NVTX_VARIABLE = Variable("ONELAUNCH_NVTX", "1", "off", "An NVTX range around each launch.")

@@ -37,7 +37,7 @@ namespace {
 constexpr Py_ssize_t kPlanWords = ONELAUNCH_PLAN_WORDS;
 constexpr Py_ssize_t kCallWords = ONELAUNCH_CALL_WORDS;
 
-constexpr Py_ssize_t kMaxArguments = 4;  // of run(), which compares them with the previous call's
+constexpr Py_ssize_t kMaxArguments = 20;  // of run(), which compares them with those of previous calls
 
 // ---- tensors -----------------------------------------------------------------------------------------------------
 // The part of DLPack 1 (dlpack.h) that is used here: the struct of a tensor, and the functions of a tensor class.
@@ -438,9 +438,14 @@ PyObject* plan_launch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     return PyErr_Format(PyExc_TypeError, "launch takes %zd integers, got %zd", kCallWords + 1, count);
   }
   auto* plan = reinterpret_cast<Plan*>(self);
-  for (Py_ssize_t i = 0; i < kCallWords; ++i) plan->words[i] = PyLong_AsLongLong(args[i]);
+  std::int64_t words[kCallWords + 1];
+  for (Py_ssize_t i = 0; i < kCallWords; ++i) {
+    words[i] = PyLong_AsLongLong(args[i]);
+    if (words[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
   void* stream = PyLong_AsVoidPtr(args[kCallWords]);
   if (PyErr_Occurred()) return nullptr;
+  std::memcpy(plan->words, words, kCallWords * sizeof(std::int64_t));
   return launched(plan, stream);
 }
 

@@ -1,8 +1,8 @@
-"""The table of cases: configurations and shapes that the CPU target, the emulation and the GPU are checked with.
+"""The table of cases: the configurations and shapes that are checked on the CPU target, in the emulation and on a GPU.
 
-``CONFIGURATIONS`` has one of each strategy and each field kind, by name. ``SETTINGS`` lists the values of each setting,
-from which ``all_pairs`` makes a table of configurations in which any two values meet, and hypothesis draws any others.
-``SHAPES`` are the batches and tables that each is run on.
+``CONFIGURATIONS`` has one configuration for each strategy and each field kind, by name. ``SETTINGS`` lists the values
+of each setting: ``all_pairs`` makes configurations from it in which any two values meet, and hypothesis draws further
+ones. ``SHAPES`` are the batches and tables that each configuration runs on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onelaunch import FIELDS, KernelConfig
+from onelaunch import FIELDS, KernelConfig, running_sum, vector
 from onelaunch.errors import ConfigError
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -96,7 +96,7 @@ class Shape:
 
 
 def batch(bs: int, width: int = 333, page_size: int = 64, **more: Any) -> Shape:
-    """A batch of the lengths that are easy to get wrong, then random ones, in random order."""
+    """A batch of edge-case lengths, then random ones, in random order."""
     edges = [0, 1, page_size - 1, page_size, page_size + 1, width - 1, width, width + 1, 3 * width, 2 * page_size]
     numbers = random.Random(f"{bs}.{width}.{page_size}")
     lengths = [edges[i % len(edges)] if i % 3 else numbers.randint(0, width + 20) for i in range(bs)]
@@ -224,6 +224,61 @@ STRATEGIES = {
     "checked": KernelConfig(num_backends=2, checked=True),
     "checked variable rows": KernelConfig(num_backends=2, fields=SEVEN, checked=True, **VARIABLE),
     "checked indices": KernelConfig(num_backends=2, seqlen_offsets=(3, 70), fields=CSR, checked=True, **VERIFY),
+}
+# Declared fields: each kind, dtype and way to be written, each operator at least once.
+DECLARE = {
+    "positions": vector("base_len + row", rows=3, dtype="int64", pad=0),
+    "out_cache_loc": vector("token(base_len + row)", rows=4, dtype="int64", pad=-1, missing=-7),
+    "last_page_len": vector("where(seq_len > 0, (seq_len - 1) % page_size + 1, 0)", "request"),
+    "page_sums": running_sum("ceil_div(max(base_len, 0) + offset, page_size)", pad="last"),
+    "accepted": running_sum("accept + 1", dtype="int64", pad=3),
+    "is_live": vector("(seq_len > 0) * (accept != request)", "request", dtype="bool", pad=1),
+    "swa_loc": vector("full_to_swa(token(base_len - 1))", "request", missing=5),
+    "slots": vector("table(base_len // block) * block + base_len % block", "request", dtype="int64", missing=-1),
+    "other_rows": vector("table(request % 5, clamp(accept, -2, most))", "request", pad=9),
+    "wide_input": vector("raw * 3 - base_len", "request", dtype="int64"),
+    "narrow_input": vector("raw * 3 - base_len", "request"),
+    "steps": vector("seq_len * 10 + step", "request"),
+    "term": vector("nsa_cache_seqlens - rows", "row"),
+}
+DECLARED: dict[str, Any] = {
+    "declare": DECLARE,
+    "inputs": {"accept": "int32", "raw": "int64"},
+    "constants": {"block": 16, "most": 40},
+    "sources": {"table": "int32"},
+    "maps": {"full_to_swa": ("int64", -3)},
+}
+DECLARED_NAMES = tuple(DECLARE)
+STRATEGIES |= {
+    "declared": KernelConfig(fields=(*SEVEN, *DECLARED_NAMES), page_size=16, **DECLARED),
+    "declared rows": KernelConfig(
+        num_backends=2,
+        fields=("cu_seqlens_k", *DECLARED_NAMES),
+        strided=("positions", "is_live", "term", "swa_loc"),
+        declare=DECLARE | {"row_sum": running_sum("seqlens_expanded + accept", "row", pad="last")},
+        **{name: value for name, value in DECLARED.items() if name != "declare"},
+        **VERIFY,
+    ),
+    "declared offsets": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(0, 3, 1),
+        fields=("seqlens_expanded", *DECLARED_NAMES),
+        distinct=tuple((name, 1) for name in ("positions", "out_cache_loc", "accepted", "swa_loc")),
+        strided=("out_cache_loc", "steps"),
+        **DECLARED,
+    ),
+    "declared of variable rows": KernelConfig(
+        num_backends=2,
+        declare={
+            "cu_seqlens_q": running_sum("rows", pad="last"),
+            "of_row": vector("token(row) - row", dtype="int64"),
+            "own": vector("rows * 100 + row + accept", rows=2),
+            "row_sum": running_sum("row + accept", "row", dtype="int64"),
+        },
+        inputs={"accept": "int64"},
+        fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum"),
+        **VARIABLE,
+    ),
 }
 # Combinations of them that took code of their own.
 CONFIGURATIONS = {

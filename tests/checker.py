@@ -1,7 +1,7 @@
 """One checker for the CPU target, the emulation and a GPU: poisoned destinations, a run, every word compared.
 
-``Scene`` makes the tensors of a case (a configuration and a shape, see cases.py) and what the reference makes of them.
-``check`` binds and runs the case through the public API. The emulation launches the same scene in a process of its own
+``Scene`` makes the tensors of a case (a configuration and a shape, see cases.py) and the reference's results.
+``check`` binds and runs the case through the public API. The emulation launches the same scene in another process
 (emulation/harness.py).
 """
 
@@ -22,7 +22,8 @@ from onelaunch.run.copy_plan import CopyPlan
 from onelaunch.run.destinations import Destinations, backend_field
 from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
-from support import POISON, Poisoned
+from onelaunch.spec.vectors import evaluate_vectors
+from support import POISON, Everything, Poisoned
 from torch import Tensor
 
 # The page size that a copy's tables are laid out for: a copy has no setting for it.
@@ -41,7 +42,8 @@ KINDS = {"pool row": 1, "negative length": 2, "length": 3, "extend length": 4, "
 
 def settings_for(function: Any, config: KernelConfig) -> dict[str, Any]:
     """The settings of a configuration that a function takes as arguments of the same name."""
-    names = [name for name in inspect.signature(function).parameters if hasattr(config, name)]
+    given = ("declare", "inputs", "constants", "sources", "maps")  # with tensors: see Scene.bind
+    names = [name for name in inspect.signature(function).parameters if hasattr(config, name) and name not in given]
     settings = {name: getattr(config, name) for name in names}
     if "seqlen_offsets" in settings:
         offsets = config.seqlen_offsets
@@ -100,6 +102,9 @@ class Scene:
             self.capacity = self.before.capacity
         self.columns = min(self._limits())
         self._inputs(extends)
+        self.declared = {name: config.field(name) for name in config.fields if config.scope.declared(name)}
+        self.captured_size = bs + shape.spare_rows if config.pads else None
+        self._declared_inputs()
         self.destinations = {name: self._destinations(name) for name in config.fields}
         self.backends = [self._backend(index) for index in range(config.num_backends)]
         self.source = MetadataBuffers()
@@ -178,8 +183,12 @@ class Scene:
         return self.shape.sparse_stride if self.shape.sparse_stride is not None else table.stride(0)
 
     def _destinations(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        config, shape, field = self.config, self.shape, FIELDS[name]
+        config, shape, field = self.config, self.shape, self.config.field(name)
         height = shape.spare_rows + (self.rows if field.per == "row" else len(shape.lengths))
+        if field.own_rows is not None:
+            height = (shape.spare_rows + len(shape.lengths)) * field.own_rows
+        elif config.pads and name in config.row_fields and not config.variable_rows:
+            height = (shape.spare_rows + len(shape.lengths)) * config.next_n
         if self.before is not None and field.sized_by_batch:
             height = self.before.destinations[name][0][0].shape[0] - field.extra
         made = []
@@ -201,7 +210,10 @@ class Scene:
                     "kv_indices": (self.capacity,),
                 }.get(name, (height + field.extra,))
                 dtype = getattr(torch, config.dtype(name))
-                made.append(support.guarded(*dimensions, offset=d % 4, dtype=dtype, device=self.device))
+                stride = 2 + d if name in config.strided else None
+                made.append(
+                    support.guarded(*dimensions, row_stride=stride, offset=d % 4, dtype=dtype, device=self.device)
+                )
             if self.before is not None:
                 made[-1][0].copy_(self.before.wanted(name, d))
         return made
@@ -213,7 +225,7 @@ class Scene:
     def _backend(self, index: int) -> Poisoned:
         chosen = {name: made[self._which(index, name)] for name, made in self.destinations.items()}
         return Poisoned(
-            MetadataBuffers(**{name: tensor for name, (tensor, _) in chosen.items()}),
+            Everything(self.declared, **{name: tensor for name, (tensor, _) in chosen.items()}),
             {name: storage for name, (_, storage) in chosen.items()},
         )
 
@@ -228,7 +240,7 @@ class Scene:
         made: dict[tuple[str, int], Tensor] = {}
         backends = []
         for index in range(count):
-            buffers = MetadataBuffers()
+            buffers = Everything(self.declared)
             for name, tensors in self.destinations.items():
                 key = name, self._which(index, name)
                 if key not in made:
@@ -245,7 +257,7 @@ class Scene:
         settings = settings_for(reference.refresh, config)
         offsets = settings.pop("seqlen_offsets")
         # Backends whose lengths agree get the same values.
-        same = len(config.seqlen_offsets) < 2
+        same = len(config.seqlen_offsets) < 2 and config.sets == 1
         backends = self._poisoned(1 if same else config.num_backends)
         reference.refresh(
             backends,
@@ -257,9 +269,50 @@ class Scene:
             seqlen_offsets=offsets and offsets[: len(backends)],
             **settings,
         )
+        for step, buffers in enumerate(backends):
+            self._evaluate(buffers, step)
         if config.checked:
             self._find_violations(backends)
         return backends * (config.num_backends if same else 1)
+
+    def _declared_inputs(self) -> None:
+        """What the formulas of declared fields read: any numbers, and maps and sources of a few."""
+        config, random_ = self.config, self._random
+        count = len(self.shape.lengths)
+        self.inputs = {}
+        for name, dtype in config.inputs:
+            low = -(2**62) if dtype == "int64" else -(2**31)
+            values = torch.randint(low, -low, (count,), generator=random_)
+            small = torch.randint(-3, 40, (count,), generator=random_)
+            self.inputs[name] = self._strided(torch.where(values % 3 == 0, small, values), dtype)
+        self.tables = {}
+        for name, dtype in config.sources:
+            values = torch.randint(-9, 2**31, (self.shape.pool_rows + 1, 37), generator=random_)
+            self.tables[name] = self._table(values.to(getattr(torch, dtype)), 3, 4)[0]
+        for name, (dtype, _) in config.maps:
+            values = torch.randint(-9, 2**31, (1001,), generator=random_)
+            self.tables[name] = values.to(getattr(torch, dtype)).to(self.device)
+
+    def _evaluate(self, buffers: MetadataBuffers, step: int) -> None:
+        """What the formulas of declared fields are with PyTorch, and the padding behind."""
+        config = self.config
+        values = evaluate_vectors(
+            config,
+            self.seq_lens,
+            self.extend_seq_lens if config.variable_rows else None,
+            step,
+            inputs=self.inputs,
+            tables={"token": self.req_to_token, **self.tables},
+            req_pool_indices=self._valid_rows.to(self.device),
+        )
+        for name, field in self.declared.items():
+            tensor = getattr(buffers, name)
+            found = values[name]
+            tensor[: found.numel()] = found
+            if field.pad is not None and self.captured_size is not None:
+                rows = field.own_rows or (config.next_n if name in config.row_fields else 1)
+                stop = self.captured_size * rows + field.extra
+                tensor[found.numel() : stop] = found[-1] if field.pad == "last" else field.pad
 
     def _find_violations(self, backends: list[MetadataBuffers]) -> None:
         """What a checked kernel may report. The tables of a request without a valid row stay untouched."""
@@ -330,7 +383,8 @@ class Scene:
             AssertionError: the plan is of another configuration than the case.
         """
         config = self.config.replace(target=self.device.type)
-        buffers = support.buffers_of(self.backends)
+        standard = [name for name in config.fields if name not in self.declared]
+        buffers = [MetadataBuffers(**{n: getattr(b.buffers, n) for n in standard}) for b in self.backends]
         if self.copies:
             destinations = Destinations(buffers, COPIED_PAGE_SIZE, backend_field, config.mode)
             made: Any = CopyPlan(self.source, destinations, keep=True, mode=config.mode)
@@ -338,11 +392,25 @@ class Scene:
             settings = settings_for(onelaunch.bind, config)
             launch = {name: getattr(config, name) for name in _DEFAULT_LAUNCH}
             if config.replace(**_DEFAULT_LAUNCH) == config:
-                made = onelaunch.bind(buffers, req_to_token=self.req_to_token, **settings)
+                made = onelaunch.bind(buffers, req_to_token=self.req_to_token, **settings, **self._beside())
             else:  # bind() has no arguments for these
-                made = make_plan(buffers, self.req_to_token, settings | launch)
+                made = make_plan(buffers, self.req_to_token, settings | launch | self._beside())
         assert made.config == config, f"bound {made.config.settings()} instead of {config.settings()}"
         return made
+
+    def _beside(self) -> dict[str, Any]:
+        """What bind() is given beside the buffers."""
+        config, declare = self.config, dict(self.config.declare)
+        for name in self.declared:
+            tensors = [getattr(backend.buffers, name) for backend in self.backends]
+            declare[name] = onelaunch.into(declare[name], tensors)
+        return {
+            "declare": declare,
+            "inputs": {name: getattr(torch, dtype) for name, dtype in config.inputs},
+            "constants": dict(config.constants),
+            "sources": {name: self.tables[name] for name, _ in config.sources},
+            "maps": {name: onelaunch.Map(self.tables[name], outside) for name, (_, outside) in config.maps},
+        }
 
     def run(self, plan: Any) -> None:
         """One launch."""
@@ -352,7 +420,14 @@ class Scene:
             plan.run(bs=bs, rows=rows, max_len=max_len, page_size=COPIED_PAGE_SIZE)
             return
         extends = self.extend_seq_lens if self.config.extend == "variable" else None
-        plan.run(self.seq_lens, self.req_pool_indices, extends, max_len=self.shape.max_len)
+        plan.run(
+            self.seq_lens,
+            self.req_pool_indices,
+            extends,
+            max_len=self.shape.max_len,
+            captured_size=self.captured_size,
+            **self.inputs,
+        )
 
     def take_inputs(self, other: Scene) -> None:
         """Copies another scene's inputs into this one's memory, and expects what belongs to them."""

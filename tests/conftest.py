@@ -1,4 +1,4 @@
-"""One build cache for the whole run, the devices, and what is skipped where there is no GPU or no toolkit."""
+"""Fixtures: one build cache for the whole run, the devices, and skips on machines without a GPU or a toolkit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import headers
+import hypothesis
 import pytest
 import torch
 from onelaunch.build import environment, toolchain
@@ -31,6 +32,11 @@ _own_folder = pytest.StashKey[Path]()
 def pytest_configure(config: pytest.Config) -> None:
     """Names cache and compiler before any worker starts: workers inherit the environment, so all of them share both."""
     os.environ.pop(loader.POLICY_VARIABLE, None)
+    # A busy machine is no fault, and one run sees what the other saw.
+    hypothesis.settings.register_profile(
+        "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("tests")
     config.addinivalue_line("markers", LONG_MARKER)
     # The tests' tensors are small: with more threads than one, of this process or a child's, most of the time goes into
     # waiting for one another, which takes the cores from the other workers.

@@ -1,4 +1,4 @@
-"""New processes for tests that need torch in one: a server imports it once, and forks."""
+"""New processes with torch: a server imports torch once, and forks for each test."""
 
 from __future__ import annotations
 

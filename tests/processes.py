@@ -1,4 +1,4 @@
-"""Child processes for the tests of the cache. None of what they use imports torch, so they start at once."""
+"""Child processes for the tests of the cache. They import no torch, so they start quickly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from onelaunch import templates
 PROLOGUE = """
 import errno, fcntl, json, os, signal, socket, sys, time, warnings
 from pathlib import Path
-from onelaunch import errors
+from onelaunch import errors, log
 from onelaunch.cache import collect, failures, lock, store as stores
 from onelaunch.build import compile as compiler, toolchain
 from onelaunch.load import loader
@@ -43,9 +43,17 @@ def sign(name):
     (SIGNS / f"{name}.{os.getpid()}").touch()
 def slow_build(*args, **kwargs):
     sign("building")
+    while len(list(SIGNS.glob("waiting.*"))) < int(os.environ.get("UNTIL_WAITING", "0")):
+        time.sleep(0.01)
     time.sleep(float(os.environ.get("SLOW", "0")))
     return real_build(*args, **kwargs)
 compiler.build = slow_build
+lock.FIRST_NOTICE_SECONDS = lock.NOTICE_SECONDS = 0.3
+def signing_notice(text, notice=log.notice):
+    notice(text)
+    if text.startswith("waiting for"):
+        sign("waiting")
+log.notice = signing_notice
 """
 
 
@@ -107,16 +115,24 @@ class Children:
 
 
 def finish(child: subprocess.Popen[str]) -> tuple[Any, str]:
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     return json.loads(out.splitlines()[-1]) if out else None, err
 
 
-def until(true: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+def until(true: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"{what} didn't happen in {seconds:.0f} s"
         time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and isn't a zombie."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends between opening and reading
+        return False
 
 
 @contextmanager

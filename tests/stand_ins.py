@@ -1,7 +1,7 @@
-"""Stand-ins for the engines' objects: their attributes, shapes, dtypes and aliases, and nothing that computes.
+"""Stand-ins for the engines' objects: their attributes, shapes, dtypes and aliases, without their computations.
 
-Made from what SGLang's and vLLM's attention backends have (DSA and its old NSA names, FA3, TRTLLM-MHA, FlashMLA,
-TRTLLM-MLA; vLLM's common metadata and the sparse indexer's). A capture leaves poison where a replay must write.
+Made from what SGLang's attention backends have (DSA and its old NSA names, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA). A
+capture leaves poison where a replay must write.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ class MHAMetadata:
 
 
 class FlashInferMultiStep:
-    """FlashInferMultiStepDraftBackend, TritonMultiStepDraftBackend: two tensors of a row a step for all batch sizes.
+    """FlashInferMultiStepDraftBackend, TritonMultiStepDraftBackend: two tensors, one row per step, for all batch sizes.
 
-    There is a row more than children, which nothing reads.
+    They have one more row than children, which nothing reads.
     """
 
     def __init__(self, pool: Tensor, *, steps: int = 4, max_bs: int = 4, topk: int = 1) -> None:
@@ -187,7 +187,7 @@ class FlashInferMultiStep:
 
 
 class MHABackend:
-    """FlashAttentionBackend or TRTLLMHAAttnBackend: a dictionary of captures a mode, a row of pages a request."""
+    """FlashAttentionBackend or TRTLLMHAAttnBackend: a dictionary of captures per mode, a row of pages per request."""
 
     def __init__(self, pool: Tensor, *, page_size: int = 16, step: int = 0, n: int = 4, topk: int = 1) -> None:
         self.req_to_token, self.page_size, self.device = pool, page_size, pool.device

@@ -1,4 +1,4 @@
-"""What the tests share: token pools, poisoned destinations with guard zones, the comparison, what ptxas says."""
+"""Shared by the tests: token pools, poisoned destinations with guard zones, the comparison, ptxas reports."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import json
 import random
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from onelaunch import FIELDS, KernelConfig, MetadataBuffers, render
+from onelaunch import FIELDS, Field, KernelConfig, MetadataBuffers, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
 from onelaunch.spec import reference
 from torch import Tensor
 
-# Lies in every word that nothing may have written; no token, length or sum of a test has this value.
+# The value of words that must not be written; no token, length or sum of a test has it.
 POISON = -559038737
 # Poisoned words on either side of a tensor; a multiple of four, so that an offset alone decides the 16-byte phase.
 GUARD = 32
 
-# What a batch alone gives a shape to. Schedules and kv_indices have tests of their own.
+# The fields whose shape follows from the batch. Schedules and kv_indices have separate tests.
 ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum", "table"))
 SIX_FIELDS = (
     "cache_seqlens",
@@ -43,6 +43,22 @@ DTYPES = (torch.int32, torch.int64)
 # ------------------------------------------------------------------------------------------------ destinations
 
 
+class Everything(MetadataBuffers):
+    """Buffers of standard fields and of declared ones."""
+
+    def __init__(self, declared: Mapping[str, Field], **tensors: Tensor) -> None:
+        super().__init__()
+        self._declared = declared
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def items(self) -> Iterator[tuple[Field, Tensor]]:
+        yield from super().items()
+        for name, field in self._declared.items():
+            if hasattr(self, name):
+                yield field, getattr(self, name)
+
+
 @dataclass(eq=False)
 class Poisoned:
     """One backend's destinations, each in the middle of a larger poisoned allocation.
@@ -56,6 +72,13 @@ class Poisoned:
     storages: dict[str, Tensor]
 
 
+def poisoned(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> Tensor:
+    """A tensor of nothing but poison; in bool a byte that is neither value."""
+    if dtype == torch.bool:
+        return torch.full(tuple(shape), 0xA5, dtype=torch.uint8, device=device).view(torch.bool)
+    return torch.full(tuple(shape), POISON, dtype=dtype, device=device)
+
+
 def guarded(
     *shape: int,
     row_stride: int | None = None,
@@ -66,12 +89,12 @@ def guarded(
     """A poisoned tensor and the allocation around it.
 
     Args:
-        row_stride: elements from row to row of a table; None is dense.
+        row_stride: elements from row to row of a table, or from element to element; None is dense.
         offset: elements that the tensor begins past a 16-byte boundary, 0 to 3.
     """
-    strides = (row_stride or shape[1], 1) if len(shape) == 2 else (1,)
+    strides = (row_stride or shape[1], 1) if len(shape) == 2 else (row_stride or 1,)
     words = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if min(shape) > 0 else 0
-    storage = torch.full((GUARD + offset + words + GUARD,), POISON, dtype=dtype, device=device)
+    storage = poisoned((GUARD + offset + words + GUARD,), dtype, device)
     assert storage.data_ptr() % 16 == 0
     return storage.as_strided(shape, strides, GUARD + offset), storage
 
@@ -173,11 +196,13 @@ def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequen
         for field, tensor in backend.buffers.items():
             want = getattr(wanted, field.name)
             got_all = backend.storages[field.name]
-            want_all = torch.full_like(got_all, POISON)
+            want_all = poisoned(got_all.shape, got_all.dtype, got_all.device)
             view = want_all.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             assert want is not None, f"the expectation has no {field.name}"
             assert want.shape == view.shape, f"{field.name}: {tuple(view.shape)}, expected {tuple(want.shape)}"
             view.copy_(want)
+            if got_all.dtype == torch.bool:  # the poison is another byte than either value
+                got_all, want_all = got_all.view(torch.uint8), want_all.view(torch.uint8)
             if torch.equal(got_all, want_all):
                 continue
             bad = (got_all != want_all).nonzero()
@@ -252,7 +277,7 @@ def token_pool(
 
 
 def lengths(bs: int, width: int, page_size: int, seed: int = 0) -> list[int]:
-    """The lengths that are easy to get wrong, then random ones, in random order."""
+    """Edge-case lengths, then random ones, in random order."""
     edges = [0, 1, page_size - 1, page_size, page_size + 1, width - 1, width, width + 1, 3 * width, 2 * page_size]
     numbers = random.Random(f"{bs}.{width}.{page_size}.{seed}")
     some = [edges[i % len(edges)] if i % 3 else numbers.randint(0, width + 20) for i in range(bs)]

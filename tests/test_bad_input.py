@@ -1,7 +1,7 @@
 """Bad input, one argument at a time: the error's class, a message that names the argument, and nothing written.
 
-All functions share the checks of destinations and pools, so bind() gets every case of them and the others a few, which
-show that the check is made and that the message has the function's own names.
+All functions share the checks of destinations and pools, so bind() gets every case. The others get a few, which show
+that they check, and that the message has the function's own names.
 """
 
 from __future__ import annotations

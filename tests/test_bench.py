@@ -1,4 +1,4 @@
-"""onelaunch bench: what is measured, checked, kept, judged and drawn. Timing itself needs a GPU; all else runs here."""
+"""onelaunch bench: selection, checks, records, verdicts and figure. Only the timing itself needs a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that builds: what reaches it, what it leaves alone, and which names and folders it gets along with."""
+"""The process that builds: its environment, what it doesn't change, and difficult names and folders."""
 
 from __future__ import annotations
 

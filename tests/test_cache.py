@@ -1,4 +1,4 @@
-"""The cache from outside: explain, the verbs, and its bound."""
+"""The cache from outside: explain, the verbs, and its size limit."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_dry_run_removes_nothing_and_says_what_it_would(store: Store) -> None:
 
 
 def test_a_new_build_keeps_the_bound(store: Store, no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entries that were used longest ago go; neither the new one nor those of the last hour."""
+    """Removes the least recently used entries, but not the new one, nor those used within the last hour."""
     one = max(collect.sizes(store).values())
     monkeypatch.setenv(collect.MAX_SIZE_VARIABLE, f"{2.5 * one / 1024:.0f}K")
     loader.load(CONFIGS[0].replace(num_backends=4), store=store)

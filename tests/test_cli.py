@@ -1,4 +1,4 @@
-"""What every verb does alike: help with examples, errors in a sentence, exit codes, Ctrl-C, completion, the version."""
+"""Common to all verbs: help with examples, errors in a sentence, exit codes, Ctrl-C, completion, the version."""
 
 from __future__ import annotations
 

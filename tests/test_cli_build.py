@@ -1,14 +1,14 @@
-"""onelaunch build: what it builds, what it prints, and how it refuses."""
+"""onelaunch build: its builds, its output, and its errors."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from onelaunch.cache import failures
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, prebuild
+from processes import read_only, runs, until
 
 SMALL = "fields=cache_seqlens"
 
@@ -183,10 +184,46 @@ def test_build_is_a_wish_that_no_policy_refuses(store: Store) -> None:
     assert "ONELAUNCH_JIT=error doesn't refuse this" in invoke("--help", COLUMNS="200").stdout
 
 
+def test_a_cache_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:
+    """A real folder that this user can't write, and the real command: what it built elsewhere would be lost at once."""
+    cache = tmp_path / "cache"
+    settings = ("--target", "cpu", "--set", SMALL)
+    sentence = (
+        f"The cache folder {cache} can't be used (Permission denied). Set ONELAUNCH_CACHE_DIR to a folder that this "
+        "process may write and that has room."
+    )
+
+    def onelaunch(*words: str) -> tuple[int, list[str], list[str]]:
+        command = [sys.executable, "-m", "onelaunch.cli.main", *words]
+        environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(cache)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+    assert onelaunch("build", *settings)[0] == 0
+    assert onelaunch("cache", "pack", "-o", str(tmp_path / "pack"))[0] == 0
+    with read_only(cache):
+        assert onelaunch("build", "--target", "cpu", "--set", "fields=cu_seqlens_k") == (
+            2,
+            [],
+            [f"onelaunch: {sentence}"],
+        )
+        code, rows, _ = onelaunch("build", *settings, "--set", "fields=cu_seqlens_k")
+        assert (code, rows[-1].split(", in ")[0]) == (2, "0 built, 1 there before, 1 failed")
+        assert any(row.startswith("failed ") and row.endswith(sentence) for row in rows)
+        # What is there needs no room.
+        code, (row,), errors = onelaunch("build", *settings)
+        assert (code, errors) == (0, [])
+        assert Path(row.split()[-1]).is_relative_to(cache)
+    shutil.rmtree(cache / "entries")
+    with read_only(cache):
+        assert onelaunch("cache", "unpack", str(tmp_path / "pack")) == (2, [], [f"onelaunch: {sentence}"])
+    assert onelaunch("cache", "unpack", str(tmp_path / "pack"))[0] == 0
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
     """With one build here and with several in workers: nothing stays in the cache, and no process either."""
-    compiler = compiler_that(f"echo $$ > {tmp_path}/running.$$; exec sleep 300", tmp_path)
+    compiler = compiler_that(f"echo $$ > {tmp_path}/running.$$; exec sleep 3000", tmp_path)
     settings = [f"--set=fields=cache_seqlens,num_backends={n}" for n in range(1, jobs + 1)]
     process = subprocess.Popen(
         [sys.executable, "-m", "onelaunch.cli.main", "build", *settings, "--target", "cpu", "--jobs", str(jobs)],
@@ -197,13 +234,10 @@ def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        end = time.monotonic() + 120
-        while len(running := list(tmp_path.glob("running.*"))) < jobs:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: len(list(tmp_path.glob("running.*"))) == jobs or process.poll() is not None, "the compilers")
+        assert process.poll() is None, process.communicate()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -216,8 +250,5 @@ def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
     assert not list(cache.glob(f"entries/*/{MANIFEST}"))
     assert not list(cache.glob(f"failed/*/{failures.RECORD}")), "an interruption isn't a failure to remember"
     assert Store(cache).stored_keys() == []
-    for pid in (int(path.suffix[1:]) for path in running):
-        end = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-            assert time.monotonic() < end, "a compiler still runs"
-            time.sleep(0.05)
+    compilers = [int(path.suffix[1:]) for path in tmp_path.glob("running.*")]
+    until(lambda: not any(runs(pid) for pid in compilers), "the compilers' end")

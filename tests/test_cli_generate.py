@@ -1,4 +1,4 @@
-"""onelaunch generate: it writes a folder, checks it, and says what it can't read or write."""
+"""onelaunch generate: writes a folder, checks it, and reports unreadable and unwritable files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_it_writes_checks_and_repairs_a_folder(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in folder.iterdir()}
     wrong = invoke("-o", str(folder), "--check")
     assert wrong.exit_code == 1
-    assert wrong.stderr == f"onelaunch: {folder} isn't what the templates emit. Run: onelaunch generate\n"
+    assert wrong.stderr == f"onelaunch: {folder} is out of date. Run: onelaunch generate\n"
     assert "-// edited" in wrong.stdout
     assert "-// of no preset" in wrong.stdout
     assert "+++ emitted/nsa-decode-1.cu" in wrong.stdout

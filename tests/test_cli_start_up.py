@@ -1,4 +1,4 @@
-"""The command answers at once: what needs no GPU and no build imports none of the large packages."""
+"""The command starts quickly: verbs that need no GPU and no build import no large packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From source to a loaded module: strict compilers, what the object needs, keys, failures, and the store."""
+"""From source to a loaded module: strict compilers, the object's requirements, keys, failures, and the store."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""kv_indptr and kv_indices, the token table of FlashInfer and Triton: by hand, and what is refused.
+"""kv_indptr and kv_indices, the token table of FlashInfer and Triton: values computed by hand, and refusals.
 
-test_refresh.py compares them with the reference, and test_checked.py has what doesn't fit.
+test_refresh.py compares them with the reference; test_checked.py has the violations.
 """
 
 from __future__ import annotations

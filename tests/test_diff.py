@@ -1,4 +1,4 @@
-"""onelaunch diff, from the command line: what it prints and how it exits."""
+"""onelaunch diff, from the command line: its output and exit codes."""
 
 from __future__ import annotations
 

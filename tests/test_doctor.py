@@ -1,4 +1,4 @@
-"""onelaunch doctor: what it finds, and what it says to fix first."""
+"""onelaunch doctor: its findings, and which to fix first."""
 
 from __future__ import annotations
 

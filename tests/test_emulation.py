@@ -1,4 +1,4 @@
-"""Emitted CUDA on host threads: against the reference, under the sanitizers, and with faults planted."""
+"""Emitted CUDA on host threads: against the reference, under the sanitizers, and with planted faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in the build path: each is one sentence, and the store serves the same configuration afterwards."""
+"""Faults in the build path: each is reported in one sentence, and the next load of the same configuration works."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(loader, "default_store", lambda: store)
     monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.delenv(failures.RETRY_VARIABLE, raising=False)
-    no_spare(monkeypatch)
+    no_fallback(monkeypatch)
     return store
 
 
-def no_spare(patch: pytest.MonkeyPatch) -> None:
-    """As in a fresh process: there is no temporary store, and nothing was warned of."""
+def no_fallback(patch: pytest.MonkeyPatch) -> None:
+    """As in a fresh process: without a fallback store, and without earlier warnings."""
     patch.setattr(tiers, "_fallback", None)
     patch.setattr(stores, "_warned", set())
 
@@ -421,7 +421,7 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
         shutil.rmtree(store.root, ignore_errors=True)
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            no_spare(patch)
+            no_fallback(patch)
             met = full_at(call, write, store, patch)
             patch.setattr(compiler, "build", a_build_of_nothing)
             patch.setattr(loader, "import_entry", lambda entry, *_: entry)

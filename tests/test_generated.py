@@ -1,4 +1,4 @@
-"""generated/ is what the templates emit, and every shipped kernel has evidence of a run on a GPU."""
+"""generated/ is up to date, and every shipped kernel has evidence of a run on a GPU."""
 
 from __future__ import annotations
 

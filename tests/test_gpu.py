@@ -1,4 +1,4 @@
-"""What only a GPU can show: one launch and nothing else, CUDA graphs, streams, other devices, memory beyond 2^31."""
+"""Tests that need a GPU: one launch and nothing else, CUDA graphs, streams, other devices, memory beyond 2^31."""
 
 from __future__ import annotations
 

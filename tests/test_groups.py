@@ -1,4 +1,4 @@
-"""Groups of backends on streams of their own: exact, refused before anything is written, and capturable."""
+"""Groups of backends on separate streams: exact, refused before anything is written, and capturable."""
 
 from __future__ import annotations
 

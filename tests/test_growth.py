@@ -1,4 +1,4 @@
-"""Nothing grows with the number of calls: neither memory nor open descriptors, in a process of its own."""
+"""Nothing grows with the number of calls: neither memory nor open descriptors, in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`import onelaunch`: what it imports, what it refuses, and that lazy names behave like any others."""
+"""`import onelaunch`: its imports, its refusals, and that lazy names behave like any others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels seen from outside: what a name stands for, what each view holds, what two kernels differ in."""
+"""Inspection of kernels: finding one by name, its views, and the differences of two."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import stand_ins
 import support
 import torch
 from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, preset
-from onelaunch.integrations import flashinfer, sglang, vllm
+from onelaunch.integrations import flashinfer, sglang
 from onelaunch.spec import reference
 from support import POISON
 from torch import Tensor
@@ -286,31 +286,6 @@ def test_what_is_given_goes_before_what_the_backend_says() -> None:
     assert plan.config.page_size == 8
     assert plan.config.seqlen_offsets == (0, 0, 5)
     assert plan.config.extent == "full"
-
-
-# ------------------------------------------------------------------------------------------------ vLLM
-
-
-@pytest.mark.parametrize("shape", [(12,), (4, 3)])
-@pytest.mark.parametrize("name", ["block_table_tensor", "block_table", "block_tables"])
-def test_vllm_indexer_rows(shape: tuple[int, ...], name: str) -> None:
-    table = support.token_pool(4, 21)
-    decode = SimpleNamespace(
-        seq_lens=stand_ins.new(*shape), **{name: stand_ins.new(12, 21)}, decode_lens=stand_ins.new(4)
-    )
-    plan = vllm.bind_backends([SimpleNamespace(decode=decode)], table, next_n=3)
-    plan.run(torch.tensor([5, 1, 0, 17], dtype=torch.int32), torch.arange(4))
-    assert decode.seq_lens.flatten().tolist() == [3, 4, 5, 0, 0, 1, 0, 0, 0, 15, 16, 17]
-    assert torch.equal(getattr(decode, name), table.repeat_interleave(3, dim=0))
-
-
-def test_vllm_indexer_with_one_row_a_request() -> None:
-    table = support.token_pool(4, 21)
-    decode = SimpleNamespace(seq_lens=stand_ins.new(4, 1), block_table=stand_ins.new(4, 21))
-    plan = vllm.bind_backends([SimpleNamespace(decode=decode)], table, next_n=1)
-    plan.run(torch.tensor([5, 1, 0, 17], dtype=torch.int32), torch.arange(4))
-    assert decode.seq_lens.tolist() == [[5], [1], [0], [17]]
-    assert torch.equal(decode.block_table, table)
 
 
 # ------------------------------------------------------------------------------------------------ FlashInfer
@@ -658,24 +633,6 @@ def test_inputs_that_are_too_short_are_refused_and_nothing_is_written() -> None:
             assert bool((tensor == POISON).all()), name
 
 
-def test_vllm_refusals() -> None:
-    table = support.token_pool(4, 21)
-    good = SimpleNamespace(seq_lens=stand_ins.new(12), block_table=stand_ins.new(12, 21))
-    apart = SimpleNamespace(seq_lens=stand_ins.new(4, 6)[:, ::2], block_table=stand_ins.new(12, 21))
-    without = SimpleNamespace(seq_lens=stand_ins.new(4))
-    for metadata, source, message in (
-        ([without], table, "no attribute block_table_tensor or block_table or block_tables; it is"),
-        ([apart], table, r"seq_lens has shape \(4, 3\) and strides \(6, 2\); it must be contiguous"),
-        ([SimpleNamespace(decode=None)], table, r"metadata.decode is None: .*Bind the metadata that was captured"),
-        (good, table, "metadata is a SimpleNamespace; it must be a list"),
-        ([good], good, "req_to_token is a SimpleNamespace; it must be a torch.Tensor"),
-    ):
-        with pytest.raises(ArgumentError, match=message):
-            vllm.bind_backends(metadata, source, next_n=3)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="next_n is 0; allowed: 1 to 32768"):
-        vllm.bind_backends([good], table, next_n=0)
-
-
 # ------------------------------------------------------------------------------------------------ the lines shown
 
 
@@ -687,22 +644,6 @@ def test_flashmla_drafts_fill_the_dead_columns() -> None:
     sglang.Refresher(multi).run(4, forward.seq_lens, forward.req_pool_indices)
     tables = [{"real_page_table": child.cuda_graph_kv_indices} for child in multi.attn_backends]
     assert_refreshed(forward, source, tables, page_fill=-1)
-
-
-def test_the_lines_for_vllm() -> None:
-    table = support.token_pool(4, 21)
-    rows = SimpleNamespace(seq_lens=stand_ins.new(8), block_table=stand_ins.new(8, 21))
-    names = {
-        "torch": torch,
-        "block_table": table,
-        "seq_lens": torch.tensor([5, 6, 7, 8], dtype=torch.int32),
-        "num_reqs": 3,
-        "indexer_metadata": SimpleNamespace(decode=rows),
-        "next_n": 2,
-    }
-    (block,) = lines_of(vllm)
-    exec(block, names)
-    assert rows.seq_lens.tolist() == [4, 5, 5, 6, 6, 7, POISON, POISON]
 
 
 def test_the_lines_for_flashinfer() -> None:

@@ -1,4 +1,4 @@
-"""Processes that are killed at any line of a load: the next one builds, and sweeps all that they left."""
+"""Processes that are killed at any line of a load: the next one builds, and removes their leftovers."""
 
 from __future__ import annotations
 

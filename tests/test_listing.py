@@ -1,4 +1,4 @@
-"""onelaunch list: presets and what is built of them."""
+"""onelaunch list: presets and their builds."""
 
 from __future__ import annotations
 

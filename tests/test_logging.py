@@ -1,4 +1,4 @@
-"""ONELAUNCH_LOG: a line for each build, load and bind; ONELAUNCH_NVTX: a range around each launch."""
+"""ONELAUNCH_LOG: one line per build, load and bind; ONELAUNCH_NVTX: a range around each launch."""
 
 from __future__ import annotations
 

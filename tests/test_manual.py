@@ -1,4 +1,4 @@
-"""REFERENCE.md is what docstrings, help texts and tables say."""
+"""REFERENCE.md agrees with docstrings, help texts and tables."""
 
 from __future__ import annotations
 

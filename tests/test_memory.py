@@ -1,4 +1,4 @@
-"""A plan and the memory that it was bound to: what happens to tensors that get another storage, or a resized one."""
+"""A plan and its bound memory, if tensors get another storage, or their storage is resized."""
 
 from __future__ import annotations
 

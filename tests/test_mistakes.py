@@ -1,10 +1,10 @@
-"""The mistakes that known kernels of this kind made, where no case of the table shows them.
+"""Mistakes of known kernels of this kind that no case of the table would show.
 
-What the table of cases holds: running sums that begin anew after a block, or don't write their first 0; stale entries
-of real_page_table; dead columns that are written; one stride for all destinations, a width taken for a stride; lengths
-beyond the table, below zero, off by next_n, of padding requests; more backends or requests than some constant. Rows
-that need 64-bit addresses are in the emulation (``cases.FAR``) and in test_gpu.py, as are extra launches, allocations
-on the device and calls that can't be captured. test_sass.py sees pointers in local memory.
+The table of cases covers: running sums that begin anew after a block, or don't write their first 0; stale entries
+of real_page_table; writes to columns after the live ones; one stride for all destinations, a width taken for a stride;
+lengths beyond the table, below zero, off by next_n, of padding requests; more backends or requests than some constant.
+Rows that need 64-bit addresses are in the emulation (``cases.FAR``) and in test_gpu.py, as are extra launches,
+allocations on the device and calls that can't be captured. test_sass.py sees pointers in local memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Edit and run: an edited source takes the place of the emitted one, marked, checked and never mixed up with it."""
+"""Hand-edited sources: run in place of the emitted one, are marked and checked, and never confused with it."""
 
 from __future__ import annotations
 

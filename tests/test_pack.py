@@ -1,4 +1,4 @@
-"""Kernels that travel: a pack goes to another Python, without a compiler, and what can't run there is refused."""
+"""Packs: unpacked by another Python, without a compiler; entries that can't run there are refused."""
 
 from __future__ import annotations
 

@@ -82,7 +82,6 @@ def test_source_sass_and_ptx_are_whole_and_linked(page: Path) -> None:
         assert any(line[0] == str(load) for line in found.panes[pane]), pane
     assert found.addresses == []
     assert "http" not in text
-    assert "<td>page_size</td>" not in text, "a setting at its default"
     assert "<td>num_backends</td><td>2</td>" in text
 
 

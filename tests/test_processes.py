@@ -19,6 +19,7 @@ from onelaunch.cache.store import TAG, Store
 from processes import until
 
 KEY = "5" * 64
+FACTS = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def publish(store: Store, key: str = KEY) -> Path:
     with store.staging() as stage:
         (stage / "m.so").write_bytes(b"object" * 1000)
         (stage / "main.cpp").write_bytes(b"int x;\n")
-        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp"}).path
+        return store.publish(stage, key, FACTS).path
 
 
 # --------------------------------------------------------------------------------------------------------- locks
@@ -117,9 +118,9 @@ def test_a_forked_child_doesnt_keep_its_parents_lock(store: Store, fork: Any, tm
         with store.lock(KEY), store.staging():
             if os.fork() == 0:
                 (tmp_path / "child").write_text(str(os.getpid()))
-                time.sleep(60)
+                time.sleep(600)
                 os._exit(0)
-            time.sleep(60)
+            time.sleep(600)
 
     pid = fork(builder)
     until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "", "the child")
@@ -130,7 +131,7 @@ def test_a_forked_child_doesnt_keep_its_parents_lock(store: Store, fork: Any, tm
         began = time.monotonic()
         with store.lock(KEY) as held:
             assert held.held
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 300, "it waited for the child"
         assert len(store.sweep()) == 1, "its staging folder"
     finally:
         os.kill(child, signal.SIGKILL)
@@ -199,7 +200,7 @@ def test_temporary_stores_of_dead_processes_are_swept(tmp_path: Path, fork: Any)
             publish(tiers.fallback("It rains"))
         (tmp_path / f"{end}.{os.getpid()}").touch()
         if end != "exits":
-            time.sleep(60)
+            time.sleep(600)
 
     children = {end: fork(lambda end=end: use(end)) for end in ("is killed", "exits", "lives")}
     until(lambda: all((tmp_path / f"{end}.{pid}").exists() for end, pid in children.items()), "all stores")
@@ -356,7 +357,7 @@ def test_clear_beside_users(store: Store, fork: Any, tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             own, rounds = Store(store.root), 0
-            while time.monotonic() < end:
+            while time.monotonic() < end or rounds < 8:
                 for key in keys:
                     work(own, key)
                     rounds += 1
@@ -374,6 +375,6 @@ def test_clear_beside_users(store: Store, fork: Any, tmp_path: Path) -> None:
     works = [read, build, lambda own, key: collect.clear(own), read, build, lambda own, key: own.sweep()]
     children = [fork(lambda work=work: use(work)) for work in works]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(works)
-    assert all(int((tmp_path / f"done.{child}").read_text()) > 4 for child in children)
+    assert all(int((tmp_path / f"done.{child}").read_text()) >= 8 for child in children)
     assert store.listed("damaged") == []
     assert files.size_of(store.root) > 0

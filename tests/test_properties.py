@@ -11,15 +11,15 @@ import support
 import torch
 from cases import Shape
 from checker import Scene, check
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onelaunch import FIELDS, KernelConfig, render
 from onelaunch.errors import ArgumentError, ConfigError
 from support import POISON
 
 # A new configuration builds a kernel, so an example can take a second.
-BUILDS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-RUNS = settings(max_examples=150, deadline=None, derandomize=True)
+BUILDS = settings(max_examples=40)
+RUNS = settings(max_examples=150)
 
 # Any set of fields, and any value that the table of cases has for each other setting.
 field_sets = st.sets(st.sampled_from(sorted(FIELDS)), min_size=1).map(

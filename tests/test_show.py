@@ -99,7 +99,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         (["--set", CPU.settings(), "--what", "sass"], "is built for the CPU and has no machine code"),
         (["no/such.cu"], "no/such.cu can't be read or written: No such file or directory."),
         (["-o", "no/such/folder.cu"], "no/such/folder.cu can't be read or written: No such file or directory."),
-        (["/dev/zero"], "/dev/zero isn't a kernel's source: it is no file, or larger than any source."),
+        (["/dev/zero"], "/dev/zero isn't a kernel's source: it isn't a file, or is larger than any source."),
         (["latin-1.cu"], "latin-1.cu isn't a kernel's source: it isn't UTF-8"),
         (["no-such"], "There is no preset 'no-such'.\n`onelaunch list` prints all of them."),
         (["nsa-decod-1"], "There is no preset 'nsa-decod-1'. Did you mean 'nsa-decode-1'?\n`onelaunch list`"),

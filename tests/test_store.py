@@ -27,7 +27,8 @@ from processes import mounted, read_only
 from users import ALICE, as_user
 
 KEY = "5" * 64
-FACTS = {"module_file": "m.so", "source_file": "main.cpp", "config": {"num_backends": 3}, "archs": ["90a", "100a"]}
+FACTS = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
+FACTS |= {"config": {"num_backends": 3}, "archs": ["90a", "100a"]}
 FILES = {"m.so": b"\x7fELF object", "main.cpp": b"int x;\n", "build.ninja": b"rule\n", "b.log": b"", "c.cu": b"//\n"}
 
 
@@ -300,6 +301,9 @@ DAMAGES: dict[str, tuple[Callable[[Entry], None], str]] = {
     "of another key": (lambda e: rewrite(e, key="6" * 64), f"(it is the manifest of {'6' * 64})"),
     "no files": (lambda e: rewrite(e, files=None), "(its manifest has no 'files')"),
     "a list of files": (lambda e: rewrite(e, files=["m.so"]), "('files' in its manifest is list; it must be dict)"),
+    "no symbol": (lambda e: rewrite(e, symbol=None), "(its manifest has no 'symbol')"),
+    "archs of numbers": (lambda e: rewrite(e, archs=[90]), "(90 in its manifest's 'archs' must be str)"),
+    "needs of numbers": (lambda e: rewrite(e, requires={"glibc": 2}), "(2 in its manifest's 'requires' must be str)"),
     "archs of another type": (lambda e: rewrite(e, archs="90a"), "('archs' in its manifest is str; it must be list)"),
     "a file of another folder": (lambda e: list_file(e, "sub/x.so"), "('sub/x.so' isn't the name of a file in it)"),
     "a hidden file": (lambda e: list_file(e, ".x.so"), "('.x.so' isn't the name of a file in it)"),

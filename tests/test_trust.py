@@ -20,6 +20,7 @@ from onelaunch.cache.store import Store
 from users import ALICE, MALLORY, as_user, public_folder
 
 KEY = "5" * 64
+FACTS = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def publish(store: Store, key: str = KEY) -> Entry:
     with store.staging() as stage:
         (stage / "m.so").write_bytes(b"object")
         (stage / "main.cpp").write_bytes(b"int x;\n")
-        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp", "module": "m"})
+        return store.publish(stage, key, FACTS)
 
 
 # ----------------------------------------------------------------------------------------------------- the ancestors
@@ -129,6 +130,49 @@ def test_another_users_parent_is_no_place_for_a_cache(public: Path) -> None:
     assert f"{parent}, which leads to the kernel cache, belongs to user {MALLORY}" in said
     assert mode == "0o40700"
     assert warned == []
+
+
+# ---------------------------------------------------------------------------------------------- one entry, one part
+
+
+@pytest.mark.parametrize("part", ["", "entries", f"entries/{KEY}", f"entries/{KEY}/m.so"])
+def test_a_part_that_others_could_have_written_is_named(
+    public: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is above the code, and the code: with the whole sentence, and with what to do about it."""
+    store = Store(folder(public / "mine", mode=0o700) / "cache")
+    entry = publish(store)
+    path, mode = store.root / part, (store.root / part).stat().st_mode & 0o777
+
+    def refused_by(look: Store) -> str:
+        with pytest.raises(StoreError) as caught:
+            look.find(KEY)
+        return str(caught.value)
+
+    for loose in (mode | 0o020, mode | 0o002):
+        path.chmod(loose)
+        assert refused_by(Store(store.root)) == (
+            f"{path} in the kernel cache can be written by others (mode {loose:o}). Run: chmod go-w {path} or, if you "
+            "trust everybody who can write there, set ONELAUNCH_SHARED_CACHE=1."
+        )
+    path.chmod(mode)
+    assert store.find(KEY) == entry
+    os.chown(path, MALLORY, MALLORY)
+    assert refused_by(store) == (
+        f"{path} in the kernel cache belongs to user {MALLORY}, and code from it would run as user 0. Set "
+        "ONELAUNCH_CACHE_DIR to a folder of your own, or, if you trust everybody who can write there, set "
+        "ONELAUNCH_SHARED_CACHE=1."
+    )
+    monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
+    assert store.find(KEY) == entry
+    monkeypatch.delenv(trust.SHARED_VARIABLE)
+    os.chown(path, 0, 0)
+    if path.is_dir():  # a file that is a link is damage
+        path.rename(public / "elsewhere")
+        path.symlink_to(public / "elsewhere")
+        assert refused_by(store) == (
+            f"{path} in the kernel cache is a symbolic link; replace it by the folder or file it leads to."
+        )
 
 
 # -------------------------------------------------------------------------------------- what only some users can do
@@ -236,7 +280,7 @@ def real(store: Store, key: str, object_file: Path) -> Entry:
     with store.staging() as stage:
         shutil.copy(object_file, stage / "m.so")
         (stage / "main.cpp").write_text("")
-        return store.publish(stage, key, {"module_file": "m.so", "source_file": "main.cpp", "module": "m"})
+        return store.publish(stage, key, FACTS)
 
 
 def test_kernels_never_stand_for_each_other(tmp_path: Path, objects: list[Path]) -> None:

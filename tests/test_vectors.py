@@ -10,17 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onelaunch import FIELDS, ConfigError, KernelConfig
 from onelaunch.spec import reference
-from onelaunch.spec.fields import Field, RunningSum, Vector
-from onelaunch.spec.vectors import (
-    described,
-    element,
-    evaluate_vectors,
-    formula,
-    locals_of,
-    parse_declaration,
-    settings_of,
-    substituted,
-)
+from onelaunch.spec.fields import RunningSum, Vector
+from onelaunch.spec.scope import Scope
+from onelaunch.spec.vectors import described, element, evaluate_vectors, locals_of
 from torch import Tensor
 
 VECTORS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum"))
@@ -170,23 +162,28 @@ def test_what_describe_says() -> None:
 # --------------------------------------------------------------------------------------------------- declarations
 
 
+STANDARD = Scope()
+
+
 def test_settings_follow_from_formulas() -> None:
-    assert settings_of("nsa_cu_seqlens_k") == {"index_topk", "index_kpool"}
-    assert settings_of("pooled_cache_seqlens") == {"index_kpool"}
-    assert settings_of("cache_seqlens") == settings_of("kv_indptr") == settings_of("page_indices") == set()
-    assert settings_of("pooled_real_page_table") == {"page_size", "index_kpool"}
+    for mode in MODES:
+        assert STANDARD.named(["nsa_cu_seqlens_k"], mode) >= {"index_topk", "index_kpool"}
+        assert STANDARD.named(["pooled_cache_seqlens"], mode) >= {"index_kpool"}
+        assert STANDARD.named(["pooled_real_page_table"], mode) == {"page_size", "index_kpool"}
+        for name in ("cache_seqlens", "kv_indptr", "page_indices"):
+            assert not STANDARD.named([name], mode) & {"page_size", "index_kpool", "index_topk"}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", VECTORS)
 def test_standard_formulas_are_fine(name: str, mode: str) -> None:
-    formulas = {other: formula(other, mode) for other in VECTORS}
-    assert substituted(name, formulas)
+    assert STANDARD.substituted(name, mode)
 
 
 def declare(formula: str, per: str = "row", kind: type[Vector] = Vector) -> Any:
-    declarations = {name: field.declaration for name, field in FIELDS.items()}
-    return parse_declaration(Field("mine", kind(formula, per)), declarations, "decode")  # type: ignore[arg-type]
+    scope = Scope((("mine", kind(formula, per)),))  # type: ignore[arg-type]
+    scope.check()
+    return scope.formula("mine", "decode")
 
 
 def test_a_declaration_of_ones_own() -> None:
@@ -205,18 +202,12 @@ def test_a_declaration_of_ones_own() -> None:
 
 
 def test_formulas_that_name_each_other() -> None:
-    names = ("a", "b", "c")
-    declared = {name: Field(name, Vector(f"{other} + 1")) for name, other in zip(names, "bca", strict=True)}
-    declarations = {name: field.declaration for name, field in declared.items()}
-    formulas = {name: parse_declaration(field, declarations, "decode") for name, field in declared.items()}
+    scope = Scope(tuple((name, Vector(f"{other} + 1")) for name, other in zip("abc", "bca", strict=True)))
     with pytest.raises(ConfigError, match="formulas name each other: a names b names c names a"):
-        substituted("a", formulas)
+        scope.check()
 
 
 def test_formulas_that_grow() -> None:
-    declared = {"x0": Field("x0", Vector("seq_len"))}
-    declared |= {f"x{n}": Field(f"x{n}", Vector(f"x{n - 1} * x{n - 1}")) for n in range(1, 40)}
-    declarations = {name: field.declaration for name, field in declared.items()}
-    formulas = {name: parse_declaration(field, declarations, "decode") for name, field in declared.items()}
+    growing = tuple((f"x{n}", Vector(f"x{n - 1} * x{n - 1}")) for n in range(1, 40))
     with pytest.raises(ConfigError, match="has more than 1000 operators"):
-        substituted("x39", formulas)
+        Scope((("x0", Vector("seq_len")), *growing)).check()

@@ -19,8 +19,8 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
         device: index of the CUDA device to build for. With None no GPU is queried: CUDA isn't initialised and
             torch isn't imported.
 
-    $ONELAUNCH_CUDA_ARCH, a comma list such as "90a,100a", decides if it is set. Otherwise it is the device's
-    capability, and ("90a",) where no device was named or no GPU is visible.
+    $ONELAUNCH_CUDA_ARCH, a comma-separated list such as "90a,100a", takes precedence. Otherwise the result is the
+    device's architecture, or ("90a",) if no device is given or no GPU is visible.
 
     Raises:
         ToolchainError: $ONELAUNCH_CUDA_ARCH can't be read, or there is no such device.
@@ -41,12 +41,12 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
             f"CUDA device {device} doesn't answer which architecture it has: {error}. Use one of the"
             f" {torch.cuda.device_count()} visible devices, or set {ARCHITECTURE_VARIABLE}."
         ) from error
-    # "a" unlocks the instructions of exactly this architecture, which exist since 9.0.
+    # From 9.0 on, "a" enables the instructions that only this architecture has.
     return (f"{major}{minor}{'a' if major >= 9 else ''}",)
 
 
 def current_architectures() -> tuple[str, ...]:
-    """architectures() for the current CUDA device, or for none where no GPU is visible. Initialises CUDA.
+    """architectures() for the current CUDA device, or for None if no GPU is visible. Initialises CUDA.
 
     Raises:
         ToolchainError: see architectures().

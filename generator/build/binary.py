@@ -1,4 +1,4 @@
-"""What a built object says about itself: what it needs where it runs, and what its kernels take."""
+"""Properties of a built object: its requirements of a host, and its kernels' resources."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def find_cuobjdump(toolkit_home: Path | None = None) -> Path | None:
 
 
 def find_program(name: str, toolkit_home: Path | None = None) -> Path | None:
-    """cuobjdump or nvdisasm: the toolkit's, PATH's, else the one that triton's wheel brings."""
+    """cuobjdump or nvdisasm: from the toolkit, else from PATH, else from triton's wheel."""
     if toolkit_home is not None and (toolkit_home / "bin" / name).is_file():
         return toolkit_home / "bin" / name
     if found := shutil.which(name):
         return Path(found)
-    # A look at where it is installed; triton itself isn't imported.
+    # Finds the folder only; triton isn't imported.
     spec = importlib.util.find_spec("triton")
     for location in (spec.submodule_search_locations or ()) if spec else ():
         program = Path(location) / "backends" / "nvidia" / "bin" / name
@@ -40,9 +40,9 @@ def find_program(name: str, toolkit_home: Path | None = None) -> Path | None:
 
 
 def resources(module: Path, program: Path | None) -> dict[str, dict[str, int]]:
-    """What ptxas gave each architecture's kernel; {} where there is no GPU code or no cuobjdump.
+    """The resources of each architecture's kernel; {} without GPU code or cuobjdump.
 
-    Registers that are spilled lie in the stack frame, or in local memory: spill_bytes is the room that they can have.
+    Spilled registers are in the stack frame or in local memory; spill_bytes is an upper bound of their bytes.
     """
     if program is None:
         return {}
@@ -67,14 +67,14 @@ def resources(module: Path, program: Path | None) -> dict[str, dict[str, int]]:
 
 
 def requirements(module: Path, archs: Sequence[str], cuda: str | None) -> dict[str, Any]:
-    """What a host must have to run an object: machine, libc and libstdc++, and for a GPU the driver.
+    """The requirements of an object: machine, libc, libstdc++ and, for GPU code, the driver.
 
     Args:
         module: the shared object.
         archs: its GPU architectures.
         cuda: version of the toolkit that it was built with, such as "13.0.88".
     """
-    # Names of symbol versions are nul-terminated strings in an object's table of strings.
+    # Symbol versions are NUL-terminated strings in the object's string table.
     data = module.read_bytes()
     needs: dict[str, Any] = {"machine": platform.machine()}
     for name, prefix in (("glibc", rb"GLIBC_"), ("libstdcxx", rb"GLIBCXX_")):
@@ -94,7 +94,7 @@ def oldest_driver(cuda: str, archs: Sequence[str]) -> str:
 
 
 def host() -> dict[str, Any]:
-    """What this host has of what requirements() names; what can't be found out is left out. CUDA isn't initialised."""
+    """This host's values for requirements(). Unknown ones are omitted. CUDA isn't initialised."""
     found: dict[str, Any] = {"machine": platform.machine()}
     library, version = platform.libc_ver()
     if library == "glibc":
@@ -114,7 +114,7 @@ def host() -> dict[str, Any]:
 
 
 def misfit(needs: Mapping[str, Any], archs: Sequence[str], has: Mapping[str, Any]) -> str | None:
-    """Why an object can't run on a host, as the end of a sentence; None if nothing speaks against it."""
+    """The reason why an object can't run on a host, as the end of a sentence; None if there is none."""
     if needs.get("machine") != has["machine"]:
         return f"it is for {needs.get('machine')} and this machine is {has['machine']}"
     for name, label in (("glibc", "glibc"), ("driver", "the NVIDIA driver")):
@@ -132,10 +132,10 @@ def runs_on(arch: str, capability: str) -> bool:
     plain = arch.rstrip("af")
     major, minor = plain[:-1], plain[-1]
     has_major, _, has_minor = capability.partition(".")
-    # "a" is for exactly one architecture; others run on later minor ones of the same major.
+    # Code for an "a" architecture runs on exactly that one; other code also on later minor versions of the same major.
     return major == has_major and (minor == has_minor if arch.endswith("a") else int(minor) <= int(has_minor))
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """A version as it compares."""
+    """The numbers of a version, for comparisons."""
     return tuple(int(number) for number in re.findall(r"\d+", text))

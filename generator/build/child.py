@@ -1,9 +1,9 @@
-"""The builder: a Python of its own that compiles kernels, each in a fork that starts as it did.
+"""The builder: a separate Python process that compiles kernels, each in a fork of its own.
 
-It is started by path (see process.py), so it imports nothing of onelaunch. Jobs come as lines of JSON on stdin. For
-each it answers {"pid"}, the leader of the build's session, then {"status", "answer", "errors"}. It imports torch once,
-which takes as long as a build; a build's fork has the folder, the environment and the session of that build, so it can
-set all that load_inline reads from its process. The builder ends when its parent does, or after IDLE_SECONDS.
+It is started by path (see process.py), so it imports nothing of onelaunch. It reads jobs from stdin, one line of JSON
+each. To each it answers {"pid"}, the leader of the build's session, then {"status", "answer", "errors"}. It imports
+torch once, because that takes as long as a build. Each fork has its own folder, environment and session, so it can set
+all process state that load_inline reads. The builder ends when its parent does, or after IDLE_SECONDS without a job.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 
 IDLE_SECONDS = 30.0
 _POLL_SECONDS = 0.02
-# Every path that ninja and the compilers see begins with it, so no character of the cache's path can confuse them, and
-# the object doesn't depend on the folder that it was built in. All of them run in the staging folder.
+# All paths that ninja and the compilers see begin with it. They run in the staging folder, so no character of the
+# cache's path can confuse them, and the object doesn't depend on that path.
 HERE = "/proc/self/cwd"
 
-# load_inline names these libraries on every link line. The object uses none of them, so an empty linker script stands
-# for each: a link can't fail because pip's toolkit has no libcudart.so, or torch no CUDA.
+# load_inline names these libraries on every link line, but the object uses none of them. Each is replaced by an empty
+# linker script, so that a link can't fail because pip's toolkit has no libcudart.so, or torch has no CUDA.
 _UNUSED_LIBRARIES = ("c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda", "torch_python", "cudart")
 
 
@@ -63,7 +63,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 def kill_session(session: int) -> None:
     """Ends every process of a session, its leader last; session 0 is none.
 
-    ninja gives each command a process group of its own, so what a build's processes share is the session.
+    ninja starts each command in its own process group, so a build's processes have only the session in common.
     """
     while session and (members := _members(session)):
         for pid in [pid for pid in members if pid != session] or members:
@@ -76,7 +76,7 @@ def _members(session: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            # The name in parentheses may hold anything, so the fields are counted from its end.
+            # The name in parentheses may contain anything, so fields are counted from its end.
             state, _, _, its_session = path.read_text(errors="replace").rpartition(")")[2].split()[:4]
             if int(its_session) == session and state not in "ZX":
                 found.append(int(path.parent.name))
@@ -84,17 +84,17 @@ def _members(session: int) -> list[int]:
 
 
 def _cpp_extension() -> Any:
-    # On import it warns that there is no GPU, which an ahead-of-time build doesn't need.
+    # It warns on import if there is no GPU, which a build doesn't need.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension  # not at the top: onelaunch imports this module, too
 
     extension: Any = cpp_extension
-    # torch doesn't quote this folder, which is inside a virtual environment: one with a space in its path.
+    # torch doesn't quote this path, and the path of a virtual environment may have a space.
     extension.TORCH_LIB_PATH = "stubs"
     extension.CUDNN_HOME = None
     extension.SUBPROCESS_DECODE_ARGS = ("utf-8", "replace")
-    # It locks the folder, which is nobody else's and whose file system may have no locks; and it deletes precompiled
-    # headers below site-packages, which are the user's.
+    # It locks the folder, which is private and whose file system may lack locks; and it deletes precompiled headers in
+    # site-packages, which belong to the user.
     extension.FileLock = lambda path: contextlib.nullcontext()
     extension.remove_extension_h_precompiler_headers = lambda: None
     return extension
@@ -105,9 +105,9 @@ def _here(text: str) -> str:
 
 
 def _in_fork(job: dict[str, Any], answer: int, errors: int) -> None:
-    """One build, in a session, a folder and an environment of its own. Doesn't return."""
+    """One build, in its own session, folder and environment. Doesn't return."""
     os.setsid()
-    # Compilers and libraries may write anywhere but to the parent.
+    # The output of compilers and libraries must not go to the parent.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
@@ -124,14 +124,14 @@ def _in_fork(job: dict[str, Any], answer: int, errors: int) -> None:
 
 
 def _run(job: dict[str, Any]) -> None:
-    """Builds in a fork, and answers how it ended."""
+    """Builds in a fork, and replies with its outcome."""
     try:
         _cpp_extension()
     except Exception:
         _reply({"pid": 0})
         _reply({"status": 0, "answer": {"step": "python", "output": traceback.format_exc(), "status": 0}, "errors": ""})
         return
-    # Files in memory: no pipe can fill up, and no folder either.
+    # Files in memory: neither a pipe nor a disk can fill up.
     answer, errors = os.memfd_create("answer"), os.memfd_create("errors")
     pid = os.fork()
     if pid == 0:
@@ -170,7 +170,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Takes jobs until nobody has one."""
+    """Runs jobs until none comes for IDLE_SECONDS, or stdin is closed."""
     line = b""
     while select.select([0], [], [], IDLE_SECONDS)[0]:
         part = os.read(0, 1 << 20)
@@ -180,7 +180,7 @@ def main() -> None:
         if line.endswith(b"\n"):
             job = json.loads(line)
             line = b""
-            # Where the parent's torch is, in case this interpreter finds none by itself.
+            # The folder of the parent's torch, if this interpreter doesn't find torch by itself.
             sys.path += [folder for folder in job["path"] if folder not in sys.path]
             _run(job)
 

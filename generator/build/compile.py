@@ -1,7 +1,7 @@
 """Source text to a shared object, through torch.utils.cpp_extension.load_inline in a child process.
 
-The recipe keeps torch out of the object: no torch header in any translation unit, the limited C-API, a static cudart,
-hidden symbols, explicit architectures. The result serves every Python from 3.11 on and every torch.
+The object doesn't depend on torch: no translation unit includes a torch header. It uses the limited C API, a static
+cudart, hidden symbols and explicit architectures, so it works with every Python from 3.11 on and every torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from . import binary, child, diagnosis, environment, process, toolchain
 if TYPE_CHECKING:
     from .key import Recipe
 
-# Python.h of the limited C-API of 3.11. The rest is what makes a small, self-contained object.
-# The macro makes libstdc++'s <math.h>, which Python.h includes, C's own: the one of C++17 takes the compiler as long as
-# all the rest.
+# Py_LIMITED_API selects the limited C API of 3.11. _GLIBCXX_INCLUDE_NEXT_C_HEADERS makes Python.h include C's <math.h>:
+# the compiler needs as long for libstdc++'s as for everything else.
 HOST_FLAGS = (
     "-O2",
     "-std=c++17",
@@ -33,7 +32,7 @@ HOST_FLAGS = (
     "-Wno-unknown-pragmas",
 )
 CUDA_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden")
-# --as-needed and the empty libraries of child.py leave libc as the only library that the object needs at run time.
+# With --as-needed and the empty libraries of child.py, the object needs only libc at run time.
 LINK_FLAGS = ("-Wl,--as-needed", "-Wl,-Bsymbolic", "-Wl,--exclude-libs,ALL")
 CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
 
@@ -44,14 +43,14 @@ _PLAIN_PATH = re.compile(r"[\w./+@%,=-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class Build:
-    """A finished build in a staging folder; it was loaded once, in the child.
+    """A finished build in a staging folder. The child process has loaded it once.
 
     Attributes:
         module_file, source_file: names of the shared object and the emitted source in the folder.
         command: the compiler command of the emitted source.
         seconds: wall time.
-        resources: registers, stack, shared and local bytes by architecture, where there is a cuobjdump.
-        requires: what a host must have to run it, see binary.requirements.
+        resources: registers, stack, shared and local bytes by architecture; {} without cuobjdump.
+        requires: its requirements of a host, see binary.requirements.
     """
 
     module_file: str
@@ -63,7 +62,7 @@ class Build:
 
 
 def flags(target: str, archs: Sequence[str]) -> list[str]:
-    """Every flag that shapes the object, without paths: an ingredient of the key."""
+    """All flags that affect the object, without paths: an ingredient of the key."""
     common = [*HOST_FLAGS, *LINK_FLAGS]
     if target == "cpu":
         return common
@@ -79,12 +78,12 @@ def build(
         recipe: what to build.
         tools: the compilers.
         stage: an empty private folder, two levels below the store's root.
-        timeout: seconds; then the child ends with every compiler that it started. None waits for ever.
-        jobs: compilers at once; None is $MAX_JOBS, else one for each file.
+        timeout: seconds after which the child is killed with every compiler that it started. None is no limit.
+        jobs: compilers that run at the same time; None is $MAX_JOBS, else one per file.
 
     Raises:
-        CompileError: the build failed. Its log and source stay, their paths are in the error; ``lasting`` says whether
-            a compiler or linker judged the source.
+        CompileError: the build failed. The error has the paths of its log and source, which stay; ``lasting`` is True
+            if a compiler or linker refused the source.
         ToolchainError: a tool is missing, the compilers don't fit each other, or no process can be started.
         OSError: the staging folder is gone or can't be read.
     """
@@ -140,7 +139,7 @@ def build(
 
 
 def _arguments(recipe: Recipe, tools: toolchain.Tools) -> dict[str, Any]:
-    """What load_inline is called with, but for the folder."""
+    """The arguments of load_inline, except the folder."""
     arguments: dict[str, Any] = {
         "name": recipe.module,
         "functions": None,
@@ -165,7 +164,7 @@ def _arguments(recipe: Recipe, tools: toolchain.Tools) -> dict[str, Any]:
 def _variables(tools: toolchain.Tools, ninja: Path, stage: Path, jobs: int | None) -> dict[str, str]:
     compiler = str(tools.compiler.path)
     if not _PLAIN_PATH.fullmatch(compiler):
-        # By the compiler's own name, which some compilers go by.
+        # The script has the compiler's name, because some compilers behave according to their name.
         script = stage / "compiler" / (re.sub(r"[^\w.+-]", "_", tools.compiler.path.name, flags=re.ASCII) or "c++")
         script.parent.mkdir()
         script.write_text(f'#!/bin/sh\nexec {shlex.quote(compiler)} "$@"\n', encoding="utf-8", errors="surrogateescape")
@@ -180,10 +179,10 @@ def _variables(tools: toolchain.Tools, ninja: Path, stage: Path, jobs: int | Non
             folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(folder)
         ),
         "TMPDIR": child.HERE,
-        # torch gives $CC to nvcc as -ccbin: the host compiler that was checked against nvcc.
+        # torch passes $CC to nvcc as -ccbin: the host compiler that was checked against nvcc.
         "CXX": compiler,
         "CC": compiler,
-        # Both were checked here, and ccache is used where the user put it.
+        # onelaunch has checked the compilers itself, and uses ccache only where the user put it.
         "TORCH_DONT_CHECK_COMPILER_ABI": "1",
         "TORCH_NO_COMPILER_WRAPPER": "1",
         **({JOBS_VARIABLE: wanted} if re.fullmatch("[1-9][0-9]*", wanted) else {}),

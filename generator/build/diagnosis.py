@@ -1,4 +1,4 @@
-"""What a failed build's output means: the first error, what to do, and whether another try would fail again."""
+"""Diagnosis of a failed build's output: the first error, what to do, and whether another try would fail again."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from ..cache import staging, trust
 from ..errors import CompileError
 
-# A compiler's or linker's own verdict on the emitted files. Only that is lasting; a list of passing causes would never
-# be complete.
+# Errors that a compiler or linker reports for the emitted files. Only these are lasting, because a list of temporary
+# causes would never be complete.
 _VERDICT = re.compile(
     r"""^(?:\./)?(?:main\.cpp|cuda\.cu)(?::\d+|\(\d+\)).*\berror\b   # g++, clang++, cudafe++, cicc
     |^ptxas\b.*\berror\b                                             # by line of the PTX
     |\bundefined\ reference\ to\b""",
     re.MULTILINE | re.VERBOSE,
 )
-# Such a line may still have a cause outside the source.
+# Outputs with such lines that nevertheless have a cause outside the source.
 _ELSEWHERE = re.compile(
     r"No such file|internal compiler error|[Kk]illed|signal|memory|exhausted|No space left|quota exceeded"
     r"|temporarily unavailable|Too many open files|Permission denied|not permitted|Read-only|Input/output error"
@@ -24,7 +24,7 @@ _ELSEWHERE = re.compile(
 )
 NO_SPACE = re.compile(r"No space left|Disk quota exceeded")
 
-# (what the output says, what to do)
+# (pattern in the output, what to do)
 _HINTS = (
     (
         r"Killed|exit(ed with)? (code|status) 137|\[code=137\]|signal 9|Cannot allocate memory|out of memory"
@@ -55,7 +55,7 @@ _FIRST_ERROR = (r"\berror\b|undefined reference|cannot find|Killed", r"not found
 
 
 def is_lasting(output: str) -> bool:
-    """Whether a compiler or linker judged the source, so that another try would fail again."""
+    """Whether a compiler or linker refused the source, so that another try would fail again."""
     lines = [line for line in output.splitlines() if _VERDICT.search(line)]
     return bool(lines) and not _ELSEWHERE.search(output)
 
@@ -68,13 +68,13 @@ def compile_error(what: str, output: str, source: str, key: str, folder: Path, l
         output: everything that the build wrote.
         source: the emitted source.
         key: of the build.
-        folder: where log and source are put; a temporary folder if that can't be.
+        folder: the folder for log and source; if it can't be written, a temporary folder.
         lasting: see CompileError.
     """
     lines = output.splitlines()
     found = (line for pattern in _FIRST_ERROR for line in lines if re.search(pattern, line))
     first = next(found, "no output").strip().removesuffix(".")
-    # ninja shows the command that failed below this line; those that were done are above it.
+    # ninja prints the failed command after this line.
     failed = re.search(r"^FAILED: .*\n(.+)$", output, re.MULTILINE)
     hint = next((f" {hint}" for pattern, hint in _HINTS if re.search(pattern, output)), "")
     places = _write(folder, output, source)

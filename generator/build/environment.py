@@ -1,17 +1,17 @@
-"""The environment of every program that a build starts: known variables only, and messages in English."""
+"""The environment of all programs that a build starts: only known variables, and messages in English."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# A variable outside this list can't change what a compiler makes: the key would not show it. So NVCC_APPEND_FLAGS,
-# CPATH, LIBRARY_PATH, CFLAGS, LD_PRELOAD, NINJA_STATUS and their kind stay behind.
+# Other variables, such as NVCC_APPEND_FLAGS, CPATH, LIBRARY_PATH, CFLAGS, LD_PRELOAD or NINJA_STATUS, aren't passed on:
+# they could change the object, and the key doesn't cover them.
 PASSED_ON = (
     "HOME",
     "USER",
     "LOGNAME",
-    # Compilers of environment modules, and torch itself, find their own libraries by it.
+    # Compilers from environment modules, and torch, find their libraries through it.
     "LD_LIBRARY_PATH",
     "PYTHONHOME",
     "PYTHONNOUSERSITE",
@@ -21,7 +21,7 @@ PASSED_ON = (
 
 
 def search_path() -> str:
-    """PATH, then the interpreter's folder: a venv that isn't activated has its programs there, not on PATH."""
+    """PATH, then the interpreter's folder, where the programs of a venv are that isn't activated."""
     folder = os.path.dirname(sys.executable or "")
     return os.pathsep.join(filter(None, [os.environ.get("PATH", os.defpath), folder]))
 

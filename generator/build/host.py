@@ -21,9 +21,9 @@ class HostCompiler:
 
     Attributes:
         path: absolute path, symbolic links not resolved.
-        version: first line of ``--version`` without the program's name, the identity that goes into keys.
-        origin: where it was found, and which setting of the environment had to be skipped for it.
-        flags: what $CXX says after the compiler's name, such as ("--sysroot=/x",).
+        version: first line of ``--version`` without the program's name; keys contain it.
+        origin: where it was found, and which environment variable was skipped because its value doesn't work.
+        flags: the words of $CXX after the compiler's name, such as ("--sysroot=/x",).
     """
 
     path: Path
@@ -35,7 +35,7 @@ class HostCompiler:
 def find_host_compiler() -> HostCompiler:
     """The C++ compiler: $CXX, else c++, g++ or clang++ on PATH or beside the interpreter.
 
-    A launcher in $CXX ("ccache g++") is left out. A $CXX that doesn't run is skipped, and ``origin`` says so.
+    A launcher in $CXX ("ccache g++") is dropped. A $CXX that doesn't run is skipped, and ``origin`` says so.
 
     Raises:
         ToolchainError: there is none.
@@ -80,7 +80,7 @@ def _probe(command: str, origin: str) -> HostCompiler:
     if not words:
         raise Rejected("it names no compiler")
     program = locate(words[0])
-    # GCC's answer begins with the name it was called by: c++ and g++ are the same compiler.
+    # GCC prints the name that it was called by; c++ and g++ are the same compiler.
     version = re.sub(r"^\S+ (?=\(.*\) \d)", "", answer(program, version_of).splitlines()[0])
     return HostCompiler(program, version, origin, tuple(words[1:]))
 
@@ -96,7 +96,7 @@ def _ninja(path: str | None) -> tuple[Path, str]:
 
 
 def _of_the_package() -> str:
-    # By its list of files: to import a module named ninja would run it, and it need not be the tool.
+    # From its list of files: importing a module named ninja would run it, and it may be another package.
     try:
         files = importlib.metadata.files("ninja") or []
     except importlib.metadata.PackageNotFoundError as error:

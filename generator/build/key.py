@@ -1,4 +1,4 @@
-"""What a build is made of, and the one digest of that: its key."""
+"""The ingredients of a build, and their digest: its key."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Recipe:
         source: emitted CUDA, or C++ for the CPU target.
         binding: C++ of the binding.
         archs: GPU architectures; () on the CPU target.
-        flags: every flag that shapes the object, see compile.flags.
+        flags: all flags that affect the object, see compile.flags.
         compilers: Tools.versions().
-        config: KernelConfig.to_dict(), None for a kernel that no configuration describes.
-        edited: the file that a person edited, None if the source is what the templates emit.
+        config: KernelConfig.to_dict(); None for a kernel without a configuration.
+        edited: the path of the hand-edited source; None if the templates emitted it.
     """
 
     symbol: str
@@ -43,12 +43,12 @@ class Recipe:
 
     @property
     def module(self) -> str:
-        """The import name that is baked into the binding."""
+        """The import name that is compiled into the binding."""
         return binding.module_name(self.symbol)
 
     @cached_property
     def ingredients(self) -> dict[str, Any]:
-        """What the key is the digest of: no path, no time. The manifest holds it, for explain to compare."""
+        """The contents of the key, without paths and times. The manifest has them too, for explain to compare."""
         return {
             "schema": SCHEMA_VERSION,
             **({"config": dict(self.config)} if self.config is not None else {}),
@@ -70,7 +70,7 @@ class Recipe:
 def recipe(
     config: KernelConfig, archs: tuple[str, ...], versions: Mapping[str, str], edit: override.Edited | None = None
 ) -> Recipe:
-    """Renders a configuration, once.
+    """Renders a configuration; call it once per build.
 
     Args:
         archs: GPU architectures; () on the CPU target.

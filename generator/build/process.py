@@ -40,13 +40,13 @@ class Outcome:
 
 
 def run(job: Mapping[str, Any], stage: Path, environment: Mapping[str, str], timeout: float | None = None) -> Outcome:
-    """Builds in a folder, in a session of its own.
+    """Builds in a folder, in its own session.
 
     Args:
         job: see child.build.
         stage: the working folder of the build.
         environment: all of its variables.
-        timeout: seconds; then it is killed with every compiler that it started. None waits for ever.
+        timeout: seconds after which it is killed with every compiler that it started. None is no limit.
 
     Raises:
         ToolchainError: no process can be started.
@@ -71,7 +71,7 @@ def run(job: Mapping[str, Any], stage: Path, environment: Mapping[str, str], tim
                 with _lock:
                     _idle.append(builder)
             return outcome
-        again = not fresh and not builder.killed  # it had just ended, since nobody wanted anything for a while
+        again = not fresh and not builder.killed  # it had just ended, after IDLE_SECONDS without a job
         outcome = builder.end()
         if not again:
             return outcome
@@ -105,7 +105,7 @@ class _Builder:
             )
         try:
             self._said: IO[bytes] = os.fdopen(os.memfd_create("onelaunch-builder"), "w+b", buffering=0)
-            # -P: the working folder is no place to import from. One thread: it forks.
+            # -P: nothing is imported from the working folder. One thread, because it forks.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", os.path.abspath(child.__file__)],
                 cwd="/",
@@ -127,7 +127,7 @@ class _Builder:
 
     @property
     def alive(self) -> bool:
-        """Whether it can build again."""
+        """Whether its process is alive."""
         return self._process.poll() is None
 
     def run(self, message: Mapping[str, Any], timeout: float | None) -> Outcome | None:
@@ -150,14 +150,14 @@ class _Builder:
         return Outcome(ended["answer"], ended["status"], ended["errors"])
 
     def kill(self) -> None:
-        """Kills it, and the build that it is at with every compiler of that."""
+        """Kills it, and its current build with every compiler."""
         self.killed = True
         self._process.kill()
         if self._session:
             child.kill_session(self._session)
 
     def end(self) -> Outcome:
-        """kill(), and what it left."""
+        """kill(); returns the outcome of the killed build."""
         self.kill()
         status = self._process.wait()
         with contextlib.suppress(OSError, ValueError, TimeoutError):
@@ -170,14 +170,14 @@ class _Builder:
         return outcome
 
     def close(self) -> None:
-        """Lets it end by itself: it ends with its stdin."""
+        """Closes its stdin, so that it ends by itself."""
         for file in (self._process.stdin, self._process.stdout, self._said):
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
 
     def wait(self) -> None:
-        """Waits for the end that close() let happen."""
+        """Waits for its end, after close()."""
         self._process.wait()
 
     def _send(self, data: bytes) -> None:
@@ -202,7 +202,7 @@ class _Builder:
 
 
 def _forked() -> None:
-    """The parent's builders are the parent's, and a lock that another thread held would stay held."""
+    """In a forked child: drops the parent's builders, and a lock that another thread may have held."""
     global _lock
     _lock = threading.Lock()
     for builder in (*_idle, *_busy):
@@ -219,7 +219,7 @@ def _at_exit() -> None:
         builder.wait()
 
 
-# Never collected: a collected Popen waits for its process, which is no child of this one.
+# Kept alive: the finalizer of a Popen waits for its process, which isn't a child of this one.
 _not_ours: list[_Builder] = []
 os.register_at_fork(after_in_child=_forked)
 atexit.register(_at_exit)

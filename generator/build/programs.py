@@ -1,4 +1,4 @@
-"""Programs: where one is, what it answers, and which answers a later process needn't ask for again."""
+"""Finds and runs programs such as compilers, and caches their answers for later processes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _new_answers: dict[str, dict[str, Any]] = {}
 
 
 class Rejected(Exception):
-    """A candidate that can't be used; the text says why. Never leaves the room."""
+    """A candidate can't be used; the text says why. Not raised outside of build/."""
 
 
 def locate(name: str) -> Path:
-    """The absolute path of a program, symbolic links not resolved: clang++ and ccache go by the name they are called.
+    """The absolute path of a program. Links aren't resolved: clang++ and ccache depend on the name they are called by.
 
     Raises:
         Rejected: there is none.
@@ -67,7 +67,7 @@ def version_of(program: Path) -> str:
     """What a program prints to stdout for ``--version``.
 
     Raises:
-        Rejected: it fails, or prints nothing there. What a dynamic linker says on stderr is no version.
+        Rejected: it fails, or prints nothing to stdout. (A dynamic linker's message on stderr is no version.)
     """
     status, text, errors = run(program, "--version")
     if status != 0 or not text.strip():
@@ -77,9 +77,9 @@ def version_of(program: Path) -> str:
 
 
 def answer(program: Path, ask: Callable[[Path], str]) -> str:
-    """ask(program), or what it gave an earlier process, as long as the binary is the same file.
+    """ask(program), or its result in an earlier process if the binary is unchanged.
 
-    A script or a launcher stands for a program that this function can't see, so it runs each time.
+    A script or a launcher runs each time, because the program behind it may have changed.
     """
     state = _state(program)
     if state is None:
@@ -93,7 +93,7 @@ def answer(program: Path, ask: Callable[[Path], str]) -> str:
 
 
 def save_answers() -> None:
-    """Writes the new answers to the user's cache folder, if there is one. A failure costs only time."""
+    """Writes new answers to the user's cache folder, if it exists. Errors are ignored: programs then run again."""
     if not _new_answers:
         return
     with contextlib.suppress(OSError, StoreError):
@@ -107,7 +107,7 @@ def save_answers() -> None:
 
 
 def reset() -> None:
-    """Forgets the answers that this process got and didn't save."""
+    """Forgets the answers of this process that aren't saved."""
     _new_answers.clear()
 
 
@@ -128,7 +128,7 @@ def first(what: str, candidates: Iterable[tuple[str, Callable[[str], T]]], advic
 
 
 def _state(program: Path) -> dict[str, Any] | None:
-    """What shows that a binary changed; None for a script, a launcher, and what can't be read."""
+    """Values that differ if a binary changed; None for a script, a launcher or an unreadable file."""
     try:
         real = program.resolve()
         status = real.stat()

@@ -1,7 +1,7 @@
-"""The compilers of a build: found, checked against each other, and named by their versions. No variable need be set.
+"""Finds the compilers of a build, checks whether they fit each other, and reads their versions. Needs no variables.
 
-Nothing runs at import. The first search starts a few short programs; its result stays for the
-process, and what a binary answers stays for later processes (see programs.answer).
+Nothing runs at import. The first search starts a few short programs. Its result is cached for the process, and a
+binary's answer also for later processes (see programs.answer).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Tools:
     toolkit: CudaToolkit | None
 
     def versions(self) -> dict[str, str]:
-        """What a key holds of the compilers: versions, never paths."""
+        """The compilers' versions for the key, without paths."""
         versions = {"host_compiler": " ".join((self.compiler.version, *self.compiler.flags))}
         if self.toolkit is not None:
             versions["nvcc"] = self.toolkit.version
@@ -74,7 +74,7 @@ class Tools:
 
 
 def find_tools(target: str) -> Tools:
-    """The compilers for a target, "cuda" or "cpu". Whether they fit each other is checked when they have to build.
+    """The compilers for a target, "cuda" or "cpu". A build checks whether they fit each other.
 
     Raises:
         ToolchainError: one is missing.
@@ -93,16 +93,16 @@ def find_ninja() -> Path:
 
 
 def preflight_cuda() -> tuple[CudaToolkit, HostCompiler, Path]:
-    """What a CUDA build needs: a toolkit, a host compiler that fits it, and ninja. Raises ToolchainError."""
+    """The tools of a CUDA build: a toolkit, a host compiler that fits it, and ninja. Raises ToolchainError."""
     cuda, compiler, ninja = find_toolkit(), find_host_compiler(), find_ninja()
     check_pair(cuda, compiler)
     return cuda, compiler, ninja
 
 
 def check_pair(cuda: CudaToolkit, compiler: HostCompiler) -> None:
-    """Checks the host compiler against the limit that the toolkit's own header sets.
+    """Checks the host compiler against the limit in the toolkit's own header.
 
-    Compilers that are neither GCC nor Clang are left for nvcc to judge.
+    Compilers that are neither GCC nor Clang aren't checked here.
 
     Raises:
         ToolchainError: nvcc would refuse this compiler.

@@ -1,9 +1,9 @@
-"""The CUDA toolkit: where a complete one is, by what its own nvcc says.
+"""Finds a complete CUDA toolkit; its own nvcc reports its folders.
 
-A toolkit can also come from pip. Complete for our builds is ``pip install "cuda-toolkit[nvcc]==13.2.*"``: it brings
-nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm and nvidia-cuda-runtime of one release. nvidia-cuda-nvcc alone brings the
-others at their newest release, and an nvidia-nvvm newer than nvcc writes PTX that its ptxas refuses. pip's CUDA 12
-packages hold no nvcc at all.
+A toolkit can also come from pip: ``pip install "cuda-toolkit[nvcc]==13.2.*"`` installs all that a build needs,
+nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm and nvidia-cuda-runtime, of one release. nvidia-cuda-nvcc alone installs
+the newest releases of the others, and an nvidia-nvvm newer than nvcc writes PTX that its ptxas refuses. pip's CUDA 12
+packages contain no nvcc.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class CudaToolkit:
     """A CUDA toolkit with all the parts that a build needs.
 
     Attributes:
-        nvcc: the real compiler, home/bin/nvcc, even where the nvcc on PATH is a wrapper script.
+        nvcc: the real compiler, home/bin/nvcc, even if the nvcc on PATH is a wrapper script.
         home: the toolkit's real folder, as nvcc itself reports it.
         version: such as "13.0.88".
         build: the build line of ``nvcc --version``, such as "Build cuda_13.0.r13.0/compiler.36424714_0".
         include: folder of cuda_runtime.h and crt/host_config.h.
-        libdirs: the existing library folders, stubs left out.
+        libdirs: the existing library folders, without stubs.
         cudart_static: path of libcudart_static.a.
-        origin: where it was found, and which setting of the environment had to be skipped for it.
+        origin: where it was found, and which environment variable was skipped because its value doesn't work.
     """
 
     nvcc: Path
@@ -57,7 +57,7 @@ class CudaToolkit:
 def find_toolkit() -> CudaToolkit:
     """The first complete CUDA toolkit that is 12.8 or newer.
 
-    Looked for in $CUDA_HOME, $CUDA_PATH, nvcc on PATH, /usr/local/cuda, /usr/local/cuda-* (newest first),
+    Searches $CUDA_HOME, $CUDA_PATH, nvcc on PATH, /usr/local/cuda, /usr/local/cuda-* (newest first),
     pip's packages (the module's docstring names them) and $CONDA_PREFIX.
 
     Raises:
@@ -78,7 +78,7 @@ def _toolkit(environment: tuple[str | None, ...]) -> CudaToolkit:
         installed = importlib.metadata.version("cuda-toolkit")
     except importlib.metadata.PackageNotFoundError:
         installed = ""
-    # The release that is there already, so that torch's pins hold; CUDA 12's packages hold no nvcc.
+    # The installed release, so that torch's pins hold; CUDA 12's packages contain no nvcc.
     release = f"=={installed}" if installed and not installed.startswith("12.") else ">=13"
     return first(
         "A CUDA toolkit, 12.8 or newer and complete,",
@@ -113,7 +113,7 @@ def _inspect(name: str, origin: str) -> CudaToolkit:
     if "/cuda_nvcc/" in name and not os.path.exists(name):
         raise Rejected("the CUDA 12 package nvidia-cuda-nvcc-cu12 holds ptxas but no nvcc")
     found = locate(name)
-    # nvcc looks for its profile beside the name that it is called by, so a link to it doesn't work.
+    # nvcc looks for its profile beside its path, so calling it by a link doesn't work.
     real = found.resolve()
     program = found if real.name in LAUNCHERS else real
     said = answer(program, _ask)
@@ -128,7 +128,7 @@ def _inspect(name: str, origin: str) -> CudaToolkit:
         line = re.search(rf"^#\$ {variable}=(.+)$", said, re.M)
         return line[1].strip() if line else ""
 
-    # A wrapper script lies outside the toolkit, so the folder is what nvcc says, not where it was found.
+    # A wrapper script is outside the toolkit, so the folder comes from nvcc's own output.
     top = reported("TOP") or (f"{reported('_HERE_')}/.." if reported("_HERE_") else "")
     home = Path(top).resolve() if top else program.parent.parent
     target = home / "targets" / ("sbsa-linux" if platform.machine() == "aarch64" else "x86_64-linux")
@@ -153,11 +153,11 @@ def _inspect(name: str, origin: str) -> CudaToolkit:
 
 
 def _ask(nvcc: Path) -> str:
-    """What nvcc says about its version and, by a dry run, about its folders."""
+    """nvcc's output about its version and, from a dry run, its folders."""
     version = version_of(nvcc)
     dry = (nvcc, "--dryrun", "-x", "cu", "-o", os.devnull, os.devnull)
     text = run(*dry)[2]
-    if "#$ TOP=" not in text:  # It wants a gcc on PATH before it says anything.
+    if "#$ TOP=" not in text:  # without a gcc on PATH it prints nothing
         try:
             text = run(*dry, "-ccbin", find_host_compiler().path)[2]
         except ToolchainError:
@@ -180,13 +180,13 @@ def _check_pip_releases(home: Path, nvcc: str) -> None:
 
 
 def _folders(flags: str, prefix: str, *usual: Path) -> tuple[Path, ...]:
-    """The existing folders, real and once each: those in nvcc's flags, then the usual ones."""
+    """The existing folders, resolved and without repeats: those in nvcc's flags, then the usual ones."""
     named = [Path(word.removeprefix(prefix)) for word in shlex.split(flags) if word.startswith(prefix)]
     return tuple(dict.fromkeys(d.resolve() for d in (*named, *usual) if d.is_dir() and d.name != "stubs"))
 
 
 def known_architectures(nvcc: Path) -> tuple[str, ...]:
-    """What an nvcc can build for, such as ("80", "90", "90a").
+    """The architectures that an nvcc can build for, such as ("80", "90", "90a").
 
     Raises:
         ToolchainError: it doesn't run.
@@ -196,7 +196,7 @@ def known_architectures(nvcc: Path) -> tuple[str, ...]:
 
 @functools.cache
 def _known_architectures(nvcc: Path) -> tuple[str, ...]:
-    # --list-gpu-code leaves out the "a" and "f" variants; the help text has them.
+    # --list-gpu-code omits the "a" and "f" variants; the help text has them.
     try:
         text = run(nvcc, "--help")[1]
     except Rejected as why:
@@ -206,5 +206,5 @@ def _known_architectures(nvcc: Path) -> tuple[str, ...]:
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
-    """A version as it compares."""
+    """The numbers of a version, for comparisons."""
     return tuple(int(number) for number in re.findall(r"\d+", text))

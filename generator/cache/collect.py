@@ -1,4 +1,4 @@
-"""Bounds the cache: what was used longest ago is removed first, and with it what no entry needs."""
+"""Bounds the cache: removes the least recently used entries first, and whatever no entry needs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..variables import MAX_SIZE_VARIABLE
 from . import files, lock
 from .store import TAG, Store, warn_once
 
-# Never removed to keep the default bound: a process may be about to load it.
+# A younger entry isn't removed to keep the default limit: a process may be about to load it.
 FRESH_SECONDS = 3600.0
-# Logs of failures and damaged entries are for people; nobody looks at older ones.
+# Logs of failures and damaged entries are for people, and are removed after a week.
 REMAINS_SECONDS = 7 * 24 * 3600.0
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TIMES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
@@ -24,13 +24,13 @@ _TIMES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 
 @dataclass(frozen=True)
 class Collected:
-    """What a collection removed.
+    """The result of a collection.
 
     Attributes:
-        keys: of the entries, in the order of removal.
+        keys: the keys of the removed entries, in the order of removal.
         freed: bytes of those entries.
         kept: bytes of the remaining entries.
-        remains: how many staging folders, lock files, failures, damaged entries, notes and stamps.
+        remains: the number of removed staging folders, lock files, failures, damaged entries, notes and stamps.
     """
 
     keys: tuple[str, ...]
@@ -56,7 +56,7 @@ def parse_age(text: str, what: str) -> float:
 
 
 def sizes(store: Store) -> dict[str, int]:
-    """Bytes of every entry by key."""
+    """The bytes of every entry, by key."""
     return {path.name: files.size_of(path) for path in store.listed("entries")}
 
 
@@ -75,11 +75,11 @@ def limit() -> int:
 
 
 def bound(store: Store, keep: str, max_bytes: int) -> None:
-    """Keeps the cache below a bound; called when an entry was added.
+    """Keeps the cache below a limit; called after an entry was added.
 
     Args:
         keep: the key that was added.
-        max_bytes: of all entries together.
+        max_bytes: the limit of all entries together.
     """
     known = sizes(store)
     if sum(known.values()) <= max_bytes:
@@ -94,13 +94,13 @@ def bound(store: Store, keep: str, max_bytes: int) -> None:
 
 
 def collect(store: Store, max_bytes: int | None, older_than: float | None, dry_run: bool = False) -> Collected:
-    """Removes entries until both bounds hold, and what no entry needs.
+    """Removes entries until both limits hold, and whatever no entry needs.
 
     Args:
         store: the cache.
-        max_bytes: of all entries together; None is no bound.
-        older_than: remove what wasn't used for so many seconds; None removes nothing for its age.
-        dry_run: remove nothing, and return what would be removed.
+        max_bytes: the limit of all entries together; None is no limit.
+        older_than: removes entries that weren't used for this many seconds; None removes nothing because of its age.
+        dry_run: only returns what would be removed.
 
     Raises:
         StoreError: the folder isn't marked as a cache of onelaunch.
@@ -118,9 +118,9 @@ def collect(store: Store, max_bytes: int | None, older_than: float | None, dry_r
 
 
 def remove(store: Store, key: str) -> bool:
-    """Removes one entry in one step, and returns whether it is gone; a reader finds it whole or not at all.
+    """Removes one entry atomically, and returns whether it is gone; readers see the whole entry or none.
 
-    The entry of a key that a process is building, or has just published, stays.
+    An entry whose key is locked, because a process is building it or has just published it, stays.
     """
     if _is_locked(store, key):
         return False
@@ -134,10 +134,10 @@ def remove(store: Store, key: str) -> bool:
 
 
 def clear(store: Store, dry_run: bool = False) -> int:
-    """Removes everything but what processes are using at this moment; returns the bytes.
+    """Removes everything that isn't locked by a process; returns the bytes removed.
 
-    The folders stay, so that nobody who publishes at this moment misses one. With ``dry_run`` nothing is removed: the
-    bytes are those of everything that isn't locked.
+    The folders stay, because a process may be publishing into them. With ``dry_run`` nothing is removed, and the result
+    is the bytes of everything that isn't locked.
 
     Raises:
         StoreError: the folder isn't marked as a cache of onelaunch.
@@ -158,16 +158,16 @@ def clear(store: Store, dry_run: bool = False) -> int:
 
 
 def check_marked(store: Store) -> None:
-    """Raises StoreError where the folder may hold what isn't the cache's, or somebody else could exchange it."""
+    """Raises StoreError where the folder may hold what isn't the cache's, or another user could exchange it."""
     if files.is_folder(store.root):
         store.check()
-    # Listed first: whoever makes a cache marks the empty folder, and only then puts something into it.
+    # Listed first: a process that makes a cache marks the empty folder before it puts anything into it.
     if _holds_something(store.root) and not store.is_marked:
         raise StoreError(_unmarked(store))
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether the path is anything but a missing folder, or one in which nothing has a visible name."""
+    """Whether the path exists and isn't a folder without visible names."""
     if not os.path.lexists(path):
         return False
     return not files.is_folder(path) or any(not child.name.startswith(".") for child in files.children(path))
@@ -187,7 +187,7 @@ def _unmarked(store: Store) -> str:
 def _chosen(
     store: Store, known: dict[str, int], max_bytes: int | None, older_than: float | None, keep: set[str]
 ) -> list[str]:
-    """The keys to remove so that both bounds hold, those that were used longest ago first."""
+    """The keys to remove so that both limits hold, least recently used first."""
     used = {key: store.used(key) for key in known}
     total, now, chosen = sum(known.values()), time.time(), []
     for key in sorted(known, key=lambda key: used[key]):
@@ -200,7 +200,7 @@ def _chosen(
 
 
 def _leftovers(store: Store, kept: set[str]) -> list[Path]:
-    """What no process needs, and no entry of these keys."""
+    """Files and folders that no process needs, and none of the entries with these keys."""
     now, keys = time.time(), set(store.stored_keys())
     leftovers = store.abandoned()
     for name in ("failed", "damaged"):

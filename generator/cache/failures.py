@@ -1,6 +1,6 @@
-"""Remembers by key what a compiler or linker refused: compiling it again would fail again, after the same wait.
+"""Remembers, by key, sources that a compiler or linker refused: another build would fail in the same way.
 
-Only a verdict on the source is remembered (CompileError.lasting). Whatever else ends a build, a signal, a full disk, a
+Only errors of the source are remembered (CompileError.lasting). Other causes, such as a signal, a full disk or a
 missing header, may be gone the next time.
 """
 
@@ -23,7 +23,7 @@ RECORD = "failure.json"
 
 
 def folder(store: Store, key: str) -> Path:
-    """Where a failed build's log, source and record are."""
+    """The folder with a failed build's log, source and record."""
     return store.root / "failed" / key[:16]
 
 
@@ -81,10 +81,10 @@ def _record(store: Store, key: str) -> dict[str, str] | None:
         strings = {name: str(noted[name]) for name in ("id", "message", "command", "log", "source")}
         when = time.strftime("%Y-%m-%d at %H:%M:%S", time.localtime(float(noted["when"])))
         return {**strings, "when": when} if noted["key"] == key else None
-    except (OSError, OverflowError, ValueError, KeyError, TypeError):
+    except (OSError, OverflowError, RecursionError, ValueError, KeyError, TypeError):
         return None
 
 
 def retry_wanted() -> bool:
-    """Whether $ONELAUNCH_RETRY says to compile again what failed before."""
+    """Whether $ONELAUNCH_RETRY requests that failed builds are tried again."""
     return RETRY_VARIABLE.is_on()

@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, synced, listed and removed without following links."""
+"""Files and folders: written atomically, synced, and listed and removed without following links."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNFINISHED_SECONDS = 600.0
 
 
 def replace(path: Path, content: str | bytes, mode: int = 0o600) -> None:
-    """Writes a file in one step: a reader, or a crash, sees the old file or the new one.
+    """Writes a file atomically: after a crash, and for readers, it is the old file or the new one.
 
     Args:
         content: text is written as UTF-8.
@@ -54,7 +54,7 @@ def unfinished(folder: Path, name: re.Pattern[str]) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Returns once a file or folder is on the disk, as far as the file system supports that."""
+    """Waits until a file or folder is on the disk, as far as the file system supports that."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # Some network file systems have no fsync for folders.
@@ -73,7 +73,7 @@ def is_folder(path: Path) -> bool:
 
 
 def children(folder: Path) -> list[Path]:
-    """What is in a folder, sorted; [] for a link, for anything else, and for what can't be read."""
+    """The sorted contents of a folder; [] if it is a link, no folder, or unreadable."""
     try:
         return sorted(folder.iterdir()) if is_folder(folder) else []
     except OSError:
@@ -81,7 +81,7 @@ def children(folder: Path) -> list[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 if it is gone. Links are not followed."""
+    """The bytes of a file, or of all files below a folder; 0 if it is gone. Links are not followed."""
     if is_folder(path):
         return sum(size_of(child) for child in children(path))
     try:
@@ -91,7 +91,7 @@ def size_of(path: Path) -> int:
 
 
 def remove(path: Path) -> bool:
-    """Removes a file, a link itself, or a folder with what is in it; returns whether the path is gone."""
+    """Removes a file, a link itself, or a folder with its contents; returns whether the path is gone."""
     if is_folder(path):
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,11 +1,11 @@
-"""A lock between processes that says who holds it. It saves work, and correctness never depends on it.
+"""A lock between processes that names its holder. It only saves work: correctness never depends on it.
 
-It keeps processes that start at once from building the same kernel. A build is published by rename, and whoever comes
-second takes what is there. So a file system without locks, a lock that is broken, or a wait that became too long cost a
+It keeps processes that start at the same time from building the same kernel. A build is published by rename, and the
+second process takes the entry that is there. So a file system without locks, a broken lock or an expired wait costs a
 second build and nothing else.
 
-This isn't filelock: a holder writes its name into the file for those that wait, and where flock is missing, filelock
-uses a lock file that outlives a dead holder.
+It isn't filelock, for two reasons: a holder writes its name into the file for the processes that wait; and where flock
+is missing, filelock uses a lock file that outlives a dead holder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ POLL_SECONDS = 0.05
 FIRST_NOTICE_SECONDS = 2.0
 NOTICE_SECONDS = 5.0
 
-# flock belongs to the open file, which a forked child shares: the child would keep the lock of a parent that died.
+# flock belongs to the open file, which a forked child shares. The child must release it, or it would hold the lock
+# after its parent's death.
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
@@ -39,7 +40,7 @@ class Lock:
     """A lock that this process holds, or the lack of one.
 
     Args:
-        descriptor: the open and locked file or folder; None where there is no lock.
+        descriptor: the open and locked file or folder; None without a lock.
     """
 
     def __init__(self, descriptor: int | None) -> None:
@@ -54,20 +55,20 @@ class Lock:
         return self._descriptor is not None
 
     def phase(self, text: str) -> None:
-        """Writes for those that wait what the holder is doing."""
+        """Writes what the holder is doing, for the processes that wait."""
         if self._descriptor is None:
             return
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": self._since, "phase": text}
         data = json.dumps(holder).encode() + b"\n"
-        # A full disk must not stop the holder. One write over the old text, so that no reader finds the file empty.
+        # A full disk must not stop the holder. The old text is overwritten at once, so no reader finds the file empty.
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, data, 0)
             os.ftruncate(self._descriptor, len(data))
 
     def release(self, path: Path | None = None) -> None:
-        """Lets go, and first removes the lock file, so that lock files don't pile up.
+        """Removes the lock file, so that lock files don't pile up, and releases the lock.
 
-        Whoever already waits for the removed file finds out in _is_current, and opens the new one.
+        A process that waits for the removed file notices that in _is_current, and opens the new one.
         """
         if self._descriptor is not None:
             if path is not None and _is_current(self._descriptor, path):
@@ -108,18 +109,18 @@ def timeout_seconds() -> float:
 
 @contextlib.contextmanager
 def hold(path: Path, what: str, done: Callable[[], bool]) -> Iterator[Lock]:
-    """Holds the lock of a path, or goes on without it where that can't be.
+    """Holds the lock of a path, or goes on without it if it can't be had.
 
-    While another process has it, a line on stderr says every few seconds who that is. The wait ends when the holder
-    lets go or dies (the kernel releases a dead process's lock), when ``done`` says that its work is there, or after
-    $ONELAUNCH_LOCK_TIMEOUT seconds. In the last two cases, and where the lock file can't be opened, the block runs
-    without the lock (``held`` is False): its caller builds in a staging folder of its own, and the one that publishes
-    second takes the entry of the first.
+    While another process has it, a line on stderr names the holder every few seconds. The wait ends when the holder
+    releases the lock or dies (then the operating system releases it), when ``done`` returns True, or after
+    $ONELAUNCH_LOCK_TIMEOUT seconds. In the last two cases, and if the lock file can't be opened, the block runs without
+    the lock (``held`` is False). Then two processes may build, each in its own staging folder; the second to publish
+    takes the entry of the first.
 
     Args:
         path: the lock file; it is removed at the end.
-        what: what is waited for, as in "waiting for <what>".
-        done: whether there is no more reason to wait.
+        what: the end of the message "waiting for <what>".
+        done: returns True when there is no more reason to wait.
 
     Raises:
         StoreError: $ONELAUNCH_LOCK_TIMEOUT isn't a number of seconds.
@@ -167,7 +168,7 @@ def is_path_held(path: Path) -> bool:
 
 
 def remove_if_free(path: Path) -> bool:
-    """Removes a lock file that nobody holds, such as a killed process's; returns whether it did."""
+    """Removes a lock file that no process holds, such as a killed process's; returns whether it did."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -223,7 +224,7 @@ def _open(path: Path) -> int | None:
 
 
 def _is_current(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has its name."""
+    """Whether an open file is still the one at its path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError:
@@ -238,5 +239,5 @@ def _holder(descriptor: int) -> str:
             f"host {holder['host']}, pid {holder['pid']}, holds it since {clock} "
             f"({time.time() - float(holder['since']):.0f} s) and is {holder['phase']}"
         )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "its holder didn't say who it is"

@@ -1,4 +1,4 @@
-"""What an entry says about itself, and how it is verified: nothing of an entry is used that no sum covers."""
+"""An entry's manifest and its verification: no part of an entry is used unless a checksum covers it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from typing import Any
 from . import trust
 
 MANIFEST = "manifest.json"
-# Why an entry of schema 1 is set aside: its manifest has no sum.
+# The reason why an entry of schema 1 is set aside: its manifest has no checksum.
 EARLIER = "it was made by an earlier version"
-# A manifest has some kilobytes. The bound keeps a wrong file from filling the memory.
+# A manifest has a few kilobytes. The limit keeps a wrong file from filling the memory.
 MAX_MANIFEST_BYTES = 2**22
 KEY = re.compile("[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-_REQUIRED = {"key": str, "files": dict, "module_file": str, "source_file": str}
+# The types of facts, and of the values in lists and dictionaries; {} of anything.
+_REQUIRED = {"key": str, "symbol": str, "module": str, "module_file": str, "source_file": str, "files": dict}
 _OPTIONAL = {
-    "module": str,
-    "symbol": str,
     "archs": list,
     "config": dict,
     "edited": str,
@@ -32,6 +31,7 @@ _OPTIONAL = {
     "resources": dict,
     "requires": dict,
 }
+_INSIDE = {"files": dict, "archs": str, "compilers": str, "resources": dict, "requires": str}
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,18 @@ class Entry:
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:
-    """The key of a build: sha256 (hex) of all that its object is made of."""
+    """The key of a build: sha256 (hex) of its ingredients."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 def encode(facts: Mapping[str, Any]) -> bytes:
-    """The manifest's file: JSON in one form, with a sha256 of all the rest under "sum"."""
+    """The bytes of the manifest file: canonical JSON, with a sha256 of everything else under "sum"."""
     covered = _text(facts)
     return _text({**facts, "sum": hashlib.sha256(covered).hexdigest()})
 
 
 def decode(data: bytes, key: str) -> dict[str, Any]:
-    """The facts in a manifest's file, without the sum.
+    """The contents of a manifest file, without the sum.
 
     Raises:
         ValueError: it isn't the manifest of that key, byte for byte as encode wrote it.
@@ -117,16 +117,20 @@ def decode(data: bytes, key: str) -> dict[str, Any]:
 
 
 def check(facts: Mapping[str, Any], key: str) -> None:
-    """Checks that a manifest is complete and is a key's.
+    """Checks that a manifest is complete and belongs to a key.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: the message says what is wrong.
     """
     for name, kind in (_REQUIRED | _OPTIONAL).items():
         if name in _REQUIRED and name not in facts:
             raise ValueError(f"its manifest has no {name!r}")
         if name in facts and not isinstance(facts[name], kind):
             raise ValueError(f"{name!r} in its manifest is {type(facts[name]).__name__}; it must be {kind.__name__}")
+        inside = facts.get(name, ())
+        for value in inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list) else ():
+            if not isinstance(value, _INSIDE.get(name, object)):
+                raise ValueError(f"{value!r:.80} in its manifest's {name!r} must be {_INSIDE[name].__name__}")
     if facts["key"] != key:
         raise ValueError(f"it is the manifest of {facts['key']}")
     if "ingredients" in facts and key_of(facts["ingredients"]) != key:
@@ -134,7 +138,7 @@ def check(facts: Mapping[str, Any], key: str) -> None:
     for name, known in facts["files"].items():
         if not FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise ValueError(f"{name!r} isn't the name of a file in it")
-        if not isinstance(known, dict) or not {"size", "sha256"} <= set(known):
+        if not {"size", "sha256"} <= set(known):
             raise ValueError(f"its manifest has no size and sum of {name}")
     for role in ("module_file", "source_file"):
         if facts[role] not in facts["files"]:
@@ -153,7 +157,7 @@ def check_file(facts: Mapping[str, Any], name: str, data: bytes) -> None:
 
 
 def satisfies(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> bool:
-    """Whether a manifest says what is expected: each value equal, and of "archs" all that are expected among others."""
+    """Whether a manifest has the expected values. "archs" may have more than the expected ones."""
     wanted = json.loads(json.dumps(dict(expect)))  # tuples become lists, as in the manifest
     if not set(wanted.pop("archs", ())) <= set(facts.get("archs", ())):
         return False

@@ -1,4 +1,4 @@
-"""Loads a build's binding: what is loaded is byte for byte what was verified."""
+"""Loads a build's binding: exactly the bytes that were verified."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _count = itertools.count(1)
 
 
 class EntryChanged(StoreError):
-    """An entry was removed or exchanged after it was found. A new look finds, or builds, the present one."""
+    """An entry was removed or replaced after it was found. A new lookup finds, or builds, the current one."""
 
 
 def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> ModuleType:
@@ -29,15 +29,17 @@ def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> Modul
 
     Args:
         entry: as Store.find returned it.
-        expect: facts that the manifest must have, see manifest.satisfies; None is no check.
+        expect: values that the manifest must have, see manifest.satisfies; None checks nothing.
 
     Raises:
-        EntryChanged: it isn't any more what was found.
-        StoreError: the entry isn't what is expected, or this host can't run it.
+        EntryChanged: the entry changed after it was found.
+        StoreError: the entry isn't the expected one, or this host can't run it.
         OSError: the object can't be opened.
     """
     if expect is not None and not manifest.satisfies(entry.manifest, expect):
-        raise StoreError(f"The entry {entry.path} isn't the build that was requested. Remove it, and it is built anew.")
+        raise StoreError(
+            f"The entry {entry.path} isn't the build that was requested. Remove it, and it is built again."
+        )
     name = str(entry.manifest["module"])
     try:
         descriptor = entry.open(str(entry.manifest["module_file"]))
@@ -45,7 +47,7 @@ def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> Modul
         raise EntryChanged(f"The entry {entry.path} changed while it was loaded: {error}. Load it again.") from error
     try:
         origin = _unique_name(descriptor)
-        # The system has no /proc: the path is as good as the folders above it, which find has checked.
+        # Without /proc the path is used. find has checked the folders above it.
         origin = origin if os.path.exists(origin) else str(entry.module_path)
         loader = importlib.machinery.ExtensionFileLoader(name, origin)
         module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, loader, origin=origin))
@@ -66,9 +68,8 @@ def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> Modul
 def _unique_name(descriptor: int) -> str:
     """A path of an open file that this process hasn't used before.
 
-    Numbers of descriptors recur, and glibc and Python take a name that they have loaded before for the same object,
-    without a look at the file. So a counter is spelled into the path: "/." is a one, "/" a zero, and to the kernel
-    both are nothing.
+    Descriptor numbers recur, and glibc and Python don't look at the file again if they have loaded its name before. So
+    the path encodes a counter: "/." is a one and "/" a zero, both of which the kernel ignores.
     """
     count = f"{next(_count):b}".replace("0", "/").replace("1", "/.")
     return f"/proc/self/fd{count}/{descriptor}"

@@ -1,4 +1,4 @@
-"""Private folders of processes: named for who made them, locked while that process lives, swept when it is gone."""
+"""Private folders of processes: named after the process, locked while it lives, swept when it is gone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from . import files, lock, trust
 
-# Whether another host's process lives isn't known here: its folder is swept after this.
+# It is unknown whether a process on another host lives; its folder is swept after this time.
 ABANDONED_SECONDS = 24 * 3600.0
-# Where locks say nothing, a number that looks dead may belong to another container of the same host name.
+# Without locks, a process id that looks dead may belong to another container with the same host name.
 _UNKNOWN_SECONDS = 600.0
 _NAME = re.compile(r"(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{12}")
 FAILED_PREFIX = "onelaunch-failed-"
@@ -40,13 +40,13 @@ def make(parent: Path, prefix: str = "") -> tuple[Path, lock.Lock]:
 
 @contextlib.contextmanager
 def folder(parent: Path) -> Iterator[Path]:
-    """make, for a block; what is still there at its end is removed."""
+    """make() as a context manager; removes the folder at the end, if it is still there."""
     owner = os.getpid()
     path, held = make(parent)
     try:
         yield path
     finally:
-        # A child that was forked inside the block leaves its parent's folder alone.
+        # A child that was forked inside the block must not remove its parent's folder.
         if os.getpid() == owner:
             held.release()
             files.remove(path)
@@ -58,7 +58,7 @@ def sweep(parent: Path, prefix: str = "") -> list[Path]:
 
 
 def is_abandoned(path: Path, prefix: str = "") -> bool:
-    """Whether a path is a folder as make makes them, and its process is gone."""
+    """Whether a path is a folder that make() made, and its process is gone."""
     named = _NAME.fullmatch(path.name.removeprefix(prefix)) if path.name.startswith(prefix) else None
     if named is None or not files.is_folder(path):
         return False
@@ -78,16 +78,16 @@ def is_abandoned(path: Path, prefix: str = "") -> bool:
         os.close(descriptor)
     if held:
         return False
-    # A free lock is the sign of a dead owner, but for the moment between making the folder and locking it.
+    # A free lock means that the owner is dead, or hasn't locked its new folder yet.
     dead = not _is_alive(int(named["pid"]))
     return (dead and held is False) or ((dead or held is False) and age > _UNKNOWN_SECONDS)
 
 
 def failed_folder() -> Path:
-    """A private folder in $TMPDIR for the log of a failed build that the cache can't take.
+    """A private folder in $TMPDIR for the log of a failed build, if the cache can't be written.
 
-    It outlives the process, because its path is in the error. This user's folders of the kind that are older than a
-    day are removed.
+    It outlives the process, because the error message names it. This user's other folders of this kind are removed
+    after a day.
 
     Raises:
         OSError: it can't be made.

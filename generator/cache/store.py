@@ -1,20 +1,20 @@
-"""The cache on disk: finished builds by key, published whole or not at all, verified before they are used.
+"""The cache on disk: finished builds by key, published atomically, verified before use.
 
-Below the root, every name has the form that is given here, and only such names are ever removed:
+The layout below the root. Only names of these forms are ever removed:
 
 =====================================  ===============================================================================
 CACHEDIR.TAG                           made with the root, in an empty folder; without it nothing is removed
-entries/<key>/                         one build; complete when it is there, since it is renamed from staging/
-entries/<key>/manifest.json            facts about the build, sizes and sums of its files, and its own sum
-index/<name>.json                      small notes, which only save time (see read_note)
-locks/<key>.lock                       while a process builds that key
-staging/<host>.<pid>.<random>/         what a process builds or removes, locked while that process lives
+entries/<key>/                         one build; always complete, since it is renamed from staging/
+entries/<key>/manifest.json            details of the build, sizes and checksums of its files, its own checksum
+index/<name>.json                      notes that save time only (see read_note)
+locks/<key>.lock                       present while a process builds that key
+staging/<host>.<pid>.<random>/         a process's work in progress, locked while that process lives
 stamps/<key>                           when the entry was last used
 failed/<16 digits>/                    log, source and record of a build that failed
-damaged/<16 digits>.<random>/          what didn't verify
+damaged/<16 digits>.<random>/          entries that failed verification
 =====================================  ===============================================================================
 
-Who may write: this user and root, nobody else (trust.py), except with $ONELAUNCH_SHARED_CACHE=1.
+Who may write: only this user and root (trust.py), except with $ONELAUNCH_SHARED_CACHE=1.
 
 =====================================  ===============================================================================
 when                                   what is verified
@@ -27,10 +27,10 @@ module.import_entry                    the sum of the open object, which is then
 pack.unpack                            as find, of all entries, before one is put into the store
 =====================================  ===============================================================================
 
-Damage (a file that is missing or isn't what was published) is set aside once, with a warning, and built again. What
-can't be read is passed over where it lies. A part that can't be written costs nothing but its purpose: without locks/
-two processes may build the same, without stamps/ and index/ there are no stamps and notes, and what entries/ or
-staging/ can't take goes to the temporary store of tiers.py.
+A damaged entry (a file is missing, or isn't the one that was published) is set aside, with a warning, and built again.
+An unreadable entry is skipped. A folder that can't be written only loses its purpose: without locks/ two processes may
+build the same kernel, without stamps/ and index/ there are no stamps and notes, and builds that don't fit into entries/
+or staging/ go to the temporary store of tiers.py.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ OWN_NAMES = {
     "failed": re.compile("[0-9a-f]{16}"),
     "damaged": re.compile(r"[0-9a-f]{16}\.[0-9a-f]{8}"),
 }
-# Published beside the shared object, so that a person can read what was built and how.
+# Also published, beside the shared object, so that people can read what was built and how.
 KEPT_SUFFIXES = (".so", ".cu", ".cpp", ".ninja", ".log", ".json")
 # A stamp younger than this isn't renewed.
 STAMP_SECONDS = 3600.0
 # Network file systems may show another host's rename only after a while.
 _VISIBLE_AFTER_SECONDS = (0.02, 0.1, 0.5, 1.0)
-# An entry that was exchanged while it was read is read again, so often.
+# The number of times that an entry is read if it is replaced meanwhile.
 _LOOKS = 5
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _UNREADABLE = (errno.EACCES, errno.EPERM)
@@ -85,11 +85,11 @@ _warned: set[str] = set()
 
 
 class Store:
-    """One cache folder. Nothing is made on disk before something is built.
+    """One cache folder. It is made on disk by the first build.
 
     Args:
         root: the folder; None is $ONELAUNCH_CACHE_DIR, else $XDG_CACHE_HOME/onelaunch, else ~/.cache/onelaunch.
-        read_only: never write there, as in the folders of $ONELAUNCH_PREBUILT.
+        read_only: whether nothing may be written, as in the folders of $ONELAUNCH_PREBUILT.
     """
 
     def __init__(self, root: Path | None = None, *, read_only: bool = False) -> None:
@@ -109,16 +109,16 @@ class Store:
         return usable_path(self.place, self._source) if self.place else _default_root()
 
     def find(self, key: str, expect: Mapping[str, Any] | None = None) -> Entry | None:
-        """The verified entry of a key, or None. Damage is set aside, with a warning.
+        """The verified entry of a key, or None. A damaged entry is set aside, with a warning.
 
         Args:
             key: 64 hex digits.
-            expect: facts that its manifest must have, such as "config" and "archs" (see manifest.satisfies); an entry
-                without them is a miss.
+            expect: values that its manifest must have, such as "config" and "archs" (see manifest.satisfies); an entry
+                with others is a miss.
 
         Raises:
-            StoreError: somebody else could have written the entry.
-            OSError: this process lacks memory or descriptors, or the disk fails: that says nothing of the entry.
+            StoreError: another user could have written the entry.
+            OSError: this process lacks memory or descriptors, or the disk fails. The entry may be intact.
         """
         path = self.root / "entries" / key
         for _ in range(_LOOKS if KEY.fullmatch(key) else 0):
@@ -156,11 +156,11 @@ class Store:
         return None
 
     def stored_keys(self) -> list[str]:
-        """The keys of every entry, unverified."""
+        """The keys of all entries, which aren't verified."""
         return [path.name for path in self.listed("entries")]
 
     def entries(self) -> Iterator[Entry]:
-        """Every entry that verifies."""
+        """All entries that pass verification."""
         for key in self.stored_keys():
             entry = self.find(key)
             if entry is not None:
@@ -170,7 +170,7 @@ class Store:
         """Checks the root, every folder above it, and these below it.
 
         Raises:
-            StoreError: somebody else could have written there.
+            StoreError: another user could have written there.
             OSError: one is missing or can't be looked at.
         """
         trust.check_ancestors(self.root)
@@ -178,14 +178,14 @@ class Store:
             trust.check_owner(folder)
 
     def listed(self, name: str) -> list[Path]:
-        """What is in a folder of the root and has a name of the cache's own."""
+        """The paths in a folder of the root whose names have the cache's form."""
         return [path for path in files.children(self.root / name) if OWN_NAMES[name].fullmatch(path.name)]
 
     @property
     def is_marked(self) -> bool:
         """Whether the root has the cache's own CACHEDIR.TAG, without which nothing below it is removed.
 
-        Nor where somebody else could exchange the root.
+        Nor where another user could exchange the root.
         """
         try:
             self.check()
@@ -194,7 +194,7 @@ class Store:
             return False
 
     def folder(self, name: str) -> Path:
-        """A folder of the root, made with the root and its CACHEDIR.TAG if need be; errors as of trust.private."""
+        """A folder of the root. Makes it, the root and CACHEDIR.TAG if needed; errors as of trust.private."""
         trust.private(self.root)
         self._mark()
         return trust.private(self.root / name)
@@ -223,13 +223,13 @@ class Store:
         return staging.sweep(self.root / "staging") + free + [path for path in unfinished if files.remove(path)]
 
     def abandoned(self) -> list[Path]:
-        """What sweep would remove."""
+        """The paths that sweep() would remove."""
         free = [path for path in self.listed("locks") if not locks.is_path_held(path)]
         return [path for path in self.listed("staging") if staging.is_abandoned(path)] + free
 
     @contextlib.contextmanager
     def lock(self, key: str, what: str = "", done: Callable[[], bool] = lambda: False) -> Iterator[locks.Lock]:
-        """Held while a key is being built, so that processes that start at once build it once. See lock.hold."""
+        """Holds the lock of a key, so that processes that start at the same time build it once. See lock.hold."""
         try:
             path = self.folder("locks") / f"{key}.lock"
         except (OSError, StoreError):
@@ -239,17 +239,17 @@ class Store:
             yield held
 
     def publish(self, stage: Path, key: str, facts: Mapping[str, Any]) -> Entry:
-        """Moves a finished build into place in one step. If another process was first, its entry is taken.
+        """Moves a finished build into place atomically. If another process was first, returns that entry.
 
         Args:
-            stage: the folder that staging() gave, with the build in it.
+            stage: a folder from staging(), with the build in it.
             key: the build's key.
-            facts: the manifest's contents; needs module_file and source_file.
+            facts: the manifest's contents; needs symbol, module, module_file and source_file.
 
         Raises:
-            ValueError: the facts make no manifest of this key.
+            ValueError: ``facts`` isn't a valid manifest of this key.
             OSError: the disk is full, or can't be written.
-            StoreError: what was published can't be read back.
+            StoreError: the published entry can't be read back.
         """
         for path in files.children(stage):
             if files.is_folder(path):
@@ -271,12 +271,12 @@ class Store:
         return self._place(stage, key)
 
     def read_note(self, name: str) -> dict[str, Any] | None:
-        """What an earlier process noted under a name of up to 80 of [0-9a-z_-], or None.
+        """The note that an earlier process wrote under a name (up to 80 of [0-9a-z_-]), or None.
 
-        A note has no sum: whoever reads it checks what it leads to.
+        A note has no checksum, so the caller must check what it refers to.
 
         Raises:
-            StoreError: somebody else could have written it.
+            StoreError: another user could have written it.
         """
         path = self.root / "index" / f"{name}.json"
         try:
@@ -287,7 +287,7 @@ class Store:
         return noted if isinstance(noted, dict) else None
 
     def write_note(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Notes something for later processes. A failure to write it only costs them time."""
+        """Writes a note for later processes. Errors are ignored: without the note they only take longer."""
         if self.read_only:
             return
         with contextlib.suppress(OSError):
@@ -295,7 +295,7 @@ class Store:
             files.replace(path, json.dumps(dict(facts)), trust.new_file_mode())
 
     def stamp(self, key: str) -> None:
-        """Notes that an entry was used. Times of access are no help: most file systems are mounted without."""
+        """Records that an entry was used. Access times don't help: most file systems don't update them."""
         if self.read_only:
             return
         path = self.root / "stamps" / key
@@ -309,19 +309,19 @@ class Store:
             os.utime(path)
 
     def used(self, key: str) -> float:
-        """When an entry was last used, or published; 0.0 if neither is known."""
+        """The time when an entry was last used or, without a stamp, published; 0.0 if neither is known."""
         for path in (self.root / "stamps" / key, self.root / "entries" / key):
             with contextlib.suppress(OSError):
                 return path.lstat().st_mtime
         return 0.0
 
     def unusable(self, error: OSError) -> StoreError:
-        """The error for a file or folder of the cache that can't be made, written or read; it says what to do."""
+        """The StoreError for an OSError of the cache's files; its message says what to do."""
         if error.errno == errno.ENOSPC:
             hint = f"The disk is full: free some space, or set {CACHE_VARIABLE} to a folder on another disk."
         else:
             hint = f"Set {CACHE_VARIABLE} to a folder that this process may write."
-        # The error of a write names no file; the root is known by then.
+        # The OSError of a write names no file; the root is known by then.
         where = error.filename or self.__dict__.get("root", "folder")
         return StoreError(f"The kernel cache {where} can't be used: {error.strerror or error}. {hint}")
 
@@ -350,7 +350,7 @@ class Store:
         )
 
     def _mark(self) -> None:
-        """Writes CACHEDIR.TAG where the root holds nothing, or only folders of the cache's own names."""
+        """Writes CACHEDIR.TAG if the root is empty, or has only folders with the cache's names."""
         tag = self.root / TAG
         with contextlib.suppress(OSError):
             if not os.path.lexists(tag):
@@ -376,7 +376,7 @@ def usable_path(text: str, source: str = "") -> Path:
 
     Args:
         text: the path.
-        source: the variable that it comes from, in which ~ has been expanded; "" takes ~ as a name.
+        source: the variable that it comes from, in which ~ has been expanded; "" treats ~ as a name.
 
     Raises:
         StoreError: it can't be written as UTF-8, has a NUL in it, or begins with the ~ of an unknown user.
@@ -394,7 +394,7 @@ def usable_path(text: str, source: str = "") -> Path:
 
 
 def warn_once(text: str) -> None:
-    """A warning that a process gives once."""
+    """Gives a warning once per process."""
     if text not in _warned:
         _warned.add(text)
         warnings.warn(text, stacklevel=3)
@@ -413,7 +413,7 @@ def _default_root() -> Path:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open folder still has its path."""
+    """Whether an open folder is still the one at its path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError:

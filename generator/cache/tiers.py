@@ -1,10 +1,12 @@
-"""The stores that a build is looked for in, and the temporary one for what the user's cache can't take."""
+"""The stores that are searched for a build, and the temporary fallback store, if the user's cache can't be written."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import StoreError
@@ -16,8 +18,23 @@ from .trust import private
 
 _PREFIX = "onelaunch-"
 
-# The process that made the temporary store, the store, and the lock that keeps it from being swept.
+# The fallback store: the process that made it, the store, and the lock that keeps it from being swept.
 _fallback: tuple[int, Store, Lock] | None = None
+_may_fall_back = True
+
+
+@contextlib.contextmanager
+def outliving_this_process() -> Iterator[None]:
+    """Within it no build goes to a temporary store: StoreError says why the user's cache can't take it.
+
+    For commands whose only purpose is to fill the cache.
+    """
+    global _may_fall_back
+    _may_fall_back = False
+    try:
+        yield
+    finally:
+        _may_fall_back = True
 
 
 def prebuilt() -> list[Store]:
@@ -37,19 +54,19 @@ def prebuilt() -> list[Store]:
 
 
 def tiers(store: Store) -> list[Store]:
-    """Where a build is looked for, in order: prebuilt folders, the user's cache, this process's temporary store."""
+    """The stores to search, in order: prebuilt folders, the user's cache, this process's fallback store."""
     temporary = [_fallback[1]] if _fallback is not None and _fallback[0] == os.getpid() else []
     return [*prebuilt(), store, *temporary]
 
 
 def writable(store: Store, key: str = "") -> Store:
-    """The store, or a private temporary one where it can't take a build; with one warning a process.
+    """The store, or the fallback store if it can't be written; warns once per process.
 
     Args:
-        key: what will be built; an entry of it that is there and can't be read would be in the way.
+        key: the key that will be built. An existing entry that can't be read or replaced also needs the fallback store.
 
     Raises:
-        StoreError: somebody else could have written to the folder or its entries.
+        StoreError: another user could have written to the folder or its entries.
     """
     try:
         store.folder("entries")
@@ -70,12 +87,17 @@ def writable(store: Store, key: str = "") -> Store:
 def fallback(reason: str) -> Store:
     """A private temporary store, which is removed when this process ends.
 
-    Those of processes that were killed, or that forked and ended without clean-up, are removed first.
+    First removes the fallback stores of processes that ended without removing theirs.
 
     Args:
         reason: why it is needed, for the warning.
+
+    Raises:
+        StoreError: no folder for temporary files can be written, or the build is to outlive this process.
     """
     global _fallback
+    if not _may_fall_back:
+        raise StoreError(f"{reason}. Set {CACHE_VARIABLE} to a folder that this process may write and that has room.")
     if _fallback is None or _fallback[0] != os.getpid():
         try:
             parent = Path(tempfile.gettempdir()).absolute()
@@ -96,6 +118,6 @@ def fallback(reason: str) -> Store:
 
 
 def _remove(folder: Path, pid: int) -> None:
-    # A forked child runs this too, and the folder is its parent's.
+    # A forked child runs this too, but the folder belongs to its parent.
     if os.getpid() == pid:
         files.remove(folder)

@@ -1,7 +1,7 @@
-"""Who may write where. Code that is loaded from a cache runs as this user, so nobody else may have put it there.
+"""Checks of owners and modes. Code from a cache runs as this user, so no other user may be able to put it there.
 
 A path is trusted if every folder from / down to it belongs to this user or to root, and is not writable by anybody
-else; a folder with the sticky bit, such as /tmp, may be, because there nobody can rename what belongs to another.
+else; a folder with the sticky bit, such as /tmp, may be, because there users can't rename each other's files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ..errors import StoreError
 from ..variables import CACHE_VARIABLE, SHARED_VARIABLE
 
-# As many as the kernel follows.
+# The kernel's own limit.
 _MAX_LINKS = 40
 
 
@@ -45,7 +45,7 @@ def private(path: Path) -> Path:
     With $ONELAUNCH_SHARED_CACHE=1 the umask decides about the mode.
 
     Raises:
-        StoreError: somebody else could write there.
+        StoreError: another user could write there.
         OSError: it can't be made or written.
     """
     for folder in (*reversed(path.parents), path):
@@ -62,7 +62,7 @@ def check_ancestors(path: Path, place: Place = CACHE) -> None:
     """Checks every folder above an absolute path, and above what the links on the way lead to.
 
     Raises:
-        StoreError: somebody else could exchange one of them.
+        StoreError: another user could exchange one of them.
         OSError: one is missing or can't be looked at.
     """
     if shared():
@@ -118,7 +118,7 @@ def open_file(path: Path, folder: int | None = None, place: Place = CACHE) -> in
         place: what it belongs to.
 
     Raises:
-        StoreError: somebody else could have written it.
+        StoreError: another user could have written it.
         ValueError: it isn't a plain file.
         OSError: it can't be opened, or is a link.
     """

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.resources
+import shlex
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
 from ..spec.config import KernelConfig
+from ..spec.cpp import cpp, user_name
+from ..spec.declarations import written
+from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
 from ..spec.vectors import element, functions_of, locals_of
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 # By field, the function that computes a schedule in a block of its own.
 _SCHEDULERS = {"paged_mqa_schedule_metadata": "schedule_mqa", "flashmla_metadata": "schedule_flashmla"}
+_TYPES = {"int32": "std::int32_t", "int64": "std::int64_t", "bool": "bool"}
 _MEMBER_TYPES = {
     "int64": "std::int64_t ",
     "lengths": "const SeqLen* ",
@@ -32,6 +37,10 @@ _MEMBER_TYPES = {
     "table": "Table ",
     "violation": "Violation* ",
     "hashes": "std::uint64_t* ",
+    **{f"from_{dtype}": f"const std::{dtype}_t* " for dtype in ("int32", "int64")},
+    **{f"source_{dtype}": f"Source<std::{dtype}_t> " for dtype in ("int32", "int64")},
+    **{f"map_{dtype}": f"Map<std::{dtype}_t> " for dtype in ("int32", "int64")},
+    **{f"strided_{dtype}": f"Strided<{each}> " for dtype, each in _TYPES.items()},
 }
 
 
@@ -73,6 +82,11 @@ def render(config: KernelConfig) -> str:
     return _environment().get_template("kernel.cu.j2").render(_context(config))
 
 
+def render_template(name: str, values: dict[str, Any]) -> str:
+    """A template that isn't a kernel's."""
+    return _environment().get_template(name).render(values)
+
+
 def _context(config: KernelConfig) -> dict[str, Any]:
     files = device_files(config)
     return {
@@ -85,11 +99,14 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "roles": _roles(config),
         # Whether the kernel has the type Rows: it writes tables with rows, or vectors of rows.
         "has_rows": (bool(config.tables) and config.strategy != "indices")
+        or config.variable_rows
         or bool(config.row_vectors and not config.copies),
         "members": layout.members(config),
         "member_types": _MEMBER_TYPES,
         "violations": {v.constant: v.number for v in VIOLATIONS if config.checked and v.applies(config)},
         "max_sm_parts": MAX_SM_PARTS,
+        "user_name": user_name,
+        "number": lambda value: cpp(Number(value), "int64" if abs(value) >= 2**31 else "int32"),
     }
 
 
@@ -108,10 +125,13 @@ def device_files(config: KernelConfig) -> list[str]:
         "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
         "store": bool(config.vectors or config.schedules),
+        "store_once": any(config.once(name) for name in config.vectors),
+        "strided": bool(config.strided),
         "floor_div": pages or config.has_mqa_schedule or "floor_div" in functions_of(config),
         "floor_mod": "floor_mod" in functions_of(config),
         "ceil_div": "ceil_div" in functions_of(config),
         "wrapping": computes,
+        "look_up": bool(config.look_ups),
         "expanded_length": config.has_mqa_schedule,
         "mqa_schedule": config.has_mqa_schedule,
         "flashmla_schedule": "flashmla_metadata" in config.fields,
@@ -191,7 +211,9 @@ def _banner(config: KernelConfig) -> list[tuple[str, str]]:
     """The settings as (name, text) pairs for the banner."""
     shown = []
     for name, value in config.shown_settings().items():
-        if isinstance(value, dict):
+        if name == "declare":
+            value = "; ".join(f"{field} = {written(declaration)}" for field, declaration in config.declare)
+        elif isinstance(value, dict):
             value = ", ".join(f"{field}: {count}" for field, count in value.items()) or "all"
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
@@ -203,4 +225,4 @@ def _regenerate(config: KernelConfig) -> str:
     for name, known in PRESETS.items():
         if known == config:
             return f"onelaunch show {name}"
-    return f"onelaunch show --set {config.settings()}"
+    return f"onelaunch show --set {shlex.quote(config.settings())}"

@@ -1,4 +1,4 @@
-"""How two kernels differ."""
+"""Differences between two kernels."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from . import machine_code
 from .kernels import Subject
 from .views import table, view
 
-# The views that two kernels are compared by.
+# The views that can be compared.
 COMPARED = ("cuda", "ptx", "sass", "resources")
 
 
 def difference(one: Subject, other: Subject, what: str, context: int = 3) -> str:
     """A unified diff of one view of two kernels; "" if they don't differ.
 
-    What differs by name alone is made equal first: keys and symbols, in PTX the numbers of virtual registers and
-    labels, in SASS addresses and labels.
+    Names that always differ are made equal first: keys and symbols; in PTX numbers of virtual registers and labels; in
+    SASS addresses and labels.
 
     Args:
         what: one of COMPARED.

@@ -30,10 +30,10 @@ class Row:
     """One finding.
 
     Attributes:
-        name: what was looked at.
+        name: the thing that was examined.
         level: "ok"; "note", which prevents nothing; "fix", which prevents builds or runs.
-        value: what there is.
-        origin: where it came from, or what to do.
+        value: what was found.
+        origin: where it comes from, or what to do.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Row:
 
 
 def examine() -> list[Row]:
-    """Every finding, in the order in which to fix them. It compiles in a temporary folder, which takes seconds."""
+    """All findings, in the order in which to fix them. Compiles in a temporary folder, which takes seconds."""
     rows = [Row("Python", "ok", platform.python_version(), sys.executable or "embedded in another program")]
     # Imported here for start-up time: `onelaunch doctor --help` needs none of it.
     import torch

@@ -1,4 +1,4 @@
-"""Whether a configuration's kernel is built, where, and if not, how the nearest build differs."""
+"""Explains whether and where a configuration's kernel is built, and if not, how the nearest build differs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Explanation:
     Attributes:
         hit: the entry that would be loaded, or None.
         key: the build's key; "" if there is no compiler, whose version is part of it.
-        nearest: on a miss, the entry that differs least.
-        differs: on a miss, (what, in the nearest entry, wanted) for each difference.
+        nearest: on a miss, the entry with the fewest differences.
+        differs: on a miss, (name, value in the nearest entry, requested value) for each difference.
         failed: the error of an earlier build of this key, if it failed.
-        looked_in: the folders.
-        missing: why there is no key; "" if there is one.
+        looked_in: the folders that were searched.
+        missing: the reason why there is no key; "" if there is one.
     """
 
     hit: Entry | None
@@ -85,7 +85,7 @@ def explain(config: KernelConfig, archs: tuple[str, ...], store: Store | None = 
     nearest: tuple[Entry, tuple[tuple[str, str, str], ...]] | None = None
     for tier in tiers(store):
         for entry in tier.entries():
-            if "config" not in entry.manifest:  # a kernel of `onelaunch bench`
+            if not {"config", "ingredients"} <= set(entry.manifest):  # a kernel of `onelaunch bench`
                 continue
             known = _flat(entry.manifest["ingredients"])
             differs = _differences(known, wanted)

@@ -1,7 +1,7 @@
-"""Kernels seen from outside: what a preset, settings, a key or a path stands for.
+"""Finds the kernel that a preset, settings, a key or a path names.
 
-Nothing in this folder loads a kernel or writes to the cache. What is built is read from its entry; what isn't is
-compiled aside.
+Nothing in this folder loads a kernel or writes to the cache. A built kernel is read from its entry; any other is
+compiled in a temporary folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAX_SOURCE_BYTES = 16 * 2**20
 
 
 def fingerprint(config: KernelConfig) -> str:
-    """sha256 (hex) of the emitted source: what evidence of a run on a GPU is filed under."""
+    """sha256 (hex) of the emitted source; the evidence of GPU runs is stored under it."""
     return hashlib.sha256(render(config).encode()).hexdigest()
 
 
@@ -40,14 +40,14 @@ class Subject:
     """A kernel to look at.
 
     Attributes:
-        name: what it was called by.
+        name: the name that it was requested by.
         symbol: the stem of its exported names.
-        config: what it is specialized to; None where that isn't known.
-        edited: where its source was edited by hand: the file, or the entry's folder; None if it wasn't.
-        text: the source as it was read; None where the configuration says what it is.
-        requested: the GPU architectures that were named; None if none were.
+        config: its configuration; None if unknown.
+        edited: the hand-edited file, or the folder of its entry; None if it isn't edited.
+        text: the source as it was read; None if it follows from the configuration.
+        requested: the requested GPU architectures; None if none were.
         published: the entry of the cache that it was found by, if any.
-        store: where its build is looked for; None looks nowhere.
+        store: the store to search for its build; None searches nowhere.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Subject:
     published: Entry | None = None
     store: Store | None = None
 
-    # These are worked out when they are needed: rendering loads the templates' engine, and the others ask the GPU and
-    # the compilers, which takes seconds.
+    # These are computed when they are needed: rendering loads Jinja, and the others query the GPU and the compilers,
+    # which takes seconds.
     @cached_property
     def source(self) -> str:
-        """What is, or would be, compiled."""
+        """The source that is, or would be, compiled."""
         if self.text is not None:
             return self.text
         assert self.config is not None
@@ -119,7 +119,7 @@ def of_config(
 
 
 def of_entry(entry: Entry, name: str = "") -> Subject:
-    """What an entry of the cache was built from, whichever version of onelaunch built it."""
+    """The kernel of an entry of the cache, whichever version of onelaunch built it."""
     facts = entry.manifest
     try:
         config = KernelConfig.from_dict(facts["config"])
@@ -127,7 +127,7 @@ def of_entry(entry: Entry, name: str = "") -> Subject:
         config = None
     edited = loader.is_edited(facts)
     source = entry.source
-    # The CPU target's compiled file holds the binding as well.
+    # On the CPU target the compiled file also contains the binding.
     if config is not None and not edited and facts.get("ingredients", {}).get("source") == fingerprint(config):
         source = render(config)
     archs = tuple(str(arch) for arch in facts.get("archs", facts.get("resources", ())))
@@ -144,7 +144,9 @@ def of_file(path: Path, archs: Sequence[str] | None = None) -> Subject:
     """
     # A device, such as /dev/zero, may have no end.
     if path.exists() and (not path.is_file() or path.stat().st_size > _MAX_SOURCE_BYTES):
-        raise ConfigError(f"{path} isn't a kernel's source: it is no file, or larger than any source. Name a .cu file.")
+        raise ConfigError(
+            f"{path} isn't a kernel's source: it isn't a file, or is larger than any source. Name a .cu file."
+        )
     try:
         source = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -167,7 +169,7 @@ def find(
     archs: Sequence[str] | None = None,
     store: Store | None = None,
 ) -> Subject:
-    """The kernel that a preset's name, settings, the first digits of a key, or a path stand for.
+    """The kernel that a preset's name, settings, the first digits of a key, or a path name.
 
     Args:
         name: a preset; 4 or more digits of an entry's key; an entry's folder; or a file of emitted source. None is the

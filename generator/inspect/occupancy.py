@@ -1,4 +1,4 @@
-"""How many warps of a kernel a multiprocessor holds at once.
+"""The number of a kernel's warps that are resident on an SM.
 
 The limits are those of "Technical Specifications per Compute Capability" in the CUDA C++ programming guide; registers
 are allocated to a warp in units of 256, as in CUDA's occupancy calculator.
@@ -12,7 +12,7 @@ _REGISTERS = 65_536
 _UNIT = 256
 # What the driver takes of a block's shared memory, and the unit of allocation.
 _RESERVED, _SHARED_UNIT = 1024, 128
-# By compute capability: threads, blocks, and bytes of shared memory a multiprocessor.
+# By compute capability: threads, blocks, and bytes of shared memory per SM.
 _LIMITS = {
     80: (2048, 32, 164 * 1024),
     86: (1536, 16, 100 * 1024),
@@ -28,7 +28,7 @@ _LIMITS = {
 
 
 def of(arch: str, threads: int, registers: int, shared_bytes: int) -> float:
-    """The share of a multiprocessor's warps that resident blocks have, from 0 to 1.
+    """The share of an SM's warps that resident blocks have, from 0 to 1.
 
     Args:
         arch: such as "90a". One that isn't known has the limits of the nearest before it.

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from ..errors import ArgumentError
 from . import machine_code, occupancy
@@ -87,9 +88,9 @@ def _templates() -> jinja2.Environment:
 
 
 def _render(name: str, **values: Any) -> str:
-    style = jinja2.filters.Markup(_templates().get_template("style.css").render())
+    style = Markup(_templates().get_template("style.css").render())
     if "table" in values:
-        values["table"] = jinja2.filters.Markup(values["table"])
+        values["table"] = Markup(values["table"])
     return _templates().get_template(f"{name}.html.j2").render(style=style, **values)
 
 

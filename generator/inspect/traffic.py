@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from ..errors import ArgumentError
 from ..spec.config import KernelConfig
-from ..spec.fields import FIELDS
 
-_BYTES = {"int32": 4, "int64": 8}
+_BYTES = {"int32": 4, "int64": 8, "bool": 1}
 
 
 # Multiprocessors of an H100, the default where a schedule's size depends on the device.
@@ -123,8 +122,10 @@ def traffic(
     written = []
     read = 0
     for name in config.fields:
-        field, tensors = FIELDS[name], config.destinations(name)
+        field, tensors = config.field(name), config.destinations(name)
         count = total if field.per == "row" else requests
+        if field.own_rows is not None:
+            count = requests * field.own_rows
         shape: tuple[float, ...]
         if field.kind in ("table", "indices"):
             # What backends of different lengths share is written as far as the longest reaches.

@@ -1,4 +1,4 @@
-"""What `onelaunch show` prints of a kernel: source, machine code, binding, commands, key."""
+"""The views of a kernel that `onelaunch show` prints: source, machine code, binding, commands, key."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ VIEWS = ("cuda", "ptx", "sass", "resources", "binding", "command", "key")
 
 
 def view(kernel: Subject, what: str, annotate: bool = False) -> str:
-    """What `onelaunch show` prints.
+    """A view, as `onelaunch show` prints it.
 
     Args:
         what: one of VIEWS.
-        annotate: with the source line that each instruction of PTX or SASS comes from.
+        annotate: whether to add the source line of each instruction of PTX or SASS.
 
     Raises:
         ArgumentError: the kernel has no such view.
-        ToolchainError: a program that it takes is missing.
+        ToolchainError: a program that it needs is missing.
     """
     if annotate and what not in ("ptx", "sass"):
         raise ArgumentError(f"--annotate is for ptx and sass; {what} has no instructions.")
@@ -44,7 +44,7 @@ def view(kernel: Subject, what: str, annotate: bool = False) -> str:
 
 
 def facts(kernel: Subject, what: str) -> dict[str, Any]:
-    """What `onelaunch show --what resources`, `command` or `key` prints, as JSON values."""
+    """The views "resources", "command" and "key", as JSON values."""
     if what == "resources":
         return _marked(kernel, dict(machine_code.resources(kernel)))
     if what == "command":
@@ -53,7 +53,7 @@ def facts(kernel: Subject, what: str) -> dict[str, Any]:
 
 
 def table(values: Mapping[str, Any], indent: str = "") -> str:
-    """Values as lines ``name  value``, nested ones indented."""
+    """Values as lines ``name  value``; nested ones are indented."""
     width = max((len(name) for name, value in values.items() if not isinstance(value, dict)), default=0)
     lines = []
     for name, value in values.items():

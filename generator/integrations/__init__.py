@@ -1,6 +1,6 @@
-"""Engines: helpers that find the tensors to refresh in an engine's own objects, by attribute names alone.
+"""Engines: helpers that find the tensors to refresh in an engine's objects, by attribute names only.
 
-No engine is imported. The docstring of each module shows the lines that put onelaunch into its engine:
+They import no engine. The docstring of each module shows the lines that put onelaunch into its engine:
 
 * ``sglang``: DSA (formerly NSA), FA3, TRTLLM-MHA, FlashMLA and TRTLLM-MLA.
 * ``vllm``: the decode metadata of the sparse indexer.

@@ -24,7 +24,7 @@ def read(label: str, owner: Any, names: Sequence[str], advice: str, default: Any
         owner: the object.
         names: names of the attribute in different versions of the engine.
         advice: the end of the message: what to do.
-        default: the value for an object that has none of the attributes; without a default that is an error.
+        default: the value if the object has none of the attributes; without a default that is an error.
 
     Raises:
         ArgumentError: the object has none of the attributes, and there is no default.

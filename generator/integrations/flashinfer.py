@@ -1,8 +1,9 @@
 """FlashInfer: kv_indptr and kv_indices of several draft steps or wrappers, refreshed by one launch.
 
 For pages of one token, as SGLang has them: kv_indices are rows of the KV cache, request after request. In SGLang,
-attach a multi-step draft backend of FlashInfer or FlashInfer MLA with ``onelaunch.integrations.sglang.attach``. SGLang
-keeps both lists for all captured batch sizes in two tensors with a row for each step, so one plan serves them all.
+attach a multi-step draft backend of FlashInfer, FlashInfer-MLA or Triton with ``onelaunch.integrations.sglang.attach``.
+SGLang keeps both lists for all captured batch sizes in two tensors with a row for each step, so one plan serves them
+all.
 
 Without SGLang, for wrappers that were made with ``use_cuda_graph=True``. The lengths of draft steps differ; for other
 wrappers omit seqlen_offsets::
@@ -15,10 +16,10 @@ wrappers omit seqlen_offsets::
     # each round, before the replay
     plan.run(seq_lens, req_pool_indices)
 
-FlashInfer's own planning on the host (``plan``, or SGLang's ``fast_decode_plan``) must still be called, with the same
-tensors; it doesn't copy them then. kv_last_page_len is 1 everywhere and never changes. The MLA wrapper's
+FlashInfer's planning on the host (``plan``, or SGLang's ``fast_decode_plan``) must still be called, with the same
+tensors, which it then doesn't copy. kv_last_page_len is 1 everywhere and never changes. The MLA wrapper's
 ``_kv_len_arr_buf`` isn't refreshed. Pages of several tokens are refused, and so are draft trees (a topk above 1), which
-have a list of tokens for each branch, and int64 kv_indices, as Triton's draft backend has them.
+have a list of tokens for each branch.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: 
     """Binds the steps of one of SGLang's multi-step draft backends, or a list of wrappers.
 
     Args:
-        backend: a multi-step backend with attn_backends, and kv_indptr [steps, max_bs + 1] and cuda_graph_kv_indices
-            [steps, capacity], of whose rows the first len(attn_backends) are refreshed; or a list of wrappers.
+        backend: a multi-step backend with attn_backends, kv_indptr [steps, max_bs + 1] and cuda_graph_kv_indices
+            [steps, capacity], whose first len(attn_backends) rows are refreshed; or a list of wrappers.
         req_to_token: int32 or int64 [pool rows, W]; None is the multi-step backend's own.
         settings: arguments of onelaunch.bind, such as seq_lens_dtype. Unless given, seqlen_offsets are 1, 2, ... for a
             multi-step backend, and none for wrappers.
@@ -92,7 +93,7 @@ def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: 
     if has(backend, ("attn_backends",)):
         buffers = _steps(backend)
         if req_to_token is None:
-            req_to_token = _pool(backend)
+            req_to_token = pool_of(backend)
         given.setdefault("seqlen_offsets", range(1, len(buffers) + 1))
     elif isinstance(backend, Sequence) and not isinstance(backend, str):
         buffers = [buffers_from(wrapper) for wrapper in backend]
@@ -134,12 +135,16 @@ def _steps(backend: Any) -> list[MetadataBuffers]:
     return [MetadataBuffers(**{field: tensor[step] for field, tensor in rows.items()}) for step in range(count)]
 
 
-def _pool(backend: Any) -> Tensor:
-    """req_to_token of the backend's pool, or of its first child."""
-    pool = getattr(backend, "req_to_token_pool", None)
-    if pool is None and backend.attn_backends:
-        pool = backend.attn_backends[0]
-    found: Tensor | None = read("the backend's pool", pool, ("req_to_token",), "Pass req_to_token=.")
+def pool_of(backend: Any) -> Tensor:
+    """req_to_token of an SGLang backend's pool, of its first child, or its own.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    owner = getattr(backend, "req_to_token_pool", None)
+    if owner is None:
+        owner = next(iter(getattr(backend, "attn_backends", None) or [backend]))
+    found: Tensor | None = read("the backend's pool", owner, ("req_to_token",), "Pass req_to_token=.")
     if found is None:
         raise ArgumentError("the backend's req_to_token is None. Pass req_to_token=.")
     return found

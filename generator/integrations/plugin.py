@@ -1,10 +1,10 @@
 """The entry point in ``sglang.srt.plugins``: an unmodified SGLang attaches onelaunch to the backends that it makes.
 
-SGLang calls ``install`` in each of its processes wherever onelaunch is installed. It does nothing unless it is asked:
-with ``ONELAUNCH_SGLANG=1``, or with the name onelaunch in ``SGLANG_PLUGINS``. It never raises. Each backend gets a line
-in the log: what one launch refreshes and what stays the engine's, or why the backend isn't served.
+If onelaunch is installed, SGLang calls ``install`` in each of its processes. It does nothing unless
+``ONELAUNCH_SGLANG`` is 1 or ``SGLANG_PLUGINS`` contains the name onelaunch. It never raises. The log gets one line per
+backend: what one launch refreshes and what the engine still does, or why the backend isn't served.
 
-Until it is asked it imports the standard library alone.
+Unless it is requested, it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 
 
 def asked() -> bool:
-    """Whether the environment asks for it. ``ONELAUNCH_SGLANG=0`` overrides ``SGLANG_PLUGINS``."""
+    """Whether the environment requests it. ``ONELAUNCH_SGLANG=0`` overrides ``SGLANG_PLUGINS``."""
     if SGLANG_VARIABLE.read():
         return SGLANG_VARIABLE.is_on()
     return NAME in [name.strip() for name in os.environ.get(SELECTED_VARIABLE, "").split(",")]
 
 
 def install() -> None:
-    """Registers hooks where SGLang makes backends, if it is asked to."""
+    """Registers hooks where SGLang makes backends, if the environment requests it."""
     if not asked():
         return
     try:
@@ -64,7 +64,7 @@ def _attach(backend: Any) -> None:
     if backend is None:
         return
     try:
-        # Not at the top of the file: what isn't asked for imports no torch.
+        # Not at the top of the file: without a request no torch is imported.
         from .sglang import attach
 
         attach(backend)  # logs what it did

@@ -1,4 +1,4 @@
-"""What onelaunch doesn't serve, by the attribute that reveals it. A plain gather would be wrong there, silently."""
+"""Configurations that onelaunch doesn't serve, by the attribute that shows them: a gather would be silently wrong."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def _context_parallel(backend: Any) -> bool:
 
 
 def refusal(backend: Any, *, partly: bool = False) -> str:
-    """Why a backend isn't served: the attribute and what it means; "" if nothing is in the way.
+    """The reason why a backend isn't served: the attribute and its meaning; "" if it is served.
 
     Args:
         backend: a multi-step backend with ``attn_backends``, or a single backend.
-        partly: whether it is enough that what onelaunch refreshes is right, though the backend has more.
+        partly: whether to accept a backend with tensors that onelaunch doesn't refresh.
     """
     owners = [backend, *(getattr(backend, "attn_backends", None) or ())]
     for path, shows, reason, wrong in _REFUSED:
@@ -86,7 +86,7 @@ def refusal(backend: Any, *, partly: bool = False) -> str:
 
 
 def batch_refusal(forward_batch: Any) -> str:
-    """Why a batch isn't served although its backend is; "" if nothing is in the way."""
+    """The reason why a batch isn't served although its backend is; "" if it is."""
     if getattr(forward_batch, "encoder_lens", None) is not None:
         return "forward_batch.encoder_lens is set: encoder tokens lie before a request's own"
     spec_info = getattr(forward_batch, "spec_info", None)
@@ -96,10 +96,10 @@ def batch_refusal(forward_batch: Any) -> str:
 
 
 def wide_table_refusal(backend: Any) -> str:
-    """Why DSA's page_table_1 must be refreshed: something reads it; "" if nothing that an attribute shows does.
+    """The reason why DSA's page_table_1 must be refreshed: what reads it; "" if no attribute shows a reader.
 
-    It has the conditions under which SGLang itself drops the table without speculation. With them attention reads the
-    indices that the fused top-k makes, and top-k and indexer read real_page_table.
+    The conditions are those under which SGLang itself, without speculation, has no such table: then attention reads the
+    indices of the fused top-k, and top-k and indexer read real_page_table.
     """
     for child in getattr(backend, "attn_backends", None) or [backend]:
         topk = getattr(child, "dsa_index_topk", None)
@@ -117,6 +117,6 @@ def wide_table_refusal(backend: Any) -> str:
             return "hisparse_coordinator is set: HiSparse reads it"
         if (getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)) == 1:
             return "pages have one token: it is the only table"
-        if getattr(child, "need_pad_heads", None) is not None:  # set on AMD GPUs alone
+        if getattr(child, "need_pad_heads", None) is not None:  # set on AMD GPUs only
             return "the indexer of AMD GPUs reads it"
     return ""

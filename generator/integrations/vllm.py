@@ -1,87 +1,159 @@
-"""vLLM: the decode metadata of the sparse indexer, refreshed by one launch.
+"""vLLM: the decode tensors of the sparse indexer, refreshed by one launch.
 
-It has next_n rows for each request, with lengths max(s - next_n + j + 1, 0) and a request's row of the block table in
-each of them. vLLM's block table has a column for each block, and a batch's requests are its first rows. So the block
-table itself is the source, and a request's row in it is its place in the batch::
+Held against vLLM 0.33.0's own DeepseekV32IndexerMetadataBuilder (`make engines ENGINE=vllm`). Where a runner keeps a
+metadata object that a CUDA graph has captured, one launch writes into it what ``build`` would::
 
     from onelaunch.integrations import vllm
 
-    # once, for objects that a CUDA graph reads
-    plan = vllm.bind_backends([indexer_metadata], block_table, next_n=next_n)
-    rows = torch.arange(block_table.shape[0], device=block_table.device)
+    # once, for the metadata that was captured
+    plan = vllm.bind_backends(builder, indexer_metadata, schedule=True)
+    rows = torch.arange(seq_lens.shape[0], device=seq_lens.device)
 
-    # each round, before the replay
+    # each round, before the replay, with as many requests as were captured
     plan.run(seq_lens[:num_reqs], rows[:num_reqs])
 
-Rows beyond the batch, which vLLM zeroes, are left as they are. Slot mappings, positions and schedules stay vLLM's. Its
-draft steps advance one object in place, so a launch for all of them has nothing to write.
+What that can gain is little, and depends on how the builder passes a request's next_n tokens to the kernel:
+
+* One token a request: lengths and block table are the runner's own. A launch makes the schedule, in place of two.
+* Native (next_n of 2 or 4 on Hopper): the block table is the runner's own. Five launches for the lengths, [bs, next_n],
+  and two for the schedule become one.
+* Flattened to a row for each token (other next_n, or adaptive verification): vLLM has one Triton kernel and a fill for
+  lengths and table, and two launches for the schedule. They become one.
+* Varlen (SM100): refused, because one Triton kernel of vLLM's writes all of it already.
+
+What it can't gain: an unmodified vLLM calls ``build`` in each step, which does all of this itself, so that calling the
+plan too only adds a launch. The metadata object, the split into decodes and prefills, slot mappings, and what follows
+from the requests' numbers of tokens alone (decode_lens, per_req_decode_lens) stay vLLM's, and keep what its last
+``build`` wrote. Draft steps have one object, which advances in place in their graph, so a launch for all N steps has
+nothing to write to.
+
+Rows of requests beyond the batch come out as vLLM writes them, zeros, because the runner's own lengths and block table
+are zero there: run the plan for all requests that were captured. (Of a flattened block table vLLM zeroes the first
+column there, and the plan every column.) Where requests have different numbers of tokens, rows beyond the last
+request's are left as they are, which vLLM zeroes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..run.checks import check_int
 from ..run.plan import Plan, bind
 from ..spec.fields import MetadataBuffers
-from ..spec.parts import MAX_NEXT_N
-from .attributes import has, read
+from .attributes import read
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
-
-def buffers_from(metadata: Any) -> MetadataBuffers:
-    """The tensors of one of the sparse indexer's metadata objects.
-
-    Args:
-        metadata: an object with seq_lens ([R] or [bs, next_n]) and a block table with a row for each of them, or with
-            such an object as ``decode``.
-
-    Raises:
-        ArgumentError: an attribute is missing, or there is no decode part.
-    """
-    if has(metadata, ("decode",)):
-        metadata = metadata.decode
-        if metadata is None:
-            raise ArgumentError(
-                "metadata.decode is None: the batch has no decode requests, so there is nothing to refresh. Bind the "
-                "metadata that was captured."
-            )
-    seq_lens = read("metadata", metadata, ("seq_lens",), _ADVICE)
-    table = read("metadata", metadata, ("block_table_tensor", "block_table", "block_tables"), _ADVICE)
-    if isinstance(seq_lens, Tensor) and seq_lens.dim() == 2:
-        if not seq_lens.is_contiguous():
-            raise ArgumentError(
-                f"metadata.seq_lens has shape {tuple(seq_lens.shape)} and strides {seq_lens.stride()}; it must be "
-                "contiguous."
-            )
-        seq_lens = seq_lens.view(-1)
-    return MetadataBuffers(seqlens_expanded=seq_lens, page_indices=table)
+# The builder's attribute, the value that is served, and what another one means.
+_SERVED = (
+    ("dcp_world_size", 1, "a rank of decode context parallelism has some of the tokens only"),
+    ("use_pcp", False, "prefill context parallelism gathers the ranks' tokens"),
+    ("compress_ratio", 1, "lengths count compressed states"),
+    ("supports_varlen", False, "one kernel of vLLM's writes all of it already (SM100)"),
+)
 
 
-def bind_backends(metadata: Sequence[Any], block_table: Tensor, *, next_n: int, **settings: Any) -> Plan:
-    """Binds the sparse indexer's metadata objects, as draft_extend with pages of one block.
+def bind_backends(builder: Any, metadata: Any, *, schedule: bool = False, **settings: Any) -> Plan:
+    """Binds what a launch can refresh of the sparse indexer's decode metadata.
+
+    A tensor that is the runner's own (see above) is left out. The block table has a column for each block, and its
+    first rows are the batch's. So it is the plan's req_to_token, and a request's row is its place in the batch.
 
     Args:
-        metadata: the objects, see buffers_from.
-        block_table: int32 [requests, blocks], the source.
-        next_n: rows of each request, 1 or more.
-        settings: arguments of onelaunch.bind; seq_lens_dtype is torch.int32 if not given.
+        builder: the DeepseekV32IndexerMetadataBuilder that made the metadata.
+        metadata: its DeepseekV32IndexerMetadata.
+        schedule: whether to refresh decode.schedule_metadata, DeepGEMM's, too.
+        settings: arguments of onelaunch.bind. extent is "full" and seq_lens_dtype torch.int32 if not given.
 
     Returns:
-        A plan; run() takes the lengths, and for each request its row in the block table.
+        A plan. run() takes the lengths, int32 [requests], and for each request its row in the block table; also
+        per_req_decode_lens, int32, where requests had different numbers of tokens and were flattened.
 
     Raises:
-        ArgumentError: see buffers_from and onelaunch.bind.
+        ArgumentError: an attribute is missing; the builder has what isn't served; there is nothing to refresh; and see
+            onelaunch.bind.
     """
-    check_int("next_n", next_n, 1, MAX_NEXT_N)
-    given = {"extent": "full", "seq_lens_dtype": torch.int32, "page_size": 1, **settings}
-    if not isinstance(metadata, Sequence):
-        raise ArgumentError(f"metadata is a {type(metadata).__name__}; it must be a list of the indexer's objects.")
-    buffers = [buffers_from(m) for m in metadata]
-    return bind(buffers, req_to_token=block_table, mode="draft_extend", next_n=next_n, **given)
+    for name, served, meaning in _SERVED:
+        value = read("builder", builder, (name,), _ADVICE)
+        if value != served:
+            raise ArgumentError(f"builder.{name} is {value}: {meaning}. Leave this batch to vLLM.")
+    decode = read("metadata", metadata, ("decode",), _ADVICE)
+    if decode is None:
+        raise ArgumentError(
+            "metadata.decode is None: the batch has no decode requests, so there is nothing to refresh. Bind the "
+            "metadata that was captured."
+        )
+    seq_lens, table = (_tensor("metadata", metadata, name) for name in ("seq_lens", "block_table"))
+    rows, expanded = (_tensor("metadata.decode", decode, name) for name in ("seq_lens", "block_table"))
+    facts: dict[str, Any] = {
+        "extent": "full",
+        "page_size": 1,
+        "mode": "draft_extend",
+        "seq_lens_dtype": torch.int32,
+        **_rows_of_requests(decode, rows),
+    }
+    if schedule:
+        facts |= _schedule_facts(rows, facts)
+    buffers = MetadataBuffers(
+        seqlens_expanded=None if _is_view(rows, seq_lens) else _flat(rows),
+        page_indices=None if _is_view(expanded, table) else expanded,
+        paged_mqa_schedule_metadata=_tensor("metadata.decode", decode, "schedule_metadata") if schedule else None,
+    )
+    if not any(buffers.items()):
+        raise ArgumentError(
+            "metadata.decode's lengths and block table are the runner's own, as where requests have one token, so "
+            "there is nothing to refresh. schedule=True binds DeepGEMM's schedule."
+        )
+    return bind([buffers], req_to_token=table, **{**facts, **settings})
+
+
+def _rows_of_requests(decode: Any, rows: Tensor) -> dict[str, Any]:
+    """How many rows requests have, as arguments of bind()."""
+    if rows.dim() != 2:
+        raise ArgumentError(f"metadata.decode.seq_lens has shape {tuple(rows.shape)}; it must be [bs, n] or [rows, 1].")
+    if rows.shape[1] > 1:  # native, where shorter requests have as many rows
+        return {"next_n": rows.shape[1]}
+    if read("metadata.decode", decode, ("decode_is_uniform",), _ADVICE):
+        return {"next_n": read("metadata.decode", decode, ("write_max_decode_len",), _ADVICE)}
+    return {"extend": "variable", "extend_seq_lens_dtype": torch.int32}
+
+
+def _schedule_facts(rows: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
+    """DeepGEMM's convention, as arguments of bind(): on SM90 all tokens of a request are one query atom in vLLM."""
+    if "extend" in facts:
+        raise ArgumentError(
+            "schedule is True and requests have different numbers of tokens; onelaunch schedules rows of requests that "
+            "have equally many. Pass schedule=False."
+        )
+    if rows.shape[1] == 1:
+        return {"schedule_per": "row"}
+    if rows.device.type == "cuda" and torch.cuda.get_device_capability(rows.device)[0] != 9:  # pragma: gpu
+        raise ArgumentError(
+            f"schedule is True and requests have {rows.shape[1]} tokens on {rows.device}, which isn't of SM90; only "
+            "DeepGEMM knows how many atoms they are there. Pass schedule=False."
+        )
+    return {"schedule_atoms": 1}
+
+
+def _tensor(label: str, owner: Any, name: str) -> Tensor:
+    value = read(label, owner, (name,), _ADVICE)
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"{label}.{name} is a {type(value).__name__}; it must be a torch.Tensor. {_ADVICE}")
+    return value
+
+
+def _is_view(tensor: Tensor, of: Tensor) -> bool:
+    """Whether the tensor is memory of another one, whose values it then has without a refresh."""
+    return tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
+def _flat(rows: Tensor) -> Tensor:
+    if not rows.is_contiguous():
+        raise ArgumentError(
+            f"metadata.decode.seq_lens has shape {tuple(rows.shape)} and strides {rows.stride()}; it must be "
+            "contiguous."
+        )
+    return rows.view(-1)

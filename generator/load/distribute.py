@@ -1,4 +1,4 @@
-"""One rank builds, all ranks have it: packed kernels travel through torch.distributed, with no shared file system."""
+"""One rank builds for all ranks: packed kernels are sent through torch.distributed, without a shared file system."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..errors import ArgumentError, CompileError, OnelaunchError, StoreError
 from ..spec.config import KernelConfig
 from . import loader, pack
 
-# While a rank builds, all meet in a collective this often, so that none waits in one until the group's time-out.
+# While a rank builds, all ranks call a collective this often, so that none waits in one until the group's time-out.
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.02, 1.0
-# Who comes this much later than the others to one of those collectives is taken for gone.
+# A rank that comes this much later than the others to such a collective counts as gone.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -30,7 +30,7 @@ def distribute(
     archs: Sequence[str] | None = None,
     store: Store | None = None,
 ) -> list[loader.Kernel]:
-    """Builds configurations once for a whole job: each architecture's first rank builds, and sends to the others.
+    """Builds configurations once for a whole job: the first rank of each architecture builds and sends to the others.
 
     Every rank of the group calls this with equal ``configs``; the first one waits for the last one as long as the
     group's own time-out says. From then on they talk through gloo, on their CPUs. If one rank fails, all raise the same
@@ -38,7 +38,7 @@ def distribute(
     killed, or doesn't answer for a minute, all others raise an error that says so.
 
     Args:
-        configs: what to build or load.
+        configs: the configurations to build or load.
         group: a torch.distributed process group; None is the default one.
         archs: this rank's GPU architectures; None is that of its current CUDA device.
         store: this rank's cache; None is the user's.
@@ -50,7 +50,7 @@ def distribute(
         ArgumentError: torch.distributed isn't initialized, or this process isn't in the group.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load; the message names the rank.
     """
-    import torch.distributed as dist  # with torch, which takes a second
+    import torch.distributed as dist  # not at the top: it imports torch, which takes a second
 
     if not dist.is_available() or not dist.is_initialized():
         raise ArgumentError("torch.distributed isn't initialized: call init_process_group before distribute().")
@@ -82,7 +82,7 @@ def _distribute(
                 f"Rank {other} calls distribute() with other configurations than rank 0; give all ranks the same list."
             )
     targets = tuple(flag.rpartition("sm_")[2] for flag in requests[rank][1])
-    # The CPU's kernels are the same for all; those of a GPU for all ranks of one architecture.
+    # CPU kernels are the same for all ranks; GPU kernels for all ranks with the same architectures.
     leaders = list(dict.fromkeys(_leader(requests, other) for other in range(ranks.size)))
 
     def build() -> bytes:
@@ -110,18 +110,18 @@ def _distribute(
 
 
 class _Work:
-    """A call, and how it ended.
+    """A call and its outcome.
 
     Args:
-        call: what to do.
-        in_thread: do it beside this thread. (A thread has a current CUDA device of its own.)
+        call: the function.
+        in_thread: whether to run it in another thread. (Each thread has its own current CUDA device.)
     """
 
     def __init__(self, call: Callable[[], Any], in_thread: bool = False) -> None:
         self.result: Any = None
         self.error: BaseException | None = None
         self._call = call
-        # A daemon: a process that is interrupted doesn't wait for its build.
+        # A daemon, so that an interrupted process doesn't wait for its build.
         self._thread = threading.Thread(target=self._run, daemon=True) if in_thread else None
         if self._thread is None:
             self._run()
@@ -129,7 +129,7 @@ class _Work:
             self._thread.start()
 
     def ended(self, seconds: float) -> bool:
-        """Whether it ended, within that time from now; an interrupt of the wait is its end."""
+        """Waits up to that time; returns whether it ended. An interrupted wait counts as its end."""
         try:
             if self._thread is not None and self.error is None:
                 self._thread.join(seconds)
@@ -141,7 +141,7 @@ class _Work:
     def _run(self) -> None:
         try:
             self.result = self._call()
-        except BaseException as error:  # the other ranks must get it, whatever it is, instead of waiting
+        except BaseException as error:  # of any kind: the other ranks must not wait for this one
             self.error = error
 
 
@@ -224,7 +224,7 @@ class _Ranks:
         try:
             yield
         except BaseException as error:
-            # The last reference: connections are closed, and whoever waits for this rank hears of it at once.
+            # The last reference: connections are closed, and the ranks that wait for this one notice at once.
             self._gloo = None
             if not isinstance(error, RuntimeError):
                 raise

@@ -1,4 +1,4 @@
-"""Where the build of a configuration is: by a note of an earlier process, which costs no rendering, or by its key."""
+"""Finds the build of a configuration: by an earlier process's note, which needs no rendering, or by its key."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..emit import override
 from ..errors import ToolchainError
 from ..spec.config import KernelConfig
 
-# Folders of the package that decide which source a configuration becomes, and how it is compiled.
+# The folders of the package that determine a configuration's source, and how it is compiled.
 _ROOMS = ("spec", "emit", "build")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A configuration that somebody wants.
+    """A request for the kernel of a configuration.
 
     Attributes:
         config: the configuration.
@@ -40,16 +40,16 @@ class Request:
 
     @classmethod
     def of(cls, config: KernelConfig, archs: tuple[str, ...]) -> Request:
-        """Looks for an edit.
+        """A request with the hand-edited source, if there is one.
 
         Raises:
-            StoreError: $ONELAUNCH_OVERRIDE_DIR can't be read, or somebody else could have written there.
+            StoreError: $ONELAUNCH_OVERRIDE_DIR can't be read, or another user could have written there.
         """
         return cls(config, archs, override.edited(config))
 
     @property
     def digest(self) -> str:
-        """64 hex digits, the name of its note. The package's own files stand for the source that they emit."""
+        """The name of its note, 64 hex digits. It covers the package files instead of the source that they emit."""
         flags = compiler.flags(self.config.target, self.archs)
         material = [
             self.config.key,
@@ -62,23 +62,23 @@ class Request:
 
     @property
     def expect(self) -> dict[str, Any]:
-        """What the manifest of its build says, see Store.find."""
+        """The values that its build's manifest must have, see Store.find."""
         edited = self.edit.digest if self.edit else ""
         return {"config": self.config.to_dict(), "archs": list(self.archs), "edited": edited}
 
     def recipe(self, versions: Mapping[str, str]) -> key.Recipe:
-        """What is built for it. Renders; see key.recipe."""
+        """The recipe of its build. Renders; see key.recipe."""
         return key.recipe(self.config, self.archs, versions, self.edit)
 
 
 def by_note(request: Request, store: Store, any_compiler: bool = False) -> tuple[Entry, Store] | None:
     """The entry that an earlier process noted for a request, and its store.
 
-    A note says {"key", "compilers"}, and holds for these versions of the compilers. One that says "adopted", and any in
-    a folder of $ONELAUNCH_PREBUILT, holds for all: somebody put the entry there on purpose.
+    A note has {"key", "compilers"}, and is valid for these compiler versions. A note with "adopted", and any note in a
+    folder of $ONELAUNCH_PREBUILT, is valid for all versions: a user put that entry there on purpose.
 
     Raises:
-        StoreError: somebody else could have written the note or the entry.
+        StoreError: another user could have written the note or the entry.
         OSError: this process has no room to read it.
     """
     for tier in tiers(store):
@@ -88,7 +88,7 @@ def by_note(request: Request, store: Store, any_compiler: bool = False) -> tuple
         holds = any_compiler or tier.read_only or noted.get("adopted")
         if not holds and noted.get("compilers") != _versions(request.config):
             continue
-        # A note has no sum, so what it leads to must be what was requested.
+        # A note has no checksum, so the entry's manifest must match the request.
         if (entry := tier.find(str(noted.get("key")), request.expect)) is not None:
             return entry, tier
     return None
@@ -98,7 +98,7 @@ def by_key(content_key: str, store: Store) -> tuple[Entry, Store] | None:
     """The entry of a key, and its store.
 
     Raises:
-        StoreError: somebody else could have written it.
+        StoreError: another user could have written it.
         OSError: this process has no room to read it.
     """
     for tier in tiers(store):
@@ -108,7 +108,7 @@ def by_key(content_key: str, store: Store) -> tuple[Entry, Store] | None:
 
 
 def note(request: Request, store: Store, noted: Mapping[str, Any]) -> None:
-    """Notes a key for a request, and for a request of each single architecture that has no build of its own."""
+    """Notes a key for a request, and for each single architecture of it that has no separate build."""
     if store.read_only:
         return
     store.write_note(request.digest, noted)
@@ -121,7 +121,7 @@ def note(request: Request, store: Store, noted: Mapping[str, Any]) -> None:
 
 @functools.cache
 def package_digest() -> str:
-    """sha256 (hex) of every file of the package that decides what is compiled.
+    """sha256 (hex) of all files of the package that determine what is compiled.
 
     Raises:
         ToolchainError: one can't be read.

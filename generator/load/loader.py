@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from .. import log, torch_version
+from .. import log
 from ..build import key as keys
 from ..build import toolchain
 from ..build.programs import save_answers
@@ -37,7 +38,7 @@ _frozen: Policy | None = None
 
 
 def _forked() -> None:
-    """A child's other threads are gone, and what they held would stay held."""
+    """In a forked child: replaces the lock, which another thread of the parent may have held."""
     global _lock
     _lock = threading.RLock()
 
@@ -50,11 +51,11 @@ class Kernel:
     """A specialized kernel, loaded.
 
     Attributes:
-        config: what it is specialized to.
+        config: its configuration.
         key: content key of the build, 64 hex digits.
         path: the shared object.
-        archs: GPU architectures it was built for; () on the CPU target.
-        manifest: what the store keeps about the build.
+        archs: GPU architectures that it was built for; () on the CPU target.
+        manifest: the manifest of its entry.
         module: the binding.
         built: whether this process built it.
         since: time.perf_counter() when this process got it.
@@ -90,12 +91,12 @@ class Kernel:
 
 
 def freeze(policy: Policy = "error") -> None:
-    """From here on a build is an error ("error") or a warning ("warn"); "allow" lifts it.
+    """From now on a build raises an error ("error") or prints a warning ("warn"); "allow" permits builds again.
 
-    Call it when warm-up is done: a kernel that would be built later would stall requests.
+    Call it after warm-up: a build while serving would stall requests.
 
     Raises:
-        JitPolicyError: another policy was named.
+        JitPolicyError: the policy is none of these.
     """
     global _frozen
     if policy not in ("allow", "warn", "error"):
@@ -110,13 +111,13 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
         config: the configuration.
         archs: GPU architectures, such as ("90a",); None is toolchain.current_architectures(). Ignored on the CPU
             target.
-        store: where builds are; None is the user's. The folders of $ONELAUNCH_PREBUILT come before it.
+        store: the cache; None is the user's. The folders of $ONELAUNCH_PREBUILT are searched before it.
 
     Raises:
         ToolchainError: a build is needed and a tool is missing or doesn't fit the others.
         CompileError: the build failed, now or before (see failures.py).
         JitPolicyError: a build is needed and the policy forbids it, or a CUDA graph is being captured.
-        StoreError: the store can't be trusted or written, or what it has can't run here.
+        StoreError: the store can't be trusted or written, or its entry can't run here.
     """
     store = store or default_store()
     start = time.perf_counter()
@@ -134,7 +135,7 @@ def load(config: KernelConfig, archs: Sequence[str] | None = None, store: Store 
 def ensure(
     config: KernelConfig, archs: Sequence[str] | None = None, store: Store | None = None, bounds: Bounds | None = None
 ) -> tuple[Entry, bool]:
-    """load for later: the entry is there afterwards, whatever the policy, and nothing of it is loaded.
+    """Makes sure that the entry is in the store, building it if needed under any policy; loads nothing.
 
     Returns:
         The entry, and whether it was built now.
@@ -154,7 +155,7 @@ def default_store() -> Store:
 
 
 def recipe(config: KernelConfig, archs: Sequence[str], versions: Mapping[str, str]) -> keys.Recipe:
-    """What would be compiled for a configuration, with its key.
+    """The recipe that would be compiled for a configuration, with its key.
 
     Args:
         versions: Tools.versions().
@@ -175,11 +176,11 @@ def ingredients(config: KernelConfig, archs: Sequence[str], versions: Mapping[st
 def lookup(
     config: KernelConfig, archs: tuple[str, ...], store: Store, key: str = "", any_compiler: bool = False
 ) -> tuple[Entry, Store] | None:
-    """Where a load would find its entry.
+    """The entry that a load would find, and its store.
 
     Args:
-        key: content key; "" goes by what earlier processes noted for the request alone.
-        any_compiler: take what was noted although the compilers aren't those any more.
+        key: content key; "" searches only the notes of earlier processes.
+        any_compiler: whether to accept notes for other compiler versions.
     """
     with speaking_of(lambda: store):
         found = find.by_note(find.Request.of(config, archs), store, any_compiler)
@@ -196,7 +197,6 @@ def _targets(config: KernelConfig, archs: Sequence[str] | None) -> tuple[str, ..
 
 
 def _load(request: find.Request, store: Store) -> Kernel:
-    torch_version.check()
     _refuse_during_capture(request.config, request.archs)
     entry, home, built = _entry(request, store, Bounds(), obey_policy=True)
     try:
@@ -210,7 +210,7 @@ def _load(request: find.Request, store: Store) -> Kernel:
 
 
 def _entry(request: find.Request, store: Store, bounds: Bounds, obey_policy: bool = False) -> tuple[Entry, Store, bool]:
-    """The one way to an entry: by a note, by key, or built. Renders once, and only without a note."""
+    """The entry of a request: by a note, by key, or built. Renders once, and only without a note."""
     with speaking_of(lambda: store):
         if (noted := find.by_note(request, store)) is not None:
             return *noted, False
@@ -226,7 +226,7 @@ def _entry(request: find.Request, store: Store, bounds: Bounds, obey_policy: boo
             entry, home, built = obtain(recipe, tools, store, bounds)
             found = entry, home
     except ToolchainError:
-        # A host without a compiler takes what was built from the same source, whoever compiled it.
+        # A host without a compiler accepts a build of the same source by any compiler.
         with speaking_of(lambda: store):
             found = find.by_note(request, store, any_compiler=True)
         if found is None:
@@ -238,7 +238,7 @@ def _entry(request: find.Request, store: Store, bounds: Bounds, obey_policy: boo
 
 
 def _report(kernel: Kernel, start: float, edit: override.Edited | None) -> None:
-    """One line in the log; and a warning, once a process, where a kernel isn't what the templates emit."""
+    """Logs one line; warns, once per process, if the kernel is edited by hand."""
     seconds, new = time.perf_counter() - start, kernel.since >= start
     outcome, origin = ("miss", "built now") if kernel.built and new else ("hit", str(kernel.path) if new else "memory")
     level = logging.INFO if new else logging.DEBUG
@@ -261,12 +261,12 @@ def entry_of(kernel: Kernel) -> Entry:
 def build_command(config: KernelConfig, archs: Sequence[str]) -> str:
     """The command that builds a configuration ahead of time."""
     settings = config.settings()
-    command = "onelaunch build" + (f" --set {settings}" if settings else "")
+    command = "onelaunch build" + (f" --set {shlex.quote(settings)}" if settings else "")
     return command + (f" --arch {','.join(archs)}" if archs else "")
 
 
 def _refuse_during_capture(config: KernelConfig, archs: tuple[str, ...]) -> None:
-    """A module that is loaded while a stream is captured would end the capture with an error of its own."""
+    """Raises an error while a stream is captured: loading a module would end the capture with a worse one."""
     torch = sys.modules.get("torch")
     if config.target != "cuda" or torch is None or not torch.cuda.is_initialized():
         return

@@ -1,4 +1,4 @@
-"""One build: find it again under the lock, else compile, publish and remember how it ended."""
+"""One build: look it up again under the lock, else compile, publish and remember the outcome."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ..cache.tiers import fallback, writable
 from ..errors import CompileError
 
 EDITED_FILE = "edited.cu"
-"""What was compiled in place of the emitted source, in an entry."""
+"""The file in an entry that was compiled in place of the emitted source."""
 
-# A store that fails for these is still read, and a build is made in a temporary folder.
+# If a store fails with one of these, it is still read, and the build goes to the fallback store.
 _CANT_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How a build may run.
+    """Limits and options of a build.
 
     Attributes:
-        retry: compile again what failed before; None goes by $ONELAUNCH_RETRY.
-        timeout: seconds that the compilers may take; None is no bound.
-        jobs: compilers at once, see compile.build.
+        retry: whether to try a failed build again; None reads $ONELAUNCH_RETRY.
+        timeout: seconds that the compilers may take; None is no limit.
+        jobs: compilers that run at the same time, see compile.build.
     """
 
     retry: bool | None = None
@@ -42,11 +42,10 @@ class Bounds:
 
 
 def obtain(recipe: Recipe, tools: Tools, store: Store, bounds: Bounds | None = None) -> tuple[Entry, Store, bool]:
-    """Builds, unless another process does so at this moment: then takes what that makes.
+    """Builds; or, if another process is building the same, waits for its entry and takes that.
 
     Returns:
-        The entry, the store that it is in (a temporary one where the given one can't take it), and whether it was built
-        here.
+        The entry, its store (the fallback store if the given one can't be written), and whether it was built here.
 
     Raises:
         CompileError: the build failed, now or before.
@@ -54,7 +53,7 @@ def obtain(recipe: Recipe, tools: Tools, store: Store, bounds: Bounds | None = N
         StoreError: the store can't be trusted, or neither it nor a temporary folder can be written.
     """
     bounds = bounds or Bounds()
-    limit = collect.limit()  # a setting that can't be read is reported before the work
+    limit = collect.limit()  # reports an unreadable limit before the work
     home = store
     with speaking_of(lambda: home):
         home = writable(store, recipe.key)
@@ -76,7 +75,7 @@ def obtain(recipe: Recipe, tools: Tools, store: Store, bounds: Bounds | None = N
 
 @contextlib.contextmanager
 def speaking_of(store: Callable[[], Store]) -> Iterator[None]:
-    """Turns an OSError of a store's operation into a sentence about that store."""
+    """Turns an OSError of a store's operation into a StoreError about that store."""
     try:
         yield
     except OSError as error:
@@ -111,7 +110,7 @@ def _obtain(recipe: Recipe, tools: Tools, home: Store, bounds: Bounds) -> tuple[
 
 
 def _build(recipe: Recipe, tools: Tools, home: Store, held: Lock, bounds: Bounds) -> Entry:
-    """Compiles in a staging folder of its own and publishes, whether or not the lock is held."""
+    """Compiles in a new staging folder and publishes, whether or not the lock is held."""
     where = f" for {', '.join(f'sm_{arch}' for arch in recipe.archs)}" if recipe.archs else " for the CPU"
     edited = f" (edited by hand: {recipe.edited})" if recipe.edited else ""
     log.notice(f"building {recipe.symbol}{where}, because {home.root} has no build of it yet{edited}")

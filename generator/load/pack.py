@@ -1,4 +1,4 @@
-"""Built kernels as one file, for hosts that have no compiler: a gzipped tar, verified whole before any of it is used.
+"""Built kernels in one file, for hosts without a compiler: a gzipped tar, verified as a whole before any of it is used.
 
 The format, version 2: first a member ``onelaunch-pack.json``, {"format", "entries": [{"key", "symbol", "archs",
 "requires", "compilers"}]}, then ``entries/<key>/<file>`` for each file of each entry, its manifest first.
@@ -28,10 +28,10 @@ from . import loader
 
 FORMAT = 2
 INDEX = "onelaunch-pack.json"
-# A pack is verified in memory. A kernel has some megabytes, and a matrix of some hundreds fits.
+# A pack is verified in memory. A kernel has a few megabytes, so some hundreds fit.
 MAX_BYTES = 2**30
 _MEMBER = re.compile(rf"entries/({KEY.pattern})/({FILE_NAME.pattern})")
-# What a damaged or foreign file may make gzip, tarfile and json raise.
+# The errors that gzip, tarfile and json may raise for a damaged or foreign file.
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -48,11 +48,11 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What unpack did.
+    """The result of unpack().
 
     Attributes:
-        entries: what is in the store now.
-        refused: (symbol or key, reason) of what can't run here.
+        entries: the entries that are in the store now.
+        refused: (symbol or key, reason) for each entry that can't run here.
     """
 
     entries: tuple[Entry, ...]
@@ -60,10 +60,10 @@ class Unpacked:
 
 
 def pack(entries: Iterable[Entry], file: BinaryIO) -> list[Entry]:
-    """Writes entries, with an index first that says what each needs. Equal entries give equal bytes.
+    """Writes an index with each entry's requirements, then the entries. Equal entries give equal bytes.
 
     Raises:
-        StoreError: there is no entry, they are more than a pack may hold, or one changed since it was found.
+        StoreError: there is no entry, the entries are too large for a pack, or one changed after it was found.
     """
     packed = sorted(entries, key=lambda entry: entry.key)
     if not packed:
@@ -93,13 +93,13 @@ def pack(entries: Iterable[Entry], file: BinaryIO) -> list[Entry]:
 
 
 def unpack(file: BinaryIO, store: Store) -> Unpacked:
-    """Puts a pack's entries into a store, from where they are loaded whichever compilers are here.
+    """Puts a pack's entries into a store. They are loaded whatever compilers this host has.
 
-    The code in a pack runs as this user: unpack only what comes from somebody you trust. The whole file is read and
-    verified first, so that a damaged pack puts nothing anywhere.
+    The code in a pack runs as this user: unpack only files that you trust. The whole file is read and verified first,
+    so a damaged pack changes nothing.
 
     Raises:
-        StoreError: it isn't a pack, it is damaged or too large, or the store can't take it.
+        StoreError: it isn't a pack, it is damaged or too large, or the store can't be written.
     """
     try:
         folders = _read(file)
@@ -144,7 +144,7 @@ def read_file(path: Path, store: Store) -> Unpacked:
 
 
 class _Bounded(io.RawIOBase):
-    """The decompressed bytes of a pack, up to MAX_BYTES: some kilobytes of gzip can stand for gigabytes."""
+    """The decompressed bytes of a pack, up to MAX_BYTES: a few kilobytes of gzip can expand to gigabytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._source = gzip.GzipFile(fileobj=file, mode="rb")
@@ -168,7 +168,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _read(file: BinaryIO) -> dict[str, dict[str, bytes]]:
-    """Every file by key and name. Nothing is extracted: names are matched, contents stay in memory."""
+    """All files, by key and name. Nothing is extracted: names are checked, contents stay in memory."""
     folders: dict[str, dict[str, bytes]] = {}
     index: Any = None
     stream = _Bounded(file)
@@ -187,7 +187,7 @@ def _read(file: BinaryIO) -> dict[str, dict[str, bytes]]:
             if found is None or found[2] in folders.get(found[1], {}):
                 raise ValueError(f"{member.name!r} isn't the path of a file in an entry")
             folders.setdefault(found[1], {})[found[2]] = data
-    # To the end, where gzip has its own sum of all that was read.
+    # To the end, where gzip checks its own checksum.
     while stream.read():
         pass
     missing = {str(known["key"]) for known in index["entries"]} ^ set(folders) if folders else {"everything"}
@@ -226,13 +226,13 @@ def _put(facts: Mapping[str, Any], files: Mapping[str, bytes], store: Store) -> 
 
 
 def _misfit(facts: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Why an entry can't be used here, as the end of a sentence; None if nothing is known against it."""
+    """The reason why an entry can't be used here, as the end of a sentence; None if there is none."""
     archs = tuple(str(arch) for arch in facts["archs"])
     return binary.misfit(facts["requires"], archs, here) or _other_source(facts)
 
 
 def _other_source(facts: Mapping[str, Any]) -> str | None:
-    """Whether this onelaunch emits what was compiled, as the end of a sentence if not."""
+    """The reason, as the end of a sentence, if this onelaunch emits another source than was compiled; else None."""
     made_of = facts["ingredients"]
     try:
         here = loader.ingredients(KernelConfig.from_dict(facts["config"]), facts["archs"], {})

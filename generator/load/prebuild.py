@@ -21,13 +21,13 @@ from ..build.compile import JOBS_VARIABLE
 from ..errors import ConfigError, OnelaunchError
 from ..spec.config import KernelConfig
 from ..spec.presets import preset
-from ..spec.settings import parse_settings
+from ..spec.settings import DECLARED, parse_settings
 from . import loader
 from .obtain import Bounds
 
-# A build's child with torch in it, and the largest of nvcc's programs.
+# The memory of a builder with torch, plus the largest of nvcc's programs.
 WORKER_BYTES = 3 * 2**29
-# Enough for a child that imports torch from a cold network file system, which takes minutes.
+# Long enough to import torch from a cold network file system, which takes minutes.
 DEFAULT_TIMEOUT_SECONDS = 600.0
 MAX_JOBS_OF_A_MATRIX = 100_000
 
@@ -42,15 +42,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """How a job ended.
+    """The outcome of a job.
 
     Attributes:
         job: what was requested.
         key: its content key, "" if it failed.
         path: the shared object, "" if it failed.
         seconds: wall time.
-        built: whether it was built now; False if it was there.
-        error: what went wrong, "" if nothing.
+        built: whether it was built now; False if the entry existed already.
+        error: the error message, "" if it succeeded.
     """
 
     job: Job
@@ -67,7 +67,7 @@ def built_since(path: Path, before: float) -> bool:
 
 
 def workers(jobs: int | None, count: int) -> int:
-    """How many build at once: no more than requested, than $MAX_JOBS, than processors, and than memory allows.
+    """The number of simultaneous builds: at most the requested number, $MAX_JOBS, the processors, and what fits memory.
 
     Raises:
         ConfigError: the number, or the variable, isn't a positive whole number.
@@ -93,11 +93,11 @@ def build_all(
     """Builds every job into the user's cache; a job's failure doesn't stop the others.
 
     Args:
-        at_once: builds at a time, see workers().
-        timeout: seconds a build may take; then its child process is killed with every compiler that it started. The
-            others go on, and nothing is remembered: the next build_all tries it again.
+        at_once: simultaneous builds, see workers().
+        timeout: seconds after which a build's child process is killed with every compiler that it started. The other
+            builds go on, and nothing is remembered: the next build_all tries it again.
         report: called for each job as it ends.
-        retry: compile again what failed before.
+        retry: whether to try failed builds again.
 
     Returns:
         How each job ended, in the order of ``jobs``.
@@ -120,7 +120,7 @@ def build_all(
         for future in [pool.submit(work, number) for number in range(len(jobs))]:
             future.result()
     except BaseException:
-        # Ctrl-C: the builds have sessions of their own and don't hear of it; their staging folders go with them.
+        # Ctrl-C doesn't reach the builds, which run in other sessions.
         stopped.set()
         process.kill_running()
         raise
@@ -141,7 +141,8 @@ def _build(job: Job, bounds: Bounds) -> Done:
 def read_matrix(path: Path) -> list[Job]:
     """The jobs of a TOML file: tables ``[[build]]`` with ``preset``, ``set``, ``target`` and ``archs``.
 
-    A list in ``set`` stands for one build a value, several lists for every combination.
+    A list in ``set`` gives one build per value; several lists give all combinations. A user's declarations have tables
+    of their own: ``declare``, ``inputs``, ``constants``, ``sources`` and ``maps``, like the arguments of bind().
 
     Raises:
         ConfigError: the file can't be read, or says something that isn't allowed.
@@ -165,14 +166,20 @@ def _jobs(path: Path, build: Any, limit: int) -> list[Job]:
     where = f"--config {path}: [[build]]"
     if not isinstance(build, dict):
         raise ConfigError(f"{where} is {build!r}; it must be a table.")
-    unknown = set(build) - {"preset", "set", "target", "archs"}
+    allowed = ("preset", "set", "target", "archs", *DECLARED)
+    unknown = set(build) - {*allowed}
     if unknown:
-        raise ConfigError(f"{where} has {', '.join(sorted(unknown))}; allowed: preset, set, target, archs.")
+        raise ConfigError(f"{where} has {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}.")
     for name, kind, example in (
         ("preset", str, '"nsa-decode-3"'),
         ("target", str, '"cpu"'),
         ("set", dict, "{ page_size = [16, 64] }"),
         ("archs", list, '["90a"]'),
+        ("declare", dict, '{ positions = { formula = "base_len", dtype = "int64" } }'),
+        ("inputs", dict, '{ accept_lens = "int32" }'),
+        ("constants", dict, "{ max_model_len = 4096 }"),
+        ("sources", dict, '{ block_table = "int32" }'),
+        ("maps", dict, '{ full_to_swa = ["int64", -1] }'),
     ):
         if name in build and not isinstance(build[name], kind):
             raise ConfigError(f"{where} has {name} = {build[name]!r}; write {name} = {example}.")
@@ -180,6 +187,7 @@ def _jobs(path: Path, build: Any, limit: int) -> list[Job]:
     settings: dict[str, Any] = {**build.get("set", {})}
     if "target" in build:
         settings["target"] = build["target"]
+    declared = {name: build[name] for name in DECLARED if name in build}
     archs = tuple(str(arch) for arch in build["archs"]) if "archs" in build else None
     values = [value if isinstance(value, list) else [value] for value in settings.values()]
     count = math.prod(len(value) for value in values)
@@ -187,7 +195,9 @@ def _jobs(path: Path, build: Any, limit: int) -> list[Job]:
         raise ConfigError(f"{where} stands for {count} builds; a file may have {MAX_JOBS_OF_A_MATRIX} in all.")
     return [
         Job(
-            parse_settings(",".join(f"{name}={value}" for name, value in zip(settings, choice, strict=True)), base),
+            parse_settings(
+                ",".join(f"{name}={value}" for name, value in zip(settings, choice, strict=True)), base, declared
+            ),
             archs,
         )
         for choice in itertools.product(*values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .. import torch_version
 from ..errors import ArgumentError
 from ..spec.config import KernelConfig
 from .loader import Kernel, load
@@ -31,4 +32,5 @@ def specialize(config: KernelConfig, arch: str | Sequence[str] | None = None) ->
     archs = (arch,) if isinstance(arch, str) else arch
     if archs is not None and not (isinstance(archs, Sequence) and all(isinstance(name, str) for name in archs)):
         raise ArgumentError(f'arch is {arch!r}; it must be None, or names of GPU architectures such as "90a".')
+    torch_version.check()
     return load(config, archs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..spec.fields import Field
 
 # Kernels count columns in 32 bits. The margin keeps a tile that begins below the limit from overflowing.
 MAX_COLUMNS = 2**31 - 2**16
@@ -81,6 +82,33 @@ def check_destination(
     if dim == 1 and tensor.numel() > 1 and tensor.stride(0) != 1:
         raise ArgumentError(f"{name} has stride {tensor.stride(0)}; it must be 1 (contiguous).")
     return tensor
+
+
+def check_declared(name: str, value: Any, field: Field, device: torch.device | None) -> Tensor:
+    """Checks a declared field's destination: a vector may have strides of its own, and rows in a second dimension.
+
+    Raises:
+        ArgumentError: it can't be written to.
+    """
+    (dtype,) = dtypes = torch_dtypes(field.dtypes)
+    if field.kind != "vector" or not isinstance(value, Tensor) or value.dtype != dtype or value.dim() not in (1, 2):
+        return check_destination(name, value, dim=field.dim, dtypes=dtypes, device=device)
+    flat = value.as_strided((1,), (1,)) if value.numel() else value.new_empty(0)
+    check_tensor(name, flat, dim=1, dtypes=dtypes, device=device)
+    if value.dim() == 2 and value.shape[1] != field.own_rows:
+        raise ArgumentError(
+            f"{name} has shape {tuple(value.shape)}; it must have one dimension, or be [bs, W] with W the rows that "
+            f"the declaration has, which are {field.own_rows}. Declare rows={value.shape[1]}, or flatten it."
+        )
+    reach = 0  # elements that the dimensions so far span
+    for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+        if stride <= reach:
+            raise ArgumentError(
+                f"{name} has strides {value.stride()} and shape {tuple(value.shape)}; its elements must not share "
+                "memory. An expanded tensor can't be used."
+            )
+        reach += stride * (size - 1)
+    return value
 
 
 def check_int(name: str, value: Any, low: int, high: int | None, why: str = "") -> int:

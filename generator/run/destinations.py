@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..spec.fields import FIELDS, MetadataBuffers
+from ..spec.fields import FIELDS, Field, MetadataBuffers, Per
 from ..spec.parts import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
-from .checks import MAX_BATCH, MAX_COLUMNS, check_destination, check_int, dtype_name, torch_dtypes
+from .checks import MAX_BATCH, MAX_COLUMNS, check_declared, check_destination, check_int, dtype_name, torch_dtypes
 from .memory import Region, check_disjoint
 
 # Takes the index of a backend and a field; returns the name of that destination in messages.
@@ -49,6 +49,7 @@ class Destinations:
         page_size: P; if it is 1, real_page_table must be page_indices or None.
         name_of: the name of a backend's field in messages.
         mode: the forward mode; in decode a row is a request.
+        declared: by declared field, its declaration, and for each backend the name in messages and the tensor.
 
     Attributes:
         count: N.
@@ -63,9 +64,15 @@ class Destinations:
     """
 
     def __init__(
-        self, backends: Sequence[MetadataBuffers], page_size: int, name_of: NameOf, mode: str = "decode"
+        self,
+        backends: Sequence[MetadataBuffers],
+        page_size: int,
+        name_of: NameOf,
+        mode: str = "decode",
+        declared: Mapping[str, tuple[Field, Sequence[tuple[str, Tensor]]]] = {},
     ) -> None:
         self.count = len(backends)
+        self._fields = FIELDS | {name: field for name, (field, _) in declared.items()}
         device: torch.device | None = None
         by_field: dict[str, dict[tuple[Any, ...], _Destination]] = {}
         room: dict[str, list[Room]] = {"request": [], "row": []}
@@ -77,6 +84,10 @@ class Destinations:
                 allowed = torch_dtypes(field.dtypes)
                 device = check_destination(label, tensor, dim=field.dim, dtypes=allowed, device=device).device
                 given[field.name] = _Destination(label, tensor, Region.of(label, tensor))
+            for name, (field, tensors) in declared.items():
+                label, tensor = tensors[index]
+                device = check_declared(label, tensor, field, device).device
+                given[name] = _Destination(label, tensor, Region.of(label, tensor))
             given = _without_aliases(given, page_size, mode)
             if index == 0:
                 first = given
@@ -87,13 +98,15 @@ class Destinations:
                     "same fields. Bind backends with other fields to another plan."
                 )
             for name, destination in given.items():
-                field, label, tensor = FIELDS[name], destination.name, destination.tensor
+                field, label, tensor = self._fields[name], destination.name, destination.tensor
                 if field.extra and tensor.numel() == 0:
                     raise ArgumentError(f"{label} is empty; it must have shape [bs + 1], with room for the first 0.")
                 if field.kind == "schedule":
                     _check_schedule(name, label, tensor)
                 if field.sized_by_batch:
-                    room[field.per].append(Room(tensor.shape[0] - field.extra, label))
+                    per: Per = "request" if field.own_rows is not None else field.per
+                    held = tensor.shape[0] if tensor.dim() == 2 else tensor.shape[0] // (field.own_rows or 1)
+                    room[per].append(Room(held - field.extra, label))
                 if (dtype := first[name].tensor.dtype) != tensor.dtype:
                     raise ArgumentError(
                         f"{label} has dtype {dtype_name(tensor.dtype)} and {first[name].name} has {dtype_name(dtype)}; "
@@ -103,7 +116,7 @@ class Destinations:
         if device is None:
             raise ArgumentError("backends have no fields; give at least one tensor.")
         self.device = device
-        self.fields = tuple(name for name in FIELDS if name in first)
+        self.fields = tuple(name for name in self._fields if name in first)
         if mode == "decode":
             room["request"] = room["row"] = room["request"] + room["row"]
         unlimited = [Room(MAX_BATCH, "")]
@@ -130,8 +143,9 @@ class Destinations:
         return self._common(name, 1, "columns", "Slice them: table[:, :width].")
 
     def length(self, name: str) -> int | None:
-        """The first dimension of a field that isn't sized by the batch; None and errors as in width()."""
-        return self._common(name, 0, "rows" if FIELDS[name].dim == 2 else "elements", "Slice them: tensor[:length].")
+        """The first dimension of a field that isn't sized by the batch, likewise."""
+        what = "rows" if self._fields[name].dim == 2 else "elements"
+        return self._common(name, 0, what, "Slice them: tensor[:length].")
 
     def _common(self, name: str, dim: int, what: str, remedy: str) -> int | None:
         different = self._different.get(name)
@@ -195,9 +209,20 @@ class Destinations:
         """(field, dtype) for each field, for KernelConfig.dtypes."""
         return tuple((name, dtype_name(tensors[0].dtype)) for name, tensors in self.tensors.items())
 
+    def strided(self) -> tuple[str, ...]:
+        """The vectors of which a tensor has strides of its own, for KernelConfig.strided."""
+        return tuple(
+            name
+            for name, tensors in self.tensors.items()
+            if self._fields[name].kind == "vector" and any(t.stride() not in ((1,), (t.shape[-1], 1)) for t in tensors)
+        )
+
     def words(self, name: str) -> list[int]:
         """The parameter words of a field."""
-        if FIELDS[name].kind == "schedule":  # contiguous, so the kernel needs no stride
+        field = self._fields[name]
+        if name in self.strided():
+            return [word for tensor in self.tensors[name] for word in strided_words(tensor, field.own_rows or 1)]
+        if field.kind != "table":  # contiguous, so the kernel needs no stride
             return [tensor.data_ptr() for tensor in self.tensors[name]]
         return [word for tensor in self.tensors[name] for word in tensor_words(tensor)]
 
@@ -210,6 +235,8 @@ class Destinations:
         checked = check_offsets(offsets, self.count)
         if len(set(checked)) > 1:
             for name, different in self._different.items():
+                if name not in FIELDS:
+                    continue  # whether its formula gives backends the same, the configuration finds out
                 if len(different) < self.count and (FIELDS[name].kind != "table" or len(different) > 1):
                     raise ArgumentError(
                         f"{different[0].name} is shared (tensors: {len(different)}, backends: {self.count}), and "
@@ -254,6 +281,12 @@ def check_offsets(offsets: Any, count: int) -> tuple[int, ...]:
 def tensor_words(tensor: Tensor) -> list[int]:
     """The parameter words of a tensor: its address, and a table's row stride in elements."""
     return [tensor.data_ptr(), tensor.stride(0)] if tensor.dim() == 2 else [tensor.data_ptr()]
+
+
+def strided_words(tensor: Tensor, rows: int) -> list[int]:
+    """The parameter words of a strided vector: its address, elements from request to request and from row to row."""
+    request, row = tensor.stride() if tensor.dim() == 2 else (rows * tensor.stride(0), tensor.stride(0))
+    return [tensor.data_ptr(), request, row]
 
 
 def _without_aliases(given: dict[str, _Destination], page_size: int, mode: str) -> dict[str, _Destination]:

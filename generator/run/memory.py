@@ -29,7 +29,7 @@ class Region(NamedTuple):
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Region:
-        """The region of a tensor with non-negative strides and unit inner stride.
+        """The region of a tensor with non-negative strides.
 
         Raises:
             ArgumentError: the tensor has no memory (a FakeTensor, or a storage that was resized to nothing), or its
@@ -56,13 +56,16 @@ class Region(NamedTuple):
             )
         if tensor.dim() == 2 and tensor.shape[0] > 1:
             row_bytes, row_stride = tensor.shape[1] * size, tensor.stride(0) * size
+            if tensor.stride(1) != 1:  # all that lies between
+                row_bytes, row_stride = (last + 1) * size, 0
+        elif tensor.dim() == 1 and tensor.shape[0] > 1 and tensor.stride(0) > 1:
+            row_bytes, row_stride = size, tensor.stride(0) * size
         else:
             row_bytes, row_stride = (last + 1) * size, 0
         return cls(name, start, start + (last + 1) * size, row_bytes, row_stride)
 
     def overlaps(self, other: Region) -> bool:
-        """Whether the two share a byte. Exact for column slices of one table, which have equal row strides; else
-        conservative: interleaved rows with different strides count as overlapping."""
+        """Whether the two share a byte. Exact for column slices of one table and for strided vectors of one stride."""
         if self.start == self.end or other.start == other.end:
             return False
         if self.end <= other.start or other.end <= self.start:

@@ -13,15 +13,19 @@ from torch.compiler import is_dynamo_compiling
 from ..errors import ArgumentError
 from ..load.loader import Kernel
 from ..spec.config import KernelConfig
-from ..spec.fields import MetadataBuffers
+from ..spec.cpp import user_name
+from ..spec.fields import Declaration, Field, MetadataBuffers
 from ..spec.parts import MAX_NEXT_N
 from ..spec.violations import VIOLATIONS
 from .bound import BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
+from .declared import Declarations, Map, Written
 from .destinations import Destinations, NameOf, backend_field, check_backends
 from .hashes import hashes_of
 from .memory import HeldStorages, Region
 
+# What a user declares.
+_BESIDE = ("declare", "inputs", "constants", "sources", "maps")
 # Settings that make_plan() takes and bind() doesn't: the bench varies them.
 _LAUNCH_SHAPE = ("threads", "unroll", "blocks_per_sm")
 
@@ -36,6 +40,7 @@ class Plan:
         capacity: the largest batch that fits the destinations.
         row_capacity: the largest number of rows that fits. The caller keeps the sum of variable extend lengths within
             it.
+        exact: how many requests each call must have; 0, the default, for any number up to ``capacity``.
         regions: the memory that the kernel writes.
         launches: kernel launches so far.
     """
@@ -48,12 +53,14 @@ class Plan:
         columns: int,
         max_len: int | None,
         keep: bool,
+        declared: Declarations | None = None,
     ) -> None:
         self.config = config
         self.device = destinations.device
         self.regions = destinations.regions
         self._spans = [(region.start, region.end, region) for region in self.regions]  # for a quick test in _check
         self.launches = 0
+        self.exact = 0
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
             self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
@@ -63,9 +70,12 @@ class Plan:
         self._pool_dtype = getattr(torch, config.req_pool_indices_dtype)
         self._extend_dtype = getattr(torch, config.extend_seq_lens_dtype)
         self._reads_lengths = config.needs_lengths
-        self._gathers = bool(config.tables)
+        self._reads_rows, self._gathers = config.reads_rows, bool(config.tables)
+        self._inputs = [(name, getattr(torch, dtype)) for name, dtype in config.inputs]
+        self._input_names = tuple(name for name, _ in self._inputs)
+        self._pads = config.pads
         self._variable = config.extend == "variable"
-        self._has_rows = config.mode != "draft_extend" or bool(config.row_fields)
+        self._has_rows = config.mode != "draft_extend" or bool(config.row_fields or config.names_rows)
         self._violation = None
         if config.checked:
             # Kind, request, value and limit of the first violation. Not an inference tensor: check() writes to it.
@@ -90,12 +100,17 @@ class Plan:
                 "violation": [0 if self._violation is None else self._violation.data_ptr()],
                 "tile_hashes": [0 if hashes is None else hashes.data_ptr()],
                 "tile_hashes_stride": [0 if hashes is None else hashes.stride(0)],
-                **{name: destinations.words(name) for name in config.fields},
+                **{config.member(name): destinations.words(name) for name in config.fields},
+                **{user_name(name): declared.words(name) for name, _ in (*config.sources, *config.maps) if declared},
             },
         )
         self.kernel: Kernel = self._bound.kernel
         self._run = self._bound.run
-        self._storages = HeldStorages([*destinations.named(), ("req_to_token", req_to_token)] if keep else [])
+        self._storages = HeldStorages(
+            [*destinations.named(), ("req_to_token", req_to_token), *(declared.read() if declared else [])]
+            if keep
+            else []
+        )
 
     def run(
         self,
@@ -104,6 +119,8 @@ class Plan:
         extend_seq_lens: Tensor | None = None,
         *,
         max_len: int | None = None,
+        captured_size: int | None = None,
+        **inputs: Tensor,
     ) -> None:
         """Refreshes every backend: one launch on the device's current stream and nothing else. Capturable.
 
@@ -113,6 +130,9 @@ class Plan:
             extend_seq_lens: int [bs], likewise: the rows of each request, for a plan with variable extend lengths;
                 None for all other plans. The caller guarantees that their sum is at most ``row_capacity``.
             max_len: bound on the columns of this call; None is the bound that was given to bind().
+            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written; None is
+                bs, so that nothing is padded. Only for a plan with such fields.
+            inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
             ArgumentError: a tensor doesn't fit; nothing was written.
@@ -127,7 +147,11 @@ class Plan:
                 msg="Plan.run can't be in a graph. fused_metadata_precompute_and_broadcast_cuda can, see onelaunch.ops."
             )
         try:
-            self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len)
+            if captured_size is None and not inputs:
+                self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len)
+            else:
+                values = self._values(inputs)
+                self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *values)
         except RuntimeError as error:
             raise self._bound.launch_error(error) from error
         self.launches += 1
@@ -139,13 +163,25 @@ class Plan:
         extend_seq_lens: Tensor | None = None,
         *,
         max_len: int | None = None,
+        captured_size: int | None = None,
+        **inputs: Tensor,
     ) -> None:
         """Checks the arguments of run() without a launch.
 
         Raises:
             ArgumentError: as run().
         """
-        self._check(seq_lens, req_pool_indices, extend_seq_lens, max_len)
+        self._check(seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *self._values(inputs))
+
+    def _values(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The declared inputs in the order of the kernel's parameters."""
+        for name in inputs:
+            if name not in self._input_names:
+                raise ArgumentError(
+                    f"run() got {name!r}, which no formula of the plan reads; the declared inputs that are read are "
+                    f"{', '.join(self._input_names) or 'none'}."
+                )
+        return [inputs[name] for name in self._input_names if name in inputs]
 
     def _check(
         self,
@@ -153,6 +189,8 @@ class Plan:
         req_pool_indices: Tensor,
         extend_seq_lens: Tensor | None,
         max_len: int | None,
+        captured_size: int | None = None,
+        *values: Tensor,
     ) -> list[int]:
         """The words of a call. The binding calls it when the arguments differ from those of the last calls."""
         inputs = [("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths)]
@@ -169,7 +207,13 @@ class Plan:
                 "extend_seq_lens is None; a plan with variable extend lengths needs one element per request. "
                 "Bind with extend='uniform' for next_n rows per request."
             )
-        inputs.append(("req_pool_indices", req_pool_indices, self._pool_dtype, self._gathers))
+        inputs.append(("req_pool_indices", req_pool_indices, self._pool_dtype, self._reads_rows))
+        if len(values) != len(self._inputs):
+            raise ArgumentError(
+                f"run() got {len(values)} declared inputs and needs {len(self._inputs)}: "
+                f"{', '.join(self._input_names)}."
+            )
+        inputs += [(name, value, dtype, True) for (name, dtype), value in zip(self._inputs, values, strict=True)]
         for name, tensor, dtype, read in inputs:
             check_tensor(name, tensor, dim=1, dtypes=(dtype,) if read else INT_DTYPES, device=self.device)
             region = Region.of(name, tensor)
@@ -193,13 +237,24 @@ class Plan:
                 f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
                 "Bind larger buffers."
             )
+        if self.exact not in (0, batch_size):
+            raise ArgumentError(f"seq_lens has {batch_size} requests; the plan is for {self.exact}. Pass {self.exact}.")
         columns = self._max_len
         if max_len is not None:
             columns = check_int("max_len", max_len, 0, self._columns, ", the width of the narrowest table")
         self._storages.check()
         # In the order of layout.call_words.
         words = [word for _, tensor, _, read in inputs if read for word in (tensor.data_ptr(), tensor.stride(0))]
-        return [*words, batch_size, columns] if self._gathers else [*words, batch_size]
+        words.append(batch_size)
+        if self._pads:
+            words.append(batch_size if captured_size is None else self._captured(captured_size, batch_size))
+        elif captured_size is not None:
+            raise ArgumentError(f"captured_size is {captured_size!r}; no field of the plan has a pad: leave it None.")
+        return [*words, columns] if self._gathers else words
+
+    def _captured(self, captured_size: int, batch_size: int) -> int:
+        why = f", from the batch to what {self._narrowest or 'the destinations'} has room for"
+        return check_int("captured_size", captured_size, batch_size, self.capacity, why)
 
     def check(self) -> None:
         """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
@@ -266,6 +321,11 @@ def bind(
     schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
     writes: str = "all",
+    declare: Mapping[str, Declaration | Written] | None = None,
+    inputs: Mapping[str, torch.dtype] | None = None,
+    constants: Mapping[str, int] | None = None,
+    sources: Mapping[str, Tensor] | None = None,
+    maps: Mapping[str, Map] | None = None,
 ) -> Plan:
     """Checks N backends' buffers once and returns a plan whose run() refreshes all of them in one launch.
 
@@ -312,6 +372,13 @@ def bind(
             It holds as long as nobody else writes the tables (then call Plan.forget()) and all of these plans run on
             one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
             probability of about 2^-63.
+        declare: fields of your own by name, ``into(vector("base_len + row", dtype="int64"), positions)``; a declaration
+            without tensors is for other formulas to name. See ``spec/fields.py`` for what a formula may name.
+        inputs: by name the dtype of further inputs that formulas name: run() gets an int [bs] of each.
+        constants: by name a number that formulas name.
+        sources: by name an int32 or int64 [rows, columns] that formulas look up beside req_to_token, such as vLLM's
+            block tables: ``name(column)`` in the request's row of req_pool_indices, or ``name(row, column)``.
+        maps: by name a Map that formulas look up: ``full_to_swa(token(base_len))``.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
@@ -347,15 +414,19 @@ def make_plan(
     facts = {**defaults, **settings}
     _check_numbers(facts, names)
     check_backends(backends)
+    declared = Declarations({name: facts.pop(name) for name in _BESIDE}, len(backends))
+    scope = {name: Field(name, declared.settings["declare"][name]) for name in declared.tensors}
     kv_indices = any(backend.kv_indices is not None for backend in backends)
     facts["page_size"] = _page_size(facts["page_size"], kv_indices, names)
-    destinations = Destinations(backends, facts["page_size"], names.destination, facts["mode"])
+    fields = {name: (field, declared.tensors[name]) for name, field in scope.items()}
+    destinations = Destinations(backends, facts["page_size"], names.destination, facts["mode"], fields)
     facts["seqlen_offsets"] = destinations.check_offsets(facts["seqlen_offsets"])
     check_tensor("req_to_token", req_to_token, dim=2, dtypes=INT_DTYPES, device=destinations.device)
     source = Region.of("req_to_token", req_to_token)
     for region in destinations.regions:
         if region.overlaps(source):
             raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
+    declared.check_read(destinations.device, destinations.regions)
     columns = destinations.token_columns(req_to_token.shape[1], facts["page_size"], facts["index_kpool"])
     max_len = facts.pop("max_len")
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
@@ -367,6 +438,8 @@ def make_plan(
     config = KernelConfig.from_dict(
         {
             **facts,
+            **declared.settings,
+            "strided": destinations.strided(),
             "num_backends": destinations.count,
             "fields": destinations.fields,
             "distinct": destinations.distinct(),
@@ -378,7 +451,7 @@ def make_plan(
     )
     if max_len is not None:
         check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
-    return Plan(destinations, config, req_to_token, columns, max_len, keep)
+    return Plan(destinations, config, req_to_token, columns, max_len, keep, declared)
 
 
 def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .expressions import MAX_DIVISOR, Constant, Dtype, Name, Node, Number, Operation, limits, text
+from .expressions import MAX_DIVISOR, Constant, Dtype, LookUp, Name, Node, Number, Operation, limits, text
 
 if TYPE_CHECKING:
     # For annotations only: formulas are folded without torch.
@@ -41,6 +41,8 @@ def fold(node: Node, dtype: Dtype = "int32") -> Node:
     Raises:
         ConfigError: a divisor isn't a constant from 1 to MAX_DIVISOR.
     """
+    if isinstance(node, LookUp):
+        return LookUp(node.source, tuple(fold(argument, dtype) for argument in node.arguments), node.missing)
     if not isinstance(node, Operation):
         return node
     op, arguments = node.operator, tuple(fold(argument, dtype) for argument in node.arguments)
@@ -87,12 +89,15 @@ def _wrapped(value: int, dtype: Dtype) -> int:
     return (value - low) % (high - low + 1) + low
 
 
-def evaluate(node: Node, inputs: Mapping[str, Tensor]) -> Tensor:
+def evaluate(
+    node: Node, inputs: Mapping[str, Tensor], look_up: Callable[[LookUp, list[Tensor]], Tensor] | None = None
+) -> Tensor:
     """A formula's values with PyTorch.
 
     Args:
         node: the formula, with no name that isn't an input.
-        inputs: at least one tensor; all int32, or all int64 for an int64 field; their shapes broadcast.
+        inputs: at least one tensor; all int32, or all int64 for an int64 field, of shapes that broadcast.
+        look_up: the elements that look-ups with such arguments yield; for formulas that have any.
 
     Returns:
         A tensor of the inputs' dtype and of the shape that they broadcast to.
@@ -107,6 +112,9 @@ def evaluate(node: Node, inputs: Mapping[str, Tensor]) -> Tensor:
                 return inputs[name]
             case Operation(op, arguments):
                 return compute(op, [value(argument) for argument in arguments])
+            case LookUp(_, arguments, _):
+                assert look_up is not None
+                return look_up(node, [value(argument) for argument in arguments]).to(like.dtype)
 
     def compute(op: str, values: list[Tensor]) -> Tensor:
         match op:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from . import layout
+from .declarations import plain
 from .fields import FIELDS
 from .implied import Implied
 from .parts import (
@@ -29,6 +30,7 @@ from .parts import (
     Sparse,
     setting,
 )
+from .scope import Scope
 from .values import Names, OneOf, Pairs, Whole, check_one_of, check_whole
 
 Operation = Literal["precompute_and_broadcast", "copy"]
@@ -83,7 +85,7 @@ class KernelConfig(Implied):
     )
     num_backends: int = setting(1, Whole(1, None))
     fields: tuple[str, ...] = setting(_DEFAULT_FIELDS, Names(FIELDS))
-    distinct: tuple[tuple[str, int], ...] = setting((), Pairs(Whole(1, None), "a whole number"))
+    distinct: tuple[tuple[str, int], ...] = setting((), Pairs(Whole(-(2**31), None), "a whole number"))
     target: Target = setting("cuda", OneOf("cuda", "cpu"))
     checked: bool = setting(False, OneOf(False, True), used=lambda c: not c.copies)
     declared: Declared | None
@@ -99,11 +101,16 @@ class KernelConfig(Implied):
     def __init__(self, **settings: Any) -> None:
         for name in settings:
             check_one_of("the setting's name", name, tuple(SETTINGS))
-        for name, field in SETTINGS.items():
-            if name not in _PART_OF:
-                _set(self, name, field.metadata["value"].check(name, settings.get(name, field.default)))
         for part, kind in PARTS.items():
             _set(self, part, kind(**{n: settings[n] for n, of in _PART_OF.items() if of == part and n in settings}))
+        given = Scope(self.declare, self.inputs, self.constants, self.sources, self.maps)
+        given.check()
+        allowed = {"fields": Names((*FIELDS, *sorted(dict(given.declare))))}
+        for name, field in SETTINGS.items():
+            if name not in _PART_OF:
+                value = allowed.get(name, field.metadata["value"])
+                _set(self, name, value.check(name, settings.get(name, field.default)))
+        _set(self, "scope", given.canonical().of(self.fields, "target_verify"))
         self._check_fields()
         self._check_combinations()
         self._check_offsets()
@@ -143,13 +150,17 @@ class KernelConfig(Implied):
             check_whole(f"distinct[{name}]", count, 1, self.num_backends)
         shared = [(name, distinct[name]) for name in self.fields if name in distinct]
         _set(self, "distinct", tuple((name, count) for name, count in shared if count < self.num_backends))
+        strided = tuple(name for name in self.fields if name in self.strided)
+        for name in self.strided:
+            check_one_of("strided", name, tuple(n for n, _ in self.scope.declare if self.field(n).kind == "vector"))
         dtypes = dict(self.dtypes)
         for name, dtype in dtypes.items():
             check_one_of("dtypes", name, self.fields)
-            check_one_of(f"dtypes[{name}]", dtype, FIELDS[name].dtypes)
+            check_one_of(f"dtypes[{name}]", dtype, self.field(name).dtypes)
         chosen = [(name, dtypes[name]) for name in self.fields if name in dtypes]
-        chosen = [(name, dtype) for name, dtype in chosen if dtype != FIELDS[name].dtype]
-        _set(self, "declared", Declared(dtypes=tuple(chosen)))
+        chosen = [(name, dtype) for name, dtype in chosen if dtype != self.field(name).dtype]
+        scope = {part.name: getattr(self.scope, part.name) for part in dataclasses.fields(self.scope)}
+        _set(self, "declared", Declared(**scope, dtypes=tuple(chosen), strided=strided))
 
     def _check_combinations(self) -> None:
         if self.target == "cuda" and (self.threads < 32 or self.threads & (self.threads - 1)):
@@ -157,13 +168,18 @@ class KernelConfig(Implied):
                 f"threads is {self.threads}; on the cuda target it must be a power of two from 32 to 1024, "
                 "because a block consists of whole warps."
             )
-        derived = [name for name in self.fields if FIELDS[name].kind in ("schedule", "splits", "indices")]
+        derived = [name for name in self.fields if self.field(name).kind in ("schedule", "splits", "indices")]
+        if self.copies and (self.declare or self.strided):
+            raise ConfigError(
+                f"fields has {self.declare[0][0]}, which is declared, and operation is 'copy'; only standard fields "
+                "are copied. Compute it in each refresh: bind it to a plan."
+            )
         if self.copies and derived:
             raise ConfigError(
                 f"fields has {derived[0]} and operation is 'copy'; a copy can't write schedules or kv_indices, "
                 "which each refresh computes. Leave them out of the destinations."
             )
-        tables = [name for name in self.fields if FIELDS[name].kind == "table"]
+        tables = [name for name in self.fields if self.field(name).kind == "table"]
         if "kv_indices" in self.fields and tables:
             raise ConfigError(
                 f"fields has kv_indices and {tables[0]}; a kernel writes either tables or kv_indices. Bind them to two "
@@ -192,10 +208,11 @@ class KernelConfig(Implied):
                 f"seqlen_offsets has {len(offsets)} numbers and num_backends is {self.num_backends}; give one per "
                 "backend, one for all, or none."
             )
-        if len(set(offsets)) < 2 or not self.needs_lengths:
+        if self.sets == 1:
             return
         for name, count in self.distinct:
-            if FIELDS[name].kind != "table" or count > 1:
+            table = self.field(name).kind == "table"
+            if not self.once(name) if not table else count > 1 and self.lengths_differ:
                 raise ConfigError(
                     f"distinct[{name}] is {count} and seqlen_offsets is {offsets}; backends whose "
                     "lengths differ can share only a table, and only if all of them share it."
@@ -288,8 +305,10 @@ SETTINGS: dict[str, dataclasses.Field[Any]] = {
 
 
 def _plain(name: str, value: Any) -> Any:
-    if name in ("distinct", "dtypes"):
-        return dict(value)
+    if name == "declare":
+        return {each: plain(declaration) for each, declaration in value}
+    if name in ("distinct", "dtypes", "inputs", "constants", "sources", "maps"):
+        return {each: list(of) if isinstance(of, tuple) else of for each, of in value}
     return list(value) if isinstance(value, tuple) else value
 
 

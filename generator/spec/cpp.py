@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .arithmetic import known_value
-from .expressions import COMPARISONS, PRECEDENCE, Constant, Dtype, Name, Node, Number, Operation, limits
+from .expressions import COMPARISONS, PRECEDENCE, Constant, Dtype, LookUp, Name, Node, Number, Operation, limits
 
 
-def cpp(node: Node, dtype: Dtype = "int32") -> str:
+def cpp(node: Node, dtype: Dtype = "int32", maps: Collection[str] = ()) -> str:
     """A folded formula as a C++ expression of type std::int32_t, or std::int64_t for int64.
 
-    Names are int32 variables; constants are spelled kIndexTopk and so on. The expression may call min and max of two
-    values of one type, and floor_div, floor_mod, ceil_div, bits and wrap from templates/device/.
+    Names are int32 variables, constants are spelled kIndexTopk and so on. Beside what C++ has it uses min and max of
+    two values of one type, and of templates/device/ floor_div, floor_mod, ceil_div, bits, wrap and look_up.
+
+    Args:
+        node: the formula.
+        dtype: of the field.
+        maps: the look-ups that are maps; the others are sources.
     """
-    return _Cpp("int64" if dtype == "int64" else "int32").value(node)
+    return _Cpp("int64" if dtype == "int64" else "int32", maps).value(node)
+
+
+def user_name(name: str) -> str:
+    """How the emitted text spells what a user declared: no name of its own begins so."""
+    return f"user_{name}"
 
 
 def cpp_constant(name: str) -> str:
-    """How the emitted text spells a setting."""
-    return "k" + "".join(map(str.capitalize, name.split("_")))
+    """How the emitted text spells a constant: a setting, or one that a user declared."""
+    return name if name.startswith(user_name("")) else "k" + "".join(map(str.capitalize, name.split("_")))
+
+
+def cpp_source(name: str) -> str:
+    """How the emitted text spells a source or a map."""
+    return "token_source(p)" if name == "token" else f"p.{user_name(name)}"
 
 
 class _Cpp:
@@ -27,8 +44,8 @@ class _Cpp:
     left operand is unsigned, C++ converts the right one, modulo 2^32 or 2^64.
     """
 
-    def __init__(self, dtype: Dtype) -> None:
-        self._wide = dtype == "int64"
+    def __init__(self, dtype: Dtype, maps: Collection[str]) -> None:
+        self._wide, self._maps = dtype == "int64", maps
         self._type, self._unsigned = f"std::{dtype}_t", f"std::u{dtype}_t"
 
     def value(self, node: Node) -> str:
@@ -50,6 +67,12 @@ class _Cpp:
                 return f"({self._condition(condition)} ? {self.value(value)} : {self.value(other)})"
             case Operation(op) if op in COMPARISONS.values():
                 return f"static_cast<{self._type}>({self._condition(node)})"
+            case LookUp(source, arguments, missing):
+                places = [self.value(argument) for argument in arguments]
+                if source not in self._maps and len(places) == 1:
+                    places.insert(0, "pool_row")
+                outside = self._number(missing) if self._wide else f"{self._type}{{{self._number(missing)}}}"
+                return f"look_up(p, request, {cpp_source(source)}, {', '.join(places)}, {outside})"
         raise AssertionError(f"{node} isn't folded")
 
     def _condition(self, node: Node) -> str:

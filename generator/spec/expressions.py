@@ -1,8 +1,9 @@
 """Formulas: a subset of Python's integer expressions, parsed once.
 
-A formula is made of whole numbers, names, ``+ - * // %`` with Python's rounding, comparisons (1 or 0), and the
-functions of FUNCTIONS. Every operator is defined for all values: sums and products wrap around at the width of the
-field, a divisor is a positive constant, and ``where`` computes both of its values.
+A formula is made of whole numbers, names, ``+ - * // %`` with Python's rounding, comparisons (1 or 0), the functions
+of FUNCTIONS, and look-ups ``token(column)``. Every operator is total: sums and products wrap around at the width of the
+field, a divisor is a positive constant, ``where`` computes both of its values, and a look-up outside of its source
+yields a declared number.
 
 arithmetic.py folds and evaluates a formula's tree, cpp.py emits it.
 """
@@ -81,13 +82,35 @@ class Operation:
     arguments: tuple[Node, ...]
 
 
-Node = Number | Constant | Name | Operation
+@dataclass(frozen=True)
+class LookUp:
+    """An element of a source or a map.
+
+    Attributes:
+        source: its name; "token" is req_to_token.
+        arguments: of a source the column, or the row and the column; of a map the index.
+        missing: what it yields where there is no such element.
+    """
+
+    source: str
+    arguments: tuple[Node, ...]
+    missing: int
+
+
+Node = Number | Constant | Name | Operation | LookUp
 
 
 # ------------------------------------------------------------------------------------------------------------- parse
 
 
-def parse(text: str, label: str, names: Collection[str], constants: Collection[str], dtype: Dtype = "int32") -> Node:
+def parse(
+    text: str,
+    label: str,
+    names: Collection[str],
+    constants: Collection[str],
+    dtype: Dtype = "int32",
+    look_ups: Mapping[str, tuple[int, int, int]] = {},
+) -> Node:
     """The tree of a formula.
 
     Args:
@@ -96,16 +119,26 @@ def parse(text: str, label: str, names: Collection[str], constants: Collection[s
         names: inputs and vectors that it may name.
         constants: settings that it may name, also in divisors.
         dtype: of the field; literals must fit.
+        look_ups: by source or map how many arguments it takes at least and at most, and what it yields outside.
 
     Raises:
         ConfigError: the formula isn't in the subset; the message says what, and at which column.
     """
-    return _Parser(text, label, names, constants, dtype).parse()
+    return _Parser(text, label, names, constants, dtype, look_ups).parse()
 
 
 class _Parser:
-    def __init__(self, text: str, label: str, names: Collection[str], constants: Collection[str], dtype: Dtype) -> None:
+    def __init__(
+        self,
+        text: str,
+        label: str,
+        names: Collection[str],
+        constants: Collection[str],
+        dtype: Dtype,
+        look_ups: Mapping[str, tuple[int, int, int]],
+    ) -> None:
         self._text, self._label, self._names, self._constants = text, label, names, constants
+        self._look_ups = look_ups
         self._low, self._high = limits(dtype)
 
     def parse(self) -> Node:
@@ -181,15 +214,17 @@ class _Parser:
         return Name(name)
 
     def _call(self, node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Node:
-        if name not in FUNCTIONS:
-            self._at(node, f"there is no function {name[:40]!r}; allowed: {', '.join(FUNCTIONS)}")
-        low, high = FUNCTIONS[name]
+        if name not in FUNCTIONS and name not in self._look_ups:
+            allowed = ", ".join([*FUNCTIONS, *self._look_ups])
+            self._at(node, f"there is no function {name[:40]!r}; allowed: {allowed}")
+        low, high = FUNCTIONS[name] if name in FUNCTIONS else self._look_ups[name][:2]
         if keywords or any(isinstance(arg, ast.Starred) for arg in args) or not low <= len(args) <= high:
             count = str(low) if low == high else f"{low} to {high}"
             self._at(node, f"{name} takes {count} values")
         if name == "ceil_div":
             self._check_divisor(args[1])
-        return Operation(name, tuple(self._node(arg, depth + 1) for arg in args))
+        arguments = tuple(self._node(arg, depth + 1) for arg in args)
+        return Operation(name, arguments) if name in FUNCTIONS else LookUp(name, arguments, self._look_ups[name][2])
 
     def _check_divisor(self, node: ast.expr) -> None:
         for part in ast.walk(node):
@@ -211,14 +246,22 @@ def names(node: Node) -> list[str]:
     match node:
         case Name(name):
             return [name]
-        case Operation(_, arguments):
+        case Operation(arguments=arguments) | LookUp(arguments=arguments):
             return list(dict.fromkeys(name for argument in arguments for name in names(argument)))
     return []
 
 
+def look_ups(node: Node) -> list[LookUp]:
+    """The look-ups in a formula, in the order in which they are met."""
+    if not isinstance(node, Operation | LookUp):
+        return []
+    own = [node] if isinstance(node, LookUp) else []
+    return own + [found for argument in node.arguments for found in look_ups(argument)]
+
+
 def size(node: Node) -> int:
-    """The number of nodes of a formula."""
-    return 1 + sum(map(size, node.arguments)) if isinstance(node, Operation) else 1
+    """How many nodes a formula has."""
+    return 1 + sum(map(size, node.arguments)) if isinstance(node, Operation | LookUp) else 1
 
 
 def substitute(node: Node, values: Mapping[str, Node]) -> Node:
@@ -228,6 +271,8 @@ def substitute(node: Node, values: Mapping[str, Node]) -> Node:
             return values.get(name, node)
         case Operation(op, arguments):
             return Operation(op, tuple(substitute(argument, values) for argument in arguments))
+        case LookUp(source, arguments, missing):
+            return LookUp(source, tuple(substitute(argument, values) for argument in arguments), missing)
     return node
 
 
@@ -253,5 +298,5 @@ def _text(node: Node) -> tuple[str, int]:
             first = before[0] if before[1] > own or (before[1] == own and own > 1) else f"({before[0]})"
             second = behind[0] if behind[1] > own else f"({behind[0]})"
             return f"{first} {op} {second}", own
-        case Operation(op, arguments):
+        case Operation(op, arguments) | LookUp(op, arguments):
             return f"{op}({', '.join(map(text, arguments))})", 5

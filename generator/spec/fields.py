@@ -44,15 +44,22 @@ class Vector:
 
     Attributes:
         formula: the element's value.
-        per: whether there is one element per request, or per row.
-        dtype: int32 and bool are computed in wrapping int32, int64 in int64 with widened inputs; bool stores whether
-            the value isn't 0.
-        decode: a separate formula for decode, if ``formula`` with one row isn't the right one.
+        per: what has an element: a request, or each row of a request.
+        dtype: int32 and bool are computed in wrapping int32, int64 with inputs that are widened first; bool stores
+            whether the value isn't 0.
+        rows: how many rows a request has in this field, where that isn't what the mode says.
+        pad: what lies between the last element and the captured size of a run; None leaves that alone. Of a running sum
+            also "last", its last element again.
+        missing: what a look-up outside of its source yields.
+        decode: the formula in decode, where it isn't what the other one gives for one row.
     """
 
     formula: str
     per: Per = "row"
     dtype: Dtype = "int32"
+    rows: int | None = None
+    pad: int | Literal["last"] | None = None
+    missing: int = 0
     decode: str | None = None
     kind: ClassVar[Kind] = "vector"
     shape: ClassVar[str] = "[bs]"
@@ -67,6 +74,7 @@ class Vector:
 class RunningSum(Vector):
     """0, then the inclusive running sum of a formula over all requests or rows."""
 
+    per: Per = "request"
     kind: ClassVar[Kind] = "running_sum"
     shape: ClassVar[str] = "[bs + 1]"
 
@@ -146,6 +154,16 @@ class Field:
         return self.declaration.meaning
 
     @property
+    def own_rows(self) -> int | None:
+        """How many rows a request has in it, where that isn't what the mode says."""
+        return self.declaration.rows if isinstance(self.declaration, Vector) else None
+
+    @property
+    def pad(self) -> int | Literal["last"] | None:
+        """What lies between the last element and the captured size of a run, if it is written."""
+        return self.declaration.pad if isinstance(self.declaration, Vector) else None
+
+    @property
     def dim(self) -> int:
         """The number of dimensions of its tensor."""
         return 2 if self.kind in ("table", "schedule") else 1
@@ -162,26 +180,61 @@ class Field:
 
     def shape_in(self, mode: str) -> str:
         """The shape in a forward mode, with bs requests and R rows."""
+        if self.own_rows is not None:
+            return self.shape.replace("bs", f"bs * {self.own_rows}")
         return self.shape if mode == "decode" or self.per == "request" else self.shape.replace("bs", "R")
 
 
-def _declared(declaration: Declaration) -> Any:
+def vector(
+    formula: str,
+    per: Per = "row",
+    *,
+    dtype: Dtype = "int32",
+    rows: int | None = None,
+    pad: int | None = None,
+    missing: int = 0,
+) -> Vector:
+    """Declares a vector: one element a request, or one for each of its rows.
+
+    Args:
+        formula: the value of an element, such as "base_len + row"; see the top of this module for what it may name.
+        per: "request", or "row" for an element for each row that a request has in the forward mode.
+        dtype: "int32", "int64" or "bool" (whether the value isn't 0).
+        rows: a number of rows of its own for each request, in place of the mode's.
+        pad: a number for the elements from the batch to the captured size that a run is given; None leaves them alone.
+        missing: what a look-up outside of its source yields.
+
+    The formula is checked when the declaration is used: by bind() or KernelConfig, which raise ConfigError.
+    """
+    return Vector(formula, per, dtype, rows, pad, missing)
+
+
+def running_sum(
+    formula: str,
+    per: Per = "request",
+    *,
+    dtype: Dtype = "int32",
+    pad: int | Literal["last"] | None = None,
+    missing: int = 0,
+) -> RunningSum:
+    """Declares a running sum: 0, then the sums of a formula over the requests or rows so far, n + 1 elements.
+
+    Args:
+        formula, per, missing: see vector(); the sum wraps around at the width of ``dtype``.
+        dtype: "int32" or "int64".
+        pad: as in vector(), or "last" for the sum of all.
+    """
+    return RunningSum(formula, per, dtype, None, pad, missing)
+
+
+def field(declaration: Declaration) -> Any:
+    """An attribute of MetadataBuffers."""
     return dataclasses.field(default=None, metadata={"declaration": declaration})
 
 
-def vector(formula: str, per: Per = "row", **more: Any) -> Any:
-    """Declares a Vector."""
-    return _declared(Vector(formula, per, **more))
-
-
-def running_sum(formula: str, per: Per = "row", **more: Any) -> Any:
-    """Declares a RunningSum."""
-    return _declared(RunningSum(formula, per, **more))
-
-
 def special(kind: Kind, shape: str, meaning: str, per: Per = "row", **more: Any) -> Any:
-    """Declares a Special."""
-    return _declared(Special(kind, shape, meaning, per, **more))
+    """An attribute of MetadataBuffers with code of its own."""
+    return field(Special(kind, shape, meaning, per, **more))
 
 
 @dataclass(eq=False)
@@ -193,21 +246,21 @@ class MetadataBuffers:
     Shapes are capacities: a refresh of ``bs`` requests writes the first ``bs`` (or R) rows and leaves the others alone.
     """
 
-    cache_seqlens: Tensor | None = vector("seq_len", "request")
-    cu_seqlens_k: Tensor | None = running_sum("cache_seqlens", "request")
+    cache_seqlens: Tensor | None = field(vector("seq_len", "request"))
+    cu_seqlens_k: Tensor | None = field(running_sum("cache_seqlens", "request"))
     page_indices: Tensor | None = special("table", "[bs, W]", "req_to_token[pool_row, column]")
-    # Only complete pools are clamped; the tokens after the last complete one are always added.
-    nsa_cache_seqlens: Tensor | None = vector("min(seqlens_expanded - pool_tail, index_topk) + pool_tail")
-    nsa_cu_seqlens_k: Tensor | None = running_sum("nsa_cache_seqlens")
+    # Complete pools are clamped; the tokens behind the last one stay.
+    nsa_cache_seqlens: Tensor | None = field(vector("min(seqlens_expanded - pool_tail, index_topk) + pool_tail"))
+    nsa_cu_seqlens_k: Tensor | None = field(running_sum("nsa_cache_seqlens", "row"))
     real_page_table: Tensor | None = special(
         "table",
         "[bs, ceil(W / page_size)]",
         "req_to_token[pool_row, column * page_size] // page_size",
         settings=("page_size",),
     )
-    # Every row sees one token less than the row after it. A padding request has fewer tokens than rows.
-    seqlens_expanded: Tensor | None = vector("max(seq_len - rows + row + 1, 0)", decode="seq_len")
-    pooled_cache_seqlens: Tensor | None = vector("cache_seqlens // index_kpool", "request")
+    # Every row sees one token less than the row behind it. A padding request has fewer tokens than rows.
+    seqlens_expanded: Tensor | None = field(Vector("max(seq_len - rows + row + 1, 0)", decode="seq_len"))
+    pooled_cache_seqlens: Tensor | None = field(vector("cache_seqlens // index_kpool", "request"))
     pooled_real_page_table: Tensor | None = special(
         "table",
         "[bs, ceil(W / page_size / index_kpool)]",
@@ -228,7 +281,7 @@ class MetadataBuffers:
         "splits", "[bs + 1]", "0, then the running sum of each request's splits", "request"
     )
     # A length below zero counts as no tokens, so that requests never overlap.
-    kv_indptr: Tensor | None = running_sum("max(base_len, 0) + offset", "request")
+    kv_indptr: Tensor | None = field(running_sum("max(base_len, 0) + offset", "request"))
     kv_indices: Tensor | None = special(
         "indices",
         "[capacity]",

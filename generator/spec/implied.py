@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .expressions import Dtype
-from .fields import FIELDS
-from .vectors import settings_of
+from .cpp import user_name
+from .expressions import Dtype, LookUp
+from .fields import Field
+from .scope import TOKEN, Scope
+from .vectors import read_by, varies
 
 
 class Implied:
@@ -22,6 +24,7 @@ class Implied:
         num_backends: int
         fields: tuple[str, ...]
         distinct: tuple[tuple[str, int], ...]
+        scope: Scope
         dtypes: tuple[tuple[str, Dtype], ...]
         target: str
 
@@ -35,7 +38,7 @@ class Implied:
     @property
     def tables(self) -> tuple[str, ...]:
         """The fields that are gathered from req_to_token."""
-        return tuple(name for name in self.fields if FIELDS[name].kind in ("table", "indices"))
+        return tuple(name for name in self.fields if self.field(name).kind in ("table", "indices"))
 
     @property
     def gathers(self) -> bool:
@@ -49,18 +52,56 @@ class Implied:
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """The vectors and running sums."""
-        return tuple(name for name in self.fields if FIELDS[name].kind in ("vector", "running_sum"))
+        """The fields that have one element a request, or one more (running sums)."""
+        return tuple(name for name in self.fields if self.field(name).kind in ("vector", "running_sum"))
 
     @property
     def schedules(self) -> tuple[str, ...]:
-        """The schedules. Each is computed by a block of its own; num_splits comes with flashmla_metadata."""
-        return tuple(name for name in self.fields if FIELDS[name].kind == "schedule")
+        """The schedules that blocks of their own compute, by the field that they are named after."""
+        return tuple(name for name in self.fields if self.field(name).kind == "schedule")
 
     @property
     def row_fields(self) -> tuple[str, ...]:
-        """The fields with one element, or table row, per row, in modes where a request has several rows."""
-        return tuple(name for name in self.fields if self.mode != "decode" and FIELDS[name].per == "row")
+        """The fields whose rows are not requests but the rows that a request has several of."""
+        if self.mode == "decode":
+            return ()
+        return tuple(n for n in self.fields if self.field(n).per == "row" and self.field(n).own_rows is None)
+
+    @property
+    def own_row_vectors(self) -> tuple[str, ...]:
+        """The vectors of which a request has a number of rows of their own."""
+        return tuple(name for name in self.vectors if self.field(name).own_rows is not None)
+
+    @property
+    def names_rows(self) -> bool:
+        """Whether a field with an element a request depends on how many rows the request has."""
+        named = self.scope.named(self.request_vectors, self.mode)
+        return not self.copies and self.mode != "decode" and "rows" in named
+
+    def names(self, name: str) -> bool:
+        """Whether the formula of a vector has a name."""
+        return name in self.scope.named(self.vectors, self.mode)
+
+    @property
+    def look_ups(self) -> list[LookUp]:
+        """The look-ups in the formulas of the vectors."""
+        return [] if self.copies else read_by(self, self.vectors)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the kernel reads req_to_token."""
+        return self.gathers or any(found.source == TOKEN for found in self.look_ups)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the kernel reads req_pool_indices."""
+        maps = dict(self.scope.maps)
+        return self.gathers or any(len(f.arguments) == 1 and f.source not in maps for f in self.look_ups)
+
+    @property
+    def pads(self) -> bool:
+        """Whether a run writes beyond its batch, up to the captured size that it is given."""
+        return any(self.field(name).pad is not None for name in self.fields)
 
     @property
     def live(self) -> bool:
@@ -84,8 +125,8 @@ class Implied:
 
     @property
     def variable_rows(self) -> bool:
-        """Whether each call gives the number of rows of each request."""
-        several = not self.copies and self.mode == "draft_extend" and bool(self.row_fields)
+        """Whether each call says how many rows each request has."""
+        several = not self.copies and self.mode == "draft_extend" and bool(self.row_fields or self.names_rows)
         return several and self.extend == "variable"
 
     @property
@@ -93,7 +134,7 @@ class Implied:
         """Whether the kernel depends on next_n."""
         if self.copies or self.mode == "decode" or self.variable_rows:
             return False
-        return self.mode == "target_verify" or bool(self.row_fields) or self.has_mqa_schedule
+        return self.mode == "target_verify" or bool(self.row_fields or self.names_rows) or self.has_mqa_schedule
 
     @property
     def equal_rows(self) -> bool:
@@ -108,8 +149,8 @@ class Implied:
         return not self.copies and bool(self.paged_tables) and "page_indices" not in self.fields
 
     def uses(self, setting: str) -> bool:
-        """Whether a field depends on one of the settings that formulas may name."""
-        return not self.copies and any(setting in settings_of(name) for name in self.fields)
+        """Whether one of the fields depends on a setting that formulas may name."""
+        return not self.copies and setting in self.scope.named(self.fields, "target_verify")
 
     @property
     def names_pools(self) -> bool:
@@ -142,13 +183,13 @@ class Implied:
 
     @property
     def sums(self) -> tuple[str, ...]:
-        """The running sums: 0, then one element per request or row."""
-        return tuple(name for name in self.fields if FIELDS[name].kind == "running_sum")
+        """The vectors that are running sums: one element more than requests or rows, the first one 0."""
+        return tuple(name for name in self.fields if self.field(name).kind == "running_sum")
 
     @property
     def request_vectors(self) -> tuple[str, ...]:
-        """The vectors and running sums with one element per request."""
-        return tuple(name for name in self.vectors if name not in self.row_fields)
+        """The vectors with an element for each request."""
+        return tuple(n for n in self.vectors if n not in self.row_fields and self.field(n).own_rows is None)
 
     @property
     def row_vectors(self) -> tuple[str, ...]:
@@ -192,6 +233,16 @@ class Implied:
     def lengths_differ(self) -> bool:
         """Whether the backends see different lengths."""
         return self.needs_lengths and len(self.seqlen_offsets) > 1
+
+    @property
+    def sets(self) -> int:
+        """For how many backends vectors and schedules are computed anew: for each, or for one that stands for all."""
+        steps = self.needs_lengths and self.names("step")
+        return self.num_backends if self.lengths_differ or steps else 1
+
+    def once(self, field: str) -> bool:
+        """Whether a vector is the same for all backends, though others aren't: the first block writes it to all."""
+        return self.sets > 1 and self.field(field).kind in ("vector", "running_sum") and not varies(self, field)
 
     @property
     def resident_blocks(self) -> int:
@@ -245,8 +296,8 @@ class Implied:
 
     @property
     def tile_columns(self) -> int:
-        """Columns of a tile: what one warp moves of a row."""
-        return self.warp_size * 4 * int(self.unroll)
+        """Columns of a tile: what one warp moves of a row. Each page is a read of its own, so few make a tile."""
+        return self.warp_size * int(self.unroll) * (1 if self.pages_alone else 4)
 
     @property
     def tile_alignment(self) -> int:
@@ -259,4 +310,12 @@ class Implied:
 
     def dtype(self, field: str) -> Dtype:
         """The dtype of a field's tensors."""
-        return dict(self.dtypes).get(field, FIELDS[field].dtype)
+        return dict(self.dtypes).get(field, self.field(field).dtype)
+
+    def field(self, name: str) -> Field:
+        """A field of the configuration: a standard one, or one that a user declared."""
+        return self.scope.field(name)
+
+    def member(self, field: str) -> str:
+        """How the emitted text spells a field."""
+        return user_name(field) if self.scope.declared(field) else field

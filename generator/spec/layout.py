@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .fields import FIELDS
+from .cpp import user_name
 
 if TYPE_CHECKING:
     from .config import KernelConfig
@@ -19,9 +19,30 @@ if TYPE_CHECKING:
 # (device/live.cuh, device/equal.cuh) takes 24 bytes in front of it.
 MAX_PARAM_WORDS = (32_764 - 24) // 8
 
+
 Type = Literal[
-    "int64", "lengths", "extends", "pool", "token", "to_int32", "to_int64", "to_bool", "table", "violation", "hashes"
+    "int64",
+    "lengths",
+    "extends",
+    "pool",
+    "token",
+    "from_int32",
+    "from_int64",
+    "to_int32",
+    "to_int64",
+    "to_bool",
+    "table",
+    "strided_int32",
+    "strided_int64",
+    "strided_bool",
+    "source_int32",
+    "source_int64",
+    "map_int32",
+    "map_int64",
+    "violation",
+    "hashes",
 ]
+_WORDS = {"table": 2, "strided": 3, "source": 4, "map": 2}
 
 
 @dataclass(frozen=True)
@@ -30,10 +51,12 @@ class Member:
 
     Attributes:
         name: its name, in the struct and in a plan.
-        type: "int64"; "lengths", "extends", "pool", "token" (pointers to the inputs); "to_int32", "to_int64", "to_bool"
-            (pointers to a field of that dtype); "table" (a pointer to a field and its row stride in elements);
-            "violation" (pointer to the record of a checked kernel); "hashes" (pointer to the hashes of
-            a verified kernel's tiles).
+        type: "int64"; "lengths", "extends", "pool", "token" (pointers to the inputs) and "from_<dtype>" (to a declared
+            one); "to_<dtype>" (pointers to a field); "table" (a pointer to a field and its row stride in elements);
+            "strided_<dtype>" (a pointer to a field, and elements from request to request and from row to row);
+            "source_<dtype>" (a pointer, rows, elements from row to row, columns); "map_<dtype>" (a pointer, elements);
+            "violation" (pointer to the record of a checked kernel); "hashes" (pointer to those of a verified kernel's
+            tiles).
         count: array length, or None for a single member.
         per_call: whether each call sets it; the others are set once, when a plan is bound.
         comment: what it holds.
@@ -47,8 +70,8 @@ class Member:
 
     @property
     def words(self) -> int:
-        """The number of 64-bit words that the member takes."""
-        return (self.count or 1) * (2 if self.type == "table" else 1)
+        """64-bit words the member takes."""
+        return (self.count or 1) * _WORDS.get(self.type.split("_")[0], 1)
 
 
 def members(config: KernelConfig) -> list[Member]:
@@ -65,16 +88,21 @@ def members(config: KernelConfig) -> list[Member]:
     if config.extend == "variable":
         add("extend_seq_lens", "extends", "[batch_size]", per_call=True)
         add("extend_seq_lens_stride", "int64", "elements", per_call=True)
-    if config.tables and not copies:
+    if config.reads_rows:
         add("req_pool_indices", "pool", "[batch_size], rows of req_to_token", per_call=True)
         add("req_pool_indices_stride", "int64", "elements", per_call=True)
+    for name, dtype in config.inputs:
+        add(user_name(name), f"from_{dtype}", "[batch_size], declared", per_call=True)
+        add(f"{user_name(name)}_stride", "int64", "elements", per_call=True)
     add("batch_size", "int64", "requests", per_call=True)
+    if config.pads:
+        add("captured_size", "int64", "requests, padding included", per_call=True)
     if copies and config.row_fields:
         add("rows", "int64", "rows of all requests", per_call=True)
     for name in column_limits(config):
         add(name, "int64", "columns from here on are not written", per_call=True)
-    # The words that a thread needs before it can read its first token come first, so that they lie in few cache lines.
-    if config.tables and not copies:
+    # What a thread needs before it can read its first token comes first, and lies in few cache lines.
+    if config.reads_tokens:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
         add("req_to_token_width", "int64", "elements of a row that may be read")
@@ -85,12 +113,14 @@ def members(config: KernelConfig) -> list[Member]:
 
     def add_fields(names: Sequence[str]) -> None:
         for name in names:
-            kind = "table" if FIELDS[name].kind == "table" else f"to_{config.dtype(name)}"
+            field = config.field(name)
+            way = "strided" if name in config.strided else "to"
+            kind = "table" if field.kind == "table" else f"{way}_{config.dtype(name)}"
             if copies:
                 add(f"from_{name}", kind, "precomputed")
-            add(name, kind, FIELDS[name].shape_in(config.mode), count=config.destinations(name))
+            add(config.member(name), kind, field.shape_in(config.mode), count=config.destinations(name))
 
-    add_fields([name for name in config.fields if FIELDS[name].kind == "table"])
+    add_fields([name for name in config.fields if config.field(name).kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
         add("sm_count", "int64", "SMs of the device")
@@ -98,8 +128,12 @@ def members(config: KernelConfig) -> list[Member]:
         add("violation", "violation", "the first violation, or none")
         if config.extend == "variable":
             add("row_capacity", "int64", "rows that fit the destinations")
-        if config.tables:
-            add("pool_rows", "int64", "rows of req_to_token")
+    if config.reads_tokens and (config.checked or config.look_ups):
+        add("pool_rows", "int64", "rows of req_to_token")
+    for name, dtype in config.sources:
+        add(user_name(name), f"source_{dtype}", "[rows, columns], declared")
+    for name, (dtype, _) in config.maps:
+        add(user_name(name), f"map_{dtype}", "[elements], declared")
     if config.page_fill is not None:
         add("real_page_table_width", "int64", "columns")
     if "paged_mqa_schedule_metadata" in config.fields:
@@ -108,7 +142,7 @@ def members(config: KernelConfig) -> list[Member]:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
     if "kv_indices" in config.fields:
         add("kv_indices_capacity", "int64", "elements")
-    add_fields([name for name in config.fields if FIELDS[name].kind != "table"])
+    add_fields([name for name in config.fields if config.field(name).kind != "table"])
     return out
 
 

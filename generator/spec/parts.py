@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from .declarations import Declarations
 from .expressions import Dtype
-from .values import Offsets, OneOf, Pairs, Value, Whole
+from .fields import Declaration
+from .values import AnyNames, Mapped, Offsets, OneOf, Pairs, Value, Whole
 
 if TYPE_CHECKING:
     from .config import KernelConfig
@@ -84,13 +86,36 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Declared(Part):
-    """What the fields hold where that isn't as their declarations have it.
+    """What a user declares, and what the fields hold where that isn't as their declarations have it.
+
+    Of what is declared, a configuration keeps what its fields need.
 
     Attributes:
+        declare: fields and terms by name: onelaunch.vector(...) and so on, or tables with kind, formula and the other
+            arguments of those functions.
+        inputs: by name the dtype of what each run is given an element a request of, "int32" or "int64".
+        constants: by name a number that formulas name.
+        sources: by name the dtype of a table that formulas look up.
+        maps: by name (dtype, what lies outside) of a one-dimensional table that formulas look up.
         dtypes: (field, dtype) for each field whose destinations have another dtype than it is declared with.
+        strided: the vectors whose destinations have strides of their own.
     """
 
+    declare: tuple[tuple[str, Declaration], ...] | None = setting((), Declarations(), used=lambda c: bool(c.declare))
+    inputs: tuple[tuple[str, IntDtype], ...] | None = setting(
+        (), Pairs(_INT_DTYPE, "a dtype"), used=lambda c: bool(c.inputs)
+    )
+    constants: tuple[tuple[str, int], ...] | None = setting(
+        (), Pairs(Whole(-(2**63), 2**63 - 1), "a whole number"), used=lambda c: bool(c.constants)
+    )
+    sources: tuple[tuple[str, IntDtype], ...] | None = setting(
+        (), Pairs(_INT_DTYPE, "a dtype"), used=lambda c: bool(c.sources)
+    )
+    maps: tuple[tuple[str, tuple[IntDtype, int]], ...] | None = setting(
+        (), Pairs(Mapped(_INT_DTYPE), "(dtype, number)"), used=lambda c: bool(c.maps)
+    )
     dtypes: tuple[tuple[str, Dtype], ...] | None = setting((), Pairs(_DTYPE, "a dtype"), used=lambda c: bool(c.dtypes))
+    strided: tuple[str, ...] | None = setting((), AnyNames(), used=lambda c: bool(c.strided))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +145,7 @@ class Rows(Part):
     extend: Extend | None = setting(
         "uniform",
         OneOf("uniform", "variable"),
-        used=lambda c: not c.copies and c.mode == "draft_extend" and bool(c.row_fields),
+        used=lambda c: not c.copies and c.mode == "draft_extend" and bool(c.row_fields or c.names_rows),
     )
     next_n: int | None = setting(1, Whole(1, MAX_NEXT_N), used=lambda c: c.counts_rows)
     extend_seq_lens_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.variable_rows)
@@ -140,8 +165,8 @@ class Gather(Part):
     extent: Extent | None = setting(
         "live", OneOf("live", "full"), used=lambda c: c.gathers and "kv_indices" not in c.fields
     )
-    req_pool_indices_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.gathers)
-    req_to_token_dtype: IntDtype | None = setting("int32", _INT_DTYPE, used=lambda c: c.gathers)
+    req_pool_indices_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.reads_rows)
+    req_to_token_dtype: IntDtype | None = setting("int32", _INT_DTYPE, used=lambda c: c.reads_tokens)
     writes: Writes | None = setting("all", OneOf("all", "verified"), used=lambda c: c.gathers)
 
 
@@ -177,7 +202,7 @@ class MqaSchedule(Part):
     """DeepGEMM's schedule, paged_mqa_schedule_metadata.
 
     Attributes:
-        schedule_remainder: which multiprocessors get one split more, "last" (DeepGEMM from 2026-06 on) or "first"
+        schedule_remainder: which SMs get one split more, "last" (DeepGEMM from 2026-06 on) or "first"
             (before).
         schedule_per: what its lengths are in target_verify and draft_extend: "request" for [bs, n], of which only the
             last column counts (cache_seqlens), "row" for [R, 1] (seqlens_expanded).

@@ -94,16 +94,17 @@ class Names:
 
 
 class Pairs:
-    """(field, value) pairs, or a mapping; as text ``field:value`` joined by ``+``. The configuration checks them."""
+    """(name, value) pairs, or a mapping; as text ``name:value`` joined by ``+``. The configuration checks the names."""
 
     def __init__(self, value: Value, what: str) -> None:
         self._value, self._what = value, what
 
     def check(self, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
         try:
-            return tuple(dict(value).items())
+            pairs = tuple(dict(value).items())
         except (TypeError, ValueError):
             raise ConfigError(f"{name} is {value!r}; it must be pairs of a field and {self._what}.") from None
+        return tuple((field, self._value.check(f"{name}[{field}]", each)) for field, each in pairs)
 
     def read(self, name: str, text: str) -> tuple[tuple[str, Any], ...]:
         pairs = [pair.partition(":") for pair in text.split("+")]
@@ -111,6 +112,42 @@ class Pairs:
 
     def write(self, value: Any) -> str:
         return "+".join(f"{field}:{self._value.write(each)}" for field, each in value)
+
+
+class Mapped:
+    """A dtype and a whole number, as text ``dtype:number``."""
+
+    def __init__(self, dtype: OneOf) -> None:
+        self._dtype = dtype
+
+    def check(self, name: str, value: Any) -> tuple[str, int]:
+        try:
+            dtype, outside = value
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name} is {value!r}; it must be a dtype and a whole number.") from None
+        return self._dtype.check(name, dtype), check_whole(name, outside, -(2**63), 2**63 - 1)
+
+    def read(self, name: str, text: str) -> tuple[str, int]:
+        dtype, _, outside = text.partition(":")
+        return self._dtype.read(name, dtype), read_whole(name, outside)
+
+    def write(self, value: Any) -> str:
+        return f"{value[0]}:{value[1]}"
+
+
+class AnyNames:
+    """Names, which the configuration checks; as text they are joined by ``+``."""
+
+    def check(self, name: str, value: Any) -> tuple[str, ...]:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ConfigError(f"{name} is {value!r}; it must be a tuple of names.")
+        return tuple(value)
+
+    def read(self, name: str, text: str) -> tuple[str, ...]:
+        return tuple(text.split("+"))
+
+    def write(self, value: Any) -> str:
+        return "+".join(value)
 
 
 class Offsets:

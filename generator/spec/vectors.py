@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
 from .arithmetic import evaluate, fold
-from .cpp import cpp
-from .expressions import Constant, Dtype, Name, Node, Number, Operation, names, parse, size, substitute, text
-from .fields import FIELDS, TERMS, Declaration, Field, Vector
+from .cpp import cpp, user_name
+from .expressions import Constant, Dtype, LookUp, Name, Node, Number, Operation, look_ups, names, substitute, text
+from .fields import TERMS, Field, Vector
+from .scope import CONSTANTS
 
 if TYPE_CHECKING:
     # Only for annotations: configurations ask this module which settings their fields use.
     from torch import Tensor
 
     from .config import KernelConfig
-
-INPUTS = ("base_len", "offset", "seq_len", "rows", "row", "request", "step")
-# Settings that formulas may name. Those that are at least 1 may be divisors.
-CONSTANTS = ("index_topk", "index_kpool", "page_size")
-
-# The fields and terms that have a formula.
-_VECTORS = {name: field for name, field in (FIELDS | TERMS).items() if isinstance(field.declaration, Vector)}
-
-# The limit for a formula after substitution of the vectors that it names.
-MAX_NODES = 1_000
+    from .implied import Implied
 
 
 @dataclass(frozen=True)
@@ -38,11 +28,13 @@ class Local:
         name: the vector whose value it is.
         type: "std::int32_t" or "std::int64_t".
         cpp: its value, an expression of inputs and of the locals before it.
+        per: "request" if all rows of a request have the same.
     """
 
     name: str
     type: str
     cpp: str
+    per: str
 
     def declaration(self, indent: int) -> str:
         """The line that declares it, or two where it is longer than 120 columns."""
@@ -50,109 +42,75 @@ class Local:
         return line if indent + len(line) <= 120 else line.replace(" = ", f" =\n{' ' * (indent + 4)}", 1)
 
 
-# -------------------------------------------------------------------------------------------------------- declarations
+def _mode(config: Implied, own_rows: int | None) -> str:
+    """The mode whose formulas hold. With rows of its own a field has none for a single row."""
+    return config.mode if own_rows is None else "target_verify"
 
 
-@cache
-def formula(name: str, mode: str) -> Node:
-    """The parsed formula of a standard vector or running sum in a forward mode."""
-    return parse_declaration(_VECTORS[name], {n: field.declaration for n, field in _VECTORS.items()}, mode)
-
-
-def parse_declaration(field: Field, declarations: Mapping[str, Declaration], mode: str) -> Node:
-    """The parsed formula of a vector or running sum.
-
-    Args:
-        field: the field.
-        declarations: every field that it may name.
-        mode: the forward mode; a declaration may have a separate formula for decode.
-
-    Raises:
-        ConfigError: the formula isn't in the subset, or names a field that it can't use.
-    """
-    declared = field.declaration
-    assert isinstance(declared, Vector)
-    vectors = [n for n, other in declarations.items() if type(other) is Vector and n != field.name]
-    written = declared.decode if mode == "decode" and declared.decode is not None else declared.formula
-    node = parse(written, field.name, (*INPUTS, *vectors), CONSTANTS, declared.dtype)
-    if declared.per == "request":
-        for name in names(node):
-            if name == "row" or (name in vectors and declarations[name].per == "row"):
-                raise ConfigError(
-                    f"the formula of {field.name}, {written!r}, names {name}, which is per row; {field.name} has one "
-                    "element per request. Declare it with per='row', or name per-request inputs only."
-                )
-    return node
-
-
-def substituted(name: str, formulas: Mapping[str, Node]) -> Node:
-    """A vector's formula, with the vectors that it names replaced by their formulas.
-
-    Raises:
-        ConfigError: formulas name each other, or the result has more than MAX_NODES nodes.
-    """
-
-    def visit(name: str, path: tuple[str, ...]) -> Node:
-        if name in path:
-            circle = " names ".join((*path[path.index(name) :], name))
-            raise ConfigError(f"formulas name each other: {circle}. Write one of them without the others.")
-        node = formulas[name]
-        node = substitute(node, {named: visit(named, (*path, name)) for named in names(node) if named in formulas})
-        if size(node) > MAX_NODES:
-            raise ConfigError(
-                f"the formula of {name} has more than {MAX_NODES} operators, numbers and names once the vectors that "
-                "it names are substituted. Make it smaller."
-            )
-        return node
-
-    return visit(name, ())
-
-
-@cache
-def settings_of(name: str) -> frozenset[str]:
-    """The settings that a standard field depends on, directly or through the vectors that it names."""
-    declared = FIELDS[name].declaration
-    if not isinstance(declared, Vector):
-        return frozenset(declared.settings)
-    return frozenset(names(substituted(name, _formulas("target_verify")))) & frozenset(CONSTANTS)
-
-
-# ------------------------------------------------------------------------------------------------- in a configuration
-
-
-def _known(config: KernelConfig) -> dict[str, Node]:
-    """The names whose values a configuration fixes."""
+def _known(config: Implied, own_rows: int | None = None) -> dict[str, Node]:
+    """The names whose values a configuration fixes, for a field with the mode's rows or with rows of its own."""
     known: dict[str, Node] = {setting: Constant(setting, getattr(config, setting)) for setting in CONSTANTS}
-    if config.mode == "decode":
+    known |= {name: Constant(user_name(name), value) for name, value in config.scope.constants}
+    if own_rows is not None:
+        known["rows"] = Number(own_rows)
+    elif config.mode == "decode":
         known |= {"rows": Number(1), "row": Number(0)}
     if not any(config.length_offsets):
-        known |= {"offset": Number(0)}
+        known["offset"] = Number(0)
     return known
 
 
-def _formulas(mode: str) -> dict[str, Node]:
-    return {name: formula(name, mode) for name in _VECTORS}
+def formula_in(config: KernelConfig, name: str, dtype: Dtype, own_rows: int | None = None) -> Node:
+    """A vector's formula in a configuration, computed in a dtype: settings are filled in, other vectors are names.
 
-
-def formula_in(config: KernelConfig, name: str, dtype: Dtype) -> Node:
-    """A vector's folded formula in a configuration and a dtype: settings are constants, other vectors are names."""
-    known = _known(config)
-    # A vector that is only another name or a number needs no local constant.
-    node = substitute(formula(name, config.mode), known)
+    Args:
+        config: the configuration.
+        name: the vector.
+        dtype: of the field that is computed.
+        own_rows: its rows, where that field has rows of its own.
+    """
+    scope, known = config.scope, _known(config, own_rows)
+    for given, of in scope.inputs:
+        # An int64 formula sees all 64 bits of an int64 input.
+        wide = dtype == "int64" and of == "int64"
+        known[given] = Name(f"{user_name(given)}_int64" if wide else user_name(given))
+    # A vector that is no more than another name or number needs no local of its own.
+    node = substitute(scope.formula(name, _mode(config, own_rows)), known)
     for named in names(node):
-        if named in _VECTORS:
-            leaf = formula_in(config, named, dtype)
-            known[named] = Name(_local(named, dtype)) if isinstance(leaf, Operation) else leaf
+        if named in scope.vectors:
+            leaf = formula_in(config, named, dtype, own_rows)
+            known[named] = Name(_local(config, named, dtype)) if isinstance(leaf, Operation | LookUp) else leaf
     return fold(substitute(node, known), dtype)
 
 
+def folded(config: Implied, name: str) -> Node:
+    """The formula of a field in a configuration, with the formulas of other vectors in place of their names."""
+    field = config.field(name)
+    node = config.scope.substituted(name, _mode(config, field.own_rows))
+    return fold(substitute(node, _known(config, field.own_rows)), field.dtype)
+
+
+def varies(config: Implied, name: str) -> bool:
+    """Whether backends may have different values: their lengths differ, or the formula names the backend."""
+    named = names(folded(config, name))
+    lengths = len(config.seqlen_offsets) > 1 and ("seq_len" in named or "offset" in named)
+    return config.num_backends > 1 and (lengths or "step" in named)
+
+
+def read_by(config: Implied, fields: Sequence[str]) -> list[LookUp]:
+    """The look-ups in the formulas of some vectors."""
+    return [found for name in fields for found in look_ups(folded(config, name))]
+
+
 def described(config: KernelConfig, name: str) -> str:
-    """An element's formula in a configuration, for people: settings appear by name, constants are folded."""
-    field = FIELDS[name]
-    if name not in _VECTORS:
+    """What an element of a field holds in a configuration, for people: settings by name, what is constant computed."""
+    field = config.field(name)
+    if name not in config.scope.vectors:
         return field.formula
-    terms = {term: formula(term, config.mode) for term in TERMS}
-    written = text(fold(substitute(substitute(formula(name, config.mode), terms), _known(config)), field.dtype))
+    mode = _mode(config, field.own_rows)
+    terms = {term: config.scope.formula(term, mode) for term in TERMS}
+    known = _known(config, field.own_rows) | {n: Constant(n, value) for n, value in config.scope.constants}
+    written = text(fold(substitute(substitute(config.scope.formula(name, mode), terms), known), field.dtype))
     return f"0, then the running sum of {written}" if field.kind == "running_sum" else written
 
 
@@ -161,35 +119,42 @@ def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
 
     Args:
         config: the configuration.
-        fields: vectors and running sums, either all per request or all per row. Per-row code can use the locals of the
-            per-request fields, so these aren't repeated for it.
+        fields: vectors and running sums that all have an element a request, or all one a row, or one with rows of its
+            own. The locals of fields with an element a request are there where those of rows are computed, and aren't
+            repeated.
     """
     found: dict[str, Local] = {}
+    vectors = config.scope.vectors
 
-    def visit(name: str, dtype: Dtype) -> None:
-        node = formula_in(config, name, dtype)
+    def visit(name: str, dtype: Dtype, own_rows: int | None) -> None:
+        node = formula_in(config, name, dtype, own_rows)
         named = names(node)
-        for other in _VECTORS:
-            if _local(other, dtype) in named:
-                visit(other, dtype)
-        local = _local(name, dtype)
-        if isinstance(node, Operation):
+        for other in vectors:
+            if _local(config, other, dtype) in named:
+                visit(other, dtype, own_rows)
+        local = _local(config, name, dtype)
+        if isinstance(node, Operation | LookUp):
             kind = "std::int64_t" if dtype == "int64" else "std::int32_t"
-            found.setdefault(local, Local(local, kind, cpp(node, dtype)))
+            written = cpp(node, dtype, dict(config.scope.maps))
+            found.setdefault(local, Local(local, kind, written, vectors[name].per))
 
     for name in fields:
-        visit(name, FIELDS[name].dtype)
-    if any(name in config.row_fields for name in fields):
+        visit(name, config.dtype(name), config.field(name).own_rows)
+    if any(name not in config.request_vectors for name in fields):
+        of_rows = any(config.field(name).own_rows is not None for name in fields)
         for local in locals_of(config, config.request_vectors):
-            found.pop(local.name, None)
+            if not of_rows or local.per == "request":
+                found.pop(local.name, None)
     return list(found.values())
 
 
 def element(config: KernelConfig, name: str) -> str:
-    """The C++ of a vector's element, or of a running sum's summand; it uses the locals of locals_of."""
-    dtype = FIELDS[name].dtype
-    node = formula_in(config, name, dtype)
-    return _local(name, dtype) if isinstance(node, Operation) else cpp(node, dtype)
+    """The C++ of a vector's element, or of what a running sum adds up, by the locals of locals_of."""
+    dtype = config.dtype(name)
+    node = formula_in(config, name, dtype, config.field(name).own_rows)
+    if isinstance(node, Operation | LookUp):
+        return _local(config, name, dtype)
+    return cpp(node, dtype)
 
 
 def functions_of(config: KernelConfig) -> frozenset[str]:
@@ -198,12 +163,21 @@ def functions_of(config: KernelConfig) -> frozenset[str]:
         return frozenset()
     written = [local.cpp for name in config.vectors for local in locals_of(config, [name])]
     return frozenset(
-        function for function in ("floor_div", "floor_mod", "ceil_div") if f"{function}(" in " ".join(written)
+        function
+        for function in ("floor_div", "floor_mod", "ceil_div", "look_up")
+        if f"{function}(" in " ".join(written)
     )
 
 
 def evaluate_vectors(
-    config: KernelConfig, seq_lens: Tensor, extend_seq_lens: Tensor | None = None, step: int = 0
+    config: KernelConfig,
+    seq_lens: Tensor,
+    extend_seq_lens: Tensor | None = None,
+    step: int = 0,
+    *,
+    inputs: Mapping[str, Tensor] = {},
+    tables: Mapping[str, Tensor] = {},
+    req_pool_indices: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The values of a configuration's vectors and running sums for one backend, by their formulas, with PyTorch.
 
@@ -212,6 +186,9 @@ def evaluate_vectors(
         seq_lens: int32 or int64 [bs].
         extend_seq_lens: int32 or int64 [bs], the rows of each request, for a configuration with variable rows.
         step: the backend, from 0 on.
+        inputs: the declared inputs, int32 or int64 [bs].
+        tables: what look-ups read: req_to_token as "token", the declared sources and maps by name.
+        req_pool_indices: int32 or int64 [bs], the rows of look-ups that don't say which.
 
     Returns:
         By field, a tensor of its dtype with one element per request or row; running sums have one more.
@@ -222,18 +199,31 @@ def evaluate_vectors(
         counts = extend_seq_lens.int().clamp(min=0)
     offset = base_len.new_full(base_len.shape, config.length_offsets[step % len(config.length_offsets)])
     request = base_len.new_ones(base_len.shape).cumsum(0) - 1
-    inputs = {"base_len": base_len, "offset": offset, "seq_len": base_len + offset, "rows": counts, "request": request}
-    inputs |= {"step": base_len.new_full(base_len.shape, step)}
-    of_rows = {name: tensor.repeat_interleave(counts) for name, tensor in inputs.items()}
-    before = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    of_rows["row"] = of_rows["rows"].new_ones(before.shape).cumsum(0) - 1 - before
+    given = {"base_len": base_len, "offset": offset, "seq_len": base_len + offset, "request": request}
+    given |= {"step": base_len.new_full(base_len.shape, step), **inputs}
+    pool_row = base_len if req_pool_indices is None else req_pool_indices.long()
+
+    def of(field: Field) -> tuple[dict[str, Tensor], Tensor]:
+        """The inputs of a field's elements, and their rows of sources."""
+        if field.per == "request":
+            return {**given, "rows": counts}, pool_row
+        repeats = counts if field.own_rows is None else counts * 0 + field.own_rows
+        values = {name: tensor.repeat_interleave(repeats) for name, tensor in {**given, "rows": repeats}.items()}
+        before = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+        values["row"] = values["rows"].new_ones(before.shape).cumsum(0) - 1 - before
+        return values, pool_row.repeat_interleave(repeats)
+
     values: dict[str, Tensor] = {}
     for name in config.vectors:
-        field = FIELDS[name]
-        by_name = inputs if field.per == "request" else of_rows
+        field, declared = config.field(name), config.field(name).declaration
+        assert isinstance(declared, Vector)
+        by_name, rows = of(field)
         wide = field.dtype == "int64"
-        node = substitute(substituted(name, _formulas(config.mode)), _known(config))
-        tensor = evaluate(node, {n: t.long() if wide else t.int() for n, t in by_name.items()})
+        node = config.scope.substituted(name, _mode(config, field.own_rows))
+        known = {n: Constant(n, value) for n, value in config.scope.constants}
+        node = substitute(node, _known(config, field.own_rows) | known)
+        by_width = {n: t.long() if wide else t.int() for n, t in by_name.items()}
+        tensor = evaluate(node, by_width, lambda found, places, rows=rows: _look_up(tables, found, places, rows))  # type: ignore[misc]
         if field.kind == "running_sum":
             sums = tensor.new_zeros(tensor.numel() + 1)
             sums[1:] = tensor.cumsum(0, dtype=tensor.dtype)
@@ -242,6 +232,23 @@ def evaluate_vectors(
     return values
 
 
-def _local(name: str, dtype: Dtype) -> str:
-    """The name of the local constant with a vector's value; a field of another width has a local of its own width."""
-    return name if (dtype == "int64") == (_VECTORS[name].dtype == "int64") else f"{name}_{dtype}"
+def _look_up(tables: Mapping[str, Tensor], found: LookUp, places: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """The elements that a look-up yields."""
+    table = tables[found.source]
+    if table.dim() == 2 and len(places) == 1:
+        places = [rows, *places]
+    places = [place.long().expand(rows.shape) for place in places]
+    inside = rows == rows
+    for place, length in zip(places, table.shape, strict=True):
+        inside = inside & (place >= 0) & (place < length)
+    read = table[tuple(place[inside] for place in places)]
+    values = read.new_full(rows.shape, 0).long()
+    values[inside] = read.long()
+    return values.where(inside, values.new_full((), found.missing))
+
+
+def _local(config: KernelConfig, name: str, dtype: Dtype) -> str:
+    """The local constant with a vector's value. A field of another width computes it anew, in its own width."""
+    field = config.scope.vectors[name]
+    spelled = user_name(name) if config.scope.declared(name) else name
+    return spelled if (dtype == "int64") == (field.dtype == "int64") else f"{spelled}_{dtype}"

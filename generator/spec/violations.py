@@ -36,7 +36,7 @@ VIOLATIONS = tuple(
         (
             (
                 "kPoolIndex",
-                lambda config: bool(config.tables),
+                lambda config: config.reads_tokens and config.reads_rows,
                 "req_pool_indices[{request}] is {value}; allowed: rows of req_to_token, 0 to {limit} exclusive. "
                 "The request's table rows weren't written.",
             ),
@@ -67,6 +67,12 @@ VIOLATIONS = tuple(
                 lambda config: "kv_indices" in config.fields,
                 "seq_lens up to request {request} need {value} elements of kv_indices; the destinations have {limit}. "
                 "Bind larger buffers.",
+            ),
+            (
+                "kLookUp",
+                lambda config: bool(config.look_ups),
+                "a formula looked up place {value} for request {request}; its source has 0 to {limit} exclusive. The "
+                "field got what it declares as missing.",
             ),
         ),
         start=1,

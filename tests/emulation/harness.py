@@ -23,9 +23,10 @@ import checker
 import torch
 from cases import Shape
 from filelock import FileLock
-from onelaunch import FIELDS, KernelConfig
+from onelaunch import KernelConfig
 from onelaunch.spec import layout
-from support import POISON
+from onelaunch.spec.cpp import user_name
+from support import POISON, poisoned
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -188,7 +189,7 @@ class _Buffer:
     Attributes:
         tensor: what it holds before; of a sparse one the rows, of which only the columns have memory.
         sparse_stride: elements from row to row of a sparse one.
-        expected: the same range afterwards, as int32 words; None if nothing may change.
+        expected: the same range afterwards, bool as bytes; None if nothing may change.
         kept: the kernel may write it, and what it writes is for the next launch alone.
         others: what it may hold as well.
         words: the parameter words that point to it.
@@ -262,11 +263,20 @@ class _Job:
         self.values["req_to_token"], self.values["req_to_token_stride"] = [pool], [stride]
         for f, tensor in scene.source.items():
             self.values[f"from_{f.name}"] = self._words(f"from_{f.name}", tensor)
+        self.values["captured_size"] = [scene.captured_size or 0]
+        for name, tensor in scene.inputs.items():
+            self.values[user_name(name)] = [self._buffer(name, tensor)]
+            self.values[f"{user_name(name)}_stride"] = [tensor.stride(0)]
+        for name, tensor in scene.tables.items():
+            shape_of = [tensor.numel()] if tensor.dim() == 1 else [tensor.shape[0], tensor.stride(0), tensor.shape[1]]
+            self.values[user_name(name)] = [self._buffer(name, tensor), *shape_of]
         for name, tensors in scene.destinations.items():
-            self.values[name] = []
+            values = self.values[config.member(name)] = []
             for d, (tensor, _) in enumerate(tensors):
-                words = self._words(f"{name}[{d}]", tensor, FIELDS[name].kind == "table")
-                self.values[name] += words
+                words = self._words(f"{name}[{d}]", tensor, config.field(name).kind == "table")
+                if name in config.strided:
+                    words += [tensor.stride(0) * (config.field(name).own_rows or 1), tensor.stride(0)]
+                values += words
                 assert isinstance(words[0], _Buffer)
                 words[0].expected = self._expected(name, d, tensor)
         if config.hashes_tiles:
@@ -301,9 +311,9 @@ class _Job:
         wanted = self.scene.wanted(name, d)
         if self.shape.sparse_stride is not None and tensor.dim() == 2:
             return wanted.flatten()
-        around = torch.full_like(_flat(tensor), POISON)
+        around = poisoned(_flat(tensor).shape, tensor.dtype)
         around.as_strided(tensor.shape, tensor.stride()).copy_(wanted)
-        return around.view(torch.int32)
+        return around.view(torch.uint8) if tensor.dtype == torch.bool else around
 
     def encode(self) -> bytes:
         """The case in the driver's format."""
@@ -347,7 +357,7 @@ class _Job:
                 if b.expected is None or b.expected.numel() == 0:
                     continue
                 size = b.expected.numel() * b.expected.element_size()
-                got = torch.frombuffer(bytearray(results[taken : taken + size]), dtype=torch.int32)
+                got = torch.frombuffer(bytearray(results[taken : taken + size]), dtype=b.expected.dtype)
                 taken += size
                 wrong = (got != b.expected).nonzero().flatten()
                 if wrong.numel() and not any(torch.equal(got, other) for other in b.others):

@@ -21,6 +21,17 @@ LENGTHS = (
 )
 CUMULATIVE = ("cu_seqlens_k", "dsa_cu_seqlens_k", "kv_indptr")
 TABLES = ("page_table_1", "real_page_table", "page_table", "block_kv_indices", "cuda_graph_kv_indices")
+# Made by the engine's own steps, which must still be called. Poisoned too.
+OTHERS = (
+    "paged_mqa_schedule_metadata",
+    "topk_v2_plan",
+    "cuda_graph_mla_metadata",
+    "cuda_graph_num_splits",
+    "cuda_graph_num_kv_splits",
+    "_sched_meta_buf",
+    "mask_indptr",
+    "qo_indptr",
+)
 
 # The machine's and the pool's, which all backends share.
 _ENVIRONMENT = {
@@ -72,7 +83,7 @@ def poison(backend: Any) -> None:
     for path, value in reachable(backend).items():
         if isinstance(value, Tensor):
             name = last_name(path)
-            if name in LENGTHS or name in TABLES:
+            if name in LENGTHS or name in TABLES or name in OTHERS:
                 value.fill_(POISON)
             elif name in CUMULATIVE:
                 value[..., 1:] = POISON

@@ -278,6 +278,11 @@ def _replace_compiled_functions() -> None:
     fixup = importlib.import_module("sglang.kernels.ops.attention.fixup_zero_kv")
     fixup._jit_fixup_module = lambda *args: None
 
+    def get_scheduler_metadata(*, cache_seqlens: torch.Tensor, max_seqlen_k: int, **more: Any) -> torch.Tensor:
+        return digest(cache_seqlens + max_seqlen_k, 1 + 4 * len(cache_seqlens))
+
+    importlib.import_module("sgl_kernel.flash_attn").get_scheduler_metadata = get_scheduler_metadata
+
     def get_mla_metadata(cache_seqlens: torch.Tensor, *more: Any, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return digest(cache_seqlens, parts, 8), digest(cache_seqlens, len(cache_seqlens) + 1)
 

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PAGES = (64, 32, 16, 1)
 POOL_ROWS = 12
 CONTEXT = 640
 # Speculative decoding lets a length overshoot the context, so SGLang's pool is wider than that.
 WIDTH = CONTEXT + 60
 HEADS = 16
+# The length of padding requests: what the backends of FAMILIES answer to get_cuda_graph_seq_len_fill_value().
+FILL = 1
 
 # SGLang 0.5.17 has none: there each backend translates for itself.
 HAS_TRANSLATOR = find_spec("sglang.srt.mem_cache.kv_index_translator") is not None
@@ -36,7 +39,8 @@ class Family:
         module: where it is.
         multi, single: its multi-step draft class and its single class; "" where this project serves none.
         mla: whether its models have latent attention.
-        pages: the page sizes that it supports, of those that are tested.
+        pages: which of PAGES it supports. DSA has pages of 64 on NVIDIA's GPUs and of 1 on AMD's; others are refused by
+            the engine itself.
         in_graph: whether the metadata kernel is recorded in the graph.
     """
 
@@ -58,9 +62,9 @@ FAMILIES = {
     ),
     "flashmla": Family("flashmla_backend", "FlashMLAMultiStepDraftBackend", "FlashMLABackend", True, (64,)),
     "trtllm_mla": Family("trtllm_mla_backend", "TRTLLMMLAMultiStepDraftBackend", "TRTLLMMLABackend", True, (64, 32)),
-    "triton": Family("triton_backend", "TritonMultiStepDraftBackend", "", False, (1, 16, 64)),
-    "flashinfer": Family("flashinfer_backend", "FlashInferMultiStepDraftBackend", "", False, (1, 16, 64)),
-    "flashinfer_mla": Family("flashinfer_mla_backend", "FlashInferMLAMultiStepDraftBackend", "", True, (1, 64)),
+    "triton": Family("triton_backend", "TritonMultiStepDraftBackend", "TritonAttnBackend", False, (1, 16, 32, 64)),
+    "flashinfer": Family("flashinfer_backend", "FlashInferMultiStepDraftBackend", "", False, (1, 16, 32, 64)),
+    "flashinfer_mla": Family("flashinfer_mla_backend", "FlashInferMLAMultiStepDraftBackend", "", True, (1, 16, 32, 64)),
 }
 
 
@@ -221,9 +225,9 @@ def backend(name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft
     )
     runner = model_runner(req_to_token, page=page, mla=family.mla, draft=bool(steps))
     module = import_module(f"sglang.srt.layers.attention.{family.module}")
-    if steps:
-        return getattr(module, family.multi)(runner, 1, steps)
-    return getattr(module, family.single)(runner)
+    made = getattr(module, family.multi)(runner, 1, steps) if steps else getattr(module, family.single)(runner)
+    assert (made.attn_backends[0] if steps else made).get_cuda_graph_seq_len_fill_value() == FILL
+    return made
 
 
 class _DraftInput(SimpleNamespace):
@@ -265,9 +269,9 @@ class Batch:
             "draft_extend": ForwardMode.DRAFT_EXTEND_V2,
         }
         bs, real = self.captured, len(self.lengths)
-        fill = self.tokens if self.mode == "draft_extend" else 1
+        extended = torch.full((bs,), self.tokens, dtype=torch.int32)
         generator = torch.Generator().manual_seed(self.seed)
-        seq_lens = torch.tensor([*self.lengths, *[fill] * (bs - real)], dtype=torch.int64)
+        seq_lens = torch.tensor([*self.lengths, *[FILL] * (bs - real)], dtype=torch.int64)
         rows = torch.randperm(POOL_ROWS, generator=generator)[:bs] + 1
         rows[real:] = 0
         tokens = bs * (1 if self.mode == "decode" else self.tokens)
@@ -277,8 +281,8 @@ class Batch:
             num_tokens_per_req=self.tokens,
             draft_token_num=self.tokens,
             ragged_verify_layout=None,
-            extend_seq_lens_tensor=None,
-            extend_seq_lens_cpu=None,
+            extend_seq_lens_tensor=extended if self.mode == "draft_extend" else None,
+            extend_seq_lens_cpu=extended.tolist() if self.mode == "draft_extend" else None,
             num_accept_tokens=None,
             custom_mask=None,
             kv_indptr=None,
@@ -299,7 +303,7 @@ class Batch:
             out_cache_loc_virtual=None,
             origin_out_cache_loc=None,
             input_ids=torch.zeros(tokens, dtype=torch.int64),
-            extend_seq_lens=torch.full((bs,), self.tokens, dtype=torch.int32),
+            extend_seq_lens=extended,
             encoder_lens=None,
             kv_loc_plan=None,
             kv_loc_cols=None,

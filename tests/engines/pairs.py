@@ -6,7 +6,7 @@ from typing import Any
 
 import compare
 import objects
-from objects import FAMILIES, Batch
+from objects import Batch
 from onelaunch.integrations import sglang
 from torch import Tensor
 
@@ -29,9 +29,8 @@ class Pair:
             backend.init_cuda_graph_state(max(CAPTURED), max(CAPTURED) * self.rows)
         self.drafting = bool(steps) or mode != "decode"
         for bs in CAPTURED:
-            fill = draft_tokens if mode == "draft_extend" else 1
             for backend in self.backends:
-                batch = Batch((fill,) * bs, bs, mode, draft_tokens, drafting=self.drafting).make()
+                batch = Batch((objects.FILL,) * bs, bs, mode, draft_tokens, drafting=self.drafting).make()
                 backend.init_forward_metadata_out_graph(batch, in_capture=True)
                 backend.init_forward_metadata_in_graph(batch)
 
@@ -56,7 +55,7 @@ class Pair:
             backend.init_forward_metadata_in_graph(batch)
             if self.name == "dsa":
                 self._blank_dead_columns(backend, batch.seq_lens)
-            elif FAMILIES[self.name].module.startswith("flashinfer"):
+            elif hasattr(backend, "cuda_graph_kv_indices") and hasattr(backend, "attn_backends"):
                 self._blank_unread_lists(backend, len(lengths), bs)
 
     def _blank_dead_columns(self, backend: Any, seq_lens: Tensor) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import compare
 import objects
 import onelaunch
 import pytest
+import torch
 from objects import FAMILIES, Batch
 from onelaunch import ArgumentError, LaunchError
 from onelaunch.integrations import plugin, sglang
@@ -77,12 +79,15 @@ REFUSED = [
     ("fa3", 0, set_of_child("has_local_attention", True), "local attention has tables"),
     ("fa3", 0, set_of_child("is_encoder_decoder", True), "is_encoder_decoder is set"),
     ("dsa", 3, set_of_child("hisparse_coordinator", object()), "HiSparse"),
+    ("triton", 0, set_of_child("window_kv_indptr", object()), "window_kv_indptr is set: layers with a sliding window"),
+    ("triton", 3, set_of_child("dcp_size", 2), "dcp_size is set: decode context parallelism"),
 ]
 if objects.HAS_TRANSLATOR:
     REFUSED += [
         ("fa3", 3, set_translator("is_translating"), "is_translating is set: the pool is unified"),
         ("flashinfer", 3, set_translator("reads_are_translated"), "reads_are_translated is set: the pool is unified"),
         ("triton", 3, set_of_backend("window_rail", True), "window_rail is set: layers with a sliding window"),
+        ("triton", 0, set_of_child("dllm_attention", object()), "dllm_attention is set: diffusion models"),
         ("flashinfer", 3, set_of_backend("draft_window_size", 128), "draft_window_size is set"),
         ("flashinfer", 3, set_of_backend("draft_sink_size", 4), "draft_sink_size is set"),
         ("trtllm_mha", 0, set_of_child("expand_encoder_only_verify", True), "encoder layers have their own rows"),
@@ -121,12 +126,6 @@ def test_decode_context_parallelism_is_found_in_the_engines_context(monkeypatch:
         sglang.attach(made)
 
 
-def test_triton_is_refused_for_what_it_allocates() -> None:
-    made = backend("triton")
-    made.init_cuda_graph_state(2, 2)
-    assert str(made.cuda_graph_kv_indices.dtype) == "torch.int64"
-
-
 def test_another_class_is_refused_by_name() -> None:
     with pytest.raises(ArgumentError, match="backend is a FlashInferAttnBackend; allowed: Deepseek"):
         sglang.attach(backend("flashinfer").attn_backends[0])
@@ -143,7 +142,7 @@ def test_a_backend_is_attached_once() -> None:
         assert sglang.attach(made).attached
 
 
-@pytest.mark.parametrize("name", ["fa3", "flashmla", "flashinfer"])
+@pytest.mark.parametrize("name", ["fa3", "flashmla", "flashinfer", "triton"])
 def test_detach_puts_the_engines_own_code_back(name: str) -> None:
     pair = Pair(name, FAMILIES[name].pages[0], mode="decode", steps=3)
     pair.attachment.detach()
@@ -182,11 +181,13 @@ def test_nothing_is_bound_or_built_after_the_capture(monkeypatch: pytest.MonkeyP
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("name", ["dsa", "fa3", "trtllm_mha", "flashmla", "trtllm_mla", "flashinfer"])
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "decode") for name in FAMILIES), ("triton", "target_verify"), ("dsa", "draft_extend")]
+)
 def test_after_a_failure_the_engines_own_code_runs_and_one_warning_is_given(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pair = Pair(name, 64, mode="decode", steps=3)
+    pair = Pair(name, 64, mode=mode, steps=3 if mode == "decode" else 0)
 
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise LaunchError("the launch was refused")
@@ -222,13 +223,13 @@ def test_a_batch_that_a_launch_would_get_wrong_runs_the_engines_own_code(name: s
     assert not pair.attachment.failed
 
 
-@pytest.mark.parametrize(("name", "steps"), [("fa3", 3), ("flashinfer", 3), ("dsa", 3)])
+@pytest.mark.parametrize(("name", "steps"), [("fa3", 3), ("flashinfer", 3), ("dsa", 3), ("triton", 3), ("triton", 0)])
 def test_a_pool_that_was_exchanged_is_bound_again(name: str, steps: int) -> None:
     pair = Pair(name, 64, mode="decode", steps=steps)
     pair.replay((7, 300), 5, seed=0)
     other = objects.token_pool(64, seed=99)
     for made in pair.backends:
-        for owner in (made, *made.attn_backends):
+        for owner in (made, *getattr(made, "attn_backends", ())):
             for holder in (
                 owner,
                 getattr(owner, "req_to_token_pool", None),
@@ -238,6 +239,17 @@ def test_a_pool_that_was_exchanged_is_bound_again(name: str, steps: int) -> None
                     holder.req_to_token = other
     pair.replay((7, 300), 5, seed=0)
     pair.check()
+
+
+def test_one_backend_whose_lengths_change_their_dtype() -> None:
+    """Triton's are int64 in target_verify, and int32 in draft_extend, which subtracts what it extends by."""
+    pair = Pair("triton", 16, mode="target_verify")
+    for mode in ("target_verify", "draft_extend", "target_verify"):
+        pair.mode = mode
+        launches = pair.attachment.launches
+        pair.replay((7, 300), 5, seed=0)
+        pair.check()
+        assert pair.attachment.launches == launches + 1
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("decode", 3), ("target_verify", 0), ("draft_extend", 0)])
@@ -302,7 +314,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    for variable in (plugin.VARIABLE, plugin.SELECTED_VARIABLE):
+    for variable in (plugin.SGLANG_VARIABLE, plugin.SELECTED_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     for owner, name in (
         (DraftBackendFactory, "create_decode_backend"),
@@ -322,7 +334,7 @@ def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pyt
     plugin.install()
     assert len(hooks._hooks) == 3
     hooks.reset()
-    monkeypatch.setenv(plugin.VARIABLE, "0")
+    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "0")
     plugin.install()
     assert not hooks._hooks
 
@@ -334,7 +346,7 @@ def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    made = iter([backend("fa3"), backend("triton"), None])
+    made = iter([backend("fa3"), SimpleNamespace(), None])
     monkeypatch.setattr(DraftBackendFactory, "create_decode_backend", lambda self: next(made))
     monkeypatch.setattr(ModelRunner, "init_attention_backends", lambda self: None)
     monkeypatch.setattr(plugins, "_plugins_loaded", False)
@@ -343,10 +355,10 @@ def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(
     factory = object.__new__(DraftBackendFactory)
     with caplog.at_level(logging.INFO, "onelaunch"):
         assert "init_forward_metadata_out_graph" in vars(factory.create_decode_backend())
-        assert type(factory.create_decode_backend()).__name__ == "TritonMultiStepDraftBackend"
+        assert vars(factory.create_decode_backend()) == {}
         assert factory.create_decode_backend() is None
     assert "FlashAttentionMultiStepBackend: one launch refreshes" in caplog.text
-    assert "TritonMultiStepDraftBackend isn't served: it has no" in caplog.text
+    assert "attach backend is a SimpleNamespace; allowed: Deepseek" in caplog.text
 
     runner = SimpleNamespace(attn_backend=backend("dsa", 0), decode_attn_backend=None)
     ModelRunner.init_attention_backends(runner)
@@ -361,3 +373,28 @@ def test_the_plugin_never_raises_and_imports_no_torch() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ONELAUNCH", "SGLANG"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["fa3", "triton", "flashinfer"])
+def test_inputs_of_another_length(name: str) -> None:
+    """Longer ones count as far as the batch goes; shorter ones are left to the engine."""
+    pair = Pair(name, 1, mode="decode", steps=3)
+    batch = Batch((7, 30), 2, "decode", 4).make()
+    for tensor in ("seq_lens", "req_pool_indices"):
+        setattr(batch, tensor, torch.cat([getattr(batch, tensor)] * 2))
+    launches = pair.attachment.launches
+    for made in pair.backends:
+        compare.poison(made)
+        one = Batch((7, 30), 2, "decode", 4).make() if made is pair.engine else batch
+        made.init_forward_metadata_out_graph(one)
+        if name != "fa3":
+            pair._blank_unread_lists(made, 2, 2)
+    pair.check()
+    assert pair.attachment.launches == launches + 1
+    batch.seq_lens, batch.req_pool_indices = batch.seq_lens[:1], batch.req_pool_indices[:1]
+    for method in tuple(pair.attachment._originals):
+        kernel = defaultdict(lambda: lambda *a, **k: None)
+        pair.attachment._originals[method] = kernel if name == "flashinfer" else lambda *a, **k: None
+    with pytest.warns(RuntimeWarning, match="seq_lens has 1 requests; the plan is for 2"):
+        pair.mine.init_forward_metadata_out_graph(batch)
+    assert pair.attachment.launches == launches + 1

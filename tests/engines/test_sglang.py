@@ -19,9 +19,8 @@ def steps_and_pages() -> list[Any]:
     """Every page size with three steps, and two to five steps with one page size, of each multi-step backend."""
     cases = []
     for name, family in FAMILIES.items():
-        if name != "triton":
-            cases += [pytest.param(name, page, 4, id=f"{name}-page{page}-steps4") for page in family.pages]
-            cases += [pytest.param(name, family.pages[0], s, id=f"{name}-steps{s}") for s in (2, 3, 5)]
+        cases += [pytest.param(name, page, 4, id=f"{name}-page{page}-steps4") for page in family.pages]
+        cases += [pytest.param(name, family.pages[0], s, id=f"{name}-steps{s}") for s in (2, 3, 5)]
     return cases
 
 
@@ -39,7 +38,7 @@ SINGLE = [
     if family.single
     for page in family.pages
     for mode in ("decode", "target_verify", "draft_extend")
-    if (name, mode) not in {("fa3", "decode"), ("fa3", "draft_extend")}
+    if (name, mode) != ("fa3", "draft_extend")
 ]
 
 
@@ -53,9 +52,9 @@ def test_a_single_backend(name: str, page: int, mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "mode", "steps"),
-    [(name, "decode", 3) for name in FAMILIES if name != "triton"]
-    + [(name, "target_verify", 0) for name, family in FAMILIES.items() if family.single]
-    + [(name, "draft_extend", 0) for name in ("dsa", "trtllm_mha", "flashmla", "trtllm_mla")],
+    [(name, "decode", 3) for name in FAMILIES]
+    + [(name, mode, 0) for name, family in FAMILIES.items() if family.single for mode in ("decode", "target_verify")]
+    + [(name, "draft_extend", 0) for name in ("dsa", "trtllm_mha", "flashmla", "trtllm_mla", "triton")],
 )
 def test_a_wrong_entry_of_any_tensor_is_found(name: str, mode: str, steps: int) -> None:
     pair = Pair(name, FAMILIES[name].pages[0], mode=mode, steps=steps)

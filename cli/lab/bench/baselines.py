@@ -1,4 +1,4 @@
-"""What onelaunch is measured against: the same refresh by other means, each written as well as we can.
+"""The baselines of the bench: the same refresh by other means, each implemented as well as possible.
 
 Every implementation makes one call for each buffer set of a Scene, and declares what it writes, so that it is checked
 against the reference before it is timed.
@@ -30,7 +30,7 @@ from . import torch_refresh
 from .cases import INDEX_TOPK, Case
 from .scene import Call, Scene
 
-# Backends that the kernel with runtime arguments has room for.
+# The maximum number of backends of the kernel with run-time arguments.
 RUNTIME_BACKENDS = 8
 _RUNTIME_WORDS = ("num_backends", "index_topk", "page_shift")
 

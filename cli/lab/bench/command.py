@@ -1,4 +1,4 @@
-"""The verb `onelaunch bench`: its options. What imports torch is imported when it runs, not for its help."""
+"""The options of `onelaunch bench`. Modules that import torch are imported when it runs, not for its help."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ if TYPE_CHECKING:
 @click.option("--width", metavar="LIST", help="Table widths: live, wide (163911) or columns.")
 @click.option("--only", metavar="LIST", help="Implementations, such as onelaunch,ideal,triton.")
 @click.option(
-    "--trace", type=click.Path(path_type=Path), multiple=True, help="Draw lengths from this trace too; may be repeated."
+    "--trace",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Also draw lengths from this trace; may be repeated.",
 )
 @click.option("--quick", is_flag=True, help="Four shapes, four implementations.")
 @click.option("--all", "everything", is_flag=True, help="Every shape, N, page size, width and extent.")
 @click.option("--series", is_flag=True, help="Time against width, N and batch, for --plot.")
 @click.option("--host", is_flag=True, help="Host time alone, and its parts.")
-@click.option("--seconds", type=float, help="Begin no case after that many seconds.")
+@click.option("--seconds", type=float, help="Start no case after this many seconds.")
 @click.option(
     "--json", "json_to", type=click.Path(path_type=Path), metavar="FILE", help="Write all results, case by case."
 )
@@ -58,7 +61,7 @@ def bench(
     plot_to: Path | None,
     read: Path | None,
 ) -> None:
-    """Measure the refresh side by side with everything it is compared with, on the current CUDA device.
+    """Measure the refresh side by side with every baseline, on the current CUDA device.
 
     Every implementation is checked against the reference before it is timed: in a CUDA graph over rotating buffers
     (median of many replays), call by call, and on the host.
@@ -70,7 +73,7 @@ def bench(
       onelaunch bench --from bench.json --plot bench.png
     """
     if plot_to is not None:
-        need_matplotlib()  # known before anything is measured
+        need_matplotlib()  # fails before anything is measured
     if read is not None:
         others = shapes, n, page_size, extent, width, only, trace, quick, everything, series, host, seconds, json_to
         if any(others):
@@ -106,7 +109,7 @@ def _measure(
     lengths = {name: trace_lengths(path) for name, path in traces.items()}
     meter = device_meter("onelaunch bench")
     record = Record(json_to, {"onelaunch": onelaunch.__version__})
-    record.write()  # a file that can't be written is known before anything is measured
+    record.write()  # fails before anything is measured
     return run_bench(
         selected, meter, record, traces=lengths, seconds=seconds, say=lambda line: click.echo(line, err=True)
     )
@@ -147,7 +150,7 @@ def _read(path: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for name in ("onelaunch", "complete", "ceiling", "rows", "host"):
             data[name]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"--from {path} isn't what --json writes: {error}. Name such a file.") from error
     data["verdicts"] = verdicts(data["rows"], data["host"])
     return data

@@ -1,4 +1,4 @@
-"""The verb `onelaunch replay`: its options. What imports torch is imported when it runs, not for its help."""
+"""The options of `onelaunch replay`. Modules that import torch are imported when it runs, not for its help."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 @click.option(
     "--context-len", default=ReplayOptions.context_len, help="Maximum tokens of a request; longer prompts are clipped."
 )
-@click.option("--requests", type=int, help="Serve only the first so many requests.")
-@click.option("--max-steps", type=int, help="Stop after so many steps.")
+@click.option("--requests", type=int, help="Serve only this many requests.")
+@click.option("--max-steps", type=int, help="Stop after this many steps.")
 @click.option(
     "--verify",
     type=click.Choice(Verify),
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
     help="Write the live columns, or all columns up to the longest request.",
 )
 @click.option("--pages", type=int, show_default="half of what full contexts need", help="KV pages in the pool.")
-@click.option("--step-ms", default=ReplayOptions.step_ms, help="Simulated milliseconds a step takes.")
+@click.option("--step-ms", default=ReplayOptions.step_ms, help="Simulated milliseconds per step.")
 @click.option(
     "--preempt-probability",
     default=ReplayOptions.preempt_probability,
-    help="Chance of a request to lose its pages after a step.",
+    help="Probability that a request loses its pages after a step.",
 )
 @click.option(
     "--pad-batch", default=ReplayOptions.pad_batch, help="Pad batches to a multiple of this, as captured graphs need."
 )
-@click.option("--seed", default=ReplayOptions.seed, help="Of all random choices.")
+@click.option("--seed", default=ReplayOptions.seed, help="Seed of all random choices.")
 @click.option("--json", "json_to", metavar="FILE", help="Write the summary as JSON; - is standard output.")
 def replay(json_to: str | None, **settings: Any) -> None:
     """Serve a request trace in simulation, refresh the draft backends at each step, check every destination.
@@ -78,7 +78,7 @@ def replay(json_to: str | None, **settings: Any) -> None:
 
     if json_to is not None and json_to != "-":
         with _named(json_to):
-            check_writable(Path(json_to))  # before the work
+            check_writable(Path(json_to))  # fails before the work
     summary = run_with_progress(options)
     if json_to is not None:
         _write_json(summary, json_to)

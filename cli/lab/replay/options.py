@@ -1,4 +1,4 @@
-"""What to replay, and how: the options of `onelaunch replay`."""
+"""The options of `onelaunch replay`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-# In mode "sample". Timed steps are between the checked ones, since a check fills the caches with other data.
+# The interval in mode "sample". Only steps between the checked ones are timed, since a check fills the caches.
 SAMPLE_EVERY = 16
 TIME_EVERY = 16
 TIME_PHASE = 8

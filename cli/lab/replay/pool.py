@@ -98,7 +98,7 @@ class PagedAllocator:
         """Give ``row`` pages up to ``tokens`` tokens. False, and nothing given, if too few are free.
 
         Raises:
-            ArgumentError: nobody owns the row, or it isn't that wide.
+            ArgumentError: no request owns the row, or it isn't that wide.
         """
         self._check_owned(row)
         if tokens > self.width:
@@ -114,7 +114,7 @@ class PagedAllocator:
         """Give back a row and its pages.
 
         Raises:
-            ArgumentError: nobody owns the row.
+            ArgumentError: no request owns the row.
         """
         self._check_owned(row)
         pages = self.pages_of(row)

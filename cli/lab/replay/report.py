@@ -1,4 +1,4 @@
-"""How a replay is shown: a progress bar while it runs, then its summary."""
+"""Shows a replay: a progress bar while it runs, then its summary."""
 
 from __future__ import annotations
 

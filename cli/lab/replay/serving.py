@@ -138,7 +138,7 @@ class ServingSimulation:
         self.pad_batch = pad_batch
         self.device = torch.device(device)
 
-        # A request of full length with its drafts must fit, or it would wait for ever.
+        # A request of full length with its drafts must fit, or it would wait forever.
         full = -(-(context_len + self.num_draft_tokens) // page_size)
         if pages is None:
             pages = 1 + max(full, full * max_batch // 2)

@@ -1,11 +1,11 @@
 """SGLang: the metadata of its CUDA graphs, refreshed before a replay by one launch for all draft steps.
 
-One line attaches it to a backend, before the engine captures its graphs, and one takes it off again::
+One line attaches it to a backend, before the engine captures its graphs, and one detaches it::
 
     from onelaunch.integrations import sglang
 
     attachment = sglang.attach(draft_attn_backend)
-    print(attachment)  # what the launch refreshes, and what stays the engine's
+    print(attachment)  # what the launch refreshes, and what the engine still does
     ...
     attachment.detach()
 
@@ -17,12 +17,12 @@ the engine's own code runs, as it does in all other modes.
 With ``ONELAUNCH_SGLANG=1`` an unmodified engine attaches it itself: see ``onelaunch.integrations.plugin``. With
 ``ONELAUNCH_DISABLE=1`` nothing is attached.
 
-``Refresher`` is the launch alone, for an engine with code of its own: it finds what was captured for a batch size by
-attribute names, of any version of SGLang, and refreshes it.
+``Refresher`` is the launch alone, for modified engines: it finds the tensors that were captured for a batch size, by
+the attribute names of any version of SGLang, and refreshes them.
 """
 
-from .attach import DISABLE_VARIABLE, Attachment, attach
+from .attach import Attachment, attach
 from .captured import buffers_from, mode_of
 from .refresher import Refresher, bind_backends
 
-__all__ = ["DISABLE_VARIABLE", "Attachment", "Refresher", "attach", "bind_backends", "buffers_from", "mode_of"]
+__all__ = ["Attachment", "Refresher", "attach", "bind_backends", "buffers_from", "mode_of"]

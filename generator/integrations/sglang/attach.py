@@ -1,7 +1,9 @@
-"""Putting a refresh in the engine's place on one backend, and taking it out again."""
+"""Replaces the refresh code of one of the engine's backends by a launch, and restores it."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -12,59 +14,72 @@ from torch import Tensor
 from ... import log
 from ...errors import ArgumentError
 from ...variables import DISABLE_VARIABLE
-from .. import flashinfer
 from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
-from .places import PLACES, Place
-from .refresher import Refresher
+from .lists import INDICES, Lists
+from .places import IN_GRAPH, LISTS_FILL, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
+from .refresher import Ready, Refresher
 
-_OUT, _IN, _CSR = (
-    "init_forward_metadata_out_graph",
-    "init_forward_metadata_in_graph",
-    "generate_draft_decode_kv_indices",
-)
+# With it SGLang may record what comes before a replay in a graph too.
+_GLUE_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
 
 class Attachment:
-    """A refresh in the engine's place on one backend.
+    """A launch in place of the engine's refresh on one backend.
 
     Attributes:
         backend: the backend.
         refreshed: what one launch refreshes, for people; "" if it is disabled.
         stays: the engine's steps that are still called.
-        launches: launches so far; what a graph replays isn't counted.
-        failed: why the engine's own code runs again; "" while the launch does.
+        launches: launches so far, without those that a graph replays.
+        failed: the error after which the engine's own code runs again; "" if there was none.
     """
 
-    def __init__(self, backend: Any, place: Place | None, refresher: Refresher | None, schedules: bool = False) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        place: Place | None = None,
+        refresh: Refresher | Lists | None = None,
+        schedules: bool = False,
+    ) -> None:
         self.backend = backend
         self.refreshed = "" if place is None else place.refreshed
         self.stays = "everything" if place is None else place.stays
         self.launches = 0
         self.failed = ""
-        self._place, self._refresher, self._schedules = place, refresher, schedules
-        self._recorded = False
-        self._plan: Any = None
+        self._refresh, self._schedules = refresh, schedules
+        self._several = hasattr(backend, "attn_backends")
+        # By captured batch size: the engine's forward mode, its name, and the plan.
+        self._ready: dict[int, list[tuple[Any, str, Ready]]] = {}
+        self._recorded, self._glue = False, bool(os.environ.get(_GLUE_VARIABLE))
         self._originals: dict[str, Any] = {}
         self._shadowed: set[str] = set()
         if place is None:
             return
-        if place.csr:
-            self._replace(_CSR, _Kernel(self))
-        else:
-            self._replace(_OUT, self._out_graph)
-            if place.in_graph:
-                self._replace(_IN, self._in_graph)
+        self._place = place
+        if place.method == LISTS_FILL:
+            self._names = tuple(inspect.signature(getattr(backend, LISTS_FILL)).parameters)
+        mine = {
+            OUT_GRAPH: self._out_graph,
+            IN_GRAPH: self._in_graph,
+            LISTS_KERNEL: _Kernel(self),
+            LISTS_FILL: self._fill,
+        }
+        for name in place.methods:
+            if name in vars(backend):
+                self._shadowed.add(name)
+            self._originals[name] = getattr(backend, name)
+            setattr(backend, name, mine[name])
 
     @property
     def attached(self) -> bool:
-        """Whether the launch is in the engine's place."""
+        """Whether the launch replaces the engine's code."""
         return bool(self._originals)
 
     def detach(self) -> None:
-        """Puts the engine's own code back. Does nothing the second time.
+        """Restores the engine's own code. A second call does nothing.
 
-        What a graph has recorded can't be undone: then a warning says that the graphs must be captured again.
+        Captured graphs keep the recorded launch; then a warning says that they must be captured again.
         """
         for name in self._originals:
             if name in self._shadowed:
@@ -87,37 +102,42 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------------ what is replaced
 
-    def _replace(self, name: str, mine: Any) -> None:
-        if name in vars(self.backend):
-            self._shadowed.add(name)
-        self._originals[name] = getattr(self.backend, name)
-        setattr(self.backend, name, mine)
-
     def _out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """init_forward_metadata_out_graph: before a capture, and before each replay."""
-        place, original = self._place, self._originals[_OUT]
-        assert place is not None
-        if in_capture or place.in_graph:
+        original = self._originals[OUT_GRAPH]
+        if in_capture or self._place.method == IN_GRAPH:
             original(forward_batch, in_capture=in_capture)
             if in_capture:
                 self._guarded(self._prepare, forward_batch)
-        elif not self._guarded(self._refresh, forward_batch):
+        elif not self._guarded(self._before_replay, forward_batch):
             original(forward_batch, in_capture=in_capture)
 
     def _in_graph(self, forward_batch: Any) -> None:
         """init_forward_metadata_in_graph: recorded while the engine captures."""
-        if self._guarded(self._refresh, forward_batch):
-            self._recorded = True
-        else:
-            self._originals[_IN](forward_batch)
+        if not self._guarded(self._before_replay, forward_batch):
+            self._originals[IN_GRAPH](forward_batch)
 
-    def _guarded(self, step: Callable[[Any], bool], forward_batch: Any) -> bool:
-        """Whether the step served the batch. After an exception it serves none, and one warning says why."""
-        if self.failed:
+    def _fill(self, *arguments: Any, **keywords: Any) -> Tensor:
+        """_fill_kv_indptr_and_indices, which is called for a graph and for what runs without one."""
+        original, backend = self._originals[LISTS_FILL], self.backend
+        given = dict(zip(self._names, arguments, strict=False)) | keywords
+        bs = given["bs"]
+        for_a_graph = given["kv_indices"] is getattr(backend, INDICES, None) and given.get("kv_indptr") is None
+        if for_a_graph and self._guarded(self._fill_lists, bs, given["seq_lens"], given["req_pool_indices"]):
+            indptr: Tensor = backend.kv_indptr[: bs + 1]
+        else:
+            indptr = original(*arguments, **keywords)
+        return indptr
+
+    def _guarded(self, step: Callable[..., bool], *arguments: Any) -> bool:
+        """Whether the step did what the engine's own code would do. After an exception nothing does any more."""
+        if self._refresh is None:
             return False
         try:
-            return step(forward_batch)
+            return step(*arguments)
         except Exception as error:  # of any kind: the engine's own code writes every tensor again
+            self._refresh = None  # and what its plans know of the tensors is forgotten
+            self._ready = {}
             self.failed = f"{type(error).__name__}: {error}"
             text = f"{type(self.backend).__name__} runs the engine's own code from now on. {self.failed}"
             log.logger.warning(text)
@@ -128,70 +148,71 @@ class Attachment:
 
     def _mode(self, forward_batch: Any) -> str:
         """The batch's mode; "" if it isn't served."""
-        assert self._place is not None
-        if hasattr(self.backend, "attn_backends"):
-            mode = "decode"
-        else:
+        mode = "decode"
+        if not self._several:
             try:
                 mode = mode_of(forward_batch.forward_mode)
             except ArgumentError:
                 return ""
-            if mode == "decode" and getattr(forward_batch, "spec_info", None) is not None:
-                return ""  # one draft step alone, which sees more tokens than seq_lens says
-        return mode if mode in self._place.modes and not batch_refusal(forward_batch) else ""
+        return mode if mode in self._place.modes and not self._refused(forward_batch, mode) else ""
+
+    def _refused(self, forward_batch: Any, mode: str) -> bool:
+        """Whether this batch isn't served although its backend and mode are."""
+        if mode == "decode" and not self._several and getattr(forward_batch, "spec_info", None) is not None:
+            return True  # one draft step alone, which sees more tokens than seq_lens says
+        return bool(batch_refusal(forward_batch))
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Binds the plan of a batch size right after its capture began, so that nothing is built or bound later."""
         mode = self._mode(forward_batch)
         if not mode:
             return False
-        assert self._refresher is not None
-        self._refresher.prepare(
-            forward_batch.batch_size,
-            mode=mode,
-            seq_lens_dtype=forward_batch.seq_lens.dtype,
-            req_pool_indices_dtype=forward_batch.req_pool_indices.dtype,
-        )
-        if self._place is not None and self._place.in_graph and mode == "draft_extend":
+        assert self._refresh is not None
+        bs, forward_mode = forward_batch.batch_size, forward_batch.forward_mode
+        ready = self._refresh.ready(bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype)
+        others = [known for known in self._ready.get(bs, ()) if known[0] is not forward_mode]
+        self._ready[bs] = [*others, (forward_mode, mode, ready)]
+        if self._place.method == IN_GRAPH and mode == "draft_extend":
             # The recorded kernel would write these each time; with a fixed number of rows a request they are constants.
-            metadata = self.backend.draft_extend_metadata[forward_batch.batch_size]
+            metadata = self.backend.draft_extend_metadata[bs]
             starts = metadata.cu_seqlens_q
             starts.copy_(torch.arange(len(starts), device=starts.device) * metadata.max_seq_len_q)
         return True
 
-    def _refresh(self, forward_batch: Any) -> bool:
-        mode = self._mode(forward_batch)
-        if not mode:
-            return False
-        assert self._refresher is not None
-        assert self._place is not None
-        pairs = self._refresher.run(
-            forward_batch.batch_size, forward_batch.seq_lens, forward_batch.req_pool_indices, mode=mode
-        )
-        self.launches += 1
-        self._place.after(pairs, forward_batch, mode, self._schedules)
+    def _before_replay(self, forward_batch: Any) -> bool:
+        """The launch, and the steps that stay the engine's.
+
+        The engine's other work has displaced this code from the processor's caches, so that each line costs
+        microseconds: what is known since the capture isn't asked again.
+        """
+        forward_mode = forward_batch.forward_mode
+        for known, mode, ready in self._ready.get(forward_batch.batch_size, ()):
+            if known is not forward_mode:
+                continue
+            if self._refused(forward_batch, mode):
+                return False
+            if ready.run(forward_batch.seq_lens, forward_batch.req_pool_indices):
+                self._launched()
+                self._place.after(ready.pairs, forward_batch, mode, self._schedules)
+                return True
+        # Captured before attach(), or the pool was exchanged.
+        return self._prepare(forward_batch) and self._before_replay(forward_batch)
+
+    def _fill_lists(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> bool:
+        """The launch alone, amid the engine's own steps."""
+        assert isinstance(self._refresh, Lists)
+        self._refresh.run(bs, seq_lens, req_pool_indices, source)
+        self._launched()
         return True
 
-    def _indices(self, batch_size: int, rows: Tensor, source: Tensor, lengths: Tensor, destination: Tensor) -> bool:
-        """kv_indptr and kv_indices of all steps, if the engine fills what its graphs read from its own pool."""
-        backend = self.backend
-        if destination is not getattr(backend, "cuda_graph_kv_indices", None):
-            return False
-        if self._plan is None:
-            self._plan = flashinfer.bind_backends(
-                backend, source, seq_lens_dtype=lengths.dtype, req_pool_indices_dtype=rows.dtype
-            )
-            self._source = source, destination
-        if self._source[0] is not source or self._source[1] is not destination:
-            self._plan = None
-            return self._indices(batch_size, rows, source, lengths, destination)
-        self._plan.run(lengths[:batch_size], rows[:batch_size])
+    def _launched(self) -> None:
         self.launches += 1
-        return True
+        if self._place.method == IN_GRAPH or (self._glue and torch.cuda.is_current_stream_capturing()):
+            self._recorded = True
 
 
 class _Kernel:
-    """In place of a backend's Triton kernel: kernel[grid](arguments)."""
+    """Replaces a backend's Triton kernel: kernel[grid](arguments)."""
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
@@ -199,15 +220,11 @@ class _Kernel:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **keywords: Any) -> None:
             attachment = self._attachment
-            rows, source, lengths, destination = arguments[:4]
-
-            def fill(batch_size: int) -> bool:
-                if keywords.get("TRANSLATE"):
-                    return False
-                return attachment._indices(batch_size, rows, source, lengths, destination)
-
-            if not attachment._guarded(fill, grid[1]):
-                attachment._originals[_CSR][grid](*arguments, **keywords)
+            rows, source, seq_lens, destination = arguments[:4]
+            # Without a graph the engine fills lists of its own, and of a unified pool it translates the tokens.
+            for_a_graph = destination is getattr(attachment.backend, INDICES, None) and not keywords.get("TRANSLATE")
+            if not (for_a_graph and attachment._guarded(attachment._fill_lists, grid[1], seq_lens, rows, source)):
+                attachment._originals[LISTS_KERNEL][grid](*arguments, **keywords)
 
         return launch
 
@@ -219,14 +236,15 @@ def attach(
     schedules: bool = False,
     **facts: Any,
 ) -> Attachment:
-    """Puts one launch in the place of the code with which an SGLang backend refreshes its metadata.
+    """Replaces the code that refreshes an SGLang backend's metadata by one launch.
 
     Call it before the engine captures its graphs: then plans are bound at capture, and nothing is built while serving.
-    Nothing but this object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
+    Only this backend object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
     why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
 
     Args:
-        backend: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA or TRTLLM-MLA backend.
+        backend: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA or Triton
+            backend.
         leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
             where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
             again after detach().
@@ -234,22 +252,30 @@ def attach(
         facts: arguments of onelaunch.bind, which override what the backend has.
 
     Returns:
-        The attachment, whose text says what is refreshed and what stays the engine's; see detach().
+        The attachment. Its text says what is refreshed and what the engine still does.
 
     Raises:
         ArgumentError: the backend or its configuration isn't served; the message names the attribute. Nothing changed.
     """
     if DISABLE_VARIABLE.is_on():
-        attachment = Attachment(backend, None, None)
+        attachment = Attachment(backend)
     else:
         place = _place_of(backend)
         if WIDE_TABLE in leave and (reason := wide_table_refusal(backend)):
             raise ArgumentError(
                 f"leave has {WIDE_TABLE!r}, and {type(backend).__name__} needs it: {reason}. Remove it from leave."
             )
-        # The engine leaves the dead columns of a table alone, so the launch does too.
-        refresher = Refresher(backend, leave=leave, schedules=schedules, **{"page_fill": None, **facts})
-        attachment = Attachment(backend, place, refresher, schedules)
+        refresh: Refresher | Lists
+        if place.lists:
+            if leave or schedules:
+                what = f"leave is {tuple(leave)!r}" if leave else "schedules is True"
+                raise ArgumentError(f"{what}; {type(backend).__name__} has kv_indptr and kv_indices alone. Omit it.")
+            refresh = Lists(backend, **facts)
+        else:
+            # The engine leaves the dead columns of a table alone, so the launch does too.
+            facts = {"page_fill": None, **facts}
+            refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **facts)
+        attachment = Attachment(backend, place, refresh, schedules)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
     log.logger.info("attach %r%s", attachment, left)
     return attachment
@@ -260,12 +286,11 @@ def _place_of(backend: Any) -> Place:
     place = PLACES.get(name)
     if place is None:
         raise ArgumentError(f"backend is a {name}; allowed: {', '.join(PLACES)}.")
-    methods = (_CSR,) if place.csr else (_OUT, _IN)
-    if any(_is_mine(getattr(backend, method, None)) for method in methods):
+    if any(_is_mine(getattr(backend, method, None)) for method in place.methods):
         raise ArgumentError(f"{name} is attached already. Call detach() of what attach() returned first.")
     if reason := refusal(backend):
         raise ArgumentError(f"{name} isn't served: {reason}. The engine's own code serves it.")
-    for method in methods:
+    for method in place.methods:
         if not hasattr(backend, method):
             raise ArgumentError(f"{name} isn't served: it has no {method}. {VERSION}")
     return place

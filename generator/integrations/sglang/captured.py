@@ -1,4 +1,4 @@
-"""The metadata that an SGLang backend captured, known by attributes alone, and the tensors in it."""
+"""The metadata that an SGLang backend captured, recognized by its attributes, and the tensors in it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SCHEDULE = "paged_mqa_schedule_metadata"
 STEPS = ("attn_backends",)
 VERSION = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
-# No field of onelaunch's: without a refusal they would go stale silently.
+# onelaunch has no such fields. Without a refusal these tensors would silently become stale.
 _FOREIGN = (
     "swa_page_table",
     "swa_out_cache_loc",

@@ -1,7 +1,7 @@
-"""Where a refresh goes in each of SGLang's backends, and the engine's steps that follow it.
+"""The place of a refresh in each of SGLang's backends, and the engine's steps that follow it.
 
-A place is chosen by the class of the backend. ``after`` runs the steps that stay the engine's, with the engine's own
-functions, on each child and its metadata.
+The backend's class determines the place. ``after`` runs the engine's remaining steps, with the engine's own functions,
+on each child and its metadata.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ from .captured import SCHEDULE
 After = Callable[[list[tuple[Any, Any]], Any, str, bool], None]
 
 
+OUT_GRAPH = "init_forward_metadata_out_graph"
+IN_GRAPH = "init_forward_metadata_in_graph"
+LISTS_KERNEL = "generate_draft_decode_kv_indices"
+LISTS_FILL = "_fill_kv_indptr_and_indices"
+
+
 @dataclass(frozen=True)
 class Place:
     """One class of SGLang's.
@@ -28,17 +34,25 @@ class Place:
         refreshed: what the launch refreshes, for people.
         stays: the engine's steps that are still called, for people.
         modes: the modes that are served; others run the engine's own code.
-        after: the steps of ``stays``.
-        in_graph: whether the launch is recorded in the graph, in place of the engine's kernel.
-        csr: whether the launch replaces the kernel that fills kv_indptr and kv_indices.
+        after: the steps of ``stays``, where they aren't around the replaced method anyway.
+        method: what the launch replaces: all that comes before a replay (OUT_GRAPH), the kernel that a graph records
+            (IN_GRAPH), or what fills kv_indptr and kv_indices: a kernel (LISTS_KERNEL) or a method (LISTS_FILL).
+        lists: whether it refreshes kv_indptr and kv_indices, which aren't kept for each batch size.
+        leave: what the launch leaves to ``after``; see captured.buffers_from.
     """
 
     refreshed: str
     stays: str
     modes: tuple[str, ...]
     after: After
-    in_graph: bool = False
-    csr: bool = False
+    method: str = OUT_GRAPH
+    lists: bool = False
+    leave: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What the launch replaces on the backend."""
+        return (OUT_GRAPH, IN_GRAPH) if self.method == IN_GRAPH else (self.method,)
 
 
 def _dsa(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
@@ -54,7 +68,7 @@ def _dsa(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -
             if not schedules:
                 child._refresh_paged_mqa_schedule_metadata(metadata, lengths)
             child._refresh_topk_v2_plan(metadata)
-            # A view of the lengths where they have one column, so it holds these numbers already.
+            # With one column it is a view of the lengths, and up to date already.
             if metadata.paged_mqa_ctx_lens_2d.data_ptr() != lengths.data_ptr():
                 metadata.paged_mqa_ctx_lens_2d.copy_(lengths)
         if child.dsa_decode_impl == "flashmla_kv":
@@ -74,8 +88,23 @@ def _forward_mode(batch: Any, child: Any) -> Any:
 
 def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
     for child, metadata in pairs:
+        if metadata.scheduler_metadata is not None:  # a single backend's plain decode has it
+            bs, longest = batch.batch_size, batch.seq_lens_cpu if child.needs_cpu_seq_lens else None
+            metadata.max_seq_len_k = child.max_context_len if longest is None else int(longest[:bs].max())
+            made = child._compute_scheduler_metadata(
+                bs, metadata.max_seq_len_k, metadata.cache_seqlens_int32, metadata.cu_seqlens_q
+            )
+            if made is not None:
+                child._sched_meta_buf[: len(made)] = made
+                child._sched_meta_buf[len(made) :] = 0
         child.forward_metadata = metadata
         child.forward_metadata_spec_decode_expand = None
+
+
+def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    """The numbers of splits, which all children share."""
+    bs, child = batch.batch_size, pairs[-1][0]
+    child.get_num_kv_splits(child.cuda_graph_num_kv_splits[:bs], batch.seq_lens[:bs])
 
 
 def _flashmla(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
@@ -109,34 +138,34 @@ def _flashmla(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bo
 
 
 def _nothing(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
-    """The launch is all there is, or the engine's own code runs around it."""
+    """There are no steps after the launch, or the engine's own code runs them."""
 
 
 _EVERY_MODE = ("decode", "target_verify", "draft_extend")
 _DSA_STAYS = "DeepGEMM's schedule, the top-k plan and sparse FlashMLA's schedule"
 _LENGTHS = "lengths, running sums and tables"
+_LISTS = "kv_indptr and kv_indices"
+_EXTEND_STAYS = "draft extension, whose cu_seqlens_q sums extend_seq_lens"
+_PLANS = "FlashInfer's plans on the host"
 
 PLACES = {
     "DeepseekSparseAttnMultiStepBackend": Place(_LENGTHS, _DSA_STAYS, ("decode",), _dsa),
     "DeepseekSparseAttnBackend": Place(_LENGTHS, _DSA_STAYS, _EVERY_MODE, _dsa),
     "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3),
     "FlashAttentionBackend": Place(
-        _LENGTHS, "decoding with its scheduler_metadata and draft extension with its cu_seqlens_q",
-        ("target_verify",), _fa3,
+        _LENGTHS, f"scheduler_metadata, and {_EXTEND_STAYS}", ("decode", "target_verify"), _fa3,
+        leave=("scheduler_metadata",),
     ),
-    "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), _nothing, in_graph=True),
-    "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, _nothing, in_graph=True),
+    "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), _nothing, IN_GRAPH),
+    "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, _nothing, IN_GRAPH),
     "FlashMLAMultiStepDraftBackend": Place("tables", "FlashMLA's schedule", ("decode",), _flashmla),
     "FlashMLABackend": Place("tables and lengths", "FlashMLA's schedule", _EVERY_MODE, _flashmla),
     "TRTLLMMLAMultiStepDraftBackend": Place("tables and lengths", "nothing", ("decode",), _nothing),
     "TRTLLMMLABackend": Place("tables and lengths", "nothing", _EVERY_MODE, _nothing),
-    "FlashInferMultiStepDraftBackend": Place(
-        "kv_indptr and kv_indices", "FlashInfer's plans on the host", ("decode",), _nothing, csr=True
+    "TritonMultiStepDraftBackend": Place(_LISTS, "the numbers of splits", ("decode",), _triton, lists=True),
+    "TritonAttnBackend": Place(
+        _LISTS, "qo_indptr, masks and the numbers of splits", _EVERY_MODE, _nothing, LISTS_FILL, lists=True
     ),
-    "FlashInferMLAMultiStepDraftBackend": Place(
-        "kv_indptr and kv_indices", "FlashInfer's plans on the host", ("decode",), _nothing, csr=True
-    ),
-    "TritonMultiStepDraftBackend": Place(
-        "kv_indptr and kv_indices", "the numbers of splits", ("decode",), _nothing, csr=True
-    ),
+    "FlashInferMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), _nothing, LISTS_KERNEL, lists=True),
+    "FlashInferMLAMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), _nothing, LISTS_KERNEL, lists=True),
 }  # fmt: skip

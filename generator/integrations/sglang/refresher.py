@@ -39,11 +39,11 @@ def bind_backends(
     schedules: bool = False,
     **facts: Any,
 ) -> Plan:
-    """Binds what an SGLang backend captured for a batch size: all children of a multi-step one, or itself.
+    """Binds the metadata that an SGLang backend captured for a batch size: of all children, or of a single backend.
 
     Read from the children, unless ``facts`` has them: page_size, index_topk, index_kpool, next_n (the number of draft
-    tokens) and, for FA3 and TRTLLM-MHA, the steps' offsets. Their tables, and those of FlashMLA and TRTLLM-MLA, have a
-    row a request in every mode, so there target_verify is decode with lengths that are next_n longer.
+    tokens) and, for FA3 and TRTLLM-MHA, the steps' offsets. Their tables, and those of FlashMLA and TRTLLM-MLA, have
+    one row per request in every mode, so there target_verify is decode with lengths that are next_n longer.
 
     Args:
         backend: a multi-step backend with ``attn_backends``, or a single backend.
@@ -66,7 +66,7 @@ def bind_backends(
 
 
 def _refuse(backend: Any, mode: str) -> None:
-    """Refuses what would be refreshed wrongly; what onelaunch has no field for is refused where it is captured."""
+    """Refuses backends whose tensors would be refreshed wrongly. buffers_from refuses tensors without a field."""
     if reason := refusal(backend, partly=True):
         raise ArgumentError(f"{type(backend).__name__} isn't served: {reason}. The engine's own code serves it.")
     for child in getattr(backend, STEPS[0], None) or [backend]:
@@ -131,7 +131,7 @@ def _row_a_request(
     mode: str,
     given: dict[str, Any],
 ) -> None:
-    """Facts of tables with a row a request in every mode; a verification's second tensor of lengths joins buffers."""
+    """Settings for tables with one row per request in every mode; adds a verification's second lengths to buffers."""
     added = given.pop("next_n", 0)
     for name in ("extend", "extend_seq_lens_dtype"):
         given.pop(name, None)
@@ -151,7 +151,7 @@ def _row_a_request(
 
 
 def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
-    """What DeepGEMM's lengths are of, from their shape, and where its remainder goes, from the device."""
+    """Sets schedule_per by the shape of DeepGEMM's lengths, and schedule_remainder by the device."""
     if given["index_kpool"] > 1:
         raise ArgumentError(
             f"schedules is True and index_kpool is {given['index_kpool']}; DSA has a second schedule, of pools, which "
@@ -182,18 +182,52 @@ class _Bound(NamedTuple):
     pools: list[Tensor | None]
 
     def current(self, bs: int) -> bool:
-        """Whether the children still hold these captures and this pool."""
+        """Whether the children still have these captures and this pool."""
         return all(
             c.current(bs) and getattr(c.child, "req_to_token", None) is pool
             for c, pool in zip(self.captured, self.pools, strict=True)
         )
 
 
+class Ready(NamedTuple):
+    """A plan for one captured batch size, and what it relies on.
+
+    Attributes:
+        bs: the batch size.
+        plan: a plan for exactly bs requests.
+        pairs: each child with its metadata.
+        held: objects with the name and value of an attribute that is bound.
+    """
+
+    bs: int
+    plan: Plan
+    pairs: list[tuple[Any, Any]]
+    held: list[tuple[Any, str, Any]]
+
+    def run(self, seq_lens: Tensor, req_pool_indices: Tensor) -> bool:
+        """One launch, unless something that is bound was exchanged: then False, and nothing is written.
+
+        Args:
+            seq_lens, req_pool_indices: bs elements or more, of which the first bs count.
+
+        Raises:
+            ArgumentError, LaunchError: see Plan.run.
+        """
+        for owner, name, value in self.held:
+            if getattr(owner, name, None) is not value:
+                return False
+        try:
+            self.plan.run(seq_lens, req_pool_indices)
+        except ArgumentError:  # perhaps they are longer, which would cost more to ask each time than the launch does
+            self.plan.run(seq_lens[: self.bs], req_pool_indices[: self.bs])
+        return True
+
+
 class Refresher:
     """Refreshes an SGLang backend's captured metadata, with one plan for each captured batch size and mode.
 
     A plan is made at the first run() of its batch size, or by prepare(); from then on a call is one launch. A batch
-    size that was captured again, or a pool that was exchanged, gets a new plan.
+    size that was captured again, or a pool that was replaced, gets a new plan.
 
     Args:
         backend, req_to_token, leave, schedules, facts: see bind_backends.
@@ -236,6 +270,17 @@ class Refresher:
         key = (bs, mode_of(mode), seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype)
         return self._prepared(key).plan
 
+    def ready(self, bs: int, mode: str, seq_lens_dtype: torch.dtype, req_pool_indices_dtype: torch.dtype) -> Ready:
+        """prepare() for a caller that knows when a capture begins, so that run() needn't look for a new one.
+
+        Raises:
+            ArgumentError: see bind_backends.
+        """
+        bound = self._prepared((bs, mode, seq_lens_dtype, req_pool_indices_dtype, None))
+        bound.plan.exact = bs
+        pools = zip(bound.captured, bound.pools, strict=True)
+        return Ready(bs, bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
+
     def run(
         self,
         bs: int,
@@ -251,11 +296,11 @@ class Refresher:
             bs: the captured batch size.
             seq_lens, req_pool_indices: int32 or int64, bs elements or more, of which the first bs count.
             extend_seq_lens: likewise, the tokens that draft_extend extends each request by; None for the same number.
-                What was captured has room for their sum, which the caller vouches for.
+                The caller guarantees that the captured tensors have room for their sum.
             mode: SGLang's ForwardMode or a name of bind()'s modes.
 
         Returns:
-            Each child with its metadata, for the steps that stay the engine's. FlashMLA's is its table alone.
+            Each child with its metadata, for the engine's remaining steps. For FlashMLA that is only its table.
 
         Raises:
             ArgumentError: see bind_backends and Plan.run; nothing was written.
@@ -288,7 +333,7 @@ class Refresher:
             if extend_dtype is not None:
                 if mode != "draft_extend":
                     raise ArgumentError(
-                        f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' alone. Pass None."
+                        f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' only. Pass None."
                     )
                 facts |= {"extend": "variable", "extend_seq_lens_dtype": extend_dtype}
             several = has(self._backend, STEPS)

@@ -1,7 +1,7 @@
-"""Faults to plant in emitted kernels, by the file they are planted in: proof that the tests see what they are for.
+"""Faults to plant in emitted kernels, by file. They prove that the tests detect such faults.
 
-A new feature of the kernel adds the fault that it invites. A pattern matches a small distinctive fragment; when the
-templates change so that it no longer does, the fault fails loudly and is to be brought up to date, not removed.
+A new feature of the kernel adds a likely fault. A pattern matches a small distinctive fragment. If it no longer matches
+after a change of the templates, the test fails: update the fault, don't remove it.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ class Fault:
     """One fault.
 
     Attributes:
-        name: what is done.
-        breaks: what it would break on a GPU.
-        config, shape: what shows it.
-        pattern, replacement: a regular expression, substituted wherever it matches.
-        caught_by: who has to notice, a value of ``Outcome.caught``, and nobody else.
+        name: the change.
+        breaks: its effect on a GPU.
+        config, shape: the case that shows it.
+        pattern, replacement: a regular expression, and its substitute for every match.
+        caught_by: the only check that detects it, a value of ``Outcome.caught``.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Fault:
 
     @property
     def sanitizer(self) -> str:
-        """What the faulty kernel is built with."""
+        """The sanitizer that the faulty kernel is built with."""
         return self.caught_by if self.caught_by in SANITIZERS else "none"
 
     def apply(self, source: str, template: str) -> str:
@@ -42,10 +42,10 @@ class Fault:
 
         Args:
             source: the emitted kernel.
-            template: where the fault is: a file of templates/device/, or a Jinja template for the whole source.
+            template: the file with the fault: a file of templates/device/, or a Jinja template for the whole source.
 
         Raises:
-            LookupError: the fragment isn't there, so nothing would be tested.
+            LookupError: the pattern matches nothing, so nothing would be tested.
         """
         part = source
         if template.endswith(".cuh"):
@@ -55,7 +55,7 @@ class Fault:
         if count == 0 or faulty == part or part not in source:
             raise LookupError(
                 f"fault {self.name!r}: its pattern {self.pattern!r} no longer matches {template} in the "
-                "emitted source; the templates changed, change the fault with them"
+                "emitted source; the templates changed. Update the fault"
             )
         return source.replace(part, faulty)
 

@@ -103,9 +103,8 @@ def flash_attn_with_kvcache(
         raise NotImplementedError("the stand-in has plain paged attention alone")
     tokens, heads, dim = q.shape
     result = torch.empty_like(q) if out is None else out.view(tokens, heads, dim)
-    assert q.stride(1) == dim
+    assert q.stride(1) == k_cache.stride(2) == dim
     assert k_cache.stride() == v_cache.stride()
-    assert k_cache.stride(2) == dim
     grid = (cache_seqlens.shape[0], max(1, int(max_seqlen_q)), heads)
     _attention[grid](
         q,

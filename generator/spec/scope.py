@@ -1,0 +1,220 @@
+"""What the formulas of a configuration may name: the standard fields, and what a user declares beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ..errors import ConfigError
+from .expressions import FUNCTIONS, Dtype, Node, limits, look_ups, names, parse, size, substitute, text
+from .fields import FIELDS, TERMS, Declaration, Field, RunningSum, Vector
+from .values import check_one_of, check_whole
+
+# What every formula may name.
+INPUTS = ("base_len", "offset", "seq_len", "rows", "row", "request", "step")
+# Settings that formulas may name. Those from 1 on may divide.
+CONSTANTS = ("index_topk", "index_kpool", "page_size")
+# The source that every refresh has: req_to_token.
+TOKEN = "token"
+
+_IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,62}")
+# Of a formula whose references are substituted.
+MAX_NODES = 1_000
+# As many as a mode's rows.
+MAX_ROWS = 2**15
+# Declarations, constants and so on, of each.
+MAX_NAMES = 256
+# The binding has room for so many arguments of a run, beside its own.
+MAX_INPUTS = 15
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The declarations of one configuration.
+
+    Attributes:
+        declare: a user's fields and terms by name.
+        inputs: by name the dtype of what each run is given an element a request of.
+        constants: by name a number.
+        sources: by name the dtype of a table that look-ups read.
+        maps: by name the dtype of a one-dimensional table, and what lies outside of it.
+    """
+
+    declare: tuple[tuple[str, Declaration], ...] = ()
+    inputs: tuple[tuple[str, Dtype], ...] = ()
+    constants: tuple[tuple[str, int], ...] = ()
+    sources: tuple[tuple[str, Dtype], ...] = ()
+    maps: tuple[tuple[str, tuple[Dtype, int]], ...] = ()
+
+    def check(self) -> None:
+        """Checks every name and every declaration.
+
+        Raises:
+            ConfigError: a name isn't allowed or is given twice, or a declaration isn't in the language.
+        """
+        taken = {*FIELDS, *TERMS, *INPUTS, *CONSTANTS, *FUNCTIONS, TOKEN, "column", "pool_row"}
+        for part in dataclasses.fields(self):
+            given = getattr(self, part.name)
+            limit = MAX_INPUTS if part.name == "inputs" else MAX_NAMES
+            if len(given) > limit:
+                raise ConfigError(f"{part.name} has {len(given)} names; allowed: {limit}.")
+            for name, _ in given:
+                if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
+                    raise ConfigError(
+                        f"{part.name} has the name {str(name)[:80]!r}; a name is a lower-case letter, then lower-case "
+                        "letters, digits and underscores, up to 63 in all."
+                    )
+                if name in taken:
+                    raise ConfigError(
+                        f"{part.name} has the name {name!r}, which is another thing's already; choose another name."
+                    )
+                taken.add(name)
+        for name, declaration in self.declare:
+            _check_declaration(name, declaration)
+            for mode in ("decode", "target_verify"):
+                self.substituted(name, mode)
+
+    def field(self, name: str) -> Field:
+        """A standard field, a term or a declared field."""
+        return _fields(self)[name]
+
+    @property
+    def vectors(self) -> Mapping[str, Field]:
+        """What has a formula of an element a request or row."""
+        return _vectors(self)
+
+    def declared(self, name: str) -> bool:
+        """Whether a user declared the field."""
+        return name in dict(self.declare)
+
+    def formula(self, name: str, mode: str) -> Node:
+        """The parsed formula of a vector or running sum in a forward mode.
+
+        Raises:
+            ConfigError: the formula isn't in the subset, or names what it may not.
+        """
+        return _formula(self, name, mode)
+
+    def substituted(self, name: str, mode: str) -> Node:
+        """The formula with the formulas of the vectors that it names in place of their names.
+
+        Raises:
+            ConfigError: formulas name each other, or the result has more than MAX_NODES nodes.
+        """
+        return _substituted(self, name, mode)
+
+    def named(self, fields: Iterable[str], mode: str) -> frozenset[str]:
+        """Every name in the formulas of some fields, and in the formulas of what they name."""
+        return frozenset(name for each in fields for name in _named(self, each, mode))
+
+    def of(self, fields: Iterable[str], mode: str) -> Scope:
+        """What the formulas of some fields need of it."""
+        fields = tuple(fields)
+        used = self.named(fields, mode) | {*fields}
+
+        def kept(pairs: tuple[tuple[str, Any], ...]) -> Any:
+            return tuple((name, value) for name, value in pairs if name in used)
+
+        return Scope(*(kept(getattr(self, part.name)) for part in dataclasses.fields(self)))
+
+    def canonical(self) -> Scope:
+        """The same with formulas as they are printed, and everything in the order of its names."""
+
+        def printed(name: str, declaration: Declaration) -> Declaration:
+            assert isinstance(declaration, Vector)
+            return dataclasses.replace(declaration, formula=text(self.formula(name, "target_verify")))
+
+        declare = tuple((name, printed(name, declaration)) for name, declaration in sorted(self.declare, key=_name))
+        return Scope(declare, *(tuple(sorted(getattr(self, f.name), key=_name)) for f in dataclasses.fields(self)[1:]))
+
+
+def _name(pair: tuple[str, Any]) -> str:
+    return pair[0]
+
+
+@cache
+def _fields(scope: Scope) -> dict[str, Field]:
+    return FIELDS | TERMS | {name: Field(name, declaration) for name, declaration in scope.declare}
+
+
+@cache
+def _vectors(scope: Scope) -> dict[str, Field]:
+    return {name: field for name, field in _fields(scope).items() if isinstance(field.declaration, Vector)}
+
+
+def _check_declaration(name: str, declaration: Declaration) -> None:
+    assert isinstance(declaration, Vector)
+    check_one_of(f"the per of {name}", declaration.per, ("request", "row"))
+    summed = isinstance(declaration, RunningSum)
+    dtypes = ("int32", "int64") if summed else ("int32", "int64", "bool")
+    check_one_of(f"the dtype of {name}", declaration.dtype, dtypes)
+    low, high = limits(declaration.dtype)
+    if declaration.rows is not None:
+        check_whole(f"the rows of {name}", declaration.rows, 1, MAX_ROWS)
+        if declaration.per == "request" or summed:
+            raise ConfigError(f"{name} has rows={declaration.rows}; only a vector with per='row' has rows of its own.")
+    if declaration.pad is not None and not (summed and declaration.pad == "last"):
+        check_whole(f"the pad of {name}", declaration.pad, low, high)
+    check_whole(f"the missing of {name}", declaration.missing, low, high)
+
+
+@cache
+def _formula(scope: Scope, name: str, mode: str) -> Node:
+    field = _fields(scope)[name]
+    declared = field.declaration
+    assert isinstance(declared, Vector)
+    vectors = [n for n, other in _vectors(scope).items() if type(other.declaration) is Vector and n != name]
+    written = declared.decode if mode == "decode" and declared.decode is not None else declared.formula
+    allowed = (*INPUTS, *vectors, *dict(scope.inputs))
+    read = {TOKEN: (1, 2, declared.missing)}
+    read |= {source: (1, 2, declared.missing) for source, _ in scope.sources}
+    read |= {map_: (1, 1, outside) for map_, (_, outside) in scope.maps}
+    node = parse(written, name, allowed, (*CONSTANTS, *dict(scope.constants)), declared.dtype, read)
+    low, high = limits(declared.dtype)
+    for named in names(node):
+        if named in dict(scope.constants) and not low <= dict(scope.constants)[named] <= high:
+            raise ConfigError(
+                f"constants[{named}] is {dict(scope.constants)[named]}, and {name} is computed in {declared.dtype}; "
+                f"allowed: {low} to {high}. Declare {name} with dtype='int64'."
+            )
+    if declared.per == "request":
+        for named in names(node):
+            if named == "row" or (named in vectors and _fields(scope)[named].per == "row"):
+                raise ConfigError(
+                    f"the formula of {name}, {written!r}, names {named}, which is per row; {name} has one element "
+                    "per request. Declare it with per='row', or name per-request inputs only."
+                )
+    return node
+
+
+@cache
+def _substituted(scope: Scope, name: str, mode: str) -> Node:
+    def visit(name: str, path: tuple[str, ...]) -> Node:
+        if name in path:
+            circle = " names ".join((*path[path.index(name) :], name))
+            raise ConfigError(f"formulas name each other: {circle}. Write one of them without the others.")
+        node = _formula(scope, name, mode)
+        inner = {named: visit(named, (*path, name)) for named in names(node) if named in _vectors(scope)}
+        node = substitute(node, inner)
+        if size(node) > MAX_NODES:
+            raise ConfigError(
+                f"the formula of {name} has more than {MAX_NODES} operators, numbers and names once the vectors that "
+                "it names are substituted. Make it smaller."
+            )
+        return node
+
+    return visit(name, ())
+
+
+@cache
+def _named(scope: Scope, name: str, mode: str) -> frozenset[str]:
+    if name not in _vectors(scope):
+        declaration = _fields(scope)[name].declaration
+        return frozenset(getattr(declaration, "settings", ()))
+    node = _formula(scope, name, mode)
+    found = {*names(node), *(found.source for found in look_ups(node))}
+    return frozenset(found).union(*(_named(scope, n, mode) for n in names(node) if n in _vectors(scope)))

@@ -1,0 +1,295 @@
+"""The sparse indexer's decode metadata: vLLM's own builder makes it on one set, the plan refreshes another set's."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import vllm_objects
+from onelaunch import ArgumentError
+from onelaunch.integrations import vllm
+from torch import Tensor
+from vllm_objects import Runner
+
+POISON = -7
+# Follow from the requests' numbers of tokens alone; vLLM's last build wrote them.
+OF_THE_SHAPE = ("decode_lens", "per_req_decode_lens")
+SM90 = (1, 2, 3, 4, 5, 8)
+FLATTENED = (3, 5, 8)
+
+
+class Pair:
+    """Two runners with a builder each, which build alike for a capture; from then on only the engine's builds.
+
+    Args:
+        next_n: tokens of a request.
+        captured: requests.
+        schedule: whether the plan makes DeepGEMM's schedule too.
+    """
+
+    def __init__(self, next_n: int, captured: int, *, schedule: bool, **builder: Any) -> None:
+        self.next_n, self.captured = next_n, captured
+        self.runners = [Runner(), Runner()]
+        self.builders = [vllm_objects.builder(next_n, **builder) for _ in range(2)]
+        self.fill((1,) * captured, (next_n,) * captured)
+        self.engine, self.mine = (self.build(i) for i in range(2))
+        self.plan = vllm.bind_backends(self.builders[1], self.mine, schedule=schedule)
+        self.written = [t.untyped_storage().data_ptr() for t in self.destinations()]
+
+    def fill(self, lengths: tuple[int, ...], query_lens: tuple[int, ...]) -> None:
+        for runner in self.runners:
+            runner.fill(lengths, query_lens)
+
+    def build(self, index: int) -> Any:
+        common = self.runners[index].metadata(self.captured, self.captured * self.next_n, self.next_n)
+        return self.builders[index].build(0, common)
+
+    def destinations(self) -> Iterator[Tensor]:
+        """What the plan writes: neither the runner's own memory nor what is of the shape."""
+        for field in dataclasses.fields(self.mine.decode):
+            tensor = getattr(self.mine.decode, field.name)
+            left = OF_THE_SHAPE
+            if "paged_mqa_schedule_metadata" not in self.plan.config.fields:
+                left = (*OF_THE_SHAPE, "schedule_metadata")
+            if isinstance(tensor, Tensor) and not self.runners[1].owns(tensor) and field.name not in left:
+                yield tensor
+
+    def replay(self, lengths: tuple[int, ...], query_lens: tuple[int, ...]) -> None:
+        """A batch of these requests, in the graph that was captured for more."""
+        self.fill(lengths, query_lens)
+        self.engine = self.build(0)
+        for tensor in self.destinations():
+            tensor.fill_(POISON)
+        self.run()
+
+    def run(self) -> None:
+        self.plan.run(self.runners[1].seq_lens[: self.captured], torch.arange(self.captured))
+
+    def differences(self) -> list[str]:
+        """A sentence for every tensor of the metadata in which the two differ."""
+        found = []
+        padded = bool((self.runners[0].seq_lens[: self.captured] == 0).any())
+        for label, engine, mine in (
+            ("metadata", self.engine, self.mine),
+            ("decode", self.engine.decode, self.mine.decode),
+        ):
+            for field in dataclasses.fields(mine):
+                wanted, got = getattr(engine, field.name), getattr(mine, field.name)
+                if isinstance(got, Tensor) and not (padded and field.name in OF_THE_SHAPE):
+                    found += _difference(f"{label}.{field.name}", *self._read(label, field.name, wanted, got))
+        return found
+
+    def _read(self, label: str, name: str, wanted: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a flattened table's padding rows vLLM zeroes the first column alone; the others it leaves."""
+        if label == "decode" and name == "block_table" and len(got) == self.captured * self.next_n:
+            padding = self.engine.decode.seq_lens.view(-1) == 0
+            wanted, got = (tensor.clone() for tensor in (wanted, got))
+            wanted[padding, 1:] = got[padding, 1:] = 0
+        return wanted, got
+
+
+def _difference(label: str, wanted: Tensor, got: Tensor) -> list[str]:
+    if wanted.shape != got.shape or wanted.dtype != got.dtype:
+        return [f"{label}: engine {tuple(wanted.shape)} {wanted.dtype}, onelaunch {tuple(got.shape)} {got.dtype}"]
+    if torch.equal(wanted, got):
+        return []
+    first = tuple((wanted != got).nonzero()[0].tolist())
+    return [f"{label}{list(first)}: engine {wanted[first].item()}, onelaunch {got[first].item()}"]
+
+
+def batches(next_n: int, captured: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Lengths and numbers of tokens: as many requests as captured, fewer, and none with a length."""
+    lengths = (next_n, 500, 64 + next_n, 257, 512, 256 + next_n, 65, 300)
+    for requests in (captured, max(captured - 2, 1)):
+        yield lengths[:requests], (next_n,) * requests
+    # A padding request may have tokens and no length, as in a dummy run.
+    yield (*lengths[: captured - 1], 0), (next_n,) * captured
+    yield (0,) * captured, (next_n,) * captured
+
+
+# ------------------------------------------------------------------------------------------------ Hopper
+
+
+@pytest.mark.parametrize("captured", [1, 5, 8])
+@pytest.mark.parametrize("next_n", SM90)
+def test_what_a_build_writes(next_n: int, captured: int) -> None:
+    pair = Pair(next_n, captured, schedule=True)
+    assert pair.builders[0].use_flattening == (next_n in FLATTENED)
+    assert pair.differences() == []
+    for lengths, query_lens in batches(next_n, captured):
+        pair.replay(lengths, query_lens)
+        assert pair.differences() == [], (lengths, query_lens)
+
+
+@pytest.mark.parametrize("next_n", SM90[1:])
+def test_lengths_and_tables_without_the_schedule(next_n: int) -> None:
+    pair = Pair(next_n, 4, schedule=False)
+    before = pair.mine.decode.schedule_metadata.clone()
+    pair.replay((300, 200, 100, next_n), (next_n,) * 4)
+    assert [d.partition("[")[0] for d in pair.differences()] == ["decode.schedule_metadata"]
+    assert torch.equal(pair.mine.decode.schedule_metadata, before)
+
+
+@pytest.mark.parametrize("next_n", SM90)
+def test_a_wrong_entry_anywhere_is_found(next_n: int) -> None:
+    """The control: each tensor that the plan writes, in its first and its last entry."""
+    pair = Pair(next_n, 3, schedule=True)
+    count = {1: 1, 2: 2, 4: 2}.get(next_n, 3)  # the schedule; lengths; a flattened table
+    assert len(list(pair.destinations())) == count
+    for index in range(count):
+        for at in (0, -1):
+            pair.replay((300, 200, 100), (next_n,) * 3)
+            assert pair.differences() == []
+            list(pair.destinations())[index].view(-1)[at] += 1
+            assert len(pair.differences()) == 1
+
+
+@pytest.mark.parametrize("next_n", SM90)
+def test_nothing_else_is_written(next_n: int) -> None:
+    """The runner's buffers, and the builder's own memory behind what the metadata has of it."""
+    pair = Pair(next_n, 3, schedule=True)
+    builder = pair.builders[1]
+    buffers = [value for value in vars(builder).values() if isinstance(value, Tensor)]
+    buffers += [pair.runners[1].seq_lens, pair.runners[1].block_table]
+    pair.fill((300, 200, 100), (next_n,) * 3)
+    for tensor in pair.destinations():
+        tensor.fill_(POISON)
+    before = [tensor.clone() for tensor in buffers]
+    pair.run()
+    changed = [tensor for tensor, old in zip(buffers, before, strict=True) if not torch.equal(tensor, old)]
+    assert {t.untyped_storage().data_ptr() for t in changed} == set(pair.written)
+    for tensor in pair.destinations():
+        (whole,) = [t for t in buffers if t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()]
+        (old,) = [o for t, o in zip(buffers, before, strict=True) if t is whole]
+        assert torch.equal(whole.view(-1)[tensor.numel() :], old.view(-1)[tensor.numel() :])
+
+
+def test_the_docstrings_lines() -> None:
+    runner, builder = Runner(), vllm_objects.builder(2)
+    runner.fill((1, 1, 1), (2, 2, 2))
+    metadata = builder.build(0, runner.metadata(3, 6, 2))
+    names = {
+        "torch": torch,
+        "builder": builder,
+        "indexer_metadata": metadata,
+        "seq_lens": runner.seq_lens,
+        "num_reqs": 3,
+    }
+    lines = str(vllm.__doc__).partition("::\n")[2].partition("\nWhat that can gain")[0]
+    runner.fill((300, 200), (2, 2))
+    exec(textwrap.dedent(lines), names)
+    assert metadata.decode.seq_lens.tolist() == [[299, 300], [199, 200], [0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------ adaptive verification
+
+
+@pytest.mark.parametrize("next_n", [2, 3, 4])
+@pytest.mark.parametrize("schedule", [True, False])
+def test_flattened_for_adaptive_verification(next_n: int, schedule: bool) -> None:
+    pair = Pair(next_n, 4, schedule=schedule, adaptive=True)
+    assert pair.builders[0].use_flattening
+    pair.replay((300, 200, 100, next_n), (next_n,) * 4)
+    assert [d for d in pair.differences() if schedule or "schedule_metadata" not in d] == []
+
+
+@pytest.mark.parametrize("query_lens", [(3, 1, 4, 2), (1, 1, 1, 4), (4, 2, 3, 0)])
+def test_requests_with_different_numbers_of_tokens(query_lens: tuple[int, ...]) -> None:
+    """One plan for all numbers: run() takes them. Rows behind the last request's are vLLM's to zero."""
+    runners = [Runner(), Runner()]
+    builders = [vllm_objects.builder(4, adaptive=True) for _ in range(2)]
+    total = sum(query_lens)
+
+    def build(index: int, lengths: tuple[int, ...], tokens: tuple[int, ...]) -> Any:
+        runners[index].fill(lengths, tokens)
+        return builders[index].build(0, runners[index].metadata(4, 14, max(tokens)))
+
+    engine, mine = build(0, (300, 200, 100, 4), query_lens), build(1, (9, 9, 9, 9), (4, 3, 4, 3))
+    plan = vllm.bind_backends(builders[1], mine)
+    with pytest.raises(ArgumentError, match="schedule is True and requests have different numbers of tokens"):
+        vllm.bind_backends(builders[1], mine, schedule=True)
+    mine.decode.seq_lens.fill_(POISON)
+    mine.decode.block_table.fill_(POISON)
+    runners[1].fill((300, 200, 100, 4), query_lens)
+    plan.run(runners[1].seq_lens[:4], torch.arange(4), torch.tensor(query_lens, dtype=torch.int32))
+    assert torch.equal(mine.decode.seq_lens[:total], engine.decode.seq_lens[:total])
+    assert torch.equal(mine.decode.block_table[:total], engine.decode.block_table[:total])
+    assert bool((engine.decode.seq_lens[total:] == 0).all())
+    assert bool((mine.decode.seq_lens[total:] == POISON).all())
+    assert bool((mine.decode.block_table[total:] == POISON).all())
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_batch_of_prefills_is_refused() -> None:
+    builder, runner = vllm_objects.builder(3), Runner()
+    runner.fill((40, 30), (40, 30))
+    metadata = builder.build(0, runner.metadata(2, 70, 40))
+    assert metadata.decode is None
+    assert metadata.num_prefills == 2
+    with pytest.raises(ArgumentError, match=r"metadata\.decode is None: the batch has no decode requests"):
+        vllm.bind_backends(builder, metadata)
+
+
+def test_the_decodes_of_a_mixed_batch() -> None:
+    """The metadata has the rows of the first requests only, and so has the plan."""
+    runners, builders = [Runner(), Runner()], [vllm_objects.builder(3) for _ in range(2)]
+    for runner in runners:
+        runner.fill((100, 70, 30), (3, 3, 30))
+    engine, mine = (b.build(0, r.metadata(3, 36, 30)) for b, r in zip(builders, runners, strict=True))
+    assert (mine.num_decodes, mine.num_prefills) == (2, 1)
+    plan = vllm.bind_backends(builders[1], mine)
+    mine.decode.seq_lens.fill_(POISON)
+    mine.decode.block_table.fill_(POISON)
+    plan.run(runners[1].seq_lens[:2], torch.arange(2))
+    assert torch.equal(mine.decode.seq_lens, engine.decode.seq_lens)
+    assert torch.equal(mine.decode.block_table, engine.decode.block_table)
+
+
+def test_where_all_is_the_runners_own_there_is_only_the_schedule() -> None:
+    builder, runner = vllm_objects.builder(1), Runner()
+    runner.fill((40, 30), (1, 1))
+    metadata = builder.build(0, runner.metadata(2, 2, 1))
+    assert metadata.decode.seq_lens.shape == (2, 1)
+    assert runner.owns(metadata.decode.seq_lens)
+    with pytest.raises(ArgumentError, match="the runner's own, as where requests have one token"):
+        vllm.bind_backends(builder, metadata)
+    assert vllm.bind_backends(builder, metadata, schedule=True).config.fields == ("paged_mqa_schedule_metadata",)
+
+
+def test_compressed_lengths_are_refused() -> None:
+    builder, runner = vllm_objects.builder(3, tokens_per_state=4), Runner()
+    runner.fill((40, 30), (3, 3))
+    metadata = builder.build(0, runner.metadata(2, 6, 3))
+    with pytest.raises(ArgumentError, match=r"builder\.compress_ratio is 4: lengths count compressed states"):
+        vllm.bind_backends(builder, metadata)
+
+
+@pytest.mark.parametrize(("name", "value"), [("dcp_world_size", 2), ("use_pcp", True)])
+def test_parallel_contexts_are_refused(name: str, value: Any) -> None:
+    """The builder would ask for a process group, which one process hasn't."""
+    builder, runner = vllm_objects.builder(3), Runner()
+    runner.fill((40, 30), (3, 3))
+    metadata = builder.build(0, runner.metadata(2, 6, 3))
+    setattr(builder, name, value)
+    with pytest.raises(ArgumentError, match=rf"builder\.{name} is {value}: .*Leave this batch to vLLM"):
+        vllm.bind_backends(builder, metadata)
+
+
+def test_varlen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import cuda
+    from vllm.platforms.interface import DeviceCapability
+
+    blackwell = classmethod(lambda cls, device_id=0: DeviceCapability(10, 0))
+    monkeypatch.setattr(cuda.NonNvmlCudaPlatform, "get_device_capability", blackwell)
+    builder, runner = vllm_objects.builder(3), Runner()
+    runner.fill((40, 30), (3, 3))
+    metadata = builder.build(0, runner.metadata(2, 6, 3))
+    assert metadata.decode.indices.tolist() == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ArgumentError, match=r"builder\.supports_varlen is True: one kernel of vLLM's writes all of it"):
+        vllm.bind_backends(builder, metadata)

@@ -1,0 +1,59 @@
+"""What vLLM imports and a machine without a GPU can't have, as fakes.py has it for SGLang.
+
+``install()`` must run before vllm is imported. Of vLLM's own only the compiled module of its operators is replaced: its
+classes, its Triton kernels (under Triton's interpreter) and its PyTorch code run as they are. DeepGEMM's schedule comes
+from DeepGEMM's own kernel (deep_gemm_host.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import sys
+import types
+from typing import Any
+
+import deep_gemm_host
+import fakes
+from empty import VERSION, EmptyModules
+from torch import Tensor
+
+_SERVER = ("cpuinfo", "prometheus_client", "uvloop")
+# vLLM has a copy of it.
+_OWN = ("deep_gemm",)
+
+
+def install() -> None:
+    """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch and vLLM."""
+    names = [name for name in (*fakes.BINARY, *_SERVER) if name not in _OWN]
+    sys.meta_path.append(EmptyModules(names))
+    ask = importlib.metadata.version
+
+    @functools.wraps(ask)
+    def version(name: str) -> str:
+        try:
+            return ask(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in names:
+                return VERSION
+            raise
+
+    importlib.metadata.version = version
+    fakes.pretend_cuda()
+    operators = "vllm._C_stable_libtorch"  # linked with the driver
+    sys.modules[operators] = types.ModuleType(operators)
+    import vllm.platforms
+    from vllm.platforms import cuda
+
+    vllm.platforms._current_platform = cuda.NonNvmlCudaPlatform()
+    import vllm.utils.deep_gemm
+
+    vllm.utils.deep_gemm._lazy_init = lambda: None
+    vllm.utils.deep_gemm._get_paged_mqa_logits_metadata_impl = _schedule
+
+
+def _schedule(context_lens: Tensor, block_size: int, num_slots: int, indices: Any = None) -> Tensor:
+    """DeepGEMM's, as its host code calls it: on sm_90 a request is one atom (see SM90PagedMQALogitsScheduler's use)."""
+    if indices is None:
+        return deep_gemm_host.sm90(context_lens, num_slots, atoms=1)
+    return deep_gemm_host.sm100(context_lens, num_slots, indices=indices)

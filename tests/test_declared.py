@@ -1,0 +1,338 @@
+"""Fields that a user declares: by hand, in plans, and what is refused before anything is written or built.
+
+test_refresh.py and test_emulation.py compare emitted code with the evaluation by PyTorch: cases.py has declared
+configurations. test_expressions.py does so for random formulas.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onelaunch
+import pytest
+import torch
+from onelaunch import ConfigError, KernelConfig, Map, MetadataBuffers, into, running_sum, vector
+from onelaunch.errors import ArgumentError
+from onelaunch.load.prebuild import read_matrix
+from onelaunch.spec.settings import parse_settings
+from torch import Tensor
+
+POOL = torch.arange(40, dtype=torch.int32).view(4, 10)
+LENGTHS, ROWS = torch.tensor([2, 0, 8]), torch.tensor([3, 1, 2])
+
+
+def blank(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.full(shape, -7, dtype=dtype)
+
+
+def bound(declare: dict[str, Any], count: int = 1, **settings: Any) -> onelaunch.Plan:
+    return onelaunch.bind([MetadataBuffers()] * count, req_to_token=POOL, declare=declare, **settings)
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+
+
+def test_a_draft_steps_positions_and_slots() -> None:
+    """SGLang's: positions and out_cache_loc, int64, each request's rows one after the other, padded."""
+    positions, slots = blank(12, dtype=torch.int64), blank(5, 3, dtype=torch.int64)
+    plan = bound(
+        {
+            "positions": into(vector("base_len + row", rows=3, dtype="int64", pad=0), positions),
+            "out_cache_loc": into(vector("token(base_len + row)", rows=3, dtype="int64", missing=-1), slots),
+        }
+    )
+    plan.run(LENGTHS, ROWS, captured_size=4)
+    assert positions.tolist() == [2, 3, 4, 0, 1, 2, 8, 9, 10, 0, 0, 0]
+    assert slots.tolist() == [[32, 33, 34], [10, 11, 12], [28, 29, -1], [-7] * 3, [-7] * 3]
+    assert plan.launches == 1
+
+
+def test_a_step_of_a_strided_buffer_is_each_backends() -> None:
+    """[B, K, S] with K = 1: backend i's elements are S apart, and those between them are other backends'."""
+    slots = blank(4, 3, dtype=torch.int64)
+    declared = vector("token(base_len + step)", "request", dtype="int64")
+    bound({"slots": into(declared, [slots[:, step] for step in range(3)])}, count=3).run(LENGTHS, ROWS)
+    assert slots.tolist() == [[32, 33, 34], [10, 11, 12], [28, 29, 0], [-7] * 3]
+
+
+def test_a_transposed_buffer() -> None:
+    """mrope's positions are [3, N]: three rows of a request in the other direction."""
+    mrope = blank(3, 4, dtype=torch.int64)
+    bound({"mrope": into(vector("base_len", rows=3, dtype="int64", pad=0), mrope.T)}).run(
+        LENGTHS, ROWS, captured_size=4
+    )
+    assert mrope.tolist() == [[2, 0, 8, 0]] * 3
+
+
+def test_inputs_constants_maps_and_sources() -> None:
+    """vLLM's slot mapping of a KV group, and SGLang's location in the sliding-window pool."""
+    table = torch.tensor([[5, 6, 7], [1, 2, 3]], dtype=torch.int32)
+    slots, swa, new_lens = blank(3, dtype=torch.int64), blank(3), blank(3, dtype=torch.int64)
+    plan = bound(
+        {
+            "slot_mapping": into(vector("blocks(index, base_len // block) * block + base_len % block", "request"), swa),
+            "swa": into(vector("full_to_swa(token(base_len))", "request", dtype="int64"), slots),
+            "new_lens": into(vector("min(base_len + accept_lens, most)", "request", dtype="int64"), new_lens),
+        },
+        inputs={"accept_lens": torch.int32, "index": torch.int64},
+        constants={"block": 4, "most": 9},
+        sources={"blocks": table},
+        maps={"full_to_swa": Map(torch.arange(100, 130), outside=-1)},
+    )
+    accept = torch.tensor([1, 3, 5], dtype=torch.int32)
+    plan.run(LENGTHS, ROWS, accept_lens=accept, index=torch.tensor([1, 0, 1]))
+    assert swa.tolist() == [1 * 4 + 2, 5 * 4 + 0, 3 * 4 + 0]
+    assert slots.tolist() == [-1, 110, 128]
+    assert new_lens.tolist() == [3, 3, 9]
+
+
+def test_sums_over_rows_and_a_last_element_as_padding() -> None:
+    starts, lasts = blank(6), blank(5)
+    plan = bound(
+        {
+            "cu_seqlens_q": into(running_sum("rows", pad="last"), starts),
+            "pages": into(running_sum("ceil_div(base_len, page_size)", pad="last"), lasts),
+        },
+        mode="draft_extend",
+        extend="variable",
+        page_size=4,
+    )
+    plan.run(LENGTHS, ROWS, torch.tensor([2, 0, 3]), captured_size=4)
+    assert starts.tolist() == [0, 2, 2, 5, 5, -7]
+    assert lasts.tolist() == [0, 1, 1, 3, 3]
+
+
+def test_a_term_is_named_and_not_written() -> None:
+    """A name is a formula: the vector that it is needn't have a tensor."""
+    out = blank(3)
+    bound({"half": vector("base_len // 2", "request"), "out": into(vector("half * 10", "request"), out)}).run(
+        LENGTHS, ROWS
+    )
+    assert out.tolist() == [10, 0, 40]
+
+
+def test_what_no_bound_field_needs_is_not_in_the_key() -> None:
+    declared = {"out": into(vector("base_len", "request"), blank(3))}
+    more = {"declare": declared | {"unused": vector("accept + most")}, "inputs": {"accept": torch.int32}}
+    assert bound(**more, constants={"most": 3}).config == bound(declared).config
+
+
+def test_bool_stores_whether_the_value_is_not_zero() -> None:
+    out = torch.zeros(3, dtype=torch.bool)
+    bound({"out": into(vector("base_len * 2", "request", dtype="bool"), out)}).run(LENGTHS, ROWS)
+    assert out.tolist() == [True, False, True]
+
+
+def test_int64_does_not_wrap_where_int32_does() -> None:
+    wide, narrow = blank(1, dtype=torch.int64), blank(1)
+    formula = "base_len * 4 + raw"
+    bound(
+        {"wide": into(vector(formula, dtype="int64"), wide), "narrow": into(vector(formula), narrow)},
+        inputs={"raw": torch.int64},
+    ).run(torch.tensor([2**30]), ROWS[:1], raw=torch.tensor([2**40 + 5]))
+    assert (wide.tolist(), narrow.tolist()) == ([2**40 + 2**32 + 5], [5])
+
+
+def test_a_checked_plan_reports_a_look_up_outside_its_source() -> None:
+    out = blank(3)
+    plan = bound({"out": into(vector("token(base_len)", "request", missing=-5), out)}, checked=True)
+    plan.run(LENGTHS, ROWS)
+    plan.check()
+    plan.run(torch.tensor([2, 12, 3]), ROWS)
+    assert out.tolist() == [32, -5, 23]
+    with pytest.raises(ArgumentError, match="looked up place 12 for request 1; its source has 0 to 10 exclusive"):
+        plan.check()
+    plan.run(LENGTHS, torch.tensor([0, 4, 1]))
+    assert out.tolist() == [2, -5, 18]
+    with pytest.raises(ArgumentError, match=r"req_pool_indices\[1\] is 4"):
+        plan.check()
+
+
+def test_a_plan_in_a_compiled_function() -> None:
+    out = blank(3)
+    plan = bound({"out": into(vector("base_len + accept", "request"), out)}, inputs={"accept": torch.int64})
+
+    @torch.compile(backend="eager")
+    def step(lengths: Tensor, accept: Tensor) -> Tensor:
+        plan.run(lengths, ROWS, accept=accept)
+        return out * 2
+
+    assert step(LENGTHS, torch.tensor([1, 2, 3])).tolist() == [6, 4, 22]
+    assert step(LENGTHS, torch.tensor([0, 0, 1])).tolist() == [4, 0, 18]
+
+
+# ------------------------------------------------------------------------------------------------ as settings
+
+
+def test_a_matrix_declares_fields(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.toml"
+    path.write_text(
+        """
+        [[build]]
+        target = "cpu"
+        set = { fields = "cache_seqlens+slots", num_backends = [1, 2] }
+        inputs = { accept = "int32" }
+        constants = { most = 9 }
+        maps = { full_to_swa = ["int64", -1] }
+        [build.declare]
+        slots = { formula = "full_to_swa(min(accept,most))", per = "request", dtype = "int64" }
+        """
+    )
+    jobs = read_matrix(path)
+    assert [job.config.num_backends for job in jobs] == [1, 2]
+    config = jobs[0].config
+    assert config == KernelConfig(
+        target="cpu",
+        fields=("cache_seqlens", "slots"),
+        declare={"slots": vector("full_to_swa(min(accept, most))", "request", dtype="int64")},
+        inputs={"accept": "int32"},
+        constants={"most": 9},
+        maps={"full_to_swa": ("int64", -1)},
+    )
+    out = blank(3, dtype=torch.int64)
+    plan = onelaunch.bind(
+        [MetadataBuffers(cache_seqlens=blank(3))],
+        req_to_token=POOL,
+        declare={"slots": into(vector("full_to_swa(min(accept, most))", "request", dtype="int64"), out)},
+        inputs={"accept": torch.int32},
+        constants={"most": 9},
+        maps={"full_to_swa": Map(torch.arange(9), -1)},
+    )
+    assert plan.config == config, "what was built ahead of time is what a plan binds"
+
+
+def test_the_banner_says_what_was_declared() -> None:
+    config = KernelConfig(declare={"slots": vector("row*2", rows=4, pad=0)}, fields=("slots",))
+    source = onelaunch.render(config)
+    assert "//   declare                 slots = vector('row * 2', rows=4, pad=0)\n" in source
+    assert parse_settings(config.settings()) == config
+    assert f"//   onelaunch show --set '{config.settings()}'\n" in source
+    assert json.loads(json.dumps(config.to_dict()))["declare"] == {
+        "slots": {"kind": "vector", "formula": "row * 2", "rows": 4, "pad": 0}
+    }
+
+
+@pytest.mark.parametrize(
+    ("declare", "more", "message"),
+    [
+        ({"seq_len": vector("1")}, {}, "declare has the name 'seq_len', which is another thing's already"),
+        ({"cache_seqlens": vector("1")}, {}, "declare has the name 'cache_seqlens', which"),
+        ({"a b": vector("1")}, {}, "declare has the name 'a b'; a name is a lower-case letter"),
+        ({"x;y": vector("1")}, {}, "declare has the name 'x;y'"),
+        ({"mine": vector("1")}, {"constants": {"mine": 3}}, "constants has the name 'mine', which"),
+        ({"mine": vector("row", "request")}, {}, "names row, which is per row"),
+        ({"mine": vector("1", rows=0)}, {}, "the rows of mine is 0; allowed: 1 to 32768"),
+        ({"mine": vector("1", "request", rows=2)}, {}, "mine has rows=2; only a vector with per='row'"),
+        ({"mine": vector("1", pad=2**31)}, {}, "the pad of mine is 2147483648"),
+        ({"mine": vector("1", missing="x")}, {}, "the missing of mine is 'x'"),
+        ({"mine": vector("1", dtype="int16")}, {}, "the dtype of mine is 'int16'"),
+        ({"mine": running_sum("1", dtype="bool")}, {}, "the dtype of mine is 'bool'; allowed: 'int32', 'int64'"),
+        ({"mine": running_sum("1", "rows")}, {}, "the per of mine is 'rows'"),
+        ({"mine": vector("token(1, 2, 3)")}, {}, "token takes 1 to 2 values"),
+        ({"mine": vector("seq_len // token(1)")}, {}, "a divisor must be a positive constant"),
+        ({"mine": vector("seq_len // most")}, {"constants": {"most": 0}}, "divisor in seq_len // user_most is 0"),
+        ({"mine": vector("most")}, {"constants": {"most": 2**40}}, r"constants\[most\] is .*Declare mine with dtype"),
+        ({"mine": {"formula": "1", "colour": 3}}, {}, "an argument of mine is 'colour'"),
+        ({"mine": {"kind": "matrix", "formula": "1"}}, {}, "the kind of mine is 'matrix'"),
+        ({"mine": 3}, {}, r"declare\[mine\] is 3; it must be a declaration such as"),
+        ({"mine": vector("given")}, {"inputs": {"given": "int16"}}, r"inputs\[given\] is 'int16'"),
+        ({"mine": vector("full(1)")}, {"maps": {"full": "int64"}}, r"maps\[full\] is 'int64'; it must be a dtype and"),
+        ({"mine": vector("1")}, {"strided": ("cu_seqlens_k",)}, "strided is 'cu_seqlens_k'"),
+        ({"mine": vector("1")}, {"inputs": {f"i{n}": "int32" for n in range(16)}}, "inputs has 16 names; allowed: 15"),
+        ({"mine": vector("1")}, {"operation": "copy"}, "mine, which is declared, and operation is 'copy'"),
+    ],
+)
+def test_declarations_that_are_refused(declare: Any, more: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KernelConfig(fields=(*declare,), declare=declare, **more)
+
+
+# ------------------------------------------------------------------------------------------------ refusals of plans
+
+
+def test_destinations_that_do_not_fit() -> None:
+    declared = vector("base_len", rows=2, dtype="int64")
+    wide = blank(8, dtype=torch.int64)
+    for tensor, message in (
+        (blank(8), "has dtype int32; allowed: int64"),
+        (wide.view(2, 4), "be \\[bs, W\\] with W the rows that the declaration has, which are 2. Declare rows=4"),
+        (wide.view(2, 2, 2), "must have 1 dimension"),
+        (wide[:1].expand(8), "has strides \\(0,\\) .* must not share memory"),
+        (wide.as_strided((3, 2), (1, 1)), "must not share memory"),
+        ("here", "are a str; they must be one tensor for all backends"),
+        ([wide, wide], "are a list; they must be one tensor for all backends, or a list of one for each of the 1"),
+        ([3], r"declare\['mine'\]\[0\] is a int; it must be a torch.Tensor"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            bound({"mine": into(declared, tensor)})  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="has stride 2; it must be 1"):
+        bound({"mine": into(running_sum("base_len"), blank(8)[::2])})
+    assert wide.tolist() == [-7] * 8
+
+
+def test_a_plan_reads_nothing_that_it_writes() -> None:
+    """No field reads a destination: neither a source or map, nor an input of a call, may lie in one."""
+    table, lens = blank(4, 10), blank(3, dtype=torch.int64)
+    for sources in ({"sources": {"table": table}}, {"maps": {"table": Map(table.flatten())}}):
+        with pytest.raises(ArgumentError, match=r"declare\['mine'\] overlaps the source or map 'table' in memory"):
+            bound({"mine": into(vector("table(1)", "request"), table[1])}, **sources)
+    declared = {"mine": into(vector("base_len + old", "request", dtype="int64"), lens)}
+    plan = bound(declared, inputs={"old": torch.int64})
+    with pytest.raises(ArgumentError, match=r"old overlaps declare\['mine'\] in memory; the kernel would read"):
+        plan.run(LENGTHS, ROWS, old=lens)
+    with pytest.raises(ArgumentError, match=r"seq_lens overlaps declare\['mine'\]"):
+        plan.run(lens, ROWS, old=LENGTHS)
+    with pytest.raises(ArgumentError, match="overlaps req_to_token"):
+        bound({"mine": into(vector("1", "request"), POOL[0])})
+    with pytest.raises(ArgumentError, match=r"declare\['b'\] overlaps declare\['a'\] in memory"):
+        bound({"a": into(vector("1", "request"), table[0, :4]), "b": into(vector("2", "request"), table[0, 3:])})
+    assert lens.tolist() == [-7] * 3
+
+
+def test_backends_share_only_what_they_have_alike() -> None:
+    out = blank(3)
+    same = {"mine": into(vector("base_len", "request"), out)}
+    bound(same, count=2, seqlen_offsets=(1, 2)).run(LENGTHS, ROWS)
+    assert out.tolist() == [2, 0, 8]
+    for formula in ("seq_len", "offset", "step"):
+        with pytest.raises(ConfigError, match=r"distinct\[mine\] is 1"):
+            bound({"mine": into(vector(formula, "request"), out)}, count=2, seqlen_offsets=(1, 2))
+    with pytest.raises(ConfigError, match=r"distinct\[mine\] is 1"):
+        bound({"mine": into(vector("step", "request"), out)}, count=2)
+
+
+def test_runs_that_are_refused() -> None:
+    out = blank(4)
+    plan = bound({"mine": into(vector("accept", "request", pad=0), out)}, inputs={"accept": torch.int64})
+    accept = torch.ones(3, dtype=torch.int64)
+    for arguments, message in (
+        ({}, "run\\(\\) got 0 declared inputs and needs 1: accept"),
+        ({"accepted": accept}, "got 'accepted', which no formula of the plan reads; .* are accept"),
+        ({"accept": accept.int()}, "accept has dtype int32; allowed: int64"),
+        ({"accept": accept[:2]}, "accept has 2 elements and seq_lens has 3"),
+        ({"accept": accept, "captured_size": 2}, "captured_size is 2; allowed: 3 to 4, from the batch to what"),
+        ({"accept": accept, "captured_size": 5}, "captured_size is 5; allowed: 3 to 4"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            plan.run(LENGTHS, ROWS, **arguments)  # type: ignore[arg-type]
+    assert out.tolist() == [-7] * 4
+    plan.run(LENGTHS, ROWS, accept=accept)
+    assert out.tolist() == [1, 1, 1, -7]
+    other = bound({"mine": into(vector("base_len", "request"), out)})
+    with pytest.raises(ArgumentError, match="captured_size is 4; no field of the plan has a pad"):
+        other.run(LENGTHS, ROWS, captured_size=4)
+
+
+def test_arguments_of_another_kind() -> None:
+    for more, message in (
+        ({"declare": [vector("1")]}, "declare is a list; it must be a dict by name"),
+        ({"declare": {"mine": "base_len"}}, r"declare\['mine'\] is a str; it must be what onelaunch.vector"),
+        ({"inputs": {"accept": "int64"}}, r"inputs\['accept'\] is int64; allowed: torch.int32"),
+        ({"maps": {"swa": blank(3)}}, r"maps\['swa'\] is a Tensor; it must be an onelaunch.Map"),
+        ({"maps": {"swa": Map(blank(6)[::2])}}, r"maps\['swa'\].table has stride 2"),
+        ({"sources": {"blocks": blank(3)}}, r"sources\['blocks'\] has shape \(3,\); it must have 2"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            onelaunch.bind([MetadataBuffers(cache_seqlens=blank(3))], req_to_token=POOL, **more)  # type: ignore[arg-type]
