@@ -84,7 +84,7 @@ def _row_stride(table: Tensor) -> int:
 def _rows(table: Tensor) -> int:
     """How many rows of the table its memory has room for, those of the tensor and those behind it."""
     elements = table.untyped_storage().nbytes() // table.element_size() - table.storage_offset()
-    return max(table.shape[0], -(-elements // _row_stride(table)))
+    return int(max(table.shape[0], -(-elements // _row_stride(table))))
 
 
 def _columns(name: str, table: Tensor, config: KernelConfig) -> int:
