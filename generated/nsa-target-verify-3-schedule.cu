@@ -310,7 +310,7 @@ __device__ void schedule_mqa(const Params& p, int b) {
       std::uint64_t query = static_cast<std::uint64_t>(first + found) * kAtoms;
       std::uint64_t split = start - (before + passed) * kWorkOfSplit;
       if constexpr (kSplitCost > 0) {
-        split /= kSplitCost;
+        split /= kWorkOfSplit;
       } else if constexpr (kAtoms > 1) {
         const std::uint32_t per_atom = splits.in_warp[found] - passed;
         query += split / per_atom;
