@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from empty import VERSION, EmptyModules
+from onelaunch.spec.reference_schedules import paged_mqa_schedule
 
 # Modules with compiled code for a GPU, or that only a server needs. Their distributions are not installed.
 BINARY = (
@@ -167,12 +168,17 @@ def digest(lengths: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _replace_compiled_functions() -> None:
-    """Schedules and plans that are compiled for a GPU become digests of the lengths that they are called with."""
+    """Plans that are compiled for a GPU become digests of the lengths that they are called with.
+
+    DeepGEMM's schedule is the reference's, since a launch can make it too.
+    """
     import deep_gemm
 
     parts = torch.cuda.get_device_properties(0).multi_processor_count
     deep_gemm.get_num_sms = lambda: parts
-    deep_gemm.get_paged_mqa_logits_metadata = lambda lengths, block, sms, **more: digest(lengths, sms + 1, 2)
+    deep_gemm.get_paged_mqa_logits_metadata = lambda lengths, block, sms, **more: torch.tensor(
+        paged_mqa_schedule(lengths.flatten().tolist(), sms), dtype=torch.int32
+    )
 
     jit = importlib.import_module("sglang.kernels.jit.utils")
 
