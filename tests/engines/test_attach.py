@@ -401,6 +401,22 @@ def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(
     assert "init_forward_metadata_out_graph" in vars(runner.attn_backend)
 
 
+def test_backends_that_only_choose_between_others_have_these_attached() -> None:
+    """With a backend for prefill and another one for decoding, or one for some of the layers."""
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    one, other = backend("fa3", 0), backend("dsa", 0)
+    runner = objects.model_runner(objects.token_pool(64, seed=1), page=64, mla=True, draft=False)
+    hybrid = HybridAttnBackend(runner, one, other)
+    plugin._initialized(None, SimpleNamespace(attn_backend=hybrid, decode_attn_backend=other))
+    for made in (one, other):
+        assert "init_forward_metadata_out_graph" in vars(made)
+    assert "init_forward_metadata_out_graph" not in vars(hybrid)
+    linear = SimpleNamespace(full_attn_backend=backend("fa3", 0))
+    plugin._made(linear)
+    assert "init_forward_metadata_out_graph" in vars(linear.full_attn_backend)
+
+
 def test_the_plugin_never_raises_and_imports_no_torch() -> None:
     code = (
         "import sys; from onelaunch.integrations import plugin; plugin.install(); "
