@@ -278,6 +278,11 @@ class Refresher:
         pools = zip(bound.captured, bound.pools, strict=True)
         return Ready(bs, bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
 
+    def forget(self) -> None:
+        """Plan.forget() of all plans: somebody else wrote what they write."""
+        for bound in self._bound.values():
+            bound.plan.forget()
+
     def run(
         self,
         bs: int,
