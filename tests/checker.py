@@ -76,6 +76,7 @@ class Scene:
 
     def __init__(self, config: KernelConfig, shape: Shape, device: torch.device | str = "cpu") -> None:
         self.config, self.shape, self.device = config, shape, torch.device(device)
+        self.before = None if shape.before is None else Scene(config, shape.before, device)
         self._random = torch.Generator().manual_seed(shape.seed)
         bs = len(shape.lengths)
         self.copies = config.operation == "copy"
@@ -100,6 +101,8 @@ class Scene:
         self.tokens = [max(0, n) + longest for n in lengths]
         # Empty tensors would count as one that backends share.
         self.capacity = min(max(1, sum(self.tokens)), shape.max_indices)
+        if self.before is not None:
+            self.capacity = self.before.capacity
         self.columns = min(self._limits())
         self._inputs(extends)
         self.declared = {name: config.field(name) for name in config.fields if config.scope.declared(name)}
@@ -128,6 +131,8 @@ class Scene:
         rows = torch.randint(0, shape.pool_rows, (len(shape.lengths),), generator=self._random)
         if len(rows):
             rows[-1] = shape.pool_rows - 1  # the row with nothing behind it
+        if shape.rows is not None:
+            rows = torch.tensor(shape.rows, dtype=torch.int64)
         self._valid_rows = rows.clone()
         if shape.bad_pool_row is not None:
             rows[0] = shape.bad_pool_row
@@ -136,6 +141,8 @@ class Scene:
         self.extend_seq_lens = self._strided(torch.tensor(extends, dtype=torch.int64), config.extend_seq_lens_dtype)
         dtype = getattr(torch, config.req_to_token_dtype)
         tokens = self._tokens(shape.pool_rows, shape.width)
+        tokens[list(shape.zero_rows)] = 0
+        tokens[:, list(shape.rewritten)] ^= 1 << 20
         if dtype == torch.int64:
             beyond = torch.randint(0, 8, tokens.shape, generator=self._random) == 0
             tokens = torch.where(beyond, tokens + 3 * 2**32, tokens)
@@ -185,6 +192,8 @@ class Scene:
             height = (shape.spare_rows + len(shape.lengths)) * field.own_rows
         elif config.pads and name in config.row_fields and not config.variable_rows:
             height = (shape.spare_rows + len(shape.lengths)) * config.next_n
+        if self.before is not None and field.sized_by_batch:
+            height = self.before.destinations[name][0][0].shape[0] - field.extra
         made = []
         for d in range(config.destinations(name)):
             if name in self.declared and field.kind == "table":
@@ -214,6 +223,8 @@ class Scene:
                 made.append(
                     support.guarded(*dimensions, row_stride=stride, offset=d % 4, dtype=dtype, device=self.device)
                 )
+            if self.before is not None:
+                made[-1][0].copy_(self.before.wanted(name, d))
         return made
 
     def _which(self, backend: int, name: str) -> int:
@@ -234,7 +245,7 @@ class Scene:
         return wanted
 
     def _poisoned(self, count: int) -> list[MetadataBuffers]:
-        """Dense poisoned buffers for the reference, shared by backends as the destinations are."""
+        """Dense buffers of the destinations' content for the reference, shared by backends as the destinations are."""
         made: dict[tuple[str, int], Tensor] = {}
         backends = []
         for index in range(count):
@@ -242,8 +253,10 @@ class Scene:
             for name, tensors in self.destinations.items():
                 key = name, self._which(index, name)
                 if key not in made:
+                    # What it holds before the launch: poison, or what the one before left.
                     tensor = tensors[key[1]][0]
-                    made[key] = support.poisoned(tensor.shape, tensor.dtype, self.device)
+                    made[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                    made[key].copy_(tensor)
                 setattr(buffers, name, made[key])
             backends.append(buffers)
         return backends

@@ -258,7 +258,7 @@ def test_the_walks_of_the_architecture(section: str, files: set[str], presets: l
     script.write_text(f"GENERATED = {str(ROOT / 'generated')!r}\n{code}\n{UNCHANGED}", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False, timeout=300, env=environment
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=900, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(presets)

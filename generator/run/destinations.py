@@ -126,6 +126,10 @@ class Destinations:
         self.regions = [d.region for different in self._different.values() for d in different]
         check_disjoint(self.regions)
 
+    def table_regions(self) -> list[Region]:
+        """The memory of the different tables of all fields."""
+        return [d.region for n, different in self._different.items() if FIELDS[n].kind == "table" for d in different]
+
     def named(self) -> list[tuple[str, Tensor]]:
         """All different tensors with their names in messages."""
         return [(d.name, d.tensor) for different in self._different.values() for d in different]

@@ -135,6 +135,16 @@ class Implied:
         return self.gathers and (self.packed is not None or self.extent == "live")
 
     @property
+    def verified(self) -> bool:
+        """Whether what is gathered is written only where it differs from what was written last."""
+        return self.gathers and bool(self.writes == "verified")
+
+    @property
+    def hashes_tiles(self) -> bool:
+        """Whether it keeps a hash of each tile. kv_indices, which has no rows, is compared with itself instead."""
+        return self.verified and "kv_indices" not in self.fields
+
+    @property
     def needs_lengths(self) -> bool:
         """Whether the kernel reads seq_lens."""
         return not self.copies and (bool(self.vectors or self.schedules or self.computed) or self.live)
@@ -158,6 +168,11 @@ class Implied:
         if not self.gathers or self.packed is not None or self.variable_rows:
             return False
         return self.extent == "full" or self.page_fill is not None
+
+    @property
+    def pages_alone(self) -> bool:
+        """Whether the columns of a tile are pages: there are tables of pages, and none of tokens."""
+        return not self.copies and bool(self.paged_tables) and "page_indices" not in self.fields
 
     def uses(self, setting: str) -> bool:
         """Whether one of the fields depends on a setting that formulas may name."""
@@ -274,7 +289,8 @@ class Implied:
             return 1
         writes = self.destinations(self.token_table) * self.next_n
         few = self.equal_rows or (writes <= 3 and len(self.seqlen_offsets) <= 1)
-        return 2 if few and self.vector_bytes == 16 and self.unroll <= 2 else 1
+        words = self.hashes_tiles and self.req_to_token_dtype == "int64"  # twice as many registers for the words
+        return 2 if few and not words and self.vector_bytes == 16 and self.unroll <= 2 else 1
 
     @property
     def holds_page_tokens(self) -> bool:
@@ -306,8 +322,8 @@ class Implied:
 
     @property
     def tile_columns(self) -> int:
-        """Columns of a tile: what one warp moves of a row."""
-        return self.warp_size * 4 * int(self.unroll)
+        """Columns of a tile: what one warp moves of a row. Each page is a read of its own, so few make a tile."""
+        return self.warp_size * int(self.unroll) * (1 if self.pages_alone else 4)
 
     @property
     def tile_alignment(self) -> int:

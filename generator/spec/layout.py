@@ -40,6 +40,7 @@ Type = Literal[
     "map_int32",
     "map_int64",
     "violation",
+    "hashes",
 ]
 _WORDS = {"table": 2, "strided": 3, "source": 4, "map": 2}
 
@@ -54,7 +55,8 @@ class Member:
             one); "to_<dtype>" (pointers to a field); "table" (a pointer to a field and its row stride in elements);
             "strided_<dtype>" (a pointer to a field, and elements from request to request and from row to row);
             "source_<dtype>" (a pointer, rows, elements from row to row, columns); "map_<dtype>" (a pointer, elements);
-            "violation" (pointer to the record of a checked kernel).
+            "violation" (pointer to the record of a checked kernel); "hashes" (pointer to those of a verified kernel's
+            tiles).
         count: array length, or None for a single member.
         per_call: whether each call sets it; the others are set once, when a plan is bound.
         comment: what it holds.
@@ -104,6 +106,10 @@ def members(config: KernelConfig) -> list[Member]:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
         add("req_to_token_width", "int64", "elements of a row that may be read")
+
+    if config.hashes_tiles:
+        add("tile_hashes", "hashes", "[rows, tile_hashes_stride], 0 where nothing is known")
+        add("tile_hashes_stride", "int64", "tiles of a row")
 
     declared_tables = [name for name in config.computed if config.field(name).kind == "table"]
 

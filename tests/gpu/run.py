@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -105,14 +106,14 @@ def sanitizers() -> dict[str, Any]:
         return dict(zip(TOOLS, pool.map(sanitize, TOOLS), strict=True))
 
 
-def replay(trace: Path, backends: int) -> dict[str, Any]:
+def replay(trace: Path, backends: int, writes: str = "all") -> dict[str, Any]:
     """A whole serving trace as fast as its steps go: pages and pool rows are reused, requests preempted.
 
     Every destination of every step is compared with the reference.
     """
     command = [sys.executable, "-m", "onelaunch.cli.main", "replay", str(trace), "--device", "cuda", "--json", "-"]
     command += ["--backends", str(backends), "--max-batch", "256", "--step-ms", "1e6", "--verify", "every"]
-    command += ["--preempt-probability", "0.002"]
+    command += ["--preempt-probability", "0.002", "--writes", writes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"--- {trace.name}, exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}", flush=True)
@@ -121,31 +122,35 @@ def replay(trace: Path, backends: int) -> dict[str, Any]:
 
 
 def replays() -> dict[str, Any]:
-    """Both traces in full, with 3 and with 7 backends."""
+    """Both traces in full, with 3 and with 7 backends, and with verified writes."""
     traces = sorted(TRACES.glob("*_conversation.csv"))
-    return {f"{trace.stem}, {n} backends": replay(trace, n) for trace in traces for n in (3, 7)}
+    runs = {f"{trace.stem}, {n} backends": replay(trace, n) for trace in traces for n in (3, 7)}
+    return runs | {f"{trace.stem}, 3 backends, verified": replay(trace, 3, "verified") for trace in traces}
 
 
 def timings() -> dict[str, Any]:
-    """Microseconds a call in a CUDA graph beside the ideal fan-out: the bench's shapes, N = 3, page 64, extent live."""
+    """Microseconds a call in a CUDA graph beside the ideal fan-out: the bench's shapes, N = 3, page 64, extent live.
+
+    Caches are warm from the call before.
+    """
     out: dict[str, Any] = {}
-    meter = cuda_meter.CudaMeter()
+    meter = cuda_meter.CudaMeter(seconds=0.15)
     for name in SHAPES:
         batch, length = parse_shape(name)
         case = Case(batch, length, width=wide_enough(length))
         scene = meter.scene(case, case.lengths())
-        ideal = min(meter.graph_us(*meter.capture(baselines.ideal_calls(scene, "live", u), 10.0)) for u in (1, 2, 4))
-        refresh = meter.graph_us(*meter.capture(scene.refresh_calls(), 10.0))
-        host = meter.host_us({"refresh": scene.refresh_calls()[0]})["refresh"]
+        ideal = min(statistics.median(meter.warm_us(call)) for call in baselines.ideal(scene, case))
+        call = scene.refresh_call()
+        refresh = statistics.median(meter.warm_us(call))
+        host = meter.host_us({"refresh": call})["refresh"]
         out[name] = {
             "refresh_us": round(refresh, 2),
             "ideal_us": round(ideal, 2),
             "ratio": round(refresh / ideal, 2),
             "host_us": round(host, 2),
             "bytes": scene.bytes(),
-            "buffer_sets": scene.sets,
         }
-        del scene
+        del scene, call
         torch.cuda.empty_cache()
     return out
 
