@@ -59,7 +59,7 @@ struct Params {
   std::int64_t req_to_token_width;  // elements of a row that may be read
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // SMs of the device
-  std::int64_t kv_indices_capacity;  // elements
+  std::int64_t packed_capacity;  // elements
   std::int32_t* kv_indptr[kBackends];  // [bs + 1]
   std::int32_t* kv_indices[kBackends];  // [capacity]
 };
@@ -84,7 +84,15 @@ __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_
   return row;
 }
 
-// Unchecked: tokens beyond the capacity of kv_indices are dropped without a report.
+using Index = std::int32_t;
+constexpr int kIndexDestinations = 3;
+
+// Where the tokens of all requests go, one after the other.
+__device__ __forceinline__ const auto& indices(const Params& p) {
+  return p.kv_indices;
+}
+
+// Unchecked: tokens beyond the capacity are dropped without a report.
 __device__ __forceinline__ void check_capacity(const Params&, std::int64_t, std::int64_t) {}
 
 // ---- running sums ------------------------------------------------------------------------------------------------
@@ -222,10 +230,8 @@ __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t w
 //          | vectors, schedules    | tile, tile + warps, ...                 |
 //          +-----------------------+-----------------------------------------+
 //
-//   kv_indices   | tokens of request 0 | request 1 | tokens of request 2 ...
-//                ^ 0                   ^ kv_indptr[1]
-
-using Index = std::remove_pointer_t<std::remove_extent_t<decltype(Params::kv_indices)>>;
+//   destination  | tokens of request 0 | request 1 | tokens of request 2 ...
+//                ^ 0                   ^ the sum up to request 1
 
 constexpr int kTileWords = kTileColumns / kWarpSize;  // of a lane
 constexpr int kHalves = kTileWords % 2 == 0 ? 2 : 1;  // that a tile is cut into where there are few
@@ -256,9 +262,8 @@ __device__ __forceinline__ void copy_tile(
     const int column = first + lane + i * kWarpSize;
     words[i] = column < end ? static_cast<Index>(__ldg(source + column)) : 0;
   }
-  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(Index*);
-#pragma unroll(unrolled(kDestinations))
-  for (int b = 0; b < kDestinations; ++b) {
+#pragma unroll(unrolled(kIndexDestinations))
+  for (int b = 0; b < kIndexDestinations; ++b) {
     const int stop = read_columns(p, tokens, length_offset(b));
     const std::int64_t begin = before + request * length_offset(b);
     // All of the old words are read before the first is written, or each read would wait for a write.
@@ -268,15 +273,15 @@ __device__ __forceinline__ void copy_tile(
       for (int i = 0; i < kMoved; ++i) {
         const int column = first + lane + i * kWarpSize;
         const std::int64_t at = begin + column;
-        old[i] = column < stop && at < p.kv_indices_capacity ? p.kv_indices[b][at] : words[i];
+        old[i] = column < stop && at < p.packed_capacity ? indices(p)[b][at] : words[i];
       }
     }
 #pragma unroll
     for (int i = 0; i < kMoved; ++i) {
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
-      if (column >= stop || at >= p.kv_indices_capacity) continue;
-      if (!kVerified || old[i] != words[i]) p.kv_indices[b][at] = words[i];
+      if (column >= stop || at >= p.packed_capacity) continue;
+      if (!kVerified || old[i] != words[i]) indices(p)[b][at] = words[i];
     }
   }
 }

@@ -67,7 +67,7 @@ struct Params {
   Table real_page_table[kBackends];  // [bs, ceil(W / page_size)]
   std::int64_t device;  // ordinal
   std::int64_t sm_count;  // SMs of the device
-  std::int64_t real_page_table_width;  // columns
+  std::int64_t filled_width;  // columns
   std::int64_t num_sm_parts;  // parts of FlashMLA's schedule
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* flashmla_metadata[kBackends];  // [num_sm_parts, 8]
@@ -95,7 +95,7 @@ __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_
 
 // The number of columns of each table row, at any request length: in pages.
 __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
-  return p.real_page_table_width;
+  return p.filled_width;
 }
 
 // A range of rows of the tables, and of the vectors that have one element per row.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onelaunch import FIELDS, KernelConfig, running_sum, vector
+from onelaunch import FIELDS, KernelConfig, packed, running_sum, table, vector
 from onelaunch.errors import ConfigError
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -240,6 +240,10 @@ DECLARE = {
     "narrow_input": vector("raw * 3 - base_len", "request"),
     "steps": vector("seq_len * 10 + step", "request"),
     "term": vector("nsa_cache_seqlens - rows", "row"),
+    "pages": table("token(column * page_size) // page_size + row", columns="ceil_div(seq_len, page_size)"),
+    "swa_pages": table("full_to_swa(token(column))", "request", columns="accept", fill=-1, dtype="int64", missing=2),
+    "packed_pages": packed("token(column * page_size) // page_size - step", at="page_sums"),
+    "packed_slots": packed("full_to_swa(column) + request", at="page_sums", dtype="int64"),
 }
 DECLARED: dict[str, Any] = {
     "declare": DECLARE,
@@ -250,9 +254,8 @@ DECLARED: dict[str, Any] = {
 }
 DECLARED_NAMES = tuple(DECLARE)
 STRATEGIES |= {
-    "declared": KernelConfig(fields=(*SEVEN, *DECLARED_NAMES), page_size=16, **DECLARED),
+    "declared": KernelConfig(fields=(*SEVEN, *DECLARED_NAMES[:-4]), page_size=16, **DECLARED),
     "declared rows": KernelConfig(
-        num_backends=2,
         fields=("cu_seqlens_k", *DECLARED_NAMES),
         strided=("positions", "is_live", "term", "swa_loc"),
         declare=DECLARE | {"row_sum": running_sum("seqlens_expanded + accept", "row", pad="last")},
@@ -263,7 +266,7 @@ STRATEGIES |= {
         num_backends=3,
         seqlen_offsets=(0, 3, 1),
         fields=("seqlens_expanded", *DECLARED_NAMES),
-        distinct=tuple((name, 1) for name in ("positions", "out_cache_loc", "accepted", "swa_loc")),
+        distinct=tuple((n, 1) for n in ("positions", "out_cache_loc", "accepted", "swa_loc", "swa_pages")),
         strided=("out_cache_loc", "steps"),
         **DECLARED,
     ),
@@ -274,9 +277,10 @@ STRATEGIES |= {
             "of_row": vector("token(row) - row", dtype="int64"),
             "own": vector("rows * 100 + row + accept", rows=2),
             "row_sum": running_sum("row + accept", "row", dtype="int64"),
+            "of_request": table("token(column) * rows", "request", columns="rows * 20"),
         },
         inputs={"accept": "int64"},
-        fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum"),
+        fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum", "of_request"),
         **VARIABLE,
     ),
 }
@@ -315,6 +319,14 @@ CONFIGURATIONS = {
     ),
     "offsets, filled rows": KernelConfig(
         num_backends=2, seqlen_offsets=(1, 80), fields=("nsa_cu_seqlens_k", "real_page_table"), page_fill=-1, **VERIFY
+    ),
+    "offsets, filled and shared": KernelConfig(
+        num_backends=2,
+        seqlen_offsets=(80, 1),
+        fields=("real_page_table",),
+        distinct=(("real_page_table", 1),),
+        page_fill=-1,
+        **VERIFY,
     ),
     "pools of pages": KernelConfig(index_kpool=4, page_size=2, fields=("pooled_real_page_table",)),
     "schedules alone": KernelConfig(num_backends=3, fields=SCHEDULES, distinct=(("num_splits", 1),)),

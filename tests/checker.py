@@ -22,12 +22,15 @@ from onelaunch.run.copy_plan import CopyPlan
 from onelaunch.run.destinations import Destinations, backend_field
 from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
-from onelaunch.spec.vectors import evaluate_vectors
+from onelaunch.spec.fields import Packed, Table
+from onelaunch.spec.vectors import evaluate_columns, evaluate_vectors
 from support import POISON, Everything, Poisoned
 from torch import Tensor
 
 # The page size that a copy's tables are laid out for: a copy has no setting for it.
 COPIED_PAGE_SIZE = 16
+# Of declared tables and packed fields.
+TABLE_WIDTH, PACKED_CAPACITY = 290, 700
 # What a message of a checked plan says for each kind of violation.
 REPORTED = {
     "pool row": r"req_pool_indices\[{request}\] is {value};",
@@ -193,7 +196,13 @@ class Scene:
             height = self.before.destinations[name][0][0].shape[0] - field.extra
         made = []
         for d in range(config.destinations(name)):
-            if field.kind == "table":
+            if name in self.declared and field.kind == "table":
+                stride = TABLE_WIDTH + 3 + d
+                dtype = getattr(torch, config.dtype(name))
+                made.append(
+                    support.guarded(height, TABLE_WIDTH, row_stride=stride, offset=d, dtype=dtype, device=self.device)
+                )
+            elif field.kind == "table":
                 # 16-byte stores need one phase in all destinations; with 4-byte stores each gets its own.
                 aligned = config.vector_bytes == 16 and (name == "page_indices" or self.copies)
                 stride = self.widths[name] + shape.table_pad + (4 * d if aligned else d)
@@ -208,7 +217,7 @@ class Scene:
                     "paged_mqa_schedule_metadata": (shape.num_sms + 1, 2),
                     "flashmla_metadata": (shape.num_sm_parts, 8),
                     "kv_indices": (self.capacity,),
-                }.get(name, (height + field.extra,))
+                }.get(name, (PACKED_CAPACITY,) if field.kind == "packed" else (height + field.extra,))
                 dtype = getattr(torch, config.dtype(name))
                 stride = 2 + d if name in config.strided else None
                 made.append(
@@ -296,17 +305,30 @@ class Scene:
     def _evaluate(self, buffers: MetadataBuffers, step: int) -> None:
         """What the formulas of declared fields are with PyTorch, and the padding behind."""
         config = self.config
-        values = evaluate_vectors(
-            config,
-            self.seq_lens,
-            self.extend_seq_lens if config.variable_rows else None,
-            step,
-            inputs=self.inputs,
-            tables={"token": self.req_to_token, **self.tables},
-            req_pool_indices=self._valid_rows.to(self.device),
-        )
+        extends = self.extend_seq_lens if config.variable_rows else None
+        given: dict[str, Any] = {
+            "inputs": self.inputs,
+            "tables": {"token": self.req_to_token, **self.tables},
+            "req_pool_indices": self._valid_rows.to(self.device),
+        }
+        values = evaluate_vectors(config, self.seq_lens, extends, step, **given)
         for name, field in self.declared.items():
-            tensor = getattr(buffers, name)
+            tensor, declared = getattr(buffers, name), field.declaration
+            if isinstance(declared, Table | Packed):
+                width = TABLE_WIDTH if isinstance(declared, Table) else PACKED_CAPACITY
+                elements, counts = evaluate_columns(config, name, width, self.seq_lens, extends, step, **given)
+                begins = counts.long().cumsum(0) - counts
+                for row, (count, begin) in enumerate(zip(counts.tolist(), begins.tolist(), strict=True)):
+                    if isinstance(declared, Table):
+                        tensor[row, : max(count, 0)] = elements[row, : max(count, 0)]
+                        if declared.fill is not None:
+                            tensor[row, max(count, 0) :] = declared.fill
+                    else:
+                        stop = min(count, PACKED_CAPACITY - begin)
+                        first = max(0, -begin)
+                        if stop > first:
+                            tensor[begin + first : begin + stop] = elements[row, first:stop]
+                continue
             found = values[name]
             tensor[: found.numel()] = found
             if field.pad is not None and self.captured_size is not None:

@@ -19,11 +19,12 @@ import torch
 from cases import Shape
 from click.testing import CliRunner
 from emulation import harness
-from onelaunch import KernelConfig
-from onelaunch.cli.lab.bench import baselines, command, measuring, selection, tables, torch_refresh
-from onelaunch.cli.lab.bench.baselines import IMPLEMENTATIONS, Implementation
+from onelaunch import KernelConfig, Plan
+from onelaunch.cli.lab.bench import command, measuring, selection, summary, tables, torch_refresh
 from onelaunch.cli.lab.bench.cases import SHAPES, WIDE, Case, parse_shape, short, trace_lengths
+from onelaunch.cli.lab.bench.contenders import CONTENDERS
 from onelaunch.cli.lab.bench.host import HOST
+from onelaunch.cli.lab.bench.implementation import Implementation, Unsupported
 from onelaunch.cli.lab.bench.measuring import Record, run_bench
 from onelaunch.cli.lab.bench.scene import Scene
 from onelaunch.cli.lab.bench.selection import Selected, select
@@ -36,7 +37,10 @@ from onelaunch.spec import layout
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
 # What runs on the CPU at once: no interpreter that has to be chosen beforehand, no compiler that takes a minute.
-HERE = tuple(name for name in IMPLEMENTATIONS if name not in ("triton", "torch-compile"))
+ELSEWHERE = ["triton", "triton-together", "torch-compile", "sglang", "sglang-best"]
+if not hasattr(Plan, "forget"):  # verified writes come with it
+    ELSEWHERE += ["onelaunch-verified", "onelaunch-moved"]
+HERE = tuple(name for name in CONTENDERS if name not in ELSEWHERE)
 Calls = Sequence[Callable[[], object]]
 
 
@@ -45,46 +49,38 @@ class Meter:
 
     device = CPU
 
-    def __init__(self) -> None:
-        self.graphs = 0
-
     def machine(self) -> dict[str, Any]:
         return {"device": "a test", "sm_count": 1}
 
     def scene(self, case: Case, lengths: Sequence[int]) -> Scene:
-        if case.length == 2**20:  # the ceiling's
-            case, lengths = case.replace(width=64), [64]
-        return Scene(lengths, case.backends, case.width, case.page_size, 2, CPU)
+        return Scene(lengths, case.backends, case.width, case.page_size, CPU)
 
     def synchronize(self) -> None:
         pass
 
-    def estimate_us(self, calls: Calls) -> float:
-        return 1.0
-
-    def capture(self, calls: Calls, estimate_us: float) -> tuple[Callable[[], None], int]:
-        self.graphs += 1
-
+    def capture(self, calls: Calls) -> Callable[[], None]:
         def replay() -> None:
             for call in calls:
                 call()
 
-        return replay, len(calls)
+        return replay
 
-    def graph_us(self, replay: Callable[[], None], count: int) -> float:
-        replay()
-        return 4.0
+    def warm_us(self, call: Callable[[], object]) -> list[float]:
+        call()
+        return [3.0, 4.0, 5.0]
 
-    def eager_us(self, calls: Calls, estimate_us: float) -> tuple[float, float]:
-        return 3.0, 2.0
+    def cold_us(self, call: Callable[[], object]) -> list[float]:
+        call()
+        return [5.0, 6.0, 9.0]
+
+    def eager_us(self, call: Callable[[], object]) -> tuple[list[float], list[float]]:
+        call()
+        return [7.0, 7.0], [2.0, 2.0]
 
     def host_us(self, pieces: dict[str, Callable[[], object]]) -> dict[str, float]:
         for call in pieces.values():
             call()
         return {name: 1.0 + number for number, name in enumerate(pieces)}
-
-    def copy_gbps(self) -> float:
-        return 10.0
 
 
 CASES = (
@@ -100,31 +96,30 @@ CASES = (
 
 
 @pytest.mark.usefixtures("quick_builds")
-@pytest.mark.parametrize("name", [name for name in HERE if IMPLEMENTATIONS[name].checked])
+@pytest.mark.parametrize("name", [name for name in HERE if CONTENDERS[name].checked])
 def test_an_implementation_writes_what_the_reference_says(name: str) -> None:
     ran = 0
     for case in CASES:
-        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 2, CPU)
-        implementation = IMPLEMENTATIONS[name]
+        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, CPU)
+        implementation = CONTENDERS[name]
         try:
-            variants = implementation.calls(scene, case)
-        except baselines.Unsupported:
+            variants = implementation.variants(scene, case)
+        except Unsupported:
             continue
-        for calls in variants:
-            for number in range(2):
-                assert implementation.check(scene, case, calls[number], number) == "", str(case)
-                ran += 1
-    assert ran >= 4
+        for call in variants:
+            assert implementation.check(scene, case, call) == "", str(case)
+            ran += 1
+    assert ran >= 2
 
 
 def test_listed_tiles_that_are_wrong_or_write_more_are_found() -> None:
     case = CASES[0]
-    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, CPU)
-    listed = IMPLEMENTATIONS["listed"]
-    (good, *_), buffers = listed.calls(scene, case), scene.buffers[0][0]
+    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, CPU)
+    listed = CONTENDERS["listed"]
+    (good, *_), buffers = listed.variants(scene, case), scene.buffers[0]
 
     def after(change: Callable[[], object]) -> str:
-        return listed.check(scene, case, lambda: (good[0](), change()), 0)
+        return listed.check(scene, case, lambda: (good(), change()))
 
     assert after(lambda: None) == ""
     assert "page_indices[0, 0]" in after(lambda: buffers.page_indices[0, 0].fill_(-5))  # type: ignore[index]
@@ -133,15 +128,15 @@ def test_listed_tiles_that_are_wrong_or_write_more_are_found() -> None:
 
 def test_the_ideal_copies_the_words_to_all_backends() -> None:
     case = Case(3, 40, backends=3, width=64)
-    scene = Scene(case.lengths(), 3, 64, 64, 1, CPU)
-    for variant in IMPLEMENTATIONS["ideal"].calls(scene, case):
-        scene.poison(0)
-        variant[0]()
+    scene = Scene(case.lengths(), 3, 64, 64, CPU)
+    for call in CONTENDERS["ideal"].variants(scene, case):
+        scene.poison()
+        call()
         words = scene.live // 4 * 4
-        for backend in scene.buffers[0]:
+        for backend in scene.buffers:
             assert backend.page_indices is not None
             flat = backend.page_indices.flatten()
-            assert torch.equal(flat[:words], scene.inputs[0][2].flatten()[:words])
+            assert torch.equal(flat[:words], scene.inputs[2].flatten()[:words])
             assert (flat[words:] == -858993460).all()
 
 
@@ -161,24 +156,27 @@ def test_the_single_block_sums_right_whatever_the_batch(tmp_path: Path) -> None:
 CHECKED = """
 import sys
 import torch
-from onelaunch.cli.lab.bench import triton_refresh
-from onelaunch.cli.lab.bench.baselines import IMPLEMENTATIONS
+from onelaunch.cli.lab.bench import triton_together
+from onelaunch.cli.lab.bench.contenders import CONTENDERS
 from onelaunch.cli.lab.bench.cases import Case
 from onelaunch.cli.lab.bench.scene import Scene
-for case in (Case(6, 999, 2, 1031), Case(258, 9, 1, 37, 16, "full"), Case(1, 600, 1, 601, 1)):
-    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, torch.device(sys.argv[1]))
-    for calls in IMPLEMENTATIONS["triton"].calls(scene, case)[:1]:
-        print(IMPLEMENTATIONS["triton"].check(scene, case, calls[0], 0) or "right")
+name, device = sys.argv[1:]
+triton_together.multiprocessors = lambda device: 3  # several programs a request, and fewer than there are chunks
+for case in (Case(6, 999, 2, 1031), Case(258, 9, 1, 37, 16, "full"), Case(1, 6000, 3, 6001, 1)):
+    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, torch.device(device))
+    call = CONTENDERS[name].variants(scene, case)[0]
+    print(CONTENDERS[name].check(scene, case, call) or "right")
 """
 NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this torch brings no triton")
 
 
 @NO_TRITON
-def test_the_triton_kernel_is_right_for_any_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["triton", "triton-together"])
+def test_the_triton_kernels_are_right_for_any_batch(name: str, tmp_path: Path) -> None:
     # In a process of its own: whether it is interpreted, as without a GPU, is decided before it is imported.
     gpu = torch.cuda.is_available()
     environment = {**os.environ, "TRITON_INTERPRET": "0" if gpu else "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", CHECKED, "cuda" if gpu else "cpu"]
+    command = [sys.executable, "-c", CHECKED, name, "cuda" if gpu else "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["right"] * 3, done.stderr
 
@@ -209,20 +207,25 @@ def test_what_torch_compile_gets_is_right_uncompiled(monkeypatch: pytest.MonkeyP
     """Compiling takes a minute, and the GPU run checks what comes out of it."""
     monkeypatch.setattr(torch_refresh, "compiled", lambda: torch_refresh.fused)
     for case in CASES:
-        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, 1, CPU)
-        (calls,) = IMPLEMENTATIONS["torch-compile"].calls(scene, case)
-        assert IMPLEMENTATIONS["torch-compile"].check(scene, case, calls[0], 0) == "", str(case)
+        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, CPU)
+        (call,) = CONTENDERS["torch-compile"].variants(scene, case)
+        assert CONTENDERS["torch-compile"].check(scene, case, call) == "", str(case)
 
 
 def test_what_an_implementation_cannot_do_is_said() -> None:
     case = Case(2, 9, backends=9, width=33, page_size=48)
-    scene = Scene(case.lengths(), 9, 33, 48, 1, CPU)
-    for name, reason in (("runtime", "8 backends"), ("torch-copies", "power of two"), ("triton", "power of two")):
-        with pytest.raises(baselines.Unsupported, match=reason):
-            IMPLEMENTATIONS[name].calls(scene, case)
+    scene = Scene(case.lengths(), 9, 33, 48, CPU)
+    for name, reason in (
+        ("runtime", "8 backends"),
+        ("torch-copies", "power of two"),
+        ("triton", "power of two"),
+        ("triton-together", "power of two"),
+    ):
+        with pytest.raises(Unsupported, match=reason):
+            CONTENDERS[name].variants(scene, case)
     case = case.replace(backends=2)
-    with pytest.raises(baselines.Unsupported, match="power of two"):
-        IMPLEMENTATIONS["runtime"].calls(scene, case)
+    with pytest.raises(Unsupported, match="power of two"):
+        CONTENDERS["runtime"].variants(scene, case)
 
 
 # --------------------------------------------------------------------------------------------------- what is measured
@@ -258,21 +261,23 @@ def labels(selected: Sequence[Selected]) -> Counter[str]:
 
 
 def test_what_is_measured_unless_something_is_asked_for() -> None:
-    names = list(IMPLEMENTATIONS)
+    names = list(CONTENDERS)
     selected = select(names)
     assert max(labels(selected).values()) == 1
     cases = [one.case for one in selected]
-    # The nine shapes come first, in tables as wide as an engine's; a request of a million tokens needs a wider one.
-    assert tuple(case.shape for case in cases[:9]) == SHAPES
-    assert all(case.width == (WIDE if case.length <= WIDE else 2**20 + 71) for case in cases[:9])
+    # The ten shapes come first, in tables as wide as an engine's; a request of a million tokens needs a wider one.
+    assert tuple(case.shape for case in cases[:10]) == SHAPES
+    assert all(case.width == (WIDE if case.length <= WIDE else 2**20 + 71) for case in cases[:10])
     assert {case.kind for case in cases} == {"uniform", "one-long"}
     assert {case.page_size for case in cases} == {64, 1}
-    assert {case.backends for case in cases} == {3}
+    assert {case.backends for case in cases} == {1, 3, 7}
     assert Case(64, 8192, width=8192) in cases
     assert sum(case.extent == "full" for case in cases) == 5
     assert all("onelaunch" in one.names and "ideal" in one.names for one in selected)
-    assert [sum(name in one.names for one in selected) for name in selection.FEW_NAMES] == [4, 4]
-    assert len(selected) <= 20
+    assert [sum(name in one.names for one in selected) for name in selection.FEW_NAMES] == [4] * len(
+        selection.FEW_NAMES
+    )
+    assert len(selected) <= 24
 
 
 def test_what_is_asked_for_is_measured() -> None:
@@ -286,15 +291,19 @@ def test_what_is_asked_for_is_measured() -> None:
         (5000, "3x2k"),
     }
     assert all(one.names == tuple(names) for one in asked)
-    quick = select(list(IMPLEMENTATIONS), quick=True)
+    both = select(list(CONTENDERS), quick=True, series=True)
+    assert {one.series for one in both} == {"", "length"}
+    quick = select(list(CONTENDERS), quick=True)
     assert [one.case.shape for one in quick] == list(selection.QUICK_SHAPES)
     assert set(quick[0].names) == set(selection.QUICK_NAMES)
-    # Nine shapes and two ragged ones, three N, two widths, two page sizes; both extents but for the ragged ones.
-    assert len(select(names, everything=True)) == 9 * 3 * 2 * 2 * 2 + 2 * 3 * 2
+    # Ten shapes and two ragged ones, three N, two widths, two page sizes; both extents but for the ragged ones.
+    assert len(select(names, everything=True)) == 10 * 3 * 2 * 2 * 2 + 2 * 3 * 2
     traced = select(names, shapes=["1x1k"], traces=["azure"])
     assert [(one.case.kind, one.case.batch) for one in traced] == [("uniform", 1), ("azure", 64), ("azure", 256)]
     curves = Counter(one.series for one in select(names, shapes=["1x1k"], series=True))
-    assert curves == {"": 1, "width": 6, "N": 5, "batch": 10}
+    assert curves == {"": 1, "length": len(selection.SERIES_LENGTHS)}
+    # After the shapes and before the rest, for a run that is cut.
+    assert [one.series for one in select(names, series=True)][9:12] == ["", "length", "length"]
 
 
 @pytest.mark.parametrize(
@@ -322,10 +331,10 @@ def tampered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Adds an implementation whose calls do something else."""
 
     def tamper(name: str, call: Callable[[Scene], None], **facts: Any) -> None:
-        def calls(scene: Scene, case: Case) -> list[list[Callable[[], object]]]:
-            return [[lambda: call(scene)] * scene.sets]
+        def variants(scene: Scene, case: Case) -> list[Callable[[], object]]:
+            return [lambda: call(scene)]
 
-        monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(name, "", calls, **facts))
+        monkeypatch.setitem(CONTENDERS, name, Implementation(name, name, "", variants, **facts))
 
     return tamper
 
@@ -338,7 +347,6 @@ def test_a_run(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     assert data["complete"]
     assert data["not_built"] == []
-    assert data["ceiling"]["copy_gbps"] == 10.0
     assert len(data["rows"]) == 2 * len(HERE)
     status = Counter(row["status"] for row in data["rows"])
     assert status == {"ok": 2 * len(HERE) - 1, "left out": 1}
@@ -349,9 +357,9 @@ def test_a_run(tmp_path: Path) -> None:
     words, pages = sum(lengths), sum(-(-length // 16) for length in lengths)
     assert ours["bytes"] == 4 * (words + 3 * (words + pages + 4 * 6 + 2)) + 16 * 6
     assert ideal["bytes"] == 16 * words
-    assert (ours["graph_us"], ours["eager_us"], ours["host_us"], ours["ratio"]) == (4.0, 3.0, 2.0, 1.0)
-    assert ours["gbps"] == pytest.approx(ours["bytes"] / 4e3)
-    assert ours["share"] == pytest.approx(ours["gbps"] / 10)
+    assert [ours[f"{column}_us"] for column in ("warm", "cold", "eager", "host")] == [4.0, 6.0, 7.0, 2.0]
+    assert [ours[f"{column}_quartiles"] for column in ("warm", "cold")] == [[3.5, 4.5], [5.5, 7.5]]
+    assert data["titles"]["torch-copies"] == "PyTorch, copies"
     assert Case(**ours["case"]) == CASES[0]
     assert {"num_backends=3", "page_size=16"} <= set(ours["config"].split(","))
     host = {row["piece"]: row["us"] for row in data["host"]}
@@ -359,7 +367,7 @@ def test_a_run(tmp_path: Path) -> None:
     # The parts are what the whole took, less what is part of it: by then "raw" had 3, "kernel" 4, "run" 5 and
     # "plan.run" 6.
     assert [us for piece, us in host.items() if piece.startswith("of which")] == [1, 1, 1, 1]
-    assert len([line for line in lines if "onelaunch: 4.00 us" in line]) == 2
+    assert len([line for line in lines if "onelaunch: 6.00 us" in line]) == 2
     assert os.stat(path).st_mode & 0o777 == 0o644
     assert list(tmp_path.iterdir()) == [path]
 
@@ -369,9 +377,9 @@ def test_what_fails_or_is_wrong_takes_nothing_along(tampered: Callable[..., None
         raise RuntimeError("out of luck\nand more")
 
     def wrong(scene: Scene) -> None:
-        scene.buffers[0][0].cache_seqlens.fill_(1)  # type: ignore[union-attr]
+        scene.buffers[0].cache_seqlens.fill_(1)  # type: ignore[union-attr]
 
-    tampered("fails", stop)
+    tampered("fails", stop, builds=True)
     tampered("wrong", wrong)
     tampered("slow", stop, limit=6 * 100)
     meter = Meter()
@@ -385,19 +393,27 @@ def test_what_fails_or_is_wrong_takes_nothing_along(tampered: Callable[..., None
     ]
     assert data["rows"][0]["reason"] == "RuntimeError: out of luck"
     assert "backends[0].cache_seqlens[0] is 1, the reference says" in data["rows"][1]["reason"]
-    assert not any("graph_us" in row for row in data["rows"][:3])
+    assert not any("cold_us" in row for row in data["rows"][:3])
     assert "fails, " in data["not_built"][0]
     assert data["complete"]
 
 
-def test_a_graph_that_is_wrong_where_eager_calls_are_right_is_not_timed(tampered: Callable[..., None]) -> None:
+def test_a_graph_that_is_wrong_where_eager_calls_are_right_is_not_timed() -> None:
     case = CASES[0]
 
-    def calls(scene: Scene, case: Case) -> list[list[Callable[[], object]]]:
-        (good,) = IMPLEMENTATIONS["onelaunch"].calls(scene, case)
-        return [[good[0], lambda: None]]
+    def variants(scene: Scene, case: Case) -> list[Callable[[], object]]:
+        made = 0
+        (good,) = CONTENDERS["onelaunch"].variants(scene, case)
 
-    crooked = Implementation("crooked", "", calls)
+        def once() -> None:
+            nonlocal made
+            made += 1
+            if made == 1:
+                good()
+
+        return [once]
+
+    crooked = Implementation("crooked", "", "", variants)
     row = measuring.measure_one(Meter(), Meter().scene(case, case.lengths()), case, crooked)
     assert row["status"] == "wrong"
 
@@ -438,7 +454,6 @@ def test_a_case_without_room_is_said() -> None:
 
     data = run_bench([Selected(CASES[0], ("ideal", "onelaunch"))], Small(), Record(None, {}))
     assert [row["reason"] for row in data["rows"]] == ["no buffers: RuntimeError: CUDA out of memory"] * 2
-    assert data["ceiling"] == {}
     assert "CUDA out of memory" in data["host"][0]["what"]
 
 
@@ -446,7 +461,9 @@ def test_a_case_without_room_is_said() -> None:
 
 
 def rows_of(case: Case, **times: float) -> Iterator[dict[str, Any]]:
+    """Rows of a case, each with the given time for cold caches, half of it for warm ones."""
     for name, us in times.items():
+        took = {"cold": us, "warm": us / 2, "eager": 3.0, "host": 2.0}
         yield {
             "case": vars(case),
             "shape": case.shape,
@@ -454,53 +471,57 @@ def rows_of(case: Case, **times: float) -> Iterator[dict[str, Any]]:
             "series": "",
             "implementation": name.replace("_", "-"),
             "status": "ok",
-            "graph_us": us,
-            "gbps": 100 / us,
+            "bytes": 1e6,
+            **{f"{column}_us": us for column, us in took.items()},
+            **{f"{column}_quartiles": [us - 0.5, us + 0.5] for column, us in took.items()},
         }
 
 
 WIDE64 = Case(64, 8192)
+FASTEST = {"fastest, cold": True, "fastest, warm": True}
 
 
 @pytest.mark.parametrize(
     ("case", "times", "expected"),
     [
-        (WIDE64, {"ideal": 10, "onelaunch": 11.5}, {"2 live": True}),
-        (WIDE64, {"ideal": 10, "onelaunch": 11.6}, {"2 live": False}),
-        (WIDE64, {"ideal": 4, "onelaunch": 5}, {"2 live": True}),
-        (WIDE64, {"ideal": 4, "onelaunch": 5.1}, {"2 live": False}),
-        (WIDE64, {"ideal": 1.5, "onelaunch": 2}, {"2 live": True}),
-        (WIDE64, {"ideal": 1.5, "onelaunch": 2.1}, {"2 live": False}),
-        (WIDE64.replace(kind="one-long"), {"ideal": 10, "onelaunch": 13}, {"2 ragged": True}),
-        (WIDE64.replace(kind="one-long"), {"ideal": 1, "onelaunch": 1.4}, {"2 ragged": False}),
-        (WIDE64.replace(extent="full"), {"ideal": 85, "onelaunch": 99}, {"3 full": True}),
-        (WIDE64.replace(extent="full"), {"ideal": 84, "onelaunch": 100}, {"3 full": False}),
-        (WIDE64, {"ideal": 4, "onelaunch": 4, "triton": 10}, {"2 live": True, "4 triton": True}),
-        (WIDE64, {"ideal": 4, "onelaunch": 4, "triton": 9}, {"2 live": True, "4 triton": False}),
-        (WIDE64, {"ideal": 10, "onelaunch": 10, "triton": 14}, {"2 live": True, "4 triton": True}),
-        (WIDE64, {"onelaunch": 5, "torch_copies_wide": 100}, {"4 torch-copies-wide": True}),
-        (WIDE64, {"onelaunch": 5, "torch_copies": 99}, {"4 torch-copies": False}),
-        (Case(32, 4096), {"onelaunch": 5, "torch_copies": 99}, {}),
-        (Case(64, 8192, width=8192), {"onelaunch": 5, "single_block": 500}, {"4 single-block": True}),
-        (Case(64, 8192, width=8192), {"onelaunch": 5, "single_block": 499}, {"4 single-block": False}),
-        (WIDE64, {"onelaunch": 5, "runtime": 6}, {"8 runtime arguments": None}),
-        (Case(64, 8192, 7), {"ideal": 4, "onelaunch": 9}, {}),
+        (WIDE64, {"onelaunch": 10.2, "sglang": 400, "sglang_best": 10}, FASTEST),
+        (WIDE64, {"onelaunch": 10.3, "sglang": 400, "sglang_best": 10}, dict.fromkeys(FASTEST, False)),
+        (WIDE64, {"onelaunch": 1.05, "triton_together": 1.0}, FASTEST),
+        (WIDE64, {"onelaunch": 1.08, "triton_together": 1.0}, FASTEST | {"fastest, cold": False}),
+        (WIDE64.replace(backends=1), {"onelaunch": 9, "triton": 8}, dict.fromkeys(FASTEST, False)),
+        (WIDE64, {"ideal": 1, "listed": 1, "empty": 1, "runtime": 1, "onelaunch": 9}, {}),
+        (WIDE64.replace(extent="full"), {"ideal": 85, "onelaunch": 99}, {"whole tables": True}),
+        (WIDE64.replace(extent="full"), {"ideal": 84, "onelaunch": 100}, {"whole tables": False}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_verified": 3.4, "ideal": 3}, {"verified": True}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_verified": 3.5}, {"verified": False}),
+        (Case(1, 4096), {"onelaunch": 2, "onelaunch_verified": 2.1}, {"verified": True}),
+        (Case(1, 4096), {"onelaunch": 2, "onelaunch_verified": 2.2}, {"verified": False}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.2}, {"verified, all changed": True}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.3}, {"verified, all changed": False}),
+        (WIDE64.replace(kind="one-long"), {"onelaunch": 4, "onelaunch_verified": 9}, {}),
         (WIDE64, {"ideal": 4, "triton": 9}, {}),
     ],
 )
-def test_verdicts(case: Case, times: dict[str, float], expected: dict[str, bool | None]) -> None:
+def test_verdicts(case: Case, times: dict[str, float], expected: dict[str, bool]) -> None:
     assert {v["item"]: v["holds"] for v in verdicts(list(rows_of(case, **times)), [])} == expected
 
 
-def test_what_the_tiles_take_when_they_are_listed_in_advance_is_said_beside_it() -> None:
-    rows = list(rows_of(WIDE64, ideal=10.0, listed=11.0, onelaunch=12.0))
-    (verdict,) = verdicts(rows, [])
-    assert verdict["measured"] == "12.00 us, ideal 10.00, ratio 1.20; tiles listed in advance 11.00, ratio 1.10"
+def test_verified_writes_are_below_the_ideal_of_all_bytes_where_that_takes_long() -> None:
+    for verified, holds in ((5.9, True), (6.1, False)):
+        rows = rows_of(Case(128, 32768), ideal=6.0, onelaunch=20.0, onelaunch_verified=verified)
+        assert [v["holds"] for v in verdicts(list(rows), [])] == [True, holds]
+
+
+def test_a_verdict_names_the_fastest_and_by_how_much() -> None:
+    rows = list(rows_of(WIDE64, onelaunch=10.0, triton=30.0, sglang_best=8.0))
+    cold, warm = verdicts(rows, [])
+    assert cold["measured"] == "10.00 us; sglang-best 8.00, 0.80 of ours"
+    assert warm["measured"] == "5.00 us; sglang-best 4.00, 0.80 of ours"
 
 
 def test_a_series_takes_no_verdict_away() -> None:
-    rows = list(rows_of(WIDE64, ideal=10.0, onelaunch=12.0))
-    series = [{**row, "series": "N"} for row in rows_of(WIDE64, ideal=10.0, onelaunch=11.0)]
+    rows = list(rows_of(WIDE64, triton=10.0, onelaunch=12.0))
+    series = [{**row, "series": "length"} for row in rows_of(WIDE64, triton=10.0, onelaunch=9.0)]
     assert verdicts([*rows, *series], []) == verdicts([*series, *rows], []) == verdicts(rows, []) != []
     assert verdicts(series, []) == []
 
@@ -510,7 +531,7 @@ def test_verdicts_of_host_time() -> None:
         said = verdicts([], [{"piece": name.replace("_", "."), "us": value} for name, value in us.items()])
         return {verdict["of"]: verdict["holds"] for verdict in said}
 
-    assert host(raw=2.0, plan_run=2.6, broadcast=6.6, copy=6.7) == {"plan.run": True, "broadcast": True, "copy": False}
+    assert host(raw=2.0, plan_run=2.6, broadcast=5.6, copy=5.7) == {"plan.run": True, "broadcast": True, "copy": False}
     assert host(raw=2.0, plan_run=2.7) == {"plan.run": False}
     assert host(plan_run=None) == {}
 
@@ -520,34 +541,57 @@ def test_verdicts_of_host_time() -> None:
 
 def some_data() -> dict[str, Any]:
     """A run's data without a run."""
+    times = {"ideal": 4.0, "onelaunch": 5.0, "onelaunch_verified": 4.5, "sglang": 401.0, "triton_together": 12.34}
     rows = []
-    for case, series in ((WIDE64, ""), (Case(1, 4096), ""), (Case(64, 8192, 2), "N"), (Case(64, 8192, 3), "N")):
-        for row in rows_of(case, ideal=4.0, onelaunch=5.0):
-            rows.append(
-                {**row, "series": series, "bytes": 1e6, "share": 0.5, "ratio": 1.25, "host_us": 2, "eager_us": 3}
-            )
-    rows.append({**rows[0], "implementation": "triton", "status": "failed", "reason": "no such luck"})
+    for case, series in ((WIDE64, ""), (Case(1, 4096), ""), (WIDE64, "length"), (Case(64, 16384), "length")):
+        rows += [{**row, "series": series} for row in rows_of(case, **times)]
+    for row in rows[:5:4]:
+        rows.append({**row, "implementation": "triton", "status": "failed", "reason": "no such luck"})
     host = [{"piece": "raw", "what": "an empty kernel", "us": 2.0}, {"piece": "plan.run", "what": "ours", "us": 3.0}]
     return {
         "onelaunch": "1",
+        "sglang": "9.8",
+        "titles": {name: contender.title for name, contender in CONTENDERS.items()},
         "machine": {"device": "a test"},
         "complete": False,
-        "ceiling": {"copy_gbps": 4000.0},
         "rows": json.loads(json.dumps(rows)),
         "host": host,
         "verdicts": verdicts(rows, host),
     }
 
 
+def test_the_summary_has_a_line_for_each_way() -> None:
+    headings, *lines = summary.summary(some_data())
+    assert headings[1:] == ["device 1 × 4k", "64 × 8k", "eager 1 × 4k", "64 × 8k", "host"]
+    assert lines == [
+        ["SGLang 9.8, as it runs", "401", "401", "3.00", "3.00", "2.00"],
+        ["Triton, a launch a backend", "no such luck"],
+        ["Triton, one launch", "12.3", "12.3", "3.00", "3.00", "2.00"],
+        ["onelaunch", "5.00", "5.00", "3.00", "3.00", "2.00"],
+        ["onelaunch, verified writes", "4.50", "4.50", "3.00", "3.00", "2.00"],
+    ]
+    markdown = summary.markdown(some_data())
+    assert markdown[1] == "|---|--:|--:|--:|--:|--:|"
+    assert markdown[3] == "| Triton, a launch a backend | no such luck |  |  |  |  |"
+    assert {line.count("|") for line in markdown} == {7}
+
+
+def test_the_summary_takes_one_configuration_of_one_run() -> None:
+    data = some_data()
+    for change in ({"backends": 7}, {"page_size": 1}, {"extent": "full"}, {"kind": "one-long"}, {"width": 8192}):
+        data["rows"] = list(rows_of(WIDE64.replace(**change), onelaunch=1.0))
+        assert summary.summary(data) == []
+
+
 @pytest.mark.parametrize("columns", ["80", "200"])
 def test_verdicts_come_first_and_are_never_cut(columns: str, kept: Path) -> None:
     text = CliRunner().invoke(app, ["bench", "--from", str(kept)], env={"COLUMNS": columns}).stdout
     lines = text.splitlines()
-    assert lines[3].endswith("targets are met")
-    judged = [line for line in lines if line.startswith(("yes ", "NO ", "–  "))]
+    judged = [line for line in lines if line.startswith(("yes ", "NO "))]
     assert len(judged) == len(some_data()["verdicts"])
     assert all(any(line.endswith(verdict["measured"]) for line in judged) for verdict in some_data()["verdicts"])
-    assert text.index("targets are met") < text.index("graph us")
+    # The summary, the verdicts, the rows.
+    assert text.index("requests × longest") < text.index("targets are met") < text.index("cold us")
 
 
 def test_a_row_is_compared_with_ours_of_the_same_series() -> None:
@@ -555,20 +599,27 @@ def test_a_row_is_compared_with_ours_of_the_same_series() -> None:
     data["rows"] = [row for row in data["rows"] if row["status"] == "ok"]
     for row in data["rows"]:
         if row["series"] and row["implementation"] == "onelaunch":
-            row["graph_us"] = 40.0  # the same case as one that is in no series
-    rows = [line.split() for line in tables.lines(data) if " ideal " in line and "%" in line]
-    assert [row[-1] for row in rows] == ["0.80", "0.80", "0.10", "0.10"]
+            row["cold_us"] = 40.0  # the same case as one that is in no series
+    rows = [line.split() for line in tables.lines(data) if " ideal " in line and "page=64" in line]
+    assert [row[-1] for row in rows if "ideal" in row] == ["0.80", "0.80", "0.10", "0.10"]
 
 
 def test_the_tables() -> None:
     said = "\n".join(tables.lines(some_data()))
-    assert "copy 4,000" in said
-    row = next(line for line in said.splitlines() if "onelaunch" in line and "5.00" in line).split()
-    assert row[-8:] == ["5.00", "3.00", "2.00", "1.00", "20", "50", "%", "1.25", "1.00"][-8:]
+    row = next(line for line in said.splitlines() if " onelaunch " in line and "4.50–5.50" in line)
+    assert row.endswith("5.00 (4.50–5.50)  2.50 (2.00–3.00)  3.00 (2.50–3.50)  2.00 (1.50–2.50)     1.25    1.00")
     assert "triton: failed: no such luck" in said
-    assert "at most 1.25 of the ideal" in said
     assert any(line.startswith("NO") and "plan.run" in line for line in said.splitlines())
     assert "The run was interrupted" in said
+
+
+def test_a_brief_table_has_what_does_not_hold_and_no_rows() -> None:
+    said = list(tables.lines(some_data(), brief=True))
+    assert "SGLang 9.8, as it runs" in "\n".join(said)
+    assert [line.split()[0] for line in said if line.startswith(("yes", "NO"))].count("yes") == 0
+    assert any(line.startswith("NO") for line in said)
+    assert not any("page=64" in line and "(" in line for line in said if not line.startswith("NO"))
+    assert len(said) <= 20
 
 
 def invoke(*arguments: str) -> Any:
@@ -591,6 +642,12 @@ def test_the_figure(kept: Path) -> None:
     result = invoke("bench", "--from", str(kept), "--plot", str(kept.parent / "nowhere" / "a.png"))
     assert result.exit_code == 2
     assert "can't be written" in result.stderr
+    data = some_data()
+    data["rows"] = data["rows"][10:15]  # the series alone
+    kept.write_text(json.dumps(data))
+    result = invoke("bench", "--from", str(kept), "--plot", str(picture))
+    assert result.exit_code == 2
+    assert "none was measured" in result.stderr
 
 
 def test_without_matplotlib_it_says_what_to_install(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -623,7 +680,7 @@ def test_the_command_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     alone = invoke("bench", "--host")
     assert alone.exit_code == 0, alone.output
     assert "plan.run" in alone.stdout
-    assert "graph us" not in alone.stdout
+    assert "cold us" not in alone.stdout
     trace = str(DATA / "azure_2023_conversation.csv")
     monkeypatch.setattr(measuring, "run_bench", lambda selected, *a, traces, **k: some_data() | {"machine": traces})
     assert "azure_2023_conversation" in invoke("bench", "--trace", trace).stdout

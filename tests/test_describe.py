@@ -132,9 +132,9 @@ def test_bytes_by_hand() -> None:
 def test_the_bench_counts_the_same_bytes() -> None:
     timed = traffic(preset("nsa-decode-3"), [4096])
     assert timed.bytes == EVIDENCE["timings"]["1x4k"]["bytes"]
-    scene = Scene([5, 600, 1024], 3, 900, 64, 1, torch.device("cpu"))
+    scene = Scene([5, 600, 1024], 3, 900, 64, torch.device("cpu"))
     assert scene.bytes() == traffic(preset("nsa-decode-3"), [5, 600, 1024], 900).bytes
-    scene = Scene([5, 600, 1024], 3, 900, 1, 1, torch.device("cpu"))
+    scene = Scene([5, 600, 1024], 3, 900, 1, torch.device("cpu"))
     assert (
         scene.bytes("full") == traffic(preset("nsa-decode-3-page1").replace(extent="full"), [5, 600, 1024], 900).bytes
     )

@@ -15,7 +15,7 @@ from ..spec.declarations import written
 from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
-from ..spec.vectors import element, functions_of, locals_of
+from ..spec.vectors import element, expression, functions_of, locals_of
 from ..spec.violations import VIOLATIONS
 from .binding import render_plain_binding
 
@@ -70,7 +70,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals |= {"device": _device, "locals_of": locals_of, "element": element}
+    environment.globals |= {"device": _device, "locals_of": locals_of, "element": element, "expression": expression}
     return environment
 
 
@@ -114,19 +114,20 @@ def device_files(config: KernelConfig) -> list[str]:
     """The files of templates/device/ that a configuration's kernel has, without their suffix, in order."""
     strategy, copies = config.strategy, config.copies
     rows = bool(config.tables) and strategy != "indices"  # tables that have rows
-    tokens, pages = copies or "page_indices" in config.fields, not copies and bool(config.paged_tables)
+    tokens, pages = copies or config.token_table is not None, not copies and bool(config.paged_tables)
     counts = strategy in ("live", "variable", "indices")  # it counts the tiles of requests of different lengths
-    computes = not copies and bool(config.vectors or config.schedules)
+    computes = not copies and bool(config.vectors or config.schedules or config.computed)
+    packs = any(config.field(name).kind == "packed" for name in config.computed)
     vectorized = config.vector_bytes == 16
     ends = "live_ends" if config.live else "full_ends"
     verified = config.hashes_tiles
     counts_of = "backend_counts" if config.live and config.lengths_differ else "one_count"
     wanted = {
-        "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
+        "running_sum": counts or packs or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
-        "store": bool(config.vectors or config.schedules),
-        "store_once": any(config.once(name) for name in config.vectors),
-        "strided": bool(config.strided),
+        "store": bool(config.vectors or config.schedules or packs),
+        "store_once": any(config.once(name) for name in (*config.vectors, *config.computed)),
+        "strided": bool(config.strided or config.computed),
         "floor_div": pages or config.has_mqa_schedule or "floor_div" in functions_of(config),
         "floor_mod": "floor_mod" in functions_of(config),
         "ceil_div": "ceil_div" in functions_of(config),

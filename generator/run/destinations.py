@@ -220,7 +220,7 @@ class Destinations:
     def words(self, name: str) -> list[int]:
         """The parameter words of a field."""
         field = self._fields[name]
-        if name in self.strided():
+        if name in self.strided() or (field.kind == "table" and name not in FIELDS):
             return [word for tensor in self.tensors[name] for word in strided_words(tensor, field.own_rows or 1)]
         if field.kind != "table":  # contiguous, so the kernel needs no stride
             return [tensor.data_ptr() for tensor in self.tensors[name]]

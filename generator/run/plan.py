@@ -93,14 +93,15 @@ class Plan:
                 "req_to_token_width": [req_to_token.shape[1]],
                 "pool_rows": [req_to_token.shape[0]],
                 "row_capacity": [self.row_capacity],
-                "real_page_table_width": [destinations.width("real_page_table") or 0],
+                "filled_width": [destinations.width(config.tables[0]) or 0] if config.page_fill is not None else [0],
                 "num_sms": [(destinations.length("paged_mqa_schedule_metadata") or 1) - 1],
                 "num_sm_parts": [destinations.length("flashmla_metadata") or 0],
-                "kv_indices_capacity": [destinations.length("kv_indices") or 0],
+                "packed_capacity": [destinations.length(config.packed) or 0] if config.packed else [0],
                 "violation": [0 if self._violation is None else self._violation.data_ptr()],
                 "tile_hashes": [0 if hashes is None else hashes.data_ptr()],
                 "tile_hashes_stride": [0 if hashes is None else hashes.stride(0)],
                 **{config.member(name): destinations.words(name) for name in config.fields},
+                **_bounds(destinations, config),
                 **{user_name(name): declared.words(name) for name, _ in (*config.sources, *config.maps) if declared},
             },
         )
@@ -286,6 +287,16 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.config.symbol}, device={self.device}, capacity={self.capacity})"
+
+
+def _bounds(destinations: Destinations, config: KernelConfig) -> dict[str, list[int]]:
+    """The columns of declared tables and the elements of declared packed fields, by the parameter's name."""
+    bounds = {}
+    for name in config.computed:
+        is_table = config.field(name).kind == "table"
+        held = destinations.width(name) if is_table else destinations.length(name)
+        bounds[f"{config.member(name)}_{'width' if is_table else 'capacity'}"] = [held or 0]
+    return bounds
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@
 //          | vectors, schedules    | tile, tile + warps, ...                 |
 //          +-----------------------+-----------------------------------------+
 //
-//   kv_indices   | tokens of request 0 | request 1 | tokens of request 2 ...
-//                ^ 0                   ^ kv_indptr[1]
-
-using Index = std::remove_pointer_t<std::remove_extent_t<decltype(Params::kv_indices)>>;
+//   destination  | tokens of request 0 | request 1 | tokens of request 2 ...
+//                ^ 0                   ^ the sum up to request 1
 
 constexpr int kTileWords = kTileColumns / kWarpSize;  // of a lane
 constexpr int kHalves = kTileWords % 2 == 0 ? 2 : 1;  // that a tile is cut into where there are few
@@ -42,9 +40,8 @@ __device__ __forceinline__ void copy_tile(
     const int column = first + lane + i * kWarpSize;
     words[i] = column < end ? static_cast<Index>(__ldg(source + column)) : 0;
   }
-  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(Index*);
-#pragma unroll(unrolled(kDestinations))
-  for (int b = 0; b < kDestinations; ++b) {
+#pragma unroll(unrolled(kIndexDestinations))
+  for (int b = 0; b < kIndexDestinations; ++b) {
     const int stop = read_columns(p, tokens, length_offset(b));
     const std::int64_t begin = before + request * length_offset(b);
     // All of the old words are read before the first is written, or each read would wait for a write.
@@ -54,15 +51,15 @@ __device__ __forceinline__ void copy_tile(
       for (int i = 0; i < kMoved; ++i) {
         const int column = first + lane + i * kWarpSize;
         const std::int64_t at = begin + column;
-        old[i] = column < stop && at < p.kv_indices_capacity ? p.kv_indices[b][at] : words[i];
+        old[i] = column < stop && at < p.packed_capacity ? indices(p)[b][at] : words[i];
       }
     }
 #pragma unroll
     for (int i = 0; i < kMoved; ++i) {
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
-      if (column >= stop || at >= p.kv_indices_capacity) continue;
-      if (!kVerified || old[i] != words[i]) p.kv_indices[b][at] = words[i];
+      if (column >= stop || at >= p.packed_capacity) continue;
+      if (!kVerified || old[i] != words[i]) indices(p)[b][at] = words[i];
     }
   }
 }

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -128,25 +129,28 @@ def replays() -> dict[str, Any]:
 
 
 def timings() -> dict[str, Any]:
-    """Microseconds a call in a CUDA graph beside the ideal fan-out: the bench's shapes, N = 3, page 64, extent live."""
+    """Microseconds a call in a CUDA graph beside the ideal fan-out: the bench's shapes, N = 3, page 64, extent live.
+
+    Caches are warm from the call before.
+    """
     out: dict[str, Any] = {}
-    meter = cuda_meter.CudaMeter()
+    meter = cuda_meter.CudaMeter(seconds=0.15)
     for name in SHAPES:
         batch, length = parse_shape(name)
         case = Case(batch, length, width=wide_enough(length))
         scene = meter.scene(case, case.lengths())
-        ideal = min(meter.graph_us(*meter.capture(baselines.ideal_calls(scene, "live", u), 10.0)) for u in (1, 2, 4))
-        refresh = meter.graph_us(*meter.capture(scene.refresh_calls(), 10.0))
-        host = meter.host_us({"refresh": scene.refresh_calls()[0]})["refresh"]
+        ideal = min(statistics.median(meter.warm_us(call)) for call in baselines.ideal(scene, case))
+        call = scene.refresh_call()
+        refresh = statistics.median(meter.warm_us(call))
+        host = meter.host_us({"refresh": call})["refresh"]
         out[name] = {
             "refresh_us": round(refresh, 2),
             "ideal_us": round(ideal, 2),
             "ratio": round(refresh / ideal, 2),
             "host_us": round(host, 2),
             "bytes": scene.bytes(),
-            "buffer_sets": scene.sets,
         }
-        del scene
+        del scene, call
         torch.cuda.empty_cache()
     return out
 

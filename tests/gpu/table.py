@@ -1,4 +1,4 @@
-"""The README's table of measured numbers, made from evidence.json."""
+"""The README's measured numbers: a table from bench.json, one GPU and one run, and a sentence from evidence.json."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+from onelaunch.cli.lab.bench.contenders import CONTENDERS
+from onelaunch.cli.lab.bench.summary import markdown, name_of, title
+
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
+# Contenders whose names don't say all.
+EXPLAINED = ("sglang", "sglang-best", "onelaunch-verified")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
-def table(evidence: dict[str, Any]) -> str:
+def table(evidence: dict[str, Any], bench: dict[str, Any]) -> str:
     """Markdown between the two markers."""
+    machine = bench["machine"]
     lines = [
         "",
-        "Microseconds a call inside a CUDA graph, 3 backends, page 64, top-k 2048, table width 163,911, extent live, "
-        f"on an {evidence['device']} (driver {evidence['driver']}, torch {evidence['torch']}):",
+        f"{title(bench)} Driver {machine['driver_and_clocks'].split(',')[0]}, torch {machine['torch']}; pages of 64, "
+        "top-k 2048, tables 163,911 wide.",
         "",
-        "| requests x longest | refresh | ideal fan-out | ratio |",
-        "|---|---|---|---|",
-    ]
-    for name, row in evidence["timings"].items():
-        lines.append(f"| {name} | {row['refresh_us']:.2f} | {row['ideal_us']:.2f} | {row['ratio']:.2f} |")
-    lines += [
+        *markdown(bench),
         "",
-        "Lengths are drawn evenly from half of the named one on; one request has the named length.",
+        "Lengths are drawn evenly from half of the longest on. "
+        + "; ".join(f"{name_of(name, bench)}: {CONTENDERS[name].what}" for name in EXPLAINED)
+        + ".",
     ]
     suite = evidence["tests"]
     fixed = f" ({len(suite['fixed'])} passed when it was fixed and run again)" if suite["fixed"] else ""
@@ -44,17 +47,19 @@ def table(evidence: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, evidence: dict[str, Any]) -> str:
+def with_table(readme: str, evidence: dict[str, Any], bench: dict[str, Any]) -> str:
     """The README with its table replaced."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(evidence)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table(evidence, bench)}\n{END}{after}"
 
 
 def main() -> None:
     """Rewrites the README."""
-    evidence = json.loads((HERE / "evidence.json").read_text(encoding="utf-8"))
-    README.write_text(with_table(README.read_text(encoding="utf-8"), evidence), encoding="utf-8")
+    evidence, bench = (
+        json.loads((HERE / name).read_text(encoding="utf-8")) for name in ("evidence.json", "bench.json")
+    )
+    README.write_text(with_table(README.read_text(encoding="utf-8"), evidence, bench), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ INDEX_TOPK = 2048
 WIDE = 163_911
 _ROOM = 71
 MAX_BATCH, MAX_LENGTH = 2**20, 2**31 - 1
-SHAPES = ("1x4k", "8x8k", "32x4k", "64x8k", "128x32k", "256x4k", "16x130k", "1x1M", "512x2k")
+SHAPES = ("1x4k", "8x8k", "32x4k", "64x8k", "128x32k", "256x4k", "16x130k", "64x130k", "1x1M", "512x2k")
 _UNITS = {"": 1, "k": 1024, "M": 1024 * 1024}
 
 

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     multiple=True,
     help="Also draw lengths from this trace; may be repeated.",
 )
-@click.option("--quick", is_flag=True, help="Four shapes, four implementations.")
+@click.option("--quick", is_flag=True, help="Four shapes, the ways that matter, and the table of these alone.")
 @click.option("--all", "everything", is_flag=True, help="Every shape, N, page size, width and extent.")
-@click.option("--series", is_flag=True, help="Time against width, N and batch, for --plot.")
+@click.option("--series", is_flag=True, help="Time against length too, for --plot.")
 @click.option("--host", is_flag=True, help="Host time alone, and its parts.")
 @click.option("--seconds", type=float, help="Start no case after this many seconds.")
 @click.option(
@@ -63,8 +63,8 @@ def bench(
 ) -> None:
     """Measure the refresh side by side with every baseline, on the current CUDA device.
 
-    Every implementation is checked against the reference before it is timed: in a CUDA graph over rotating buffers
-    (median of many replays), call by call, and on the host.
+    Every implementation is checked against the reference before it is timed: in a CUDA graph with warm and with cold
+    caches, call by call, and on the host. SGLang's own kernels are measured too where sglang can be imported.
 
     \b
     Examples:
@@ -94,7 +94,7 @@ def bench(
             series=series,
         )
         data = _measure([] if host else selected, traces, json_to, seconds)
-    for line in lines(data):
+    for line in lines(data, brief=quick):
         click.echo(line)
     if plot_to is not None:
         plot(data, plot_to)
@@ -135,20 +135,19 @@ def device_meter(verb: str) -> Meter:
 
 def _names(only: str | None) -> list[str]:
     # Imported here for start-up time: it needs torch.
-    from .baselines import IMPLEMENTATIONS
+    from .contenders import CONTENDERS
 
-    names = parts_of(only) or list(IMPLEMENTATIONS)
+    names = parts_of(only) or list(CONTENDERS)
     for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ConfigError(f"--only names {name!r}; allowed: {', '.join(IMPLEMENTATIONS)}.")
-    # In this order: the ideal is measured first, for the others' ratio to it.
-    return [name for name in IMPLEMENTATIONS if name in names]
+        if name not in CONTENDERS:
+            raise ConfigError(f"--only names {name!r}; allowed: {', '.join(CONTENDERS)}.")
+    return [name for name in CONTENDERS if name in names]
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("onelaunch", "complete", "ceiling", "rows", "host"):
+        for name in ("onelaunch", "titles", "complete", "rows", "host"):
             data[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"--from {path} isn't what --json writes: {error}. Name such a file.") from error

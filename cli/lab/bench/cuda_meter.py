@@ -1,4 +1,4 @@
-"""Timing on a GPU: calls captured in a CUDA graph over rotating buffer sets, medians of many replays."""
+"""Timing on a GPU: in a CUDA graph with caches warm and cold, call by call, and on the host."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ import torch
 from .cases import Case
 from .scene import Call, Scene
 
-# Calls in a graph: enough that the cost of a replay, about 3 us, adds little to each. (With 24 calls, each took 0.13 us
-# longer than with 384.)
-_GRAPH_CALLS = 128
+# Calls in a graph: enough that the cost of a replay, about 3 us, adds little to each. Even, for calls that take turns.
+_WARM_CALLS, _COLD_CALLS = 128, 32
 # Fewer calls if they would take longer than this.
 _GRAPH_US = 30_000.0
 # Eager calls between two synchronizations: their launches must fit the queue, or the host waits for the GPU.
 _EAGER_CALLS = 16
-# Bytes that other sets read and write before a set is used again: more than the 50 MB of an H200's L2 cache.
-_ROTATED_BYTES = 160e6
-_MAX_SETS = 24
-_MAX_BYTES = 24e9
+# What is read and written between two calls with cold caches: more than an L2 cache holds (50 MB in an H100, 60 in an
+# H200).
+_FLUSHED_BYTES = 96 * 2**20
 
 
 class CudaMeter:
     """The current CUDA device.
 
     Args:
-        seconds: how long the replays of one graph are timed.
+        seconds: how long each kind of timing takes, about; with cold caches twice as long.
     """
 
-    def __init__(self, seconds: float = 0.15) -> None:
+    def __init__(self, seconds: float = 0.03) -> None:
         self.seconds = seconds
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._cuda: Any = torch.cuda  # its classes have no annotations
         self._stream = self._cuda.Stream()
+        self._flushed = torch.zeros(_FLUSHED_BYTES // 4, dtype=torch.int32, device=self.device)
+        self._flushes: dict[int, Callable[[], None]] = {}
 
     def machine(self) -> dict[str, Any]:
         """The device, and the versions of driver, torch, CUDA and Python."""
@@ -60,65 +60,51 @@ class CudaMeter:
         }
 
     def scene(self, case: Case, lengths: Sequence[int]) -> Scene:
-        """Buffers for a case: enough sets that none is still in a cache when it is used again, if memory allows."""
+        """Buffers for a case."""
         gc.collect()
         torch.cuda.empty_cache()
-        live = sum(lengths) if case.extent == "live" else case.batch * case.width
-        rotated = int(_ROTATED_BYTES // (4 * live * (1 + case.backends))) + 1
-        held = 4 * (case.batch + 1) * case.width * (1 + case.backends) * 1.1
-        free = torch.cuda.mem_get_info(self.device)[0]
-        fit = int(min(_MAX_BYTES, free / 3) // held)
-        sets = max(2, min(max(6, rotated), _MAX_SETS, fit))
-        return Scene(lengths, case.backends, case.width, case.page_size, sets, self.device)
+        return Scene(lengths, case.backends, case.width, case.page_size, self.device)
 
     def synchronize(self) -> None:
         """Waits for the device; an error of an earlier launch is raised here."""
         torch.cuda.synchronize(self.device)
 
-    def estimate_us(self, calls: Sequence[Call]) -> float:
-        """Roughly how long one call takes, after it has run before."""
-        return min(self._eager(calls[:1])[1] for _ in range(2))
-
-    def capture(self, calls: Sequence[Call], estimate_us: float) -> tuple[Callable[[], None], int]:
-        """A CUDA graph of the calls in turn: the function that replays it, and how many calls it holds."""
-        count = max(1, min(_GRAPH_CALLS, int(_GRAPH_US / estimate_us)))
-        self._stream.wait_stream(self._cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for call in calls[:count]:
-                call()
-        self._stream.synchronize()
+    def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
+        """A CUDA graph of calls that were made before: the function that replays it."""
         graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(self._cuda.current_stream())
         with torch.cuda.graph(graph, stream=self._stream):
-            for number in range(count):
-                calls[number % len(calls)]()
-        return graph.replay, count
+            for call in calls:
+                call()
+        return graph.replay
 
-    def graph_us(self, replay: Callable[[], None], count: int) -> float:
-        """Microseconds of GPU time per call: the median over replays, after a few that aren't timed."""
-        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
-        times: list[float] = []
-        warm = 3
-        began = time.perf_counter()
-        while len(times) < warm + 5 or (time.perf_counter() - began < self.seconds and len(times) < 300):
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-            if len(times) >= warm + 2 and time.perf_counter() - began > 5 * self.seconds:
-                break  # slow calls vary little: more replays would change nothing
-        return statistics.median(times[warm:]) * 1000 / count
+    def warm_us(self, call: Call) -> list[float]:
+        """A call in a graph of nothing but such calls: caches hold what the last one left."""
+        count = self._count(call, _WARM_CALLS)
+        replay = self.capture([call] * count)
+        return [took / count for took in self._samples([replay], self.seconds)[0]]
 
-    def eager_us(self, calls: Sequence[Call], estimate_us: float) -> tuple[float, float]:
-        """Microseconds per call without a graph: on the device from first to last, and on the host until it returns."""
-        count = max(1, min(_EAGER_CALLS, int(_GRAPH_US / estimate_us)))
-        turns = [calls[number % len(calls)] for number in range(count)]
-        took: list[tuple[float, float]] = []
+    def cold_us(self, call: Call) -> list[float]:
+        """A call in a graph that reads and writes 96 MiB before each, less the time of a graph that only does that."""
+        count = self._count(call, _COLD_CALLS)
+        if count not in self._flushes:
+            self._flush()
+            self._flushes[count] = self.capture([self._flush] * count)
+        both = self.capture([self._flush, call] * count)
+        with_call, without = self._samples([both, self._flushes[count]], 2 * self.seconds)
+        return [(took - flush) / count for took, flush in zip(with_call, without, strict=True)]
+
+    def eager_us(self, call: Call) -> tuple[list[float], list[float]]:
+        """A call after another on the stream: time on the device, and on the host."""
+        count = self._count(call, _EAGER_CALLS)
+        device: list[float] = []
+        host: list[float] = []
         began = time.perf_counter()
-        while len(took) < 3 or (time.perf_counter() - began < self.seconds / 3 and len(took) < 60):
-            took.append(self._eager(turns))
-        host, device = zip(*took[1:], strict=True)
-        return statistics.median(device), statistics.median(host)
+        while len(device) < 6 or (time.perf_counter() - began < self.seconds and len(device) < 200):
+            on_host, on_device = self._eager([call] * count)
+            device.append(on_device)
+            host.append(on_host)
+        return device[1:], host[1:]
 
     def host_us(self, pieces: dict[str, Call], rounds: int = 40, calls: int = 50) -> dict[str, float]:
         """Microseconds of host time per call of each: medians of batches, in turn so that all see the same load."""
@@ -139,17 +125,31 @@ class CudaMeter:
             gc.enable()
         return {name: statistics.median(took) for name, took in times.items()}
 
-    def copy_gbps(self) -> float:
-        """Gigabytes per second that a large copy on the device reads and writes."""
-        size = 2**29
-        source = torch.randint(0, 2**30, (size // 4,), dtype=torch.int32, device=self.device)
-        target = torch.empty_like(source)
-        calls: list[Call] = [lambda: target.copy_(source)]
-        calls[0]()
-        replay, count = self.capture(calls, 250.0)
-        return 2 * size / self.graph_us(replay, count) / 1e3
+    def _flush(self) -> None:
+        self._flushed.add_(1)
+
+    def _count(self, call: Call, most: int) -> int:
+        """An even number of calls, as many as take up to _GRAPH_US."""
+        took = min(self._eager([call] * 2)[1] for _ in range(2))
+        return max(2, min(most, int(_GRAPH_US / took)) // 2 * 2)
+
+    def _samples(self, replays: Sequence[Callable[[], None]], seconds: float) -> list[list[float]]:
+        """Microseconds of GPU time of the replays, in turn so that all see the same clocks: a list for each."""
+        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        times: list[list[float]] = [[] for _ in replays]
+        warm = 3
+        began = time.perf_counter()
+        while len(times[0]) < warm + 7 or (time.perf_counter() - began < seconds and len(times[0]) < 300):
+            for replay, took in zip(replays, times, strict=True):
+                start.record()
+                replay()
+                end.record()
+                end.synchronize()
+                took.append(start.elapsed_time(end) * 1000)
+        return [took[warm:] for took in times]
 
     def _eager(self, calls: Sequence[Call]) -> tuple[float, float]:
+        """Microseconds a call, on the host and on the device."""
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
         self.synchronize()
         start.record()

@@ -1,4 +1,4 @@
-"""A run of `onelaunch bench` as a figure."""
+"""A run of `onelaunch bench` as a figure: bars of four shapes, and time against length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from onelaunch.errors import ConfigError
+
+from .cases import short
+from .selection import QUICK_NAMES, QUICK_SHAPES, SERIES_NAMES
+from .summary import name_of, number, usual
+
+# One for each contender, told apart by those who don't see all colours too (after Okabe and Ito).
+_COLOURS = dict(zip(QUICK_NAMES, ("#999999", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#009E73"), strict=True))
+_TEXT = 15  # points; the figure is read at half its size
 
 
 def need_matplotlib() -> None:
@@ -21,10 +29,10 @@ def need_matplotlib() -> None:
 
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
-    """Draws the figure: time by shape, and, where they were measured, against width, N and batch.
+    """Draws the figure: microseconds on the device with cold caches by shape and, if it was measured, by length.
 
     Raises:
-        ConfigError: matplotlib isn't installed, or the file can't be written.
+        ConfigError: there is nothing to draw, matplotlib isn't installed, or the file can't be written.
     """
     need_matplotlib()
     # Imported here because matplotlib is optional.
@@ -34,41 +42,71 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     done = [row for row in data["rows"] if row["status"] == "ok"]
-    series = [name for name in ("width", "N", "batch") if any(row["series"] == name for row in done)]
-    figure = Figure(figsize=(11, 4.5 if not series else 8.5), layout="constrained")
-    grid = figure.add_gridspec(2 if series else 1, max(1, len(series)))
-    shapes = figure.add_subplot(grid[0, :])
-    main = [row for row in done if not row["series"]]
-    labels = list(dict.fromkeys(row["label"] for row in main))
-    for name in dict.fromkeys(row["implementation"] for row in main):
-        points = {row["label"]: row["graph_us"] for row in main if row["implementation"] == name}
-        x = [i for i, label in enumerate(labels) if label in points]
-        shapes.plot(x, [points[labels[i]] for i in x], marker="o", linestyle=":", label=name)
-    shapes.set(yscale="log", ylabel="microseconds a call, in a graph", title=data.get("machine", {}).get("device", ""))
-    shapes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=7)
-    shapes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    keys = {"width": "width", "N": "backends", "batch": "batch"}
-    for place, name in enumerate(series):
-        axes = figure.add_subplot(grid[1, place])
-        rows = [row for row in done if row["series"] == name]
-        for implementation in dict.fromkeys(row["implementation"] for row in rows):
-            points = {
-                row["case"][keys[name]]: row["graph_us"] for row in rows if row["implementation"] == implementation
-            }
-            axes.plot(sorted(points), [points[x] for x in sorted(points)], marker="o", label=implementation)
-        fixed = rows[0]["case"]
-        titles = {
-            "width": f"table width, {fixed['batch']} requests of up to {fixed['length']}",
-            "N": f"backends, {rows[0]['shape']}",
-            "batch": f"requests of up to {fixed['length']} tokens",
-        }
-        axes.set(xlabel=titles[name], ylim=(0, None), xscale="linear" if name == "N" else "log")
-        if name == "N":
-            axes.set_xticks(sorted({row["case"]["backends"] for row in rows}))
-        axes.legend(fontsize=7)
+    bars = [row for row in done if usual(row)]
+    shapes = [shape for shape in QUICK_SHAPES if any(row["shape"] == shape for row in bars)]
+    curves = [row for row in done if row["series"] == "length"]
+    if not shapes:
+        raise ConfigError(
+            f"--plot draws the shapes {', '.join(QUICK_SHAPES)} with 3 backends and pages of 64, of which none was "
+            "measured. Measure with --quick, or without options."
+        )
+    figure = Figure(figsize=(14, 8.6 if curves else 4.4), layout="constrained")
+    device = data.get("machine", {}).get("device", "")
+    figure.suptitle(
+        f"µs to refresh the metadata of 3 backends, {device} (each shape to its own scale)", fontsize=_TEXT + 3
+    )
+    grid = figure.add_gridspec(2 if curves else 1, 12, height_ratios=(4, 3.4) if curves else None)
+    names = [name for name in QUICK_NAMES if any(row["implementation"] == name for row in bars)]
+    span = 12 // len(shapes)
+    for place, shape in enumerate(shapes):
+        axes = figure.add_subplot(grid[0, place * span : (place + 1) * span])
+        took = {row["implementation"]: row["cold_us"] for row in bars if row["shape"] == shape}
+        _draw_bars(axes, names, took)
+        batch, length = shape.split("x")
+        axes.set_title(f"{batch} × {length} tokens", fontsize=_TEXT)
+        axes.set_yticks(range(len(names)), [name_of(n, data) if place == 0 else "" for n in names], fontsize=_TEXT)
+    if curves:
+        _draw_curves(figure.add_subplot(grid[1, :]), curves, data)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--plot {path} can't be written: {error}. Name a .png file in a folder that exists."
         ) from error
+
+
+def _draw_bars(axes: Any, names: list[str], took: Mapping[str, float]) -> None:
+    """Horizontal bars of one shape, the time beside each; every shape has a scale of its own, from 0."""
+    for y, name in enumerate(names):
+        if name not in took:
+            axes.text(0, y, " not measured", va="center", fontsize=_TEXT - 3, color="#666666")
+            continue
+        axes.barh(y, took[name], color=_COLOURS[name], height=0.78)
+        weight = "bold" if name.startswith("onelaunch") else "normal"
+        axes.text(took[name], y, f" {number(took[name])}", va="center", fontsize=_TEXT, fontweight=weight)
+    axes.set_xlim(0, 1.32 * max(took.values()))
+    axes.set_ylim(len(names) - 0.45, -0.55)  # the first name on top
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _draw_curves(axes: Any, rows: list[Mapping[str, Any]], data: Mapping[str, Any]) -> None:
+    """Time against the longest request's length, a line for each way, named at its end."""
+    lengths = sorted({row["case"]["length"] for row in rows})
+    for name in SERIES_NAMES:
+        points = {row["case"]["length"]: row["cold_us"] for row in rows if row["implementation"] == name}
+        if not points:
+            continue
+        x = sorted(points)
+        axes.plot(x, [points[length] for length in x], marker="o", linewidth=2.5, color=_COLOURS[name])
+        label = f"  {name_of(name, data)}: {number(points[x[-1]])}"
+        axes.text(x[-1], points[x[-1]], label, va="center", fontsize=_TEXT, color=_COLOURS[name])
+    axes.set_xlim(0, 1.45 * lengths[-1])
+    axes.set_ylim(0, None)
+    axes.set_xticks([length for length in lengths if length >= lengths[-1] / 16])
+    axes.set_xticklabels([short(length) for length in lengths if length >= lengths[-1] / 16])
+    axes.tick_params(labelsize=_TEXT - 2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("µs", fontsize=_TEXT)
+    axes.set_xlabel(f"tokens of the longest of {rows[0]['case']['batch']} requests", fontsize=_TEXT)

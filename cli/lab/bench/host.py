@@ -32,9 +32,9 @@ def host_pieces(scene: Scene, page_size: int) -> dict[str, Call]:
     """The parts of a call's host time, each as a call of its own; see HOST."""
 
     cuda, index = scene.device.type == "cuda", scene.device.index or 0
-    seq_lens, rows, pool = scene.inputs[0]
-    backends = scene.buffers[0]
-    bound = scene.plans()[0]
+    seq_lens, rows, pool = scene.inputs
+    backends = scene.buffers
+    bound = scene.plan()
     bound.run(seq_lens, rows)
     nothing = kernel("empty", "cpu").bind([0]).launch
     raw = kernel("empty", target_of(scene.device)).bind([0]).launch
@@ -42,7 +42,7 @@ def host_pieces(scene: Scene, page_size: int) -> dict[str, Call]:
     if cuda:  # pragma: gpu
         stream = torch._C._cuda_getCurrentRawStream(index)
     # Another plan than run()'s: after this launch, run() would have to check its arguments again.
-    launch, run = scene.plans()[0]._bound.launch, bound._bound.run
+    launch, run = scene.plan()._bound.launch, bound._bound.run
     lengths, sums, tables, nsa_lengths, nsa_sums, pages = ([getattr(b, name) for b in backends] for name in LISTS[:6])
     # Spelled out, as an engine does: "*lists" or "**numbers" would add half a microsecond or more.
     width, topk = scene.width, INDEX_TOPK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,9 +12,11 @@ from typing import Any
 
 from onelaunch.cache import files
 
-from .baselines import IMPLEMENTATIONS, Implementation, Unsupported, warmed
+from . import sglang_refresh
 from .cases import Case
+from .contenders import CONTENDERS, warmed
 from .host import host_rows
+from .implementation import Implementation, Unsupported
 from .meter import Meter
 from .scene import Call, Scene
 from .selection import Selected
@@ -29,7 +32,7 @@ class Record:
 
     def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
         self.path = path
-        self.data: dict[str, Any] = {**facts, "complete": False, "ceiling": {}, "rows": [], "host": [], "verdicts": []}
+        self.data: dict[str, Any] = {**facts, "titles": {}, "complete": False, "rows": [], "host": [], "verdicts": []}
 
     def write(self) -> None:
         """Writes the file, whole or not at all."""
@@ -48,49 +51,48 @@ def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implemen
     columns = case.width if implementation.whole or case.extent == "full" else scene.longest
     if implementation.limit is not None and case.batch * columns * case.backends > implementation.limit:
         return {**row, "status": "left out", "reason": "it would take too long"}
+    best: dict[str, list[float]] = {}
     try:
-        best: tuple[float, Sequence[Call], float] | None = None
-        variants = implementation.calls(scene, case)
-        last = scene.sets - 1
-        for calls in variants:
-            fault = implementation.check(scene, case, calls[0], 0)
-            estimate = meter.estimate_us(calls)
-            replay, count = meter.capture(
-                calls[::-1], estimate
-            )  # reversed, so that even a small graph has the last set
-            if implementation.checked:
-                scene.poison(last, **({} if implementation.first_sums else {"first_sums": 0}))
-            replay()
-            meter.synchronize()
-            fault = fault or implementation.fault(scene, case, last)
+        for call in implementation.variants(scene, case):
+            fault = implementation.check(scene, case, call) or _fault_in_graph(meter, scene, case, implementation, call)
             if fault:
                 return {**row, "status": "wrong", "reason": fault}
-            took = meter.graph_us(replay, count)
-            if best is None or took < best[0]:
-                best = took, calls, estimate
-            del replay
-        assert best is not None
-        row["graph_us"] = best[0]
-        row["eager_us"], row["host_us"] = meter.eager_us(best[1], best[2])
+            device, host = meter.eager_us(call)
+            samples = {"warm": meter.warm_us(call), "cold": meter.cold_us(call), "eager": device, "host": host}
+            for column, took in samples.items():
+                if column not in best or statistics.median(took) < statistics.median(best[column]):
+                    best[column] = took
     except Unsupported as error:
         return {**row, "status": "left out", "reason": str(error)}
     except Exception as error:  # of any kind: the other implementations are still measured
         first = (str(error).strip().splitlines() or ["no message"])[0]
         return {**row, "status": "failed", "reason": f"{type(error).__name__}: {first}"}
+    for column, took in best.items():
+        row[f"{column}_us"] = round(statistics.median(took), 3)
+        low, _, high = statistics.quantiles(took, n=4, method="inclusive")
+        row[f"{column}_quartiles"] = [round(low, 3), round(high, 3)]
     return row
+
+
+def _fault_in_graph(meter: Meter, scene: Scene, case: Case, implementation: Implementation, call: Call) -> str:
+    """The first word that a call writes wrong in a graph, or ""."""
+    implementation.poison(scene)  # before the capture, too: calls that take turns begin again
+    replay = meter.capture([call])
+    implementation.poison(scene)
+    replay()
+    meter.synchronize()
+    return implementation.fault(scene, case)
 
 
 def measure_case(
     meter: Meter,
     selected: Selected,
-    ceiling: float,
     traced: Sequence[int] = (),
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """Measures every implementation of a case: a row each, with bytes, share of the ceiling and ratio to the ideal.
+    """Measures every implementation of a case: a row each.
 
     Args:
-        ceiling: gigabytes per second.
         traced: lengths of the case's trace.
         report: called with each row as it is done.
     """
@@ -108,33 +110,17 @@ def measure_case(
             rows.append({**facts, "implementation": name, "status": "failed", "reason": reason})
             report(rows[-1])
         return rows
-    ideal: float | None = None
     for name in selected.names:
-        row = {**facts, **measure_one(meter, scene, case, IMPLEMENTATIONS[name])}
+        row = {**facts, **measure_one(meter, scene, case, CONTENDERS[name])}
         # These write page_indices only.
         fewest = scene.live if case.extent == "live" else case.batch * case.width
         moved = {**dict.fromkeys(("ideal", "listed"), 4 * fewest * (1 + case.backends)), "empty": 0}
         row["bytes"] = moved.get(name, scene.bytes(case.extent))
-        row["sets"] = scene.sets
-        if row["status"] == "ok":
-            if name == "onelaunch":
-                row["config"] = scene.plans(case.extent)[0].config.settings()
-            row["gbps"] = row["bytes"] / row["graph_us"] / 1e3
-            row["share"] = row["gbps"] / ceiling if ceiling else None
-            ideal = row["graph_us"] if name == "ideal" else ideal
-            row["ratio"] = row["graph_us"] / ideal if ideal else None
+        if row["status"] == "ok" and name == "onelaunch":
+            row["config"] = scene.plan(case.extent).config.settings()
         rows.append(row)
         report(row)
     return rows
-
-
-def ceilings(meter: Meter) -> dict[str, float]:
-    """Gigabytes per second of a large copy, and of a large ideal fan-out to three places; the larger is the ceiling."""
-    case = Case(32, 2**20, width=2**20, page_size=1)
-    scene = meter.scene(case, [case.length] * case.batch)
-    row = measure_one(meter, scene, case, IMPLEMENTATIONS["ideal"])
-    fan_out = 16 * scene.live / row["graph_us"] / 1e3 if row["status"] == "ok" else 0.0
-    return {"copy_gbps": meter.copy_gbps(), "fan_out_gbps": fan_out}
 
 
 def run_bench(
@@ -160,15 +146,13 @@ def run_bench(
     data = record.data
     data["machine"] = meter.machine()
     names = list(dict.fromkeys(name for one in selected for name in one.names))
+    data["titles"] = {name: CONTENDERS[name].title for name in names}
+    data["sglang"] = sglang_refresh.version()
     say(f"building {', '.join(names)}")
     data["not_built"] = warmed([one.case for one in selected], names, meter.device)
     for failure in data["not_built"]:
         say(f"not built: {failure}")
     say(f"{time.monotonic() - began:.0f} s: built")
-    try:
-        data["ceiling"] = ceilings(meter) if selected else {}
-    except Exception as error:
-        say(f"no ceiling: {type(error).__name__}: {error}")
     if host:
         data["host"] = host_rows(meter)
     record.write()
@@ -180,11 +164,10 @@ def run_bench(
             break
 
         def report(row: Mapping[str, Any], place: str = f"[{number + 1}/{len(selected)}]") -> None:
-            found = f"{row['graph_us']:.2f} us" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+            found = f"{row['cold_us']:.2f} us" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
             say(f"{place} {time.monotonic() - began:.0f} s: {row['label']} {row['implementation']}: {found}")
 
-        ceiling = max(data["ceiling"].values(), default=0.0)
-        data["rows"] += measure_case(meter, one, ceiling, (traces or {}).get(one.case.kind, ()), report)
+        data["rows"] += measure_case(meter, one, (traces or {}).get(one.case.kind, ()), report)
         data["verdicts"] = verdicts(data["rows"], data["host"])
         record.write()
         try:

@@ -1,4 +1,4 @@
-"""Buffers and inputs of a case, in several sets, and the check of what a refresh wrote to them."""
+"""Buffers and inputs of a case, and the check of what a refresh wrote to them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ POISON = -858993460
 
 
 class Scene:
-    """Buffers and inputs of one shape, in several sets, so that repeated calls don't find their data in a cache.
+    """Buffers and inputs of one shape.
 
     Args:
         lengths: tokens of each request.
         backends: N.
         width: table width; the row stride of req_to_token and of every page_indices.
         page_size: P.
-        sets: how many.
         device: where; None is the current CUDA device.
+
+    Attributes:
+        inputs: seq_lens, req_pool_indices and req_to_token.
+        buffers: the backends'.
+        poisoned: called after the destinations were poisoned: what remembers their content forgets it.
     """
 
     def __init__(
@@ -39,37 +43,32 @@ class Scene:
         backends: int,
         width: int,
         page_size: int,
-        sets: int,
         device: torch.device | None = None,
     ) -> None:
-        self.lengths, self.backends, self.width, self.page_size, self.sets = lengths, backends, width, page_size, sets
+        self.lengths, self.backends, self.width, self.page_size = lengths, backends, width, page_size
         self.device = device or torch.device("cuda", torch.cuda.current_device())
+        self.poisoned: list[Call] = []
         bs = len(lengths)
         generator = torch.Generator(device=self.device).manual_seed(1)
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int32, device=self.device)
 
-        self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.buffers: list[list[MetadataBuffers]] = []
-        for _ in range(sets):
-            pool = torch.randint(0, 2**30, (bs + 1, width), dtype=torch.int32, device=self.device, generator=generator)
-            seq_lens = torch.tensor(lengths, dtype=torch.int64, device=self.device)
-            rows = torch.randperm(bs, device=self.device, generator=generator) + 1
-            self.inputs.append((seq_lens, rows, pool))
-            self.buffers.append(
-                [
-                    MetadataBuffers(
-                        cache_seqlens=new(bs),
-                        cu_seqlens_k=new(bs + 1),
-                        page_indices=new(bs, width),
-                        nsa_cache_seqlens=new(bs),
-                        nsa_cu_seqlens_k=new(bs + 1),
-                        real_page_table=None if page_size == 1 else new(bs, -(-width // page_size)),
-                    )
-                    for _ in range(backends)
-                ]
+        pool = torch.randint(0, 2**30, (bs + 1, width), dtype=torch.int32, device=self.device, generator=generator)
+        seq_lens = torch.tensor(lengths, dtype=torch.int64, device=self.device)
+        rows = torch.randperm(bs, device=self.device, generator=generator) + 1
+        self.inputs: tuple[Tensor, Tensor, Tensor] = (seq_lens, rows, pool)
+        self.buffers = [
+            MetadataBuffers(
+                cache_seqlens=new(bs),
+                cu_seqlens_k=new(bs + 1),
+                page_indices=new(bs, width),
+                nsa_cache_seqlens=new(bs),
+                nsa_cu_seqlens_k=new(bs + 1),
+                real_page_table=None if page_size == 1 else new(bs, -(-width // page_size)),
             )
+            for _ in range(backends)
+        ]
 
     @property
     def live(self) -> int:
@@ -86,53 +85,48 @@ class Scene:
         config = KernelConfig(num_backends=self.backends, page_size=self.page_size, extent=extent)
         return traffic(config, self.lengths, self.width).bytes
 
-    def plans(self, extent: str = "live", **launch: Any) -> list[onelaunch.Plan]:
-        """A plan for each set; ``launch`` are settings of the launch shape, such as threads."""
-        settings = {"index_topk": INDEX_TOPK, "page_size": self.page_size, "extent": extent, **launch}
-        return [
-            make_plan(buffers, pool, settings) for buffers, (_, _, pool) in zip(self.buffers, self.inputs, strict=True)
-        ]
+    def plan(self, extent: str = "live", **settings: Any) -> onelaunch.Plan:
+        """A plan of the backends; ``settings`` are those of bind(), and of the launch shape, such as threads."""
+        given = {"index_topk": INDEX_TOPK, "page_size": self.page_size, "extent": extent, **settings}
+        return make_plan(self.buffers, self.inputs[2], given)
 
-    def refresh_calls(self, extent: str = "live", **facts: Any) -> list[Call]:
-        """A call for each set, of onelaunch's plan."""
+    def refresh_call(self, extent: str = "live", **settings: Any) -> Call:
+        """A call of onelaunch's plan."""
+        plan = self.plan(extent, **settings)
+        seq_lens, rows, _ = self.inputs
+        return lambda: plan.run(seq_lens, rows)
 
-        def call(bound: onelaunch.Plan, seq_lens: Tensor, rows: Tensor) -> Call:
-            return lambda: bound.run(seq_lens, rows)
-
-        return [
-            call(bound, seq_lens, rows)
-            for bound, (seq_lens, rows, _) in zip(self.plans(extent, **facts), self.inputs, strict=True)
-        ]
-
-    def poison(self, number: int, first_sums: int = POISON) -> None:
-        """Fills a set's destinations with a value that no refresh writes.
+    def poison(self, first_sums: int = POISON) -> None:
+        """Fills the destinations with a value that no refresh writes.
 
         Args:
-            number: the set.
             first_sums: the first element of the running sums; 0 for implementations that don't write it.
         """
-        for backend in self.buffers[number]:
+        for backend in self.buffers:
             for field, tensor in backend.items():
                 tensor.fill_(POISON)
                 if field.kind == "running_sum":
                     tensor[0] = first_sums
+        for forget in self.poisoned:
+            forget()
 
     def fault(
-        self, number: int, extent: str, max_len: int | None = None, fields: Container[str] = tuple(FIELDS)
+        self, extent: str, max_len: int | None = None, fields: Container[str] = tuple(FIELDS), *, dead: bool = True
     ) -> str:
-        """Compares every word of a poisoned and refreshed set with the reference.
+        """Compares every word of poisoned and refreshed destinations with the reference.
 
         Args:
             extent, max_len: as in reference.refresh.
             fields: names of the fields that were written; the others must still be poisoned.
+            dead: whether columns behind a request's length are compared too.
 
         Returns:
             The first wrong word, in words; "" if there is none.
         """
-        seq_lens, rows, pool = self.inputs[number]
+        seq_lens, rows, pool = self.inputs
         expected = [
             MetadataBuffers(**{field.name: torch.full_like(tensor, POISON) for field, tensor in backend.items()})
-            for backend in self.buffers[number]
+            for backend in self.buffers
         ]
         reference.refresh(
             expected,
@@ -144,9 +138,13 @@ class Scene:
             extent=extent,
             max_len=max_len,
         )
-        for index, (backend, wanted) in enumerate(zip(self.buffers[number], expected, strict=True)):
+        for index, (backend, wanted) in enumerate(zip(self.buffers, expected, strict=True)):
             for (field, got), (_, computed) in zip(backend.items(), wanted.items(), strict=True):
                 want = computed if field.name in fields else torch.full_like(got, POISON)
+                if field.kind == "table" and not dead:
+                    unit = 1 if field.name == "page_indices" else self.page_size
+                    live = (seq_lens + unit - 1) // unit
+                    want = torch.where(torch.arange(got.shape[1], device=self.device) < live[:, None], want, got)
                 if not torch.equal(got, want):
                     where = tuple((got != want).nonzero()[0].tolist())
                     return (

@@ -11,10 +11,21 @@ from onelaunch.errors import ConfigError
 from .cases import SHAPES, Case, parse_shape, wide_enough
 
 QUICK_SHAPES = ("1x4k", "64x8k", "128x32k", "256x4k")
-QUICK_NAMES = ("ideal", "onelaunch", "triton", "torch-copies")
+# The engine's own way first, what onelaunch offers last: the order of the summary.
+QUICK_NAMES = ("sglang", "sglang-best", "triton", "triton-together", "onelaunch", "onelaunch-verified")
 # Measured on the quick shapes alone, unless shapes are named.
-FEW_NAMES = ("empty", "torch-compile")
-SERIES_NAMES = ("ideal", "onelaunch", "triton")
+FEW_NAMES = (
+    "listed",
+    "empty",
+    "runtime",
+    "torch-copies",
+    "torch-copies-wide",
+    "torch-recompute",
+    "torch-compile",
+    "single-block",
+)
+SERIES_NAMES = ("onelaunch", "onelaunch-verified")
+SERIES_LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
 # Shapes of the cases with one long request among short ones.
 RAGGED = ("64x2k", "256x2k")
 # Batch sizes of the requests that are drawn from a trace.
@@ -53,7 +64,7 @@ def select(
         quick: four shapes, and the implementations that matter most.
         everything: the product of all shapes, 1, 3 and 7 backends, both widths, page sizes and extents, and both
             kinds of lengths.
-        series: the curves of the figure too.
+        series: time against length, the figure's curves, too.
 
     Raises:
         ConfigError: a shape or a width can't be read, or a number is too small.
@@ -88,6 +99,7 @@ def select(
         cases += product(("64x8k", "256x4k", "128x32k", "16x130k"), ("live",), ("full",))
         cases += product(("64x8k",), ("wide",), ("full",))
         cases += [case.replace(page_size=1) for case in product(("64x8k",))]
+        cases += [case.replace(backends=n) for n in (1, 7) for case in product(("64x8k", "128x32k"))]
     for trace in traces:
         for n in backends or (3,):
             cases += [Case(batch, _width("wide", 1), n, kind=trace) for batch in TRACED]
@@ -98,13 +110,9 @@ def select(
         return tuple(n for n in names if n not in FEW_NAMES or given or everything or case in few)
 
     selected = [Selected(case, names_for(case)) for case in dict.fromkeys(cases)]
-    if series:
-        curves = tuple(name for name in names if name in SERIES_NAMES)
-        for width in (4096 + 71, 8192 + 71, 16384 + 71, 32768 + 71, 65536 + 71, 163_911):
-            selected.append(Selected(Case(32, 4096, width=width), curves, "width"))
-        selected += [Selected(Case(64, 8192, n), curves, "N") for n in (1, 2, 3, 5, 7)]
-        selected += [Selected(Case(2**power, 4096), curves, "batch") for power in range(10)]
-    return selected
+    curves = tuple(name for name in names if name in SERIES_NAMES)
+    lines = [Selected(Case(64, length), curves, "length") for length in SERIES_LENGTHS] if series else []
+    return selected[: len(shapes)] + lines + selected[len(shapes) :]
 
 
 def _width(text: str, length: int) -> int:

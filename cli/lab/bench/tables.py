@@ -1,88 +1,91 @@
-"""A run of `onelaunch bench` as text: verdicts, every row, host time."""
+"""A run of `onelaunch bench` as text: the summary, verdicts, every row, host time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-HEADINGS = ("case", "implementation", "graph us", "eager us", "host us", "MB", "GB/s", "ceiling", "x ideal", "x ours")
+from .summary import columns, number, summary, title
+
+HEADINGS = ("case", "implementation", "cold us", "warm us", "eager us", "host us", "x ideal", "x ours")
 
 
-def lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """The run as lines of any length: in a narrow terminal they wrap, and nothing is cut."""
+def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
+    """The run as lines of any length: in a narrow terminal they wrap, and nothing is cut.
+
+    Args:
+        brief: the summary and the verdicts that don't hold; every row is in the JSON.
+    """
     machine = data.get("machine", {})
-    yield f"onelaunch {data['onelaunch']} on {', '.join(f'{k} {v}' for k, v in machine.items())}"
+    if not brief:
+        yield f"onelaunch {data['onelaunch']} on {', '.join(f'{k} {v}' for k, v in machine.items())}"
     if not data["complete"]:
         yield "The run was interrupted: these are its results up to then."
+    if table := summary(data):
+        yield ""
+        yield title(data)
+        yield from columns(table, right=range(1, len(table[0])))
     if data["verdicts"]:
         yield ""
-        yield from _verdicts(data["verdicts"])
+        yield from _verdicts([v for v in data["verdicts"] if not brief or v["holds"] is False], data["verdicts"])
+    if brief:
+        return
     if data["rows"]:
         yield ""
-        yield from _rows(data["rows"], data["ceiling"])
+        yield from _rows(data["rows"])
     if data["host"]:
         yield ""
-        host = [(_number(row["us"], 3), row["piece"], row["what"]) for row in data["host"]]
-        yield from _columns([("host us", "part", "what"), *host], right=(0,))
+        host = [(_us(row["us"]), row["piece"], row["what"]) for row in data["host"]]
+        yield from columns([("host us", "part", "what"), *host], right=(0,))
 
 
-def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    failed = sum(row["holds"] is False for row in verdicts)
-    judged = sum(row["holds"] is not None for row in verdicts)
-    yield f"{judged - failed} of {judged} targets are met"
-    words = {True: "yes", False: "NO", None: "–"}
-    table = [(words[row["holds"]], row["item"], row["of"], row["target"], row["measured"]) for row in verdicts]
-    yield from _columns([("met", "item", "case", "target", "measured"), *table])
+def _verdicts(shown: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    failed = sum(row["holds"] is False for row in every)
+    yield f"{len(every) - failed} of {len(every)} targets are met"
+    if shown:
+        words = {True: "yes", False: "NO"}
+        table = [(words[row["holds"]], row["item"], row["of"], row["target"], row["measured"]) for row in shown]
+        yield from columns([("met", "item", "case", "target", "measured"), *table])
 
 
-def _rows(rows: Sequence[Mapping[str, Any]], ceiling: Mapping[str, float]) -> Iterator[str]:
-    if ceiling:
-        measured = ", ".join(f"{name.removesuffix('_gbps').replace('_', ' ')} {v:,.0f}" for name, v in ceiling.items())
-        yield f"ceiling, GB/s: {measured}"
-    # A case may also be part of a series: each row is compared with ours of the same series.
-    ours = {
-        (row["label"], row["series"]): row["graph_us"]
-        for row in rows
-        if row["implementation"] == "onelaunch" and row["status"] == "ok"
-    }
+def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "Each time is a median with its quartiles; the ratios are of cold caches, within a case."
+    done = [row for row in rows if row["status"] == "ok"]
+
+    # A case may also be part of a series: each row is compared with those of the same series.
+    def cold(name: str) -> dict[tuple[str, str], float]:
+        return {(row["label"], row["series"]): row["cold_us"] for row in done if row["implementation"] == name}
+
+    ours, ideal = cold("onelaunch"), cold("ideal")
     table: list[Sequence[str]] = [HEADINGS]
     before = ""
-    for row in rows:
-        if row["status"] != "ok":
-            continue
+    for row in done:
         case = row["label"] + (f" ({row['series']})" if row["series"] else "")
-        own = ours.get((row["label"], row["series"]))
+        place = row["label"], row["series"]
         table.append(
             (
                 case if case != before else "",
                 row["implementation"],
-                _number(row["graph_us"]),
-                _number(row["eager_us"]),
-                _number(row["host_us"]),
-                _number(row["bytes"] / 1e6),
-                _number(row["gbps"], 0),
-                f"{100 * row['share']:.0f} %" if row["share"] else "–",
-                _number(row["ratio"]),
-                _number(row["graph_us"] / own if own else None),
+                *(_spread(row, column) for column in ("cold", "warm", "eager", "host")),
+                _ratio(row["cold_us"], ideal.get(place)),
+                _ratio(row["cold_us"], ours.get(place)),
             )
         )
         before = case
-    yield from _columns(table, right=range(2, len(HEADINGS)))
+    yield from columns(table, right=range(2, len(HEADINGS)))
     for row in rows:
         if row["status"] != "ok":
             yield f"{row['label']} {row['implementation']}: {row['status']}: {row['reason']}"
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+def _spread(row: Mapping[str, Any], column: str) -> str:
+    low, high = row[f"{column}_quartiles"]
+    return f"{number(row[f'{column}_us'])} ({number(low)}–{number(high)})"
 
 
-def _columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
-    """The rows in columns as wide as their widest cell; those in ``right`` are flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
+def _ratio(took: float, other: float | None) -> str:
+    return f"{took / other:.2f}" if other else "–"
+
+
+def _us(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

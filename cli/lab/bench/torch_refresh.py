@@ -16,7 +16,7 @@ from .scene import Call, Scene
 
 @dataclass(frozen=True)
 class Views:
-    """A set's tensors, sliced in advance to what is read and written: slicing would cost time in every call.
+    """The tensors of a scene, sliced in advance to what is read and written: slicing would cost time in every call.
 
     ``tables`` has the columns of req_to_token, ``pages`` the first column of each page.
     """
@@ -29,17 +29,16 @@ class Views:
     backends: list[dict[str, Tensor]]
 
 
-def views(scene: Scene, number: int, columns: int) -> Views:
-    """The views of one set.
+def views(scene: Scene, columns: int) -> Views:
+    """The views of a scene.
 
     Args:
-        number: the set.
         columns: table columns to write.
     """
-    seq_lens, rows, pool = scene.inputs[number]
+    seq_lens, rows, pool = scene.inputs
     page = scene.page_size
     backends = []
-    for buffers in scene.buffers[number]:
+    for buffers in scene.buffers:
         cut = {field.name: tensor for field, tensor in buffers.items()}
         for name in ("cu_seqlens_k", "nsa_cu_seqlens_k"):
             cut[name] = cut[name][1:]
@@ -100,7 +99,7 @@ def fused(
 
 
 def call(how: str, views: Views) -> Call:
-    """The call of one set: "recompute", "copies" or "compile"."""
+    """The call of a way: "recompute", "copies" or "compile"."""
     if how == "recompute":
 
         def run() -> None:

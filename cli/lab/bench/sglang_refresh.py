@@ -1,0 +1,213 @@
+"""SGLang's own kernels for the draft steps of its DSA backend, from the wheel that can be imported.
+
+Nothing of SGLang is copied. A refresh by the engine is one launch that computes into temporary tensors, then copies:
+DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph, read in SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from onelaunch import MetadataBuffers
+from torch import Tensor
+
+# What one copy of the engine's writes at once, from this number of backends on.
+_TOGETHER = 3
+_DECODE = 0
+# Packages on the way to the kernels' modules. Their __init__ would import the whole server, and what it needs.
+_PACKAGES = (
+    "kernels",
+    "kernels.jit",
+    "kernels.ops",
+    "kernels.ops.attention",
+    "kernels.ops.attention.dsa",
+    "kernels.ops.attention.dsa.kpool_metadata",
+    "srt",
+    "srt.utils",
+)
+_DSA = "sglang.kernels.ops.attention.dsa"
+
+
+class Missing(Exception):
+    """SGLang's kernels can't be imported; the message says why."""
+
+
+@cache
+def kernels() -> Any:
+    """Modules of SGLang with its metadata kernels: ``metadata``, ``pooled``, ``copies``, and ``version``, a string.
+
+    ``copies`` is the reason, a string, where what compiles these kernels can't be imported.
+
+    Raises:
+        Missing: there is no SGLang, or one without these modules.
+    """
+    if "sglang" not in sys.modules:
+        _make_packages()
+    try:
+        found = SimpleNamespace(
+            metadata=importlib.import_module(f"{_DSA}.metadata"),
+            pooled=importlib.import_module(f"{_DSA}.kpool_metadata.decode"),
+            version=importlib.import_module("sglang.version").__version__,
+        )
+    except ImportError as error:
+        raise Missing(f"this SGLang has no such kernels: {error}") from error
+    try:
+        found.copies = importlib.import_module(f"{_DSA}.fused_metadata_copy")
+    except ImportError as error:
+        found.copies = f"SGLang's compiler of kernels isn't importable: {error}"
+    return found
+
+
+def version() -> str:
+    """The version of the SGLang that is measured; "" if there is none."""
+    try:
+        return str(kernels().version)
+    except Missing:
+        return ""
+
+
+def _make_packages() -> None:
+    """Puts SGLang's packages into sys.modules without executing them, so that single modules can be imported.
+
+    The compiler of its kernels asks ``sglang.srt.utils.common``, which needs a server's packages, for two facts.
+    """
+    found = importlib.util.find_spec("sglang")
+    if found is None or not found.submodule_search_locations:
+        raise Missing("SGLang isn't importable")
+    root = Path(next(iter(found.submodule_search_locations)))
+    for name in ("", *_PACKAGES):
+        place = root.joinpath(*name.split(".")) if name else root
+        if not place.is_dir():
+            continue
+        full = f"sglang.{name}" if name else "sglang"
+        spec = importlib.util.spec_from_file_location(
+            full, place / "__init__.py", submodule_search_locations=[str(place)]
+        )
+        assert spec is not None
+        sys.modules[full] = importlib.util.module_from_spec(spec)
+    common = ModuleType("sglang.srt.utils.common")
+    common.is_cuda = lambda: torch.version.cuda is not None  # type: ignore[attr-defined]
+    common.get_cuda_version = lambda: tuple(map(int, str(torch.version.cuda).split(".")))  # type: ignore[attr-defined]
+    sys.modules[common.__name__] = common
+
+
+def _computed(size: int, columns: int, page_size: int, device: torch.device) -> dict[str, Tensor]:
+    """The temporary tensors of a refresh, which the engine allocates in each."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    tensors = {
+        "cache_seqlens": new(size),
+        "cu_seqlens_k": new(size + 1),
+        "page_indices": new(size, columns),
+        "nsa_cache_seqlens": new(size),
+        "nsa_cu_seqlens_k": new(size + 1),
+    }
+    if page_size > 1:
+        tensors["real_page_table"] = new(size, -(-columns // page_size))
+    return tensors
+
+
+def compute(
+    kernel: Any,
+    to: dict[str, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    columns: int,
+    index_topk: int,
+    page_size: int,
+) -> None:
+    """One launch of a kernel of SGLang's that refreshes one backend, or the temporary tensors.
+
+    Args:
+        kernel: fused_dsa_decode_metadata of ``metadata``, or fused_dsa_decode_metadata_kpool of ``pooled``.
+        to: the tensors that it writes, by onelaunch's names of the fields.
+        inputs: seq_lens and req_pool_indices, int [bs], contiguous; req_to_token, int32 [pool rows, W].
+        columns: table columns that its grid covers: as the engine calls it, the width of page_table_1.
+    """
+    seq_lens, req_pool_indices, req_to_token = inputs
+    kernel(
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
+        cache_seqlens=to["cache_seqlens"],
+        cu_seqlens_k=to["cu_seqlens_k"],
+        page_table_1=to["page_indices"],
+        dsa_cache_seqlens=to["nsa_cache_seqlens"],
+        dsa_cu_seqlens_k=to["nsa_cu_seqlens_k"],
+        real_page_table=to.get("real_page_table", to["page_indices"]),
+        bs=seq_lens.numel(),
+        max_len=columns,
+        dsa_index_topk=index_topk,
+        physical_page_size=page_size,
+    )
+
+
+def refresh_each(
+    kernel: Any,
+    backends: list[MetadataBuffers],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    columns: int,
+    index_topk: int,
+    page_size: int,
+) -> None:
+    """A launch of one of its kernels for each backend, straight into the backend's tensors; see compute()."""
+    for backend in backends:
+        to = {field.name: tensor for field, tensor in backend.items()}
+        compute(kernel, to, inputs, columns, index_topk, page_size)
+
+
+def refresh(
+    backends: list[MetadataBuffers],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    columns: int,
+    index_topk: int,
+    page_size: int,
+) -> None:
+    """A refresh as the engine does it: one computation, one copy to three backends, one to each of the others.
+
+    With fewer than three backends each has a copy of its own.
+
+    Args:
+        inputs, columns, index_topk, page_size: as in compute().
+    """
+    found = kernels()
+    size, device = inputs[0].numel(), inputs[0].device
+    computed = _computed(size, columns, page_size, device)
+    compute(found.metadata.fused_dsa_decode_metadata, computed, inputs, columns, index_topk, page_size)
+    source = tuple(computed.get(name) for name in _COPIED)
+    together = backends[:_TOGETHER] if len(backends) >= _TOGETHER else []
+    if together:
+        found.copies.fused_metadata_copy_multi_cuda(
+            *source, None, None, *(tensor for backend in together for tensor in _destinations(backend)),
+            size, columns, size,
+        )  # fmt: skip
+    for backend in backends[len(together) :]:
+        to = _destinations(backend)
+        found.copies.fused_metadata_copy_cuda(
+            *source[:4], None, *source[4:], None, None,
+            *to[:4], None, *to[4:],
+            _DECODE, size, columns, columns, size,
+        )  # fmt: skip
+
+
+# The order of the fields in the copies' arguments, FlashMLA's two behind them, which aren't used here.
+_COPIED = (
+    "cache_seqlens",
+    "cu_seqlens_k",
+    "page_indices",
+    "nsa_cache_seqlens",
+    "nsa_cu_seqlens_k",
+    "real_page_table",
+)
+
+
+def _destinations(backend: MetadataBuffers) -> tuple[Tensor | None, ...]:
+    return (*(getattr(backend, name) for name in _COPIED), None, None)

@@ -1,0 +1,85 @@
+"""onelaunch bench on SGLang's own kernels: found in the wheel, called as the engine calls them, and right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+# The version whose calls the bench follows; others have the kernels elsewhere, and the bench says so.
+MEASURED_VERSION = "0.5.23"
+# In a process of its own, whose sglang is the bench's: modules without the packages that they are in. The engine's
+# launchers assert that tensors are on a GPU, which -O leaves out. The engine's copies are compiled for a GPU when they
+# are first called; here PyTorch copies in their place, from the arguments that the engine's own wrappers pass on.
+MEASURED = """
+import sys
+from types import ModuleType, SimpleNamespace
+
+import torch
+from onelaunch.cli.lab.bench import sglang_refresh
+from onelaunch.cli.lab.bench.cases import Case
+from onelaunch.cli.lab.bench.contenders import CONTENDERS
+from onelaunch.cli.lab.bench.implementation import Unsupported
+from onelaunch.cli.lab.bench.scene import Scene
+
+sys.modules["sglang.kernels.jit.utils"] = compiler = ModuleType("sglang.kernels.jit.utils")
+compiler.cache_once = lambda function: function
+compiler.make_cpp_args = lambda *arguments: arguments
+
+def must(true, *what):
+    if not true:
+        sys.exit(str(what))
+
+def copy(source, to):
+    for number, (tensor, place) in enumerate(zip(source, to, strict=True)):
+        must((tensor is None) == (place is None), number)
+        if tensor is not None and tensor.dim() == 2:
+            place[:, : tensor.shape[1]] = tensor
+        elif tensor is not None:
+            first = int(number in (1, 4))  # a copy doesn't write the first 0 of the sums
+            place[first:] = tensor[first:]
+
+def copy_to_three(*arguments):
+    *tensors, batch, columns, expanded = arguments
+    source, destinations = tensors[:8], [tensors[n : n + 8] for n in range(8, len(tensors), 8)]
+    must(len(destinations) == 3 and batch == expanded == len(source[0]) and columns == source[2].shape[1])
+    for to in destinations:
+        copy(source, to)
+
+def copy_to_one(*arguments):
+    *tensors, batch, columns, _, expanded = arguments
+    source, to = tensors[:9], tensors[9:]
+    must(batch == expanded == len(source[0]) and columns == source[2].shape[1] and source[4] is None and to[4] is None)
+    copy([*source[:4], *source[5:]], [*to[:4], *to[5:]])
+
+compiler.load_jit = lambda name, *a, **k: SimpleNamespace(
+    fused_metadata_copy_multi=copy_to_three, fused_metadata_copy=copy_to_one
+)
+print(sglang_refresh.version() or "none", hasattr(sys.modules["sglang"], "Engine"))
+ran = {"sglang": 0, "sglang-best": 0}
+for case in (Case(6, 999, 3, 1031), Case(1, 600, 1, 601, 1), Case(33, 40, 5, 140, 16)):
+    scene = Scene(case.lengths(), case.backends, case.width, case.page_size, torch.device("cpu"))
+    for name in ran:
+        try:
+            calls = CONTENDERS[name].variants(scene, case)
+        except Unsupported as error:
+            sys.exit(str(error))
+        for call in calls:
+            fault = CONTENDERS[name].check(scene, case, call)
+            must(not fault, name, str(case), fault)
+            ran[name] += 1
+print(ran)
+"""
+
+
+def test_its_kernels_are_measured_as_the_engine_calls_them(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-O", "-c", MEASURED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if version("sglang") != MEASURED_VERSION:
+        assert "this SGLang has no such kernels: No module named" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{MEASURED_VERSION} False", "{'sglang': 3, 'sglang-best': 12}"]
