@@ -400,6 +400,27 @@ def test_what_fails_or_is_wrong_takes_nothing_along(tampered: Callable[..., None
     assert data["complete"]
 
 
+def test_of_the_variants_that_work_the_fastest_counts() -> None:
+    case = CASES[0]
+
+    def variants(scene: Scene, case: Case) -> list[Callable[[], object]]:
+        (good,) = CONTENDERS["onelaunch"].variants(scene, case)
+        return [lambda: [][0], good, lambda: good()]
+
+    class Slower(Meter):
+        calls = 0
+
+        def cold_us(self, call: Callable[[], object]) -> list[float]:
+            self.calls += 1
+            return [10.0 * self.calls, 20.0 * self.calls, 30.0 * self.calls]
+
+    row = measuring.measure_one(
+        Slower(), Meter().scene(case, case.lengths()), case, Implementation("a", "", "", variants)
+    )
+    assert (row["status"], row["cold_us"], row["cold_quartiles"]) == ("ok", 20.0, [15.0, 25.0])
+    assert row["reason"] == "IndexError: list index out of range"
+
+
 def test_a_graph_that_is_wrong_where_eager_calls_are_right_is_not_timed() -> None:
     case = CASES[0]
 
