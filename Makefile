@@ -13,10 +13,10 @@ TRACES := tests/data/azure_2023_conversation.csv tests/data/mooncake_conversatio
 # An engine with the version of its pinned packages: tests/engines/requirements-$(ENGINE).txt. They are installed into a
 # folder of their own, which is put before the environment's packages when the tests run.
 ENGINE ?= sglang-0.5.23
-override ENGINE := $(patsubst vllm,vllm-0.33.0,$(ENGINE))
+override ENGINE := $(patsubst vllm,vllm-0.33.0,$(patsubst flashinfer,flashinfer-0.7.2.post1,$(ENGINE)))
 ENGINES := build/engines/$(ENGINE)
 
-.PHONY: demo test test-long matrix engines check gpu generate wheel clean
+.PHONY: demo test test-long matrix engines engines-gpu check gpu generate wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "onelaunch needs Python 3.11 or later; name one with PYTHON=..."'
@@ -50,8 +50,17 @@ $(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests
 	  --target $(ENGINES) -r $<
 	touch $@
 
-engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU, beside the project's packages
-	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
+engines: $(ENGINES)/.installed  ## run the integrations on an engine's own classes, on a CPU; WRITE=1 for README and results
+	rm -f $(ENGINES).jsonl
+	PYTHONPATH=$(ENGINES) TRITON_INTERPRET=1 ONELAUNCH_TEST_CACHE=build/engines/cache \
+	  ONELAUNCH_ENGINE_RESULTS=$(CURDIR)/$(ENGINES).jsonl \
+	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/engines
+	ONELAUNCH_ENGINE_RESULTS=$(ENGINES).jsonl $(BIN)/python tests/engines/results.py $(ENGINE) $(if $(WRITE),--write)
+
+# A machine without a network gets what it lacks from BUNDLE, which tests/engines/gpu/bundle.py makes.
+engines-gpu:  ## SGLang 0.5.17 end to end on a GPU, with and without onelaunch, in $(PYTHON)'s own environment
+	$(PYTHON) tests/engines/gpu/run.py tokens $(if $(BUNDLE),--bundle $(BUNDLE))
+	$(PYTHON) tests/engines/gpu/run.py times $(if $(BUNDLE),--bundle $(BUNDLE))
 
 check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates

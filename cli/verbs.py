@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -87,9 +88,13 @@ class Verbs(click.Group):
         except SystemExit as end:
             failure = _flush()
             if failure and not end.code:
-                click.echo(f"onelaunch: standard output can't be read or written: {failure}.", err=True)
+                _say(failure)
                 raise SystemExit(2) from None
             raise
+        except OSError as error:  # of a help text, which is printed before a verb runs
+            _flush()
+            _say(str(error.strerror))
+            raise SystemExit(2) from None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Removes --traceback, wherever it is among a verb's arguments."""
@@ -98,6 +103,11 @@ class Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the verb."""
         return guarded(lambda: super(Verbs, self).invoke(ctx))
+
+
+def _say(failure: str) -> None:
+    with contextlib.suppress(OSError):  # standard error may be as full
+        click.echo(f"onelaunch: standard output can't be read or written: {failure}.", err=True)
 
 
 def _flush() -> str:

@@ -109,6 +109,11 @@ __device__ __forceinline__ Rows rows_of(std::int64_t request) {
   return {request * kNextN, (request + 1) * kNextN};
 }
 
+// The table whose columns are tokens.
+__host__ __device__ __forceinline__ const auto& token_table(const Params& p) {
+  return p.page_indices;
+}
+
 // Calls write(table, pages per column) for each table whose columns are pages, or pools of pages.
 template <typename Write>
 __device__ __forceinline__ void for_each_page_table(const Params& p, const Write& write) {
@@ -411,12 +416,12 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
 }
 
 __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t row) {
-  return alignment_offset(p.page_indices, row);
+  return alignment_offset(token_table(p), row);
 }
 
 // An upper bound of the rows' alignment offsets: 0 if all rows begin at a boundary.
 inline std::int64_t largest_offset(const Params& p) {
-  const Table& table = p.page_indices[0];
+  const Table& table = token_table(p)[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
   const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
   return begin % kTileAlignment == 0 && stride % kTileAlignment == 0 ? 0 : kTileAlignment - 1;
@@ -466,7 +471,7 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
 template <int kTiles>
 __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns<kTiles>(p.page_indices, rows, source, static_cast<int>(p.req_to_token_width), first, ends);
+  copy_columns<kTiles>(token_table(p), rows, source, static_cast<int>(p.req_to_token_width), first, ends);
   read_pages<kTiles>(p, rows, source, first, ends);
 }
 

@@ -33,9 +33,8 @@ using SeqLen = std::int64_t;
 constexpr std::int32_t kShortestOffset = 1;  // smallest offset that a backend adds to seq_lens
 constexpr std::int32_t kLongestOffset = 3;  // largest offset that a backend adds to seq_lens
 constexpr int kNextN = 1;  // rows per request
-constexpr int kVectorWords = 4;  // a 16-byte access
-constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
-constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
+constexpr int kUnroll = 2;  // pages that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kUnroll;  // a tile: what one warp moves of a row
 constexpr int kBlocksPerSm = 4;  // limits the blocks for the tables
 constexpr int kWideTiles = 1;  // tiles that a warp takes at once where every warp has work
 using PoolIndex = std::int64_t;
@@ -297,22 +296,35 @@ __device__ __forceinline__ void store_pages(
   }
 }
 
-template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
-  static_assert(kTiles == 1);
-  constexpr int kWords = kTileColumns / kWarpSize;
+// Reads the numbers of this lane's pages of a tile; those behind the longest backend's are kPageFill.
+template <int kWords>
+__device__ __forceinline__ void read_page_numbers(
+    const Params& p, std::int64_t pool_row, std::int32_t (&numbers)[kWords], int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = pages_of(longest_end(ends));
-  std::int32_t numbers[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int page = first + lane + i * kWarpSize;
     numbers[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
   }
+}
+
+template <int kWords>
+__device__ __forceinline__ void write_page_numbers(
+    const Params& p, Rows rows, const std::int32_t (&numbers)[kWords], int first, Ends ends) {
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
     store_pages(p, table, pages_per_column, rows, numbers, first, ends);
   });
+}
+
+// ---- tables of pages alone, all of which is written --------------------------------------------------------------
+template <int kTiles>
+__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+  static_assert(kTiles == 1);
+  std::int32_t numbers[kTileColumns / kWarpSize];
+  read_page_numbers(p, pool_row, numbers, first, ends);
+  write_page_numbers(p, rows, numbers, first, ends);
 }
 
 // ---- which request a tile belongs to -----------------------------------------------------------------------------

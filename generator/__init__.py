@@ -29,7 +29,7 @@ from .errors import (
     ToolchainError,
 )
 from .spec.config import KernelConfig
-from .spec.fields import FIELDS, Field, MetadataBuffers, running_sum, vector
+from .spec.fields import FIELDS, Field, MetadataBuffers, packed, running_sum, table, vector
 from .spec.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ __all__ = [
     "fused_metadata_copy_cuda",
     "fused_metadata_precompute_and_broadcast_cuda",
     "into",
+    "packed",
     "paged_mqa_schedule",
     "precompute_decode_metadata_cuda",
     "precompute_draft_extend_metadata_cuda",
@@ -110,6 +111,7 @@ __all__ = [
     "running_sum",
     "sparse_flashmla_metadata",
     "specialize",
+    "table",
     "vector",
 ]
 

@@ -31,5 +31,5 @@ def check() -> None:
     if (major, minor) < OLDEST:
         raise ToolchainError(
             f"torch is {version}, and onelaunch needs {OLDEST[0]}.{OLDEST[1]} or later. Nothing was changed: "
-            "use an engine whose torch is that new, or leave onelaunch out (ONELAUNCH_DISABLE=1, or uninstall it)."
+            "use an engine whose torch is that new, or take onelaunch out."
         )

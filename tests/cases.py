@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onelaunch import FIELDS, KernelConfig, running_sum, vector
+from onelaunch import FIELDS, KernelConfig, packed, running_sum, table, vector
 from onelaunch.errors import ConfigError
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -43,6 +43,11 @@ class Shape:
         num_sms, num_sm_parts: of the schedules.
         max_indices: elements of kv_indices, if the requests need as many.
         seed: of the contents.
+        rows: the requests' rows of req_to_token; random if None.
+        zero_rows: rows of req_to_token whose tokens are all 0.
+        rewritten: columns of req_to_token that have other tokens than ``seed`` makes.
+        before: what was launched before on the same memory, which this launch finds as it was left, and which has room
+            for as many requests. Only the emulation knows it.
     """
 
     name: str
@@ -65,10 +70,21 @@ class Shape:
     num_sm_parts: int = 5
     max_indices: int = 5_000
     seed: int = 0
+    rows: tuple[int, ...] | None = None
+    zero_rows: tuple[int, ...] = ()
+    rewritten: tuple[int, ...] = ()
+    before: Shape | None = None
 
     def replace(self, **changes: Any) -> Shape:
         """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
+
+    def then(self, name: str, **changes: Any) -> Shape:
+        """The next launch on the same memory, with some attributes changed."""
+        changes.setdefault(
+            "spare_rows", len(self.lengths) + self.spare_rows - len(changes.get("lengths", self.lengths))
+        )
+        return self.replace(name=f"{self.name}, {name}", before=self, **changes)
 
     def within(self, longest: int) -> Shape:
         """The same with valid lengths and extend lengths: 0 or more, and at most ``longest``."""
@@ -124,6 +140,22 @@ SHAPES = (
     Shape("a remainder to share", (2500, 90), width=2503, token_phase=12, table_phase=4, seed=9),
     Shape("a remainder for half the blocks", (7000,), width=7003, token_phase=4, table_phase=12, seed=11),
 )
+# What happens to a request from step to step, one launch after the other on the same memory: it grows; it has another
+# place in the batch; tokens are rewritten; it is shorter, or not there; another one has its row. Row 1 has no tokens
+# but 0, as padding has. The last launch finds in most tiles what the first one left, and must not take that for what is
+# there.
+_FIRST = Shape("steps", (1290, 31, 600, 190, 0, 1280), width=1303, pool_rows=9, token_phase=4, table_phase=12, seed=12)
+_ROWS = (0, 1, 2, 3, 4, 5)
+STEPS = (
+    _FIRST.replace(rows=_ROWS, zero_rows=(1,))
+    .then("again")
+    .then("longer", lengths=(1293, 34, 603, 193, 3, 1283))
+    .then("moved", rows=(5, 1, 0, 2, 3, 4), lengths=(1283, 34, 1293, 603, 193, 3))
+    .then("rewritten", rewritten=(0, 310, 599, 1250))
+    .then("shorter", lengths=(20, 35, 1293, 0, 256, 1250))
+    .then("fewer", lengths=(1293, 36), rows=(6, 1))
+    .then("other rows", lengths=(1290, 31, 600, 190, 0, 1280), rows=(0, 7, 2, 8, 4, 5), rewritten=())
+)
 # Batches around a warp, a block and a window of the running sums.
 BATCHES = (0, 1, 2, 3, 5, 6, 7, 31, 32, 33, 100, 255, 256, 257, 700)
 # For the CPU target and the GPU: the widths give odd row strides, the batches cross a warp and a block.
@@ -174,6 +206,20 @@ STRATEGIES = {
         **VERIFY,
     ),
     "indices": KernelConfig(num_backends=3, seqlen_offsets=(1, 2, 3), fields=CSR),
+    "verified": KernelConfig(num_backends=3, writes="verified"),
+    "verified pages": KernelConfig(
+        num_backends=2,
+        fields=("real_page_table",),
+        page_size=7,
+        seqlen_offsets=(1, 80),
+        page_fill=-1,
+        writes="verified",
+    ),
+    "verified rows": KernelConfig(num_backends=2, fields=SEVEN, writes="verified", **VARIABLE),
+    "verified offsets": KernelConfig(
+        num_backends=3, seqlen_offsets=(0, 700, 5), page_size=16, vector_bytes=4, writes="verified"
+    ),
+    "verified indices": KernelConfig(num_backends=2, seqlen_offsets=(3, 1), fields=CSR, writes="verified"),
     "copy": KernelConfig(operation="copy", num_backends=3),
     "checked": KernelConfig(num_backends=2, checked=True),
     "checked variable rows": KernelConfig(num_backends=2, fields=SEVEN, checked=True, **VARIABLE),
@@ -194,6 +240,10 @@ DECLARE = {
     "narrow_input": vector("raw * 3 - base_len", "request"),
     "steps": vector("seq_len * 10 + step", "request"),
     "term": vector("nsa_cache_seqlens - rows", "row"),
+    "pages": table("token(column * page_size) // page_size + row", columns="ceil_div(seq_len, page_size)"),
+    "swa_pages": table("full_to_swa(token(column))", "request", columns="accept", fill=-1, dtype="int64", missing=2),
+    "packed_pages": packed("token(column * page_size) // page_size - step", at="page_sums"),
+    "packed_slots": packed("full_to_swa(column) + request", at="page_sums", dtype="int64"),
 }
 DECLARED: dict[str, Any] = {
     "declare": DECLARE,
@@ -204,9 +254,8 @@ DECLARED: dict[str, Any] = {
 }
 DECLARED_NAMES = tuple(DECLARE)
 STRATEGIES |= {
-    "declared": KernelConfig(fields=(*SEVEN, *DECLARED_NAMES), page_size=16, **DECLARED),
+    "declared": KernelConfig(fields=(*SEVEN, *DECLARED_NAMES[:-4]), page_size=16, **DECLARED),
     "declared rows": KernelConfig(
-        num_backends=2,
         fields=("cu_seqlens_k", *DECLARED_NAMES),
         strided=("positions", "is_live", "term", "swa_loc"),
         declare=DECLARE | {"row_sum": running_sum("seqlens_expanded + accept", "row", pad="last")},
@@ -217,7 +266,7 @@ STRATEGIES |= {
         num_backends=3,
         seqlen_offsets=(0, 3, 1),
         fields=("seqlens_expanded", *DECLARED_NAMES),
-        distinct=tuple((name, 1) for name in ("positions", "out_cache_loc", "accepted", "swa_loc")),
+        distinct=tuple((n, 1) for n in ("positions", "out_cache_loc", "accepted", "swa_loc", "swa_pages")),
         strided=("out_cache_loc", "steps"),
         **DECLARED,
     ),
@@ -228,9 +277,10 @@ STRATEGIES |= {
             "of_row": vector("token(row) - row", dtype="int64"),
             "own": vector("rows * 100 + row + accept", rows=2),
             "row_sum": running_sum("row + accept", "row", dtype="int64"),
+            "of_request": table("token(column) * rows", "request", columns="rows * 20"),
         },
         inputs={"accept": "int64"},
-        fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum"),
+        fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum", "of_request"),
         **VARIABLE,
     ),
 }
@@ -270,6 +320,14 @@ CONFIGURATIONS = {
     "offsets, filled rows": KernelConfig(
         num_backends=2, seqlen_offsets=(1, 80), fields=("nsa_cu_seqlens_k", "real_page_table"), page_fill=-1, **VERIFY
     ),
+    "offsets, filled and shared": KernelConfig(
+        num_backends=2,
+        seqlen_offsets=(80, 1),
+        fields=("real_page_table",),
+        distinct=(("real_page_table", 1),),
+        page_fill=-1,
+        **VERIFY,
+    ),
     "pools of pages": KernelConfig(index_kpool=4, page_size=2, fields=("pooled_real_page_table",)),
     "schedules alone": KernelConfig(num_backends=3, fields=SCHEDULES, distinct=(("num_splits", 1),)),
     "schedules of pools": KernelConfig(
@@ -290,6 +348,23 @@ CONFIGURATIONS = {
         checked=True,
     ),
     "indices beside": KernelConfig(num_backends=2, seqlen_offsets=(7,), fields=("cu_seqlens_k", *CSR, *SCHEDULES)),
+    "verified rows of requests": KernelConfig(num_backends=2, fields=SEVEN, writes="verified", **VERIFY),
+    "verified int64": KernelConfig(num_backends=2, page_size=7, req_to_token_dtype="int64", writes="verified"),
+    "verified equal rows": KernelConfig(num_backends=2, extent="full", page_size=16, writes="verified"),
+    "verified tokens, shared": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(9, 2, 5),
+        distinct=(("page_indices", 1),),
+        fields=("page_indices",),
+        writes="verified",
+    ),
+    "verified pools": KernelConfig(
+        index_kpool=4,
+        page_size=2,
+        num_backends=2,
+        fields=("real_page_table", "pooled_real_page_table"),
+        writes="verified",
+    ),
     "copy of rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=BY_BATCH),
     "copy of words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4),
     "copy of vectors": KernelConfig(operation="copy", num_backends=2, fields=("cu_seqlens_k",)),
@@ -352,6 +427,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "schedule_atoms": (0, 3),
     "schedule_split_cost": (0, 5),
     "flashmla_order": ("2026", "2025"),
+    "writes": ("all", "verified"),
     "indices": ("int32", "int64"),
 }
 

@@ -22,12 +22,15 @@ from onelaunch.run.copy_plan import CopyPlan
 from onelaunch.run.destinations import Destinations, backend_field
 from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
-from onelaunch.spec.vectors import evaluate_vectors
+from onelaunch.spec.fields import Packed, Table
+from onelaunch.spec.vectors import evaluate_columns, evaluate_vectors
 from support import POISON, Everything, Poisoned
 from torch import Tensor
 
 # The page size that a copy's tables are laid out for: a copy has no setting for it.
 COPIED_PAGE_SIZE = 16
+# Of declared tables and packed fields.
+TABLE_WIDTH, PACKED_CAPACITY = 290, 700
 # What a message of a checked plan says for each kind of violation.
 REPORTED = {
     "pool row": r"req_pool_indices\[{request}\] is {value};",
@@ -73,6 +76,7 @@ class Scene:
 
     def __init__(self, config: KernelConfig, shape: Shape, device: torch.device | str = "cpu") -> None:
         self.config, self.shape, self.device = config, shape, torch.device(device)
+        self.before = None if shape.before is None else Scene(config, shape.before, device)
         self._random = torch.Generator().manual_seed(shape.seed)
         bs = len(shape.lengths)
         self.copies = config.operation == "copy"
@@ -97,6 +101,8 @@ class Scene:
         self.tokens = [max(0, n) + longest for n in lengths]
         # Empty tensors would count as one that backends share.
         self.capacity = min(max(1, sum(self.tokens)), shape.max_indices)
+        if self.before is not None:
+            self.capacity = self.before.capacity
         self.columns = min(self._limits())
         self._inputs(extends)
         self.declared = {name: config.field(name) for name in config.fields if config.scope.declared(name)}
@@ -125,6 +131,8 @@ class Scene:
         rows = torch.randint(0, shape.pool_rows, (len(shape.lengths),), generator=self._random)
         if len(rows):
             rows[-1] = shape.pool_rows - 1  # the row with nothing behind it
+        if shape.rows is not None:
+            rows = torch.tensor(shape.rows, dtype=torch.int64)
         self._valid_rows = rows.clone()
         if shape.bad_pool_row is not None:
             rows[0] = shape.bad_pool_row
@@ -133,6 +141,8 @@ class Scene:
         self.extend_seq_lens = self._strided(torch.tensor(extends, dtype=torch.int64), config.extend_seq_lens_dtype)
         dtype = getattr(torch, config.req_to_token_dtype)
         tokens = self._tokens(shape.pool_rows, shape.width)
+        tokens[list(shape.zero_rows)] = 0
+        tokens[:, list(shape.rewritten)] ^= 1 << 20
         if dtype == torch.int64:
             beyond = torch.randint(0, 8, tokens.shape, generator=self._random) == 0
             tokens = torch.where(beyond, tokens + 3 * 2**32, tokens)
@@ -182,9 +192,17 @@ class Scene:
             height = (shape.spare_rows + len(shape.lengths)) * field.own_rows
         elif config.pads and name in config.row_fields and not config.variable_rows:
             height = (shape.spare_rows + len(shape.lengths)) * config.next_n
+        if self.before is not None and field.sized_by_batch:
+            height = self.before.destinations[name][0][0].shape[0] - field.extra
         made = []
         for d in range(config.destinations(name)):
-            if field.kind == "table":
+            if name in self.declared and field.kind == "table":
+                stride = TABLE_WIDTH + 3 + d
+                dtype = getattr(torch, config.dtype(name))
+                made.append(
+                    support.guarded(height, TABLE_WIDTH, row_stride=stride, offset=d, dtype=dtype, device=self.device)
+                )
+            elif field.kind == "table":
                 # 16-byte stores need one phase in all destinations; with 4-byte stores each gets its own.
                 aligned = config.vector_bytes == 16 and (name == "page_indices" or self.copies)
                 stride = self.widths[name] + shape.table_pad + (4 * d if aligned else d)
@@ -199,12 +217,14 @@ class Scene:
                     "paged_mqa_schedule_metadata": (shape.num_sms + 1, 2),
                     "flashmla_metadata": (shape.num_sm_parts, 8),
                     "kv_indices": (self.capacity,),
-                }.get(name, (height + field.extra,))
+                }.get(name, (PACKED_CAPACITY,) if field.kind == "packed" else (height + field.extra,))
                 dtype = getattr(torch, config.dtype(name))
                 stride = 2 + d if name in config.strided else None
                 made.append(
                     support.guarded(*dimensions, row_stride=stride, offset=d % 4, dtype=dtype, device=self.device)
                 )
+            if self.before is not None:
+                made[-1][0].copy_(self.before.wanted(name, d))
         return made
 
     def _which(self, backend: int, name: str) -> int:
@@ -225,7 +245,7 @@ class Scene:
         return wanted
 
     def _poisoned(self, count: int) -> list[MetadataBuffers]:
-        """Dense poisoned buffers for the reference, shared by backends as the destinations are."""
+        """Dense buffers of the destinations' content for the reference, shared by backends as the destinations are."""
         made: dict[tuple[str, int], Tensor] = {}
         backends = []
         for index in range(count):
@@ -233,8 +253,10 @@ class Scene:
             for name, tensors in self.destinations.items():
                 key = name, self._which(index, name)
                 if key not in made:
+                    # What it holds before the launch: poison, or what the one before left.
                     tensor = tensors[key[1]][0]
-                    made[key] = support.poisoned(tensor.shape, tensor.dtype, self.device)
+                    made[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                    made[key].copy_(tensor)
                 setattr(buffers, name, made[key])
             backends.append(buffers)
         return backends
@@ -283,17 +305,30 @@ class Scene:
     def _evaluate(self, buffers: MetadataBuffers, step: int) -> None:
         """What the formulas of declared fields are with PyTorch, and the padding behind."""
         config = self.config
-        values = evaluate_vectors(
-            config,
-            self.seq_lens,
-            self.extend_seq_lens if config.variable_rows else None,
-            step,
-            inputs=self.inputs,
-            tables={"token": self.req_to_token, **self.tables},
-            req_pool_indices=self._valid_rows.to(self.device),
-        )
+        extends = self.extend_seq_lens if config.variable_rows else None
+        given: dict[str, Any] = {
+            "inputs": self.inputs,
+            "tables": {"token": self.req_to_token, **self.tables},
+            "req_pool_indices": self._valid_rows.to(self.device),
+        }
+        values = evaluate_vectors(config, self.seq_lens, extends, step, **given)
         for name, field in self.declared.items():
-            tensor = getattr(buffers, name)
+            tensor, declared = getattr(buffers, name), field.declaration
+            if isinstance(declared, Table | Packed):
+                width = TABLE_WIDTH if isinstance(declared, Table) else PACKED_CAPACITY
+                elements, counts = evaluate_columns(config, name, width, self.seq_lens, extends, step, **given)
+                begins = counts.long().cumsum(0) - counts
+                for row, (count, begin) in enumerate(zip(counts.tolist(), begins.tolist(), strict=True)):
+                    if isinstance(declared, Table):
+                        tensor[row, : max(count, 0)] = elements[row, : max(count, 0)]
+                        if declared.fill is not None:
+                            tensor[row, max(count, 0) :] = declared.fill
+                    else:
+                        stop = min(count, PACKED_CAPACITY - begin)
+                        first = max(0, -begin)
+                        if stop > first:
+                            tensor[begin + first : begin + stop] = elements[row, first:stop]
+                continue
             found = values[name]
             tensor[: found.numel()] = found
             if field.pad is not None and self.captured_size is not None:

@@ -27,7 +27,9 @@ FREE_THREADED = ("3.13t", "3.14t")
 def pairs() -> list[tuple[str, str]]:
     """(Python, what pip installs as torch): every Python with the newest torch, and the oldest one with the oldest."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    oldest = next(found[1] for line in project["dependencies"] if (found := re.fullmatch(r"torch>=([\d.]+)", line)))
+    found = re.search(r"^OLDEST = \((\d+), (\d+)\)$", (ROOT / "generator" / "torch_version.py").read_text(), re.M)
+    assert found is not None, "the version that is checked at the first use"
+    oldest = f"{found[1]}.{found[2]}"
     assert project["requires-python"] == f">={PYTHONS[0]}", "the table of Pythons above"
     return [(PYTHONS[0], f"torch=={oldest}.*"), *((python, "torch") for python in PYTHONS)]
 

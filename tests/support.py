@@ -143,7 +143,7 @@ def destination(
             width = page_columns(columns, tokens)
             stride = row_stride(width, strides) + extra_stride
             tensors[name], storages[name] = guarded(height, width, row_stride=stride, offset=offset, device=device)
-        elif kind in ("schedule", "indices"):
+        elif kind in ("schedule", "packed"):
             shape = (shapes or {})[name]
             tensors[name], storages[name] = guarded(*shape, offset=offset, device=device)
         else:

@@ -396,9 +396,10 @@ RUN: list[Case] = [
 @pytest.mark.parametrize("earlier", [False, True], ids=["first call", "later call"])
 @named(RUN)
 def test_run(device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...], earlier: bool) -> None:
-    """What a plan remembers of an earlier, good call must not let a bad one through."""
+    """What a plan remembers of an earlier, good call must not let a bad one through, which leaves the plan usable."""
     scene = Scene(device)
     plan = bind(scene)
+    good = scene.seq_lens, scene.rows
     if earlier:
         plan.run(scene.seq_lens, scene.rows, max_len=1)
         plan.run(scene.seq_lens, scene.rows, max_len=16)
@@ -407,6 +408,9 @@ def test_run(device: torch.device, change: Callable[[Scene], None], fragments: t
     refused(ArgumentError, fragments, lambda: plan.run(scene.seq_lens, scene.rows, **scene.facts))
     assert_untouched(scene.poisoned)
     assert plan.launches == 2 * earlier
+    plan.run(*good)
+    assert plan.launches == 2 * earlier + 1
+    assert all(b.buffers.cache_seqlens.tolist() == [3, 40, 17, 0, support.POISON] for b in scene.poisoned)
 
 
 @pytest.mark.parametrize("name", ["seq_lens", "req_pool_indices"])

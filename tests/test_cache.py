@@ -219,7 +219,7 @@ def test_a_new_build_keeps_the_bound(store: Store, no_compiler: None, monkeypatc
 
 def test_a_use_is_stamped(store: Store) -> None:
     key = loader.load(CONFIGS[2], store=store).key
-    assert time.time() - store.used(key) < 60
+    assert time.time() - store.used(key) < 600
     used(store, key, 0.01)
     before = store.used(key)
     store.stamp(key)

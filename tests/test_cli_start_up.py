@@ -47,8 +47,11 @@ def run(words: str, **environment: str) -> tuple[list[str], float]:
 def test_quick_verbs_import_no_large_package(words: str) -> None:
     loaded, seconds = run(words)
     assert tuple(loaded) == VERBS[words]
-    # 0.1 to 0.35 s. The first run may compile modules, and a loaded machine may take twice as long.
-    assert min(seconds, run(words)[1]) < 0.8
+    # 0.1 to 0.35 s. The first run may compile modules, and on a busy machine some take twice as long.
+    tries = [seconds]
+    while min(tries) >= 0.8 and len(tries) < 8:
+        tries.append(run(words)[1])
+    assert min(tries) < 0.8
 
 
 def test_completion_imports_no_large_package() -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from onelaunch import ConfigError, KernelConfig, Map, MetadataBuffers, into, running_sum, vector
+from onelaunch import ConfigError, KernelConfig, Map, MetadataBuffers, into, packed, running_sum, table, vector
 from onelaunch.errors import ArgumentError
+from onelaunch.inspect.traffic import traffic
 from onelaunch.load.prebuild import read_matrix
 from onelaunch.spec.settings import parse_settings
+from onelaunch.spec.vectors import described
 from torch import Tensor
 
 POOL = torch.arange(40, dtype=torch.int32).view(4, 10)
@@ -68,7 +70,7 @@ def test_a_transposed_buffer() -> None:
 
 def test_inputs_constants_maps_and_sources() -> None:
     """vLLM's slot mapping of a KV group, and SGLang's location in the sliding-window pool."""
-    table = torch.tensor([[5, 6, 7], [1, 2, 3]], dtype=torch.int32)
+    blocks = torch.tensor([[5, 6, 7], [1, 2, 3]], dtype=torch.int32)
     slots, swa, new_lens = blank(3, dtype=torch.int64), blank(3), blank(3, dtype=torch.int64)
     plan = bound(
         {
@@ -78,7 +80,7 @@ def test_inputs_constants_maps_and_sources() -> None:
         },
         inputs={"accept_lens": torch.int32, "index": torch.int64},
         constants={"block": 4, "most": 9},
-        sources={"blocks": table},
+        sources={"blocks": blocks},
         maps={"full_to_swa": Map(torch.arange(100, 130), outside=-1)},
     )
     accept = torch.tensor([1, 3, 5], dtype=torch.int32)
@@ -102,6 +104,19 @@ def test_sums_over_rows_and_a_last_element_as_padding() -> None:
     plan.run(LENGTHS, ROWS, torch.tensor([2, 0, 3]), captured_size=4)
     assert starts.tolist() == [0, 2, 2, 5, 5, -7]
     assert lasts.tolist() == [0, 1, 1, 3, 3]
+
+
+def test_how_many_rows_a_request_has() -> None:
+    starts, extends = blank(4), blank(3)
+    bound(
+        {
+            "qo_indptr": into(running_sum("rows"), starts),
+            "extend_start": into(vector("request * rows", "request"), extends),
+        },
+        mode="target_verify",
+        next_n=5,
+    ).run(LENGTHS, ROWS)
+    assert (starts.tolist(), extends.tolist()) == ([0, 5, 10, 15], [0, 5, 10])
 
 
 def test_a_term_is_named_and_not_written() -> None:
@@ -241,6 +256,11 @@ def test_the_banner_says_what_was_declared() -> None:
         ({"mine": vector("full(1)")}, {"maps": {"full": "int64"}}, r"maps\[full\] is 'int64'; it must be a dtype and"),
         ({"mine": vector("1")}, {"strided": ("cu_seqlens_k",)}, "strided is 'cu_seqlens_k'"),
         ({"mine": vector("1")}, {"inputs": {f"i{n}": "int32" for n in range(16)}}, "inputs has 16 names; allowed: 15"),
+        (
+            {"mine": vector("row", pad=0)},
+            {"mode": "draft_extend", "extend": "variable"},
+            "mine, which has a pad and one",
+        ),
         ({"mine": vector("1")}, {"operation": "copy"}, "mine, which is declared, and operation is 'copy'"),
     ],
 )
@@ -274,10 +294,10 @@ def test_destinations_that_do_not_fit() -> None:
 
 def test_a_plan_reads_nothing_that_it_writes() -> None:
     """No field reads a destination: neither a source or map, nor an input of a call, may lie in one."""
-    table, lens = blank(4, 10), blank(3, dtype=torch.int64)
-    for sources in ({"sources": {"table": table}}, {"maps": {"table": Map(table.flatten())}}):
-        with pytest.raises(ArgumentError, match=r"declare\['mine'\] overlaps the source or map 'table' in memory"):
-            bound({"mine": into(vector("table(1)", "request"), table[1])}, **sources)
+    read, lens = blank(4, 10), blank(3, dtype=torch.int64)
+    for sources in ({"sources": {"looked_up": read}}, {"maps": {"looked_up": Map(read.flatten())}}):
+        with pytest.raises(ArgumentError, match=r"declare\['mine'\] overlaps the source or map 'looked_up' in memory"):
+            bound({"mine": into(vector("looked_up(1)", "request"), read[1])}, **sources)
     declared = {"mine": into(vector("base_len + old", "request", dtype="int64"), lens)}
     plan = bound(declared, inputs={"old": torch.int64})
     with pytest.raises(ArgumentError, match=r"old overlaps declare\['mine'\] in memory; the kernel would read"):
@@ -287,7 +307,7 @@ def test_a_plan_reads_nothing_that_it_writes() -> None:
     with pytest.raises(ArgumentError, match="overlaps req_to_token"):
         bound({"mine": into(vector("1", "request"), POOL[0])})
     with pytest.raises(ArgumentError, match=r"declare\['b'\] overlaps declare\['a'\] in memory"):
-        bound({"a": into(vector("1", "request"), table[0, :4]), "b": into(vector("2", "request"), table[0, 3:])})
+        bound({"a": into(vector("1", "request"), read[0, :4]), "b": into(vector("2", "request"), read[0, 3:])})
     assert lens.tolist() == [-7] * 3
 
 
@@ -336,3 +356,74 @@ def test_arguments_of_another_kind() -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             onelaunch.bind([MetadataBuffers(cache_seqlens=blank(3))], req_to_token=POOL, **more)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def test_a_table_of_pages_and_one_of_another_pool() -> None:
+    """FA3's page_table and swa_page_table, what is not live is filled or left alone."""
+    pages, swa = blank(3, 4), blank(3, 4)
+    bound(
+        {
+            "pages": into(
+                table("token(column * page_size) // page_size", columns="ceil_div(seq_len, page_size)"), pages
+            ),
+            "swa_pages": into(
+                table("full_to_swa(token(column * page_size)) // page_size", columns="ceil_div(base_len, 4)", fill=-1),
+                swa,
+            ),
+        },
+        page_size=4,
+        seqlen_offsets=[1],
+        maps={"full_to_swa": Map(torch.arange(29) * 8, -1)},
+    ).run(LENGTHS, ROWS)
+    assert pages.tolist() == [[7, -7, -7, -7], [2, -7, -7, -7], [5, 6, 7, -7]]
+    assert swa.tolist() == [[-1, -1, -1, -1], [-1] * 4, [40, 48, -1, -1]]
+
+
+def test_pages_one_behind_the_other() -> None:
+    """FlashInfer's plan inputs in pages: kv_indptr, kv_indices and last_page_len. What doesn't fit is dropped."""
+    indptr, indices, last = blank(4), blank(2), blank(3)
+    bound(
+        {
+            "page_indptr": into(running_sum("ceil_div(seq_len, page_size)"), indptr),
+            "page_ids": into(packed("token(column * page_size) // page_size", at="page_indptr"), indices),
+            "last_page_len": into(vector("where(seq_len > 0, (seq_len - 1) % page_size + 1, 0)", "request"), last),
+        },
+        page_size=4,
+    ).run(LENGTHS, ROWS)
+    assert indptr.tolist() == [0, 1, 1, 3]
+    assert indices.tolist() == [30 // 4, 20 // 4]
+    assert last.tolist() == [2, 0, 4]
+
+
+def test_tables_that_are_refused() -> None:
+    for declare, message in (
+        ({"mine": table("column", columns="row")}, "names row, which is per row"),
+        ({"mine": table("column", columns="column")}, "there is no 'column' here"),
+        ({"mine": vector("column")}, "there is no 'column' here"),
+        ({"mine": table("column", columns="1", fill=2**31)}, "the fill of mine is 2147483648"),
+        ({"mine": table("column", columns="1", dtype="bool")}, "the dtype of mine is 'bool'"),
+        ({"mine": packed("column", at="cache_seqlens")}, "the at of mine is 'cache_seqlens'; allowed: 'cu_seqlens_k'"),
+        ({"mine": packed("column", at="nsa_cu_seqlens_k")}, "the at of mine is 'nsa_cu_seqlens_k'"),
+        ({"mine": {"kind": "table", "formula": "1"}}, "a table has columns, too"),
+        ({"mine": {"kind": "packed", "formula": "1"}}, "a packed has at, too"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            KernelConfig(fields=("mine",), declare=declare)
+    with pytest.raises(ConfigError, match="mine, a declared table with a row per row, and extend is 'variable'"):
+        KernelConfig(
+            fields=("mine",), declare={"mine": table("1", columns="1")}, mode="draft_extend", extend="variable"
+        )
+
+
+def test_describe_knows_declared_fields() -> None:
+    declare = {
+        "pages": table("token(column)", columns="ceil_div(seq_len, 4)", dtype="int64"),
+        "own": vector("1", rows=3),
+    }
+    config = KernelConfig(fields=("pages", "own"), declare=declare, num_backends=2)
+    found = {each.field: (each.shape, each.bytes) for each in traffic(config, [9, 3]).written}
+    assert found == {"pages": ((2, 2.0), 2 * 4 * 8), "own": ((6,), 2 * 6 * 4)}
+    assert described(config, "pages") == "token(column), for columns below ceil_div(seq_len, 4)"

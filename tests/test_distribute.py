@@ -134,7 +134,7 @@ def said(folder: Path) -> dict[str, list[dict[str, Any]]]:
     results = []
     try:
         for rank, process in enumerate(started):
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=900)
             assert process.returncode == (-signal.SIGKILL if rank in (0, 3) else 0), err
             results.append({how: result for line in out.splitlines() for how, result in json.loads(line).items()})
     finally:

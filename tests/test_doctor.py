@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from onelaunch import ToolchainError
+from onelaunch import ToolchainError, torch_version
 from onelaunch.build import toolchain
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
@@ -78,3 +78,13 @@ def test_an_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row.name: row for row in doctor._versions("11.8", {"driver": "999.1"})}
     assert rows["nvcc with driver"].level == "ok"
     assert rows["nvcc with torch"].level == "note"
+
+
+def test_a_torch_that_is_too_old_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        raise ToolchainError("torch is 2.9.1, and onelaunch needs 2.11 or later.")
+
+    monkeypatch.setattr(torch_version, "check", check)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "onelaunch: fix this first: torch is not usable: torch is 2.9.1, and onelaunch needs 2.11" in result.stderr

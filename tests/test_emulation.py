@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from cases import CONFIGURATIONS, FAR, LONG_ROWS, RAGGED, SHAPES, STRATEGIES, Shape
+from cases import CONFIGURATIONS, FAR, LONG_ROWS, RAGGED, SHAPES, STEPS, STRATEGIES, Shape
 from emulation import harness
 from emulation.faults import FAULTS
 from emulation.harness import CompileError, Outcome
@@ -44,6 +44,8 @@ def shapes_for(config: KernelConfig, sanitizer: str) -> tuple[Shape, ...]:
     many = Shape("many", tuple(range(requests)), width=90, max_len=70, token_pad=1, seed=6)
     # Large batches of many backends take long, and no path of the kernel depends on the number.
     heavy = (*long, many) if config.num_backends < 16 else ()
+    if config.verified:
+        heavy += (STEPS,)
     # ThreadSanitizer has no use for far addresses, and the shadow of so much memory is slow.
     return (*SHAPES, *heavy, *((FAR,) if sanitizer != "thread" else ()))
 

@@ -21,6 +21,7 @@ from onelaunch.spec.expressions import (
     MAX_CHARACTERS,
     Constant,
     Dtype,
+    LookUp,
     Name,
     Node,
     Number,
@@ -30,15 +31,21 @@ from onelaunch.spec.expressions import (
     substitute,
     text,
 )
+from torch import Tensor
 
 INPUTS = ("seq_len", "rows", "row")
 CONSTANTS = {"page_size": 64, "index_topk": 7, "index_kpool": 1}
 DTYPES: tuple[Dtype, ...] = ("int32", "int64")
+# What look-ups read: tables with elements of any width, small so that many places lie outside.
+_ELEMENTS = torch.randint(-(2**62), 2**62, (3, 41), generator=torch.Generator().manual_seed(4))
+TABLES = {"token": _ELEMENTS.int(), "blocks": _ELEMENTS % 2**33 - 2**32, "swa": torch.arange(-9, 50, dtype=torch.int32)}
+POOL_ROW = 2
 EDGES = (0, 1, -1, 2, 5, 63, 64, 65, 2**31 - 1, -(2**31), 2**30, -(2**30) - 1, 46341, -65536)
 
 
 def tree(formula: str, dtype: Dtype = "int32") -> Node:
-    return parse(formula, "a_field", INPUTS, CONSTANTS, dtype)
+    read = {"token": (1, 2, 0), "blocks": (1, 2, 0), "swa": (1, 1, 0)}
+    return parse(formula, "a_field", INPUTS, CONSTANTS, dtype, read)
 
 
 def folded(formula: str, dtype: Dtype = "int32") -> Node:
@@ -59,7 +66,13 @@ def random_formula(chance: random.Random, dtype: Dtype, depth: int = 4) -> Node:
 
     if depth == 0 or chance.random() < 0.2:
         return leaf()
-    match chance.randrange(6):
+    match chance.randrange(7):
+        case 6:
+            source = chance.choice([*TABLES])
+            count = 1 if source != "blocks" else chance.randint(1, 2)
+            near = [Operation("%", (inner(), Number(chance.choice([2, 40, 45])))) for _ in range(count)]
+            places = tuple(chance.choice([place, inner()]) for place in near)
+            return LookUp(source, places, chance.choice([0, -1, 7, 2**31 - 1, -(2**31)]))
         case 0:
             op = chance.choice(["<", "<=", ">", ">=", "==", "!="])
             return Operation(op, (inner(), inner()))
@@ -244,6 +257,7 @@ def test_how_formulas_look_in_cpp(formula: str, dtype: Dtype, wanted: str) -> No
     assert emitted.cpp(folded(formula, dtype), dtype) == wanted
 
 
+HELPERS = ("wrapping", "floor_div", "floor_mod", "ceil_div", "look_up")
 PRELUDE = """
 #include <algorithm>
 #include <cstdint>
@@ -256,21 +270,67 @@ using std::min;
 constexpr int kPageSize = 64;
 constexpr std::int32_t kIndexTopk = 7;
 constexpr std::int32_t kIndexKpool = 1;
+template <typename T>
+struct Source {
+  const T* data;
+  std::int64_t rows, row_stride, columns;
+};
+template <typename T>
+struct Map {
+  const T* data;
+  std::int64_t size;
+};
+template <typename T>
+T __ldg(const T* at) {
+  return *at;
+}
+ARRAYS
+struct Params {
+  Source<std::int64_t> user_blocks{blocks, 3, 41, 41};
+  Map<std::int32_t> user_swa{swa, 59};
+};
+const Params p;
+constexpr std::int64_t request = 0, pool_row = POOL_ROW;
+inline Source<std::int32_t> token_source(const Params&) {
+  return {token, 3, 41, 41};
+}
+inline void check_look_up(const Params&, std::int64_t, std::int64_t, std::int64_t) {}
 """
+
+
+def prelude() -> str:
+    arrays = [
+        f"constexpr std::{'int64' if table.dtype == torch.int64 else 'int32'}_t {name}[] = {{"
+        + ", ".join("(-2147483647 - 1)" if v == -(2**31) else str(v) for v in table.flatten().tolist())
+        + "};"
+        for name, table in TABLES.items()
+    ]
+    return PRELUDE.replace("ARRAYS", "\n".join(arrays)).replace("POOL_ROW", str(POOL_ROW))
+
+
+def looked_up(node: LookUp, places: list[Tensor]) -> Tensor:
+    """The elements by Python's own indexing, one by one."""
+    table, found = TABLES[node.source], []
+    shape = torch.broadcast_shapes(*(place.shape for place in places), (1,))
+    for place in zip(*(each.expand(shape).flatten().tolist() for each in places), strict=True):
+        at = (POOL_ROW, *place) if len(place) < table.dim() else place
+        inside = all(0 <= index < length for index, length in zip(at, table.shape, strict=True))
+        found.append(int(table[at]) if inside else node.missing)
+    return torch.tensor(found)
 
 
 def compare(formulas: list[tuple[Node, Dtype]], inputs: list[tuple[int, ...]], folder: Path) -> None:
     """Compiles the formulas into one program, runs them on the inputs, and compares with PyTorch's values."""
     device = importlib.resources.files("onelaunch.templates") / "device"
-    helpers = [(device / f"{name}.cuh").read_text() for name in ("wrapping", "floor_div", "floor_mod", "ceil_div")]
-    source = [PRELUDE, *helpers, f"constexpr int kInputs[][{len(INPUTS)}] = {{"]
+    helpers = [(device / f"{name}.cuh").read_text() for name in HELPERS]
+    source = [prelude(), *helpers, f"constexpr int kInputs[][{len(INPUTS)}] = {{"]
     source += ["{" + ", ".join("(-2147483647 - 1)" if v == -(2**31) else str(v) for v in row) + "}," for row in inputs]
     source += ["};"]
     for number, (node, dtype) in enumerate(formulas):
         kind = "std::int64_t" if dtype == "int64" else "std::int32_t"
         source += [
             f"{kind} formula_{number}({', '.join(f'[[maybe_unused]] int {name}' for name in INPUTS)}) {{",
-            f"  return {emitted.cpp(fold(node, dtype), dtype)};",
+            f"  return {emitted.cpp(fold(node, dtype), dtype, maps=['swa'])};",
             "}",
         ]
     source += ["int main() {", "  for (const auto& in : kInputs) {"]
@@ -294,13 +354,15 @@ def compare(formulas: list[tuple[Node, Dtype]], inputs: list[tuple[int, ...]], f
     for number, (node, dtype) in enumerate(formulas):
         kind = torch.int64 if dtype == "int64" else torch.int32
         of_names = {name: column.to(kind) for name, column in zip(INPUTS, columns, strict=True)}
-        expected = evaluate(node, of_names)
+        expected = evaluate(node, of_names, looked_up)
         assert expected.dtype == kind
-        assert torch.equal(expected, evaluate(fold(node, dtype), of_names)), f"{text(node)} folded in {dtype}"
+        assert torch.equal(expected, evaluate(fold(node, dtype), of_names, looked_up)), (
+            f"{text(node)} folded in {dtype}"
+        )
         wrong = (values[:, number] != expected).nonzero().flatten().tolist()
         assert not wrong, (
             f"{text(node)} in {dtype} of {inputs[wrong[0]]} is {values[wrong[0], number]}; PyTorch's is "
-            f"{expected[wrong[0]]}\n{emitted.cpp(fold(node, dtype), dtype)}"
+            f"{expected[wrong[0]]}\n{emitted.cpp(fold(node, dtype), dtype, maps=['swa'])}"
         )
 
 

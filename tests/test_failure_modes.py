@@ -27,7 +27,7 @@
                                                            test_toolchain.test_nothing_found_lists_every_place_...
  F12   read-only HOME, writes at import                    test_a_named_folder_that_cant_be_written,
                                                            test_a_named_folder_whose_place_is_taken,
-                                                           test_compile.test_import_writes_nothing_and_touches_no_gpu
+                                                           test_import.test_the_import_does_nothing
  F13   first request compiles                              test_compile.test_frozen, test_prebuild.py
  F14   build or load inside graph capture                  test_nothing_is_loaded_while_a_graph_is_captured,
                                                            test_gpu.test_a_capture_refuses_a_kernel_that_isnt_loaded

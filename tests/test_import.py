@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pickle
 import re
 import subprocess
@@ -35,6 +36,32 @@ def test_nothing_heavy_is_imported_before_it_is_needed(use: str, imported: list[
     done = run(f"import sys, onelaunch\n{use}\nprint(*[name for name in {HEAVY} if name in sys.modules])")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == imported
+
+
+def test_the_import_does_nothing(tmp_path: Path) -> None:
+    """No file is written, no process started, no GPU touched; and torch's own build tools stay away."""
+    code = """
+import subprocess, sys
+def refuse(*args, **kwargs):
+    raise SystemExit("a process was started")
+started = subprocess.run, subprocess.Popen
+subprocess.run = subprocess.Popen = refuse
+import onelaunch, onelaunch.build.toolchain
+assert "torch" not in sys.modules
+subprocess.run, subprocess.Popen = started
+import torch  # which starts one
+subprocess.run = subprocess.Popen = refuse
+onelaunch.bind, onelaunch.specialize
+assert not torch.cuda.is_initialized()
+print(*({"torch.utils.cpp_extension", "jinja2", "ninja", "filelock", "click", "setuptools"} & set(sys.modules)))
+"""
+    folders = {"HOME": ".", "XDG_CACHE_HOME": "cache", "ONELAUNCH_CACHE_DIR": "store", "TMPDIR": "."}
+    environment = {**os.environ, **{name: str(tmp_path / path) for name, path in folders.items()}}
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_public_name_is_there_and_is_declared_once() -> None:

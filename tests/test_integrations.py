@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +18,12 @@ import support
 import torch
 from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, preset
 from onelaunch.integrations import flashinfer, sglang
+from onelaunch.integrations.sglang.places import PLACES
 from onelaunch.spec import reference
 from support import POISON
 from torch import Tensor
 
+ROOT = Path(__file__).parent.parent
 WIDTH = 331
 LENGTHS = {1: [97], 4: [0, 5, 331, 64], 3: [1, 200, 77]}
 
@@ -365,7 +368,7 @@ def test_what_flashinfers_helper_refuses() -> None:
     with pytest.raises(ArgumentError, match="page_size is 16; allowed: 1"):
         flashinfer.bind_backends([paged], source, page_size=16)
     paged._page_size = 16
-    with pytest.raises(ArgumentError, match="planned with page_size 16; allowed: 1"):
+    with pytest.raises(ArgumentError, match="planned with pages of 16 tokens or more; allowed: 1"):
         flashinfer.bind_backends([paged], source)
     for tensors in ([multi.kv_indptr], [multi.cuda_graph_kv_indices]):
         assert all(bool((tensor == POISON).all()) for tensor in tensors), "something was written"
@@ -666,3 +669,18 @@ def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] []"
+
+
+def test_the_readmes_table_is_made_from_the_results_of_make_engines() -> None:
+    """Each row is a class that a test held against its engine: see tests/engines/results.py, which writes both."""
+    sys.path.insert(0, str(ROOT / "tests" / "engines"))
+    try:
+        import results
+    finally:
+        sys.path.pop(0)
+    made = results.committed()
+    assert {result["engine"] for result in made} == {"SGLang", "FlashInfer", "vLLM"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.with_table(readme, made) == readme, "run make engines WRITE=1"
+    served = {name for result in made if result["engine"] == "SGLang" for name in result["classes"]}
+    assert served == set(PLACES), "a class that is served and that no test holds against the engine"

@@ -128,7 +128,7 @@ def test_what_killed_processes_leave_is_swept(
         if number % 8 == 3:
             began = time.monotonic()
             assert traced(lambda store=store: loader.load(wanted, store=Store(store.root)), 0)
-            assert time.monotonic() - began < 60
+            assert time.monotonic() - began < 300, "it waited for the dead"
     assert (left > 0) == (situation != "it is built")
     # As if the last of them had died a while ago.
     monkeypatch.setattr(files.time, "time", lambda now=time.time: now() + 3600)

@@ -92,7 +92,7 @@ def test_a_browser_lights_what_belongs_together(page: Path) -> None:
     both = {line[0] for line in found.panes["sass"]} & {line[0] for line in found.panes["ptx"]} - {""}
     line = min(both, key=int)
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}#line-{line}"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900).stdout
     for name, lines in Lines(shown).panes.items():
         held = {each[0] for each in lines if "held" in each[1].split()}
         assert held == {line}, name

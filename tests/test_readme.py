@@ -79,7 +79,17 @@ def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
     (indices,) = [block for block in others if "kv_indices" in block]
     exec(indices, names)
     assert_refreshed(names["flat"], seqlen_offsets=(1, 2, 3))
-    rest = [block for block in others if block not in (lists, indices)]
+    (declared,) = [block for block in others if "declare=" in block]
+    assert declared is others[0], "the first example after the main one"
+    exec(declared, names)
+    lens, pool_rows, pool = inputs
+    bs, columns = len(lens), lens[:, None] + torch.arange(4, device=lens.device)
+    assert names["plan"].launches == 1
+    assert torch.equal(names["positions"][:bs], lens)
+    assert not names["positions"][bs:].any()
+    assert torch.equal(names["slots"][:bs], pool[pool_rows[:, None], columns].long())
+    assert_refreshed(backends)
+    rest = [block for block in others if block not in (lists, indices, declared)]
     assert len(rest) == 1, "the lines that tests/engines/test_attach.py runs, and none beside them"
     assert rest[0].startswith("from onelaunch.integrations")
 
@@ -248,7 +258,7 @@ def test_the_walks_of_the_architecture(section: str, files: set[str], presets: l
     script.write_text(f"GENERATED = {str(ROOT / 'generated')!r}\n{code}\n{UNCHANGED}", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False, timeout=300, env=environment
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=900, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(presets)

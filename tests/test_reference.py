@@ -261,7 +261,7 @@ def test_every_field_has_a_case() -> None:
         "flashmla_metadata": "schedule",
         "num_splits": "splits",
         "kv_indptr": "running_sum",
-        "kv_indices": "indices",
+        "kv_indices": "packed",
     }
     assert [name for name, field in FIELDS.items() if field.per == "request"] == [
         "cache_seqlens",

@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onelaunch import MetadataBuffers
-from onelaunch.cli.lab.replay.options import Extent, ReplayOptions, Verify
+from onelaunch.cli.lab.replay.options import Extent, ReplayOptions, Verify, Writes
 from onelaunch.cli.lab.replay.simulated import refresh_with_tensor_ops, run_replay
 from onelaunch.cli.lab.replay.summary import Distribution
 from onelaunch.cli.main import app
@@ -100,6 +100,21 @@ def test_replay_to_the_end_with_padding_and_preemption() -> None:
     assert summary.preemptions > 0
     assert summary.steps == summary.launches > 40
     assert summary.mismatches == 0
+
+
+@pytest.mark.parametrize("trace", [AZURE, MOONCAKE], ids=lambda trace: trace.stem)
+@pytest.mark.parametrize("extent", Extent)
+def test_verified_writes_leave_what_all_steps_make(trace: Path, extent: Extent) -> None:
+    """Requests finish and are preempted, those behind them move up, their rows and pages are used again."""
+    options = dataclasses.replace(
+        SMALL, trace=trace, extent=extent, writes=Writes.verified, preempt_probability=0.03, pad_batch=4, step_ms=1e5
+    )
+    summary = run_replay(options)
+    assert (summary.steps, summary.verified_steps, summary.mismatches) == (40, 40, 0)
+    assert summary.preemptions > 0
+    assert summary.tiles is not None
+    assert summary.tiles_written is not None
+    assert 0 < summary.tiles_written < summary.tiles
 
 
 def test_preempted_small_pool_on_long_prompts() -> None:

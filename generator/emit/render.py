@@ -15,7 +15,7 @@ from ..spec.declarations import written
 from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
-from ..spec.vectors import element, functions_of, locals_of
+from ..spec.vectors import element, expression, functions_of, locals_of
 from ..spec.violations import VIOLATIONS
 from .binding import render_plain_binding
 
@@ -36,6 +36,7 @@ _MEMBER_TYPES = {
     "to_bool": "bool* ",
     "table": "Table ",
     "violation": "Violation* ",
+    "hashes": "std::uint64_t* ",
     **{f"from_{dtype}": f"const std::{dtype}_t* " for dtype in ("int32", "int64")},
     **{f"source_{dtype}": f"Source<std::{dtype}_t> " for dtype in ("int32", "int64")},
     **{f"map_{dtype}": f"Map<std::{dtype}_t> " for dtype in ("int32", "int64")},
@@ -69,7 +70,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals |= {"device": _device, "locals_of": locals_of, "element": element}
+    environment.globals |= {"device": _device, "locals_of": locals_of, "element": element, "expression": expression}
     return environment
 
 
@@ -97,8 +98,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "files": files,
         "roles": _roles(config),
         # Whether the kernel has the type Rows: it writes tables with rows, or vectors of rows.
-        "has_rows": "tile" in files
-        or "lone_pages" in files
+        "has_rows": (bool(config.tables) and config.strategy != "indices")
         or config.variable_rows
         or bool(config.row_vectors and not config.copies),
         "members": layout.members(config),
@@ -114,18 +114,20 @@ def device_files(config: KernelConfig) -> list[str]:
     """The files of templates/device/ that a configuration's kernel has, without their suffix, in order."""
     strategy, copies = config.strategy, config.copies
     rows = bool(config.tables) and strategy != "indices"  # tables that have rows
-    tokens, pages = copies or "page_indices" in config.fields, not copies and bool(config.paged_tables)
+    tokens, pages = copies or config.token_table is not None, not copies and bool(config.paged_tables)
     counts = strategy in ("live", "variable", "indices")  # it counts the tiles of requests of different lengths
-    computes = not copies and bool(config.vectors or config.schedules)
+    computes = not copies and bool(config.vectors or config.schedules or config.computed)
+    packs = any(config.field(name).kind == "packed" for name in config.computed)
     vectorized = config.vector_bytes == 16
     ends = "live_ends" if config.live else "full_ends"
-    beside = "held_pages" if config.holds_page_tokens else "tokens_and_pages"
+    verified = config.hashes_tiles
+    counts_of = "backend_counts" if config.live and config.lengths_differ else "one_count"
     wanted = {
-        "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
+        "running_sum": counts or packs or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
-        "store": bool(config.vectors or config.schedules),
-        "store_once": any(config.once(name) for name in config.vectors),
-        "strided": bool(config.strided),
+        "store": bool(config.vectors or config.schedules or packs),
+        "store_once": any(config.once(name) for name in (*config.vectors, *config.computed)),
+        "strided": bool(config.strided or config.computed),
         "floor_div": pages or config.has_mqa_schedule or "floor_div" in functions_of(config),
         "floor_mod": "floor_mod" in functions_of(config),
         "ceil_div": "ceil_div" in functions_of(config),
@@ -135,19 +137,40 @@ def device_files(config: KernelConfig) -> list[str]:
         "mqa_schedule": config.has_mqa_schedule,
         "flashmla_schedule": "flashmla_metadata" in config.fields,
         "same_end": rows and not (config.live and config.lengths_differ),
-        "tile": rows and tokens,
+        "tile": rows and tokens and not verified,
         "realign": rows and tokens and vectorized and config.req_to_token_dtype == "int32",
-        "aligned_tile" if vectorized else "unaligned_tile": rows and tokens,
+        _tile_file(config): rows and tokens and not verified,
         "backend_ends" if config.live and config.lengths_differ else ends: rows and not copies,
         "pages": pages,
+        "tile_hash": verified,
+        counts_of: verified,
+        "verified_tile": verified and tokens,
         "token_columns": rows and tokens and not copies,
         "token_pages": tokens and pages,
-        (beside if pages else "tokens") if tokens else "lone_pages": rows and not copies,
-        "window": strategy in ("live", "variable"),
+        "lone_pages": rows and not tokens,
+        _copy_tile_file(config): rows and not copies,
+        "window": counts,
         "copy_table": rows and copies,
         str(strategy): strategy not in (None, "copy"),
     }
     return [name for name, there in wanted.items() if there]
+
+
+def _tile_file(config: KernelConfig) -> str:
+    """The file with what a warp does with a tile of tokens."""
+    return "aligned_tile" if config.vector_bytes == 16 else "unaligned_tile"
+
+
+def _copy_tile_file(config: KernelConfig) -> str:
+    """The file with copy_tile(), which writes a tile of all tables."""
+    pages = bool(config.paged_tables)
+    if "page_indices" not in config.fields:
+        return "verified_pages" if config.hashes_tiles else "every_page"
+    if config.hashes_tiles:
+        return "verified_tokens_and_pages" if pages else "verified_tokens"
+    if not pages:
+        return "tokens"
+    return "held_pages" if config.holds_page_tokens else "tokens_and_pages"
 
 
 def _roles(config: KernelConfig) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import torch_version
 from ..build import binary, toolchain
 from ..cache.store import Store
 from ..cache.tiers import prebuilt
@@ -45,6 +46,10 @@ class Row:
 def examine() -> list[Row]:
     """All findings, in the order in which to fix them. Compiles in a temporary folder, which takes seconds."""
     rows = [Row("Python", "ok", platform.python_version(), sys.executable or "embedded in another program")]
+    try:
+        torch_version.check()
+    except ToolchainError as error:
+        return [*rows, Row("torch", "fix", "not usable", str(error))]
     # Imported here for start-up time: `onelaunch doctor --help` needs none of it.
     import torch
 

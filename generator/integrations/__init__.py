@@ -2,7 +2,7 @@
 
 They import no engine. The docstring of each module shows the lines that put onelaunch into its engine:
 
-* ``sglang``: DSA (formerly NSA), FA3, TRTLLM-MHA, FlashMLA and TRTLLM-MLA.
+* ``sglang``: DSA (formerly NSA), FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA, Triton, FlashInfer and FlashInfer-MLA.
 * ``vllm``: the decode metadata of the sparse indexer.
-* ``flashinfer``: kv_indptr and kv_indices of SGLang's FlashInfer draft backends and of wrappers.
+* ``flashinfer``: kv_indptr and kv_indices of FlashInfer's wrappers, and of SGLang's draft backends with such lists.
 """

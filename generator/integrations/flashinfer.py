@@ -51,11 +51,10 @@ def buffers_from(wrapper: Any) -> MetadataBuffers:
     Raises:
         ArgumentError: an attribute is missing, there is no buffer, or a page has more than one token.
     """
-    page_size = getattr(wrapper, "_page_size", None) or 1
-    if page_size != 1:
+    if (tokens := _page_size(wrapper)) != 1:
         raise ArgumentError(
-            f"the wrapper was planned with page_size {page_size}; allowed: 1. Its kv_indices list pages, which "
-            "onelaunch doesn't support."
+            f"the wrapper was planned with pages of {tokens} tokens or more; allowed: 1. Its kv_indices list pages, "
+            "which onelaunch doesn't support."
         )
     found = {
         "kv_indptr": read("the wrapper", wrapper, _INDPTR, _ADVICE),
@@ -65,6 +64,19 @@ def buffers_from(wrapper: Any) -> MetadataBuffers:
         if tensor is None:
             raise ArgumentError(f"the wrapper's buffer of {name} is None. Make the wrapper with use_cuda_graph=True.")
     return MetadataBuffers(**found)
+
+
+def _page_size(wrapper: Any) -> int:
+    """The page size that a wrapper was planned with, or the least that it can be; 1 before it was planned.
+
+    The MLA wrapper and two of the decode wrapper's implementations keep it. In the others a last page with several
+    tokens shows it; they may all have one by chance.
+    """
+    kept = getattr(wrapper, "_page_size", None)
+    last = getattr(wrapper, "_paged_kv_last_page_len_buf", None)
+    if kept is None and getattr(wrapper, "_plan_info", None) is not None and isinstance(last, Tensor) and len(last):
+        kept = int(last.max())
+    return max(kept or 1, 1)
 
 
 def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: Any) -> Plan:

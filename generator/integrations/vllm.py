@@ -6,26 +6,26 @@ metadata object that a CUDA graph has captured, one launch writes into it what `
     from onelaunch.integrations import vllm
 
     # once, for the metadata that was captured
-    plan = vllm.bind_backends(builder, indexer_metadata, schedule=True)
+    plan = vllm.bind_backends(builder, indexer_metadata, query_start_loc, schedule=True)
     rows = torch.arange(seq_lens.shape[0], device=seq_lens.device)
 
     # each round, before the replay, with as many requests as were captured
     plan.run(seq_lens[:num_reqs], rows[:num_reqs])
 
-What that can gain is little, and depends on how the builder passes a request's next_n tokens to the kernel:
+What that gains depends on how the builder passes a request's next_n tokens to the kernel:
 
-* One token a request: lengths and block table are the runner's own. A launch makes the schedule, in place of two.
-* Native (next_n of 2 or 4 on Hopper): the block table is the runner's own. Five launches for the lengths, [bs, next_n],
-  and two for the schedule become one.
-* Flattened to a row for each token (other next_n, or adaptive verification): vLLM has one Triton kernel and a fill for
-  lengths and table, and two launches for the schedule. They become one.
+* One token a request: lengths and block table are the runner's own. vLLM's two launches for decode_lens and
+  per_req_decode_lens, and two for the schedule, become one.
+* Native (next_n of 2 or 4 on Hopper): the block table is the runner's own. Those four, and five for the lengths,
+  [bs, next_n], become one.
+* Flattened to a row for each token (other next_n, or adaptive verification): those four, a Triton kernel for lengths
+  and table, and a fill become one.
 * Varlen (SM100): refused, because one Triton kernel of vLLM's writes all of it already.
 
 What it can't gain: an unmodified vLLM calls ``build`` in each step, which does all of this itself, so that calling the
-plan too only adds a launch. The metadata object, the split into decodes and prefills, slot mappings, and what follows
-from the requests' numbers of tokens alone (decode_lens, per_req_decode_lens) stay vLLM's, and keep what its last
-``build`` wrote. Draft steps have one object, which advances in place in their graph, so a launch for all N steps has
-nothing to write to.
+plan too only adds a launch. The metadata object, the split into decodes and prefills and slot mappings stay vLLM's.
+Draft steps have one object, which advances in place in their graph, so a launch for all N steps has nothing to write
+to.
 
 Rows of requests beyond the batch come out as vLLM writes them, zeros, because the runner's own lengths and block table
 are zero there: run the plan for all requests that were captured. (Of a flattened block table vLLM zeroes the first
@@ -41,8 +41,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..run.declared import Map, into
 from ..run.plan import Plan, bind
-from ..spec.fields import MetadataBuffers
+from ..spec.fields import MetadataBuffers, vector
 from .attributes import read
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
@@ -56,7 +57,9 @@ _SERVED = (
 )
 
 
-def bind_backends(builder: Any, metadata: Any, *, schedule: bool = False, **settings: Any) -> Plan:
+def bind_backends(
+    builder: Any, metadata: Any, query_start_loc: Tensor, *, schedule: bool = False, **settings: Any
+) -> Plan:
     """Binds what a launch can refresh of the sparse indexer's decode metadata.
 
     A tensor that is the runner's own (see above) is left out. The block table has a column for each block, and its
@@ -65,16 +68,17 @@ def bind_backends(builder: Any, metadata: Any, *, schedule: bool = False, **sett
     Args:
         builder: the DeepseekV32IndexerMetadataBuilder that made the metadata.
         metadata: its DeepseekV32IndexerMetadata.
+        query_start_loc: int32 [requests + 1 or more], the runner's own, where each request's tokens begin.
         schedule: whether to refresh decode.schedule_metadata, DeepGEMM's, too.
         settings: arguments of onelaunch.bind. extent is "full" and seq_lens_dtype torch.int32 if not given.
 
     Returns:
-        A plan. run() takes the lengths, int32 [requests], and for each request its row in the block table; also
-        per_req_decode_lens, int32, where requests had different numbers of tokens and were flattened.
+        A plan. run() takes the lengths, int32 [requests], and for each request its row in the block table; also each
+        request's number of tokens, int32, where those were different and were flattened.
 
     Raises:
-        ArgumentError: an attribute is missing; the builder has what isn't served; there is nothing to refresh; and see
-            onelaunch.bind.
+        ArgumentError: an attribute is missing; the builder has what isn't served; the batch has no decode requests; and
+            see onelaunch.bind.
     """
     for name, served, meaning in _SERVED:
         value = read("builder", builder, (name,), _ADVICE)
@@ -102,11 +106,15 @@ def bind_backends(builder: Any, metadata: Any, *, schedule: bool = False, **sett
         page_indices=None if _is_view(expanded, table) else expanded,
         paged_mqa_schedule_metadata=_tensor("metadata.decode", decode, "schedule_metadata") if schedule else None,
     )
-    if not any(buffers.items()):
-        raise ArgumentError(
-            "metadata.decode's lengths and block table are the runner's own, as where requests have one token, so "
-            "there is nothing to refresh. schedule=True binds DeepGEMM's schedule."
-        )
+    # As the builder has it, also where a padding request has no tokens.
+    tokens = vector("query_start(request + 1) - query_start(request)", "request")
+    per_request = _tensor("metadata.decode", decode, "per_req_decode_lens")
+    flattened = read("builder", builder, ("use_flattening",), _ADVICE) or len(rows) != len(per_request)
+    facts["declare"] = {
+        "per_req_decode_lens": into(tokens, per_request),
+        "decode_lens": into(vector("1") if flattened else tokens, _tensor("metadata.decode", decode, "decode_lens")),
+    }
+    facts["maps"] = {"query_start": Map(query_start_loc)}
     return bind([buffers], req_to_token=table, **{**facts, **settings})
 
 

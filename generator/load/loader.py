@@ -26,6 +26,7 @@ from ..emit import override
 from ..emit import render as emission
 from ..errors import JitPolicyError, ToolchainError
 from ..spec.config import KernelConfig
+from ..spec.presets import PRESETS
 from ..variables import POLICY_VARIABLE
 from . import find
 from .obtain import Bounds, obtain, speaking_of
@@ -260,8 +261,8 @@ def entry_of(kernel: Kernel) -> Entry:
 
 def build_command(config: KernelConfig, archs: Sequence[str]) -> str:
     """The command that builds a configuration ahead of time."""
-    settings = config.settings()
-    command = "onelaunch build" + (f" --set {shlex.quote(settings)}" if settings else "")
+    preset = next((name for name, shipped in PRESETS.items() if shipped == config), None)
+    command = "onelaunch build " + (preset or f"--set {shlex.quote(config.settings())}")
     return command + (f" --arch {','.join(archs)}" if archs else "")
 
 

@@ -85,17 +85,22 @@ def check_destination(
 
 
 def check_declared(name: str, value: Any, field: Field, device: torch.device | None) -> Tensor:
-    """Checks a declared field's destination: a vector may have strides of its own, and rows in a second dimension.
+    """Checks a declared field's destination: a vector or table may have any strides, a vector of own rows be [bs, W].
 
     Raises:
         ArgumentError: it can't be written to.
     """
     (dtype,) = dtypes = torch_dtypes(field.dtypes)
-    if field.kind != "vector" or not isinstance(value, Tensor) or value.dtype != dtype or value.dim() not in (1, 2):
+    if (
+        field.kind not in ("vector", "table")
+        or not isinstance(value, Tensor)
+        or value.dtype != dtype
+        or value.dim() not in (field.dim, 2)
+    ):
         return check_destination(name, value, dim=field.dim, dtypes=dtypes, device=device)
     flat = value.as_strided((1,), (1,)) if value.numel() else value.new_empty(0)
     check_tensor(name, flat, dim=1, dtypes=dtypes, device=device)
-    if value.dim() == 2 and value.shape[1] != field.own_rows:
+    if field.kind == "vector" and value.dim() == 2 and value.shape[1] != field.own_rows:
         raise ArgumentError(
             f"{name} has shape {tuple(value.shape)}; it must have one dimension, or be [bs, W] with W the rows that "
             f"the declaration has, which are {field.own_rows}. Declare rows={value.shape[1]}, or flatten it."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..spec.fields import Declaration, Vector
+from ..spec.fields import Declaration, Packed, Table, Vector
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .memory import Region
 
@@ -32,9 +32,9 @@ def into(declaration: Declaration, tensors: Tensor | Sequence[Tensor]) -> Writte
     """A declaration together with its destinations, for the ``declare`` of bind().
 
     Args:
-        declaration: from vector() or running_sum().
+        declaration: from vector(), running_sum(), table() or packed().
         tensors: of the declaration's dtype; one for all backends, or a list of one for each. A vector may have any
-            stride, and one with ``rows=W`` may be [bs, W] with any two strides.
+            stride, and one with ``rows=W`` may be [bs, W] with any two strides, as a table may.
     """
     return Written(declaration, tensors)
 
@@ -76,10 +76,10 @@ class Declarations:
         declared: dict[str, Declaration] = {}
         for name, value in declare.items():
             declared[name] = value.declaration if isinstance(value, Written) else value
-            if not isinstance(declared[name], Vector):
+            if not isinstance(declared[name], Vector | Table | Packed):
                 raise ArgumentError(
-                    f"declare[{name!r}] is a {type(value).__name__}; it must be what onelaunch.vector or running_sum "
-                    "returns, or onelaunch.into(declaration, tensors)."
+                    f"declare[{name!r}] is a {type(value).__name__}; it must be what onelaunch.vector, running_sum, "
+                    "table or packed returns, or onelaunch.into(declaration, tensors)."
                 )
             if isinstance(value, Written):
                 self.tensors[name] = _one_each(name, value.tensors, count)

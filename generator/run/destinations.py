@@ -126,6 +126,10 @@ class Destinations:
         self.regions = [d.region for different in self._different.values() for d in different]
         check_disjoint(self.regions)
 
+    def table_regions(self) -> list[Region]:
+        """The memory of the different tables of all fields."""
+        return [d.region for n, different in self._different.items() if FIELDS[n].kind == "table" for d in different]
+
     def named(self) -> list[tuple[str, Tensor]]:
         """All different tensors with their names in messages."""
         return [(d.name, d.tensor) for different in self._different.values() for d in different]
@@ -216,7 +220,7 @@ class Destinations:
     def words(self, name: str) -> list[int]:
         """The parameter words of a field."""
         field = self._fields[name]
-        if name in self.strided():
+        if name in self.strided() or (field.kind == "table" and name not in FIELDS):
             return [word for tensor in self.tensors[name] for word in strided_words(tensor, field.own_rows or 1)]
         if field.kind != "table":  # contiguous, so the kernel needs no stride
             return [tensor.data_ptr() for tensor in self.tensors[name]]

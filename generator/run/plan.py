@@ -21,6 +21,7 @@ from .bound import BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .declared import Declarations, Map, Written
 from .destinations import Destinations, NameOf, backend_field, check_backends
+from .hashes import hashes_of
 from .memory import HeldStorages, Region
 
 # What a user declares.
@@ -80,6 +81,9 @@ class Plan:
             # Kind, request, value and limit of the first violation. Not an inference tensor: check() writes to it.
             with torch.inference_mode(False):
                 self._violation = torch.zeros(4, dtype=torch.int64, device=self.device)
+        # Held as it is: it lasts as long as one of the plans that share it.
+        self._hashes = hashes_of(destinations, config) if config.hashes_tiles else None
+        hashes = None if self._hashes is None else self._hashes.words
         self._bound = BoundKernel(
             config,
             self.device,
@@ -89,12 +93,15 @@ class Plan:
                 "req_to_token_width": [req_to_token.shape[1]],
                 "pool_rows": [req_to_token.shape[0]],
                 "row_capacity": [self.row_capacity],
-                "real_page_table_width": [destinations.width("real_page_table") or 0],
+                "filled_width": [destinations.width(config.tables[0]) or 0] if config.page_fill is not None else [0],
                 "num_sms": [(destinations.length("paged_mqa_schedule_metadata") or 1) - 1],
                 "num_sm_parts": [destinations.length("flashmla_metadata") or 0],
-                "kv_indices_capacity": [destinations.length("kv_indices") or 0],
+                "packed_capacity": [destinations.length(config.packed) or 0] if config.packed else [0],
                 "violation": [0 if self._violation is None else self._violation.data_ptr()],
+                "tile_hashes": [0 if hashes is None else hashes.data_ptr()],
+                "tile_hashes_stride": [0 if hashes is None else hashes.stride(0)],
                 **{config.member(name): destinations.words(name) for name in config.fields},
+                **_bounds(destinations, config),
                 **{user_name(name): declared.words(name) for name, _ in (*config.sources, *config.maps) if declared},
             },
         )
@@ -268,8 +275,28 @@ class Plan:
             self._violation.zero_()
             raise ArgumentError(VIOLATIONS[kind - 1].sentence.format(request=request, value=value, limit=limit))
 
+    def forget(self) -> None:
+        """Makes the next run write everything: somebody else wrote to the tables, or their memory was lost.
+
+        For plans that are bound with ``writes="verified"``, and all that write the same tables; a fill on the device's
+        current stream, which can be captured. Call it after a sleep and wake, after an eager write, before a capture.
+        Other plans have nothing to forget.
+        """
+        if self._hashes is not None:
+            self._hashes.words.zero_()
+
     def __repr__(self) -> str:
         return f"Plan({self.config.symbol}, device={self.device}, capacity={self.capacity})"
+
+
+def _bounds(destinations: Destinations, config: KernelConfig) -> dict[str, list[int]]:
+    """The columns of declared tables and the elements of declared packed fields, by the parameter's name."""
+    bounds = {}
+    for name in config.computed:
+        is_table = config.field(name).kind == "table"
+        held = destinations.width(name) if is_table else destinations.length(name)
+        bounds[f"{config.member(name)}_{'width' if is_table else 'capacity'}"] = [held or 0]
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -304,6 +331,7 @@ def bind(
     schedule_atoms: int = 0,
     schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
+    writes: str = "all",
     declare: Mapping[str, Declaration | Written] | None = None,
     inputs: Mapping[str, torch.dtype] | None = None,
     constants: Mapping[str, int] | None = None,
@@ -350,6 +378,11 @@ def bind(
         schedule_split_cost: units of work that a split of 256 tokens is in that schedule, whose entries then begin at a
             request's first token, as on sm_100: next_n in DeepGEMM of 2026-06. 0 for the schedule of sm_90.
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
+        writes: "all" writes every live column. "verified" reads as much, and writes only the tiles of the tables that
+            differ from what this plan, or another one of the same tables, wrote last; kv_indices element by element.
+            It holds as long as nobody else writes the tables (then call Plan.forget()) and all of these plans run on
+            one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
+            probability of about 2^-63.
         declare: fields of your own by name, ``into(vector("base_len + row", dtype="int64"), positions)``; a declaration
             without tensors is for other formulas to name. See ``spec/fields.py`` for what a formula may name.
         inputs: by name the dtype of further inputs that formulas name: run() gets an int [bs] of each.

@@ -168,7 +168,7 @@ class KernelConfig(Implied):
                 f"threads is {self.threads}; on the cuda target it must be a power of two from 32 to 1024, "
                 "because a block consists of whole warps."
             )
-        derived = [name for name in self.fields if self.field(name).kind in ("schedule", "splits", "indices")]
+        derived = [name for name in self.fields if self.field(name).kind in ("schedule", "splits", "packed")]
         if self.copies and (self.declare or self.strided):
             raise ConfigError(
                 f"fields has {self.declare[0][0]}, which is declared, and operation is 'copy'; only standard fields "
@@ -179,11 +179,21 @@ class KernelConfig(Implied):
                 f"fields has {derived[0]} and operation is 'copy'; a copy can't write schedules or kv_indices, "
                 "which each refresh computes. Leave them out of the destinations."
             )
-        tables = [name for name in self.fields if self.field(name).kind == "table"]
-        if "kv_indices" in self.fields and tables:
+        if self.variable_rows and (padded := [n for n in self.row_vectors if self.field(n).pad is not None]):
             raise ConfigError(
-                f"fields has kv_indices and {tables[0]}; a kernel writes either tables or kv_indices. Bind them to two "
-                "plans."
+                f"fields has {padded[0]}, which has a pad and one element per row, and extend is 'variable'; how many "
+                "rows a captured graph has isn't known then. Set extend='uniform', or declare it without a pad."
+            )
+        if self.variable_rows and (rows := [n for n in self.computed if self.field(n).per == "row"]):
+            raise ConfigError(
+                f"fields has {rows[0]}, a declared table with a row per row, and extend is 'variable'; set "
+                "extend='uniform', or declare it with per='request'."
+            )
+        tables = [name for name in self.tables if self.field(name).kind == "table"]
+        if self.packed is not None and tables:
+            raise ConfigError(
+                f"fields has {self.packed} and {tables[0]}; a kernel writes either tables or {self.packed}. Bind them "
+                "to two plans."
             )
         if "num_splits" in self.fields and "flashmla_metadata" not in self.fields:
             raise ConfigError(
@@ -211,7 +221,7 @@ class KernelConfig(Implied):
         if self.sets == 1:
             return
         for name, count in self.distinct:
-            table = self.field(name).kind == "table"
+            table = self.field(name).kind == "table" and name in self.tables
             if not self.once(name) if not table else count > 1 and self.lengths_differ:
                 raise ConfigError(
                     f"distinct[{name}] is {count} and seqlen_offsets is {offsets}; backends whose "

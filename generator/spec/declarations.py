@@ -8,10 +8,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .fields import Declaration, RunningSum, Vector
+from .fields import Declaration, Packed, RunningSum, Table, Vector
 from .values import check_one_of
 
-_KINDS: dict[str, type[Vector]] = {"vector": Vector, "running_sum": RunningSum}
+_KINDS: dict[str, type[Vector | Table | Packed]] = {
+    "vector": Vector,
+    "running_sum": RunningSum,
+    "table": Table,
+    "packed": Packed,
+}
+# What the functions that declare a field take.
+_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "vector": ("formula", "per", "dtype", "rows", "pad", "missing"),
+    "running_sum": ("formula", "per", "dtype", "pad", "missing"),
+    "table": ("formula", "columns", "per", "dtype", "fill", "missing"),
+    "packed": ("formula", "at", "dtype", "missing"),
+}
 
 
 class Declarations:
@@ -58,7 +70,7 @@ def declaration_of(name: str, value: Any) -> Declaration:
     Raises:
         ConfigError: it is none.
     """
-    if isinstance(value, Vector):
+    if isinstance(value, Vector | Table | Packed):
         return value
     if not isinstance(value, Mapping) or "formula" not in value:
         raise ConfigError(
@@ -69,5 +81,8 @@ def declaration_of(name: str, value: Any) -> Declaration:
     kind = given.pop("kind", "vector")
     check_one_of(f"the kind of {name}", kind, tuple(_KINDS))
     for argument in given:
-        check_one_of(f"an argument of {name}", argument, ("formula", "per", "dtype", "rows", "pad", "missing"))
-    return _KINDS[kind](**{"per": "request" if kind == "running_sum" else "row", **given})
+        check_one_of(f"an argument of {name}", argument, _ARGUMENTS[kind])
+    needed = {"table": "columns", "packed": "at"}.get(kind, "formula")
+    if needed not in given:
+        raise ConfigError(f"declare[{name}] is {value!r}; a {kind} has {needed}, too.")
+    return _KINDS[kind](**given)

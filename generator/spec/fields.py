@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     # For annotations only: emitting and loading kernels needs no torch.
     from torch import Tensor
 
-Kind = Literal["vector", "running_sum", "table", "schedule", "splits", "indices"]
+Kind = Literal["vector", "running_sum", "table", "packed", "schedule", "splits"]
 Per = Literal["request", "row"]
 
 
@@ -85,12 +85,67 @@ class RunningSum(Vector):
 
 
 @dataclass(frozen=True)
+class Table:
+    """A row for each request or row, of which the live columns are written.
+
+    Attributes:
+        formula: the value of an element; it may also name ``column``.
+        columns: how many columns are live; the same for all rows of a request.
+        per: whether there is one row per request, or per row.
+        dtype: as in Vector.
+        fill: what the other columns hold; None leaves them alone.
+        missing: what a look-up outside of its source yields.
+        shape: the shape for people, in decode, with bs requests.
+    """
+
+    formula: str
+    columns: str
+    per: Per = "row"
+    dtype: Dtype = "int32"
+    fill: int | None = None
+    missing: int = 0
+    shape: str = "[bs, W]"
+    kind: ClassVar[Kind] = "table"
+
+    @property
+    def meaning(self) -> str:
+        """What an element holds, for people."""
+        return f"{self.formula}, for columns below {self.columns}"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The rows of all requests one after the other: the requests' tokens or pages, where a running sum says.
+
+    Attributes:
+        formula: the value of an element; it may also name ``column``.
+        at: the running sum over requests of how many elements each has.
+        dtype: as in Vector.
+        missing: what a look-up outside of its source yields.
+        other_dtypes: what its tensors may have in place of ``dtype``.
+    """
+
+    formula: str
+    at: str
+    dtype: Dtype = "int32"
+    missing: int = 0
+    other_dtypes: tuple[Dtype, ...] = ()
+    per: ClassVar[Per] = "request"
+    kind: ClassVar[Kind] = "packed"
+    shape: ClassVar[str] = "[capacity]"
+
+    @property
+    def meaning(self) -> str:
+        """What an element holds, for people."""
+        return f"{self.formula}, at {self.at}[request] + column"
+
+
+@dataclass(frozen=True)
 class Special:
     """A field with its own code in templates/device.
 
     Attributes:
-        kind: "table" has unit inner stride; "schedule" is contiguous and sized by SMs, not by the batch; "splits" is a
-            running sum that belongs to a schedule; "indices" holds the rows of all requests one after the other.
+        kind: "schedule" is contiguous, and its size is a number of SMs; "splits" is a running sum that belongs to one.
         shape: the shape for people, in decode, with bs requests.
         meaning: what an element holds, for people.
         per: whether there is one element, or table row, per request or per row.
@@ -104,10 +159,9 @@ class Special:
     per: Per = "row"
     dtype: Dtype = "int32"
     settings: tuple[str, ...] = ()
-    other_dtypes: tuple[Dtype, ...] = ()
 
 
-Declaration = Vector | Special
+Declaration = Vector | Table | Packed | Special
 
 
 @dataclass(frozen=True)
@@ -140,7 +194,7 @@ class Field:
     @property
     def dtypes(self) -> tuple[Dtype, ...]:
         """What its tensors may have."""
-        more = self.declaration.other_dtypes if isinstance(self.declaration, Special) else ()
+        more = self.declaration.other_dtypes if isinstance(self.declaration, Packed) else ()
         return (self.dtype, *more)
 
     @property
@@ -176,7 +230,7 @@ class Field:
     @property
     def sized_by_batch(self) -> bool:
         """Whether its first dimension is a capacity in requests or rows."""
-        return self.kind not in ("schedule", "indices")
+        return self.kind not in ("schedule", "packed")
 
     def shape_in(self, mode: str) -> str:
         """The shape in a forward mode, with bs requests and R rows."""
@@ -227,6 +281,37 @@ def running_sum(
     return RunningSum(formula, per, dtype, None, pad, missing)
 
 
+def table(
+    formula: str,
+    per: Per = "row",
+    *,
+    columns: str,
+    dtype: Dtype = "int32",
+    fill: int | None = None,
+    missing: int = 0,
+) -> Table:
+    """Declares a table: a row for each request or row, such as the pages of its tokens.
+
+    Args:
+        formula, per, dtype, missing: see vector(); the formula may also name ``column``.
+        columns: the formula of how many columns of a row are live, such as "ceil_div(seq_len, page_size)". They end
+            at the destination's width at the latest.
+        fill: a number for the columns that aren't live; None leaves them alone.
+    """
+    return Table(formula, columns, per, dtype, fill, missing)
+
+
+def packed(formula: str, *, at: str, dtype: Dtype = "int32", missing: int = 0) -> Packed:
+    """Declares a packed field: the elements of request after request, as FlashInfer's kv_indices has them.
+
+    Args:
+        formula, dtype, missing: see vector(); the formula may also name ``column``, an element's place in its request.
+        at: the name of the running sum over requests that counts each request's elements, such as "kv_indptr".
+            Offsets are summed up in int64, and elements beyond the destination's capacity are dropped.
+    """
+    return Packed(formula, at, dtype, missing)
+
+
 def field(declaration: Declaration) -> Any:
     """An attribute of MetadataBuffers."""
     return dataclasses.field(default=None, metadata={"declaration": declaration})
@@ -248,24 +333,26 @@ class MetadataBuffers:
 
     cache_seqlens: Tensor | None = field(vector("seq_len", "request"))
     cu_seqlens_k: Tensor | None = field(running_sum("cache_seqlens", "request"))
-    page_indices: Tensor | None = special("table", "[bs, W]", "req_to_token[pool_row, column]")
+    page_indices: Tensor | None = field(table("token(column)", columns="seq_len"))
     # Complete pools are clamped; the tokens behind the last one stay.
     nsa_cache_seqlens: Tensor | None = field(vector("min(seqlens_expanded - pool_tail, index_topk) + pool_tail"))
     nsa_cu_seqlens_k: Tensor | None = field(running_sum("nsa_cache_seqlens", "row"))
-    real_page_table: Tensor | None = special(
-        "table",
-        "[bs, ceil(W / page_size)]",
-        "req_to_token[pool_row, column * page_size] // page_size",
-        settings=("page_size",),
+    real_page_table: Tensor | None = field(
+        Table(
+            "token(column * page_size) // page_size",
+            "ceil_div(seq_len, page_size)",
+            shape="[bs, ceil(W / page_size)]",
+        )
     )
     # Every row sees one token less than the row behind it. A padding request has fewer tokens than rows.
     seqlens_expanded: Tensor | None = field(Vector("max(seq_len - rows + row + 1, 0)", decode="seq_len"))
     pooled_cache_seqlens: Tensor | None = field(vector("cache_seqlens // index_kpool", "request"))
-    pooled_real_page_table: Tensor | None = special(
-        "table",
-        "[bs, ceil(W / page_size / index_kpool)]",
-        "real_page_table[row, column * index_kpool] // index_kpool",
-        settings=("page_size", "index_kpool"),
+    pooled_real_page_table: Tensor | None = field(
+        Table(
+            "token(column * page_size * index_kpool) // page_size // index_kpool",
+            "ceil_div(ceil_div(seq_len, page_size), index_kpool)",
+            shape="[bs, ceil(W / page_size / index_kpool)]",
+        )
     )
     paged_mqa_schedule_metadata: Tensor | None = special(
         "schedule",
@@ -282,13 +369,7 @@ class MetadataBuffers:
     )
     # A length below zero counts as no tokens, so that requests never overlap.
     kv_indptr: Tensor | None = field(running_sum("max(base_len, 0) + offset", "request"))
-    kv_indices: Tensor | None = special(
-        "indices",
-        "[capacity]",
-        "req_to_token[pool_row, column] at kv_indptr[request] + column",
-        "request",
-        other_dtypes=("int64",),
-    )
+    kv_indices: Tensor | None = field(Packed("token(column)", "kv_indptr", other_dtypes=("int64",)))
 
     def items(self) -> Iterator[tuple[Field, Tensor]]:
         """The fields that are present, with their tensors, in the order of FIELDS."""

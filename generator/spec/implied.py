@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .cpp import user_name
 from .expressions import Dtype, LookUp
 from .fields import Field
-from .scope import TOKEN, Scope
+from .scope import CONSTANTS, TOKEN, Scope
 from .vectors import read_by, varies
 
 
@@ -38,7 +38,33 @@ class Implied:
     @property
     def tables(self) -> tuple[str, ...]:
         """The fields that are gathered from req_to_token."""
-        return tuple(name for name in self.fields if self.field(name).kind in ("table", "indices"))
+        gathered = [name for name in self.fields if self.field(name).kind in ("table", "packed")]
+        return tuple(name for name in gathered if not self.scope.declared(name))
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The declared tables and packed fields: each element is computed by its formula."""
+        return tuple(n for n in self.fields if self.field(n).kind in ("table", "packed") and self.scope.declared(n))
+
+    @property
+    def token_table(self) -> str | None:
+        """The table whose columns are tokens."""
+        tables = (name for name in self.tables if self.field(name).kind == "table")
+        return next((name for name in tables if not self._tokens_a_column(name)), None)
+
+    @property
+    def packed(self) -> str | None:
+        """The packed field of tokens."""
+        return next((name for name in self.tables if self.field(name).kind == "packed"), None)
+
+    @property
+    def pooled_tables(self) -> tuple[str, ...]:
+        """The tables whose columns are pools of pages."""
+        return tuple(name for name in self.tables if "index_kpool" in self._tokens_a_column(name))
+
+    def _tokens_a_column(self, name: str) -> tuple[str, ...]:
+        """The settings whose product is the number of tokens that a table has a column for."""
+        return tuple(setting for setting in CONSTANTS if setting in self.scope.named([name], self.mode))
 
     @property
     def gathers(self) -> bool:
@@ -48,7 +74,7 @@ class Implied:
     @property
     def paged_tables(self) -> tuple[str, ...]:
         """The tables whose columns are pages, or pools of pages."""
-        return tuple(name for name in self.tables if name not in ("page_indices", "kv_indices"))
+        return tuple(name for name in self.tables if self._tokens_a_column(name))
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -75,17 +101,17 @@ class Implied:
     @property
     def names_rows(self) -> bool:
         """Whether a field with an element a request depends on how many rows the request has."""
-        named = self.scope.named(self.request_vectors, self.mode)
+        named = self.scope.named((*self.request_vectors, *self.computed), self.mode)
         return not self.copies and self.mode != "decode" and "rows" in named
 
     def names(self, name: str) -> bool:
-        """Whether the formula of a vector has a name."""
-        return name in self.scope.named(self.vectors, self.mode)
+        """Whether a formula that is emitted has a name."""
+        return name in self.scope.named((*self.vectors, *self.computed), self.mode)
 
     @property
     def look_ups(self) -> list[LookUp]:
         """The look-ups in the formulas of the vectors."""
-        return [] if self.copies else read_by(self, self.vectors)
+        return [] if self.copies else read_by(self, (*self.vectors, *self.computed))
 
     @property
     def reads_tokens(self) -> bool:
@@ -106,12 +132,22 @@ class Implied:
     @property
     def live(self) -> bool:
         """Whether only live columns are gathered: the first seq_len columns of a row."""
-        return self.gathers and ("kv_indices" in self.fields or self.extent == "live")
+        return self.gathers and (self.packed is not None or self.extent == "live")
+
+    @property
+    def verified(self) -> bool:
+        """Whether what is gathered is written only where it differs from what was written last."""
+        return self.gathers and bool(self.writes == "verified")
+
+    @property
+    def hashes_tiles(self) -> bool:
+        """Whether it keeps a hash of each tile. kv_indices, which has no rows, is compared with itself instead."""
+        return self.verified and "kv_indices" not in self.fields
 
     @property
     def needs_lengths(self) -> bool:
         """Whether the kernel reads seq_lens."""
-        return not self.copies and (bool(self.vectors or self.schedules) or self.live)
+        return not self.copies and (bool(self.vectors or self.schedules or self.computed) or self.live)
 
     @property
     def variable_rows(self) -> bool:
@@ -129,9 +165,14 @@ class Implied:
     @property
     def equal_rows(self) -> bool:
         """Whether a kernel that gathers writes every row of every table up to the same column, at any length."""
-        if not self.gathers or "kv_indices" in self.fields or self.variable_rows:
+        if not self.gathers or self.packed is not None or self.variable_rows:
             return False
         return self.extent == "full" or self.page_fill is not None
+
+    @property
+    def pages_alone(self) -> bool:
+        """Whether the columns of a tile are pages: there are tables of pages, and none of tokens."""
+        return not self.copies and bool(self.paged_tables) and "page_indices" not in self.fields
 
     def uses(self, setting: str) -> bool:
         """Whether one of the fields depends on a setting that formulas may name."""
@@ -140,7 +181,7 @@ class Implied:
     @property
     def names_pools(self) -> bool:
         """Whether the emitted code names index_kpool. Formulas don't if it is 1, because that is folded away."""
-        named = self.has_mqa_schedule or "pooled_real_page_table" in self.fields
+        named = self.has_mqa_schedule or bool(self.pooled_tables)
         return self.uses("index_kpool") and (named or self.index_kpool > 1)
 
     @property
@@ -202,7 +243,7 @@ class Implied:
             return "copy"
         if not self.tables:
             return None
-        if "kv_indices" in self.fields:
+        if self.packed is not None:
             return "indices"
         if self.variable_rows:
             return "variable"
@@ -227,7 +268,7 @@ class Implied:
 
     def once(self, field: str) -> bool:
         """Whether a vector is the same for all backends, though others aren't: the first block writes it to all."""
-        return self.sets > 1 and self.field(field).kind in ("vector", "running_sum") and not varies(self, field)
+        return self.sets > 1 and field in (*self.vectors, *self.computed) and not varies(self, field)
 
     @property
     def resident_blocks(self) -> int:
@@ -244,11 +285,12 @@ class Implied:
         If each word is written to many places, one tile keeps enough accesses in flight, and the registers are needed
         for addresses.
         """
-        if self.strategy not in ("live", "equal") or "page_indices" not in self.fields:
+        if self.strategy not in ("live", "equal") or self.token_table is None:
             return 1
-        writes = self.destinations("page_indices") * self.next_n
+        writes = self.destinations(self.token_table) * self.next_n
         few = self.equal_rows or (writes <= 3 and len(self.seqlen_offsets) <= 1)
-        return 2 if few and self.vector_bytes == 16 and self.unroll <= 2 else 1
+        words = self.hashes_tiles and self.req_to_token_dtype == "int64"  # twice as many registers for the words
+        return 2 if few and not words and self.vector_bytes == 16 and self.unroll <= 2 else 1
 
     @property
     def holds_page_tokens(self) -> bool:
@@ -280,8 +322,8 @@ class Implied:
 
     @property
     def tile_columns(self) -> int:
-        """Columns of a tile: what one warp moves of a row."""
-        return self.warp_size * 4 * int(self.unroll)
+        """Columns of a tile: what one warp moves of a row. Each page is a read of its own, so few make a tile."""
+        return self.warp_size * int(self.unroll) * (1 if self.pages_alone else 4)
 
     @property
     def tile_alignment(self) -> int:

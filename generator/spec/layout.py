@@ -40,6 +40,7 @@ Type = Literal[
     "map_int32",
     "map_int64",
     "violation",
+    "hashes",
 ]
 _WORDS = {"table": 2, "strided": 3, "source": 4, "map": 2}
 
@@ -54,7 +55,8 @@ class Member:
             one); "to_<dtype>" (pointers to a field); "table" (a pointer to a field and its row stride in elements);
             "strided_<dtype>" (a pointer to a field, and elements from request to request and from row to row);
             "source_<dtype>" (a pointer, rows, elements from row to row, columns); "map_<dtype>" (a pointer, elements);
-            "violation" (pointer to the record of a checked kernel).
+            "violation" (pointer to the record of a checked kernel); "hashes" (pointer to those of a verified kernel's
+            tiles).
         count: array length, or None for a single member.
         per_call: whether each call sets it; the others are set once, when a plan is bound.
         comment: what it holds.
@@ -105,16 +107,22 @@ def members(config: KernelConfig) -> list[Member]:
         add("req_to_token_stride", "int64", "elements from row to row")
         add("req_to_token_width", "int64", "elements of a row that may be read")
 
+    if config.hashes_tiles:
+        add("tile_hashes", "hashes", "[rows, tile_hashes_stride], 0 where nothing is known")
+        add("tile_hashes_stride", "int64", "tiles of a row")
+
+    declared_tables = [name for name in config.computed if config.field(name).kind == "table"]
+
     def add_fields(names: Sequence[str]) -> None:
         for name in names:
             field = config.field(name)
-            way = "strided" if name in config.strided else "to"
-            kind = "table" if field.kind == "table" else f"{way}_{config.dtype(name)}"
+            way = "strided" if name in config.strided or name in declared_tables else "to"
+            kind = "table" if field.kind == "table" and name not in declared_tables else f"{way}_{config.dtype(name)}"
             if copies:
                 add(f"from_{name}", kind, "precomputed")
             add(config.member(name), kind, field.shape_in(config.mode), count=config.destinations(name))
 
-    add_fields([name for name in config.fields if config.field(name).kind == "table"])
+    add_fields([name for name in config.tables if config.field(name).kind == "table"])
     add("device", "int64", "ordinal")
     if config.tables:
         add("sm_count", "int64", "SMs of the device")
@@ -129,14 +137,17 @@ def members(config: KernelConfig) -> list[Member]:
     for name, (dtype, _) in config.maps:
         add(user_name(name), f"map_{dtype}", "[elements], declared")
     if config.page_fill is not None:
-        add("real_page_table_width", "int64", "columns")
+        add("filled_width", "int64", "columns")
     if "paged_mqa_schedule_metadata" in config.fields:
         add("num_sms", "int64", "SMs that DeepGEMM's schedule is for")
     if "flashmla_metadata" in config.fields:
         add("num_sm_parts", "int64", "parts of FlashMLA's schedule")
-    if "kv_indices" in config.fields:
-        add("kv_indices_capacity", "int64", "elements")
-    add_fields([name for name in config.fields if config.field(name).kind != "table"])
+    if config.packed is not None:
+        add("packed_capacity", "int64", "elements")
+    for name in config.computed:
+        bound = "width" if name in declared_tables else "capacity"
+        add(f"{config.member(name)}_{bound}", "int64", "columns" if name in declared_tables else "elements")
+    add_fields([name for name in config.fields if config.field(name).kind != "table" or name in declared_tables])
     return out
 
 

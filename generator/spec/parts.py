@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Extend = Literal["uniform", "variable"]
 IntDtype = Literal["int32", "int64"]
 Extent = Literal["live", "full"]
+Writes = Literal["all", "verified"]
 Remainder = Literal["last", "first"]
 SchedulePer = Literal["request", "row"]
 FlashMLAOrder = Literal["2026", "2025"]
@@ -158,13 +159,13 @@ class Gather(Part):
         extent: "live" writes the live columns, the first seq_len columns of a row; "full" every column below max_len.
             kv_indices has live columns only.
         req_pool_indices_dtype, req_to_token_dtype: "int32" or "int64".
+        writes: "all" writes what a refresh makes; "verified" writes only where that differs from what was written last.
     """
 
-    extent: Extent | None = setting(
-        "live", OneOf("live", "full"), used=lambda c: c.gathers and "kv_indices" not in c.fields
-    )
+    extent: Extent | None = setting("live", OneOf("live", "full"), used=lambda c: c.gathers and c.packed is None)
     req_pool_indices_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.reads_rows)
     req_to_token_dtype: IntDtype | None = setting("int32", _INT_DTYPE, used=lambda c: c.reads_tokens)
+    writes: Writes | None = setting("all", OneOf("all", "verified"), used=lambda c: c.gathers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +254,7 @@ class Launch(Part):
     )
     # Only page_indices and copies move 16 consecutive bytes; a table of pages takes one word of every page_size.
     vector_bytes: Literal[4, 16] | None = setting(
-        16, OneOf(4, 16), used=lambda c: bool(c.tables) and (c.copies or "page_indices" in c.fields), unused=4
+        16, OneOf(4, 16), used=lambda c: bool(c.tables) and (c.copies or c.token_table is not None), unused=4
     )
 
 

@@ -184,7 +184,9 @@ def refresh(
     """
     if extent not in ("live", "full"):
         raise ValueError(f"extent is {extent!r}; allowed: 'live', 'full'.")
-    for buffers, offset in zip(backends, seqlen_offsets or [0] * len(backends), strict=True):
+    # The longest last: backends that share a table have the live columns of the longest of them, whatever their order.
+    offsets = seqlen_offsets or [0] * len(backends)
+    for buffers, offset in sorted(zip(backends, offsets, strict=True), key=lambda pair: pair[1]):
         values, rows = lengths(
             seq_lens,
             mode=mode,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .expressions import FUNCTIONS, Dtype, Node, limits, look_ups, names, parse, size, substitute, text
-from .fields import FIELDS, TERMS, Declaration, Field, RunningSum, Vector
+from .fields import FIELDS, TERMS, Declaration, Field, Packed, Per, RunningSum, Special, Table, Vector
 from .values import check_one_of, check_whole
 
 # What every formula may name.
@@ -77,6 +77,8 @@ class Scope:
             _check_declaration(name, declaration)
             for mode in ("decode", "target_verify"):
                 self.substituted(name, mode)
+                if isinstance(declaration, Table | Packed):
+                    self.substituted(name, mode, True)
 
     def field(self, name: str) -> Field:
         """A standard field, a term or a declared field."""
@@ -99,13 +101,21 @@ class Scope:
         """
         return _formula(self, name, mode)
 
-    def substituted(self, name: str, mode: str) -> Node:
-        """The formula with the formulas of the vectors that it names in place of their names.
+    def columns(self, name: str, mode: str) -> Node:
+        """Of a table how many columns are live, of a packed field how many elements a request has.
+
+        Raises:
+            ConfigError: as formula().
+        """
+        return _columns(self, name, mode)
+
+    def substituted(self, name: str, mode: str, columns: bool = False) -> Node:
+        """The formula (or columns()) with the formulas of the vectors that it names in place of their names.
 
         Raises:
             ConfigError: formulas name each other, or the result has more than MAX_NODES nodes.
         """
-        return _substituted(self, name, mode)
+        return _substituted(self, name, mode, columns)
 
     def named(self, fields: Iterable[str], mode: str) -> frozenset[str]:
         """Every name in the formulas of some fields, and in the formulas of what they name."""
@@ -125,8 +135,11 @@ class Scope:
         """The same with formulas as they are printed, and everything in the order of its names."""
 
         def printed(name: str, declaration: Declaration) -> Declaration:
-            assert isinstance(declaration, Vector)
-            return dataclasses.replace(declaration, formula=text(self.formula(name, "target_verify")))
+            assert not isinstance(declaration, Special)
+            changed = dataclasses.replace(declaration, formula=text(self.formula(name, "target_verify")))
+            if isinstance(changed, Table):
+                return dataclasses.replace(changed, columns=text(self.columns(name, "target_verify")))
+            return changed
 
         declare = tuple((name, printed(name, declaration)) for name, declaration in sorted(self.declare, key=_name))
         return Scope(declare, *(tuple(sorted(getattr(self, f.name), key=_name)) for f in dataclasses.fields(self)[1:]))
@@ -147,29 +160,52 @@ def _vectors(scope: Scope) -> dict[str, Field]:
 
 
 def _check_declaration(name: str, declaration: Declaration) -> None:
-    assert isinstance(declaration, Vector)
+    assert not isinstance(declaration, Special)
     check_one_of(f"the per of {name}", declaration.per, ("request", "row"))
     summed = isinstance(declaration, RunningSum)
-    dtypes = ("int32", "int64") if summed else ("int32", "int64", "bool")
+    dtypes = ("int32", "int64", "bool") if type(declaration) is Vector else ("int32", "int64")
     check_one_of(f"the dtype of {name}", declaration.dtype, dtypes)
     low, high = limits(declaration.dtype)
+    check_whole(f"the missing of {name}", declaration.missing, low, high)
+    if isinstance(declaration, Table) and declaration.fill is not None:
+        check_whole(f"the fill of {name}", declaration.fill, low, high)
+    if not isinstance(declaration, Vector):
+        return
     if declaration.rows is not None:
         check_whole(f"the rows of {name}", declaration.rows, 1, MAX_ROWS)
         if declaration.per == "request" or summed:
             raise ConfigError(f"{name} has rows={declaration.rows}; only a vector with per='row' has rows of its own.")
     if declaration.pad is not None and not (summed and declaration.pad == "last"):
         check_whole(f"the pad of {name}", declaration.pad, low, high)
-    check_whole(f"the missing of {name}", declaration.missing, low, high)
 
 
 @cache
 def _formula(scope: Scope, name: str, mode: str) -> Node:
-    field = _fields(scope)[name]
-    declared = field.declaration
-    assert isinstance(declared, Vector)
+    declared = _fields(scope)[name].declaration
+    assert not isinstance(declared, Special)
+    written = declared.formula
+    if mode == "decode" and isinstance(declared, Vector) and declared.decode is not None:
+        written = declared.decode
+    return _parsed(scope, name, written, () if isinstance(declared, Vector) else ("column",), declared.per)
+
+
+@cache
+def _columns(scope: Scope, name: str, mode: str) -> Node:
+    declared = _fields(scope)[name].declaration
+    if isinstance(declared, Table):
+        return _parsed(scope, name, declared.columns, (), "request")
+    assert isinstance(declared, Packed)
+    sums = [n for n, field in _vectors(scope).items() if field.kind == "running_sum" and field.per == "request"]
+    check_one_of(f"the at of {name}", declared.at, tuple(sums))
+    return _formula(scope, declared.at, mode)
+
+
+def _parsed(scope: Scope, name: str, written: str, more: tuple[str, ...], per: Per) -> Node:
+    """The parsed formula of a field, or of its columns, that may also have the names in ``more``."""
+    declared = _fields(scope)[name].declaration
+    assert not isinstance(declared, Special)
     vectors = [n for n, other in _vectors(scope).items() if type(other.declaration) is Vector and n != name]
-    written = declared.decode if mode == "decode" and declared.decode is not None else declared.formula
-    allowed = (*INPUTS, *vectors, *dict(scope.inputs))
+    allowed = (*INPUTS, *vectors, *dict(scope.inputs), *more)
     read = {TOKEN: (1, 2, declared.missing)}
     read |= {source: (1, 2, declared.missing) for source, _ in scope.sources}
     read |= {map_: (1, 1, outside) for map_, (_, outside) in scope.maps}
@@ -181,7 +217,7 @@ def _formula(scope: Scope, name: str, mode: str) -> Node:
                 f"constants[{named}] is {dict(scope.constants)[named]}, and {name} is computed in {declared.dtype}; "
                 f"allowed: {low} to {high}. Declare {name} with dtype='int64'."
             )
-    if declared.per == "request":
+    if per == "request":
         for named in names(node):
             if named == "row" or (named in vectors and _fields(scope)[named].per == "row"):
                 raise ConfigError(
@@ -192,12 +228,12 @@ def _formula(scope: Scope, name: str, mode: str) -> Node:
 
 
 @cache
-def _substituted(scope: Scope, name: str, mode: str) -> Node:
+def _substituted(scope: Scope, name: str, mode: str, columns: bool) -> Node:
     def visit(name: str, path: tuple[str, ...]) -> Node:
         if name in path:
             circle = " names ".join((*path[path.index(name) :], name))
             raise ConfigError(f"formulas name each other: {circle}. Write one of them without the others.")
-        node = _formula(scope, name, mode)
+        node = (_columns if columns and not path else _formula)(scope, name, mode)
         inner = {named: visit(named, (*path, name)) for named in names(node) if named in _vectors(scope)}
         node = substitute(node, inner)
         if size(node) > MAX_NODES:
@@ -212,9 +248,14 @@ def _substituted(scope: Scope, name: str, mode: str) -> Node:
 
 @cache
 def _named(scope: Scope, name: str, mode: str) -> frozenset[str]:
-    if name not in _vectors(scope):
-        declaration = _fields(scope)[name].declaration
-        return frozenset(getattr(declaration, "settings", ()))
-    node = _formula(scope, name, mode)
-    found = {*names(node), *(found.source for found in look_ups(node))}
-    return frozenset(found).union(*(_named(scope, n, mode) for n in names(node) if n in _vectors(scope)))
+    declared = _fields(scope)[name].declaration
+    if isinstance(declared, Special):
+        return frozenset(declared.settings)
+    nodes = [_formula(scope, name, mode)]
+    at: set[str] = set()
+    if isinstance(declared, Table | Packed):
+        nodes.append(_columns(scope, name, mode))
+        at = {declared.at} if isinstance(declared, Packed) else set()
+    named = {n for node in nodes for n in names(node)}
+    found = {*named, *at, *(found.source for node in nodes for found in look_ups(node))}
+    return frozenset(found).union(*(_named(scope, n, mode) for n in named if n in _vectors(scope)))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .arithmetic import evaluate, fold
+from .arithmetic import evaluate, fold, known_value
 from .cpp import cpp, user_name
 from .expressions import Constant, Dtype, LookUp, Name, Node, Number, Operation, look_ups, names, substitute, text
-from .fields import TERMS, Field, Vector
+from .fields import TERMS, Field, Packed, Special, Table
 from .scope import CONSTANTS
 
 if TYPE_CHECKING:
@@ -69,11 +69,7 @@ def formula_in(config: KernelConfig, name: str, dtype: Dtype, own_rows: int | No
         dtype: of the field that is computed.
         own_rows: its rows, where that field has rows of its own.
     """
-    scope, known = config.scope, _known(config, own_rows)
-    for given, of in scope.inputs:
-        # An int64 formula sees all 64 bits of an int64 input.
-        wide = dtype == "int64" and of == "int64"
-        known[given] = Name(f"{user_name(given)}_int64" if wide else user_name(given))
+    scope, known = config.scope, _known(config, own_rows) | _inputs(config, dtype)
     # A vector that is no more than another name or number needs no local of its own.
     node = substitute(scope.formula(name, _mode(config, own_rows)), known)
     for named in names(node):
@@ -83,34 +79,52 @@ def formula_in(config: KernelConfig, name: str, dtype: Dtype, own_rows: int | No
     return fold(substitute(node, known), dtype)
 
 
-def folded(config: Implied, name: str) -> Node:
-    """The formula of a field in a configuration, with the formulas of other vectors in place of their names."""
+def folded(config: Implied, name: str) -> list[Node]:
+    """The formulas of a field in a configuration, with the formulas of other vectors in place of their names."""
     field = config.field(name)
-    node = config.scope.substituted(name, _mode(config, field.own_rows))
-    return fold(substitute(node, _known(config, field.own_rows)), field.dtype)
+    gathered = isinstance(field.declaration, Table | Packed)
+    return [
+        fold(
+            substitute(
+                config.scope.substituted(name, _mode(config, field.own_rows), columns), _known(config, field.own_rows)
+            ),
+            field.dtype,
+        )
+        for columns in ((False, True) if gathered else (False,))
+    ]
 
 
 def varies(config: Implied, name: str) -> bool:
     """Whether backends may have different values: their lengths differ, or the formula names the backend."""
-    named = names(folded(config, name))
+    named = [n for node in folded(config, name) for n in names(node)]
     lengths = len(config.seqlen_offsets) > 1 and ("seq_len" in named or "offset" in named)
     return config.num_backends > 1 and (lengths or "step" in named)
 
 
 def read_by(config: Implied, fields: Sequence[str]) -> list[LookUp]:
     """The look-ups in the formulas of some vectors."""
-    return [found for name in fields for found in look_ups(folded(config, name))]
+    return [found for name in fields for node in folded(config, name) for found in look_ups(node)]
 
 
 def described(config: KernelConfig, name: str) -> str:
     """What an element of a field holds in a configuration, for people: settings by name, what is constant computed."""
-    field = config.field(name)
-    if name not in config.scope.vectors:
+    field, declared = config.field(name), config.field(name).declaration
+    if isinstance(declared, Special):
         return field.formula
     mode = _mode(config, field.own_rows)
     terms = {term: config.scope.formula(term, mode) for term in TERMS}
     known = _known(config, field.own_rows) | {n: Constant(n, value) for n, value in config.scope.constants}
-    written = text(fold(substitute(substitute(config.scope.formula(name, mode), terms), known), field.dtype))
+
+    def shown(node: Node) -> str:
+        return text(fold(substitute(substitute(node, terms), known), field.dtype))
+
+    written = shown(config.scope.formula(name, mode))
+    if isinstance(declared, Table):
+        live = shown(config.scope.columns(name, mode))
+        fill = "" if declared.fill is None else f", then {declared.fill}"
+        return f"{written}, for columns below {live}{fill}"
+    if isinstance(declared, Packed):
+        return f"{written}, at {declared.at}[request] + column"
     return f"0, then the running sum of {written}" if field.kind == "running_sum" else written
 
 
@@ -157,16 +171,139 @@ def element(config: KernelConfig, name: str) -> str:
     return cpp(node, dtype)
 
 
+def live_columns(config: KernelConfig, name: str, base_len: int, offset: int) -> int:
+    """How many columns of a declared table, or elements of a packed field, a request of this length has.
+
+    Declared inputs count as 0, and so does what look-ups decide.
+    """
+    given: dict[str, Node] = dict.fromkeys(dict(config.scope.inputs), Number(0))
+    given |= {"base_len": Number(base_len), "offset": Number(offset), "seq_len": Number(base_len + offset)}
+    given |= {"request": Number(0), "step": Number(0), "rows": Number(config.next_n)}
+    node = substitute(config.scope.substituted(name, config.mode, True), _known(config) | given)
+    count = known_value(fold(node, "int64"))
+    return max(count or 0, 0)
+
+
+def expression(config: KernelConfig, name: str, columns: bool = False) -> str:
+    """The C++ of an element of a declared table or packed field, or of how many columns a row has."""
+    declared = config.field(name).declaration
+    dtype = config.dtype(name)
+    if columns:
+        dtype = config.dtype(declared.at) if isinstance(declared, Packed) else "int32"
+    known = _known(config) | _inputs(config, dtype)
+    if name in config.row_fields:
+        known.pop("row", None)
+    return cpp(
+        fold(substitute(config.scope.substituted(name, config.mode, columns), known), dtype),
+        dtype,
+        dict(config.scope.maps),
+    )
+
+
+def _inputs(config: Implied, dtype: Dtype) -> dict[str, Node]:
+    """How emitted code spells the inputs that a user declared. An int64 formula sees all 64 bits of an int64 input."""
+    wide = [name for name, of in config.scope.inputs if of == dtype == "int64"]
+    names = {name: user_name(name) for name, _ in config.scope.inputs}
+    return {name: Name(f"{spelled}_int64" if name in wide else spelled) for name, spelled in names.items()}
+
+
 def functions_of(config: KernelConfig) -> frozenset[str]:
     """The division functions of templates/device/ that the emitted formulas call."""
     if config.copies:
         return frozenset()
     written = [local.cpp for name in config.vectors for local in locals_of(config, [name])]
+    written += [expression(config, name, columns) for name in config.computed for columns in (False, True)]
     return frozenset(
         function
         for function in ("floor_div", "floor_mod", "ceil_div", "look_up")
         if f"{function}(" in " ".join(written)
     )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The inputs of one backend's refresh, for an evaluation."""
+
+    config: KernelConfig
+    of_request: dict[str, Tensor]
+    counts: Tensor
+    pool_row: Tensor
+    tables: Mapping[str, Tensor]
+
+    def of(self, field: Field) -> tuple[dict[str, Tensor], Tensor]:
+        """The inputs of a field's elements, and their rows of sources."""
+        if field.per == "request":
+            return {**self.of_request, "rows": self.counts}, self.pool_row
+        repeats = self.counts if field.own_rows is None else self.counts * 0 + field.own_rows
+        given = {**self.of_request, "rows": repeats}
+        values = {name: tensor.repeat_interleave(repeats) for name, tensor in given.items()}
+        before = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+        values["row"] = values["rows"].new_ones(before.shape).cumsum(0) - 1 - before
+        return values, self.pool_row.repeat_interleave(repeats)
+
+    def evaluate(self, field: Field, columns: bool = False, column: Tensor | None = None) -> Tensor:
+        """The values of a field's formula, or of its columns; for every column in a dimension behind, if given."""
+        config, (values, rows) = self.config, self.of(field)
+        node = config.scope.substituted(field.name, _mode(config, field.own_rows), columns)
+        known = {n: Constant(n, value) for n, value in config.scope.constants}
+        node = substitute(node, _known(config, field.own_rows) | known)
+        if column is not None:
+            values = {name: tensor[:, None] for name, tensor in values.items()} | {"column": column[None]}
+            rows = rows[:, None].expand(-1, column.numel())
+        dtype: Dtype = field.dtype
+        if columns:
+            declared = field.declaration
+            dtype = config.dtype(declared.at) if isinstance(declared, Packed) else "int32"
+        wide = {n: t.long() if dtype == "int64" else t.int() for n, t in values.items()}
+        return evaluate(node, wide, lambda found, places: _look_up(self.tables, found, places, rows))
+
+
+def _given(
+    config: KernelConfig,
+    seq_lens: Tensor,
+    extend_seq_lens: Tensor | None,
+    step: int,
+    inputs: Mapping[str, Tensor],
+    tables: Mapping[str, Tensor],
+    req_pool_indices: Tensor | None,
+) -> _Given:
+    base_len = seq_lens.int()
+    counts = base_len.new_full(base_len.shape, 1 if config.mode == "decode" else config.next_n)
+    if config.variable_rows and extend_seq_lens is not None:
+        counts = extend_seq_lens.int().clamp(min=0)
+    offset = base_len.new_full(base_len.shape, config.length_offsets[step % len(config.length_offsets)])
+    request = base_len.new_ones(base_len.shape).cumsum(0) - 1
+    given = {"base_len": base_len, "offset": offset, "seq_len": base_len + offset, "request": request}
+    given |= {"step": base_len.new_full(base_len.shape, step), **inputs}
+    return _Given(config, given, counts, base_len if req_pool_indices is None else req_pool_indices.long(), tables)
+
+
+def evaluate_columns(
+    config: KernelConfig,
+    name: str,
+    width: int,
+    seq_lens: Tensor,
+    extend_seq_lens: Tensor | None = None,
+    step: int = 0,
+    *,
+    inputs: Mapping[str, Tensor] = {},
+    tables: Mapping[str, Tensor] = {},
+    req_pool_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The values of a table or packed field for one backend, by its formula.
+
+    Args:
+        width: the columns to evaluate.
+        The others as in evaluate_vectors.
+
+    Returns:
+        The elements [rows, width], and how many of them each row has, of which there may be more than ``width``.
+    """
+    given = _given(config, seq_lens, extend_seq_lens, step, inputs, tables, req_pool_indices)
+    field = config.field(name)
+    columns = given.evaluate(field, columns=True)
+    elements = given.evaluate(field, column=columns.new_ones(width).cumsum(0) - 1)
+    return elements, columns
 
 
 def evaluate_vectors(
@@ -193,37 +330,11 @@ def evaluate_vectors(
     Returns:
         By field, a tensor of its dtype with one element per request or row; running sums have one more.
     """
-    base_len = seq_lens.int()
-    counts = base_len.new_full(base_len.shape, 1 if config.mode == "decode" else config.next_n)
-    if config.variable_rows and extend_seq_lens is not None:
-        counts = extend_seq_lens.int().clamp(min=0)
-    offset = base_len.new_full(base_len.shape, config.length_offsets[step % len(config.length_offsets)])
-    request = base_len.new_ones(base_len.shape).cumsum(0) - 1
-    given = {"base_len": base_len, "offset": offset, "seq_len": base_len + offset, "request": request}
-    given |= {"step": base_len.new_full(base_len.shape, step), **inputs}
-    pool_row = base_len if req_pool_indices is None else req_pool_indices.long()
-
-    def of(field: Field) -> tuple[dict[str, Tensor], Tensor]:
-        """The inputs of a field's elements, and their rows of sources."""
-        if field.per == "request":
-            return {**given, "rows": counts}, pool_row
-        repeats = counts if field.own_rows is None else counts * 0 + field.own_rows
-        values = {name: tensor.repeat_interleave(repeats) for name, tensor in {**given, "rows": repeats}.items()}
-        before = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
-        values["row"] = values["rows"].new_ones(before.shape).cumsum(0) - 1 - before
-        return values, pool_row.repeat_interleave(repeats)
-
+    given = _given(config, seq_lens, extend_seq_lens, step, inputs, tables, req_pool_indices)
     values: dict[str, Tensor] = {}
     for name in config.vectors:
-        field, declared = config.field(name), config.field(name).declaration
-        assert isinstance(declared, Vector)
-        by_name, rows = of(field)
-        wide = field.dtype == "int64"
-        node = config.scope.substituted(name, _mode(config, field.own_rows))
-        known = {n: Constant(n, value) for n, value in config.scope.constants}
-        node = substitute(node, _known(config, field.own_rows) | known)
-        by_width = {n: t.long() if wide else t.int() for n, t in by_name.items()}
-        tensor = evaluate(node, by_width, lambda found, places, rows=rows: _look_up(tables, found, places, rows))  # type: ignore[misc]
+        field = config.field(name)
+        tensor = given.evaluate(field)
         if field.kind == "running_sum":
             sums = tensor.new_zeros(tensor.numel() + 1)
             sums[1:] = tensor.cumsum(0, dtype=tensor.dtype)

@@ -64,7 +64,7 @@ VIOLATIONS = tuple(
             ),
             (
                 "kIndicesBeyondCapacity",
-                lambda config: "kv_indices" in config.fields,
+                lambda config: config.packed is not None,
                 "seq_lens up to request {request} need {value} elements of kv_indices; the destinations have {limit}. "
                 "Bind larger buffers.",
             ),

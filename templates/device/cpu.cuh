@@ -45,6 +45,12 @@ inline int __syncthreads_or(int predicate) {
   return predicate;
 }
 
+inline void __syncwarp() {}
+
+inline unsigned __reduce_xor_sync(unsigned, unsigned value) {
+  return value;
+}
+
 inline unsigned __ballot_sync(unsigned, bool vote) {
   return vote ? 1u : 0u;
 }

@@ -31,10 +31,10 @@ template <int kTiles>
 __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int width = static_cast<int>(p.req_to_token_width);
-  if (copy_vectors<kTiles>(p.page_indices, rows, source, width, first, ends, [&](const auto& words) {
+  if (copy_vectors<kTiles>(token_table(p), rows, source, width, first, ends, [&](const auto& words) {
         write_held_pages(p, rows, words, first, ends);
       }))
     return;
-  copy_words<kTiles>(p.page_indices, rows, source, first, ends);
+  copy_words<kTiles>(token_table(p), rows, source, first, ends);
   read_pages<kTiles>(p, rows, source, first, ends);
 }

@@ -8,10 +8,11 @@
 //          | vectors, schedules    | tile, tile + warps, ...                 |
 //          +-----------------------+-----------------------------------------+
 //
-//   kv_indices   | tokens of request 0 | request 1 | tokens of request 2 ...
-//                ^ 0                   ^ kv_indptr[1]
+//   destination  | tokens of request 0 | request 1 | tokens of request 2 ...
+//                ^ 0                   ^ the sum up to request 1
 
-using Index = std::remove_pointer_t<std::remove_extent_t<decltype(Params::kv_indices)>>;
+constexpr int kTileWords = kTileColumns / kWarpSize;  // of a lane
+constexpr int kHalves = kTileWords % 2 == 0 ? 2 : 1;  // that a tile is cut into where there are few
 
 // The number of tokens of a request, without a backend's offset.
 __device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
@@ -25,46 +26,112 @@ __device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens
   return static_cast<int>(length < p.columns ? length : p.columns);
 }
 
-// Moves one tile of a request to every backend. `before` is the number of tokens of the requests before it, without the
-// backends' offsets.
+// Moves kWords words a lane, a tile of a request or half of one, to every backend. `before` is the number of tokens of
+// the requests before it, without the backends' offsets.
+template <int kWords>
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t request, std::int64_t pool_row, std::int64_t before, std::int32_t tokens, int first) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int end = read_columns(p, tokens, kLongestOffset);
-  constexpr int kWords = kTileColumns / kWarpSize;
   Index words[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int column = first + lane + i * kWarpSize;
     words[i] = column < end ? static_cast<Index>(__ldg(source + column)) : 0;
   }
-  constexpr int kDestinations = sizeof(Params::kv_indices) / sizeof(Index*);
-#pragma unroll(unrolled(kDestinations))
-  for (int b = 0; b < kDestinations; ++b) {
+#pragma unroll(unrolled(kIndexDestinations))
+  for (int b = 0; b < kIndexDestinations; ++b) {
     const int stop = read_columns(p, tokens, length_offset(b));
     const std::int64_t begin = before + request * length_offset(b);
+    // All of the old words are read before the first is written, or each read would wait for a write.
+    [[maybe_unused]] Index old[kWords];
+    if constexpr (kVerified) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int column = first + lane + i * kWarpSize;
+        const std::int64_t at = begin + column;
+        old[i] = column < stop && at < p.packed_capacity ? indices(p)[b][at] : words[i];
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
-      if (column < stop && at < p.kv_indices_capacity) p.kv_indices[b][at] = words[i];
+      if (column >= stop || at >= p.packed_capacity) continue;
+      if (!kVerified || old[i] != words[i]) indices(p)[b][at] = words[i];
+    }
+  }
+}
+
+// No more requests than a warp has lanes: each warp adds up for itself, without shared memory and barriers. Short
+// batches have little else to do.
+__device__ __forceinline__ void write_few(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  std::int32_t tokens = 0;
+  std::uint32_t tiles = 0;
+  std::int64_t pool_row = 0;
+  if (lane < batch_size) {
+    tokens = request_tokens(p, lane);
+    pool_row = request_row(p, lane);
+    const int columns = read_columns(p, tokens, kLongestOffset);
+    if (columns > 0 && pool_row >= 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
+  }
+  std::uint64_t tokens_end = static_cast<std::uint64_t>(tokens);
+  std::uint32_t tiles_end = tiles;
+  for (int distance = 1; distance < batch_size; distance *= 2) {
+    const std::uint64_t other_tokens = __shfl_up_sync(kFullMask, tokens_end, static_cast<unsigned>(distance));
+    const std::uint32_t other_tiles = __shfl_up_sync(kFullMask, tiles_end, static_cast<unsigned>(distance));
+    if (lane >= distance) {
+      tokens_end += other_tokens;
+      tiles_end += other_tiles;
+    }
+  }
+  if (lane < batch_size) {
+    check_capacity(p, lane, static_cast<std::int64_t>(tokens_end) + (std::int64_t{lane} + 1) * kLongestOffset);
+  }
+  const std::uint64_t tokens_before = tokens_end - static_cast<std::uint64_t>(tokens);
+  const std::uint32_t tiles_before = tiles_end - tiles;
+  const std::uint32_t all_tiles = __shfl_sync(kFullMask, tiles_end, batch_size - 1);
+  if (lane >= batch_size) tiles_end = all_tiles;
+  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  const std::uint32_t warp = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
+  // With a warp for each half of a tile, all halves are moved at once.
+  const std::uint32_t parts = kHalves > 1 && all_tiles <= warps / kHalves ? kHalves : 1;
+  for (std::uint32_t part = warp; part < all_tiles * parts; part += warps) {
+    const std::uint32_t tile = part / parts;
+    const int found = __popc(__ballot_sync(kFullMask, tiles_end <= tile));  // requests whose tiles end before it
+    const int column = static_cast<int>(tile - __shfl_sync(kFullMask, tiles_before, found)) * kTileColumns;
+    const std::int64_t row = __shfl_sync(kFullMask, pool_row, found);
+    const std::int64_t before = static_cast<std::int64_t>(__shfl_sync(kFullMask, tokens_before, found));
+    const std::int32_t count = __shfl_sync(kFullMask, tokens, found);
+    if (parts > 1) {
+      const int half = column + static_cast<int>(part % parts) * (kTileColumns / kHalves);
+      copy_tile<kTileWords / kHalves>(p, found, row, before, count, half);
+    } else {
+      copy_tile<kTileWords>(p, found, row, before, count, column);
     }
   }
 }
 
 __device__ void write_tables(const Params& p) {
+  if (p.batch_size <= kWarpSize) {
+    if (p.batch_size > 0) write_few(p);
+    return;
+  }
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = slot % kWarpSize;
   const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
-  __shared__ std::uint32_t tile_end[kThreads];  // tiles up to and including a request of the window
+  __shared__ Window window;
   __shared__ std::int32_t window_tokens[kThreads];
-  __shared__ std::uint64_t tokens_before[kThreads];
+  __shared__ std::uint64_t tokens_before[kThreads];  // of the requests before, within a warp
+  __shared__ std::uint64_t warp_tokens[kWarps];
   __shared__ std::int64_t pool_rows[kThreads];
-  static_assert(kWarps <= kWarpSize, "each warp needs a lane");
-  RunningSum<std::uint64_t> token_sum;
+  std::uint64_t carry = 0;  // tokens of the windows before
+  std::uint32_t warp_end = 0;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
     std::int32_t tokens = 0;
@@ -77,37 +144,42 @@ __device__ void write_tables(const Params& p) {
       pool_row = request_row(p, request);
       if (pool_row < 0) tiles = 0;
     }
-    // The sum's barriers come after the last look-up in the previous window.
-    const std::uint64_t tokens_end = token_sum.add(static_cast<std::uint64_t>(tokens));
-    if (request < batch_size) {
-      check_capacity(p, request, static_cast<std::int64_t>(tokens_end) + (std::int64_t{request} + 1) * kLongestOffset);
-    }
-    std::uint32_t window_tiles;
-    tile_end[slot] = block_running_sum(tiles, window_tiles);
+    const std::uint64_t in_warp = warp_running_sum(static_cast<std::uint64_t>(tokens));
+    if (first > 0) __syncthreads();  // no warp looks tiles up in the last window any more
     pool_rows[slot] = pool_row;
     window_tokens[slot] = tokens;
-    tokens_before[slot] = tokens_end - static_cast<std::uint64_t>(tokens);
-    __syncthreads();
-    for (; tile < window_tiles; tile += warps) {
-      // Finds the tile's request: counts the groups of kWarpSize requests that end at or before the tile, then the
-      // requests of the next group that do. Unlike find_tile, this needs no register between look-ups.
-      const bool passed_warp = lane < kWarps && tile_end[lane * kWarpSize + kWarpSize - 1] <= tile;
-      const int warp = __popc(__ballot_sync(kFullMask, passed_warp));
-      const int passed = __popc(__ballot_sync(kFullMask, tile_end[warp * kWarpSize + lane] <= tile));
-      const int found = warp * kWarpSize + passed;
-      const std::uint32_t in_row = tile - (found > 0 ? tile_end[found - 1] : 0);
-      const std::int64_t before = static_cast<std::int64_t>(tokens_before[found]);
-      const int column = static_cast<int>(in_row) * kTileColumns;
-      copy_tile(p, first + found, pool_rows[found], before, window_tokens[found], column);
+    tokens_before[slot] = in_warp - static_cast<std::uint64_t>(tokens);
+    if (lane == kWarpSize - 1) warp_tokens[slot / kWarpSize] = in_warp;
+    const std::uint32_t window_tiles = count_tiles(window, tiles, warp_end);
+    // The tokens before the requests of warp w, in lane w.
+    std::uint64_t before_warp = carry;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      before_warp += w < lane ? warp_tokens[w] : 0;
+      carry += warp_tokens[w];
     }
-    tile -= window_tiles;  // the turn goes on with the next window's tiles, so that all warps get equally many
+    const std::uint64_t before_own = __shfl_sync(kFullMask, before_warp, slot / kWarpSize);
+    if (request < batch_size) {
+      const std::int64_t end = static_cast<std::int64_t>(before_own + in_warp);
+      check_capacity(p, request, end + (std::int64_t{request} + 1) * kLongestOffset);
+    }
+    for (; tile < window_tiles; tile += warps) {
+      const Place place = find_tile(window, warp_end, tile);
+      const std::uint64_t before =
+          __shfl_sync(kFullMask, before_warp, place.slot / kWarpSize) + tokens_before[place.slot];
+      const int column = static_cast<int>(place.tile) * kTileColumns;
+      const std::int32_t count = window_tokens[place.slot];
+      copy_tile<kTileWords>(
+          p, first + place.slot, pool_rows[place.slot], static_cast<std::int64_t>(before), count, column);
+    }
+    tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
   }
 }
 
 // ---- host side of the strategy
 // Enough blocks for all tiles of rows of maximum length, up to a limit that follows from the device.
 unsigned grid_blocks(const Params& p) {
-  const std::int64_t tiles = p.batch_size * ((p.columns - 1) / kTileColumns + 1);
+  const std::int64_t tiles = p.batch_size * ((p.columns - 1) / (kTileColumns / kHalves) + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
   const std::int64_t limit = p.sm_count * kBlocksPerSm;
   const std::int64_t blocks = wanted < limit ? wanted : limit;

@@ -36,19 +36,23 @@ __device__ __forceinline__ void store_pages(
   }
 }
 
-template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
-  static_assert(kTiles == 1);
-  constexpr int kWords = kTileColumns / kWarpSize;
+// Reads the numbers of this lane's pages of a tile; those behind the longest backend's are kPageFill.
+template <int kWords>
+__device__ __forceinline__ void read_page_numbers(
+    const Params& p, std::int64_t pool_row, std::int32_t (&numbers)[kWords], int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = pages_of(longest_end(ends));
-  std::int32_t numbers[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int page = first + lane + i * kWarpSize;
     numbers[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
   }
+}
+
+template <int kWords>
+__device__ __forceinline__ void write_page_numbers(
+    const Params& p, Rows rows, const std::int32_t (&numbers)[kWords], int first, Ends ends) {
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
     store_pages(p, table, pages_per_column, rows, numbers, first, ends);
   });

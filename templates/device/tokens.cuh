@@ -2,5 +2,5 @@
 template <int kTiles>
 __device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns<kTiles>(p.page_indices, rows, source, static_cast<int>(p.req_to_token_width), first, ends);
+  copy_columns<kTiles>(token_table(p), rows, source, static_cast<int>(p.req_to_token_width), first, ends);
 }

@@ -51,7 +51,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "exitcode=68:print_stacktrace=1",
 }
 DEVICE = 3  # as in driver.cpp
-RUN_SECONDS = 240
+RUN_SECONDS = 1800  # ThreadSanitizer takes up to half a minute, and on a busy machine a multiple of it
 
 
 class CompileError(Exception):
@@ -190,6 +190,7 @@ class _Buffer:
         tensor: what it holds before; of a sparse one the rows, of which only the columns have memory.
         sparse_stride: elements from row to row of a sparse one.
         expected: the same range afterwards, bool as bytes; None if nothing may change.
+        kept: the kernel may write it, and what it writes is for the next launch alone.
         others: what it may hold as well.
         words: the parameter words that point to it.
     """
@@ -198,6 +199,7 @@ class _Buffer:
     tensor: Tensor
     sparse_stride: int | None = None
     expected: Tensor | None = None
+    kept: bool = False
     others: list[Tensor] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
 
@@ -229,7 +231,9 @@ def _flat(tensor: Tensor) -> Tensor:
 class _Job:
     """One case of one configuration, as bytes for the driver and as tensors to compare with."""
 
-    def __init__(self, config: KernelConfig, shape: Shape, launches: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, config: KernelConfig, shape: Shape, launches: Sequence[tuple[int, int]], hashes: Tensor | None = None
+    ) -> None:
         self.shape = shape
         self.launches = launches
         self.scene = scene = checker.Scene(config, shape)
@@ -244,11 +248,11 @@ class _Job:
             "row_capacity": [scene.rows + shape.spare_rows],
             "pool_rows": [shape.pool_rows],
             "req_to_token_width": [shape.width],
-            "real_page_table_width": [scene.widths["real_page_table"]],
+            "filled_width": [scene.widths["real_page_table"]],
             "columns": [scene.columns],
             "num_sms": [shape.num_sms],
             "num_sm_parts": [shape.num_sm_parts],
-            "kv_indices_capacity": [scene.capacity],
+            "packed_capacity": [scene.capacity],
             **{f"{name}_columns": [scene.copied_columns(name)] for name in scene.widths},
         }
         for name in ("seq_lens", "req_pool_indices", "extend_seq_lens"):
@@ -266,15 +270,28 @@ class _Job:
         for name, tensor in scene.tables.items():
             shape_of = [tensor.numel()] if tensor.dim() == 1 else [tensor.shape[0], tensor.stride(0), tensor.shape[1]]
             self.values[user_name(name)] = [self._buffer(name, tensor), *shape_of]
+        for name in config.computed:
+            self.values[f"{config.member(name)}_width"] = [checker.TABLE_WIDTH]
+            self.values[f"{config.member(name)}_capacity"] = [checker.PACKED_CAPACITY]
         for name, tensors in scene.destinations.items():
             values = self.values[config.member(name)] = []
             for d, (tensor, _) in enumerate(tensors):
-                words = self._words(f"{name}[{d}]", tensor, config.field(name).kind == "table")
+                is_table = config.field(name).kind == "table"
+                words = self._words(f"{name}[{d}]", tensor, is_table and name not in scene.declared)
+                if is_table and name in scene.declared:
+                    words += [*tensor.stride()]
                 if name in config.strided:
                     words += [tensor.stride(0) * (config.field(name).own_rows or 1), tensor.stride(0)]
                 values += words
                 assert isinstance(words[0], _Buffer)
                 words[0].expected = self._expected(name, d, tensor)
+        if config.hashes_tiles:
+            tiles = (max(scene.widths.values()) + 3) // config.tile_columns + 1
+            rows = min(tensor.shape[0] for name in config.tables for tensor, _ in scene.destinations[name])
+            nothing = torch.zeros((rows, tiles), dtype=torch.int64)
+            self.hashes = self._buffer("tile_hashes", nothing if hashes is None else hashes)
+            self.hashes.kept = True
+            self.values["tile_hashes"], self.values["tile_hashes_stride"] = [self.hashes], [tiles]
         if config.checked:
             # Compared as the others are, in 32-bit words.
             found = [[checker.KINDS[kind], *numbers] for kind, *numbers in scene.violations] or [[0] * 4]
@@ -298,7 +315,7 @@ class _Job:
 
     def _expected(self, name: str, d: int, tensor: Tensor) -> Tensor:
         wanted = self.scene.wanted(name, d)
-        if self.shape.sparse_stride is not None and tensor.dim() == 2:
+        if self.shape.sparse_stride is not None and tensor.dim() == 2 and name not in self.scene.declared:
             return wanted.flatten()
         around = poisoned(_flat(tensor).shape, tensor.dtype)
         around.as_strided(tensor.shape, tensor.stride()).copy_(wanted)
@@ -322,7 +339,9 @@ class _Job:
         out.append(_numbers(len(self.buffers)))
         for b in self.buffers:
             out.append(_text(b.name))
-            out.append(_numbers(b.size(), b.phase, b.expected is not None, b.sparse_stride is not None, len(b.words)))
+            out.append(
+                _numbers(b.size(), b.phase, b.expected is not None or b.kept, b.sparse_stride is not None, len(b.words))
+            )
             out += [_numbers(word, 0) for word in b.words]
             segments = b.segments()
             out.append(_numbers(len(segments)))
@@ -335,6 +354,12 @@ class _Job:
         taken = 0
         for seed, together in self.launches:
             for b in self.buffers:
+                if b.kept:
+                    content = bytearray(results[taken : taken + b.size()])
+                    b.tensor = (
+                        torch.frombuffer(content, dtype=torch.int64).view(b.tensor.shape) if content else b.tensor
+                    )
+                    taken += b.size()
                 if b.expected is None or b.expected.numel() == 0:
                     continue
                 size = b.expected.numel() * b.expected.element_size()
@@ -392,7 +417,26 @@ def run(
         launches: (seed of the block and thread order, how many blocks may run at the same time); each shape is launched
             once for each.
     """
-    jobs = [_Job(config, shape, launches) for shape in shapes]
+    chains = [_chain(shape) for shape in shapes]
+    hashes: list[Tensor | None] = [None] * len(chains)
+    outcome = Outcome(None, "")
+    for turn in range(max(map(len, chains), default=0)):
+        jobs = {i: _Job(config, c[turn], launches, hashes[i]) for i, c in enumerate(chains) if turn < len(c)}
+        outcome = _run(program, list(jobs.values()), seconds)
+        if outcome.caught is not None:
+            return outcome
+        for i, job in jobs.items():
+            hashes[i] = job.hashes.tensor if config.hashes_tiles else None
+    return outcome
+
+
+def _chain(shape: Shape) -> list[Shape]:
+    """A shape after those that are launched before it on the same memory."""
+    return [*([] if shape.before is None else _chain(shape.before)), shape]
+
+
+def _run(program: Path, jobs: Sequence[_Job], seconds: int) -> Outcome:
+    """run() of jobs whose memory is as it must be before."""
     with tempfile.TemporaryDirectory() as name:
         job, results = Path(name) / "job", Path(name) / "results"
         job.write_bytes(_numbers(len(jobs)) + b"".join(j.encode() for j in jobs))

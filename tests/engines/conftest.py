@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -9,23 +10,21 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE))
+# Engines with the module that makes them importable. The tests of one begin with its name; all others are SGLang's.
+_FAKES = {"sglang": "fakes", "vllm": "vllm_fakes", "flashinfer": "flashinfer_fakes"}
 
 
 def _engine() -> str:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return ""
-    return next((name for name in ("sglang", "vllm") if importlib.util.find_spec(name) is not None), "")
+    return next((name for name in _FAKES if importlib.util.find_spec(name) is not None), "")
+
+
+def _engine_of(test: Path) -> str:
+    return next((name for name in _FAKES if test.name.startswith(f"test_{name}")), "sglang")
 
 
 engine = _engine()
-_vllm = {path.name for path in _HERE.glob("test_vllm*.py")}
-_sglang = {path.name for path in _HERE.glob("test_*.py")} - _vllm
-collect_ignore = sorted((_sglang if engine != "sglang" else set()) | (_vllm if engine != "vllm" else set()))
-if engine == "sglang":
-    import fakes
-
-    fakes.install()
-elif engine == "vllm":
-    import vllm_fakes
-
-    vllm_fakes.install()
+collect_ignore = sorted(path.name for path in _HERE.glob("test_*.py") if _engine_of(path) != engine)
+if engine:
+    importlib.import_module(_FAKES[engine]).install()

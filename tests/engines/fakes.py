@@ -6,17 +6,16 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from empty import VERSION, EmptyModules
+from onelaunch.spec.reference_schedules import paged_mqa_schedule
 
 # Modules with compiled code for a GPU, or that only a server needs. Their distributions are not installed.
 BINARY = (
@@ -56,96 +55,6 @@ BINARY = (
 )
 # Distributions whose version SGLang asks for at import.
 DISTRIBUTIONS = ("flashinfer_python", "sgl_deep_gemm", "sgl_flash_mla", "sglang_kernel", "nvidia_cutlass_dsl")
-_VERSION = "99.0"
-
-_BINARY_OPERATORS = ("or", "ror", "and", "rand", "add", "radd", "sub", "rsub", "mul", "rmul", "lshift", "rshift")
-
-
-class _Empty(type):
-    """The type of everything that an empty module has: a class that can be called, subscripted, entered and derived."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _empty(f"{cls.__name__}.{name}")
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__dict__.get("_is_empty"):  # a class of SGLang's that derives from one
-            return super().__call__(*args, **kwargs)
-        if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, type)):
-            return args[0]  # a decorator leaves what it decorates
-        return cls
-
-    def __iter__(cls) -> Any:
-        return iter(())
-
-    def __getitem__(cls, key: Any) -> Any:
-        return cls
-
-    def __enter__(cls) -> Any:
-        return cls
-
-    def __exit__(cls, *error: Any) -> bool:
-        return False
-
-    def __int__(cls) -> int:
-        return 0
-
-    def __index__(cls) -> int:
-        return 0
-
-
-def _same(cls: Any, other: Any) -> Any:
-    return cls
-
-
-for _operator in _BINARY_OPERATORS:
-    setattr(_Empty, f"__{_operator}__", _same)
-
-
-def _schema(cls: Any, *args: Any) -> Any:
-    from pydantic_core import core_schema
-
-    return core_schema.any_schema()
-
-
-def _empty(name: str) -> Any:
-    members = {
-        "_is_empty": True,
-        "__module__": "empty",
-        "__get_pydantic_core_schema__": classmethod(_schema),
-        "__init_subclass__": classmethod(lambda cls, **kwargs: None),
-    }
-    return _Empty(name, (), members)
-
-
-class _EmptyModule(types.ModuleType):
-    __version__ = _VERSION
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = _empty(f"{self.__name__}.{name}")
-        setattr(self, name, value)
-        return value
-
-
-class _EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = frozenset(names)
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname.partition(".")[0] in self._names:
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        return None
-
-    def create_module(self, spec: Any) -> Any:
-        module = _EmptyModule(spec.name)
-        module.__path__ = []
-        return module
-
-    def exec_module(self, module: Any) -> None:
-        """There is nothing to execute."""
 
 
 class _Stream:
@@ -224,7 +133,7 @@ def _on_the_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def install() -> None:
     """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch."""
-    sys.meta_path.append(_EmptyModules(BINARY))
+    sys.meta_path.append(EmptyModules(BINARY))
     ask = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -232,7 +141,7 @@ def install() -> None:
             return ask(name)
         except importlib.metadata.PackageNotFoundError:
             if name.replace("-", "_") in (*BINARY, *DISTRIBUTIONS):
-                return _VERSION
+                return VERSION
             raise
 
     importlib.metadata.version = version
@@ -259,12 +168,17 @@ def digest(lengths: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _replace_compiled_functions() -> None:
-    """Schedules and plans that are compiled for a GPU become digests of the lengths that they are called with."""
+    """Plans that are compiled for a GPU become digests of the lengths that they are called with.
+
+    DeepGEMM's schedule is the reference's, since a launch can make it too.
+    """
     import deep_gemm
 
     parts = torch.cuda.get_device_properties(0).multi_processor_count
     deep_gemm.get_num_sms = lambda: parts
-    deep_gemm.get_paged_mqa_logits_metadata = lambda lengths, block, sms, **more: digest(lengths, sms + 1, 2)
+    deep_gemm.get_paged_mqa_logits_metadata = lambda lengths, block, sms, **more: torch.tensor(
+        paged_mqa_schedule(lengths.flatten().tolist(), sms), dtype=torch.int32
+    )
 
     jit = importlib.import_module("sglang.kernels.jit.utils")
 

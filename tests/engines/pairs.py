@@ -6,6 +6,7 @@ from typing import Any
 
 import compare
 import objects
+import results
 from objects import Batch
 from onelaunch.integrations import sglang
 from torch import Tensor
@@ -19,7 +20,8 @@ class Pair:
     def __init__(
         self, name: str, page: int, *, mode: str, steps: int = 0, draft_tokens: int = 4, **attach: Any
     ) -> None:
-        self.name, self.mode, self.draft_tokens, self.page = name, mode, draft_tokens, page
+        self.name, self.mode, self.draft_tokens, self.page, self.steps = name, mode, draft_tokens, page, steps
+        self.replays = 0
         self.pool = objects.token_pool(page, seed=page + steps)
         self.engine, self.mine = (
             objects.backend(name, self.pool, page=page, steps=steps, draft_tokens=draft_tokens) for _ in range(2)
@@ -48,6 +50,7 @@ class Pair:
             lengths = tuple(min(length, objects.WIDTH - self.draft_tokens) for length in lengths)
         elif self.mode == "draft_extend":
             lengths = tuple(max(length, self.draft_tokens) for length in lengths)
+        self.replays += 1
         for backend in self.backends:
             compare.poison(backend)
             batch = Batch(lengths, bs, self.mode, self.draft_tokens, seed, self.drafting).make()
@@ -84,3 +87,11 @@ class Pair:
         assert not self.attachment.failed
         different = compare.differences(self.engine, self.mine)
         assert not different, "\n".join(different)
+
+    def record(self) -> None:
+        """Notes that all replays were equal, each with a launch of onelaunch's."""
+        attachment, steps = self.attachment, {"steps": self.steps} if self.steps else {}
+        assert attachment.launches >= self.replays, "the engine's own code ran"
+        results.record(
+            type(self.mine).__name__, attachment.refreshed, attachment.stays, self.mode, page=self.page, **steps
+        )

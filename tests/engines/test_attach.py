@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import os
@@ -201,6 +202,41 @@ def test_after_a_failure_the_engines_own_code_runs_and_one_warning_is_given(
     assert pair.attachment.failed
     different = compare.differences(pair.engine, pair.mine)
     assert not different, "\n".join(different)
+
+
+@pytest.mark.parametrize("name", ["dsa", "fa3", "flashmla", "triton"])
+def test_a_failure_behind_the_launch_leaves_nothing_half_written(name: str) -> None:
+    """The engine's own code then writes everything again."""
+    pair = Pair(name, 64, mode="decode", steps=3)
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("one of the engine's steps failed")
+
+    pair.attachment._place = dataclasses.replace(pair.attachment._place, after=fail)
+    with pytest.warns(RuntimeWarning, match="one of the engine's steps failed"):
+        pair.replay((7, 300), 5, seed=0)
+    assert not compare.differences(pair.engine, pair.mine)
+
+
+def test_draft_extension_of_fa3_runs_the_engines_own_code() -> None:
+    """Its cu_seqlens_q sums extend_seq_lens, which may differ between requests, and onelaunch has no such field."""
+    pair = Pair("fa3", 64, mode="draft_extend")
+    pair.replay((7, 300), 5, seed=0)
+    pair.check()
+    assert pair.attachment.launches == 0
+    assert "cu_seqlens_q" in pair.attachment.stays
+
+
+@pytest.mark.parametrize("name", ["trtllm_mha", "trtllm_mla", "flashmla"])
+def test_pages_that_are_not_tested_are_refused_by_the_engine(name: str) -> None:
+    """SGLang itself changes such a page size, where it resolves its arguments."""
+    from sglang.srt.arg_groups.overrides import _mla_backend_page_constraints
+
+    others = ("decode_attention_backend", "prefill_attention_backend", "speculative_draft_attention_backend")
+    for page in objects.PAGES:
+        arguments = SimpleNamespace(page_size=page, attention_backend=name, **dict.fromkeys(others))
+        kept = _mla_backend_page_constraints(arguments).get("page_size", page) == page
+        assert kept == (page in FAMILIES[name].pages), page
 
 
 @pytest.mark.parametrize(("name", "mode"), [("fa3", "target_verify"), ("trtllm_mha", "target_verify")])

@@ -30,6 +30,7 @@ def test_draft_steps(name: str, page: int, steps: int) -> None:
     for seed, (lengths, bs) in enumerate(LENGTHS):
         pair.replay(lengths, bs, seed)
         pair.check()
+    pair.record()
 
 
 SINGLE = [
@@ -45,6 +46,18 @@ SINGLE = [
 @pytest.mark.parametrize(("name", "page", "mode"), SINGLE)
 def test_a_single_backend(name: str, page: int, mode: str) -> None:
     pair = Pair(name, page, mode=mode)
+    for seed, (lengths, bs) in enumerate(LENGTHS):
+        pair.replay(lengths, bs, seed)
+        pair.check()
+    pair.record()
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("decode", 4), ("decode", 0), ("target_verify", 0), ("draft_extend", 0)])
+def test_a_launch_that_makes_deepgemms_schedules_too(mode: str, steps: int) -> None:
+    """DeepGEMM itself isn't here, so the engine's schedules are the reference's of the engine's lengths (fakes.py)."""
+    pair = Pair("dsa", 64, mode=mode, steps=steps, schedules=True)
+    for made in getattr(pair.mine, "attn_backends", [pair.mine]):
+        made._refresh_paged_mqa_schedule_metadata = lambda *a: pytest.fail("the engine made the schedule")
     for seed, (lengths, bs) in enumerate(LENGTHS):
         pair.replay(lengths, bs, seed)
         pair.check()

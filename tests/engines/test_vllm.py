@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import results
 import torch
 import vllm_objects
 from onelaunch import ArgumentError
@@ -16,8 +17,6 @@ from torch import Tensor
 from vllm_objects import Runner
 
 POISON = -7
-# Follow from the requests' numbers of tokens alone; vLLM's last build wrote them.
-OF_THE_SHAPE = ("decode_lens", "per_req_decode_lens")
 SM90 = (1, 2, 3, 4, 5, 8)
 FLATTENED = (3, 5, 8)
 
@@ -26,18 +25,20 @@ class Pair:
     """Two runners with a builder each, which build alike for a capture; from then on only the engine's builds.
 
     Args:
-        next_n: tokens of a request.
+        next_n: tokens of a request that the builder is for.
+        tokens: those that requests have; 0 for next_n.
         captured: requests.
         schedule: whether the plan makes DeepGEMM's schedule too.
     """
 
-    def __init__(self, next_n: int, captured: int, *, schedule: bool, **builder: Any) -> None:
-        self.next_n, self.captured = next_n, captured
+    def __init__(self, next_n: int, captured: int, *, schedule: bool, tokens: int = 0, **builder: Any) -> None:
+        self.tokens, self.captured = tokens or next_n, captured
         self.runners = [Runner(), Runner()]
         self.builders = [vllm_objects.builder(next_n, **builder) for _ in range(2)]
-        self.fill((1,) * captured, (next_n,) * captured)
+        self.fill((1,) * captured, (self.tokens,) * captured)
         self.engine, self.mine = (self.build(i) for i in range(2))
-        self.plan = vllm.bind_backends(self.builders[1], self.mine, schedule=schedule)
+        starts = self.runners[1].query_start_loc
+        self.plan = vllm.bind_backends(self.builders[1], self.mine, starts, schedule=schedule)
         self.written = [t.untyped_storage().data_ptr() for t in self.destinations()]
 
     def fill(self, lengths: tuple[int, ...], query_lens: tuple[int, ...]) -> None:
@@ -45,17 +46,16 @@ class Pair:
             runner.fill(lengths, query_lens)
 
     def build(self, index: int) -> Any:
-        common = self.runners[index].metadata(self.captured, self.captured * self.next_n, self.next_n)
+        common = self.runners[index].metadata(self.captured, self.captured * self.tokens, self.tokens)
         return self.builders[index].build(0, common)
 
     def destinations(self) -> Iterator[Tensor]:
-        """What the plan writes: neither the runner's own memory nor what is of the shape."""
+        """What the plan writes: all but the runner's own memory."""
         for field in dataclasses.fields(self.mine.decode):
             tensor = getattr(self.mine.decode, field.name)
-            left = OF_THE_SHAPE
-            if "paged_mqa_schedule_metadata" not in self.plan.config.fields:
-                left = (*OF_THE_SHAPE, "schedule_metadata")
-            if isinstance(tensor, Tensor) and not self.runners[1].owns(tensor) and field.name not in left:
+            if field.name == "schedule_metadata" and "paged_mqa_schedule_metadata" not in self.plan.config.fields:
+                continue
+            if isinstance(tensor, Tensor) and not self.runners[1].owns(tensor):
                 yield tensor
 
     def replay(self, lengths: tuple[int, ...], query_lens: tuple[int, ...]) -> None:
@@ -72,20 +72,19 @@ class Pair:
     def differences(self) -> list[str]:
         """A sentence for every tensor of the metadata in which the two differ."""
         found = []
-        padded = bool((self.runners[0].seq_lens[: self.captured] == 0).any())
         for label, engine, mine in (
             ("metadata", self.engine, self.mine),
             ("decode", self.engine.decode, self.mine.decode),
         ):
             for field in dataclasses.fields(mine):
                 wanted, got = getattr(engine, field.name), getattr(mine, field.name)
-                if isinstance(got, Tensor) and not (padded and field.name in OF_THE_SHAPE):
+                if isinstance(got, Tensor):
                     found += _difference(f"{label}.{field.name}", *self._read(label, field.name, wanted, got))
         return found
 
     def _read(self, label: str, name: str, wanted: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
         """Of a flattened table's padding rows vLLM zeroes the first column alone; the others it leaves."""
-        if label == "decode" and name == "block_table" and len(got) == self.captured * self.next_n:
+        if label == "decode" and name == "block_table" and len(got) == self.captured * self.tokens:
             padding = self.engine.decode.seq_lens.view(-1) == 0
             wanted, got = (tensor.clone() for tensor in (wanted, got))
             wanted[padding, 1:] = got[padding, 1:] = 0
@@ -123,9 +122,25 @@ def test_what_a_build_writes(next_n: int, captured: int) -> None:
     for lengths, query_lens in batches(next_n, captured):
         pair.replay(lengths, query_lens)
         assert pair.differences() == [], (lengths, query_lens)
+    results.record(
+        type(pair.builders[1]).__name__,
+        "decode: lengths, block table, numbers of tokens, DeepGEMM's schedule",
+        "slot mappings, prefills, the object itself",
+        "flattened" if next_n in FLATTENED else "native",
+        next_n=next_n,
+    )
 
 
-@pytest.mark.parametrize("next_n", SM90[1:])
+@pytest.mark.parametrize(("next_n", "tokens"), [(2, 1), (3, 2), (4, 1), (4, 2), (4, 3), (5, 2)])
+def test_steps_with_fewer_tokens_than_the_builder_is_for(next_n: int, tokens: int) -> None:
+    """Native where DeepGEMM has a kernel for so many, though the builder flattens next_n, or the other way round."""
+    pair = Pair(next_n, 5, schedule=True, tokens=tokens)
+    for lengths, query_lens in batches(tokens, 5):
+        pair.replay(lengths, query_lens)
+        assert pair.differences() == [], (lengths, query_lens)
+
+
+@pytest.mark.parametrize("next_n", SM90)
 def test_lengths_and_tables_without_the_schedule(next_n: int) -> None:
     pair = Pair(next_n, 4, schedule=False)
     before = pair.mine.decode.schedule_metadata.clone()
@@ -138,7 +153,7 @@ def test_lengths_and_tables_without_the_schedule(next_n: int) -> None:
 def test_a_wrong_entry_anywhere_is_found(next_n: int) -> None:
     """The control: each tensor that the plan writes, in its first and its last entry."""
     pair = Pair(next_n, 3, schedule=True)
-    count = {1: 1, 2: 2, 4: 2}.get(next_n, 3)  # the schedule; lengths; a flattened table
+    count = {1: 3, 2: 4, 4: 4}.get(next_n, 5)  # numbers of tokens, the schedule; lengths; a flattened table
     assert len(list(pair.destinations())) == count
     for index in range(count):
         for at in (0, -1):
@@ -176,10 +191,11 @@ def test_the_docstrings_lines() -> None:
         "torch": torch,
         "builder": builder,
         "indexer_metadata": metadata,
+        "query_start_loc": runner.query_start_loc,
         "seq_lens": runner.seq_lens,
         "num_reqs": 3,
     }
-    lines = str(vllm.__doc__).partition("::\n")[2].partition("\nWhat that can gain")[0]
+    lines = str(vllm.__doc__).partition("::\n")[2].partition("\nWhat that gains")[0]
     runner.fill((300, 200), (2, 2))
     exec(textwrap.dedent(lines), names)
     assert metadata.decode.seq_lens.tolist() == [[299, 300], [199, 200], [0, 0]]
@@ -209,15 +225,17 @@ def test_requests_with_different_numbers_of_tokens(query_lens: tuple[int, ...]) 
         return builders[index].build(0, runners[index].metadata(4, 14, max(tokens)))
 
     engine, mine = build(0, (300, 200, 100, 4), query_lens), build(1, (9, 9, 9, 9), (4, 3, 4, 3))
-    plan = vllm.bind_backends(builders[1], mine)
+    plan = vllm.bind_backends(builders[1], mine, runners[1].query_start_loc)
     with pytest.raises(ArgumentError, match="schedule is True and requests have different numbers of tokens"):
-        vllm.bind_backends(builders[1], mine, schedule=True)
+        vllm.bind_backends(builders[1], mine, runners[1].query_start_loc, schedule=True)
     mine.decode.seq_lens.fill_(POISON)
     mine.decode.block_table.fill_(POISON)
     runners[1].fill((300, 200, 100, 4), query_lens)
     plan.run(runners[1].seq_lens[:4], torch.arange(4), torch.tensor(query_lens, dtype=torch.int32))
     assert torch.equal(mine.decode.seq_lens[:total], engine.decode.seq_lens[:total])
     assert torch.equal(mine.decode.block_table[:total], engine.decode.block_table[:total])
+    assert torch.equal(mine.decode.decode_lens, engine.decode.decode_lens)
+    assert torch.equal(mine.decode.per_req_decode_lens, engine.decode.per_req_decode_lens)
     assert bool((engine.decode.seq_lens[total:] == 0).all())
     assert bool((mine.decode.seq_lens[total:] == POISON).all())
     assert bool((mine.decode.block_table[total:] == POISON).all())
@@ -233,7 +251,7 @@ def test_a_batch_of_prefills_is_refused() -> None:
     assert metadata.decode is None
     assert metadata.num_prefills == 2
     with pytest.raises(ArgumentError, match=r"metadata\.decode is None: the batch has no decode requests"):
-        vllm.bind_backends(builder, metadata)
+        vllm.bind_backends(builder, metadata, runner.query_start_loc)
 
 
 def test_the_decodes_of_a_mixed_batch() -> None:
@@ -243,7 +261,7 @@ def test_the_decodes_of_a_mixed_batch() -> None:
         runner.fill((100, 70, 30), (3, 3, 30))
     engine, mine = (b.build(0, r.metadata(3, 36, 30)) for b, r in zip(builders, runners, strict=True))
     assert (mine.num_decodes, mine.num_prefills) == (2, 1)
-    plan = vllm.bind_backends(builders[1], mine)
+    plan = vllm.bind_backends(builders[1], mine, runners[1].query_start_loc)
     mine.decode.seq_lens.fill_(POISON)
     mine.decode.block_table.fill_(POISON)
     plan.run(runners[1].seq_lens[:2], torch.arange(2))
@@ -251,15 +269,15 @@ def test_the_decodes_of_a_mixed_batch() -> None:
     assert torch.equal(mine.decode.block_table, engine.decode.block_table)
 
 
-def test_where_all_is_the_runners_own_there_is_only_the_schedule() -> None:
+def test_where_lengths_and_table_are_the_runners_own() -> None:
     builder, runner = vllm_objects.builder(1), Runner()
     runner.fill((40, 30), (1, 1))
     metadata = builder.build(0, runner.metadata(2, 2, 1))
     assert metadata.decode.seq_lens.shape == (2, 1)
     assert runner.owns(metadata.decode.seq_lens)
-    with pytest.raises(ArgumentError, match="the runner's own, as where requests have one token"):
-        vllm.bind_backends(builder, metadata)
-    assert vllm.bind_backends(builder, metadata, schedule=True).config.fields == ("paged_mqa_schedule_metadata",)
+    assert runner.owns(metadata.decode.block_table)
+    plan = vllm.bind_backends(builder, metadata, runner.query_start_loc, schedule=True)
+    assert set(plan.config.fields) == {"paged_mqa_schedule_metadata", "decode_lens", "per_req_decode_lens"}
 
 
 def test_compressed_lengths_are_refused() -> None:
@@ -267,7 +285,7 @@ def test_compressed_lengths_are_refused() -> None:
     runner.fill((40, 30), (3, 3))
     metadata = builder.build(0, runner.metadata(2, 6, 3))
     with pytest.raises(ArgumentError, match=r"builder\.compress_ratio is 4: lengths count compressed states"):
-        vllm.bind_backends(builder, metadata)
+        vllm.bind_backends(builder, metadata, runner.query_start_loc)
 
 
 @pytest.mark.parametrize(("name", "value"), [("dcp_world_size", 2), ("use_pcp", True)])
@@ -278,7 +296,7 @@ def test_parallel_contexts_are_refused(name: str, value: Any) -> None:
     metadata = builder.build(0, runner.metadata(2, 6, 3))
     setattr(builder, name, value)
     with pytest.raises(ArgumentError, match=rf"builder\.{name} is {value}: .*Leave this batch to vLLM"):
-        vllm.bind_backends(builder, metadata)
+        vllm.bind_backends(builder, metadata, runner.query_start_loc)
 
 
 def test_varlen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,4 +310,4 @@ def test_varlen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = builder.build(0, runner.metadata(2, 6, 3))
     assert metadata.decode.indices.tolist() == [0, 0, 0, 1, 1, 1]
     with pytest.raises(ArgumentError, match=r"builder\.supports_varlen is True: one kernel of vLLM's writes all of it"):
-        vllm.bind_backends(builder, metadata)
+        vllm.bind_backends(builder, metadata, runner.query_start_loc)

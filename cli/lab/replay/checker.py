@@ -36,7 +36,8 @@ class Checker:
     Before a checked step the destinations are filled with a value that no refresh writes, and so are shadow
     buffers, which the reference then refreshes: one backend's, as all backends get the same. Filled anew each
     time, because tables change little from step to step: an element that the plan didn't write would otherwise
-    often hold the right value.
+    often hold the right value. Where a plan verifies what it wrote last, nothing may be poisoned: the shadow is
+    refreshed in each step, and holds what all steps so far left, as the destinations must.
 
     Attributes:
         steps, elements: what was checked.
@@ -44,10 +45,13 @@ class Checker:
         first: the first wrong element, or None.
     """
 
-    def __init__(self, real: list[MetadataBuffers], refresh: Callable[[list[MetadataBuffers]], None]) -> None:
+    def __init__(
+        self, real: list[MetadataBuffers], refresh: Callable[[list[MetadataBuffers]], None], verified: bool = False
+    ) -> None:
         """``real`` are of one shape; ``refresh`` applies the reference for the current step to what it is given."""
 
         self._real = real
+        self.verified = verified
         self._shadow = _like(real[0], torch.empty_like)
         self._refresh = refresh
         self.steps = 0
@@ -56,13 +60,19 @@ class Checker:
         self.first: Mismatch | None = None
 
     def before(self, step: int) -> None:
-        """Poisons the destinations, and computes in the shadow what each of them must hold after ``step``."""
+        """Poisons the destinations, and computes in the shadow what each of them must hold after ``step``, from 0."""
         # Negative, so it is no length and no slot; different in each step, so that an old value isn't taken for it.
         poison = -1 - step % 2**30
-        for buffers in (*self._real, self._shadow):
+        for buffers in () if self.verified and step > 0 else (*self._real, self._shadow):
             for _, tensor in buffers.items():
                 tensor.fill_(poison)
         self._refresh([self._shadow])
+
+    @property
+    def table(self) -> Tensor:
+        """The shadow's page_indices."""
+        assert self._shadow.page_indices is not None
+        return self._shadow.page_indices
 
     def after(self, step: int) -> None:
         """Compares the destinations with the shadow."""

@@ -13,7 +13,7 @@ import click
 from onelaunch.cli.output import check_writable, write_whole
 from onelaunch.errors import ArgumentError
 
-from .options import SAMPLE_EVERY, DeviceChoice, Extent, ReplayOptions, Verify
+from .options import SAMPLE_EVERY, DeviceChoice, Extent, ReplayOptions, Verify, Writes
 
 if TYPE_CHECKING:
     from .summary import ReplaySummary
@@ -44,6 +44,12 @@ if TYPE_CHECKING:
     type=click.Choice(Extent),
     default=Extent.live,
     help="Write the live columns, or all columns up to the longest request.",
+)
+@click.option(
+    "--writes",
+    type=click.Choice(Writes),
+    default=Writes.all,
+    help="Write all, or only the tiles that changed; then the tables hold what earlier steps left.",
 )
 @click.option("--pages", type=int, show_default="half of what full contexts need", help="KV pages in the pool.")
 @click.option("--step-ms", default=ReplayOptions.step_ms, help="Simulated milliseconds per step.")

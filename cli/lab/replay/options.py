@@ -24,6 +24,11 @@ class Verify(StrEnum):
     none = "none"
 
 
+class Writes(StrEnum):
+    all = "all"
+    verified = "verified"
+
+
 class Extent(StrEnum):
     live = "live"
     full = "full"
@@ -48,6 +53,7 @@ class ReplayOptions:
     page_size: int = 64
     index_topk: int = 2048
     extent: Extent = Extent.live
+    writes: Writes = Writes.all
     pages: int | None = None
     step_ms: float = 30.0
     preempt_probability: float = 0.0

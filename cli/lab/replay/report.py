@@ -46,6 +46,7 @@ def print_summary(summary: ReplaySummary, to_stderr: bool) -> None:
         ("prompts clipped", f"{summary.clipped_prompts:,}"),
         ("preemptions", f"{summary.preemptions:,}"),
         ("bytes written", f"{summary.bytes_written:,}"),
+        *_tiles(summary),
         *_times(summary),
         ("mismatches", f"{summary.mismatches:,} {checked}"),
     ]
@@ -54,6 +55,14 @@ def print_summary(summary: ReplaySummary, to_stderr: bool) -> None:
     for name, value in rows:
         colour = ("red" if summary.mismatches else "green") if name == "mismatches" else None
         click.secho(f"{name:<16}  {value}", fg=colour, err=to_stderr)
+
+
+def _tiles(summary: ReplaySummary) -> list[tuple[str, str]]:
+    """What verified writes save."""
+    if summary.tiles is None or summary.tiles_written is None:
+        return []
+    share = summary.tiles_written / max(1, summary.tiles)
+    return [("tiles written", f"{summary.tiles_written:,} of {summary.tiles:,} ({share:.1%})")]
 
 
 def _times(summary: ReplaySummary) -> list[tuple[str, str]]:

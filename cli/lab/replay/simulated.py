@@ -17,10 +17,11 @@ from onelaunch.spec import reference
 from torch import Tensor
 
 from .checker import Checker
-from .options import SAMPLE_EVERY, TIME_EVERY, TIME_PHASE, Extent, ReplayOptions, Verify
+from .options import SAMPLE_EVERY, TIME_EVERY, TIME_PHASE, Extent, ReplayOptions, Verify, Writes
 from .pool import row_width
 from .serving import ServingSimulation, Step
 from .summary import Distribution, ReplaySummary
+from .tiles import TileCounter
 from .traces import Trace
 
 OnStep = Callable[[int, "ServingSimulation", int], None]
@@ -159,7 +160,9 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         extent=options.extent.value,
         seq_lens_dtype=torch.int64,
         req_pool_indices_dtype=torch.int64,
+        writes=options.writes.value,
     )
+    verified = options.writes is Writes.verified
     full = options.extent is Extent.full
     step: Step
 
@@ -193,7 +196,9 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
             max_len=step.max_len if full else None,
         )
 
-    checker = None if options.verify is Verify.none else Checker(ours, run_reference)
+    # The shadow says which tiles change, checked or not.
+    checker = None if options.verify is Verify.none and not verified else Checker(ours, run_reference, verified)
+    counter = TileCounter(checker.table) if checker and verified else None
     check_every = 1 if options.verify is Verify.every else SAMPLE_EVERY
     launches_before = plan.launches
     batch_counts = np.zeros(options.max_batch + 1, np.int64)
@@ -203,9 +208,12 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
     bytes_written = steps = 0
 
     for step in islice(simulation, options.max_steps):
-        checked = checker is not None and step.number % check_every == 0
-        if checker and checked:
+        checked = options.verify is not Verify.none and step.number % check_every == 0
+        if checker and (checked or verified):
             checker.before(step.number)
+        if checker and counter:
+            ends = torch.full_like(step.seq_lens, step.max_len) if full else step.seq_lens
+            counter.count(checker.table, ends)
         if step.number % TIME_EVERY == TIME_PHASE:
             timed = [(run_ours, our_us), (run_theirs, their_us)]
             # They take turns to go first: the second finds the pool's rows in the cache.
@@ -231,6 +239,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         backends=options.backends,
         extent=options.extent.value,
+        writes=options.writes.value,
         verify=options.verify.value,
         page_size=options.page_size,
         index_topk=options.index_topk,
@@ -247,6 +256,8 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
         batch=Distribution.of_counts(batch_counts),
         length=Distribution.of_counts(length_counts),
         bytes_written=bytes_written,
+        tiles=counter.tiles if counter else None,
+        tiles_written=counter.changed if counter else None,
         elements_checked=checker.elements if checker else 0,
         mismatches=checker.mismatches if checker else 0,
         first_mismatch=checker.first if checker else None,

@@ -36,7 +36,7 @@ class ReplaySummary:
     """The results of a replay.
 
     Attributes:
-        trace, device, backends, extent, verify, page_size, index_topk, seed: what was replayed, and how.
+        trace, device, backends, extent, writes, verify, page_size, index_topk, seed: what was replayed, and how.
         requests: requests of the trace that were to be served; ``finished`` of them were.
         clipped_prompts: requests whose prompt was clipped to the context length.
         preemptions: times that a request lost its pages and queued again.
@@ -44,7 +44,8 @@ class ReplaySummary:
         steps: refreshes. ``launches``, which the plan counts, must be the same number.
         verified_steps, timed_steps: of these, how many were checked and how many were timed.
         batch, length: requests in a step, and tokens of a request in a step; padding requests aren't counted.
-        bytes_written: bytes that the refreshes had to write, in all backends.
+        bytes_written: bytes that the refreshes had to write, in all backends, without verified writes.
+        tiles, tiles_written: tiles of page_indices that were read, and that verified writes write; None without them.
         elements_checked: destination elements compared, including those that must stay untouched.
         mismatches: elements that differed from the reference.
         first_mismatch: the first of them, None if there is none.
@@ -56,6 +57,7 @@ class ReplaySummary:
     device: str
     backends: int
     extent: str
+    writes: str
     verify: str
     page_size: int
     index_topk: int
@@ -72,6 +74,8 @@ class ReplaySummary:
     batch: Distribution
     length: Distribution
     bytes_written: int
+    tiles: int | None
+    tiles_written: int | None
     elements_checked: int
     mismatches: int
     first_mismatch: Mismatch | None

@@ -9,10 +9,11 @@ One line attaches it to a backend, before the engine captures its graphs, and on
     ...
     attachment.detach()
 
-Served are the multi-step draft backends of DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA, FlashInfer and FlashInfer-MLA,
-and the single backends of the first five, in target_verify and, but for FA3, in decode and draft_extend. Whatever isn't
-served is refused in one sentence that names the attribute. Where a batch isn't served (ragged verification, an encoder)
-the engine's own code runs, as it does in all other modes.
+Served are the multi-step draft backends of DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA, Triton, FlashInfer and
+FlashInfer-MLA, and the single backends of the first six, in decode, target_verify and draft_extend; FA3's draft_extend
+sums extend_seq_lens, and the engine still does it. The README's table says which classes of which versions were held
+against the engine's own code. Whatever isn't served is refused in one sentence that names the attribute. Where a batch
+isn't served (ragged verification, an encoder) the engine's own code runs, as it does in all other modes.
 
 With ``ONELAUNCH_SGLANG=1`` an unmodified engine attaches it itself: see ``onelaunch.integrations.plugin``. With
 ``ONELAUNCH_DISABLE=1`` nothing is attached.

@@ -51,12 +51,13 @@ class Attachment:
         self._several = hasattr(backend, "attn_backends")
         # By captured batch size: the engine's forward mode, its name, and the plan.
         self._ready: dict[int, list[tuple[Any, str, Ready]]] = {}
-        self._recorded, self._glue = False, bool(os.environ.get(_GLUE_VARIABLE))
+        self._recorded = False
         self._originals: dict[str, Any] = {}
         self._shadowed: set[str] = set()
         if place is None:
             return
         self._place = place
+        self._in_graphs = place.method == IN_GRAPH or bool(os.environ.get(_GLUE_VARIABLE))
         if place.method == LISTS_FILL:
             self._names = tuple(inspect.signature(getattr(backend, LISTS_FILL)).parameters)
         mine = {
@@ -104,13 +105,17 @@ class Attachment:
 
     def _out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """init_forward_metadata_out_graph: before a capture, and before each replay."""
-        original = self._originals[OUT_GRAPH]
         if in_capture or self._place.method == IN_GRAPH:
-            original(forward_batch, in_capture=in_capture)
+            self._originals[OUT_GRAPH](forward_batch, in_capture=in_capture)
             if in_capture:
                 self._guarded(self._prepare, forward_batch)
-        elif not self._guarded(self._before_replay, forward_batch):
-            original(forward_batch, in_capture=in_capture)
+            return
+        try:
+            served = self._before_replay(forward_batch)
+        except Exception as error:
+            served = self._give_way(error)
+        if not served:
+            self._originals[OUT_GRAPH](forward_batch, in_capture=in_capture)
 
     def _in_graph(self, forward_batch: Any) -> None:
         """init_forward_metadata_in_graph: recorded while the engine captures."""
@@ -131,18 +136,20 @@ class Attachment:
 
     def _guarded(self, step: Callable[..., bool], *arguments: Any) -> bool:
         """Whether the step did what the engine's own code would do. After an exception nothing does any more."""
-        if self._refresh is None:
-            return False
         try:
-            return step(*arguments)
-        except Exception as error:  # of any kind: the engine's own code writes every tensor again
-            self._refresh = None  # and what its plans know of the tensors is forgotten
-            self._ready = {}
-            self.failed = f"{type(error).__name__}: {error}"
-            text = f"{type(self.backend).__name__} runs the engine's own code from now on. {self.failed}"
-            log.logger.warning(text)
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
-            return False
+            return self._refresh is not None and step(*arguments)
+        except Exception as error:
+            return self._give_way(error)
+
+    def _give_way(self, error: Exception) -> bool:
+        """After an exception of any kind: the engine's own code writes every tensor again. False."""
+        self._refresh = None  # and what its plans know of the tensors is forgotten
+        self._ready = {}
+        self.failed = f"{type(error).__name__}: {error}"
+        text = f"{type(self.backend).__name__} runs the engine's own code from now on. {self.failed}"
+        log.logger.warning(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        return False
 
     # ------------------------------------------------------------------------------------------ the launch
 
@@ -154,20 +161,19 @@ class Attachment:
                 mode = mode_of(forward_batch.forward_mode)
             except ArgumentError:
                 return ""
-        return mode if mode in self._place.modes and not self._refused(forward_batch, mode) else ""
+            if mode == "decode" and self._is_draft_step(forward_batch):
+                return ""
+        return mode if mode in self._place.modes and not batch_refusal(forward_batch) else ""
 
-    def _refused(self, forward_batch: Any, mode: str) -> bool:
-        """Whether this batch isn't served although its backend and mode are."""
-        if mode == "decode" and not self._several and getattr(forward_batch, "spec_info", None) is not None:
-            return True  # one draft step alone, which sees more tokens than seq_lens says
-        return bool(batch_refusal(forward_batch))
+    def _is_draft_step(self, forward_batch: Any) -> bool:
+        """Whether a single backend gets one draft step alone, which sees more tokens than seq_lens says."""
+        return not self._several and getattr(forward_batch, "spec_info", None) is not None
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Binds the plan of a batch size right after its capture began, so that nothing is built or bound later."""
         mode = self._mode(forward_batch)
-        if not mode:
+        if not mode or self._refresh is None:
             return False
-        assert self._refresh is not None
         bs, forward_mode = forward_batch.batch_size, forward_batch.forward_mode
         ready = self._refresh.ready(bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype)
         others = [known for known in self._ready.get(bs, ()) if known[0] is not forward_mode]
@@ -189,10 +195,12 @@ class Attachment:
         for known, mode, ready in self._ready.get(forward_batch.batch_size, ()):
             if known is not forward_mode:
                 continue
-            if self._refused(forward_batch, mode):
+            if batch_refusal(forward_batch) or (mode == "decode" and self._is_draft_step(forward_batch)):
                 return False
             if ready.run(forward_batch.seq_lens, forward_batch.req_pool_indices):
-                self._launched()
+                self.launches += 1
+                if self._in_graphs:
+                    self._note_recording()
                 self._place.after(ready.pairs, forward_batch, mode, self._schedules)
                 return True
         # Captured before attach(), or the pool was exchanged.
@@ -202,12 +210,13 @@ class Attachment:
         """The launch alone, amid the engine's own steps."""
         assert isinstance(self._refresh, Lists)
         self._refresh.run(bs, seq_lens, req_pool_indices, source)
-        self._launched()
+        self.launches += 1
+        if self._in_graphs:
+            self._note_recording()
         return True
 
-    def _launched(self) -> None:
-        self.launches += 1
-        if self._place.method == IN_GRAPH or (self._glue and torch.cuda.is_current_stream_capturing()):
+    def _note_recording(self) -> None:
+        if self._place.method == IN_GRAPH or torch.cuda.is_current_stream_capturing():
             self._recorded = True
 
 

@@ -111,29 +111,21 @@ def _flashmla(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bo
     """Dense FlashMLA's schedule, which all children have alike, and the object that attention reads."""
     bs, child = batch.batch_size, pairs[0][0]
     engine = sys.modules[type(child).__module__]
-    lengths = batch.seq_lens[:bs]
-    if mode == "target_verify":
-        lengths = lengths + child.num_draft_tokens
     rows = 1 if mode == "decode" else child.num_draft_tokens
-    schedule, splits = engine.get_mla_metadata(
-        lengths.to(torch.int32), rows * child.num_q_heads, 1, is_fp8_kvcache=child.is_fp8_kvcache
-    )
-    parts = schedule.shape[0]
-    longest = batch.seq_lens_cpu
+    added = rows if mode == "target_verify" else 0
+    lengths, columns = batch.seq_lens[:bs].to(torch.int32), None
+    if added:
+        lengths = lengths + added
+    if batch.seq_lens_cpu is not None:
+        columns = -(-(int(batch.seq_lens_cpu[:bs].max()) + added) // engine.PAGE_SIZE)
+    made = engine.get_mla_metadata(lengths, rows * child.num_q_heads, 1, is_fp8_kvcache=child.is_fp8_kvcache)
     for child, table in pairs:
-        child.cuda_graph_mla_metadata[:parts].copy_(schedule)
-        child.cuda_graph_num_splits[: bs + 1].copy_(splits)
-        child.cuda_graph_mla_metadata_view = child.cuda_graph_mla_metadata[:parts]
-        child.cuda_graph_num_splits_view = child.cuda_graph_num_splits[: bs + 1]
-        columns = child.cuda_graph_kv_indices.shape[1]
-        if longest is not None:
-            added = child.num_draft_tokens if mode == "target_verify" else 0
-            columns = -(-(int(longest[:bs].max()) + added) // engine.PAGE_SIZE)
+        kept = child.cuda_graph_mla_metadata[: len(made[0])], child.cuda_graph_num_splits[: bs + 1]
+        for old, new in zip(kept, made, strict=True):
+            old.copy_(new)
+        child.cuda_graph_mla_metadata_view, child.cuda_graph_num_splits_view = kept
         child.forward_metadata = engine.FlashMLADecodeMetadata(
-            child.cuda_graph_mla_metadata_view,
-            child.cuda_graph_num_splits_view,
-            child.cuda_graph_kv_indices[:bs, :columns],
-            table.seq_lens_k,
+            *kept, child.cuda_graph_kv_indices[:bs, :columns], table.seq_lens_k
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cases import Shape
+from cases import STEPS, Shape
 
-from .fault import Fault, barrier
+from .fault import Fault
 from .shown_by import (
     BAD_ROW,
     CHECKED,
@@ -106,12 +106,20 @@ FAULTS = {
     ],
     "device/indices.cuh": [
         Fault(
-            "look tiles up before a window is complete",
+            "compare with the first backend's indices",
+            "the others', which begin elsewhere, keep what was there",
+            INDICES.replace(writes="verified"),
+            STEPS,
+            r"p\.kv_indices\[b\]\[at\] : words",
+            "p.kv_indices[0][at] : words",
+        ),
+        Fault(
+            "write a window while tiles are looked up in the last one",
             "tiles go to the wrong request",
             INDICES,
             MANY,
-            barrier("write_tables", 0),
-            r"\1",
+            r"if \(first > 0\) __syncthreads\(\);",
+            "",
             "thread",
         ),
         Fault(
@@ -119,8 +127,8 @@ FAULTS = {
             "tokens overwrite those of the first requests",
             INDICES,
             Shape("many", tuple(range(170)), width=170, max_indices=20_000),
-            r"token_sum\.add\(",
-            "RunningSum<std::uint64_t>().add(",
+            r"carry \+= warp_tokens\[w\];",
+            "",
         ),
         Fault(
             "forget that offsets add up",
@@ -135,7 +143,7 @@ FAULTS = {
             "memory behind the destination is overwritten",
             INDICES,
             FULL_INDICES,
-            r" && at < p\.kv_indices_capacity",
+            r" \|\| at >= p\.kv_indices_capacity",
             "",
             "address",
         ),
@@ -144,8 +152,16 @@ FAULTS = {
             "a sum that wrapped overwrites the first requests' tokens",
             INDICES,
             Shape("wrapped", (2**31 - 1, 2**31 - 1, 5, 70), width=90),
-            r"static_cast<std::int64_t>\(tokens_before\[found\]\)",
-            "static_cast<std::int32_t>(tokens_before[found])",
+            r"static_cast<std::int64_t>\(__shfl_sync\(kFullMask, tokens_before, found\)\)",
+            "static_cast<std::int32_t>(__shfl_sync(kFullMask, tokens_before, found))",
+        ),
+        Fault(
+            "leave out the second halves of tiles",
+            "few requests lose half of their tokens",
+            INDICES,
+            Shape("one", (1400,), width=1503, sm_count=3),
+            r"part % parts",
+            "part / parts * 0",
         ),
     ],
     "copy.cu.j2": [

@@ -1,7 +1,10 @@
-"""One engine that generates with EAGLE and CUDA graphs: python generate.py MODELS RESULT [argument=value ...]
+"""One engine that generates with EAGLE and CUDA graphs.
+
+    python generate.py MODELS RESULT TOKENS ROUNDS [argument=value ...]
 
 Greedy, with prompts of different lengths: 16 requests, one request, and 16 requests that end one after another, so that
 the batch shrinks through the captured sizes and is padded in between. Writes tokens' hashes and verify steps as JSON.
+With ROUNDS above 0 the batch of 16 is generated so often for the probe to time it, with onelaunch and without in turns.
 """
 
 from __future__ import annotations
@@ -30,7 +33,6 @@ PACKAGES = (
     "numpy",
 )
 LENGTHS = (5, 40)  # of the prompts
-TOKENS = 64  # that the longest request generates
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -38,9 +40,9 @@ def prompts(count: int) -> list[list[int]]:
     return [[numbers.randrange(3, 512) for _ in range(numbers.randrange(*LENGTHS))] for _ in range(count)]
 
 
-def scenarios() -> dict[str, list[int]]:
+def scenarios(longest: int) -> dict[str, list[int]]:
     """The number of tokens to generate for each request."""
-    return {"batch 16": [TOKENS] * 16, "batch 1": [TOKENS], "shrinking": [4 * (i + 1) for i in range(16)]}
+    return {"batch 16": [longest] * 16, "batch 1": [longest], "shrinking": [longest * (i + 1) // 16 for i in range(16)]}
 
 
 def version(package: str) -> str:
@@ -53,7 +55,7 @@ def version(package: str) -> str:
 def main() -> None:
     import sglang
 
-    models, result = sys.argv[1:3]
+    models, result, longest, rounds = sys.argv[1:5]
     arguments: dict[str, Any] = {
         "model_path": f"{models}/target",
         "speculative_draft_model_path": f"{models}/draft",
@@ -68,7 +70,7 @@ def main() -> None:
         "context_length": 2048,
         "max_total_tokens": 65536,
         "max_running_requests": 32,
-        "mem_fraction_static": 0.3,
+        "mem_fraction_static": 0.7,
         "cuda_graph_bs_decode": [1, 2, 4, 8, 16],
         "cuda_graph_max_bs_decode": 16,
         "disable_prefill_cuda_graph": True,
@@ -78,7 +80,7 @@ def main() -> None:
         "log_level": "info",
         "watchdog_timeout": 100,
     }
-    for argument in sys.argv[3:]:
+    for argument in sys.argv[5:]:
         name, _, value = argument.partition("=")
         try:
             arguments[name] = json.loads(value)
@@ -89,9 +91,11 @@ def main() -> None:
     engine = sglang.Engine(**arguments)
     found: dict[str, Any] = {"up": round(time.time() - start, 1), "scenarios": {}}
     phase = Path(os.environ["PROBE_PHASE"])
-    for name, tokens in scenarios().items():
-        # The first round compiles what is left to compile, and its figures aren't used.
-        for mark in ("warm", "timed", "profiled") if name == "batch 16" else ("other",):
+    for name, tokens in scenarios(int(longest)).items():
+        marks = ["first"]  # which compiles what is left to compile
+        if name == "batch 16" and int(rounds):
+            marks += ["timed", "timed detached"] * int(rounds) + ["profiled", "profiled detached"]
+        for mark in marks:
             phase.write_text(mark)
             sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in tokens]
             outputs = engine.generate(input_ids=prompts(len(tokens)), sampling_params=sampling)
@@ -112,6 +116,8 @@ def main() -> None:
         "python": platform.python_version(),
         "gpu": torch.cuda.get_device_name(),
     }
+    if os.environ.get("ENGINES_GPU_STAND_IN"):
+        found["stand_in"] = "FA3's attention kernel: see site/flash_attn.py"
     engine.shutdown()
     Path(result).write_text(json.dumps(found, indent=1))
     print("generated", json.dumps(found["scenarios"]), flush=True)

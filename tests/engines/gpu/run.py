@@ -5,7 +5,7 @@ An unmodified engine generates with EAGLE and CUDA graphs; ONELAUNCH_SGLANG=1 is
 tokens: all configurations beside one another. The tokens' hash and the number of verify steps must be the same off and
 on, and a spoiled draft table must change them. Writes tokens.json.
 times: one engine after another, alone on the machine: launches of the metadata methods, their time on the host, and the
-time of a step, off and on. Writes times.json.
+time of a step, with onelaunch attached and detached in turns in the same process. Writes times.json.
 
 Needs SGLang 0.5.17 with what it imports, FlashInfer and onelaunch in this environment, or a bundle (see bundle.py) with
 what is missing in it.
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 FIRST_PORT = 31000
-BACKENDS = ("fa3", "flashinfer", "triton")
+BACKENDS = ("fa3", "triton", "flashinfer")
 ROLES = ("draft", "verify", "draft-extend")
 
 
@@ -76,30 +77,33 @@ def token_runs() -> list[Run]:
 
 
 def time_runs() -> list[Run]:
-    return [Run(backend, plugin=plugin) for backend in BACKENDS for plugin in (False, True)]
+    return [Run(*shape, plugin=True) for shape in [("fa3", 3), ("triton", 3), ("flashinfer", 3), ("fa3", 5)]]
 
 
 class Machine:
     """Where engines run: the environment's packages, or a bundle's beside them.
 
     Args:
-        work: an empty folder for models, caches and results.
+        work: a folder for models, caches and results.
         bundle: a folder with site.tar.xz and a wheel of onelaunch, or None.
     """
 
     def __init__(self, work: Path, bundle: Path | None) -> None:
         self.work, self.bundle = work, bundle
+        # How many tokens the longest request generates, how often off and on are timed, and SGLang's arguments.
+        self.tokens, self.rounds, self.arguments = 64, 0, []
         self.paths = [str(HERE / "site")]
         self.environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        work.mkdir(exist_ok=True)
         if bundle is not None:
             self._unpack(bundle)
         subprocess.run([sys.executable, str(HERE / "model.py"), str(work / "models")], check=True)
 
     def _unpack(self, bundle: Path) -> None:
-        for archive in sorted(bundle.glob("*.tar.xz")):
-            with tarfile.open(archive) as tar:
-                tar.extractall(self.work, filter="data")
         front = self.work / "front"
+        if not front.exists():
+            with tarfile.open(bundle / "site.tar.xz") as tar:
+                tar.extractall(self.work, filter="data")
         for wheel in bundle.glob("onelaunch-*.whl"):
             zipfile.ZipFile(wheel).extractall(front)
         self.paths.append(str(front))
@@ -116,6 +120,7 @@ class Machine:
     def generate(self, run: Run, port: int) -> dict[str, Any]:
         """One engine's result and what the probe saw in it; "error" if it failed."""
         folder = self.work / run.name
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         environment = self.environment | {"PROBE_RESULT": str(folder / "probe.json")}
         environment["PROBE_PHASE"] = str(folder / "phase")
@@ -138,9 +143,16 @@ class Machine:
             if run.backend == "fa3":
                 environment["ENGINES_GPU_STAND_IN"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        command = [sys.executable, str(HERE / "generate.py"), str(self.work / "models"), str(folder / "result.json")]
+        command = [
+            sys.executable,
+            str(HERE / "generate.py"),
+            str(self.work / "models"),
+            str(folder / "result.json"),
+            str(self.tokens),
+            str(self.rounds),
+        ]
         command += [f"attention_backend={run.backend}", f"speculative_num_steps={run.steps}", f"page_size={run.page}"]
-        command += [f"port={port}"]
+        command += [f"port={port}", f"nccl_port={port + 50}", *self.arguments]
         with (folder / "log").open("w") as log:
             # A failing scheduler kills its parent, so each engine has a session of its own.
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -152,7 +164,7 @@ class Machine:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         print(f"{time.strftime('%T')} {run.name}: {code}", flush=True)
-        if not (folder / "result.json").exists():
+        if not (folder / "result.json").exists() or not (folder / "probe.json").exists():
             return {"error": code, "log": (folder / "log").read_text()[-6000:]}
         found = json.loads((folder / "result.json").read_text())
         return found | {"probe": json.loads((folder / "probe.json").read_text())}
@@ -161,6 +173,11 @@ class Machine:
 def differences(found: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong with the results of one configuration by kind; nothing if they are as they must be."""
     wrong = [f"{kind}: {result['error']}" for kind, result in found.items() if "error" in result]
+    for kind, result in found.items():
+        rounds = result.get("scenarios", {}).values()
+        wrong += [
+            f"{kind}: the rounds differ: {several}" for several in rounds if several != several[:1] * len(several)
+        ]
     if wrong or "off" not in found:
         return wrong
     off = found["off"]["scenarios"]
@@ -189,21 +206,21 @@ def _steps(scenarios: dict[str, Any], name: str) -> list[int]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Off and on side by side: launches and copies of the metadata methods, their host time and the step's, in µs."""
-    lines = ["| configuration | | " + " | ".join(f"{role}: launches + copies, host" for role in ROLES) + " | step |"]
-    lines.append("|---" * (len(ROLES) + 3) + "|")
+    head = [f"{role}: launches + copies, host" for role in ROLES]
+    lines = ["| configuration | | " + " | ".join(head) + " | step |", "|---" * (len(ROLES) + 3) + "|"]
     for configuration, kinds in found.items():
-        for kind, result in kinds.items():
-            if "error" in result:
-                lines.append(f"| {configuration} | {kind} | failed |")
-                continue
-            probe = result["probe"]
+        result = kinds["on"]
+        if "error" in result:
+            lines.append(f"| {configuration} | failed |")
+            continue
+        times, launches = result["probe"]["host_us"], result["probe"]["launches"]
+        for state in ("off", "on"):
             cells = []
             for role in ROLES:
-                count, host = probe["launches"].get(role, {}), probe["host_us"].get(role, {})
-                cells.append(f"{count.get('kernels', 0)} + {count.get('copies', 0)}, {host.get('median', '-')}")
-            lines.append(
-                f"| {configuration} | {kind} | {' | '.join(cells)} | {probe['host_us'].get('step', {}).get('median')} |"
-            )
+                count, host = launches.get(state, {}).get(role, {}), times[state].get(role, {}).get("median", 0)
+                ratio = f" ({times['off'][role]['median'] / host:.1f} times less)" if state == "on" and host else ""
+                cells.append(f"{count.get('kernels', 0)} + {count.get('copies', 0)}, {host}{ratio}")
+            lines.append(f"| {configuration} | {state} | {' | '.join(cells)} | {times[state]['step']['median']} |")
     return "\n".join(lines)
 
 
@@ -212,27 +229,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("tokens", "times"))
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--jobs", type=int, default=9, help="engines beside one another, for tokens")
+    parser.add_argument("--jobs", type=int, default=17, help="engines beside one another, for tokens")
     parser.add_argument("--match", default="", help="only runs with this regular expression in their name")
-    parser.add_argument("--keep", type=Path, help="a folder for the caches of compiled kernels, as an archive")
     given = parser.parse_args(arguments)
     runs = token_runs() if given.what == "tokens" else time_runs()
     runs = [run for run in runs if re.search(given.match, run.name)]
-    with tempfile.TemporaryDirectory() as folder:
-        machine = Machine(Path(folder), given.bundle)
-        print(f"{time.strftime('%T')} unpacked", flush=True)
-        with ThreadPoolExecutor(given.jobs if given.what == "tokens" else 1) as threads:
-            results = list(threads.map(machine.generate, runs, [FIRST_PORT + 100 * i for i in range(len(runs))]))
-        if given.keep is not None:
-            with tarfile.open(given.keep / "caches.tar.xz", "w:xz") as tar:
-                for name in ("jit", "triton"):
-                    if (machine.work / name).exists():
-                        tar.add(machine.work / name, name)
-    found: dict[str, dict[str, Any]] = {}
-    for run, result in zip(runs, results, strict=True):
-        found.setdefault(run.configuration, {})[run.kind] = result
+    # One place, which compiled kernels know: they stay for the next run.
+    work = Path(tempfile.gettempdir()) / "onelaunch-engines-gpu"
+    machine = Machine(work, given.bundle)
+    if given.what == "times":
+        machine.tokens, machine.rounds, machine.arguments = 256, 3, ["cuda_graph_bs_decode=[4, 16]"]
+    print(f"{time.strftime('%T')} unpacked", flush=True)
+    found: dict[str, dict[str, Any]] = {run.configuration: {} for run in runs}
+    written = threading.Lock()
+
+    def one(number: int) -> None:
+        run = runs[number]
+        result = machine.generate(run, FIRST_PORT + 100 * number)
+        with written:
+            found[run.configuration][run.kind] = result
+            (given.out / f"{given.what}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    with ThreadPoolExecutor(given.jobs if given.what == "tokens" else 1) as threads:
+        list(threads.map(one, range(len(runs))))
     wrong = {configuration: lines for configuration, kinds in found.items() if (lines := differences(kinds))}
-    (given.out / f"{given.what}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(table(found) if given.what == "times" else json.dumps({c: sorted(k) for c, k in found.items()}))
     print(json.dumps(wrong, indent=1) if wrong else "All as it must be.")
     return bool(wrong)

@@ -4,7 +4,9 @@ It times the methods that refresh metadata before a replay, alike with and witho
 three profiled steps, and spoils the draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
-PROBE_PHASE: a file with what is generated now: "timed" and "profiled" (see generate.py); read before each prefill.
+PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with "detached" behind it where onelaunch is
+    taken off meanwhile, in the same process, which is the fair comparison: the speed of identical processes differs by
+    up to 1.7 times. Read before each prefill.
 PROBE_SPOIL: 1 zeroes the draft's table after each refresh.
 """
 
@@ -33,12 +35,17 @@ class Probe:
     def __init__(self) -> None:
         self.phase, self.step = "", 0
         self.decoding = self.inside = False
-        self.times: dict[str, list[float]] = collections.defaultdict(list)
+        self.times: dict[str, dict[str, list[float]]] = {
+            state: collections.defaultdict(list) for state in ("off", "on")
+        }
         self.started: float | None = None  # when the last decode step began
         self.addresses: list[tuple[int, int]] = []  # of seq_lens and req_pool_indices in the draft's refreshes
         self.lines: list[str] = []  # onelaunch's
         self.after_capture: int | None = None  # how many of them there were when the engine had captured
+        self.watched_lines: int | None = None  # and how many when onelaunch was first taken off
         self.attachments: list[Any] = []
+        self.roles: list[tuple[str, Any]] = []
+        self.unwatched: list[tuple[Any, str, Any]] = []  # backend, method, and what the instance had of its own
         self.profiler: Any = None
         self.profile: dict[str, Any] = {}
         self.spoiled = 0
@@ -48,13 +55,12 @@ class Probe:
     def made(self, result: Any, scheduler: Any) -> None:
         """After SGLang made its backends, and after onelaunch attached to them."""
         draft = scheduler.draft_worker.draft_worker
-        for role, backend in (
+        self.roles = [
             ("draft", draft.draft_attn_backend),
             ("verify", scheduler.tp_worker.model_runner.attn_backend),
             ("draft-extend", draft.draft_extend_attn_backend),
-        ):
-            for name in ("init_forward_metadata_out_graph", "init_forward_metadata"):
-                setattr(backend, name, self._watched(role, backend, getattr(backend, name)))
+        ]
+        self._watch()
 
     def captured(self, result: Any, scheduler: Any) -> None:
         """After SGLang captured its graphs."""
@@ -64,15 +70,16 @@ class Probe:
         """Around each step of the scheduler: a prefill, or draft, verification and draft extension."""
         if not batch.forward_mode.is_decode():
             self.phase, self.step, self.started = Path(os.environ["PROBE_PHASE"]).read_text(), 0, None
+            self._attach(not self.phase.endswith("detached"))
             self.write()
             return original(worker, batch, *arguments, **keywords)
         now = time.perf_counter()
         full = batch.batch_size() == BATCH
-        if self.phase == "timed" and full and self.started is not None:
-            self.times["step"].append(now - self.started)
+        if self.phase.startswith("timed") and full and self.started is not None:
+            self.times[self.state]["step"].append(now - self.started)
         self.started = now if full else None
         self.step += 1
-        if self.phase == "profiled" and self.step == PROFILED_STEPS.start:
+        if self.phase.startswith("profiled") and self.step == PROFILED_STEPS.start:
             self._begin_profile()
         self.decoding = True
         try:
@@ -84,6 +91,39 @@ class Probe:
                 self._end_profile()
 
     # ------------------------------------------------------------------------------------------ watching
+
+    @property
+    def state(self) -> str:
+        return "on" if any(attachment.attached for attachment in self.attachments) else "off"
+
+    def _watch(self) -> None:
+        self.unwatched = []
+        for role, backend in self.roles:
+            for name in ("init_forward_metadata_out_graph", "init_forward_metadata"):
+                self.unwatched.append((backend, name, vars(backend).get(name)))
+                setattr(backend, name, self._watched(role, backend, getattr(backend, name)))
+
+    def _attach(self, wanted: bool) -> None:
+        """Takes onelaunch off all backends, or puts it back."""
+        if not self.attachments or wanted == (self.state == "on"):
+            return
+        if self.watched_lines is None:
+            self.watched_lines = len(self.lines)
+        for backend, name, own in reversed(self.unwatched):
+            if own is None:
+                delattr(backend, name)
+            else:
+                setattr(backend, name, own)
+        if wanted:
+            from onelaunch.integrations import sglang
+
+            before, self.attachments[:] = list(self.attachments), []
+            for attachment in before:
+                sglang.attach(attachment.backend)  # and install()'s hook keeps it
+        else:
+            for attachment in self.attachments:
+                attachment.detach()
+        self._watch()
 
     def _watched(self, role: str, backend: Any, method: Any) -> Any:
         def watched(forward_batch: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -97,8 +137,8 @@ class Probe:
                     taken = time.perf_counter() - start
             finally:
                 self.inside = False
-            if self.phase == "timed" and forward_batch.batch_size == BATCH:
-                self.times[role].append(taken)
+            if self.phase.startswith("timed") and forward_batch.batch_size == BATCH:
+                self.times[self.state][role].append(taken)
                 if role == "draft":
                     self.addresses.append(
                         (forward_batch.seq_lens.data_ptr(), forward_batch.req_pool_indices.data_ptr())
@@ -144,21 +184,28 @@ class Probe:
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
             self.profiler.export_chrome_trace(str(trace))
-            self.profile = launches(json.loads(trace.read_text())["traceEvents"])
+            self.profile[self.state] = launches(json.loads(trace.read_text())["traceEvents"])
         self.profiler = None
         self.write()
 
     def write(self) -> None:
         microseconds = {
-            role: {"calls": len(times), **{name: round(_at(times, part) * 1e6, 1) for name, part in _QUANTILES.items()}}
-            for role, times in self.times.items()
+            state: {
+                role: {"calls": len(seconds)}
+                | {name: round(_at(seconds, part) * 1e6, 1) for name, part in _PARTS.items()}
+                for role, seconds in times.items()
+            }
+            for state, times in self.times.items()
+            if times
         }
         found = {
             "host_us": microseconds,
             "launches": self.profile,
             "addresses": recency(self.addresses),
             "onelaunch": self.lines[: self.after_capture],
-            "built_or_bound_after_capture": [] if self.after_capture is None else self.lines[self.after_capture :],
+            "built_or_bound_after_capture": []
+            if self.after_capture is None
+            else self.lines[self.after_capture : self.watched_lines],
             "attachments": [
                 {"backend": type(a.backend).__name__, "launches": a.launches, "failed": a.failed}
                 for a in self.attachments
@@ -168,7 +215,7 @@ class Probe:
         Path(os.environ["PROBE_RESULT"]).write_text(json.dumps(found, indent=1))
 
 
-_QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9}
+_PARTS = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
 def _at(values: list[float], part: float) -> float:

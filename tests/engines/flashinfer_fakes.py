@@ -1,0 +1,42 @@
+"""What FlashInfer imports and a machine without a GPU can't have: empty modules, compiled plans and a GPU.
+
+``install()`` must run before flashinfer is imported. Its wrappers and their Python run as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import fakes
+import torch
+from empty import EmptyModules
+
+# Bindings of a GPU's libraries, and what only a command line or a download needs.
+EMPTY = ("cuda", "einops", "nccl", "ninja", "nvshmem", "pynvml", "requests", "tabulate", "tqdm", "tvm_ffi")
+
+
+class _Compiled:
+    """A module that is compiled for a GPU. Whatever is called in it returns numbers that the wrapper only keeps."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "plan_with_staged_workspace_bytes":  # MLA asks whether it is there, beside plan
+            raise AttributeError(name)
+        return lambda *arguments, **keywords: torch.zeros(16, dtype=torch.int64)
+
+
+def install() -> None:
+    """Puts the empty modules behind real ones, and the pretended GPU into torch and FlashInfer."""
+    sys.meta_path.append(EmptyModules(EMPTY))
+    fakes.pretend_cuda()
+    for name in ("flashinfer.decode", "flashinfer.prefill", "flashinfer.mla"):
+        importlib.import_module(name)
+    compiled = _Compiled()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("flashinfer."):
+            for attribute in list(vars(module)):
+                if attribute == "get_compute_capability":
+                    setattr(module, attribute, lambda device: (9, 0))
+                elif attribute.startswith("get_") and attribute.endswith("_module"):
+                    setattr(module, attribute, lambda *arguments, **keywords: compiled)
