@@ -208,9 +208,9 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
 // requests' blocks in order, each as many as share + kMlaOverhead pay for: kMlaOverhead for each request that it ends,
 // and for the one that it cuts. In the cost of all blocks and requests before it, part p + 1 begins at
 //
-//   begin(p + 1) = begin(p) + share, or the last end of a request in [begin(p) + share, begin(p) + share + kMlaOverhead]
+//   begin(p + 1) = y = begin(p) + share, or the end of a request in [y, y + kMlaOverhead] if there is one
 //
-// because an end that near is paid for, and what remains behind it is too little to cut the next request. So between
+// because an end that near is paid for, and what remains after it is too little to cut the next request. So between
 // two parts that begin with a request, all begins are known at once: the lanes of a warp test one part each. Where
 // ends follow one another in few parts, that is looked up: all threads search the next such end for one request each.
 constexpr int kMlaBlock = 64;  // tokens
@@ -264,7 +264,7 @@ __device__ __forceinline__ std::uint32_t next_end(
   const int stop = count < end + kMlaAhead ? count : end + kMlaAhead;
   for (int next = end + 1; next < stop; ++next) {
     const std::int64_t distance = chunk.ends[next] - from;
-    // The first part for which that end isn't too far: the distance less kMlaOverhead, divided by the share, rounded up.
+    // The first part that the end isn't too far from: (distance - kMlaOverhead) / share, rounded up.
     const std::int64_t before = distance - kMlaOverhead - 1;
     std::int64_t parts = static_cast<std::int64_t>(__umul64hi(static_cast<std::uint64_t>(before), reciprocal)) + 1;
     if (before - (parts - 1) * share >= share) ++parts;
@@ -496,9 +496,9 @@ inline std::int64_t largest_offset(const Params&) {
 }
 
 // Stores this lane's pages of a tile to one table.
-template <int kWords, int N>
+template <int kPages, int N>
 __device__ __forceinline__ void store_pages(
-    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kWords],
+    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kPages],
     int first, Ends ends) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll(unrolled(N))
@@ -508,7 +508,7 @@ __device__ __forceinline__ void store_pages(
     for (std::int64_t row = rows.first; row < rows.stop; ++row) {
       std::int32_t* data = to[b].data + row * to[b].row_stride;
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
+      for (int i = 0; i < kPages; ++i) {
         const int page = first + lane + i * kWarpSize;
         const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
         if (page < stop && page % pages_per_column == 0) {
@@ -520,22 +520,22 @@ __device__ __forceinline__ void store_pages(
 }
 
 // Reads the numbers of this lane's pages of a tile; those behind the longest backend's are kPageFill.
-template <int kWords>
+template <int kPages>
 __device__ __forceinline__ void read_page_numbers(
-    const Params& p, std::int64_t pool_row, std::int32_t (&numbers)[kWords], int first, Ends ends) {
+    const Params& p, std::int64_t pool_row, std::int32_t (&numbers)[kPages], int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = pages_of(longest_end(ends));
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
+  for (int i = 0; i < kPages; ++i) {
     const int page = first + lane + i * kWarpSize;
     numbers[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
   }
 }
 
-template <int kWords>
+template <int kPages>
 __device__ __forceinline__ void write_page_numbers(
-    const Params& p, Rows rows, const std::int32_t (&numbers)[kWords], int first, Ends ends) {
+    const Params& p, Rows rows, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
     store_pages(p, table, pages_per_column, rows, numbers, first, ends);
   });

@@ -269,9 +269,9 @@ inline std::int64_t largest_offset(const Params&) {
 }
 
 // Stores this lane's pages of a tile to one table.
-template <int kWords, int N>
+template <int kPages, int N>
 __device__ __forceinline__ void store_pages(
-    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kWords],
+    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kPages],
     int first, Ends ends) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll(unrolled(N))
@@ -281,7 +281,7 @@ __device__ __forceinline__ void store_pages(
     for (std::int64_t row = rows.first; row < rows.stop; ++row) {
       std::int32_t* data = to[b].data + row * to[b].row_stride;
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
+      for (int i = 0; i < kPages; ++i) {
         const int page = first + lane + i * kWarpSize;
         const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
         if (page < stop && page % pages_per_column == 0) {
@@ -293,22 +293,22 @@ __device__ __forceinline__ void store_pages(
 }
 
 // Reads the numbers of this lane's pages of a tile; those behind the longest backend's are kPageFill.
-template <int kWords>
+template <int kPages>
 __device__ __forceinline__ void read_page_numbers(
-    const Params& p, std::int64_t pool_row, std::int32_t (&numbers)[kWords], int first, Ends ends) {
+    const Params& p, std::int64_t pool_row, std::int32_t (&numbers)[kPages], int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = pages_of(longest_end(ends));
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
+  for (int i = 0; i < kPages; ++i) {
     const int page = first + lane + i * kWarpSize;
     numbers[i] = page < end ? page_of(__ldg(source + static_cast<std::int64_t>(page) * kPageSize)) : kPageFill;
   }
 }
 
-template <int kWords>
+template <int kPages>
 __device__ __forceinline__ void write_page_numbers(
-    const Params& p, Rows rows, const std::int32_t (&numbers)[kWords], int first, Ends ends) {
+    const Params& p, Rows rows, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
     store_pages(p, table, pages_per_column, rows, numbers, first, ends);
   });

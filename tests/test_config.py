@@ -30,6 +30,7 @@ LENGTHS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded")
 
 # One change to each setting that shapes a kernel which has every field.
 CHANGES: dict[str, Any] = {
+    "writes": "verified",
     "operation": "copy",
     "mode": "draft_extend",
     "num_backends": 5,

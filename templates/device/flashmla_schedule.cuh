@@ -3,9 +3,9 @@
 // requests' blocks in order, each as many as share + kMlaOverhead pay for: kMlaOverhead for each request that it ends,
 // and for the one that it cuts. In the cost of all blocks and requests before it, part p + 1 begins at
 //
-//   begin(p + 1) = begin(p) + share, or the last end of a request in [begin(p) + share, begin(p) + share + kMlaOverhead]
+//   begin(p + 1) = y = begin(p) + share, or the end of a request in [y, y + kMlaOverhead] if there is one
 //
-// because an end that near is paid for, and what remains behind it is too little to cut the next request. So between
+// because an end that near is paid for, and what remains after it is too little to cut the next request. So between
 // two parts that begin with a request, all begins are known at once: the lanes of a warp test one part each. Where
 // ends follow one another in few parts, that is looked up: all threads search the next such end for one request each.
 constexpr int kMlaBlock = 64;  // tokens
@@ -59,7 +59,7 @@ __device__ __forceinline__ std::uint32_t next_end(
   const int stop = count < end + kMlaAhead ? count : end + kMlaAhead;
   for (int next = end + 1; next < stop; ++next) {
     const std::int64_t distance = chunk.ends[next] - from;
-    // The first part for which that end isn't too far: the distance less kMlaOverhead, divided by the share, rounded up.
+    // The first part that the end isn't too far from: (distance - kMlaOverhead) / share, rounded up.
     const std::int64_t before = distance - kMlaOverhead - 1;
     std::int64_t parts = static_cast<std::int64_t>(__umul64hi(static_cast<std::uint64_t>(before), reciprocal)) + 1;
     if (before - (parts - 1) * share >= share) ++parts;

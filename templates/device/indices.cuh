@@ -26,17 +26,17 @@ __device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens
   return static_cast<int>(length < p.columns ? length : p.columns);
 }
 
-// Moves kWords words a lane, a tile of a request or half of one, to every backend. `before` is the number of tokens of
+// Moves kMoved words a lane, a tile of a request or half of one, to every backend. `before` is the number of tokens of
 // the requests before it, without the backends' offsets.
-template <int kWords>
+template <int kMoved>
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t request, std::int64_t pool_row, std::int64_t before, std::int32_t tokens, int first) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int end = read_columns(p, tokens, kLongestOffset);
-  Index words[kWords];
+  Index words[kMoved];
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
+  for (int i = 0; i < kMoved; ++i) {
     const int column = first + lane + i * kWarpSize;
     words[i] = column < end ? static_cast<Index>(__ldg(source + column)) : 0;
   }
@@ -45,17 +45,17 @@ __device__ __forceinline__ void copy_tile(
     const int stop = read_columns(p, tokens, length_offset(b));
     const std::int64_t begin = before + request * length_offset(b);
     // All of the old words are read before the first is written, or each read would wait for a write.
-    [[maybe_unused]] Index old[kWords];
+    [[maybe_unused]] Index old[kMoved];
     if constexpr (kVerified) {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
+      for (int i = 0; i < kMoved; ++i) {
         const int column = first + lane + i * kWarpSize;
         const std::int64_t at = begin + column;
         old[i] = column < stop && at < p.packed_capacity ? indices(p)[b][at] : words[i];
       }
     }
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
+    for (int i = 0; i < kMoved; ++i) {
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
       if (column >= stop || at >= p.packed_capacity) continue;

@@ -21,16 +21,16 @@ __device__ __forceinline__ constexpr int word_offset(int i) {
 }
 
 // Reads this lane's words of tiles; those before column 0 and from `end` on are 0.
-template <int kWords, typename T>
-__device__ __forceinline__ void read_words(T (&words)[kWords], const T* source, int width, int first, int end) {
+template <int kRead, typename T>
+__device__ __forceinline__ void read_words(T (&words)[kRead], const T* source, int width, int first, int end) {
   const int column = first + first_word();
   if constexpr (kVectorStores && sizeof(T) == sizeof(std::int32_t)) {
-    constexpr int kColumns = kWords * kWarpSize;
+    constexpr int kColumns = kRead * kWarpSize;
     if (first >= kVectorWords && first + kColumns <= end && first + kColumns + kVectorWords <= width) {
       // Source rows begin anywhere: each group is selected from the two aligned groups that it lies in.
       const int shift = words_past_boundary(source + column);
       const int4* aligned = boundary_before(source + column);
-      constexpr int kGroups = kWords / kVectorWords;
+      constexpr int kGroups = kRead / kVectorWords;
       int4 low[kGroups], high[kGroups];
 #pragma unroll
       for (int u = 0; u < kGroups; ++u) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void read_words(T (&words)[kWords], const T* source, 
     }
   }
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
+  for (int i = 0; i < kRead; ++i) {
     // Unsigned comparison: a negative column fails the bound check too.
     const bool inside = static_cast<unsigned>(column + word_offset(i)) < static_cast<unsigned>(end);
     words[i] = inside ? __ldg(source + column + word_offset(i)) : 0;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void copy_changed(
     for (int i = 0; i < kTileWords; ++i) lane.add(words[t * kTileWords + i]);
     const std::uint64_t hash = lane.of_tile();
     if (!hash_differs(p, rows, begin, known[t], hash)) continue;
-    store_words(p.page_indices, rows, words + t * kTileWords, begin, ends);
+    store_words(token_table(p), rows, words + t * kTileWords, begin, ends);
     then(begin);
     keep_hash(p, rows, begin, hash);
   }
