@@ -19,7 +19,7 @@ import torch
 from cases import Shape
 from click.testing import CliRunner
 from emulation import harness
-from onelaunch import KernelConfig, Plan
+from onelaunch import KernelConfig
 from onelaunch.cli.lab.bench import command, measuring, selection, summary, tables, torch_refresh
 from onelaunch.cli.lab.bench.cases import SHAPES, WIDE, Case, parse_shape, short, trace_lengths
 from onelaunch.cli.lab.bench.contenders import CONTENDERS
@@ -38,8 +38,6 @@ CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
 # What runs on the CPU at once: no interpreter that has to be chosen beforehand, no compiler that takes a minute.
 ELSEWHERE = ["triton", "triton-together", "torch-compile", "sglang", "sglang-best"]
-if not hasattr(Plan, "forget"):  # verified writes come with it
-    ELSEWHERE += ["onelaunch-verified", "onelaunch-moved"]
 HERE = tuple(name for name in CONTENDERS if name not in ELSEWHERE)
 Calls = Sequence[Callable[[], object]]
 
@@ -124,6 +122,23 @@ def test_listed_tiles_that_are_wrong_or_write_more_are_found() -> None:
     assert after(lambda: None) == ""
     assert "page_indices[0, 0]" in after(lambda: buffers.page_indices[0, 0].fill_(-5))  # type: ignore[index]
     assert "cache_seqlens[0] is 7" in after(lambda: buffers.cache_seqlens.fill_(7))  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("quick_builds")
+def test_verified_writes_have_something_new_to_write_in_every_call() -> None:
+    case = CASES[0]
+    for name, changed in (("onelaunch-verified", "cache_seqlens"), ("onelaunch-moved", "page_indices")):
+        scene = Scene(case.lengths(), case.backends, case.width, case.page_size, CPU)
+        (call,) = CONTENDERS[name].variants(scene, case)
+        scene.poison()
+        seen = []
+        for _ in range(4):
+            call()
+            seen.append(getattr(scene.buffers[0], changed).clone())
+        assert torch.equal(seen[0], seen[2])
+        assert torch.equal(seen[1], seen[3])
+        first = [tensor[:, 0] if changed == "page_indices" else tensor for tensor in seen]
+        assert (first[0] != first[1]).all(), "of every request"
 
 
 def test_the_ideal_copies_the_words_to_all_backends() -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import onelaunch
 import torch
 
 from . import baselines, sglang_refresh, torch_refresh
@@ -43,13 +42,11 @@ def _verified(moved: bool) -> Callable[[Scene, Case], list[Call]]:
     """
 
     def variants(scene: Scene, case: Case) -> list[Call]:
-        if not hasattr(onelaunch.Plan, "forget"):
-            raise Unsupported("this onelaunch has no verified writes")
         if moved and case.batch == 1:
             raise Unsupported("one request has no other's place to move to")
         seq_lens, rows, _ = scene.inputs
         other = (seq_lens, rows.roll(1)) if moved else ((seq_lens - 1).clamp(min=0), rows)
-        plan: Any = scene.plan(case.extent, writes="verified")
+        plan = scene.plan(case.extent, writes="verified")
         states = [(seq_lens, rows), other]
         turn = 0
 
