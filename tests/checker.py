@@ -22,8 +22,8 @@ from onelaunch.run.copy_plan import CopyPlan
 from onelaunch.run.destinations import Destinations, backend_field
 from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
+from onelaunch.spec.evaluation import evaluate_columns, evaluate_vectors
 from onelaunch.spec.fields import Packed, Table
-from onelaunch.spec.vectors import evaluate_columns, evaluate_vectors
 from support import POISON, Everything, Poisoned
 from torch import Tensor
 

@@ -842,3 +842,17 @@ def test_nothing_is_built_for_a_refused_call(device: torch.device, monkeypatch: 
     refused(ArgumentError, ("max_len",), lambda: bind(scene))
     scene.set("page_indices", Tensor.long)
     refused(ArgumentError, ("page_indices",), lambda: broadcast(scene))
+
+
+def test_a_plan_for_an_exact_number_of_requests(device: torch.device) -> None:
+    out = torch.full((3,), -7, dtype=torch.int32, device=device)
+    pool = torch.zeros((4, 8), dtype=torch.int32, device=device)
+    plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=pool)
+    plan.exact = 2
+    lengths, rows = torch.tensor([3, 4, 5], device=device), torch.arange(3, device=device)
+    for count in (1, 3):
+        with pytest.raises(ArgumentError, match=f"seq_lens has {count} requests; the plan is for 2. Pass 2."):
+            plan.run(lengths[:count], rows[:count])
+    assert out.tolist() == [-7] * 3
+    plan.run(lengths[:2], rows[:2])
+    assert out.tolist() == [3, 4, -7]

@@ -345,6 +345,12 @@ def test_runs_that_are_refused() -> None:
         other.run(LENGTHS, ROWS, captured_size=4)
 
 
+def test_groups_take_standard_fields_only() -> None:
+    declare = {"mine": into(vector("step", "request"), blank(3))}
+    with pytest.raises(ArgumentError, match="declare has 'mine'; groups take standard fields only"):
+        onelaunch.bind_groups([MetadataBuffers()], [[0]], req_to_token=POOL, declare=declare)
+
+
 def test_arguments_of_another_kind() -> None:
     for more, message in (
         ({"declare": [vector("1")]}, "declare is a list; it must be a dict by name"),

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,18 @@ def interrupted(thread, seconds=None):
     raise KeyboardInterrupt
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-def wait_and_die():
+def wait_and(signal_number):
     while not (folder / "building").exists():
         time.sleep(0.01)
-    die()
+    os.kill(os.getpid(), signal_number)
+if "PATIENCE" in os.environ:
+    import onelaunch.load.distribute
+    sys.modules["onelaunch.load.distribute"]._PATIENCE_SECONDS = float(os.environ["PATIENCE"])
 def lives(rank):
     return " Z " not in Path("/proc", (folder / f"process-{rank}").read_text(), "stat").read_text()
 def counted(recipe, *args, **kwargs):
     builds.append(recipe.module)
-    if how == "another is killed":
+    if how in ("another is killed", "another stops"):
         (folder / "building").touch()
         while lives(3):
             time.sleep(0.01)
@@ -95,8 +99,9 @@ for how in json.loads(os.environ["HOWS"]):
     threading.Thread.join = interrupted if how == "leader is interrupted" and rank == 0 else join
     if how == "no list" and rank == 1:
         configs = None
-    if how == "another is killed" and rank == 3:
-        threading.Thread(target=wait_and_die).start()
+    if how in ("another is killed", "another stops") and rank == 3:
+        number = signal.SIGKILL if how == "another is killed" else signal.SIGSTOP
+        threading.Thread(target=wait_and, args=(number,)).start()
     try:
         kernels = onelaunch.distribute(configs, groups.get(how), archs=archs, store=store)
         said = {
@@ -118,19 +123,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.fixture(scope="module")
-def said(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """By case, what each rank said, until it was killed. None of them hangs."""
-    started = [
+def start(folder: Path, hows: Sequence[str], **environment: str) -> list[subprocess.Popen[str]]:
+    return [
         subprocess.Popen(
             [sys.executable, "-c", RANK],
-            env={**os.environ, "RANK": str(rank), "FOLDER": str(folder), "HOWS": json.dumps(HOWS)},
+            env={**os.environ, "RANK": str(rank), "FOLDER": str(folder), "HOWS": json.dumps(hows), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(RANKS)
     ]
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """By case, what each rank said, until it was killed. None of them hangs."""
+    started = start(folder, HOWS)
     results = []
     try:
         for rank, process in enumerate(started):
@@ -197,6 +206,21 @@ def test_a_rank_that_is_killed_makes_all_others_raise(
     """At once, not after a group's time-out of half an hour: the fixture waits less for everything together."""
     results = said[how][:survivors]
     assert [result["error"] for result in results] == [["StoreError", GONE]] * survivors
+
+
+@pytest.mark.long
+def test_a_rank_that_stops_makes_all_others_raise(tmp_path: Path) -> None:
+    """As on a host that hangs: its connections stay open, and the others wait no longer than a minute."""
+    started = start(tmp_path, ["another stops"], PATIENCE="15")
+    try:
+        for process in started[:3]:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            assert json.loads(out) == {"another stops": {"error": ["StoreError", GONE]}}
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def test_without_torch_distributed() -> None:

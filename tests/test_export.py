@@ -137,7 +137,7 @@ def test_what_every_preset_exports() -> None:
             result = export(Path("out"), name)
             if config.copies or config.checked:
                 assert result.exit_code == 2
-                assert "has no wrapper for TVM FFI; export a refresh without checks." in result.stderr
+                assert "has no wrapper for TVM FFI; export a plain refresh." in result.stderr
                 assert not Path("out").exists()
             else:
                 assert result.exit_code == 0, result.output

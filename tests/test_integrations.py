@@ -444,22 +444,24 @@ def test_schedules_of_deepgemm_are_refreshed_on_request(device: torch.device, mo
     assert_refreshed(forward, source, [tensors], mode=mode, **facts)
 
 
-def test_a_schedule_of_requests_needs_its_atoms() -> None:
+@pytest.mark.parametrize("convention", ["sm90", "sm100"])
+def test_a_schedule_of_requests(convention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convention is the device's; what is given by name stays."""
+    monkeypatch.setattr("onelaunch.integrations.sglang.refresher.convention_of", lambda device: convention)
     source = pool()
     backend = stand_ins.DSABackend(source, n=4)
     backend.sm100 = True
     backend.init_cuda_graph_state(4, 16)
     backend.capture(4, "target_verify")
-    with pytest.raises(ArgumentError, match=r"paged_mqa_ctx_lens_2d has shape \(4, 4\), .*Pass schedule_atoms="):
-        sglang.bind_backends(backend, 4, mode="target_verify", schedules=True)
-    facts: dict[str, Any] = {"schedules": True, "schedule_atoms": 4, "schedule_remainder": "first"}
-    plan = sglang.bind_backends(backend, 4, mode="target_verify", **facts)
-    assert (plan.config.schedule_per, plan.config.schedule_atoms) == ("request", 4)
+    given = sglang.bind_backends(backend, 4, mode="target_verify", schedules=True, schedule_atoms=4)
+    assert given.config.atoms == 4
+    plan = sglang.bind_backends(backend, 4, mode="target_verify", schedules=True)
+    assert (plan.config.schedule_per, plan.config.atoms) == ("request", {"sm90": 2, "sm100": 4}[convention])
+    facts = {} if convention == "sm90" else {"schedule_remainder": "first", "schedule_split_cost": 4}
     forward = stand_ins.batch(source, LENGTHS[4])
     plan.run(forward.seq_lens, forward.req_pool_indices)
     metadata = backend.decode_cuda_graph_metadata[4]
     tensors = {"paged_mqa_schedule_metadata": metadata.paged_mqa_schedule_metadata}
-    del facts["schedules"]
     assert_refreshed(forward, source, [tensors], mode="target_verify", next_n=4, **facts)
 
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onelaunch import FIELDS, ConfigError, KernelConfig
 from onelaunch.spec import reference
+from onelaunch.spec.evaluation import evaluate_vectors
 from onelaunch.spec.fields import RunningSum, Vector
 from onelaunch.spec.scope import Scope
-from onelaunch.spec.vectors import described, element, evaluate_vectors, locals_of
+from onelaunch.spec.vectors import described, element, locals_of
 from torch import Tensor
 
 VECTORS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum"))

@@ -37,9 +37,14 @@ def export(name: str, config: KernelConfig, version: str) -> dict[str, str]:
     """
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
         raise ConfigError(f"the name is {name!r}; it must be an identifier such as refresh_draft. Pass --name.")
-    if config.copies or config.checked:
-        kind = "a copy" if config.copies else "a checked kernel"
-        raise ConfigError(f"{name} is {kind}, which has no wrapper for TVM FFI; export a refresh without checks.")
+    refused = {
+        "a copy": config.copies,
+        "a checked kernel": config.checked,
+        "a kernel with verified writes": config.verified,
+        "a kernel with declared fields": any(field not in FIELDS for field in config.fields),
+    }
+    for kind in (kind for kind, is_one in refused.items() if is_one):
+        raise ConfigError(f"{name} is {kind}, which has no wrapper for TVM FFI; export a plain refresh.")
     cuda = config.target == "cuda"
     members = layout.members(config)
     inputs = [member.name for member in members if member.name in _INPUTS]
@@ -129,7 +134,7 @@ _VALUES = {
     "device": "device.device_id",
     "sm_count": "sm_count(device)",
     "real_page_table_width": "real_page_table[0].size(1)",
-    "kv_indices_capacity": "kv_indices[0].size(0)",
+    "packed_capacity": "least(kv_indices, 0)",
     "num_sms": "paged_mqa_schedule_metadata[0].size(0) - 1",
     "num_sm_parts": "flashmla_metadata[0].size(0)",
 }
@@ -141,4 +146,4 @@ def _widths(config: KernelConfig) -> Iterator[str]:
     tokens = {"page_indices": 1, "real_page_table": config.page_size}
     tokens["pooled_real_page_table"] = config.page_size * config.index_kpool
     for name in (name for name in config.tables if name in tokens):
-        yield f"narrowest({name})" + (f" * {tokens[name]}" if tokens[name] > 1 else "")
+        yield f"least({name}, 1)" + (f" * {tokens[name]}" if tokens[name] > 1 else "")

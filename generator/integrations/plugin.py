@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import pkgutil
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..variables import SGLANG_VARIABLE
@@ -21,6 +22,7 @@ SELECTED_VARIABLE = "SGLANG_PLUGINS"
 
 _logger = logging.getLogger("onelaunch")
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
+_CHOICES = ("decode_backend", "prefill_backend", "full_attn_backend")
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 
 
@@ -50,23 +52,30 @@ def install() -> None:
 
 def _made(backend: Any, *arguments: Any, **keywords: Any) -> None:
     """After a factory made a draft backend."""
-    _attach(backend)
+    _attach_all([backend])
 
 
 def _initialized(result: Any, runner: Any, *arguments: Any, **keywords: Any) -> None:
     """After a model runner made its own backends, which are often one."""
-    made = [getattr(runner, name, None) for name in ("attn_backend", "decode_attn_backend")]
-    for backend in {id(backend): backend for backend in made}.values():
-        _attach(backend)
+    _attach_all([getattr(runner, name, None) for name in ("attn_backend", "decode_attn_backend")])
 
 
-def _attach(backend: Any) -> None:
-    if backend is None:
-        return
-    try:
-        # Not at the top of the file: without a request no torch is imported.
-        from .sglang import attach
+def _attach_all(made: Iterable[Any]) -> None:
+    """Attaches each backend once. None is none."""
+    for backend in {id(part): part for one in made for part in _parts(one)}.values():
+        try:
+            # Not at the top of the file: without a request no torch is imported.
+            from .sglang import attach
 
-        attach(backend)  # logs what it did
-    except Exception as error:
-        _logger.info("attach %s", error)
+            attach(backend)  # logs what it did
+        except Exception as error:
+            _logger.info("attach %s", error)
+
+
+def _parts(backend: Any) -> Iterator[Any]:
+    """The backend, or those that it only chooses between, as HybridAttnBackend does."""
+    found = [part for name in _CHOICES if (part := getattr(backend, name, None)) is not None]
+    for part in found:
+        yield from _parts(part)
+    if backend is not None and not found:
+        yield backend

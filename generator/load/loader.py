@@ -262,7 +262,8 @@ def entry_of(kernel: Kernel) -> Entry:
 def build_command(config: KernelConfig, archs: Sequence[str]) -> str:
     """The command that builds a configuration ahead of time."""
     preset = next((name for name, shipped in PRESETS.items() if shipped == config), None)
-    command = "onelaunch build " + (preset or f"--set {shlex.quote(config.settings())}")
+    settings = config.settings() or f"target={config.target}"  # the defaults have no settings, and something is named
+    command = "onelaunch build " + (preset or f"--set {shlex.quote(settings)}")
     return command + (f" --arch {','.join(archs)}" if archs else "")
 
 

@@ -89,7 +89,7 @@ def bind_groups(
             all groups but the last, which uses the current one. On the CPU it must be None: groups run in turn.
         req_to_token: as in bind().
         seqlen_offsets: one number per backend, as in bind().
-        settings: the other arguments of bind().
+        settings: the other arguments of bind(), without ``declare``.
 
     Raises:
         ArgumentError: groups or streams don't fit, or groups share memory.
@@ -98,6 +98,11 @@ def bind_groups(
     check_backends(backends)
     _check_partition(groups, len(backends))
     offsets = check_offsets(seqlen_offsets, len(backends))
+    if settings.get("declare"):
+        raise ArgumentError(
+            f"declare has {', '.join(map(repr, settings['declare']))}; groups take standard fields only, since a "
+            "declared one may name a backend by its number. Bind it to a plan of its own with bind()."
+        )
     plans = []
     for group in groups:
         chosen = {"seqlen_offsets": [offsets[index] for index in group]} if offsets else {}

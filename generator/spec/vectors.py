@@ -1,20 +1,19 @@
-"""Vectors and running sums in one configuration: the C++ that computes them, and their values with PyTorch."""
+"""Formulas in one configuration: what is known folded, and the C++ that computes the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .arithmetic import evaluate, fold, known_value
+from .arithmetic import fold, known_value
 from .cpp import cpp, user_name
 from .expressions import Constant, Dtype, LookUp, Name, Node, Number, Operation, look_ups, names, substitute, text
-from .fields import TERMS, Field, Packed, Special, Table
+from .fields import TERMS, Packed, Special, Table
 from .scope import CONSTANTS
 
 if TYPE_CHECKING:
     # Only for annotations: configurations ask this module which settings their fields use.
-    from torch import Tensor
 
     from .config import KernelConfig
     from .implied import Implied
@@ -42,12 +41,12 @@ class Local:
         return line if indent + len(line) <= 120 else line.replace(" = ", f" =\n{' ' * (indent + 4)}", 1)
 
 
-def _mode(config: Implied, own_rows: int | None) -> str:
+def formulas_mode(config: Implied, own_rows: int | None) -> str:
     """The mode whose formulas hold. With rows of its own a field has none for a single row."""
     return config.mode if own_rows is None else "target_verify"
 
 
-def _known(config: Implied, own_rows: int | None = None) -> dict[str, Node]:
+def known_names(config: Implied, own_rows: int | None = None) -> dict[str, Node]:
     """The names whose values a configuration fixes, for a field with the mode's rows or with rows of its own."""
     known: dict[str, Node] = {setting: Constant(setting, getattr(config, setting)) for setting in CONSTANTS}
     known |= {name: Constant(user_name(name), value) for name, value in config.scope.constants}
@@ -69,9 +68,9 @@ def formula_in(config: KernelConfig, name: str, dtype: Dtype, own_rows: int | No
         dtype: of the field that is computed.
         own_rows: its rows, where that field has rows of its own.
     """
-    scope, known = config.scope, _known(config, own_rows) | _inputs(config, dtype)
+    scope, known = config.scope, known_names(config, own_rows) | _inputs(config, dtype)
     # A vector that is no more than another name or number needs no local of its own.
-    node = substitute(scope.formula(name, _mode(config, own_rows)), known)
+    node = substitute(scope.formula(name, formulas_mode(config, own_rows)), known)
     for named in names(node):
         if named in scope.vectors:
             leaf = formula_in(config, named, dtype, own_rows)
@@ -86,7 +85,8 @@ def folded(config: Implied, name: str) -> list[Node]:
     return [
         fold(
             substitute(
-                config.scope.substituted(name, _mode(config, field.own_rows), columns), _known(config, field.own_rows)
+                config.scope.substituted(name, formulas_mode(config, field.own_rows), columns),
+                known_names(config, field.own_rows),
             ),
             field.dtype,
         )
@@ -111,9 +111,9 @@ def described(config: KernelConfig, name: str) -> str:
     field, declared = config.field(name), config.field(name).declaration
     if isinstance(declared, Special):
         return field.formula
-    mode = _mode(config, field.own_rows)
+    mode = formulas_mode(config, field.own_rows)
     terms = {term: config.scope.formula(term, mode) for term in TERMS}
-    known = _known(config, field.own_rows) | {n: Constant(n, value) for n, value in config.scope.constants}
+    known = known_names(config, field.own_rows) | {n: Constant(n, value) for n, value in config.scope.constants}
 
     def shown(node: Node) -> str:
         return text(fold(substitute(substitute(node, terms), known), field.dtype))
@@ -179,7 +179,7 @@ def live_columns(config: KernelConfig, name: str, base_len: int, offset: int) ->
     given: dict[str, Node] = dict.fromkeys(dict(config.scope.inputs), Number(0))
     given |= {"base_len": Number(base_len), "offset": Number(offset), "seq_len": Number(base_len + offset)}
     given |= {"request": Number(0), "step": Number(0), "rows": Number(config.next_n)}
-    node = substitute(config.scope.substituted(name, config.mode, True), _known(config) | given)
+    node = substitute(config.scope.substituted(name, config.mode, True), known_names(config) | given)
     count = known_value(fold(node, "int64"))
     return max(count or 0, 0)
 
@@ -190,7 +190,7 @@ def expression(config: KernelConfig, name: str, columns: bool = False) -> str:
     dtype = config.dtype(name)
     if columns:
         dtype = config.dtype(declared.at) if isinstance(declared, Packed) else "int32"
-    known = _known(config) | _inputs(config, dtype)
+    known = known_names(config) | _inputs(config, dtype)
     if name in config.row_fields:
         known.pop("row", None)
     return cpp(
@@ -218,144 +218,6 @@ def functions_of(config: KernelConfig) -> frozenset[str]:
         for function in ("floor_div", "floor_mod", "ceil_div", "look_up")
         if f"{function}(" in " ".join(written)
     )
-
-
-@dataclass(frozen=True)
-class _Given:
-    """The inputs of one backend's refresh, for an evaluation."""
-
-    config: KernelConfig
-    of_request: dict[str, Tensor]
-    counts: Tensor
-    pool_row: Tensor
-    tables: Mapping[str, Tensor]
-
-    def of(self, field: Field) -> tuple[dict[str, Tensor], Tensor]:
-        """The inputs of a field's elements, and their rows of sources."""
-        if field.per == "request":
-            return {**self.of_request, "rows": self.counts}, self.pool_row
-        repeats = self.counts if field.own_rows is None else self.counts * 0 + field.own_rows
-        given = {**self.of_request, "rows": repeats}
-        values = {name: tensor.repeat_interleave(repeats) for name, tensor in given.items()}
-        before = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
-        values["row"] = values["rows"].new_ones(before.shape).cumsum(0) - 1 - before
-        return values, self.pool_row.repeat_interleave(repeats)
-
-    def evaluate(self, field: Field, columns: bool = False, column: Tensor | None = None) -> Tensor:
-        """The values of a field's formula, or of its columns; for every column in a dimension behind, if given."""
-        config, (values, rows) = self.config, self.of(field)
-        node = config.scope.substituted(field.name, _mode(config, field.own_rows), columns)
-        known = {n: Constant(n, value) for n, value in config.scope.constants}
-        node = substitute(node, _known(config, field.own_rows) | known)
-        if column is not None:
-            values = {name: tensor[:, None] for name, tensor in values.items()} | {"column": column[None]}
-            rows = rows[:, None].expand(-1, column.numel())
-        dtype: Dtype = field.dtype
-        if columns:
-            declared = field.declaration
-            dtype = config.dtype(declared.at) if isinstance(declared, Packed) else "int32"
-        wide = {n: t.long() if dtype == "int64" else t.int() for n, t in values.items()}
-        return evaluate(node, wide, lambda found, places: _look_up(self.tables, found, places, rows))
-
-
-def _given(
-    config: KernelConfig,
-    seq_lens: Tensor,
-    extend_seq_lens: Tensor | None,
-    step: int,
-    inputs: Mapping[str, Tensor],
-    tables: Mapping[str, Tensor],
-    req_pool_indices: Tensor | None,
-) -> _Given:
-    base_len = seq_lens.int()
-    counts = base_len.new_full(base_len.shape, 1 if config.mode == "decode" else config.next_n)
-    if config.variable_rows and extend_seq_lens is not None:
-        counts = extend_seq_lens.int().clamp(min=0)
-    offset = base_len.new_full(base_len.shape, config.length_offsets[step % len(config.length_offsets)])
-    request = base_len.new_ones(base_len.shape).cumsum(0) - 1
-    given = {"base_len": base_len, "offset": offset, "seq_len": base_len + offset, "request": request}
-    given |= {"step": base_len.new_full(base_len.shape, step), **inputs}
-    return _Given(config, given, counts, base_len if req_pool_indices is None else req_pool_indices.long(), tables)
-
-
-def evaluate_columns(
-    config: KernelConfig,
-    name: str,
-    width: int,
-    seq_lens: Tensor,
-    extend_seq_lens: Tensor | None = None,
-    step: int = 0,
-    *,
-    inputs: Mapping[str, Tensor] = {},
-    tables: Mapping[str, Tensor] = {},
-    req_pool_indices: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The values of a table or packed field for one backend, by its formula.
-
-    Args:
-        width: the columns to evaluate.
-        The others as in evaluate_vectors.
-
-    Returns:
-        The elements [rows, width], and how many of them each row has, of which there may be more than ``width``.
-    """
-    given = _given(config, seq_lens, extend_seq_lens, step, inputs, tables, req_pool_indices)
-    field = config.field(name)
-    columns = given.evaluate(field, columns=True)
-    elements = given.evaluate(field, column=columns.new_ones(width).cumsum(0) - 1)
-    return elements, columns
-
-
-def evaluate_vectors(
-    config: KernelConfig,
-    seq_lens: Tensor,
-    extend_seq_lens: Tensor | None = None,
-    step: int = 0,
-    *,
-    inputs: Mapping[str, Tensor] = {},
-    tables: Mapping[str, Tensor] = {},
-    req_pool_indices: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The values of a configuration's vectors and running sums for one backend, by their formulas, with PyTorch.
-
-    Args:
-        config: its vectors, mode, offsets and settings.
-        seq_lens: int32 or int64 [bs].
-        extend_seq_lens: int32 or int64 [bs], the rows of each request, for a configuration with variable rows.
-        step: the backend, from 0 on.
-        inputs: the declared inputs, int32 or int64 [bs].
-        tables: what look-ups read: req_to_token as "token", the declared sources and maps by name.
-        req_pool_indices: int32 or int64 [bs], the rows of look-ups that don't say which.
-
-    Returns:
-        By field, a tensor of its dtype with one element per request or row; running sums have one more.
-    """
-    given = _given(config, seq_lens, extend_seq_lens, step, inputs, tables, req_pool_indices)
-    values: dict[str, Tensor] = {}
-    for name in config.vectors:
-        field = config.field(name)
-        tensor = given.evaluate(field)
-        if field.kind == "running_sum":
-            sums = tensor.new_zeros(tensor.numel() + 1)
-            sums[1:] = tensor.cumsum(0, dtype=tensor.dtype)
-            tensor = sums
-        values[name] = tensor.bool() if field.dtype == "bool" else tensor
-    return values
-
-
-def _look_up(tables: Mapping[str, Tensor], found: LookUp, places: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """The elements that a look-up yields."""
-    table = tables[found.source]
-    if table.dim() == 2 and len(places) == 1:
-        places = [rows, *places]
-    places = [place.long().expand(rows.shape) for place in places]
-    inside = rows == rows
-    for place, length in zip(places, table.shape, strict=True):
-        inside = inside & (place >= 0) & (place < length)
-    read = table[tuple(place[inside] for place in places)]
-    values = read.new_full(rows.shape, 0).long()
-    values[inside] = read.long()
-    return values.where(inside, values.new_full((), found.missing))
 
 
 def _local(config: KernelConfig, name: str, dtype: Dtype) -> str:

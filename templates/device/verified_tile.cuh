@@ -106,7 +106,7 @@ __device__ __forceinline__ void copy_changed(
     for (int i = 0; i < kTileWords; ++i) lane.add(words[t * kTileWords + i]);
     const std::uint64_t hash = lane.of_tile();
     if (!hash_differs(p, rows, begin, known[t], hash)) continue;
-    store_words(p.page_indices, rows, words + t * kTileWords, begin, ends);
+    store_words(token_table(p), rows, words + t * kTileWords, begin, ends);
     then(begin);
     keep_hash(p, rows, begin, hash);
   }

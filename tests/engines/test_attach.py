@@ -218,6 +218,30 @@ def test_a_failure_behind_the_launch_leaves_nothing_half_written(name: str) -> N
     assert not compare.differences(pair.engine, pair.mine)
 
 
+@pytest.mark.parametrize(("name", "mode"), [("fa3", "target_verify"), ("fa3", "decode")])
+def test_verified_writes_forget_what_they_know_when_the_engine_wrote(name: str, mode: str) -> None:
+    pair = Pair(name, 64, mode=mode, steps=3 if mode == "decode" else 0, writes="verified")
+    for plan in pair.attachment._refresh.plans.values():
+        plan.forget()  # the pair poisons the tables
+    pair.replay((300, 200, 77), 5, seed=0)
+    pair.check()
+    batch = Batch((64, 9), 5, mode, 4, seed=3).make()
+    batch.encoder_lens = None
+    batch.spec_info.ragged_verify_layout = object()  # not served: the engine's own code writes other tables
+    pair.attachment._originals["init_forward_metadata_out_graph"] = lambda *a, **k: compare.poison(pair.mine)
+    pair.mine.init_forward_metadata_out_graph(batch)
+    compare.poison(pair.engine)
+    batch = Batch((300, 200, 77), 5, mode, 4, 0, pair.drafting).make()
+    for made in pair.backends:
+        made.init_forward_metadata_out_graph(batch)
+    pair.check()
+
+
+def test_verified_writes_are_refused_in_a_graph() -> None:
+    with pytest.raises(ArgumentError, match="writes is 'verified', and TRTLLMHAAttnBackend records the launch"):
+        sglang.attach(backend("trtllm_mha", 0), writes="verified")
+
+
 def test_draft_extension_of_fa3_runs_the_engines_own_code() -> None:
     """Its cu_seqlens_q sums extend_seq_lens, which may differ between requests, and onelaunch has no such field."""
     pair = Pair("fa3", 64, mode="draft_extend")
@@ -399,6 +423,22 @@ def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(
     runner = SimpleNamespace(attn_backend=backend("dsa", 0), decode_attn_backend=None)
     ModelRunner.init_attention_backends(runner)
     assert "init_forward_metadata_out_graph" in vars(runner.attn_backend)
+
+
+def test_backends_that_only_choose_between_others_have_these_attached() -> None:
+    """With a backend for prefill and another one for decoding, or one for some of the layers."""
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    one, other = backend("fa3", 0), backend("dsa", 0)
+    runner = objects.model_runner(objects.token_pool(64, seed=1), page=64, mla=True, draft=False)
+    hybrid = HybridAttnBackend(runner, one, other)
+    plugin._initialized(None, SimpleNamespace(attn_backend=hybrid, decode_attn_backend=other))
+    for made in (one, other):
+        assert "init_forward_metadata_out_graph" in vars(made)
+    assert "init_forward_metadata_out_graph" not in vars(hybrid)
+    linear = SimpleNamespace(full_attn_backend=backend("fa3", 0))
+    plugin._made(linear)
+    assert "init_forward_metadata_out_graph" in vars(linear.full_attn_backend)
 
 
 def test_the_plugin_never_raises_and_imports_no_torch() -> None:

@@ -144,7 +144,7 @@ def _triton_together(scene: Scene, case: Case) -> list[Call]:
 
     multiprocessors = triton_together.multiprocessors(scene.device)
 
-    def call(block: int, warps: int, programs: int) -> Call:
+    def call(block: int, warps: int, programs: int, aligned: bool) -> Call:
         return lambda: triton_together.refresh(
             scene.buffers,
             *scene.inputs,
@@ -154,6 +154,7 @@ def _triton_together(scene: Scene, case: Case) -> list[Call]:
             block=block,
             warps=warps,
             programs=programs * multiprocessors,
+            aligned=aligned,
         )
 
     return [call(*choice) for choice in triton_together.CHOICES]

@@ -52,9 +52,8 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
         )
     figure = Figure(figsize=(14, 8.6 if curves else 4.4), layout="constrained")
     device = data.get("machine", {}).get("device", "")
-    figure.suptitle(
-        f"µs to refresh the metadata of 3 backends, {device} (each shape to its own scale)", fontsize=_TEXT + 3
-    )
+    title = f"µs to refresh the metadata of 3 backends, {device}, caches cold (each shape to its own scale)"
+    figure.suptitle(title, fontsize=_TEXT + 1)
     grid = figure.add_gridspec(2 if curves else 1, 12, height_ratios=(4, 3.4) if curves else None)
     names = [name for name in QUICK_NAMES if any(row["implementation"] == name for row in bars)]
     span = 12 // len(shapes)

@@ -76,6 +76,8 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         if row["status"] != "ok":
             yield f"{row['label']} {row['implementation']}: {row['status']}: {row['reason']}"
+        elif "reason" in row:
+            yield f"{row['label']} {row['implementation']}: one of its variants failed: {row['reason']}"
 
 
 def _spread(row: Mapping[str, Any], column: str) -> str:

@@ -15,8 +15,9 @@ import triton.language as tl
 from onelaunch import MetadataBuffers
 from torch import Tensor
 
-# Columns a program takes at once, its warps, and the programs on an SM. What is measured is the best of them.
-CHOICES = ((512, 4, 8), (1024, 4, 8), (1024, 8, 4), (2048, 8, 4))
+# Columns a program takes at once, its warps, the programs on an SM, and whether tiles begin at 16 bytes of a
+# destination. What is measured is the best of them.
+CHOICES = ((512, 4, 8, False), (1024, 4, 8, False), (1024, 4, 8, True), (2048, 8, 4, True))
 _SCAN = 256  # requests that are summed at once
 
 
@@ -43,6 +44,7 @@ def _refresh(  # type: ignore[no-untyped-def]  # pragma: gpu
     live_only: tl.constexpr,
     scan: tl.constexpr,
     block: tl.constexpr,
+    aligned: tl.constexpr,
 ):
     program = tl.program_id(0) - 1
     if program < 0:
@@ -76,18 +78,28 @@ def _refresh(  # type: ignore[no-untyped-def]  # pragma: gpu
             end = tl.minimum(length.to(tl.int32), columns)
         to = row.to(tl.int64) * page_indices_stride
         to_page = row.to(tl.int64) * real_page_table_stride
-        for first in range((program % splits) * block, end, splits * block):
+        # Tiles begin at 16 bytes of the destination, so that four words are stored at once.
+        offset = (to % 4).to(tl.int32) if aligned else 0
+        for tile in range((program % splits) * block, end + offset, splits * block):
+            first = tile - offset
             column = first + tl.arange(0, block)
-            tokens = tl.load(source + column, mask=column < end, other=0)
-            for n in tl.static_range(backends):
-                tl.store(page_indices[n] + to + column, tokens, mask=column < end)
+            if aligned and first >= 0 and first + block <= end:
+                tokens = tl.load(source + column)
+                begin = tl.multiple_of(to + first, 4)
+                for n in tl.static_range(backends):
+                    tl.store(page_indices[n] + begin + tl.arange(0, block), tokens)
+            else:
+                present = (column >= 0) & (column < end)
+                tokens = tl.load(source + column, mask=present, other=0)
+                for n in tl.static_range(backends):
+                    tl.store(page_indices[n] + to + column, tokens, mask=present)
             if page_shift > 0:
                 # A page's number follows from its first token, which this program has just read.
-                page = (first >> page_shift) + tl.arange(0, block >> page_shift)
-                begin = page << page_shift
-                token = tl.load(source + begin, mask=begin < end, other=0)
+                page = ((first + (1 << page_shift) - 1) >> page_shift) + tl.arange(0, block >> page_shift)
+                token = tl.load(source + (page << page_shift), mask=(page << page_shift) < end, other=0)
                 for n in tl.static_range(backends):
-                    tl.store(real_page_table[n] + to_page + page, token >> page_shift, mask=begin < end)
+                    to_word = real_page_table[n] + to_page + page
+                    tl.store(to_word, token >> page_shift, mask=(page << page_shift) < end)
 
 
 def refresh(
@@ -102,6 +114,7 @@ def refresh(
     block: int,
     warps: int,
     programs: int,
+    aligned: bool,
 ) -> None:
     """Refreshes all backends, which have every decode field but seqlens_expanded, in one launch.
 
@@ -111,7 +124,7 @@ def refresh(
         req_to_token: int32 [pool rows, W].
         page_size: a power of two up to ``block``; with 1 there is no real_page_table.
         live_only: whether columns behind a request's length stay as they are.
-        block, warps: see CHOICES.
+        block, warps, aligned: see CHOICES.
         programs: about how many there are; each request has at least one.
     """
     wide, real = backends[0].page_indices, backends[0].real_page_table
@@ -144,6 +157,7 @@ def refresh(
         live_only=live_only,
         scan=_SCAN,
         block=block,
+        aligned=aligned,
         num_warps=warps,
     )
 

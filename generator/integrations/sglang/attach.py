@@ -88,6 +88,7 @@ class Attachment:
             else:
                 delattr(self.backend, name)
         self._originals = {}
+        self._forget()
         if self._recorded:
             self._recorded = False
             warnings.warn(
@@ -107,8 +108,8 @@ class Attachment:
         """init_forward_metadata_out_graph: before a capture, and before each replay."""
         if in_capture or self._place.method == IN_GRAPH:
             self._originals[OUT_GRAPH](forward_batch, in_capture=in_capture)
-            if in_capture:
-                self._guarded(self._prepare, forward_batch)
+            if in_capture and self._guarded(self._prepare, forward_batch):
+                self._forget()
             return
         try:
             served = self._before_replay(forward_batch)
@@ -116,6 +117,7 @@ class Attachment:
             served = self._give_way(error)
         if not served:
             self._originals[OUT_GRAPH](forward_batch, in_capture=in_capture)
+            self._forget()
 
     def _in_graph(self, forward_batch: Any) -> None:
         """init_forward_metadata_in_graph: recorded while the engine captures."""
@@ -143,13 +145,19 @@ class Attachment:
 
     def _give_way(self, error: Exception) -> bool:
         """After an exception of any kind: the engine's own code writes every tensor again. False."""
-        self._refresh = None  # and what its plans know of the tensors is forgotten
+        self._forget()
+        self._refresh = None
         self._ready = {}
         self.failed = f"{type(error).__name__}: {error}"
         text = f"{type(self.backend).__name__} runs the engine's own code from now on. {self.failed}"
         log.logger.warning(text)
         warnings.warn(text, RuntimeWarning, stacklevel=4)
         return False
+
+    def _forget(self) -> None:
+        """The engine's own code wrote, or will: what verified writes know of the tables doesn't hold."""
+        if self._refresh is not None:
+            self._refresh.forget()
 
     # ------------------------------------------------------------------------------------------ the launch
 
@@ -284,6 +292,11 @@ def attach(
             # The engine leaves the dead columns of a table alone, so the launch does too.
             facts = {"page_fill": None, **facts}
             refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **facts)
+        if place.method == IN_GRAPH and facts.get("writes", "all") != "all":
+            raise ArgumentError(
+                f"writes is {facts['writes']!r}, and {type(backend).__name__} records the launch in its graphs, which "
+                "can't be told that the engine's own code wrote. Pass writes='all'."
+            )
         attachment = Attachment(backend, place, refresh, schedules)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
     log.logger.info("attach %r%s", attachment, left)

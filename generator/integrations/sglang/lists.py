@@ -67,6 +67,11 @@ class Lists:
         self._ready[bs, seq_lens_dtype, req_pool_indices_dtype] = ready, source
         return ready
 
+    def forget(self) -> None:
+        """Plan.forget() of all plans: somebody else wrote what they write."""
+        for ready, _ in self._ready.values():
+            ready.plan.forget()
+
     def run(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> None:
         """Refreshes the lists of the first bs requests.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ...run.plan import Plan, bind
-from ...run.schedules import convention_of
+from ...run.schedules import convention_of, paged_mqa_settings
 from ...spec.fields import MetadataBuffers
 from ..attributes import has, read
 from ..refusals import refusal
@@ -53,7 +53,7 @@ def bind_backends(
         leave: see buffers_from.
         schedules: whether to refresh DSA's paged_mqa_schedule_metadata, of multiprocessors that share splits of 256
             tokens, as DeepGEMM's own function does. In target_verify and draft_extend it is of rows where the captured
-            paged_mqa_ctx_lens_2d has one column, else of requests; schedule_atoms must then be given.
+            paged_mqa_ctx_lens_2d has one column, else of requests, with the convention of the device.
         facts: arguments of onelaunch.bind, which override what the children have. page_fill is -1 for
             block_kv_indices if it isn't given.
 
@@ -151,7 +151,7 @@ def _row_a_request(
 
 
 def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
-    """Sets schedule_per by the shape of DeepGEMM's lengths, and schedule_remainder by the device."""
+    """Sets schedule_per by the shape of DeepGEMM's lengths, and its convention by the device."""
     if given["index_kpool"] > 1:
         raise ArgumentError(
             f"schedules is True and index_kpool is {given['index_kpool']}; DSA has a second schedule, of pools, which "
@@ -168,11 +168,8 @@ def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
             "schedule_per=."
         )
     given["schedule_per"] = "row" if lengths.shape[1] == 1 else "request"
-    if lengths.shape[1] > 1 and "schedule_atoms" not in given:
-        raise ArgumentError(
-            f"metadata.paged_mqa_ctx_lens_2d has shape {tuple(lengths.shape)}, several rows per request, and only "
-            "DeepGEMM knows how many atoms they are. Pass schedule_atoms=, or schedules=False."
-        )
+    if lengths.shape[1] > 1:
+        given.update({**paged_mqa_settings(convention_of(device), lengths.shape[1]), **given})
 
 
 class _Bound(NamedTuple):
@@ -280,6 +277,11 @@ class Refresher:
         bound.plan.exact = bs
         pools = zip(bound.captured, bound.pools, strict=True)
         return Ready(bs, bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
+
+    def forget(self) -> None:
+        """Plan.forget() of all plans: somebody else wrote what they write."""
+        for bound in self._bound.values():
+            bound.plan.forget()
 
     def run(
         self,

@@ -80,7 +80,7 @@ FAULTS = {
             "the tile is never written",
             VERIFIED,
             STEPS,
-            r"    store_words\(p\.page_indices, rows, words \+ t \* kTileWords, begin, ends\);\n",
+            r"    store_words\(token_table\(p\), rows, words \+ t \* kTileWords, begin, ends\);\n",
             "",
         ),
         Fault(

@@ -248,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = machine.generate(run, FIRST_PORT + 100 * number)
         with written:
             found[run.configuration][run.kind] = result
-            (given.out / f"{given.what}.json").write_text(json.dumps(found, indent=1) + "\n")
+            done = {configuration: kinds for configuration, kinds in found.items() if kinds}
+            (given.out / f"{given.what}.json").write_text(json.dumps(done, indent=1) + "\n")
 
     with ThreadPoolExecutor(given.jobs if given.what == "tokens" else 1) as threads:
         list(threads.map(one, range(len(runs))))
