@@ -164,7 +164,7 @@ def _tile_file(config: KernelConfig) -> str:
 def _copy_tile_file(config: KernelConfig) -> str:
     """The file with copy_tile(), which writes a tile of all tables."""
     pages = bool(config.paged_tables)
-    if "page_indices" not in config.fields:
+    if config.pages_alone:
         return "verified_pages" if config.hashes_tiles else "every_page"
     if config.hashes_tiles:
         return "verified_tokens_and_pages" if pages else "verified_tokens"

@@ -126,9 +126,9 @@ class Destinations:
         self.regions = [d.region for different in self._different.values() for d in different]
         check_disjoint(self.regions)
 
-    def table_regions(self) -> list[Region]:
-        """The memory of the different tables of all fields."""
-        return [d.region for n, different in self._different.items() if FIELDS[n].kind == "table" for d in different]
+    def regions_of(self, names: Sequence[str]) -> list[Region]:
+        """The memory of the different tensors of some fields."""
+        return [d.region for name in names for d in self._different[name]]
 
     def named(self) -> list[tuple[str, Tensor]]:
         """All different tensors with their names in messages."""

@@ -56,7 +56,7 @@ def hashes_of(destinations: Destinations, config: KernelConfig) -> TileHashes:
     tiling = (config.tile_columns, config.vector_bytes, config.page_size, config.index_kpool, config.page_fill)
     places = tuple((name, *((t.data_ptr(), t.stride(0)) for t in tensors)) for name, tensors in tables.items())
     key = (str(destinations.device), tiling, places)
-    regions = destinations.table_regions()
+    regions = destinations.regions_of(config.tables)
     with _lock:
         found = _known.get(key)
         if found is not None:
@@ -89,6 +89,6 @@ def _rows(table: Tensor) -> int:
 
 def _columns(name: str, table: Tensor, config: KernelConfig) -> int:
     """The columns of a table's rows in the unit that tiles have: tokens, or pages if there are no tokens."""
-    if "page_indices" in config.fields:
-        return _row_stride(table) if name == "page_indices" else 0
-    return _row_stride(table) * (config.index_kpool if name == "pooled_real_page_table" else 1)
+    if config.token_table is not None:
+        return _row_stride(table) if name == config.token_table else 0
+    return _row_stride(table) * (config.index_kpool if name in config.pooled_tables else 1)

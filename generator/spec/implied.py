@@ -142,7 +142,7 @@ class Implied:
     @property
     def hashes_tiles(self) -> bool:
         """Whether it keeps a hash of each tile. kv_indices, which has no rows, is compared with itself instead."""
-        return self.verified and "kv_indices" not in self.fields
+        return self.verified and self.packed is None
 
     @property
     def needs_lengths(self) -> bool:
@@ -172,7 +172,7 @@ class Implied:
     @property
     def pages_alone(self) -> bool:
         """Whether the columns of a tile are pages: there are tables of pages, and none of tokens."""
-        return not self.copies and bool(self.paged_tables) and "page_indices" not in self.fields
+        return not self.copies and bool(self.paged_tables) and self.token_table is None
 
     def uses(self, setting: str) -> bool:
         """Whether one of the fields depends on a setting that formulas may name."""
