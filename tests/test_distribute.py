@@ -13,6 +13,7 @@ from typing import Any
 
 import onelaunch
 import pytest
+from filelock import FileLock
 from onelaunch.errors import ArgumentError
 
 HOWS = (
@@ -119,8 +120,9 @@ os._exit(0)  # a group can't be destroyed in order where a rank is dead
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
+def folder(shared: Path) -> Path:
+    (shared / "ranks").mkdir(exist_ok=True)
+    return shared / "ranks"
 
 
 def start(folder: Path, hows: Sequence[str], **environment: str) -> list[subprocess.Popen[str]]:
@@ -138,7 +140,16 @@ def start(folder: Path, hows: Sequence[str], **environment: str) -> list[subproc
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """By case, what each rank said, until it was killed. None of them hangs."""
+    """By case, what each rank said, until it was killed. None of them hangs. Made once for all workers."""
+    saved = folder / "said.json"
+    with FileLock(f"{saved}.lock"):
+        if not saved.exists():
+            saved.write_text(json.dumps(ran(folder)), encoding="utf-8")
+    made: dict[str, list[dict[str, Any]]] = json.loads(saved.read_text(encoding="utf-8"))
+    return made
+
+
+def ran(folder: Path) -> dict[str, list[dict[str, Any]]]:
     started = start(folder, HOWS)
     results = []
     try:
