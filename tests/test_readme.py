@@ -1,4 +1,4 @@
-"""What README.md, ARCHITECTURE.md and CONTRIBUTING.md show is run, and what they name is there.
+"""What README.md, GUIDE.md, INSTALL.md, ARCHITECTURE.md and CONTRIBUTING.md show is run, and what they name is there.
 
 The Python of the README runs here, but for the lines of attach(), which tests/engines/test_attach.py runs on a class
 of an engine. The diffs of ARCHITECTURE.md are applied to a copy of the package, and the Python below them runs on it.
@@ -27,9 +27,12 @@ from onelaunch.spec import reference
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {
-    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "GUIDE.md", "INSTALL.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
 }
 README, ARCHITECTURE = TEXTS["README.md"], TEXTS["ARCHITECTURE.md"]
+# The guide goes on where the README ends: its examples use the README's names.
+GUIDE = README + TEXTS["GUIDE.md"]
 ALL = "\n".join(TEXTS.values())
 # Made by the same run on a GPU; until it was, the README shows a picture that isn't there.
 PLOT, PLOTTED = ROOT / "tests" / "gpu" / "bench.png", ROOT / "tests" / "gpu" / "bench.json"
@@ -55,7 +58,8 @@ def commands(text: str, program: str) -> list[list[str]]:
 
 
 def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
-    first, *others = blocks(README, "python")
+    attach, first, *others = blocks(GUIDE, "python")
+    assert attach.startswith("from onelaunch.integrations"), "tests/engines/test_attach.py runs it"
     assert len(first.splitlines()) <= 15
     names: dict[str, Any] = {}
     exec(first, names)
@@ -89,13 +93,11 @@ def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
     assert not names["positions"][bs:].any()
     assert torch.equal(names["slots"][:bs], pool[pool_rows[:, None], columns].long())
     assert_refreshed(backends)
-    rest = [block for block in others if block not in (lists, indices, declared)]
-    assert len(rest) == 1, "the lines that tests/engines/test_attach.py runs, and none beside them"
-    assert rest[0].startswith("from onelaunch.integrations")
+    assert [block for block in others if block not in (lists, indices, declared)] == []
 
 
 def test_the_arguments_that_the_readme_tells_are_bind_s() -> None:
-    section = README.split("## Modes and lengths")[1].split("\n## ")[0]
+    section = GUIDE.split("## Modes and lengths")[1].split("\n## ")[0]
     told = [span for span in spans(section) if re.match(r"[a-z_]+=", span)]
     assert len(told) >= 6
     emitted = set()
@@ -109,7 +111,7 @@ def test_the_arguments_that_the_readme_tells_are_bind_s() -> None:
 
 
 def test_the_matrix_of_the_readme_is_read(tmp_path: Path) -> None:
-    (toml,) = blocks(README, "toml")
+    (toml,) = blocks(GUIDE, "toml")
     file = tmp_path / "kernels.toml"
     file.write_text(toml, encoding="utf-8")
     jobs = prebuild.read_matrix(file)
@@ -133,7 +135,7 @@ def test_every_command_is_understood_and_quick_ones_run(
         command.make_context(words[1], list(rest))
     # Tools are in other tests: machine code and what is built for a GPU need a toolkit.
     quick = words[1] in ("show", "describe", "diff", "list", "explain") or words[1:] == ["cache", "path"]
-    if not quick or {"sass", "ptx", "resources"} & set(words):
+    if not quick or {"sass", "ptx", "resources", "--html"} & set(words):
         return
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, [*words[1:], *(["--target", "cpu"] if words[1] == "explain" else [])])
@@ -151,7 +153,7 @@ def test_make_s_targets_are_there() -> None:
 def test_variables_are_those_that_the_package_reads() -> None:
     sources = [path for folder in ("generator", "cli") for path in (ROOT / folder).rglob("*.py")]
     read = {name for path in sources for name in re.findall(r'"(ONELAUNCH_[A-Z_]+)"', path.read_text(encoding="utf-8"))}
-    assert set(re.findall(r"ONELAUNCH_[A-Z_]+", README)) == read
+    assert set(re.findall(r"ONELAUNCH_[A-Z_]+", GUIDE)) == read
 
 
 def test_names_are_there() -> None:
@@ -165,7 +167,7 @@ def test_names_are_there() -> None:
                 importlib.import_module(f"{owner.__name__}.{name}")
             owner = getattr(owner, name)
     stems = {re.split("-", name)[0] for name in PRESETS}
-    told = {span for span in spans(README) if re.fullmatch(rf"({'|'.join(stems)})-[a-z0-9-]+", span)}
+    told = {span for span in spans(GUIDE) if re.fullmatch(rf"({'|'.join(stems)})-[a-z0-9-]+", span)}
     assert told <= set(PRESETS)
     assert told
 
@@ -180,7 +182,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_the_readme_has_a_picture_of_the_flow_and_of_time() -> None:
-    assert len(blocks(README, "mermaid")) == 1
+    assert len(blocks(GUIDE, "mermaid")) == 1
     assert "](tests/gpu/bench.png)" in README
     assert PLOT.exists() == PLOTTED.exists()
 
