@@ -455,6 +455,8 @@ class Scene:
         """Copies another scene's inputs into this one's memory, and expects what belongs to them."""
         for name in ("seq_lens", "req_pool_indices", "req_to_token", "extend_seq_lens"):
             getattr(self, name).copy_(getattr(other, name))
+        for name, tensor in {**self.inputs, **self.tables}.items():
+            tensor.copy_(other.inputs[name] if name in other.inputs else other.tables[name])
         for field, tensor in other.source.items():
             getattr(self.source, field.name).copy_(tensor)
         self.expected = other.expected

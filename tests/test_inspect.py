@@ -249,9 +249,9 @@ def test_a_fact_that_changed_and_nothing_else(tmp_path: Path) -> None:
     assert changed == [
         "+//   page_size               16",
         "-constexpr int kPageSize = 64;  // tokens",
-        "-constexpr int kPageShift = 6;  // its binary logarithm, if it is a power of two",
+        "-constexpr int kPageShift = 6;  // log2(kPageSize), if kPageSize is a power of two",
         "+constexpr int kPageSize = 16;  // tokens",
-        "+constexpr int kPageShift = 4;  // its binary logarithm, if it is a power of two",
+        "+constexpr int kPageShift = 4;  // log2(kPageSize), if kPageSize is a power of two",
     ]
     assert one.symbol not in text
     assert difference(one, one, "cuda") == ""

@@ -168,6 +168,8 @@ def test_ctrl_c_ends_the_builds(store: Store, tmp_path: Path, monkeypatch: pytes
     compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 600")
     monkeypatch.setenv("CXX", str(compiler))
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was started with it ignored
+
     def interrupt() -> None:
         until((tmp_path / "pid").exists, "the compiler hangs")
         os.kill(os.getpid(), signal.SIGINT)

@@ -28,7 +28,7 @@ REGISTERS = {
     "nsa-decode-3-unaligned": 48,
     "nsa-decode-3-int32": 64,
     "nsa-decode-3-int64": 64,
-    "nsa-decode-3-pages-only": 46,
+    "nsa-decode-3-pages-only": 47,
     "nsa-decode-3-lengths-only": 40,
     "nsa-precompute": 48,
     "nsa-copy-1": 32,
@@ -43,9 +43,9 @@ REGISTERS = {
     "trtllm-mha-decode-3": 40,
     "flashmla-decode-3": 34,
     "nsa-decode-3-schedule": 64,
-    "nsa-target-verify-3-schedule": 62,
+    "nsa-target-verify-3-schedule": 64,
     "flashmla-dense-decode-3": 40,
-    "flashinfer-decode-3": 48,
+    "flashinfer-decode-3": 64,
 }
 
 

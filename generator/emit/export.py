@@ -133,7 +133,7 @@ _VALUES = {
     "req_to_token_width": "req_to_token.size(1)",
     "device": "device.device_id",
     "sm_count": "sm_count(device)",
-    "real_page_table_width": "real_page_table[0].size(1)",
+    "filled_width": "least(real_page_table, 1)",
     "packed_capacity": "least(kv_indices, 0)",
     "num_sms": "paged_mqa_schedule_metadata[0].size(0) - 1",
     "num_sm_parts": "flashmla_metadata[0].size(0)",

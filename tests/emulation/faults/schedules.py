@@ -39,7 +39,7 @@ FAULTS = {
             "multiprocessors begin behind their first split",
             WORK,
             SCHEDULED,
-            r"split /= kSplitCost;",
+            r"split /= kWorkOfSplit;",
             "",
         ),
         Fault(
