@@ -137,5 +137,5 @@ def runs_on(arch: str, capability: str) -> bool:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The numbers of a version, for comparisons."""
-    return tuple(int(number) for number in re.findall(r"\d+", text))
+    """The numbers of a version, for comparisons. Only garbage has longer ones, which are cut into several."""
+    return tuple(int(number) for number in re.findall(r"\d{1,9}", text))

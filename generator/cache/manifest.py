@@ -122,6 +122,10 @@ def check(facts: Mapping[str, Any], key: str) -> None:
     Raises:
         ValueError: the message says what is wrong.
     """
+    try:
+        json.dumps(dict(facts), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its manifest has text that can't be written as UTF-8") from None
     for name, kind in (_REQUIRED | _OPTIONAL).items():
         if name in _REQUIRED and name not in facts:
             raise ValueError(f"its manifest has no {name!r}")
