@@ -119,9 +119,7 @@ def test_strategy_is_clean(name: str, sanitizer: str, builds: Path) -> None:
 def test_every_configuration_is_clean(name: str, sanitizer: str, builds: Path) -> None:
     config = OTHERS[name] if name in OTHERS else PRESETS[name].replace(**SMALL)
     shapes = shapes_for(config, sanitizer) if config.threads < 1024 or sanitizer != "thread" else (RAGGED,)
-    # ThreadSanitizer runs out of memory for threads where each of 64 backends has a block of vectors.
-    together = 16 if sanitizer == "thread" and config.num_backends >= 64 else 64
-    check(config, sanitizer, shapes, builds, launches=((6, together),))
+    check(config, sanitizer, shapes, builds, launches=((6, 64),))
 
 
 @pytest.mark.long
