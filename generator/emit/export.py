@@ -86,14 +86,8 @@ def _parameters(config: KernelConfig, inputs: list[str]) -> Iterator[str]:
 
 
 def _described(config: KernelConfig, inputs: list[str]) -> Iterator[tuple[str, str]]:
-    dtypes = {
-        "seq_lens": config.seq_lens_dtype,
-        "extend_seq_lens": config.extend_seq_lens_dtype,
-        "req_pool_indices": config.req_pool_indices_dtype,
-        "req_to_token": config.req_to_token_dtype,
-    }
     for name in inputs:
-        yield name, f"{dtypes[name]} {_INPUTS[name]}"
+        yield name, f"{getattr(config, f'{name}_dtype')} {_INPUTS[name]}"
     if config.tables:
         yield "max_len", "columns from here on aren't written"
     for name in config.fields:
