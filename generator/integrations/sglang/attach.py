@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -20,6 +21,8 @@ from .lists import INDICES, Lists
 from .places import IN_GRAPH, LISTS_FILL, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
 from .refresher import Ready, Refresher
 
+# By backend.
+_ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
 # With it SGLang may record what comes before a replay in a graph too.
 _GLUE_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
@@ -33,6 +36,9 @@ class Attachment:
         stays: the engine's steps that are still called.
         launches: launches so far, without those that a graph replays.
         failed: the error after which the engine's own code runs again; "" if there was none.
+        place: what is replaced; None if it is disabled.
+        schedules: whether the launch makes DeepGEMM's schedules.
+        made: whether a runner's launch made what this one makes.
     """
 
     def __init__(
@@ -47,7 +53,8 @@ class Attachment:
         self.stays = "everything" if place is None else place.stays
         self.launches = 0
         self.failed = ""
-        self._refresh, self._schedules = refresh, schedules
+        self.place, self.schedules, self.made = place, schedules, False
+        self._refresh = refresh
         self._several = hasattr(backend, "attn_backends")
         # By captured batch size: the engine's forward mode, its name, and the plan.
         self._ready: dict[int, list[tuple[Any, str, Ready]]] = {}
@@ -57,6 +64,7 @@ class Attachment:
         if place is None:
             return
         self._place = place
+        _ATTACHED[backend] = self
         self._in_graphs = place.method == IN_GRAPH or bool(os.environ.get(_GLUE_VARIABLE))
         if place.method == LISTS_FILL:
             self._names = tuple(inspect.signature(getattr(backend, LISTS_FILL)).parameters)
@@ -88,6 +96,7 @@ class Attachment:
             else:
                 delattr(self.backend, name)
         self._originals = {}
+        _ATTACHED.pop(self.backend, None)
         self._forget()
         if self._recorded:
             self._recorded = False
@@ -96,6 +105,11 @@ class Attachment:
                 "Capture them again to have the engine's own kernel.",
                 stacklevel=2,
             )
+
+    def beside(self, *arguments: Any, **facts: Any) -> Ready:
+        """A plan that also writes what a runner's graph has; see Refresher.beside."""
+        assert self._refresh is not None
+        return self._refresh.beside(*arguments, **facts)
 
     def __repr__(self) -> str:
         if not self.refreshed:
@@ -209,13 +223,15 @@ class Attachment:
                 self.launches += 1
                 if self._in_graphs:
                     self._note_recording()
-                self._place.after(ready.pairs, forward_batch, mode, self._schedules)
+                self._place.after(ready.pairs, forward_batch, mode, self.schedules)
                 return True
         # Captured before attach(), or the pool was exchanged.
         return self._prepare(forward_batch) and self._before_replay(forward_batch)
 
     def _fill_lists(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> bool:
         """The launch alone, amid the engine's own steps."""
+        if self.made:
+            return True
         assert isinstance(self._refresh, Lists)
         self._refresh.run(bs, seq_lens, req_pool_indices, source)
         self.launches += 1
@@ -246,34 +262,19 @@ class _Kernel:
         return launch
 
 
-def attach(
+def attached_to(backend: Any) -> Attachment | None:
+    """What attach() returned for a backend, while it is attached."""
+    return _ATTACHED.get(backend)
+
+
+def attach_backend(
     backend: Any,
     *,
     leave: Collection[str] = (),
     schedules: bool = False,
     **facts: Any,
 ) -> Attachment:
-    """Replaces the code that refreshes an SGLang backend's metadata by one launch.
-
-    Call it before the engine captures its graphs: then plans are bound at capture, and nothing is built while serving.
-    Only this backend object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
-    why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
-
-    Args:
-        backend: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA or Triton
-            backend.
-        leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
-            where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
-            again after detach().
-        schedules: whether the launch makes DeepGEMM's schedules of DSA too.
-        facts: arguments of onelaunch.bind, which override what the backend has.
-
-    Returns:
-        The attachment. Its text says what is refreshed and what the engine still does.
-
-    Raises:
-        ArgumentError: the backend or its configuration isn't served; the message names the attribute. Nothing changed.
-    """
+    """Attaches to a backend: see seam.attach."""
     if DISABLE_VARIABLE.is_on():
         attachment = Attachment(backend)
     else:

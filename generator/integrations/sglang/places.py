@@ -39,6 +39,8 @@ class Place:
             (IN_GRAPH), or what fills kv_indptr and kv_indices: a kernel (LISTS_KERNEL) or a method (LISTS_FILL).
         lists: whether it refreshes kv_indptr and kv_indices, which aren't kept for each batch size.
         leave: what the launch leaves to ``after``; see captured.buffers_from.
+        whole: the steps after a runner's launch, which refreshes all that the backend has, instead of all of its own
+            code; None if that still runs, without what the launch replaces.
     """
 
     refreshed: str
@@ -48,6 +50,7 @@ class Place:
     method: str = OUT_GRAPH
     lists: bool = False
     leave: tuple[str, ...] = ()
+    whole: After | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -101,6 +104,22 @@ def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -
         child.forward_metadata_spec_decode_expand = None
 
 
+def _fa3_of_a_runner(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    _fa3(pairs, batch, mode, schedules)
+    if mode == "draft_extend":
+        child, metadata = pairs[0]
+        lengths = batch.seq_lens_cpu
+        metadata.max_seq_len_k = child.max_context_len if lengths is None else int(lengths.max())
+        metadata.max_seq_len_q = int(max(batch.spec_info.extend_seq_lens_cpu))
+
+
+def _triton_mask(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    """The tree's mask, which is usually in the graph's buffer already: then nothing is copied."""
+    mask = None if batch.spec_info is None else batch.spec_info.custom_mask
+    if mode == "target_verify" and mask is not None:
+        pairs[0][0]._verify_mask.buffer[: len(mask)] = mask
+
+
 def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
     """The numbers of splits, which all children share."""
     bs, child = batch.batch_size, pairs[-1][0]
@@ -141,22 +160,27 @@ _EXTEND_STAYS = "draft extension, whose cu_seqlens_q sums extend_seq_lens"
 _PLANS = "FlashInfer's plans on the host"
 
 PLACES = {
-    "DeepseekSparseAttnMultiStepBackend": Place(_LENGTHS, _DSA_STAYS, ("decode",), _dsa),
-    "DeepseekSparseAttnBackend": Place(_LENGTHS, _DSA_STAYS, _EVERY_MODE, _dsa),
-    "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3),
+    "DeepseekSparseAttnMultiStepBackend": Place(_LENGTHS, _DSA_STAYS, ("decode",), _dsa, whole=_dsa),
+    "DeepseekSparseAttnBackend": Place(_LENGTHS, _DSA_STAYS, _EVERY_MODE, _dsa, whole=_dsa),
+    "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3, whole=_fa3),
     "FlashAttentionBackend": Place(
         _LENGTHS, f"scheduler_metadata, and {_EXTEND_STAYS}", ("decode", "target_verify"), _fa3,
-        leave=("scheduler_metadata",),
+        leave=("scheduler_metadata",), whole=_fa3_of_a_runner,
     ),
     "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), _nothing, IN_GRAPH),
     "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, _nothing, IN_GRAPH),
-    "FlashMLAMultiStepDraftBackend": Place("tables", "FlashMLA's schedule", ("decode",), _flashmla),
-    "FlashMLABackend": Place("tables and lengths", "FlashMLA's schedule", _EVERY_MODE, _flashmla),
-    "TRTLLMMLAMultiStepDraftBackend": Place("tables and lengths", "nothing", ("decode",), _nothing),
-    "TRTLLMMLABackend": Place("tables and lengths", "nothing", _EVERY_MODE, _nothing),
-    "TritonMultiStepDraftBackend": Place(_LISTS, "the numbers of splits", ("decode",), _triton, lists=True),
+    "FlashMLAMultiStepDraftBackend": Place(
+        "tables", "FlashMLA's schedule", ("decode",), _flashmla, whole=_flashmla
+    ),
+    "FlashMLABackend": Place("tables and lengths", "FlashMLA's schedule", _EVERY_MODE, _flashmla, whole=_flashmla),
+    "TRTLLMMLAMultiStepDraftBackend": Place("tables and lengths", "nothing", ("decode",), _nothing, whole=_nothing),
+    "TRTLLMMLABackend": Place("tables and lengths", "nothing", _EVERY_MODE, _nothing, whole=_nothing),
+    "TritonMultiStepDraftBackend": Place(
+        _LISTS, "the numbers of splits", ("decode",), _triton, lists=True, whole=_triton
+    ),
     "TritonAttnBackend": Place(
-        _LISTS, "qo_indptr, masks and the numbers of splits", _EVERY_MODE, _nothing, LISTS_FILL, lists=True
+        _LISTS, "qo_indptr, masks and the numbers of splits", _EVERY_MODE, _nothing, LISTS_FILL, lists=True,
+        whole=_triton_mask,
     ),
     "FlashInferMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), _nothing, LISTS_KERNEL, lists=True),
     "FlashInferMLAMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), _nothing, LISTS_KERNEL, lists=True),
