@@ -108,8 +108,8 @@ def _fa3_of_a_runner(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedu
     _fa3(pairs, batch, mode, schedules)
     if mode == "draft_extend":
         child, metadata = pairs[0]
-        lengths = batch.seq_lens_cpu
-        metadata.max_seq_len_k = child.max_context_len if lengths is None else int(lengths.max())
+        lengths = batch.seq_lens_cpu if getattr(child, "needs_cpu_seq_lens", True) else None
+        metadata.max_seq_len_k = child.max_context_len if lengths is None else int(lengths[: batch.batch_size].max())
         metadata.max_seq_len_q = int(max(batch.spec_info.extend_seq_lens_cpu))
 
 
