@@ -201,9 +201,10 @@ def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequen
             view = want_all.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             assert want is not None, f"the expectation has no {field.name}"
             assert want.shape == view.shape, f"{field.name}: {tuple(view.shape)}, expected {tuple(want.shape)}"
-            view.copy_(want)
             if got_all.dtype == torch.bool:  # the poison is another byte than either value
                 got_all, want_all = got_all.view(torch.uint8), want_all.view(torch.uint8)
+                view, want = view.view(torch.uint8), want.view(torch.uint8)
+            view.copy_(want)
             if torch.equal(got_all, want_all):
                 continue
             bad = (got_all != want_all).nonzero()
