@@ -64,6 +64,7 @@ class Plan:
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
             self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
+        self._padded, self._narrowest_padded = destinations.padded(config.next_n)
         # The columns that fit, and those that a call without max_len writes.
         self._columns, self._max_len = columns, columns if max_len is None else max_len
         self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
@@ -131,8 +132,8 @@ class Plan:
             extend_seq_lens: int [bs], likewise: the rows of each request, for a plan with variable extend lengths;
                 None for all other plans. The caller guarantees that their sum is at most ``row_capacity``.
             max_len: bound on the columns of this call; None is the bound that was given to bind().
-            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written; None is
-                bs, so that nothing is padded. Only for a plan with such fields.
+            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written, as many
+                as fit those; None is bs, so that nothing is padded. Only for a plan with such fields.
             inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
@@ -254,8 +255,8 @@ class Plan:
         return [*words, columns] if self._gathers else words
 
     def _captured(self, captured_size: int, batch_size: int) -> int:
-        why = f", from the batch to what {self._narrowest or 'the destinations'} has room for"
-        return check_int("captured_size", captured_size, batch_size, self.capacity, why)
+        why = f", from the batch to what {self._narrowest_padded} has room for"
+        return check_int("captured_size", captured_size, batch_size, self._padded, why)
 
     def check(self) -> None:
         """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
