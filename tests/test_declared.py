@@ -378,6 +378,47 @@ def test_runs_that_are_refused() -> None:
         other.run(LENGTHS, ROWS, captured_size=4)
 
 
+def test_padding_ends_where_the_padded_fields_end() -> None:
+    """vLLM's slot mappings are padded up to their capacity, beyond what other fields have room for."""
+    lengths, slots, rows = blank(3), blank(2, 9, dtype=torch.int64), blank(20)
+    plan = bound(
+        {
+            "lengths": into(vector("base_len", "request"), lengths),
+            "slots": into(vector("token(base_len)", "request", dtype="int64", pad=-1), slots[1]),
+            "twice": into(vector("base_len + row", rows=2, pad=-2), rows),
+        }
+    )
+    with pytest.raises(
+        ArgumentError, match=r"captured_size is 10; allowed: 3 to 9, .* declare\['slots'\] has room for"
+    ):
+        plan.run(LENGTHS, ROWS, captured_size=10)
+    plan.run(LENGTHS, ROWS, captured_size=9)
+    assert lengths.tolist() == [2, 0, 8]
+    assert slots.tolist() == [[-7] * 9, [32, 10, 28, *[-1] * 6]]
+    assert rows.tolist() == [2, 3, 0, 1, 8, 9, *[-2] * 12, -7, -7]
+    with pytest.raises(ArgumentError, match=r"seq_lens has 4 requests; .* has room for 3"):
+        plan.run(torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+
+
+def test_padding_of_rows_ends_where_they_end() -> None:
+    rows, starts = blank(11), blank(20)
+    plan = bound(
+        {
+            "verified": into(vector("base_len + row", pad=0), rows),
+            "starts": into(running_sum("rows", pad="last"), starts),
+        },
+        mode="target_verify",
+        next_n=2,
+    )
+    with pytest.raises(
+        ArgumentError, match=r"captured_size is 6; allowed: 3 to 5, .* declare\['verified'\] has room for"
+    ):
+        plan.run(LENGTHS, ROWS, captured_size=6)
+    plan.run(LENGTHS, ROWS, captured_size=5)
+    assert rows.tolist() == [2, 3, 0, 1, 8, 9, 0, 0, 0, 0, -7]
+    assert starts.tolist() == [0, 2, 4, 6, 6, 6, *[-7] * 14]
+
+
 def test_groups_take_standard_fields_only() -> None:
     declare = {"mine": into(vector("step", "request"), blank(3))}
     with pytest.raises(ArgumentError, match="declare has 'mine'; groups take standard fields only"):

@@ -64,6 +64,7 @@ class Plan:
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
             self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
+        self._padded, self._narrowest_padded = destinations.padded(config.next_n)
         # The columns that fit, and those that a call without max_len writes.
         self._columns, self._max_len = columns, columns if max_len is None else max_len
         self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
@@ -133,6 +134,10 @@ class Plan:
             max_len: bound on the columns of this call; None is the bound that was given to bind().
             captured_size: requests, padding included, up to which fields are padded: with padding_len all of them,
                 otherwise declared fields with a ``pad``. None is bs, so that nothing is padded.
+=======
+            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written, as many
+                as fit those; None is bs, so that nothing is padded. Only for a plan with such fields.
+>>>>>>> VLLM
             inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
@@ -256,13 +261,17 @@ class Plan:
         return [*words, columns] if self._gathers else words
 
     def _captured(self, captured_size: int, batch_size: int) -> int:
+<<<<<<< HEAD
         if not self._pads and not self._has_padding:
             raise ArgumentError(
                 f"captured_size is {captured_size!r}; no field of the plan has a pad, and it wasn't bound with "
                 "padding_len: leave it None."
             )
-        why = f", from the batch to what {self._narrowest or 'the destinations'} has room for"
-        return check_int("captured_size", captured_size, batch_size, self.capacity, why)
+        # With padding_len every field is written up to it, else those that have a pad.
+        most, narrowest = self._padded, self._narrowest_padded
+        if self._has_padding:
+            most, narrowest = self.capacity, self._narrowest or "the destinations"
+        return check_int("captured_size", captured_size, batch_size, most, f", from the batch to what {narrowest} has room for")
 
     def check(self) -> None:
         """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
