@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, LaunchError
 from ..load.loader import Kernel
 from ..spec.config import KernelConfig
 from ..spec.cpp import user_name
 from ..spec.fields import Declaration, Field, MetadataBuffers
 from ..spec.parts import MAX_NEXT_N
 from ..spec.violations import VIOLATIONS
-from .bound import BoundKernel
+from .bound import LOST, BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .declared import Declarations, Map, Written
 from .destinations import Destinations, NameOf, backend_field, check_backends
@@ -281,11 +281,16 @@ class Plan:
 
         Raises:
             ArgumentError: an input violated a check, or the plan wasn't bound with ``checked=True``.
+            LaunchError: a kernel failed on the device, of this plan or of any library, so nothing can be read.
         """
         if self._violation is None:
             raise ArgumentError("the plan was bound without device checks. Bind it with checked=True.")
         if self.device.type == "cuda":  # pragma: gpu
-            torch.cuda.synchronize(self.device)  # the launch may be on any stream
+            try:
+                torch.cuda.synchronize(self.device)  # the launch may be on any stream
+            except RuntimeError as error:
+                said = str(error).partition("\n")[0]
+                raise LaunchError(f"{self.config.symbol} can't be checked on {self.device}: {said}. {LOST}") from error
         kind, request, value, limit = self._violation.tolist()
         if kind:
             self._violation.zero_()
@@ -361,7 +366,8 @@ def bind(
     tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
     Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
     memory. A later run() raises ArgumentError then, but only if its arguments differ from those of the
-    last calls, and a captured graph can't notice: don't resize what is bound.
+    last calls, and a captured graph can't notice: don't resize what is bound. A launch on another stream than the
+    memory's own must have run before the plan and its tensors are dropped, or these need ``record_stream``.
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
