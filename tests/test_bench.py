@@ -685,6 +685,7 @@ def test_the_figure(kept: Path) -> None:
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
+    assert invoke("bench", "--from", str(kept), "--quick").output == "\n".join(tables.lines(some_data(), True)) + "\n"
     result = invoke("bench", "--from", str(kept), "--plot", str(kept.parent / "nowhere" / "a.png"))
     assert result.exit_code == 2
     assert "can't be written" in result.stderr
@@ -694,6 +695,24 @@ def test_the_figure(kept: Path) -> None:
     result = invoke("bench", "--from", str(kept), "--plot", str(picture))
     assert result.exit_code == 2
     assert "none was measured" in result.stderr
+
+
+def test_the_figure_says_what_the_table_says(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
+    assert invoke("bench", "--from", str(kept), "--plot", "a.png").exit_code == 0
+    *shapes, curves = drawn[0].axes
+    assert [axes.get_title() for axes in shapes] == ["1 × 4k", "64 × 8k"]
+    headings, *rows = summary.summary(some_data())
+    told = [row for row in rows if len(row) == len(headings)]  # a contender that couldn't be measured has no bar
+    for place, axes in enumerate(shapes, 1):
+        assert [text.get_text().strip() for text in axes.texts] == [row[place] for row in told]
+        widths = sorted(bar.get_width() for bar in axes.patches if hasattr(bar, "get_width"))
+        assert widths[:-1] == [4.5, 5.0, 12.34]
+        assert widths[-1] == pytest.approx(1.25 * 12.34)  # not 401: it is cut
+        assert len({bar.get_facecolor() for bar in axes.patches}) == len(widths) + 1  # and has a white gap
+    assert [label.get_text() for label in shapes[0].get_yticklabels()] == [row[0] for row in told]
+    assert [text.get_text().strip() for text in curves.texts] == ["onelaunch: 5.00", "onelaunch, verified writes: 4.50"]
 
 
 def test_without_matplotlib_it_says_what_to_install(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
