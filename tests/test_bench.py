@@ -722,6 +722,25 @@ def test_without_matplotlib_it_says_what_to_install(kept: Path, monkeypatch: pyt
     assert "pip install 'onelaunch[bench]'" in result.stderr
 
 
+def test_without_numpy_only_traces_say_what_to_install(kept: Path, tmp_path: Path) -> None:
+    """In a process of its own: modules of this one have numpy already."""
+    code = "import sys; sys.modules['numpy'] = None; from onelaunch.cli.main import app; app(sys.argv[1:])"
+    trace = str(DATA / "azure_2023_conversation.csv")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+    for what, words in (("--trace", ("bench", "--trace", trace)), ("onelaunch replay", ("replay", trace))):
+        done = run(*words)
+        wanted = (
+            f"onelaunch: {what} needs numpy, which isn't installed. Install it with: pip install 'onelaunch[bench]'."
+        )
+        assert (done.returncode, done.stderr.splitlines()) == (2, [wanted])
+    for words in (("bench", "--from", str(kept)), ("replay", "--help"), ("explain", "nsa-decode-3", "--target", "cpu")):
+        done = run(*words)
+        assert (done.returncode in (0, 1), done.stderr) == (True, "")
+
+
 def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = invoke("bench")
