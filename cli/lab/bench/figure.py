@@ -38,7 +38,7 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     done = [row for row in data["rows"] if row["status"] == "ok"]
-    bars = [row for row in done if usual(row)]
+    bars = [row for row in done if usual(row) and row["implementation"] in QUICK_NAMES]
     shapes = [shape for shape in QUICK_SHAPES if any(row["shape"] == shape for row in bars)]
     curves = [row for row in done if row["series"] == "length"]
     if not shapes:
