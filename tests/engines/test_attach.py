@@ -35,6 +35,13 @@ def backend(name: str, steps: int = 3) -> Any:
     return objects.backend(name, objects.token_pool(page, seed=1), page=page, steps=steps)
 
 
+def plans_of(pair: Pair) -> list[onelaunch.Plan]:
+    """What was bound while the engine captured."""
+    plans = list(pair.attachment._refresh.plans.values())
+    assert plans
+    return plans
+
+
 def children(made: Any) -> Any:
     return made.attn_backends[0] if hasattr(made, "attn_backends") else made
 
@@ -193,8 +200,9 @@ def test_after_a_failure_the_engines_own_code_runs_and_one_warning_is_given(
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise LaunchError("the launch was refused")
 
-    monkeypatch.setattr(onelaunch.Plan, "run", refuse)
-    with pytest.warns(RuntimeWarning, match="own code from now on. LaunchError: the launch was refused"):
+    for plan in plans_of(pair):
+        monkeypatch.setattr(plan, "_run", refuse)
+    with pytest.warns(RuntimeWarning, match="own code from now on. LaunchError: .*the launch was refused"):
         pair.replay((7, 300), 5, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -471,6 +479,6 @@ def test_inputs_of_another_length(name: str) -> None:
     for method in tuple(pair.attachment._originals):
         kernel = defaultdict(lambda: lambda *a, **k: None)
         pair.attachment._originals[method] = kernel if name == "flashinfer" else lambda *a, **k: None
-    with pytest.warns(RuntimeWarning, match="seq_lens has 1 requests; the plan is for 2"):
+    with pytest.warns(RuntimeWarning, match="seq_lens has 1 elements; the plan is for 2 requests"):
         pair.mine.init_forward_metadata_out_graph(batch)
     assert pair.attachment.launches == launches + 1

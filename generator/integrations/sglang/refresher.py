@@ -190,34 +190,18 @@ class Ready(NamedTuple):
     """A plan for one captured batch size, and what it relies on.
 
     Attributes:
-        bs: the batch size.
-        plan: a plan for exactly bs requests.
+        plan: a plan for exactly so many requests; its inputs may be longer.
         pairs: each child with its metadata.
-        held: objects with the name and value of an attribute that is bound.
+        held: objects with the name and value of an attribute that is bound. The plan holds as long as they do.
     """
 
-    bs: int
     plan: Plan
     pairs: list[tuple[Any, Any]]
     held: list[tuple[Any, str, Any]]
 
-    def run(self, seq_lens: Tensor, req_pool_indices: Tensor) -> bool:
-        """One launch, unless something that is bound was exchanged: then False, and nothing is written.
-
-        Args:
-            seq_lens, req_pool_indices: bs elements or more, of which the first bs count.
-
-        Raises:
-            ArgumentError, LaunchError: see Plan.run.
-        """
-        for owner, name, value in self.held:
-            if getattr(owner, name, None) is not value:
-                return False
-        try:
-            self.plan.run(seq_lens, req_pool_indices)
-        except ArgumentError:  # perhaps they are longer, which would cost more to ask each time than the launch does
-            self.plan.run(seq_lens[: self.bs], req_pool_indices[: self.bs])
-        return True
+    def current(self) -> bool:
+        """Whether nothing that is bound was exchanged."""
+        return all(getattr(owner, name, None) is value for owner, name, value in self.held)
 
 
 class Refresher:
@@ -276,7 +260,7 @@ class Refresher:
         bound = self._prepared((bs, mode, seq_lens_dtype, req_pool_indices_dtype, None))
         bound.plan.exact = bs
         pools = zip(bound.captured, bound.pools, strict=True)
-        return Ready(bs, bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
+        return Ready(bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
 
     def forget(self) -> None:
         """Plan.forget() of all plans: somebody else wrote what they write."""
