@@ -517,6 +517,8 @@ def rows_of(case: Case, **times: float) -> Iterator[dict[str, Any]]:
 
 WIDE64 = Case(64, 8192)
 FASTEST = {"fastest, cold": True, "fastest, warm": True}
+DECLARED = {"declared, cold": True, "declared, warm": True}
+TWENTY = {"20 vectors more, cold": True, "20 vectors more, warm": True}
 
 
 @pytest.mark.parametrize(
@@ -536,6 +538,10 @@ FASTEST = {"fastest, cold": True, "fastest, warm": True}
         (Case(1, 4096), {"onelaunch": 2, "onelaunch_verified": 2.2}, {"verified": False}),
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.2}, {"verified, all changed": True}),
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.3}, {"verified, all changed": False}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.08}, DECLARED),
+        (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.12}, DECLARED | {"declared, cold": False}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_20_more": 4.3}, TWENTY),
+        (WIDE64, {"onelaunch": 4, "onelaunch_20_more": 4.4}, TWENTY | {"20 vectors more, cold": False}),
         (WIDE64.replace(kind="one-long"), {"onelaunch": 4, "onelaunch_verified": 9}, {}),
         (WIDE64, {"ideal": 4, "triton": 9}, {}),
     ],
