@@ -135,10 +135,6 @@ class Plan:
             max_len: bound on the columns of this call; None is the bound that was given to bind().
             captured_size: requests, padding included, up to which fields are padded: with padding_len all of them,
                 otherwise declared fields with a ``pad``. None is bs, so that nothing is padded.
-=======
-            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written, as many
-                as fit those; None is bs, so that nothing is padded. Only for a plan with such fields.
->>>>>>> VLLM
             inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
@@ -265,7 +261,6 @@ class Plan:
         return [*words, columns] if self._gathers else words
 
     def _captured(self, captured_size: int, batch_size: int) -> int:
-<<<<<<< HEAD
         if not self._pads and not self._has_padding:
             raise ArgumentError(
                 f"captured_size is {captured_size!r}; no field of the plan has a pad, and it wasn't bound with "
@@ -275,7 +270,9 @@ class Plan:
         most, narrowest = self._padded, self._narrowest_padded
         if self._has_padding:
             most, narrowest = self.capacity, self._narrowest or "the destinations"
-        return check_int("captured_size", captured_size, batch_size, most, f", from the batch to what {narrowest} has room for")
+        return check_int(
+            "captured_size", captured_size, batch_size, most, f", from the batch to what {narrowest} has room for"
+        )
 
     def check(self) -> None:
         """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
