@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..errors import ArgumentError, LaunchError
+from ..errors import ArgumentError
 from ..load.loader import Kernel
 from ..spec.config import KernelConfig
 from ..spec.cpp import user_name
 from ..spec.fields import Declaration, Field, MetadataBuffers
 from ..spec.parts import MAX_NEXT_N
 from ..spec.violations import VIOLATIONS
-from .bound import LOST, BoundKernel
+from .bound import BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .declared import Declarations, Map, Written
 from .destinations import Destinations, NameOf, backend_field, check_backends
@@ -134,7 +134,7 @@ class Plan:
                 None for all other plans. The caller guarantees that their sum is at most ``row_capacity``.
             max_len: bound on the columns of this call; None is the bound that was given to bind().
             captured_size: requests, padding included, up to which fields are padded: with padding_len all of them,
-                otherwise declared fields with a ``pad``. None is bs, so that nothing is padded.
+                otherwise declared fields with a ``pad``, as many as fit those. None is bs, so that nothing is padded.
             inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
@@ -270,9 +270,14 @@ class Plan:
         most, narrowest = self._padded, self._narrowest_padded
         if self._has_padding:
             most, narrowest = self.capacity, self._narrowest or "the destinations"
+<<<<<<< HEAD
         return check_int(
             "captured_size", captured_size, batch_size, most, f", from the batch to what {narrowest} has room for"
         )
+=======
+        why = f", from the batch to what {narrowest} has room for"
+        return check_int("captured_size", captured_size, batch_size, most, why)
+>>>>>>> main
 
     def check(self) -> None:
         """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
@@ -282,16 +287,11 @@ class Plan:
 
         Raises:
             ArgumentError: an input violated a check, or the plan wasn't bound with ``checked=True``.
-            LaunchError: a kernel failed on the device, of this plan or of any library, so nothing can be read.
         """
         if self._violation is None:
             raise ArgumentError("the plan was bound without device checks. Bind it with checked=True.")
         if self.device.type == "cuda":  # pragma: gpu
-            try:
-                torch.cuda.synchronize(self.device)  # the launch may be on any stream
-            except RuntimeError as error:
-                said = str(error).partition("\n")[0]
-                raise LaunchError(f"{self.config.symbol} can't be checked on {self.device}: {said}. {LOST}") from error
+            torch.cuda.synchronize(self.device)  # the launch may be on any stream
         kind, request, value, limit = self._violation.tolist()
         if kind:
             self._violation.zero_()
@@ -367,8 +367,7 @@ def bind(
     tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
     Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
     memory. A later run() raises ArgumentError then, but only if its arguments differ from those of the
-    last calls, and a captured graph can't notice: don't resize what is bound. A launch on another stream than the
-    memory's own must have run before the plan and its tensors are dropped, or these need ``record_stream``.
+    last calls, and a captured graph can't notice: don't resize what is bound.
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.

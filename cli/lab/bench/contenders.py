@@ -264,7 +264,7 @@ CONTENDERS: dict[str, Implementation] = {
         Implementation(
             "sglang-best",
             "SGLang, its best form",
-            "the fastest of its kernels once a backend, and of what it runs with the longest length known to the host",
+            "the fastest of its kernels, launched for each backend, and of what it runs, but up to the longest length",
             _sglang_best,
             spares=False,
             first_sums=False,
