@@ -270,14 +270,8 @@ class Plan:
         most, narrowest = self._padded, self._narrowest_padded
         if self._has_padding:
             most, narrowest = self.capacity, self._narrowest or "the destinations"
-<<<<<<< HEAD
-        return check_int(
-            "captured_size", captured_size, batch_size, most, f", from the batch to what {narrowest} has room for"
-        )
-=======
         why = f", from the batch to what {narrowest} has room for"
         return check_int("captured_size", captured_size, batch_size, most, why)
->>>>>>> main
 
     def check(self) -> None:
         """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
