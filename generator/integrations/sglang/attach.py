@@ -159,7 +159,11 @@ class Attachment:
         if not mode or self._refresh is None:
             return False
         bs = forward_batch.batch_size
-        ready = self._refresh.ready(bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype)
+        # SGLang's extend_seq_lens are int32.
+        extends = torch.int32 if self._place.inputs is not None and mode == "draft_extend" else None
+        ready = self._refresh.ready(
+            bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype, extends
+        )
         self._ready[bs, forward_batch.forward_mode] = mode, ready
         if self._place.method == IN_GRAPH and mode == "draft_extend":
             # The recorded kernel would write these each time; with a fixed number of rows a request they are constants.

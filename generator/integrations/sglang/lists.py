@@ -48,6 +48,7 @@ class Lists:
         mode: str,
         seq_lens_dtype: torch.dtype,
         req_pool_indices_dtype: torch.dtype,
+        extend_seq_lens_dtype: torch.dtype | None = None,
         source: Tensor | None = None,
     ) -> Ready:
         """A plan for a batch size. Must not be called inside a capture.
@@ -56,6 +57,7 @@ class Lists:
             bs: the batch size.
             mode: "decode", which all multi-step backends have; a single one has "target_verify" and "draft_extend" too.
             seq_lens_dtype, req_pool_indices_dtype: of run()'s tensors.
+            extend_seq_lens_dtype: of what "draft_extend" extends by.
             source: req_to_token; None is the backend's own.
 
         Raises:
@@ -65,6 +67,8 @@ class Lists:
         if source is None:
             source = flashinfer.pool_of(backend)
         facts = {"seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": req_pool_indices_dtype, **self._facts}
+        if extend_seq_lens_dtype is not None:
+            facts["inputs"] = {"extended": extend_seq_lens_dtype}
         plan = self._bind(source, mode, facts)
         plan.exact = bs
         pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
@@ -96,7 +100,7 @@ class Lists:
         """
         ready, known = self._ready.get((bs, "decode", seq_lens.dtype, req_pool_indices.dtype), (None, None))
         if ready is None or (source is not None and source is not known) or not ready.current():
-            ready = self.ready(bs, "decode", seq_lens.dtype, req_pool_indices.dtype, source)
+            ready = self.ready(bs, "decode", seq_lens.dtype, req_pool_indices.dtype, source=source)
         ready.plan.run(seq_lens, req_pool_indices)
 
     def _bind(self, source: Tensor, mode: str, facts: dict[str, Any]) -> Plan:
@@ -117,7 +121,6 @@ class Lists:
         declare["prefix_indptr"] = _sum("max(base_len - extended, 0)", backend.kv_indptr)
         prefix = packed("token(column)", at="prefix_indptr", dtype=_dtype(indices))
         declare["prefix_indices"] = into(prefix, indices)
-        facts["inputs"] = {"extended": torch.int32}
         return bind([MetadataBuffers()], req_to_token=source, declare=declare, **facts)
 
 

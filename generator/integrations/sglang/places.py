@@ -98,16 +98,28 @@ def _fa3_steps(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: b
 def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
     ((child, metadata),) = pairs
     child.forward_metadata = metadata
-    if metadata.scheduler_metadata is None:  # plain decode has it
+    if mode == "target_verify" or (mode == "decode" and metadata.scheduler_metadata is None):
         return
     bs, longest = batch.batch_size, batch.seq_lens_cpu if child.needs_cpu_seq_lens else None
     metadata.max_seq_len_k = child.max_context_len if longest is None else int(longest[:bs].max())
+    if mode == "draft_extend":
+        extended = batch.spec_info.extend_seq_lens_cpu
+        metadata.max_seq_len_q = max(extended) if extended else batch.spec_info.num_tokens_per_req
+        return
     made = child._compute_scheduler_metadata(
         bs, metadata.max_seq_len_k, metadata.cache_seqlens_int32, metadata.cu_seqlens_q
     )
     if made is not None:
         child._sched_meta_buf[: len(made)] = made
         child._sched_meta_buf[len(made) :] = 0
+
+
+def _extended(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | None:
+    """What draft_extend extends each request by."""
+    if mode != "draft_extend":
+        return ()
+    extended = getattr(batch.spec_info, "extend_seq_lens_tensor", None)
+    return None if extended is None else (extended,)
 
 
 def _triton_steps(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
@@ -118,14 +130,9 @@ def _triton_steps(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules
 
 def _triton_inputs(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | None:
     """What draft_extend extends by. Only the captured number of tokens a request is served."""
-    if mode == "decode":
-        return ()
-    if batch.spec_info.num_tokens_per_req != backend.num_draft_tokens:
+    if mode != "decode" and batch.spec_info.num_tokens_per_req != backend.num_draft_tokens:
         return None
-    if mode == "target_verify":
-        return ()
-    extended = batch.spec_info.extend_seq_lens_tensor
-    return None if extended is None else (extended,)
+    return _extended(backend, batch, mode)
 
 
 def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
@@ -168,7 +175,6 @@ _EVERY_MODE = ("decode", "target_verify", "draft_extend")
 _DSA_STAYS = "DeepGEMM's schedule, the top-k plan and sparse FlashMLA's schedule"
 _LENGTHS = "lengths, running sums and tables"
 _LISTS = "kv_indptr and kv_indices"
-_EXTEND_STAYS = "draft extension, whose cu_seqlens_q sums extend_seq_lens"
 _PLANS = "FlashInfer's plans on the host"
 
 PLACES = {
@@ -176,8 +182,7 @@ PLACES = {
     "DeepseekSparseAttnBackend": Place(_LENGTHS, _DSA_STAYS, _EVERY_MODE, _dsa),
     "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3_steps),
     "FlashAttentionBackend": Place(
-        _LENGTHS, f"scheduler_metadata, and {_EXTEND_STAYS}", ("decode", "target_verify"), _fa3,
-        leave=("scheduler_metadata",),
+        _LENGTHS, "scheduler_metadata", _EVERY_MODE, _fa3, leave=("scheduler_metadata",), inputs=_extended
     ),
     "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), method=IN_GRAPH),
     "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, method=IN_GRAPH),
