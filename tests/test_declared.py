@@ -106,6 +106,33 @@ def test_sums_over_rows_and_a_last_element_as_padding() -> None:
     assert lasts.tolist() == [0, 1, 1, 3, 3]
 
 
+def test_padding_requests_are_like_others_but_for_fields_with_a_pad() -> None:
+    """A graph's batch: SGLang's lengths of padding are 1, their rows 0, and their positions 0."""
+    lengths, starts, positions, rows = blank(6), blank(7), blank(6, dtype=torch.int64), blank(6)
+    pages, last = blank(6, 10), blank(7)
+    plan = onelaunch.bind(
+        [MetadataBuffers(cache_seqlens=lengths, cu_seqlens_k=starts, page_indices=pages)],
+        req_to_token=POOL,
+        seqlen_offsets=[1],
+        padding_len=1,
+        declare={
+            "positions": into(vector("base_len", "request", dtype="int64", pad=0), positions),
+            "rows_of": into(vector("pool_rows", "request"), rows),
+            "counted": into(running_sum("base_len", pad="last"), last),
+        },
+        inputs={"pool_rows": torch.int64},
+    )
+    plan.run(LENGTHS, ROWS, captured_size=5, pool_rows=ROWS)
+    assert lengths.tolist() == [3, 1, 9, 2, 2, -7]
+    assert starts.tolist() == [0, 3, 4, 13, 15, 17, -7]
+    assert positions.tolist() == [2, 0, 8, 0, 0, -7]
+    assert rows.tolist() == [3, 1, 2, 0, 0, -7]
+    assert last.tolist() == [0, 2, 2, 10, 10, 10, -7]
+    assert pages[:, :3].tolist() == [[30, 31, 32], [10, -7, -7], [20, 21, 22], [0, 1, -7], [0, 1, -7], [-7] * 3]
+    plan.run(LENGTHS[:1], ROWS[:1], pool_rows=ROWS[:1])
+    assert lengths.tolist() == [3, 1, 9, 2, 2, -7], "without a captured size there is no padding"
+
+
 def test_how_many_rows_a_request_has() -> None:
     starts, extends = blank(4), blank(3)
     bound(
@@ -261,6 +288,12 @@ def test_the_banner_says_what_was_declared() -> None:
             {"mode": "draft_extend", "extend": "variable"},
             "mine, which has a pad and one",
         ),
+        (
+            {"mine": vector("row")},
+            {"mode": "draft_extend", "extend": "variable", "padding_len": 1},
+            "padding_len is 1 and extend is 'variable'",
+        ),
+        ({"mine": vector("1")}, {"padding_len": -32769}, "padding_len is -32769; allowed: -32768 to"),
         ({"mine": vector("1")}, {"operation": "copy"}, "mine, which is declared, and operation is 'copy'"),
     ],
 )

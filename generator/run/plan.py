@@ -74,7 +74,7 @@ class Plan:
         self._reads_rows, self._gathers = config.reads_rows, bool(config.tables)
         self._inputs = [(name, getattr(torch, dtype)) for name, dtype in config.inputs]
         self._input_names = tuple(name for name, _ in self._inputs)
-        self._pads = config.pads
+        self._pads, self._has_padding = config.pads, config.padding_len is not None
         self._variable = config.extend == "variable"
         self._has_rows = config.mode != "draft_extend" or bool(config.row_fields or config.names_rows)
         self._violation = None
@@ -132,8 +132,8 @@ class Plan:
             extend_seq_lens: int [bs], likewise: the rows of each request, for a plan with variable extend lengths;
                 None for all other plans. The caller guarantees that their sum is at most ``row_capacity``.
             max_len: bound on the columns of this call; None is the bound that was given to bind().
-            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written, as many
-                as fit those; None is bs, so that nothing is padded. Only for a plan with such fields.
+            captured_size: requests, padding included, up to which fields are padded: with padding_len all of them,
+                otherwise declared fields with a ``pad``, as many as fit those. None is bs, so that nothing is padded.
             inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
@@ -247,16 +247,27 @@ class Plan:
         self._storages.check()
         # In the order of layout.call_words.
         words = [word for _, tensor, _, read in inputs if read for word in (tensor.data_ptr(), tensor.stride(0))]
-        words.append(batch_size)
-        if self._pads:
-            words.append(batch_size if captured_size is None else self._captured(captured_size, batch_size))
-        elif captured_size is not None:
-            raise ArgumentError(f"captured_size is {captured_size!r}; no field of the plan has a pad: leave it None.")
+        size = batch_size if captured_size is None else self._captured(captured_size, batch_size)
+        if self._has_padding:
+            words += [size, batch_size]
+        elif self._pads:
+            words += [batch_size, size]
+        else:
+            words.append(batch_size)
         return [*words, columns] if self._gathers else words
 
     def _captured(self, captured_size: int, batch_size: int) -> int:
-        why = f", from the batch to what {self._narrowest_padded} has room for"
-        return check_int("captured_size", captured_size, batch_size, self._padded, why)
+        if not self._pads and not self._has_padding:
+            raise ArgumentError(
+                f"captured_size is {captured_size!r}; no field of the plan has a pad, and it wasn't bound with "
+                "padding_len: leave it None."
+            )
+        # With padding_len every field is written up to it, else those that have a pad.
+        most, narrowest = self._padded, self._narrowest_padded
+        if self._has_padding:
+            most, narrowest = self.capacity, self._narrowest or "the destinations"
+        why = f", from the batch to what {narrowest} has room for"
+        return check_int("captured_size", captured_size, batch_size, most, why)
 
     def check(self) -> None:
         """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
@@ -326,6 +337,7 @@ def bind(
     extend_seq_lens_dtype: torch.dtype = torch.int64,
     index_kpool: int = 1,
     page_fill: int | None = None,
+    padding_len: int | None = None,
     checked: bool = False,
     schedule_remainder: str = "last",
     schedule_per: str = "request",
@@ -370,6 +382,10 @@ def bind(
         extend: in draft_extend, "uniform" for next_n rows a request, or "variable": run() takes extend_seq_lens.
         index_kpool: k, tokens a pool: only complete pools are clamped at index_topk; for the pooled_* fields.
         page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
+        padding_len: the length of padding requests, such as SGLang's seq_len_fill_value: all fields are written up to
+            run()'s captured_size, as if the batch had as many requests, which have this length (before an offset is
+            added), row 0 of req_to_token, and inputs of 0. A declared field with a ``pad`` holds that instead. None:
+            only fields with a pad are written there.
         checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
         schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
             "first" for the one before, and for sm_100.
