@@ -166,6 +166,8 @@ BATCH_SHAPES = (
     batch(257, 70, table_pad=5, num_sms=133, num_sm_parts=512),
     batch(300, 1291, table_columns=1101, max_indices=70_000),
 )
+# What runs under compute-sanitizer: a strided input with padding, and more requests than a warp has threads.
+SANITIZED = BATCH_SHAPES[1:3]
 
 # ------------------------------------------------------------------------------------------------ configurations
 
@@ -283,6 +285,14 @@ STRATEGIES |= {
         fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum", "of_request"),
         **VARIABLE,
     ),
+}
+# Padding requests behind the batch's own.
+STRATEGIES |= {
+    "padded": KernelConfig(
+        num_backends=3, seqlen_offsets=(1, 2, 3), padding_len=1, fields=(*SEVEN, *DECLARED_NAMES), **DECLARED
+    ),
+    "padded rows": STRATEGIES["declared rows"].replace(padding_len=70, num_backends=2),
+    "padded indices": KernelConfig(num_backends=2, seqlen_offsets=(2, 1), padding_len=1, fields=(*CSR, MQA)),
 }
 # Combinations of them that took code of their own.
 CONFIGURATIONS = {

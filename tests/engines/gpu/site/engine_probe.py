@@ -1,7 +1,7 @@
 """A plugin of SGLang that watches how an engine refreshes attention metadata; generate.py's engine loads it.
 
-It times the methods that refresh metadata before a replay, alike with and without onelaunch, counts what they launch in
-three profiled steps, and spoils the draft's table on request. Its variables:
+It times the methods that refresh metadata before a replay, alike with and without onelaunch, counts what they and the
+steps around them launch in three profiled steps, and spoils the draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
 PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with "detached" behind it where onelaunch is
@@ -23,9 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import engine_trace
+
 BATCH = 16  # the batch size whose steps are timed and profiled
 PROFILED_STEPS = range(4, 7)
 _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
+_DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
@@ -48,6 +51,7 @@ class Probe:
         self.unwatched: list[tuple[Any, str, Any]] = []  # backend, method, and what the instance had of its own
         self.profiler: Any = None
         self.profile: dict[str, Any] = {}
+        self.seams: dict[str, Any] = {}
         self.spoiled = 0
 
     # ------------------------------------------------------------------------------------------ what SGLang calls
@@ -89,6 +93,11 @@ class Probe:
             self.decoding = False
             if self.profiler is not None and self.step == PROFILED_STEPS.stop - 1:
                 self._end_profile()
+
+    def extension(self, original: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Around the draft extension of a step, its preparation included."""
+        with self._span("extend"):
+            return original(*arguments, **keywords)
 
     # ------------------------------------------------------------------------------------------ watching
 
@@ -184,7 +193,9 @@ class Probe:
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
             self.profiler.export_chrome_trace(str(trace))
-            self.profile[self.state] = launches(json.loads(trace.read_text())["traceEvents"])
+            events = json.loads(trace.read_text())["traceEvents"]
+        self.profile[self.state] = engine_trace.launches(events)
+        self.seams[self.state] = engine_trace.seams(events)
         self.profiler = None
         self.write()
 
@@ -201,6 +212,7 @@ class Probe:
         found = {
             "host_us": microseconds,
             "launches": self.profile,
+            "seams": self.seams,
             "addresses": recency(self.addresses),
             "onelaunch": self.lines[: self.after_capture],
             "built_or_bound_after_capture": []
@@ -233,35 +245,6 @@ def recency(addresses: list[tuple[int, int]]) -> dict[str, int]:
     return hits
 
 
-def launches(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Kernel launches and copies through CUDA's API in each span of the probe, of the middle profiled step.
-
-    A graph's launch counts as one, under "graphs".
-    """
-    spans = [e for e in events if e.get("cat") == "user_annotation" and str(e.get("name", "")).startswith("probe ")]
-    calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
-    steps = sorted((s for s in spans if s["name"] == "probe step"), key=lambda s: s["ts"])
-    if not steps:
-        return {}
-    step = steps[len(steps) // 2]
-    found: dict[str, Any] = {}
-    for span in spans:
-        if not step["ts"] <= span["ts"] < step["ts"] + step["dur"]:
-            continue
-        count: collections.Counter[str] = collections.Counter()
-        for call in calls:
-            if call["tid"] != span["tid"] or not span["ts"] <= call["ts"] < span["ts"] + span["dur"]:
-                continue
-            name = call["name"].lower()
-            for kind, part in (("graphs", "graphlaunch"), ("kernels", "launchkernel"), ("copies", "memcpy"),
-                               ("copies", "memset"), ("waits", "synchronize")):  # fmt: skip
-                if part in name:
-                    count[kind] += 1
-                    break
-        found[span["name"].removeprefix("probe ")] = dict(count)
-    return found
-
-
 class _Lines(logging.Handler):
     """Keeps onelaunch's lines."""
 
@@ -283,6 +266,7 @@ def install() -> None:
     HookRegistry.register(f"{_SCHEDULER}.init_all_attention_backends", probe.made, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.init_all_cuda_graphs", probe.captured, HookType.AFTER)
     HookRegistry.register(f"{_EAGLE}.forward_batch_generation", probe.generation, HookType.AROUND)
+    HookRegistry.register(f"{_DRAFT}._draft_extend_for_decode", probe.extension, HookType.AROUND)
     if os.environ.get("ONELAUNCH_SGLANG") == "1":
         from onelaunch.integrations import sglang
 
