@@ -44,7 +44,7 @@ constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
-constexpr int kFirstTableBlock = 2 * kLengthSets;  // the blocks before it compute vectors and schedules
+constexpr int kFirstTableBlock = kLengthSets + kLengthSets;  // other blocks come first
 using SeqLen = std::int32_t;
 constexpr std::int32_t kLongestOffset = 0;  // largest offset that a backend adds to seq_lens
 constexpr int kNextN = 1;  // rows per request
@@ -159,10 +159,6 @@ __device__ __forceinline__ std::int32_t user_last_of(const Params& p, std::int64
 
 __device__ __forceinline__ std::int64_t user_position_of(const Params& p, std::int64_t request) {
   return p.user_position[request * p.user_position_stride];
-}
-
-__device__ __forceinline__ Source<Token> token_source(const Params& p) {
-  return {p.req_to_token, p.pool_rows, p.req_to_token_stride, p.req_to_token_width};
 }
 
 // Unchecked: a look-up outside of its source isn't reported.
@@ -682,18 +678,18 @@ unsigned grid_blocks(const Params& p, const Split& split) {
 // limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
-  const std::int32_t offset = length_offset(b);
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
     const std::int32_t base_len = present ? request_length(p, request) : 0;
-    [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     [[maybe_unused]] const std::int64_t user_idx_int64 = present ? user_idx_of(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_idx = static_cast<std::int32_t>(user_idx_int64);
     [[maybe_unused]] const std::int32_t user_last = present ? user_last_of(p, request) : 0;
     [[maybe_unused]] const std::int64_t user_position_int64 = present ? user_position_of(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_position = static_cast<std::int32_t>(user_position_int64);
     [[maybe_unused]] const std::int64_t pool_row = present ? request_row(p, request) : -1;
+    [[maybe_unused]] const std::int32_t offset = length_offset(b);
+    [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     const std::int32_t user_request_of_token_0 =
         (look_up(p, request, p.user_query_end_0, request, std::int32_t{0}) > request ? request : user_last);
     const std::int64_t user_entry_0 = floor_div(std::int64_t{user_position_int64}, user_size_0);
