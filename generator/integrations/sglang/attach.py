@@ -287,8 +287,8 @@ def attach(
             refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **facts)
         if place.method == IN_GRAPH and facts.get("writes", "all") != "all":
             raise ArgumentError(
-                f"writes is {facts['writes']!r}, and {type(backend).__name__} records the launch in its graphs, which "
-                "can't be told that the engine's own code wrote. Pass writes='all'."
+                f"writes is {facts['writes']!r}, and {type(backend).__name__} records the launch in its graphs, where "
+                "nothing calls Plan.forget() after the engine's own code wrote. Pass writes='all'."
             )
         attachment = Attachment(backend, place, refresh, schedules)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
