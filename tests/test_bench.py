@@ -539,7 +539,7 @@ TWENTY = {"20 vectors more, cold": True, "20 vectors more, warm": True}
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.2}, {"verified, all changed": True}),
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.3}, {"verified, all changed": False}),
         (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.08}, DECLARED),
-        (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.12}, DECLARED | {"declared, cold": False}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.12}, dict.fromkeys(DECLARED, False)),
         (WIDE64, {"onelaunch": 4, "onelaunch_20_more": 4.3}, TWENTY),
         (WIDE64, {"onelaunch": 4, "onelaunch_20_more": 4.4}, TWENTY | {"20 vectors more, cold": False}),
         (WIDE64.replace(kind="one-long"), {"onelaunch": 4, "onelaunch_verified": 9}, {}),

@@ -40,7 +40,8 @@ class Plan:
         capacity: the largest batch that fits the destinations.
         row_capacity: the largest number of rows that fits. The caller keeps the sum of variable extend lengths within
             it.
-        exact: how many requests each call must have; 0, the default, for any number up to ``capacity``.
+        exact: how many requests each call has, whose inputs may be longer: only their first ``exact`` elements count.
+            0, the default, for as many as the inputs have, up to ``capacity``.
         regions: the memory that the kernel writes.
         launches: kernel launches so far.
     """
@@ -227,9 +228,14 @@ class Plan:
                         f"{name} overlaps {destination.name} in memory; the kernel would read memory that it writes. "
                         "Pass a copy (.to(torch.int32) returns the same tensor if it is int32 already)."
                     )
-        batch_size = seq_lens.numel()
-        for name, tensor, _, _ in inputs[1:]:
-            if tensor.numel() != batch_size:
+        batch_size = self.exact or seq_lens.numel()
+        for name, tensor, _, _ in inputs:
+            if self.exact and tensor.numel() < self.exact:
+                raise ArgumentError(
+                    f"{name} has {tensor.numel()} elements; the plan is for {self.exact} requests. Pass as many or "
+                    "more, of which the first ones count."
+                )
+            if not self.exact and tensor.numel() != batch_size:
                 raise ArgumentError(
                     f"{name} has {tensor.numel()} elements and seq_lens has {batch_size}; "
                     "they must have the same number."
@@ -240,8 +246,6 @@ class Plan:
                 f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
                 "Bind larger buffers."
             )
-        if self.exact not in (0, batch_size):
-            raise ArgumentError(f"seq_lens has {batch_size} requests; the plan is for {self.exact}. Pass {self.exact}.")
         columns = self._max_len
         if max_len is not None:
             columns = check_int("max_len", max_len, 0, self._columns, ", the width of the narrowest table")
