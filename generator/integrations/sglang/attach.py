@@ -15,6 +15,7 @@ from ...errors import ArgumentError
 from ...variables import DISABLE_VARIABLE
 from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
+from .extension import EAGER, Extension, extends_without_a_graph
 from .lists import INDICES, Lists
 from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
 from .refresher import Ready, Refresher
@@ -40,13 +41,14 @@ class Attachment:
         place: Place | None = None,
         refresh: Refresher | Lists | None = None,
         schedules: bool = False,
+        extension: Extension | None = None,
     ) -> None:
         self.backend = backend
         self.refreshed = "" if place is None else place.refreshed
         self.stays = "everything" if place is None else place.stays
         self.launches = 0
         self.failed = ""
-        self._refresh, self._schedules = refresh, schedules
+        self._refresh, self._schedules, self._extension = refresh, schedules, extension
         self._several = hasattr(backend, "attn_backends")
         # By captured batch size and the engine's forward mode: onelaunch's name of the mode, and the plan.
         self._ready: dict[tuple[int, Any], tuple[str, Ready]] = {}
@@ -57,8 +59,13 @@ class Attachment:
             return
         self._place = place
         self._in_graphs = place.method == IN_GRAPH or bool(os.environ.get(_GLUE_VARIABLE))
-        mine = {OUT_GRAPH: self._out_graph, IN_GRAPH: self._in_graph, LISTS_KERNEL: _Kernel(self)}
-        for name in place.methods:
+        mine = {
+            OUT_GRAPH: self._out_graph,
+            IN_GRAPH: self._in_graph,
+            LISTS_KERNEL: _Kernel(self),
+            EAGER: self._without_graph,
+        }
+        for name in place.methods if extension is None else (*place.methods, EAGER):
             if name in vars(backend):
                 self._shadowed.add(name)
             self._originals[name] = getattr(backend, name)
@@ -115,6 +122,18 @@ class Attachment:
         """init_forward_metadata_in_graph: recorded while the engine captures."""
         if not self._guarded(self._before_replay, forward_batch):
             self._originals[IN_GRAPH](forward_batch)
+
+    def _without_graph(self, forward_batch: Any) -> None:
+        """init_forward_metadata, of which a draft extension is served."""
+        if not self._guarded(self._extend, forward_batch):
+            self._originals[EAGER](forward_batch)
+
+    def _extend(self, forward_batch: Any) -> bool:
+        assert self._extension is not None
+        if not self._extension.run(forward_batch):
+            return False
+        self.launches += 1
+        return True
 
     def _guarded(self, step: Callable[..., bool], *arguments: Any) -> bool:
         """Whether the step did what the engine's own code would do. After an exception nothing does any more."""
@@ -276,6 +295,7 @@ def attach(
                 f"leave has {WIDE_TABLE!r}, and {type(backend).__name__} needs it: {reason}. Remove it from leave."
             )
         refresh: Refresher | Lists
+        extension = None
         if place.lists:
             if leave or schedules:
                 what = f"leave is {tuple(leave)!r}" if leave else "schedules is True"
@@ -285,9 +305,11 @@ def attach(
             # The engine leaves the dead columns of a table alone, so the launch does too.
             facts = {"page_fill": None, **facts}
             refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **facts)
+            if place.extends and extends_without_a_graph(backend):
+                extension = Extension(backend, **facts)
         if facts.get("writes", "all") != "all":
             _check_verified(backend, place, leave)
-        attachment = Attachment(backend, place, refresh, schedules)
+        attachment = Attachment(backend, place, refresh, schedules, extension)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
     log.logger.info("attach %r%s", attachment, left)
     return attachment
@@ -301,7 +323,7 @@ def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
             f"writes is 'verified', and {name} records the launch in its graphs, which can't be told that the engine's "
             "own code wrote. Pass writes='all'."
         )
-    child = next(iter(getattr(backend, "attn_backends", [backend])))
+    child: Any = next(iter(getattr(backend, "attn_backends", [backend])))
     page_size = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
     if hasattr(child, "dsa_index_topk") and page_size > 1 and WIDE_TABLE not in leave:
         raise ArgumentError(
