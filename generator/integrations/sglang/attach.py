@@ -324,7 +324,7 @@ def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
             "own code wrote. Pass writes='all'."
         )
     child: Any = next(iter(getattr(backend, "attn_backends", [backend])))
-    page_size = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
+    page_size: int = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
     if hasattr(child, "dsa_index_topk") and page_size > 1 and WIDE_TABLE not in leave:
         raise ArgumentError(
             f"writes is 'verified', and the batch sizes that {name} captures share page_table_1, but each has a "
