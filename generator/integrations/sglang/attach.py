@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -20,6 +21,8 @@ from .lists import INDICES, Lists
 from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
 from .refresher import Ready, Refresher
 
+# By backend.
+_ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
 # With it SGLang may record what comes before a replay in a graph too.
 _GLUE_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
@@ -33,6 +36,9 @@ class Attachment:
         stays: the engine's steps that are still called.
         launches: launches so far, without those that a graph replays.
         failed: the error after which the engine's own code runs again; "" if there was none.
+        place: what is replaced; None if it is disabled.
+        schedules: whether the launch makes DeepGEMM's schedules.
+        made: whether a runner's launch made what this one makes.
     """
 
     def __init__(
@@ -48,7 +54,8 @@ class Attachment:
         self.stays = "everything" if place is None else place.stays
         self.launches = 0
         self.failed = ""
-        self._refresh, self._schedules, self._extension = refresh, schedules, extension
+        self.place, self.schedules, self.made = place, schedules, False
+        self._refresh, self._extension = refresh, extension
         self._several = hasattr(backend, "attn_backends")
         # By captured batch size and the engine's forward mode: onelaunch's name of the mode, and the plan.
         self._ready: dict[tuple[int, Any], tuple[str, Ready]] = {}
@@ -58,6 +65,7 @@ class Attachment:
         if place is None:
             return
         self._place = place
+        _ATTACHED[backend] = self
         self._in_graphs = place.method == IN_GRAPH or bool(os.environ.get(_GLUE_VARIABLE))
         mine = {
             OUT_GRAPH: self._out_graph,
@@ -87,6 +95,7 @@ class Attachment:
             else:
                 delattr(self.backend, name)
         self._originals = {}
+        _ATTACHED.pop(self.backend, None)
         self._forget()
         if self._recorded:
             self._recorded = False
@@ -95,6 +104,11 @@ class Attachment:
                 "Capture them again to have the engine's own kernel.",
                 stacklevel=2,
             )
+
+    def beside(self, *arguments: Any, **facts: Any) -> Ready:
+        """A plan that also writes what a runner's graph has; see Refresher.beside."""
+        assert self._refresh is not None
+        return self._refresh.beside(*arguments, **facts)
 
     def __repr__(self) -> str:
         if not self.refreshed:
@@ -223,11 +237,13 @@ class Attachment:
         if self._in_graphs:
             self._note_recording()
         if place.after is not None:
-            place.after(pairs, forward_batch, mode, self._schedules)
+            place.after(pairs, forward_batch, mode, self.schedules)
         return True
 
     def _fill_lists(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> bool:
         """The launch alone, amid the engine's own steps."""
+        if self.made:
+            return True
         assert isinstance(self._refresh, Lists)
         self._refresh.run(bs, seq_lens, req_pool_indices, source)
         self.launches += 1
@@ -258,34 +274,19 @@ class _Kernel:
         return launch
 
 
-def attach(
+def attached_to(backend: Any) -> Attachment | None:
+    """What attach() returned for a backend, while it is attached."""
+    return _ATTACHED.get(backend)
+
+
+def attach_backend(
     backend: Any,
     *,
     leave: Collection[str] = (),
     schedules: bool = False,
     **facts: Any,
 ) -> Attachment:
-    """Replaces the code that refreshes an SGLang backend's metadata by one launch.
-
-    Call it before the engine captures its graphs: then plans are bound at capture, and nothing is built while serving.
-    Only this backend object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
-    why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
-
-    Args:
-        backend: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA or Triton
-            backend.
-        leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
-            where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
-            again after detach().
-        schedules: whether the launch makes DeepGEMM's schedules of DSA too.
-        facts: arguments of onelaunch.bind, which override what the backend has.
-
-    Returns:
-        The attachment. Its text says what is refreshed and what the engine still does.
-
-    Raises:
-        ArgumentError: the backend or its configuration isn't served; the message names the attribute. Nothing changed.
-    """
+    """Attaches to a backend: see seam.attach."""
     if DISABLE_VARIABLE.is_on():
         attachment = Attachment(backend)
     else:
@@ -324,7 +325,7 @@ def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
             "own code wrote. Pass writes='all'."
         )
     child: Any = next(iter(getattr(backend, "attn_backends", [backend])))
-    page_size: int = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
+    page_size: Any = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
     if hasattr(child, "dsa_index_topk") and page_size > 1 and WIDE_TABLE not in leave:
         raise ArgumentError(
             f"writes is 'verified', and the batch sizes that {name} captures share page_table_1, but each has a "
