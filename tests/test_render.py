@@ -24,6 +24,7 @@ from onelaunch.cli.main import app
 from onelaunch.emit.binding import render_binding
 from onelaunch.emit.render import device_files, render_baseline
 from onelaunch.spec import layout
+from onelaunch.spec.declarations import written
 from onelaunch.spec.vectors import locals_of
 from processes import light_package
 from support import ALL_FIELDS
@@ -244,7 +245,9 @@ def test_the_banner(config: KernelConfig) -> None:
             continue
         shown = re.search(rf"^//   {name} +(.*)$", text, re.M)
         assert shown is not None, name
-        if isinstance(value, list):
+        if name == "declare":
+            assert shown[1] == "; ".join(f"{field} = {written(declared)}" for field, declared in config.declare)
+        elif isinstance(value, list):
             assert shown[1] == ", ".join(map(str, value))
         elif isinstance(value, dict):
             assert shown[1] == (", ".join(f"{field}: {count}" for field, count in value.items()) or "all")

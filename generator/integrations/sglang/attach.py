@@ -321,8 +321,8 @@ def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
     name = type(backend).__name__
     if place.method == IN_GRAPH:
         raise ArgumentError(
-            f"writes is 'verified', and {name} records the launch in its graphs, which can't be told that the engine's "
-            "own code wrote. Pass writes='all'."
+            f"writes is 'verified', and {name} records the launch in its graphs, where nothing calls "
+            "Plan.forget() after the engine's own code wrote. Pass writes='all'."
         )
     child: Any = next(iter(getattr(backend, "attn_backends", [backend])))
     page_size: Any = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)

@@ -94,8 +94,11 @@ class Lists:
         source = flashinfer.pool_of(backend)
         written = {name: each for name, each in declare.items() if isinstance(each, Written)}
         if not has(backend, STEPS):
-            own = {name: getattr(backend, name, None) for name in ("qo_indptr", "mask_indptr") if name in declare}
-            written |= {n: Written(declare[n], t) for n, t in own.items() if t is not None}  # type: ignore[arg-type]
+            for name in ("qo_indptr", "mask_indptr"):
+                declaration: Any = declare.get(name)
+                own = getattr(backend, name, None)
+                if declaration is not None and own is not None:
+                    written[name] = _sum(declaration.formula, own)
         plan = self._bind(source, "decode", {**self._facts, **facts, "declare": written})
         pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
         return Ready(plan, pairs, [(backend, INDICES, getattr(backend, INDICES))])
