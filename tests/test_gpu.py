@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +59,13 @@ def _first(buffers: MetadataBuffers, capacity: int) -> MetadataBuffers:
     count = min(capacity, buffers.kv_indices.numel())
     indices[:count] = buffers.kv_indices[:count]
     return MetadataBuffers(kv_indptr=buffers.kv_indptr, kv_indices=indices)
+
+
+def test_the_driver_names_the_architecture_that_torch_names() -> None:
+    """In a process of its own, which hasn't imported torch."""
+    code = "import sys; from onelaunch.build.toolchain import *; print(current_architectures(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{toolchain.architectures(torch.cuda.current_device())} False\n"
 
 
 def test_a_capture_refuses_a_kernel_that_isnt_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +220,8 @@ def test_the_launch_is_on_the_current_stream() -> None:
     scene.compare()
 
 
+@pytest.mark.two_devices
 def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     for current, used in ((0, 1), (1, 0)):
         device = torch.device("cuda", used)
         with torch.cuda.device(current):
@@ -230,9 +238,8 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
                 onelaunch.bind(support.buffers_of(scene.backends), req_to_token=elsewhere)
 
 
+@pytest.mark.two_devices
 def test_plans_on_two_devices_side_by_side() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     scenes = [Scene(LIVE, batch(20, 400, seed=index), torch.device("cuda", index)) for index in (0, 1)]
     plans = [scene.bind() for scene in scenes]
     for _ in range(5):

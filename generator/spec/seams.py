@@ -1,15 +1,16 @@
-"""Seams of SGLang: what it computes between the replays of a speculative step's graphs, as declarations.
+"""Declarations of what engines compute between the replays of a speculative step's graphs.
 
-Each function declares a graph's input buffers by the names of the engine's attributes, for one draft chain (topk 1).
-Formulas name tokens by the request's row of req_to_token: the write locations of the tokens behind ``base_len``. Where
-a graph is padded, ``bind(padding_len=...)`` gives padding requests their length, and these fields have their own pads.
+SGLang's: each function declares a graph's input buffers by the names of the engine's attributes, for one draft chain
+(topk 1). Formulas name tokens by the request's row of req_to_token: the write locations of the tokens behind
+``base_len``. Where a graph is padded, ``bind(padding_len=...)`` gives padding requests their length, and these fields
+have their own pads.
 Sources: sglang.srt.speculative, the EAGLE graph runners and workers, and sglang.kernels.ops.speculative.
 """
 
 from __future__ import annotations
 
 from .expressions import Dtype
-from .fields import Declaration, RunningSum, Vector, running_sum, vector
+from .fields import Declaration, RunningSum, Vector, packed, running_sum, vector
 
 # How many tokens of a request are inputs, one each, so that the launch copies them too. With more the engine does.
 MAX_TOKEN_INPUTS = 8
@@ -109,3 +110,45 @@ INPUTS: dict[str, Dtype] = {
     **{token_input(number): "int64" for number in range(MAX_TOKEN_INPUTS)},
 }
 """The inputs that the formulas name."""
+
+# ------------------------------------------------------------------------------------------ vLLM
+
+
+def vllm_slot_mapping(group: int, *, enabled: bool = True) -> dict[str, Vector]:
+    """The slot mapping of a KV-cache group, slots_0 of group 0, with the terms that it names.
+
+    They name the inputs ``idx`` and ``position``, the source table_0 and the constant size_0, of its blocks. -1 takes
+    the place of what is outside of the block table, also where idx is -1; behind the requests it is padding.
+
+    Args:
+        enabled: whether the group has slots; all of them are -1 otherwise.
+    """
+    g = group
+    declared = {
+        f"entry_{g}": vector(f"position // size_{g}", "request", dtype="int64"),
+        f"offset_{g}": vector(f"position % size_{g}", "request", dtype="int64"),
+        f"block_{g}": vector(f"table_{g}(idx, entry_{g})", "request", dtype="int64", missing=-1),
+    }
+    slot = f"max(block_{g} * size_{g} + offset_{g}, -1)" if enabled else "-1"
+    return {**declared, f"slots_{g}": vector(slot, "request", dtype="int64", pad=-1)}
+
+
+def vllm_request_of_token(index: int) -> Vector:
+    """The request of a token in a step with a token for each request, and of padding the last request, ``last``.
+
+    Args:
+        index: query_end_0 is the map of where requests end, for index 0.
+    """
+    return vector(f"where(query_end_{index}(request) > request, request, last)", "request")
+
+
+# What FlashInfer's plans read, beside the standard kv_indptr and kv_indices, which count tokens. A length below zero
+# counts as no tokens, as there. query_len is a constant.
+FLASHINFER: dict[str, Declaration] = {
+    "kv_len": vector("max(base_len, 0) + offset", "request"),
+    "page_indptr": running_sum("ceil_div(kv_len, page_size)"),
+    "pages": packed("token(column * page_size) // page_size", at="page_indptr"),
+    "last_page_len": vector("where(kv_len > 0, (kv_len - 1) % page_size + 1, 0)", "request"),
+    "kv_len_arr": vector("kv_len", "request"),
+    "qo_indptr": running_sum("query_len"),
+}

@@ -96,8 +96,7 @@ class Seam:
             return False
         place = attachment.place
         assert place is not None
-        modes = (*place.modes, "draft_extend") if place.whole is not None else place.modes
-        return self._kind.mode in modes and (place.whole is not None or place.method == LISTS_KERNEL)
+        return self._kind.mode in place.modes and place.method in (OUT_GRAPH, LISTS_KERNEL)
 
     def _of_backend(self) -> str:
         if not self._whole or self._attachment is None:
@@ -122,7 +121,7 @@ class Seam:
             )
         pool = runner.model_runner.req_to_token_pool.req_to_token
         plan = bind([MetadataBuffers()], req_to_token=pool, declare=written, **facts)
-        return Ready(bs, plan, [], [(runner.model_runner.req_to_token_pool, "req_to_token", pool)])
+        return Ready(plan, [], [(runner.model_runner.req_to_token_pool, "req_to_token", pool)])
 
     def _view(self, name: str) -> Tensor:
         tensor = self._buffers[name]
@@ -183,14 +182,15 @@ class Seam:
     def _out_graph(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
         """The backend's refresh: what remains of it."""
         ready, attachment = self._launched, self._attachment
-        whole = None if attachment is None or attachment.place is None else attachment.place.whole
-        if ready is None or not self._whole or whole is None:
+        place = None if attachment is None else attachment.place
+        if ready is None or not self._whole or place is None or place.method != OUT_GRAPH:
             if ready is None:
                 for made in self._ready.values():
                     made.plan.forget()
             return original(batch, *arguments, **keywords)
         assert attachment is not None
-        whole(ready.pairs, batch, self._kind.mode, attachment.schedules)
+        if place.after is not None:
+            place.after(ready.pairs, batch, self._kind.mode, attachment.schedules)
         return None
 
     def copies(self, original: Any, destinations: list[Tensor], sources: list[Tensor]) -> bool:
