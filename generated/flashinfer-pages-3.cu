@@ -33,6 +33,7 @@ namespace {
 // ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
+constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = kBackends;  // lengths per request: one for all backends, or one per backend
@@ -174,16 +175,23 @@ struct RunningSum {
   return destinations <= 8 ? destinations : 1;
 }
 
+// ---- writing an element ------------------------------------------------------------------------------------------
+// What writes 16 bytes at once stores them itself.
+template <typename T>
+__device__ __forceinline__ void put(T* address, std::common_type_t<T> value) {
+  *address = value;
+}
+
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
 // The destinations decide the type: to a bool goes whether the value isn't 0.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
-    to[b][index] = value;
+    put(to[b] + index, value);
   } else {
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i][index] = value;
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
   }
 }
 
@@ -193,20 +201,20 @@ template <typename T, int N>
 __device__ __forceinline__ void store_once(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if (b > 0) return;
 #pragma unroll(unrolled(N))
-  for (int i = 0; i < N; ++i) to[i][index] = value;
+  for (int i = 0; i < N; ++i) put(to[i] + index, value);
 }
 
 // ---- storing an element of a strided vector ----------------------------------------------------------------------
-// Like store(), where a destination has strides of its own; `once` if all backends have the same, though lengths differ.
+// Like store(), where a destination has its own strides; `once` if all backends have the same, though lengths differ.
 template <bool once, typename T, int N>
 __device__ __forceinline__ void store_strided(
     const Strided<T> (&to)[N], int b, std::int64_t request, std::int64_t row, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1 && !once) {
-    to[b].data[request * to[b].request_stride + row * to[b].row_stride] = value;
+    put(to[b].data + request * to[b].request_stride + row * to[b].row_stride, value);
   } else {
     if (kLengthSets > 1 && b > 0) return;
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i].data[request * to[i].request_stride + row * to[i].row_stride] = value;
+    for (int i = 0; i < N; ++i) put(to[i].data + request * to[i].request_stride + row * to[i].row_stride, value);
   }
 }
 
@@ -345,8 +353,9 @@ __device__ void compute_user_pages(const Params& p, int warp) {
             [[maybe_unused]] const std::int32_t column = static_cast<std::int32_t>(place);
             const std::int64_t at = begins[slot] + place;
             if (place >= counts[slot] || at < 0 || at >= p.user_pages_capacity) continue;
-            const std::int32_t value =
-                floor_div(look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0}), kPageSize);
+            const std::int32_t value = floor_div(
+                look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0}),
+                kPageSize);
             store(p.user_pages, b, at, value);
           }
         }
@@ -361,7 +370,7 @@ __device__ void write_computed(const Params& p, int block) {
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     onelaunch_broadcast_decode_n3_d03a7f90bb3923b6(const __grid_constant__ Params p) {
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);

@@ -539,7 +539,7 @@ TWENTY = {"20 vectors more, cold": True, "20 vectors more, warm": True}
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.2}, {"verified, all changed": True}),
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.3}, {"verified, all changed": False}),
         (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.08}, DECLARED),
-        (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.12}, DECLARED | {"declared, cold": False}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.12}, dict.fromkeys(DECLARED, False)),
         (WIDE64, {"onelaunch": 4, "onelaunch_20_more": 4.3}, TWENTY),
         (WIDE64, {"onelaunch": 4, "onelaunch_20_more": 4.4}, TWENTY | {"20 vectors more, cold": False}),
         (WIDE64.replace(kind="one-long"), {"onelaunch": 4, "onelaunch_verified": 9}, {}),
@@ -585,11 +585,18 @@ def test_verdicts_of_host_time() -> None:
 
 def some_data() -> dict[str, Any]:
     """A run's data without a run."""
-    times = {"ideal": 4.0, "onelaunch": 5.0, "onelaunch_verified": 4.5, "sglang": 401.0, "triton_together": 12.34}
+    times = {
+        "ideal": 4.0,
+        "torch_copies": 900.0,
+        "onelaunch": 5.0,
+        "onelaunch_verified": 4.5,
+        "sglang": 401.0,
+        "triton_together": 12.34,
+    }
     rows = []
     for case, series in ((WIDE64, ""), (Case(1, 4096), ""), (WIDE64, "length"), (Case(64, 16384), "length")):
         rows += [{**row, "series": series} for row in rows_of(case, **times)]
-    for row in rows[:5:4]:
+    for row in rows[:6:5]:
         rows.append({**row, "implementation": "triton", "status": "failed", "reason": "no such luck"})
     host = [{"piece": "raw", "what": "an empty kernel", "us": 2.0}, {"piece": "plan.run", "what": "ours", "us": 3.0}]
     return {
@@ -696,7 +703,7 @@ def test_the_figure(kept: Path) -> None:
     assert result.exit_code == 2
     assert "can't be written" in result.stderr
     data = some_data()
-    data["rows"] = data["rows"][10:15]  # the series alone
+    data["rows"] = data["rows"][12:18]  # the series alone
     kept.write_text(json.dumps(data))
     result = invoke("bench", "--from", str(kept), "--plot", str(picture))
     assert result.exit_code == 2
@@ -726,6 +733,25 @@ def test_without_matplotlib_it_says_what_to_install(kept: Path, monkeypatch: pyt
     result = invoke("bench", "--from", str(kept), "--plot", "a.png")
     assert result.exit_code == 2
     assert "pip install 'onelaunch[bench]'" in result.stderr
+
+
+def test_without_numpy_only_traces_say_what_to_install(kept: Path, tmp_path: Path) -> None:
+    """In a process of its own: modules of this one have numpy already."""
+    code = "import sys; sys.modules['numpy'] = None; from onelaunch.cli.main import app; app(sys.argv[1:])"
+    trace = str(DATA / "azure_2023_conversation.csv")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+    for what, words in (("--trace", ("bench", "--trace", trace)), ("onelaunch replay", ("replay", trace))):
+        done = run(*words)
+        wanted = (
+            f"onelaunch: {what} needs numpy, which isn't installed. Install it with: pip install 'onelaunch[bench]'."
+        )
+        assert (done.returncode, done.stderr.splitlines()) == (2, [wanted])
+    for words in (("bench", "--from", str(kept)), ("replay", "--help"), ("explain", "nsa-decode-3", "--target", "cpu")):
+        done = run(*words)
+        assert (done.returncode in (0, 1), done.stderr) == (True, "")
 
 
 def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,3 +264,13 @@ def test_a_rank_that_stops_makes_all_others_raise(tmp_path: Path) -> None:
 def test_without_torch_distributed() -> None:
     with pytest.raises(ArgumentError, match="isn't initialized: call init_process_group before distribute"):
         onelaunch.distribute([])
+
+
+def test_without_numpy(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['numpy'] = None; import onelaunch, torch.distributed as dist;"
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, world_size=1);"
+        "onelaunch.distribute([onelaunch.KernelConfig(target='cpu')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ToolchainError: onelaunch.distribute needs numpy" in done.stderr.splitlines()[-1]

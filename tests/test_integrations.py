@@ -547,18 +547,22 @@ def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows[:3], mode="draft_extend")
 
 
-def test_extend_lengths_are_nothing_to_tables_with_a_row_a_request() -> None:
+def test_extend_lengths_matter_to_cu_seqlens_q_alone_where_tables_have_a_row_a_request() -> None:
     source = pool()
     backend = stand_ins.MHABackend(source)
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4, "draft_extend")
     forward = stand_ins.batch(source, LENGTHS[4])
     extends = torch.tensor([1, 0, 2, 3])
-    with pytest.raises(ArgumentError, match=r"cu_seqlens_q changes with it, .* leave=\('cu_seqlens_q',\)"):
-        sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    metadata = backend.draft_extend_metadata[4]
+    before = metadata.cu_seqlens_q.tolist()
     refresher = sglang.Refresher(backend, leave=("cu_seqlens_q",))
     refresher.run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
-    assert_refreshed(forward, source, [mha_tensors(backend.draft_extend_metadata[4])], page_size=16)
+    assert_refreshed(forward, source, [mha_tensors(metadata)], page_size=16)
+    assert metadata.cu_seqlens_q.tolist() == before
+    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    assert_refreshed(forward, source, [mha_tensors(metadata)], page_size=16)
+    assert metadata.cu_seqlens_q.tolist() == [0, 1, 1, 3, 6]
 
 
 # ------------------------------------------------------------------------------------------------ refusals

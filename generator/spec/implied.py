@@ -145,6 +145,16 @@ class Implied:
         return self.verified and self.packed is None
 
     @property
+    def audits(self) -> bool:
+        """Whether it writes nothing, and compares what is there with what a refresh would write."""
+        return not self.copies and bool(self.writes == "audit")
+
+    @property
+    def reports(self) -> bool:
+        """Whether it has a record of the first violation."""
+        return bool(self.checked) or self.audits
+
+    @property
     def needs_lengths(self) -> bool:
         """Whether the kernel reads seq_lens."""
         return not self.copies and (bool(self.vectors or self.schedules or self.computed) or self.live)
@@ -276,7 +286,9 @@ class Implied:
 
         This caps the registers at 64 per thread. Without it ptxas uses, or spills, a few more.
         """
-        return 1024 // int(self.threads) if self.strategy in ("live", "equal", "variable") else 0
+        alone = self.strategy is None and self.computed
+        capped = alone or self.strategy in ("live", "equal", "variable")
+        return 1024 // int(self.threads) if capped else 0
 
     @property
     def wide_tiles(self) -> int:

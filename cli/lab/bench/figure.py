@@ -8,6 +8,7 @@ from typing import Any
 
 from onelaunch.errors import ConfigError
 
+from ..extra import need
 from .cases import short
 from .selection import QUICK_NAMES, QUICK_SHAPES, SERIES_NAMES
 from .summary import name_of, number, usual
@@ -20,13 +21,7 @@ _CUT = 1.25  # the longest bar is drawn at most so many times as long as the sec
 
 def need_matplotlib() -> None:
     """Raises ConfigError where it isn't installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "--plot needs matplotlib, which isn't installed. Install it with: pip install 'onelaunch[bench]'; or "
-            "measure with --json FILE, and draw it elsewhere with --from FILE --plot."
-        ) from None
+    need("matplotlib", "--plot", "; or measure with --json FILE, and draw it elsewhere with --from FILE --plot")
 
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
@@ -43,7 +38,7 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     done = [row for row in data["rows"] if row["status"] == "ok"]
-    bars = [row for row in done if usual(row)]
+    bars = [row for row in done if usual(row) and row["implementation"] in QUICK_NAMES]
     shapes = [shape for shape in QUICK_SHAPES if any(row["shape"] == shape for row in bars)]
     curves = [row for row in done if row["series"] == "length"]
     if not shapes:

@@ -258,7 +258,7 @@ FAULTS = {
             "rows are alike",
             COMPUTED,
             MANY,
-            r"static_cast<int>\(table_row % kNextN\)",
+            r"static_cast<int>\(table_row % rows_each\)",
             "0",
         ),
         Fault(
