@@ -245,6 +245,22 @@ def test_verified_writes_forget_what_they_know_when_the_engine_wrote(name: str, 
     pair.check()
 
 
+def test_verified_writes_are_refused_where_captured_sizes_share_one_of_two_tables() -> None:
+    for steps in (3, 0):
+        with pytest.raises(ArgumentError, match=r"share page_table_1, .* Pass leave=\('page_table_1',\)"):
+            sglang.attach(backend("dsa", steps), writes="verified")
+    for page, leave in ((64, ("page_table_1",)), (1, ())):
+        pair = Pair("dsa", page, mode="decode", steps=3, leave=leave, writes="verified")
+        assert len(pair.attachment._refresh.plans) == 2
+        for size in (5, 2, 5):
+            for plan in pair.attachment._refresh.plans.values():
+                plan.forget()  # the pair poisons the tables
+            pair.replay((77, 300), size, seed=size)
+            different = compare.differences(pair.engine, pair.mine)
+            assert all(".page_table_1:" in text or "['page_table']:" in text for text in different), different
+            assert bool(leave) == bool(different)
+
+
 def test_verified_writes_are_refused_in_a_graph() -> None:
     with pytest.raises(ArgumentError, match="writes is 'verified', and TRTLLMHAAttnBackend records the launch"):
         sglang.attach(backend("trtllm_mha", 0), writes="verified")
@@ -262,6 +278,37 @@ def test_requests_that_are_extended_by_different_numbers_of_tokens(name: str) ->
         pair.blank(made, batch)
     pair.check()
     assert pair.attachment.launches == 1
+
+
+@pytest.mark.skipif(objects.HAS_TRANSLATOR, reason="newer versions have a graph of it")
+@pytest.mark.parametrize("page", [1, 64])
+def test_a_draft_extension_without_a_graph(page: int) -> None:
+    pool = objects.token_pool(page, seed=3)
+    engine, mine = (objects.backend("fa3", pool, page=page, steps=0, draft=True) for _ in range(2))
+    attachment = sglang.attach(mine)
+    assert attachment._extension.capacity == len(pool)
+    for lengths in ((7, 300, 64), (5,), (640, 9)):
+        extended = torch.tensor([4, 1, 3][: len(lengths)], dtype=torch.int32)
+        for made in (engine, mine):
+            batch = Batch(lengths, len(lengths), "draft_extend", 4).make()
+            batch.extend_seq_lens, batch.extend_seq_lens_cpu = extended, extended.tolist()
+            made.init_forward_metadata(batch)
+        wanted, got = engine.forward_metadata, mine.forward_metadata
+        for name in ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q"):
+            assert getattr(wanted, name).equal(getattr(got, name)), name
+        assert (wanted.max_seq_len_k, wanted.max_seq_len_q) == (got.max_seq_len_k, got.max_seq_len_q)
+        assert wanted.page_table.shape == got.page_table.shape
+        for row, length in enumerate(lengths):
+            pages = -(-length // page)
+            assert wanted.page_table[row, :pages].equal(got.page_table[row, :pages])
+    assert attachment.launches == 3
+    attachment._extension.capacity = 1  # the engine's own code extends larger batches
+    batch.seq_lens = batch.seq_lens + 1
+    mine.init_forward_metadata(batch)
+    assert attachment.launches == 3
+    assert mine.forward_metadata.cache_seqlens_int32.tolist() == batch.seq_lens.tolist()
+    attachment.detach()
+    assert {n for n in vars(mine)} == {n for n in vars(engine)}
 
 
 @pytest.mark.parametrize("name", ["fa3", "triton"])
