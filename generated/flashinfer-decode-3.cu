@@ -147,16 +147,23 @@ struct RunningSum {
   return destinations <= 8 ? destinations : 1;
 }
 
+// ---- writing an element ------------------------------------------------------------------------------------------
+// What writes 16 bytes at once stores them itself.
+template <typename T>
+__device__ __forceinline__ void put(T* address, std::common_type_t<T> value) {
+  *address = value;
+}
+
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
 // The destinations decide the type: to a bool goes whether the value isn't 0.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
-    to[b][index] = value;
+    put(to[b] + index, value);
   } else {
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i][index] = value;
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
   }
 }
 
@@ -276,7 +283,7 @@ __device__ __forceinline__ void copy_tile(
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
       if (column >= stop || at >= p.packed_capacity) continue;
-      if (!kVerified || old[i] != words[i]) indices(p)[b][at] = words[i];
+      if (!kVerified || old[i] != words[i]) put(indices(p)[b] + at, words[i]);
     }
   }
 }

@@ -171,16 +171,23 @@ struct RunningSum {
   return destinations <= 8 ? destinations : 1;
 }
 
+// ---- writing an element ------------------------------------------------------------------------------------------
+// What writes 16 bytes at once stores them itself.
+template <typename T>
+__device__ __forceinline__ void put(T* address, std::common_type_t<T> value) {
+  *address = value;
+}
+
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
 // The destinations decide the type: to a bool goes whether the value isn't 0.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
-    to[b][index] = value;
+    put(to[b] + index, value);
   } else {
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i][index] = value;
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
   }
 }
 
@@ -512,7 +519,7 @@ __device__ __forceinline__ void store_pages(
         const int page = first + lane + i * kWarpSize;
         const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
         if (page < stop && page % pages_per_column == 0) {
-          data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
+          put(data + page / pages_per_column, dead ? kPageFill : floor_div(numbers[i], pages_per_column));
         }
       }
     }

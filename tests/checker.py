@@ -251,6 +251,7 @@ class Scene:
 
     def wanted(self, name: str, d: int) -> Tensor:
         """What belongs into one of a field's distinct tensors, dense."""
+        d %= len(self.destinations[name])
         index = next(b for b in range(self.config.num_backends) if self._which(b, name) == d)
         wanted: Tensor = getattr(self.expected[index], name)
         return wanted
@@ -414,8 +415,8 @@ class Scene:
 
     # -------------------------------------------------------------------------------------------- bind, run, compare
 
-    def bind(self) -> onelaunch.Plan | CopyPlan:
-        """Binds the destinations.
+    def bind(self, **more: Any) -> onelaunch.Plan | CopyPlan:
+        """Binds the destinations, with further arguments of bind() that aren't settings of the configuration.
 
         Raises:
             AssertionError: the plan is of another configuration than the case.
@@ -430,9 +431,9 @@ class Scene:
             settings = settings_for(onelaunch.bind, config)
             launch = {name: getattr(config, name) for name in _DEFAULT_LAUNCH}
             if config.replace(**_DEFAULT_LAUNCH) == config:
-                made = onelaunch.bind(buffers, req_to_token=self.req_to_token, **settings, **self._beside())
+                made = onelaunch.bind(buffers, req_to_token=self.req_to_token, **settings, **self._beside(), **more)
             else:  # bind() has no arguments for these
-                made = make_plan(buffers, self.req_to_token, settings | launch | self._beside())
+                made = make_plan(buffers, self.req_to_token, settings | launch | self._beside() | more)
         assert made.config == config, f"bound {made.config.settings()} instead of {config.settings()}"
         return made
 
@@ -450,15 +451,15 @@ class Scene:
             "maps": {name: onelaunch.Map(self.tables[name], outside) for name, (_, outside) in config.maps},
         }
 
-    def run(self, plan: Any) -> None:
-        """One launch."""
+    def run(self, plan: Any, method: str = "run") -> None:
+        """One launch, by a method of the plan."""
         if self.copies:
             rows = None if self.config.mode == "decode" else self.rows
             bs, max_len = len(self.shape.lengths), self.shape.max_len
             plan.run(bs=bs, rows=rows, max_len=max_len, page_size=COPIED_PAGE_SIZE)
             return
         extends = self.extend_seq_lens if self.config.extend == "variable" else None
-        plan.run(
+        getattr(plan, method)(
             self.seq_lens,
             self.req_pool_indices,
             extends,

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from cases import CONFIGURATIONS, FAR, LONG_ROWS, RAGGED, SHAPES, STEPS, STRATEGIES, Shape
+from cases import AUDITS, CONFIGURATIONS, FAR, LONG_ROWS, RAGGED, SHAPES, STEPS, STRATEGIES, Shape
 from emulation import harness
 from emulation.faults import FAULTS
 from emulation.harness import CompileError, Outcome
@@ -117,6 +117,16 @@ def test_strategy_is_clean(name: str, sanitizer: str, builds: Path) -> None:
     """
     config = SMALL_STRATEGIES[name]
     check(config, sanitizer, shapes_for(config, sanitizer), builds, launches=((5, 64),))
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("name", AUDITS)
+def test_an_audit_is_clean_and_exact(name: str, sanitizer: str, builds: Path) -> None:
+    """Nothing is written; what a refresh leaves isn't reported, and an element of each field that is wrong is."""
+    config = AUDITS[name].replace(**SMALL)
+    few = Shape("few", (290, 3, 0, 600), width=610, token_phase=4, table_phase=8, spare_rows=1)
+    wrong = [few.replace(name=f"wrong {field}", wrong=field) for field in config.fields]
+    check(config, sanitizer, (RAGGED, *wrong), builds, launches=((5, 64),))
 
 
 @pytest.mark.long

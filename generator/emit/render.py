@@ -18,7 +18,7 @@ from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
 from ..spec.vectors import element, expression, functions_of, locals_of
-from ..spec.violations import VIOLATIONS
+from ..spec.violations import violations_of
 from .binding import render_plain_binding
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "length_offsets": _wrapped(config.length_offsets),
         "members": layout.members(config),
         "member_types": _MEMBER_TYPES,
-        "violations": {v.constant: v.number for v in VIOLATIONS if config.checked and v.applies(config)},
+        "violations": {v.constant: v.number for v in violations_of(config)},
         "max_sm_parts": MAX_SM_PARTS,
         "user_name": user_name,
         "number": lambda value: cpp(Number(value), "int64" if abs(value) >= 2**31 else "int32"),
@@ -149,10 +149,13 @@ def device_files(config: KernelConfig) -> list[str]:
     vectorized = config.vector_bytes == 16
     ends = "live_ends" if config.live else "full_ends"
     verified = config.hashes_tiles
+    # Tables are written element by element, too: at the ends of rows, and pages everywhere.
+    words = config.packed is not None or pages or (rows and tokens and not verified)
     counts_of = "backend_counts" if config.live and config.lengths_differ else "one_count"
     wanted = {
         "running_sum": counts or packs or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
+        "audit" if config.audits else "put": bool(config.vectors or config.schedules or config.computed or words),
         "store": bool(config.vectors or config.schedules or packs),
         "store_once": any(config.once(name) for name in (*config.vectors, *config.computed)),
         "strided": bool(config.strided or config.computed),

@@ -32,6 +32,7 @@ class Room(NamedTuple):
 
 
 class _Destination(NamedTuple):
+    backend: int
     name: str
     tensor: Tensor
     region: Region
@@ -84,11 +85,11 @@ class Destinations:
                 label = name_of(index, field.name)
                 allowed = torch_dtypes(field.dtypes)
                 device = check_destination(label, tensor, dim=field.dim, dtypes=allowed, device=device).device
-                given[field.name] = _Destination(label, tensor, Region.of(label, tensor))
+                given[field.name] = _Destination(index, label, tensor, Region.of(label, tensor))
             for name, (field, tensors) in declared.items():
                 label, tensor = tensors[index]
                 device = check_declared(label, tensor, field, device).device
-                given[name] = _Destination(label, tensor, Region.of(label, tensor))
+                given[name] = _Destination(index, label, tensor, Region.of(label, tensor))
             given = _without_aliases(given, page_size, mode)
             if index == 0:
                 first = given
@@ -137,7 +138,7 @@ class Destinations:
             field = self._fields[name]
             if field.pad is not None:
                 rows = next_n if field.per == "row" and field.own_rows is None else 1
-                rooms += [Room(_held(field, tensor) // rows, label) for label, tensor, _ in different]
+                rooms += [Room(_held(field, d.tensor) // rows, d.name) for d in different]
         return min(rooms)
 
     def regions_of(self, names: Sequence[str]) -> list[Region]:
@@ -147,6 +148,10 @@ class Destinations:
     def named(self) -> list[tuple[str, Tensor]]:
         """All different tensors with their names in messages."""
         return [(d.name, d.tensor) for different in self._different.values() for d in different]
+
+    def different(self, name: str) -> list[tuple[str, int, Tensor]]:
+        """The different tensors of a field, each with its name in messages and the first backend that has it."""
+        return [(d.name, d.backend, d.tensor) for d in self._different[name]]
 
     def width(self, name: str) -> int | None:
         """The columns of a table, the same in all backends; None if they don't have the field.
@@ -166,7 +171,7 @@ class Destinations:
         if not different:
             return None
         first = different[0]
-        for label, tensor, _ in different:
+        for _, label, tensor, _ in different:
             if tensor.shape[dim] != first.tensor.shape[dim]:
                 raise ArgumentError(
                     f"{label} has {tensor.shape[dim]} {what} and {first.name} has {first.tensor.shape[dim]}; all "

@@ -16,7 +16,8 @@ from ..spec.config import KernelConfig
 from ..spec.cpp import user_name
 from ..spec.fields import Declaration, Field, MetadataBuffers
 from ..spec.parts import MAX_NEXT_N
-from ..spec.violations import VIOLATIONS
+from ..spec.violations import DIFFERS, VIOLATIONS
+from .audit import Places, record
 from .bound import BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .declared import Declarations, Map, Written
@@ -43,7 +44,7 @@ class Plan:
         exact: how many requests each call has, whose inputs may be longer: only their first ``exact`` elements count.
             0, the default, for as many as the inputs have, up to ``capacity``.
         regions: the memory that the kernel writes.
-        launches: kernel launches so far.
+        launches: kernel launches so far, without those of audits.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Plan:
         max_len: int | None,
         keep: bool,
         declared: Declarations | None = None,
+        audit_every: int | None = None,
     ) -> None:
         self.config = config
         self.device = destinations.device
@@ -78,11 +80,14 @@ class Plan:
         self._pads, self._has_padding = config.pads, config.padding_len is not None
         self._variable = config.extend == "variable"
         self._has_rows = config.mode != "draft_extend" or bool(config.row_fields or config.names_rows)
-        self._violation = None
-        if config.checked:
-            # Kind, request, value and limit of the first violation. Not an inference tensor: check() writes to it.
-            with torch.inference_mode(False):
-                self._violation = torch.zeros(4, dtype=torch.int64, device=self.device)
+        # Of a checked plan kind, request, value and limit of the first violation; of an audit see audit.py.
+        self._violation = record(self.device, pinned=config.audits) if config.reports else None
+        self._places = Places(destinations) if config.audits else None
+        self._audit_every, self._auditor = audit_every, None
+        if audit_every is not None:
+            self._auditor = Plan(
+                destinations, config.replace(writes="audit"), req_to_token, columns, max_len, keep, declared
+            )
         # Held as it is: it lasts as long as one of the plans that share it.
         self._hashes = hashes_of(destinations, config) if config.hashes_tiles else None
         hashes = None if self._hashes is None else self._hashes.words
@@ -158,6 +163,52 @@ class Plan:
         except RuntimeError as error:
             raise self._bound.launch_error(error) from error
         self.launches += 1
+        if self._audit_every and self.launches % self._audit_every == 0:
+            self._canary(
+                seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
+            )
+
+    def _canary(self, *tensors: Tensor | None, **named: Any) -> None:
+        """Raises what the last audit found, or launches the next one. Waits only to raise."""
+        assert self._auditor is not None
+        assert self._auditor._violation is not None
+        if self.device.type == "cuda":  # pragma: gpu
+            with torch.cuda.device(self.device):
+                if torch.cuda.is_current_stream_capturing():
+                    return
+        if int(self._auditor._violation[0]):
+            self.check()
+        self.audit(*tensors, **named)  # type: ignore[arg-type]
+
+    def audit(
+        self,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None = None,
+        *,
+        max_len: int | None = None,
+        captured_size: int | None = None,
+        **inputs: Tensor,
+    ) -> None:
+        """Compares every element that run() would write with what is there: one launch and nothing else. Capturable.
+
+        It writes nothing. What it finds check() raises: the first difference that was reported since the last check();
+        where several elements differ, which of them that is isn't defined. Columns behind the live ones and rows behind
+        the batch aren't compared: a refresh leaves them alone.
+
+        Args:
+            seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, inputs: see run(), of which they must
+                be those of the last one: launch it before they change.
+
+        Raises:
+            ArgumentError: a tensor doesn't fit, or the plan wasn't bound with ``audit_every``.
+            LaunchError: CUDA refused the launch.
+        """
+        if self._auditor is None:
+            raise ArgumentError("the plan was bound without an audit. Bind it with audit_every=0.")
+        self._auditor.run(
+            seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
+        )
 
     def admit(
         self,
@@ -214,11 +265,12 @@ class Plan:
         if len(values) != len(self._inputs):
             raise ArgumentError(
                 f"run() got {len(values)} declared inputs and needs {len(self._inputs)}: "
-                f"{', '.join(self._input_names)}."
+                f"{', '.join(self._input_names)}. Pass each by its name."
             )
         inputs += [(name, value, dtype, True) for (name, dtype), value in zip(self._inputs, values, strict=True)]
         for name, tensor, dtype, read in inputs:
-            check_tensor(name, tensor, dim=1, dtypes=(dtype,) if read else INT_DTYPES, device=self.device)
+            dtypes = (dtype,) if read else INT_DTYPES
+            check_tensor(name, tensor, dim=1, dtypes=dtypes, device=self.device, remedy=_rebind(name, tensor, dtype))
             region = Region.of(name, tensor)
             start, end = region.start, region.end
             for first, last, destination in self._spans:
@@ -274,22 +326,36 @@ class Plan:
         return check_int("captured_size", captured_size, batch_size, most, why)
 
     def check(self) -> None:
-        """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
+        """Raises what a checked plan's kernel or an audit recorded, and clears it. Waits for the device.
 
         After a violation the kernel goes on, but reads and writes nothing out of bounds. Only the first violation since
-        the last call of check() is reported.
+        the last call of check() is reported, and of audits the first difference.
 
         Raises:
-            ArgumentError: an input violated a check, or the plan wasn't bound with ``checked=True``.
+            ArgumentError: an input violated a check, or the plan was bound with neither ``checked`` nor
+                ``audit_every``.
+            AuditError: an audit found an element that isn't what a refresh writes.
         """
-        if self._violation is None:
-            raise ArgumentError("the plan was bound without device checks. Bind it with checked=True.")
+        if self._violation is None and self._auditor is None:
+            raise ArgumentError(
+                "the plan was bound without device checks and without an audit. Bind it with checked=True or "
+                "audit_every=0."
+            )
         if self.device.type == "cuda":  # pragma: gpu
             torch.cuda.synchronize(self.device)  # the launch may be on any stream
-        kind, request, value, limit = self._violation.tolist()
-        if kind:
-            self._violation.zero_()
-            raise ArgumentError(VIOLATIONS[kind - 1].sentence.format(request=request, value=value, limit=limit))
+        for plan in (self, self._auditor):
+            if plan is not None and plan._violation is not None:
+                plan._raise_recorded(plan._violation)
+
+    def _raise_recorded(self, recorded: Tensor) -> None:
+        kind, request, value, limit = recorded.tolist()
+        if not kind:
+            return
+        recorded.zero_()
+        if kind == DIFFERS.number:
+            assert self._places is not None
+            raise self._places.error(request, value, limit)
+        raise ArgumentError(VIOLATIONS[kind - 1].sentence.format(request=request, value=value, limit=limit))
 
     def forget(self) -> None:
         """Makes the next run write everything: somebody else wrote to the tables, or their memory was lost.
@@ -349,6 +415,7 @@ def bind(
     schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
     writes: str = "all",
+    audit_every: int | None = None,
     declare: Mapping[str, Declaration | Written] | None = None,
     inputs: Mapping[str, torch.dtype] | None = None,
     constants: Mapping[str, int] | None = None,
@@ -403,7 +470,15 @@ def bind(
             differ from what this plan, or another one of the same tables, wrote last; kv_indices element by element.
             It holds as long as nobody else writes the tables (then call Plan.forget()) and all of these plans run on
             one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
-            probability of about 2^-63.
+            probability of about 2^-63. "audit" is for tables that somebody else writes: run() writes nothing, and
+            compares as Plan.audit() does.
+        audit_every: None for no audits; 0 builds the audit's kernel beside the other one, for Plan.audit(); k also
+            audits after the refresh of every k-th run(), for use in production. Such a run() first raises what the
+            audits so far found (AuditError), and needn't wait for the device to know. Right after a refresh, what
+            differs was not healed by it: a tile that verified writes took for unchanged, a write of another stream or
+            plan, a fault of the kernel. To find who overwrites a table between refresh and use, call Plan.audit()
+            behind the use: a later refresh would overwrite the trace, and with the inputs of the next step nobody could
+            say what had to be there. A run() that is captured doesn't audit; Plan.audit() can be captured itself.
         declare: fields of your own by name, ``into(vector("base_len + row", dtype="int64"), positions)``; a declaration
             without tensors is for other formulas to name. See ``spec/fields.py`` for what a formula may name.
         inputs: by name the dtype of further inputs that formulas name: run() gets an int [bs] of each.
@@ -459,7 +534,9 @@ def make_plan(
         if region.overlaps(source):
             raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
     declared.check_read(destinations.device, destinations.regions)
-    max_len = facts.pop("max_len")
+    max_len, audit_every = facts.pop("max_len"), facts.pop("audit_every")
+    if audit_every is not None:
+        check_int("audit_every", audit_every, 0, None, ", or None for no audit")
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
         facts[name] = dtype_name(facts[name])
     all_rows = facts["next_n"] > 1 or facts["extend"] == "variable"
@@ -483,7 +560,7 @@ def make_plan(
     columns = destinations.token_columns(config, req_to_token.shape[1])
     if max_len is not None:
         check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
-    return Plan(destinations, config, req_to_token, columns, max_len, keep, declared)
+    return Plan(destinations, config, req_to_token, columns, max_len, keep, declared, audit_every)
 
 
 def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:
@@ -493,14 +570,25 @@ def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:
     check_int("index_kpool", facts["index_kpool"], 1, 2**31 - 1)
     if mode == "decode" or extend == "variable":
         why = " in decode" if mode == "decode" else " with variable extend lengths"
-        check_int("next_n", facts["next_n"], 1, 1, why)
+        several = "mode='target_verify' or 'draft_extend'" if mode == "decode" else "extend='uniform'"
+        check_int("next_n", facts["next_n"], 1, 1, f"{why}. For several rows per request bind with {several}")
     else:
         check_int("next_n", facts["next_n"], 1, MAX_NEXT_N)
     if extend != "uniform" and mode != "draft_extend":
         raise ArgumentError(f"extend is {extend!r} in {mode}; allowed: 'uniform'. Only draft_extend allows 'variable'.")
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
         if facts[name] not in INT_DTYPES:
-            raise ArgumentError(f"{name} is {facts[name]}; allowed: torch.int32, torch.int64.")
+            raise ArgumentError(f"{name} is {facts[name]!r}; allowed: torch.int32, torch.int64.")
+
+
+def _rebind(name: str, tensor: Any, dtype: torch.dtype) -> str:
+    """What to do about an input of another dtype than was bound: the argument of bind() to set, or a conversion."""
+    convert = f"{name}.to({dtype})"
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INT_DTYPES:
+        return f"Pass {convert}."
+    own = name in ("seq_lens", "req_pool_indices", "extend_seq_lens")
+    setting = f"{name}_dtype={tensor.dtype}" if own else f"inputs={{{name!r}: {tensor.dtype}}}"
+    return f"Bind with {setting}, or pass {convert}."
 
 
 def _page_size(page_size: int | None, kv_indices: bool, names: ArgumentNames) -> int:

@@ -150,6 +150,16 @@ class Implied:
         return self.verified and self.packed is None
 
     @property
+    def audits(self) -> bool:
+        """Whether it writes nothing, and compares what is there with what a refresh would write."""
+        return not self.copies and bool(self.writes == "audit")
+
+    @property
+    def reports(self) -> bool:
+        """Whether it has a record of the first violation."""
+        return bool(self.checked) or self.audits
+
+    @property
     def needs_lengths(self) -> bool:
         """Whether the kernel reads seq_lens."""
         return not self.copies and (bool(self.vectors or self.schedules or self.computed) or self.live)
