@@ -291,7 +291,9 @@ class Implied:
 
         This caps the registers at 64 per thread. Without it ptxas uses, or spills, a few more.
         """
-        return 1024 // int(self.threads) if self.strategy in ("live", "equal", "variable") else 0
+        alone = self.strategy is None and self.computed
+        capped = alone or self.strategy in ("live", "equal", "variable")
+        return 1024 // int(self.threads) if capped else 0
 
     @property
     def wide_tiles(self) -> int:
