@@ -288,6 +288,14 @@ STRATEGIES |= {
         **VARIABLE,
     ),
 }
+# Padding requests behind the batch's own.
+STRATEGIES |= {
+    "padded": KernelConfig(
+        num_backends=3, seqlen_offsets=(1, 2, 3), padding_len=1, fields=(*SEVEN, *DECLARED_NAMES), **DECLARED
+    ),
+    "padded rows": STRATEGIES["declared rows"].replace(padding_len=70, num_backends=2),
+    "padded indices": KernelConfig(num_backends=2, seqlen_offsets=(2, 1), padding_len=1, fields=(*CSR, MQA)),
+}
 # Audits: of each strategy and each field kind.
 AUDITS = {
     name: STRATEGIES[name].replace(writes="audit")

@@ -850,9 +850,12 @@ def test_a_plan_for_an_exact_number_of_requests(device: torch.device) -> None:
     plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=pool)
     plan.exact = 2
     lengths, rows = torch.tensor([3, 4, 5], device=device), torch.arange(3, device=device)
-    for count in (1, 3):
-        with pytest.raises(ArgumentError, match=f"seq_lens has {count} requests; the plan is for 2. Pass 2."):
-            plan.run(lengths[:count], rows[:count])
+    with pytest.raises(ArgumentError, match=r"seq_lens has 1 elements; the plan is for 2 requests\. Pass as"):
+        plan.run(lengths[:1], rows)
+    with pytest.raises(ArgumentError, match="req_pool_indices has 1 elements; the plan is for 2 requests"):
+        plan.run(lengths, rows[:1])
     assert out.tolist() == [-7] * 3
-    plan.run(lengths[:2], rows[:2])
-    assert out.tolist() == [3, 4, -7]
+    for count in (2, 3):  # of longer inputs the first ones count
+        out.fill_(-7)
+        plan.run(lengths[:count], rows)
+        assert out.tolist() == [3, 4, -7]

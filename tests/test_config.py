@@ -59,6 +59,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "extend_seq_lens_dtype": {"mode": "draft_extend", "extend": "variable", "extend_seq_lens_dtype": "int32"},
     "one offset": {"seqlen_offsets": (4,)},
     "page_fill": {"fields": ("cache_seqlens", "real_page_table"), "page_fill": -1},
+    "padding_len": {"padding_len": 1},
     "declare": {"declare": {"mine": vector("seq_len + 1", "request")}, "fields": ("mine",)},
     "inputs": {"declare": {"mine": vector("given", "request")}, "fields": ("mine",), "inputs": {"given": "int64"}},
     "constants": {"declare": {"mine": vector("seq_len * most")}, "fields": ("mine",), "constants": {"most": 7}},

@@ -106,6 +106,33 @@ def test_sums_over_rows_and_a_last_element_as_padding() -> None:
     assert lasts.tolist() == [0, 1, 1, 3, 3]
 
 
+def test_padding_requests_are_like_others_but_for_fields_with_a_pad() -> None:
+    """A graph's batch: SGLang's lengths of padding are 1, their rows 0, and their positions 0."""
+    lengths, starts, positions, rows = blank(6), blank(7), blank(6, dtype=torch.int64), blank(6)
+    pages, last = blank(6, 10), blank(7)
+    plan = onelaunch.bind(
+        [MetadataBuffers(cache_seqlens=lengths, cu_seqlens_k=starts, page_indices=pages)],
+        req_to_token=POOL,
+        seqlen_offsets=[1],
+        padding_len=1,
+        declare={
+            "positions": into(vector("base_len", "request", dtype="int64", pad=0), positions),
+            "rows_of": into(vector("pool_rows", "request"), rows),
+            "counted": into(running_sum("base_len", pad="last"), last),
+        },
+        inputs={"pool_rows": torch.int64},
+    )
+    plan.run(LENGTHS, ROWS, captured_size=5, pool_rows=ROWS)
+    assert lengths.tolist() == [3, 1, 9, 2, 2, -7]
+    assert starts.tolist() == [0, 3, 4, 13, 15, 17, -7]
+    assert positions.tolist() == [2, 0, 8, 0, 0, -7]
+    assert rows.tolist() == [3, 1, 2, 0, 0, -7]
+    assert last.tolist() == [0, 2, 2, 10, 10, 10, -7]
+    assert pages[:, :3].tolist() == [[30, 31, 32], [10, -7, -7], [20, 21, 22], [0, 1, -7], [0, 1, -7], [-7] * 3]
+    plan.run(LENGTHS[:1], ROWS[:1], pool_rows=ROWS[:1])
+    assert lengths.tolist() == [3, 1, 9, 2, 2, -7], "without a captured size there is no padding"
+
+
 def test_how_many_rows_a_request_has() -> None:
     starts, extends = blank(4), blank(3)
     bound(
@@ -261,6 +288,12 @@ def test_the_banner_says_what_was_declared() -> None:
             {"mode": "draft_extend", "extend": "variable"},
             "mine, which has a pad and one",
         ),
+        (
+            {"mine": vector("row")},
+            {"mode": "draft_extend", "extend": "variable", "padding_len": 1},
+            "padding_len is 1 and extend is 'variable'",
+        ),
+        ({"mine": vector("1")}, {"padding_len": -32769}, "padding_len is -32769; allowed: -32768 to"),
         ({"mine": vector("1")}, {"operation": "copy"}, "mine, which is declared, and operation is 'copy'"),
     ],
 )
@@ -343,6 +376,47 @@ def test_runs_that_are_refused() -> None:
     other = bound({"mine": into(vector("base_len", "request"), out)})
     with pytest.raises(ArgumentError, match="captured_size is 4; no field of the plan has a pad"):
         other.run(LENGTHS, ROWS, captured_size=4)
+
+
+def test_padding_ends_where_the_padded_fields_end() -> None:
+    """vLLM's slot mappings are padded up to their capacity, beyond what other fields have room for."""
+    lengths, slots, rows = blank(3), blank(2, 9, dtype=torch.int64), blank(20)
+    plan = bound(
+        {
+            "lengths": into(vector("base_len", "request"), lengths),
+            "slots": into(vector("token(base_len)", "request", dtype="int64", pad=-1), slots[1]),
+            "twice": into(vector("base_len + row", rows=2, pad=-2), rows),
+        }
+    )
+    with pytest.raises(
+        ArgumentError, match=r"captured_size is 10; allowed: 3 to 9, .* declare\['slots'\] has room for"
+    ):
+        plan.run(LENGTHS, ROWS, captured_size=10)
+    plan.run(LENGTHS, ROWS, captured_size=9)
+    assert lengths.tolist() == [2, 0, 8]
+    assert slots.tolist() == [[-7] * 9, [32, 10, 28, *[-1] * 6]]
+    assert rows.tolist() == [2, 3, 0, 1, 8, 9, *[-2] * 12, -7, -7]
+    with pytest.raises(ArgumentError, match=r"seq_lens has 4 requests; .* has room for 3"):
+        plan.run(torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+
+
+def test_padding_of_rows_ends_where_they_end() -> None:
+    rows, starts = blank(11), blank(20)
+    plan = bound(
+        {
+            "verified": into(vector("base_len + row", pad=0), rows),
+            "starts": into(running_sum("rows", pad="last"), starts),
+        },
+        mode="target_verify",
+        next_n=2,
+    )
+    with pytest.raises(
+        ArgumentError, match=r"captured_size is 6; allowed: 3 to 5, .* declare\['verified'\] has room for"
+    ):
+        plan.run(LENGTHS, ROWS, captured_size=6)
+    plan.run(LENGTHS, ROWS, captured_size=5)
+    assert rows.tolist() == [2, 3, 0, 1, 8, 9, 0, 0, 0, 0, -7]
+    assert starts.tolist() == [0, 2, 4, 6, 6, 6, *[-7] * 14]
 
 
 def test_groups_take_standard_fields_only() -> None:

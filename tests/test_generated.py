@@ -32,8 +32,7 @@ def test_every_shipped_kernel_has_run_on_a_gpu(name: str) -> None:
 
 
 def test_the_readme_shows_the_evidence() -> None:
-    evidence = json.loads(EVIDENCE.read_text(encoding="utf-8"))
-    bench = json.loads(BENCH.read_text(encoding="utf-8")) if BENCH.exists() else None
+    evidence, bench = (json.loads(path.read_text(encoding="utf-8")) for path in (EVIDENCE, BENCH))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == table.with_table(readme, evidence, bench), "Run: python tests/gpu/table.py"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +59,13 @@ def _first(buffers: MetadataBuffers, capacity: int) -> MetadataBuffers:
     count = min(capacity, buffers.kv_indices.numel())
     indices[:count] = buffers.kv_indices[:count]
     return MetadataBuffers(kv_indptr=buffers.kv_indptr, kv_indices=indices)
+
+
+def test_the_driver_names_the_architecture_that_torch_names() -> None:
+    """In a process of its own, which hasn't imported torch."""
+    code = "import sys; from onelaunch.build.toolchain import *; print(current_architectures(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{toolchain.architectures(torch.cuda.current_device())} False\n"
 
 
 def test_a_capture_refuses_a_kernel_that_isnt_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -510,18 +510,22 @@ def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows[:3], mode="draft_extend")
 
 
-def test_extend_lengths_are_nothing_to_tables_with_a_row_a_request() -> None:
+def test_extend_lengths_matter_to_cu_seqlens_q_alone_where_tables_have_a_row_a_request() -> None:
     source = pool()
     backend = stand_ins.MHABackend(source)
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4, "draft_extend")
     forward = stand_ins.batch(source, LENGTHS[4])
     extends = torch.tensor([1, 0, 2, 3])
-    with pytest.raises(ArgumentError, match=r"cu_seqlens_q changes with it, .* leave=\('cu_seqlens_q',\)"):
-        sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    metadata = backend.draft_extend_metadata[4]
+    before = metadata.cu_seqlens_q.tolist()
     refresher = sglang.Refresher(backend, leave=("cu_seqlens_q",))
     refresher.run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
-    assert_refreshed(forward, source, [mha_tensors(backend.draft_extend_metadata[4])], page_size=16)
+    assert_refreshed(forward, source, [mha_tensors(metadata)], page_size=16)
+    assert metadata.cu_seqlens_q.tolist() == before
+    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    assert_refreshed(forward, source, [mha_tensors(metadata)], page_size=16)
+    assert metadata.cu_seqlens_q.tolist() == [0, 1, 1, 3, 6]
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -673,8 +677,8 @@ def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> N
     assert done.stdout.strip() == "[] []"
 
 
-def test_the_readmes_table_is_made_from_the_results_of_make_engines() -> None:
-    """Each row is a class that a test held against its engine: see tests/engines/results.py, which writes both."""
+def test_the_tables_of_engines_are_made_from_the_results_of_make_engines() -> None:
+    """Each class is one that a test held against its engine: see tests/engines/results.py, which writes all of them."""
     sys.path.insert(0, str(ROOT / "tests" / "engines"))
     try:
         import results
@@ -682,7 +686,7 @@ def test_the_readmes_table_is_made_from_the_results_of_make_engines() -> None:
         sys.path.pop(0)
     made = results.committed()
     assert {result["engine"] for result in made} == {"SGLang", "FlashInfer", "vLLM"}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results.with_table(readme, made) == readme, "run make engines WRITE=1"
+    for path, text in results.written(made).items():
+        assert path.read_text(encoding="utf-8") == text, "run make engines WRITE=1"
     served = {name for result in made if result["engine"] == "SGLang" for name in result["classes"]}
     assert served == set(PLACES), "a class that is served and that no test holds against the engine"

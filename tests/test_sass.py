@@ -45,6 +45,7 @@ REGISTERS = {
     "nsa-decode-3-schedule": 64,
     "nsa-target-verify-3-schedule": 64,
     "flashmla-dense-decode-3": 40,
+    "vllm-draft-step": 44,
     "flashinfer-decode-3": 64,
 }
 

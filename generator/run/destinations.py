@@ -106,8 +106,7 @@ class Destinations:
                     _check_schedule(name, label, tensor)
                 if field.sized_by_batch:
                     per: Per = "request" if field.own_rows is not None else field.per
-                    held = tensor.shape[0] if tensor.dim() == 2 else tensor.shape[0] // (field.own_rows or 1)
-                    room[per].append(Room(held - field.extra, label))
+                    room[per].append(Room(_held(field, tensor), label))
                 if (dtype := first[name].tensor.dtype) != tensor.dtype:
                     raise ArgumentError(
                         f"{label} has dtype {dtype_name(tensor.dtype)} and {first[name].name} has {dtype_name(dtype)}; "
@@ -126,6 +125,20 @@ class Destinations:
         self.tensors = {name: [d.tensor for d in different] for name, different in self._different.items()}
         self.regions = [d.region for different in self._different.values() for d in different]
         check_disjoint(self.regions)
+
+    def padded(self, next_n: int) -> Room:
+        """The number of requests that fit the fields with a pad.
+
+        Args:
+            next_n: the rows of a request; 1 in decode.
+        """
+        rooms = [Room(MAX_BATCH, "")]
+        for name, different in self._different.items():
+            field = self._fields[name]
+            if field.pad is not None:
+                rows = next_n if field.per == "row" and field.own_rows is None else 1
+                rooms += [Room(_held(field, tensor) // rows, label) for _, label, tensor, _ in different]
+        return min(rooms)
 
     def regions_of(self, names: Sequence[str]) -> list[Region]:
         """The memory of the different tensors of some fields."""
@@ -292,6 +305,12 @@ def strided_words(tensor: Tensor, rows: int) -> list[int]:
     """The parameter words of a strided vector: its address, elements from request to request and from row to row."""
     request, row = tensor.stride() if tensor.dim() == 2 else (rows * tensor.stride(0), tensor.stride(0))
     return [tensor.data_ptr(), request, row]
+
+
+def _held(field: Field, tensor: Tensor) -> int:
+    """The requests that a tensor has room for, or the rows if it has an element for each."""
+    held: int = tensor.shape[0] if tensor.dim() == 2 else tensor.shape[0] // (field.own_rows or 1)
+    return held - field.extra
 
 
 def _without_aliases(given: dict[str, _Destination], page_size: int, mode: str) -> dict[str, _Destination]:

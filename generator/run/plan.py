@@ -41,7 +41,8 @@ class Plan:
         capacity: the largest batch that fits the destinations.
         row_capacity: the largest number of rows that fits. The caller keeps the sum of variable extend lengths within
             it.
-        exact: how many requests each call must have; 0, the default, for any number up to ``capacity``.
+        exact: how many requests each call has, whose inputs may be longer: only their first ``exact`` elements count.
+            0, the default, for as many as the inputs have, up to ``capacity``.
         regions: the memory that the kernel writes.
         launches: kernel launches so far, without those of audits.
     """
@@ -66,6 +67,7 @@ class Plan:
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
             self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
+        self._padded, self._narrowest_padded = destinations.padded(config.next_n)
         # The columns that fit, and those that a call without max_len writes.
         self._columns, self._max_len = columns, columns if max_len is None else max_len
         self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
@@ -75,7 +77,7 @@ class Plan:
         self._reads_rows, self._gathers = config.reads_rows, bool(config.tables)
         self._inputs = [(name, getattr(torch, dtype)) for name, dtype in config.inputs]
         self._input_names = tuple(name for name, _ in self._inputs)
-        self._pads = config.pads
+        self._pads, self._has_padding = config.pads, config.padding_len is not None
         self._variable = config.extend == "variable"
         self._has_rows = config.mode != "draft_extend" or bool(config.row_fields or config.names_rows)
         # Of a checked plan kind, request, value and limit of the first violation; of an audit see audit.py.
@@ -136,8 +138,8 @@ class Plan:
             extend_seq_lens: int [bs], likewise: the rows of each request, for a plan with variable extend lengths;
                 None for all other plans. The caller guarantees that their sum is at most ``row_capacity``.
             max_len: bound on the columns of this call; None is the bound that was given to bind().
-            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written; None is
-                bs, so that nothing is padded. Only for a plan with such fields.
+            captured_size: requests, padding included, up to which fields are padded: with padding_len all of them,
+                otherwise declared fields with a ``pad``, as many as fit those. None is bs, so that nothing is padded.
             inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
@@ -204,6 +206,7 @@ class Plan:
         """
         if self._auditor is None:
             raise ArgumentError("the plan was bound without an audit. Bind it with audit_every=0.")
+        self._auditor.exact = self.exact
         self._auditor.run(
             seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
         )
@@ -276,9 +279,14 @@ class Plan:
                         f"{name} overlaps {destination.name} in memory; the kernel would read memory that it writes. "
                         "Pass a copy (.to(torch.int32) returns the same tensor if it is int32 already)."
                     )
-        batch_size = seq_lens.numel()
-        for name, tensor, _, _ in inputs[1:]:
-            if tensor.numel() != batch_size:
+        batch_size = self.exact or seq_lens.numel()
+        for name, tensor, _, _ in inputs:
+            if self.exact and tensor.numel() < self.exact:
+                raise ArgumentError(
+                    f"{name} has {tensor.numel()} elements; the plan is for {self.exact} requests. Pass as many or "
+                    "more, of which the first ones count."
+                )
+            if not self.exact and tensor.numel() != batch_size:
                 raise ArgumentError(
                     f"{name} has {tensor.numel()} elements and seq_lens has {batch_size}; "
                     "they must have the same number."
@@ -289,24 +297,33 @@ class Plan:
                 f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
                 "Bind larger buffers."
             )
-        if self.exact not in (0, batch_size):
-            raise ArgumentError(f"seq_lens has {batch_size} requests; the plan is for {self.exact}. Pass {self.exact}.")
         columns = self._max_len
         if max_len is not None:
             columns = check_int("max_len", max_len, 0, self._columns, ", the width of the narrowest table")
         self._storages.check()
         # In the order of layout.call_words.
         words = [word for _, tensor, _, read in inputs if read for word in (tensor.data_ptr(), tensor.stride(0))]
-        words.append(batch_size)
-        if self._pads:
-            words.append(batch_size if captured_size is None else self._captured(captured_size, batch_size))
-        elif captured_size is not None:
-            raise ArgumentError(f"captured_size is {captured_size!r}; no field of the plan has a pad: leave it None.")
+        size = batch_size if captured_size is None else self._captured(captured_size, batch_size)
+        if self._has_padding:
+            words += [size, batch_size]
+        elif self._pads:
+            words += [batch_size, size]
+        else:
+            words.append(batch_size)
         return [*words, columns] if self._gathers else words
 
     def _captured(self, captured_size: int, batch_size: int) -> int:
-        why = f", from the batch to what {self._narrowest or 'the destinations'} has room for"
-        return check_int("captured_size", captured_size, batch_size, self.capacity, why)
+        if not self._pads and not self._has_padding:
+            raise ArgumentError(
+                f"captured_size is {captured_size!r}; no field of the plan has a pad, and it wasn't bound with "
+                "padding_len: leave it None."
+            )
+        # With padding_len every field is written up to it, else those that have a pad.
+        most, narrowest = self._padded, self._narrowest_padded
+        if self._has_padding:
+            most, narrowest = self.capacity, self._narrowest or "the destinations"
+        why = f", from the batch to what {narrowest} has room for"
+        return check_int("captured_size", captured_size, batch_size, most, why)
 
     def check(self) -> None:
         """Raises what a checked plan's kernel or an audit recorded, and clears it. Waits for the device.
@@ -390,6 +407,7 @@ def bind(
     extend_seq_lens_dtype: torch.dtype = torch.int64,
     index_kpool: int = 1,
     page_fill: int | None = None,
+    padding_len: int | None = None,
     checked: bool = False,
     schedule_remainder: str = "last",
     schedule_per: str = "request",
@@ -435,6 +453,10 @@ def bind(
         extend: in draft_extend, "uniform" for next_n rows a request, or "variable": run() takes extend_seq_lens.
         index_kpool: k, tokens a pool: only complete pools are clamped at index_topk; for the pooled_* fields.
         page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
+        padding_len: the length of padding requests, such as SGLang's seq_len_fill_value: all fields are written up to
+            run()'s captured_size, as if the batch had as many requests, which have this length (before an offset is
+            added), row 0 of req_to_token, and inputs of 0. A declared field with a ``pad`` holds that instead. None:
+            only fields with a pad are written there.
         checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
         schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
             "first" for the one before, and for sm_100.

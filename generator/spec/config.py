@@ -189,6 +189,11 @@ class KernelConfig(Implied):
                 f"fields has {rows[0]}, a declared table with a row per row, and extend is 'variable'; set "
                 "extend='uniform', or declare it with per='request'."
             )
+        if self.variable_rows and self.padding_len is not None:
+            raise ConfigError(
+                f"padding_len is {self.padding_len} and extend is 'variable'; how many rows a padding request has "
+                "isn't known. Set extend='uniform', or padding_len=None."
+            )
         tables = [name for name in self.tables if self.field(name).kind == "table"]
         if self.packed is not None and tables:
             raise ConfigError(

@@ -95,7 +95,9 @@ def members(config: KernelConfig) -> list[Member]:
         add(user_name(name), f"from_{dtype}", "[batch_size], declared", per_call=True)
         add(f"{user_name(name)}_stride", "int64", "elements", per_call=True)
     add("batch_size", "int64", "requests", per_call=True)
-    if config.pads:
+    if config.padding_len is not None:
+        add("requests", "int64", "those behind, up to batch_size, are padding", per_call=True)
+    elif config.pads:
         add("captured_size", "int64", "requests, padding included", per_call=True)
     if copies and config.row_fields:
         add("rows", "int64", "rows of all requests", per_call=True)

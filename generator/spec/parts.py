@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from .declarations import Declarations
 from .expressions import Dtype
 from .fields import Declaration
-from .values import AnyNames, Mapped, Offsets, OneOf, Pairs, Value, Whole
+from .values import AnyNames, Mapped, MaybeWhole, Offsets, OneOf, Pairs, Value, Whole
 
 if TYPE_CHECKING:
     from .config import KernelConfig
@@ -126,10 +126,15 @@ class Lengths(Part):
         seq_lens_dtype: "int32" or "int64".
         seqlen_offsets: the number that each backend adds to every length, one per backend, 0 to 32768. Equal offsets
             become a single one, and () if that is 0.
+        padding_len: the length of the padding requests that a call may have behind its own, up to the captured size;
+            their row of req_to_token is 0, and so are declared inputs. None if there are none.
     """
 
     seq_lens_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.needs_lengths)
     seqlen_offsets: tuple[int, ...] | None = setting((), Offsets(MAX_SEQLEN_OFFSET), used=lambda c: c.needs_lengths)
+    padding_len: int | None = setting(
+        None, MaybeWhole(-MAX_SEQLEN_OFFSET, 2**31 - 1), used=lambda c: not c.copies and c.padding_len is not None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

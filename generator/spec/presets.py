@@ -6,8 +6,18 @@ import difflib
 
 from ..errors import ConfigError
 from .config import KernelConfig
+from .fields import vector
+from .seams import vllm_request_of_token, vllm_slot_mapping
 
 _WITH_EXPANDED = (*KernelConfig().fields, "seqlens_expanded")
+
+_VLLM_STEP = {
+    **vllm_slot_mapping(0),
+    **vllm_slot_mapping(1),
+    "decode_lens": vector("1", "request"),
+    "per_req_decode_lens": vector("1", "request"),
+    "request_of_token_0": vllm_request_of_token(0),
+}
 
 PRESETS: dict[str, KernelConfig] = {
     "nsa-decode-1": KernelConfig(),
@@ -66,6 +76,21 @@ PRESETS: dict[str, KernelConfig] = {
         fields=("cache_seqlens", "real_page_table", "flashmla_metadata", "num_splits"),
         page_fill=-1,
     ),
+    "vllm-draft-step": KernelConfig(
+        fields=(
+            *("cache_seqlens", "page_indices", "paged_mqa_schedule_metadata"),
+            *("slots_0", "slots_1", "decode_lens", "per_req_decode_lens", "request_of_token_0"),
+        ),
+        declare=_VLLM_STEP,
+        extent="full",
+        page_size=1,
+        seq_lens_dtype="int32",
+        req_pool_indices_dtype="int32",
+        inputs={"idx": "int64", "position": "int64", "last": "int32"},
+        constants={"size_0": 64, "size_1": 16},
+        sources={"table_0": "int32", "table_1": "int32"},
+        maps={"query_end_0": ("int32", 0)},
+    ),
     "flashinfer-decode-3": KernelConfig(num_backends=3, fields=("kv_indptr", "kv_indices"), seqlen_offsets=(1, 2, 3)),
 }
 """The shipped configurations. Their CUDA is in generated/, and the tests compile and run each of them."""
@@ -99,13 +124,14 @@ PURPOSES: dict[str, str] = {
     "nsa-decode-3-schedule": "DSA with DeepGEMM's schedule in the same launch",
     "nsa-target-verify-3-schedule": "verification with DeepGEMM's schedule, one item per row",
     "flashmla-dense-decode-3": "dense FlashMLA with its schedule in the same launch",
+    "vllm-draft-step": "vLLM's drafter with two KV-cache groups: slot mappings, sparse indexer, schedule",
     "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",
 }
 """The purpose of each preset, in one line."""
 
 
 # Removed presets, with the reason; kept for one release.
-_GONE = {"vllm-decode-3": "vLLM's draft steps advance one object in place, so there is nothing to bind"}
+_GONE = {"vllm-decode-3": "vLLM's draft steps advance one object in place; vllm-draft-step is one of these steps"}
 
 
 def preset(name: str) -> KernelConfig:

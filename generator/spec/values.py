@@ -67,6 +67,16 @@ class Whole:
         return str(value)
 
 
+class MaybeWhole(Whole):
+    """None, or a whole number from ``low`` to ``high``."""
+
+    def check(self, name: str, value: Any) -> Any:
+        return None if value is None else super().check(name, value)
+
+    def read(self, name: str, text: str) -> Any:
+        return None if text == str(None) else super().read(name, text)
+
+
 class Names:
     """One or more of the given names, each at most once; as text they are joined by ``+``."""
 

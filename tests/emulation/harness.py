@@ -266,7 +266,7 @@ class _Job:
         self.values["req_to_token"], self.values["req_to_token_stride"] = [pool], [stride]
         for f, tensor in scene.source.items():
             self.values[f"from_{f.name}"] = self._words(f"from_{f.name}", tensor)
-        self.values["captured_size"] = [scene.captured_size or 0]
+        self.values["captured_size"], self.values["requests"] = [scene.captured_size or 0], [scene.requests]
         for name, tensor in scene.inputs.items():
             self.values[user_name(name)] = [self._buffer(name, tensor)]
             self.values[f"{user_name(name)}_stride"] = [tensor.stride(0)]
@@ -342,8 +342,10 @@ class _Job:
         if self.shape.sparse_stride is not None and tensor.dim() == 2 and name not in self.scene.declared:
             return wanted.flatten()
         around = poisoned(_flat(tensor).shape, tensor.dtype)
+        if tensor.dtype == torch.bool:  # the poison is no truth value
+            around, wanted = around.view(torch.uint8), wanted.view(torch.uint8)
         around.as_strided(tensor.shape, tensor.stride()).copy_(wanted)
-        return around.view(torch.uint8) if tensor.dtype == torch.bool else around
+        return around
 
     def encode(self) -> bytes:
         """The case in the driver's format."""

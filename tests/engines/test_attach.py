@@ -35,6 +35,13 @@ def backend(name: str, steps: int = 3) -> Any:
     return objects.backend(name, objects.token_pool(page, seed=1), page=page, steps=steps)
 
 
+def plans_of(pair: Pair) -> list[onelaunch.Plan]:
+    """What was bound while the engine captured."""
+    plans = list(pair.attachment._refresh.plans.values())
+    assert plans
+    return plans
+
+
 def children(made: Any) -> Any:
     return made.attn_backends[0] if hasattr(made, "attn_backends") else made
 
@@ -193,8 +200,9 @@ def test_after_a_failure_the_engines_own_code_runs_and_one_warning_is_given(
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise LaunchError("the launch was refused")
 
-    monkeypatch.setattr(onelaunch.Plan, "run", refuse)
-    with pytest.warns(RuntimeWarning, match="own code from now on. LaunchError: the launch was refused"):
+    for plan in plans_of(pair):
+        monkeypatch.setattr(plan, "_run", refuse)
+    with pytest.warns(RuntimeWarning, match="own code from now on. LaunchError: .*the launch was refused"):
         pair.replay((7, 300), 5, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -242,13 +250,53 @@ def test_verified_writes_are_refused_in_a_graph() -> None:
         sglang.attach(backend("trtllm_mha", 0), writes="verified")
 
 
-def test_draft_extension_of_fa3_runs_the_engines_own_code() -> None:
-    """Its cu_seqlens_q sums extend_seq_lens, which may differ between requests, and onelaunch has no such field."""
-    pair = Pair("fa3", 64, mode="draft_extend")
-    pair.replay((7, 300), 5, seed=0)
+@pytest.mark.parametrize("name", ["fa3", "triton"])
+def test_requests_that_are_extended_by_different_numbers_of_tokens(name: str) -> None:
+    pair = Pair(name, 64, mode="draft_extend")
+    extended = torch.tensor([4, 1, 3, 4, 4], dtype=torch.int32)
+    for made in pair.backends:
+        compare.poison(made)
+        batch = Batch((7, 300, 64), 5, "draft_extend", 4).make()
+        batch.spec_info.extend_seq_lens_tensor = extended
+        made.init_forward_metadata_out_graph(batch)
+        pair.blank(made, batch)
+    pair.check()
+    assert pair.attachment.launches == 1
+
+
+@pytest.mark.parametrize("name", ["fa3", "triton"])
+def test_an_extension_without_its_lengths_on_the_device_runs_the_engines_own_code(name: str) -> None:
+    pair = Pair(name, 64, mode="draft_extend")
+    for made in pair.backends:
+        compare.poison(made)
+        batch = Batch((7, 300, 64), 5, "draft_extend", 4).make()
+        batch.spec_info.extend_seq_lens_tensor = None
+        made.init_forward_metadata_out_graph(batch)
     pair.check()
     assert pair.attachment.launches == 0
-    assert "cu_seqlens_q" in pair.attachment.stays
+
+
+def test_a_verification_of_another_number_of_tokens_runs_the_engines_own_code() -> None:
+    pair = Pair("triton", 64, mode="target_verify")
+    for made in pair.backends:
+        compare.poison(made)
+        made.init_forward_metadata_out_graph(Batch((7, 300), 5, "target_verify", 3).make())
+    pair.check()
+    assert pair.attachment.launches == 0
+
+
+def test_the_mask_of_a_verification_is_copied() -> None:
+    pair = Pair("triton", 64, mode="target_verify")
+    for made in pair.backends:
+        compare.poison(made)
+        batch = Batch((7, 300), 2, "target_verify", 4).make()
+        batch.spec_info.custom_mask = torch.arange(4 * (7 + 4) + 4 * (300 + 4)) % 3 == 0
+        if made.verify_mask is None:
+            made._verify_mask = SimpleNamespace(buffer=torch.zeros(5_000, dtype=torch.bool))
+        made.init_forward_metadata_out_graph(batch)
+        assert made.verify_mask.buffer[: len(batch.spec_info.custom_mask)].equal(batch.spec_info.custom_mask)
+    pair.check()
+    assert pair.attachment.launches == 1
 
 
 @pytest.mark.parametrize("name", ["trtllm_mha", "trtllm_mla", "flashmla"])
@@ -471,6 +519,6 @@ def test_inputs_of_another_length(name: str) -> None:
     for method in tuple(pair.attachment._originals):
         kernel = defaultdict(lambda: lambda *a, **k: None)
         pair.attachment._originals[method] = kernel if name == "flashinfer" else lambda *a, **k: None
-    with pytest.warns(RuntimeWarning, match="seq_lens has 1 requests; the plan is for 2"):
+    with pytest.warns(RuntimeWarning, match="seq_lens has 1 elements; the plan is for 2 requests"):
         pair.mine.init_forward_metadata_out_graph(batch)
     assert pair.attachment.launches == launches + 1

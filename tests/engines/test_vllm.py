@@ -124,8 +124,7 @@ def test_what_a_build_writes(next_n: int, captured: int) -> None:
         assert pair.differences() == [], (lengths, query_lens)
     results.record(
         type(pair.builders[1]).__name__,
-        "decode: lengths, block table, numbers of tokens, DeepGEMM's schedule",
-        "slot mappings, prefills, the object itself",
+        *vllm_objects.INDEXER,
         "flattened" if next_n in FLATTENED else "native",
         next_n=next_n,
     )

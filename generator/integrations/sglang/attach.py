@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection
@@ -17,7 +16,7 @@ from ...variables import DISABLE_VARIABLE
 from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
 from .lists import INDICES, Lists
-from .places import IN_GRAPH, LISTS_FILL, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
+from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
 from .refresher import Ready, Refresher
 
 # With it SGLang may record what comes before a replay in a graph too.
@@ -49,8 +48,8 @@ class Attachment:
         self.failed = ""
         self._refresh, self._schedules = refresh, schedules
         self._several = hasattr(backend, "attn_backends")
-        # By captured batch size: the engine's forward mode, its name, and the plan.
-        self._ready: dict[int, list[tuple[Any, str, Ready]]] = {}
+        # By captured batch size and the engine's forward mode: onelaunch's name of the mode, and the plan.
+        self._ready: dict[tuple[int, Any], tuple[str, Ready]] = {}
         self._recorded = False
         self._originals: dict[str, Any] = {}
         self._shadowed: set[str] = set()
@@ -58,14 +57,7 @@ class Attachment:
             return
         self._place = place
         self._in_graphs = place.method == IN_GRAPH or bool(os.environ.get(_GLUE_VARIABLE))
-        if place.method == LISTS_FILL:
-            self._names = tuple(inspect.signature(getattr(backend, LISTS_FILL)).parameters)
-        mine = {
-            OUT_GRAPH: self._out_graph,
-            IN_GRAPH: self._in_graph,
-            LISTS_KERNEL: _Kernel(self),
-            LISTS_FILL: self._fill,
-        }
+        mine = {OUT_GRAPH: self._out_graph, IN_GRAPH: self._in_graph, LISTS_KERNEL: _Kernel(self)}
         for name in place.methods:
             if name in vars(backend):
                 self._shadowed.add(name)
@@ -124,18 +116,6 @@ class Attachment:
         if not self._guarded(self._before_replay, forward_batch):
             self._originals[IN_GRAPH](forward_batch)
 
-    def _fill(self, *arguments: Any, **keywords: Any) -> Tensor:
-        """_fill_kv_indptr_and_indices, which is called for a graph and for what runs without one."""
-        original, backend = self._originals[LISTS_FILL], self.backend
-        given = dict(zip(self._names, arguments, strict=False)) | keywords
-        bs = given["bs"]
-        for_a_graph = given["kv_indices"] is getattr(backend, INDICES, None) and given.get("kv_indptr") is None
-        if for_a_graph and self._guarded(self._fill_lists, bs, given["seq_lens"], given["req_pool_indices"]):
-            indptr: Tensor = backend.kv_indptr[: bs + 1]
-        else:
-            indptr = original(*arguments, **keywords)
-        return indptr
-
     def _guarded(self, step: Callable[..., bool], *arguments: Any) -> bool:
         """Whether the step did what the engine's own code would do. After an exception nothing does any more."""
         try:
@@ -169,23 +149,22 @@ class Attachment:
                 mode = mode_of(forward_batch.forward_mode)
             except ArgumentError:
                 return ""
-            if mode == "decode" and self._is_draft_step(forward_batch):
-                return ""
+            if mode == "decode" and getattr(forward_batch, "spec_info", None) is not None:
+                return ""  # one draft step alone, which sees more tokens than seq_lens says
         return mode if mode in self._place.modes and not batch_refusal(forward_batch) else ""
-
-    def _is_draft_step(self, forward_batch: Any) -> bool:
-        """Whether a single backend gets one draft step alone, which sees more tokens than seq_lens says."""
-        return not self._several and getattr(forward_batch, "spec_info", None) is not None
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Binds the plan of a batch size right after its capture began, so that nothing is built or bound later."""
         mode = self._mode(forward_batch)
         if not mode or self._refresh is None:
             return False
-        bs, forward_mode = forward_batch.batch_size, forward_batch.forward_mode
-        ready = self._refresh.ready(bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype)
-        others = [known for known in self._ready.get(bs, ()) if known[0] is not forward_mode]
-        self._ready[bs] = [*others, (forward_mode, mode, ready)]
+        bs = forward_batch.batch_size
+        # SGLang's extend_seq_lens are int32.
+        extends = torch.int32 if self._place.inputs is not None and mode == "draft_extend" else None
+        ready = self._refresh.ready(
+            bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype, extends
+        )
+        self._ready[bs, forward_batch.forward_mode] = mode, ready
         if self._place.method == IN_GRAPH and mode == "draft_extend":
             # The recorded kernel would write these each time; with a fixed number of rows a request they are constants.
             metadata = self.backend.draft_extend_metadata[bs]
@@ -196,23 +175,37 @@ class Attachment:
     def _before_replay(self, forward_batch: Any) -> bool:
         """The launch, and the steps that stay the engine's.
 
-        The engine's other work has displaced this code from the processor's caches, so that each line costs
-        microseconds: what is known since the capture isn't asked again.
+        The engine's other work has displaced this code from the processor's caches, so that each call and each look-up
+        costs up to a microsecond: what is known since the capture isn't asked again, and Plan.run is passed by.
         """
-        forward_mode = forward_batch.forward_mode
-        for known, mode, ready in self._ready.get(forward_batch.batch_size, ()):
-            if known is not forward_mode:
-                continue
-            if batch_refusal(forward_batch) or (mode == "decode" and self._is_draft_step(forward_batch)):
+        known = self._ready.get((forward_batch.batch_size, forward_batch.forward_mode))
+        if known is None:  # captured before attach()
+            return self._prepare(forward_batch) and self._before_replay(forward_batch)
+        mode, (plan, pairs, held) = known
+        spec_info = getattr(forward_batch, "spec_info", None)
+        if (
+            getattr(forward_batch, "encoder_lens", None) is not None
+            or getattr(spec_info, "ragged_verify_layout", None) is not None
+            or (spec_info is not None and mode == "decode" and not self._several)
+        ):
+            return False  # as _mode says
+        for owner, name, value in held:
+            if getattr(owner, name, None) is not value:  # the pool was exchanged
+                return self._prepare(forward_batch) and self._before_replay(forward_batch)
+        place = self._place
+        if place.inputs is None:
+            plan._run(plan, forward_batch.seq_lens, forward_batch.req_pool_indices, None, None)
+        else:
+            inputs = place.inputs(self.backend, forward_batch, mode)
+            if inputs is None:
                 return False
-            if ready.run(forward_batch.seq_lens, forward_batch.req_pool_indices):
-                self.launches += 1
-                if self._in_graphs:
-                    self._note_recording()
-                self._place.after(ready.pairs, forward_batch, mode, self._schedules)
-                return True
-        # Captured before attach(), or the pool was exchanged.
-        return self._prepare(forward_batch) and self._before_replay(forward_batch)
+            plan._run(plan, forward_batch.seq_lens, forward_batch.req_pool_indices, None, None, None, *inputs)
+        self.launches += 1
+        if self._in_graphs:
+            self._note_recording()
+        if place.after is not None:
+            place.after(pairs, forward_batch, mode, self._schedules)
+        return True
 
     def _fill_lists(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> bool:
         """The launch alone, amid the engine's own steps."""

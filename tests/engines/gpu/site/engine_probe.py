@@ -1,7 +1,8 @@
 """A plugin of SGLang that watches how an engine refreshes attention metadata; generate.py's engine loads it.
 
-It times the methods that refresh metadata before a replay, alike with and without onelaunch, counts what they launch in
-three profiled steps, and spoils the draft's table on request. Its variables:
+It times the methods that refresh metadata before a replay, and the copies into a graph's buffers before them, alike
+with and without onelaunch, counts what they and the steps around them launch in three profiled steps, and spoils the
+draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
 PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with "detached" behind it where onelaunch is
@@ -18,15 +19,27 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import engine_trace
+
 BATCH = 16  # the batch size whose steps are timed and profiled
 PROFILED_STEPS = range(4, 7)
 _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
+_DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_METADATA = ("init_forward_metadata_out_graph", "init_forward_metadata")
+# The function that copies a batch into a graph's buffers, in the module of each kind of graph.
+_COPIES = "_grouped_foreach_copy_"
+_COPYING = {
+    "draft": "sglang.srt.speculative.eagle_draft_cuda_graph_runner",
+    "verify": "sglang.srt.model_executor.cuda_graph_buffer_registry",
+    "draft-extend": "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner",
+}
 
 
 class Probe:
@@ -34,7 +47,7 @@ class Probe:
 
     def __init__(self) -> None:
         self.phase, self.step = "", 0
-        self.decoding = self.inside = False
+        self.decoding = self.inside = self.full = False
         self.times: dict[str, dict[str, list[float]]] = {
             state: collections.defaultdict(list) for state in ("off", "on")
         }
@@ -45,9 +58,10 @@ class Probe:
         self.watched_lines: int | None = None  # and how many when onelaunch was first taken off
         self.attachments: list[Any] = []
         self.roles: list[tuple[str, Any]] = []
-        self.unwatched: list[tuple[Any, str, Any]] = []  # backend, method, and what the instance had of its own
+        self.unwatched: list[tuple[Any, str, Any]] = []  # an object, an attribute, and what the object had of its own
         self.profiler: Any = None
         self.profile: dict[str, Any] = {}
+        self.seams: dict[str, Any] = {}
         self.spoiled = 0
 
     # ------------------------------------------------------------------------------------------ what SGLang calls
@@ -60,11 +74,11 @@ class Probe:
             ("verify", scheduler.tp_worker.model_runner.attn_backend),
             ("draft-extend", draft.draft_extend_attn_backend),
         ]
-        self._watch()
 
     def captured(self, result: Any, scheduler: Any) -> None:
-        """After SGLang captured its graphs."""
+        """After SGLang captured its graphs, and after onelaunch attached to what replays them."""
         self.after_capture = len(self.lines)
+        self._watch()
 
     def generation(self, original: Any, worker: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
         """Around each step of the scheduler: a prefill, or draft, verification and draft extension."""
@@ -74,10 +88,10 @@ class Probe:
             self.write()
             return original(worker, batch, *arguments, **keywords)
         now = time.perf_counter()
-        full = batch.batch_size() == BATCH
-        if self.phase.startswith("timed") and full and self.started is not None:
+        self.full = batch.batch_size() == BATCH
+        if self.phase.startswith("timed") and self.full and self.started is not None:
             self.times[self.state]["step"].append(now - self.started)
-        self.started = now if full else None
+        self.started = now if self.full else None
         self.step += 1
         if self.phase.startswith("profiled") and self.step == PROFILED_STEPS.start:
             self._begin_profile()
@@ -90,6 +104,11 @@ class Probe:
             if self.profiler is not None and self.step == PROFILED_STEPS.stop - 1:
                 self._end_profile()
 
+    def extension(self, original: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Around the draft extension of a step, its preparation included."""
+        with self._span("extend"):
+            return original(*arguments, **keywords)
+
     # ------------------------------------------------------------------------------------------ watching
 
     @property
@@ -97,23 +116,33 @@ class Probe:
         return "on" if any(attachment.attached for attachment in self.attachments) else "off"
 
     def _watch(self) -> None:
-        self.unwatched = []
         for role, backend in self.roles:
-            for name in ("init_forward_metadata_out_graph", "init_forward_metadata"):
-                self.unwatched.append((backend, name, vars(backend).get(name)))
-                setattr(backend, name, self._watched(role, backend, getattr(backend, name)))
+            for name in _METADATA:
+                self._replace(backend, name, self._metadata(role, backend, getattr(backend, name)))
+        for role, name in _COPYING.items():
+            module = sys.modules.get(name)
+            if module is not None:
+                self._replace(module, _COPIES, self._timed(f"{role} copies", getattr(module, _COPIES)))
+
+    def _replace(self, owner: Any, name: str, mine: Any) -> None:
+        self.unwatched.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, mine)
+
+    def _unwatch(self) -> None:
+        for owner, name, own in reversed(self.unwatched):
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+        self.unwatched = []
 
     def _attach(self, wanted: bool) -> None:
-        """Takes onelaunch off all backends, or puts it back."""
+        """Takes onelaunch off all that it is attached to, or puts it back."""
         if not self.attachments or wanted == (self.state == "on"):
             return
         if self.watched_lines is None:
             self.watched_lines = len(self.lines)
-        for backend, name, own in reversed(self.unwatched):
-            if own is None:
-                delattr(backend, name)
-            else:
-                setattr(backend, name, own)
+        self._unwatch()
         if wanted:
             from onelaunch.integrations import sglang
 
@@ -121,33 +150,45 @@ class Probe:
             for attachment in before:
                 sglang.attach(attachment.backend)  # and install()'s hook keeps it
         else:
-            for attachment in self.attachments:
+            for attachment in reversed(self.attachments):
                 attachment.detach()
         self._watch()
 
-    def _watched(self, role: str, backend: Any, method: Any) -> Any:
-        def watched(forward_batch: Any, *arguments: Any, **keywords: Any) -> Any:
-            if not self.decoding or self.inside:  # a capture, a prefill, or called by another of these methods
-                return method(forward_batch, *arguments, **keywords)
+    def _timed(self, role: str, function: Any) -> Any:
+        """The function, timed in decode steps unless it is called by another one of them."""
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            if not self.decoding or self.inside:
+                return function(*arguments, **keywords)
             self.inside = True
             try:
                 with self._span(role):
                     start = time.perf_counter()
-                    result = method(forward_batch, *arguments, **keywords)
+                    result = function(*arguments, **keywords)
                     taken = time.perf_counter() - start
             finally:
                 self.inside = False
-            if self.phase.startswith("timed") and forward_batch.batch_size == BATCH:
+            if self.phase.startswith("timed") and self.full:
                 self.times[self.state][role].append(taken)
-                if role == "draft":
-                    self.addresses.append(
-                        (forward_batch.seq_lens.data_ptr(), forward_batch.req_pool_indices.data_ptr())
-                    )
-            if role == "draft" and os.environ.get("PROBE_SPOIL") == "1":
-                self._spoil(backend, forward_batch.batch_size)
             return result
 
-        return watched
+        return timed
+
+    def _metadata(self, role: str, backend: Any, method: Any) -> Any:
+        timed = self._timed(role, method)
+
+        def refresh(forward_batch: Any, *arguments: Any, **keywords: Any) -> Any:
+            outermost = self.decoding and not self.inside
+            result = timed(forward_batch, *arguments, **keywords)
+            if role == "draft" and outermost:
+                if self.phase.startswith("timed") and self.full:
+                    inputs = forward_batch.seq_lens, forward_batch.req_pool_indices
+                    self.addresses.append((inputs[0].data_ptr(), inputs[1].data_ptr()))
+                if os.environ.get("PROBE_SPOIL") == "1":
+                    self._spoil(backend, forward_batch.batch_size)
+            return result
+
+        return refresh
 
     def _spoil(self, backend: Any, batch_size: int) -> None:
         indices = getattr(backend, "cuda_graph_kv_indices", None)
@@ -184,7 +225,9 @@ class Probe:
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
             self.profiler.export_chrome_trace(str(trace))
-            self.profile[self.state] = launches(json.loads(trace.read_text())["traceEvents"])
+            events = json.loads(trace.read_text())["traceEvents"]
+        self.profile[self.state] = engine_trace.launches(events)
+        self.seams[self.state] = engine_trace.seams(events)
         self.profiler = None
         self.write()
 
@@ -201,6 +244,7 @@ class Probe:
         found = {
             "host_us": microseconds,
             "launches": self.profile,
+            "seams": self.seams,
             "addresses": recency(self.addresses),
             "onelaunch": self.lines[: self.after_capture],
             "built_or_bound_after_capture": []
@@ -233,35 +277,6 @@ def recency(addresses: list[tuple[int, int]]) -> dict[str, int]:
     return hits
 
 
-def launches(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Kernel launches and copies through CUDA's API in each span of the probe, of the middle profiled step.
-
-    A graph's launch counts as one, under "graphs".
-    """
-    spans = [e for e in events if e.get("cat") == "user_annotation" and str(e.get("name", "")).startswith("probe ")]
-    calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
-    steps = sorted((s for s in spans if s["name"] == "probe step"), key=lambda s: s["ts"])
-    if not steps:
-        return {}
-    step = steps[len(steps) // 2]
-    found: dict[str, Any] = {}
-    for span in spans:
-        if not step["ts"] <= span["ts"] < step["ts"] + step["dur"]:
-            continue
-        count: collections.Counter[str] = collections.Counter()
-        for call in calls:
-            if call["tid"] != span["tid"] or not span["ts"] <= call["ts"] < span["ts"] + span["dur"]:
-                continue
-            name = call["name"].lower()
-            for kind, part in (("graphs", "graphlaunch"), ("kernels", "launchkernel"), ("copies", "memcpy"),
-                               ("copies", "memset"), ("waits", "synchronize")):  # fmt: skip
-                if part in name:
-                    count[kind] += 1
-                    break
-        found[span["name"].removeprefix("probe ")] = dict(count)
-    return found
-
-
 class _Lines(logging.Handler):
     """Keeps onelaunch's lines."""
 
@@ -283,6 +298,7 @@ def install() -> None:
     HookRegistry.register(f"{_SCHEDULER}.init_all_attention_backends", probe.made, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.init_all_cuda_graphs", probe.captured, HookType.AFTER)
     HookRegistry.register(f"{_EAGLE}.forward_batch_generation", probe.generation, HookType.AROUND)
+    HookRegistry.register(f"{_DRAFT}._draft_extend_for_decode", probe.extension, HookType.AROUND)
     if os.environ.get("ONELAUNCH_SGLANG") == "1":
         from onelaunch.integrations import sglang
 
