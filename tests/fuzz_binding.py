@@ -254,7 +254,7 @@ def main(path: str, calls: int, seed: int) -> None:
                 )
             )
         elif how == 9:
-            module.reads(
+            module.register_classes(
                 dice.choice(classes),
                 dice.choice((float, type, value())),
                 dice.choice((Buffers, value())),

@@ -441,7 +441,7 @@ def test_what_is_wrong_with_a_memo_is_said(module: ModuleType) -> None:
     good = (Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
     for wrong in (good[:3], (*good, 1), (*good[:3], list(FIELDS)), (*good[:2], "text", good[3])):
         with pytest.raises(TypeError, match="three classes and a tuple of names"):
-            module.reads(*wrong)
+            module.register_classes(*wrong)
 
 
 def test_a_torch_whose_tensors_cannot_be_read_is_named(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,7 +528,7 @@ def test_references_of_a_memo(module: ModuleType, device: torch.device) -> None:
         memo.keep(kept, good, next(turns))
     check_references(things[:4], lambda: memo.keep(kept, good, next(turns), "a" * 40, [good] * 200))
     check_references(things[:4], lambda: module.memo(3).keep(kept, good, buffers))
-    check_references(things, lambda: module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS)))
+    check_references(things, lambda: module.register_classes(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS)))
 
 
 # ------------------------------------------------------------------------------------------------ references

@@ -273,6 +273,13 @@ def test_the_banner_says_what_was_declared() -> None:
         ({"mine": running_sum("1", dtype="bool")}, {}, "the dtype of mine is 'bool'; allowed: 'int32', 'int64'"),
         ({"mine": running_sum("1", "rows")}, {}, "the per of mine is 'rows'"),
         ({"mine": vector("token(1, 2, 3)")}, {}, "token takes 1 to 2 values"),
+        ({"mine": vector("seqlen")}, {}, r"there is no 'seqlen' here \(did you mean 'seq_len'\?\); allowed: base_len"),
+        (
+            {"mine": vector("ceildiv(1, 2)")},
+            {},
+            r"there is no function 'ceildiv' \(did you mean 'ceil_div'\?\); allowed",
+        ),
+        ({"mine": vector("zzzz")}, {}, r"there is no 'zzzz' here; allowed"),
         ({"mine": vector("seq_len // token(1)")}, {}, "a divisor must be a positive constant"),
         ({"mine": vector("seq_len // most")}, {"constants": {"most": 0}}, "divisor in seq_len // user_most is 0"),
         ({"mine": vector("most")}, {"constants": {"most": 2**40}}, r"constants\[most\] is .*Declare mine with dtype"),
@@ -309,7 +316,8 @@ def test_destinations_that_do_not_fit() -> None:
     declared = vector("base_len", rows=2, dtype="int64")
     wide = blank(8, dtype=torch.int64)
     for tensor, message in (
-        (blank(8), "has dtype int32; allowed: int64"),
+        (blank(8), "has dtype int32; allowed: int64. Declare dtype='int32', or allocate it with dtype=torch.int64"),
+        (blank(8).float(), "has dtype float32; allowed: int64. Allocate it with dtype=torch.int64"),
         (wide.view(2, 4), "be \\[bs, W\\] with W the rows that the declaration has, which are 2. Declare rows=4"),
         (wide.view(2, 2, 2), "must have 1 dimension"),
         (wide[:1].expand(8), "has strides \\(0,\\) .* must not share memory"),
@@ -363,7 +371,10 @@ def test_runs_that_are_refused() -> None:
     for arguments, message in (
         ({}, "run\\(\\) got 0 declared inputs and needs 1: accept"),
         ({"accepted": accept}, "got 'accepted', which no formula of the plan reads; .* are accept"),
-        ({"accept": accept.int()}, "accept has dtype int32; allowed: int64"),
+        (
+            {"accept": accept.int()},
+            r"accept has dtype int32; allowed: int64. Bind with inputs=\{'accept': torch.int32\}",
+        ),
         ({"accept": accept[:2]}, "accept has 2 elements and seq_lens has 3"),
         ({"accept": accept, "captured_size": 2}, "captured_size is 2; allowed: 3 to 4, from the batch to what"),
         ({"accept": accept, "captured_size": 5}, "captured_size is 5; allowed: 3 to 4"),
@@ -425,11 +436,23 @@ def test_groups_take_standard_fields_only() -> None:
         onelaunch.bind_groups([MetadataBuffers()], [[0]], req_to_token=POOL, declare=declare)
 
 
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [(vector("1", "requests"), "the per of mine is 'requests'"), (vector("1", dtype="int16"), "the dtype of mine is")],
+)
+def test_bind_names_what_is_wrong_with_a_declaration(declaration: Any, message: str) -> None:
+    """Not with its tensor."""
+    with pytest.raises(ConfigError, match=message):
+        onelaunch.bind(
+            [MetadataBuffers(cache_seqlens=blank(3))], req_to_token=POOL, declare={"mine": into(declaration, blank(3))}
+        )
+
+
 def test_arguments_of_another_kind() -> None:
     for more, message in (
         ({"declare": [vector("1")]}, "declare is a list; it must be a dict by name"),
         ({"declare": {"mine": "base_len"}}, r"declare\['mine'\] is a str; it must be what onelaunch.vector"),
-        ({"inputs": {"accept": "int64"}}, r"inputs\['accept'\] is int64; allowed: torch.int32"),
+        ({"inputs": {"accept": "int64"}}, r"inputs\['accept'\] is 'int64'; allowed: torch.int32"),
         ({"maps": {"swa": blank(3)}}, r"maps\['swa'\] is a Tensor; it must be an onelaunch.Map"),
         ({"maps": {"swa": Map(blank(6)[::2])}}, r"maps\['swa'\].table has stride 2"),
         ({"sources": {"blocks": blank(3)}}, r"sources\['blocks'\] has shape \(3,\); it must have 2"),

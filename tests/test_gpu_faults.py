@@ -97,7 +97,10 @@ def test_graphs_lists_and_threads_of_two_devices() -> None:
         with torch.cuda.device(index):
             scene.run(plan)
             torch.cuda.synchronize()
-            graphs.append(captured(lambda scene=scene, plan=plan: scene.run(plan)))
+            graphs.append(torch.cuda.CUDAGraph())
+            # torch's own stream for captures is of the first device that captured anything.
+            with torch.cuda.graph(graphs[-1], stream=torch.cuda.Stream()):
+                scene.run(plan)
     for turn in range(4):
         for scene in scenes:
             poison(scene.backends)
@@ -175,16 +178,17 @@ def test_a_plan_that_goes_before_its_launch_ran() -> None:
     plan = onelaunch.bind([destination], req_to_token=pool)
     lengths, rows = torch.full((8,), 131_072, device=DEVICE), torch.arange(8, device=DEVICE)
     plan.run(lengths, rows)
+    filled(8)  # what the allocator then has without asking CUDA, which waits for kernels
+    gc.collect()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(2_000_000_000)  # a second
+        torch.cuda._sleep(4_000_000_000)  # two seconds
         plan.run(lengths, rows)
     for tensor in (destination.page_indices, pool, lengths, rows):
         assert tensor is not None
         tensor.record_stream(stream)
     del plan, destination, pool, lengths, rows, tensor
-    gc.collect()
     others = filled(8)
     torch.cuda.current_stream().synchronize()
     assert not stream.query(), "the launch ran before the memory could be given away"

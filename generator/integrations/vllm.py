@@ -93,7 +93,7 @@ class DraftStep:
     """
 
     plan: Plan
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Any]
     slots: int
 
     def run(self, *, tail: bool = True) -> None:

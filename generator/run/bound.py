@@ -69,7 +69,7 @@ class BoundKernel:
             advice = _advice(error) or f"It was built for {built_for}."
             raise LaunchError(f"{config.symbol} can't be loaded on {device}: {error}. {advice}") from error
         try:
-            module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
+            module.register_classes(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
         except (AttributeError, RuntimeError) as error:  # no such functions, or of another DLPack version
             raise LaunchError(
                 f"{config.symbol} can't read the tensors of torch {torch.__version__}: {error}. It needs "

@@ -137,7 +137,7 @@ class Destinations:
             field = self._fields[name]
             if field.pad is not None:
                 rows = next_n if field.per == "row" and field.own_rows is None else 1
-                rooms += [Room(_held(field, tensor) // rows, label) for _, label, tensor, _ in different]
+                rooms += [Room(_held(field, d.tensor) // rows, d.name) for d in different]
         return min(rooms)
 
     def regions_of(self, names: Sequence[str]) -> list[Region]:

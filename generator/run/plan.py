@@ -266,11 +266,12 @@ class Plan:
         if len(values) != len(self._inputs):
             raise ArgumentError(
                 f"run() got {len(values)} declared inputs and needs {len(self._inputs)}: "
-                f"{', '.join(self._input_names)}."
+                f"{', '.join(self._input_names)}. Pass each by its name."
             )
         inputs += [(name, value, dtype, True) for (name, dtype), value in zip(self._inputs, values, strict=True)]
         for name, tensor, dtype, read in inputs:
-            check_tensor(name, tensor, dim=1, dtypes=(dtype,) if read else INT_DTYPES, device=self.device)
+            dtypes = (dtype,) if read else INT_DTYPES
+            check_tensor(name, tensor, dim=1, dtypes=dtypes, device=self.device, remedy=_rebind(name, tensor, dtype))
             region = Region.of(name, tensor)
             start, end = region.start, region.end
             for first, last, destination in self._spans:
@@ -570,14 +571,25 @@ def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:
     check_int("index_kpool", facts["index_kpool"], 1, 2**31 - 1)
     if mode == "decode" or extend == "variable":
         why = " in decode" if mode == "decode" else " with variable extend lengths"
-        check_int("next_n", facts["next_n"], 1, 1, why)
+        several = "mode='target_verify' or 'draft_extend'" if mode == "decode" else "extend='uniform'"
+        check_int("next_n", facts["next_n"], 1, 1, f"{why}. For several rows per request bind with {several}")
     else:
         check_int("next_n", facts["next_n"], 1, MAX_NEXT_N)
     if extend != "uniform" and mode != "draft_extend":
         raise ArgumentError(f"extend is {extend!r} in {mode}; allowed: 'uniform'. Only draft_extend allows 'variable'.")
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
         if facts[name] not in INT_DTYPES:
-            raise ArgumentError(f"{name} is {facts[name]}; allowed: torch.int32, torch.int64.")
+            raise ArgumentError(f"{name} is {facts[name]!r}; allowed: torch.int32, torch.int64.")
+
+
+def _rebind(name: str, tensor: Any, dtype: torch.dtype) -> str:
+    """What to do about an input of another dtype than was bound: the argument of bind() to set, or a conversion."""
+    convert = f"{name}.to({dtype})"
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INT_DTYPES:
+        return f"Pass {convert}."
+    own = name in ("seq_lens", "req_pool_indices", "extend_seq_lens")
+    setting = f"{name}_dtype={tensor.dtype}" if own else f"inputs={{{name!r}: {tensor.dtype}}}"
+    return f"Bind with {setting}, or pass {convert}."
 
 
 def _page_size(page_size: int | None, kv_indices: bool, names: ArgumentNames) -> int:

@@ -245,6 +245,22 @@ def test_verified_writes_forget_what_they_know_when_the_engine_wrote(name: str, 
     pair.check()
 
 
+def test_verified_writes_are_refused_where_captured_sizes_share_one_of_two_tables() -> None:
+    for steps in (3, 0):
+        with pytest.raises(ArgumentError, match=r"share page_table_1, .* Pass leave=\('page_table_1',\)"):
+            sglang.attach(backend("dsa", steps), writes="verified")
+    for page, leave in ((64, ("page_table_1",)), (1, ())):
+        pair = Pair("dsa", page, mode="decode", steps=3, leave=leave, writes="verified")
+        assert len(pair.attachment._refresh.plans) == 2
+        for size in (5, 2, 5):
+            for plan in pair.attachment._refresh.plans.values():
+                plan.forget()  # the pair poisons the tables
+            pair.replay((77, 300), size, seed=size)
+            different = compare.differences(pair.engine, pair.mine)
+            assert all(".page_table_1:" in text or "['page_table']:" in text for text in different), different
+            assert bool(leave) == bool(different)
+
+
 def test_verified_writes_are_refused_in_a_graph() -> None:
     with pytest.raises(ArgumentError, match="writes is 'verified', and TRTLLMHAAttnBackend records the launch"):
         sglang.attach(backend("trtllm_mha", 0), writes="verified")

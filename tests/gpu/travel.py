@@ -3,8 +3,8 @@
     python tests/gpu/travel.py pack FILE    where there are compilers; beside FILE it writes FILE.json
     python tests/gpu/travel.py run FILE     where there is a GPU; writes travel.json beside this file, or to --output
 
-The second one takes the compilers away before it unpacks: PATH is an empty folder, and an empty file system lies on the
-CUDA toolkit (which needs root). A build would raise an error, and every program that is started is recorded.
+The second one takes the compilers away before it unpacks: PATH is an empty folder, and empty file systems lie on the
+folders of nvcc (which needs root). A build would raise an error, and every program that is started is recorded.
 """
 
 from __future__ import annotations
@@ -70,13 +70,10 @@ def pack(file: Path, target: str) -> None:
 
 def run(file: Path, output: Path, target: str) -> None:
     """Starts travelled() where there is no compiler, and writes what it says."""
-    from onelaunch.build import toolchain
-    from onelaunch.errors import ToolchainError
+    from onelaunch.build import toolkit
 
-    try:
-        toolkit: Path | None = toolchain.find_toolkit().home
-    except ToolchainError:
-        toolkit = None
+    found = [Path(nvcc).resolve() for _, nvcc in toolkit._nvcc_candidates() if Path(nvcc).is_absolute()]
+    hidden = sorted({str(nvcc.parent) for nvcc in found if nvcc.exists()})
     kept = ("PYTHONPATH", "LD_LIBRARY_PATH")  # the packages, and where the driver's libraries may be
     with tempfile.TemporaryDirectory() as folder:
         for name in ("bin", "home"):
@@ -89,9 +86,8 @@ def run(file: Path, output: Path, target: str) -> None:
         }
         child = [sys.executable, "-B", str(HERE / "travel.py"), "travelled", str(file), "--target", target]
         assigned = [f"{name}={value}" for name, value in environment.items()]
-        script = f"exec env -i {shlex.join([*assigned, *child])}"
-        if toolkit is not None:
-            script = f"mount -t tmpfs tmpfs {shlex.quote(str(toolkit))} && {script}"
+        mounts = "".join(f"mount -t tmpfs tmpfs {shlex.quote(place)} && " for place in hidden)
+        script = f"{mounts}exec env -i {shlex.join([*assigned, *child])}"
         done = subprocess.run(["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, text=True, check=True)
     said = json.loads(done.stdout.splitlines()[-1])
     packed = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))

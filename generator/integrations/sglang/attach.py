@@ -285,15 +285,30 @@ def attach(
             # The engine leaves the dead columns of a table alone, so the launch does too.
             facts = {"page_fill": None, **facts}
             refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **facts)
-        if place.method == IN_GRAPH and facts.get("writes", "all") != "all":
-            raise ArgumentError(
-                f"writes is {facts['writes']!r}, and {type(backend).__name__} records the launch in its graphs, which "
-                "can't be told that the engine's own code wrote. Pass writes='all'."
-            )
+        if facts.get("writes", "all") != "all":
+            _check_verified(backend, place, leave)
         attachment = Attachment(backend, place, refresh, schedules)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
     log.logger.info("attach %r%s", attachment, left)
     return attachment
+
+
+def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
+    """Refuses verified writes where a plan can't know what its tables hold."""
+    name = type(backend).__name__
+    if place.method == IN_GRAPH:
+        raise ArgumentError(
+            f"writes is 'verified', and {name} records the launch in its graphs, where nothing calls "
+            "Plan.forget() after the engine's own code wrote. Pass writes='all'."
+        )
+    child = next(iter(getattr(backend, "attn_backends", [backend])))
+    page_size = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
+    if hasattr(child, "dsa_index_topk") and page_size > 1 and WIDE_TABLE not in leave:
+        raise ArgumentError(
+            f"writes is 'verified', and the batch sizes that {name} captures share page_table_1, but each has a "
+            "real_page_table of its own, so that none knows what the others wrote. Pass leave=('page_table_1',), where "
+            "nothing reads it, or writes='all'."
+        )
 
 
 def _place_of(backend: Any) -> Place:
