@@ -40,6 +40,7 @@ class Place:
             (IN_GRAPH), or the kernel that fills kv_indptr and kv_indices (LISTS_KERNEL).
         lists: whether it refreshes kv_indptr and kv_indices, which aren't kept for each batch size.
         leave: what the launch leaves to ``after``; see captured.buffers_from.
+        extends: whether a draft extension that has no graph is served too; see extension.py.
         inputs: further inputs of a launch; it returns None where the engine's own code must run. None if there are
             none.
     """
@@ -51,6 +52,7 @@ class Place:
     method: str = OUT_GRAPH
     lists: bool = False
     leave: tuple[str, ...] = ()
+    extends: bool = False
     inputs: Inputs | None = None
 
     @property
@@ -182,7 +184,8 @@ PLACES = {
     "DeepseekSparseAttnBackend": Place(_LENGTHS, _DSA_STAYS, _EVERY_MODE, _dsa),
     "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3_steps),
     "FlashAttentionBackend": Place(
-        _LENGTHS, "scheduler_metadata", _EVERY_MODE, _fa3, leave=("scheduler_metadata",), inputs=_extended
+        _LENGTHS, "scheduler_metadata", _EVERY_MODE, _fa3, leave=("scheduler_metadata",), extends=True,
+        inputs=_extended,
     ),
     "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), method=IN_GRAPH),
     "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, method=IN_GRAPH),
