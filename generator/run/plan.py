@@ -542,7 +542,6 @@ def make_plan(
         if region.overlaps(source):
             raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
     declared.check_read(destinations.device, destinations.regions)
-    columns = destinations.token_columns(req_to_token.shape[1], facts["page_size"], facts["index_kpool"])
     max_len, every = facts.pop("max_len"), audit_every(facts.pop("audit_every"))
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
         facts[name] = dtype_name(facts[name])
@@ -564,6 +563,7 @@ def make_plan(
             "target": destinations.device.type,
         }
     )
+    columns = destinations.token_columns(config, req_to_token.shape[1])
     if max_len is not None:
         check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
     return Plan(destinations, config, req_to_token, columns, max_len, keep, declared, every)
