@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from onelaunch import PRESETS, KernelConfig, MetadataBuffers, bind, render
+from onelaunch import PRESETS, AuditError, KernelConfig, MetadataBuffers, bind, render
 from onelaunch.cli.main import app
 from onelaunch.load import prebuild
 from onelaunch.spec import reference
@@ -91,7 +91,14 @@ def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
     assert not names["positions"][bs:].any()
     assert torch.equal(names["slots"][:bs], pool[pool_rows[:, None], columns].long())
     assert_refreshed(backends)
-    assert [block for block in others if block not in (lists, indices, declared)] == []
+    (audit,) = [block for block in others if "audit_every=" in block]
+    with pytest.raises(
+        AuditError, match=r"^backends\[1\].page_indices\[3, 0\] is -5; a refresh .* writes \d+"
+    ) as caught:
+        exec(audit, names)
+    assert caught.value.expected == pool[pool_rows[3], 0]
+    assert str(caught.value).split("; ")[0] in audit
+    assert [block for block in others if block not in (lists, indices, declared, audit)] == []
 
 
 def test_the_arguments_that_the_readme_tells_are_bind_s() -> None:

@@ -41,6 +41,7 @@ def export(name: str, config: KernelConfig, version: str) -> dict[str, str]:
         "a copy": config.copies,
         "a checked kernel": config.checked,
         "a kernel with verified writes": config.verified,
+        "an audit": config.audits,
         "a kernel with declared fields": any(field not in FIELDS for field in config.fields),
     }
     for kind in (kind for kind, is_one in refused.items() if is_one):
