@@ -101,18 +101,18 @@ def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
     assert [block for block in others if block not in (lists, indices, declared, audit)] == []
 
 
-def test_the_arguments_that_the_readme_tells_are_bind_s() -> None:
+def test_the_arguments_that_the_guide_names_are_bind_s() -> None:
     section = GUIDE.split("## Modes and lengths")[1].split("\n## ")[0]
-    told = [span for span in spans(section) if re.match(r"[a-z_]+=", span)]
-    assert len(told) >= 6
+    named = [span for span in spans(section) if re.match(r"[a-z_]+=", span)]
+    assert len(named) >= 6
     emitted = set()
-    for span in told:
+    for span in named:
         facts = eval(f"dict({span})", {"n": 4, "k": 4})
         assert set(facts) <= set(inspect.signature(bind).parameters), span
         fields = ("cache_seqlens", "real_page_table", *(() if "page_fill" in facts else ("pooled_cache_seqlens",)))
         config = KernelConfig(num_backends=3, fields=(*fields, *(() if "page_fill" in facts else ("page_indices",))))
         emitted.add(render(config.replace(**facts)))
-    assert len(emitted) == len(told), "an argument changes nothing"
+    assert len(emitted) == len(named), "an argument changes nothing"
 
 
 def test_the_matrix_of_the_readme_is_read(tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_names_are_there() -> None:
                 importlib.import_module(f"{owner.__name__}.{name}")
             owner = getattr(owner, name)
     stems = {re.split("-", name)[0] for name in PRESETS}
-    told = {span for span in spans(GUIDE) if re.fullmatch(rf"({'|'.join(stems)})-[a-z0-9-]+", span)}
-    assert told <= set(PRESETS)
-    assert told
+    named = {span for span in spans(GUIDE) if re.fullmatch(rf"({'|'.join(stems)})-[a-z0-9-]+", span)}
+    assert named <= set(PRESETS)
+    assert named
 
 
 @pytest.mark.parametrize("name", TEXTS)
