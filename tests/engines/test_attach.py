@@ -280,6 +280,37 @@ def test_requests_that_are_extended_by_different_numbers_of_tokens(name: str) ->
     assert pair.attachment.launches == 1
 
 
+@pytest.mark.skipif(objects.HAS_TRANSLATOR, reason="newer versions have a graph of it")
+@pytest.mark.parametrize("page", [1, 64])
+def test_a_draft_extension_without_a_graph(page: int) -> None:
+    pool = objects.token_pool(page, seed=3)
+    engine, mine = (objects.backend("fa3", pool, page=page, steps=0, draft=True) for _ in range(2))
+    attachment = sglang.attach(mine)
+    assert attachment._extension.capacity == len(pool)
+    for lengths in ((7, 300, 64), (5,), (640, 9)):
+        extended = torch.tensor([4, 1, 3][: len(lengths)], dtype=torch.int32)
+        for made in (engine, mine):
+            batch = Batch(lengths, len(lengths), "draft_extend", 4).make()
+            batch.extend_seq_lens, batch.extend_seq_lens_cpu = extended, extended.tolist()
+            made.init_forward_metadata(batch)
+        wanted, got = engine.forward_metadata, mine.forward_metadata
+        for name in ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q"):
+            assert getattr(wanted, name).equal(getattr(got, name)), name
+        assert (wanted.max_seq_len_k, wanted.max_seq_len_q) == (got.max_seq_len_k, got.max_seq_len_q)
+        assert wanted.page_table.shape == got.page_table.shape
+        for row, length in enumerate(lengths):
+            pages = -(-length // page)
+            assert wanted.page_table[row, :pages].equal(got.page_table[row, :pages])
+    assert attachment.launches == 3
+    attachment._extension.capacity = 1  # the engine's own code extends larger batches
+    batch.seq_lens = batch.seq_lens + 1
+    mine.init_forward_metadata(batch)
+    assert attachment.launches == 3
+    assert mine.forward_metadata.cache_seqlens_int32.tolist() == batch.seq_lens.tolist()
+    attachment.detach()
+    assert {n for n in vars(mine)} == {n for n in vars(engine)}
+
+
 @pytest.mark.parametrize("name", ["fa3", "triton"])
 def test_an_extension_without_its_lengths_on_the_device_runs_the_engines_own_code(name: str) -> None:
     pair = Pair(name, 64, mode="draft_extend")
@@ -437,6 +468,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
+    from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
     for variable in (plugin.SGLANG_VARIABLE, plugin.SELECTED_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
@@ -444,6 +476,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
         (DraftBackendFactory, "create_decode_backend"),
         (DraftBackendFactory, "create_draft_extend_backend"),
         (ModelRunner, "init_attention_backends"),
+        (EAGLEWorkerV2, "init_cuda_graphs"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     HookRegistry.reset()
@@ -456,7 +489,7 @@ def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pyt
     assert not hooks._hooks
     monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
     plugin.install()
-    assert len(hooks._hooks) == 3
+    assert len(hooks._hooks) == 4
     hooks.reset()
     monkeypatch.setenv(plugin.SGLANG_VARIABLE, "0")
     plugin.install()

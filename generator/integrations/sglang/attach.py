@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -15,10 +16,13 @@ from ...errors import ArgumentError
 from ...variables import DISABLE_VARIABLE
 from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
+from .extension import EAGER, Extension, extends_without_a_graph
 from .lists import INDICES, Lists
 from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
 from .refresher import Ready, Refresher
 
+# By backend.
+_ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
 # With it SGLang may record what comes before a replay in a graph too.
 _GLUE_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
@@ -32,6 +36,9 @@ class Attachment:
         stays: the engine's steps that are still called.
         launches: launches so far, without those that a graph replays.
         failed: the error after which the engine's own code runs again; "" if there was none.
+        place: what is replaced; None if it is disabled.
+        schedules: whether the launch makes DeepGEMM's schedules.
+        made: whether a runner's launch made what this one makes.
     """
 
     def __init__(
@@ -40,13 +47,15 @@ class Attachment:
         place: Place | None = None,
         refresh: Refresher | Lists | None = None,
         schedules: bool = False,
+        extension: Extension | None = None,
     ) -> None:
         self.backend = backend
         self.refreshed = "" if place is None else place.refreshed
         self.stays = "everything" if place is None else place.stays
         self.launches = 0
         self.failed = ""
-        self._refresh, self._schedules = refresh, schedules
+        self.place, self.schedules, self.made = place, schedules, False
+        self._refresh, self._extension = refresh, extension
         self._several = hasattr(backend, "attn_backends")
         # By captured batch size and the engine's forward mode: onelaunch's name of the mode, and the plan.
         self._ready: dict[tuple[int, Any], tuple[str, Ready]] = {}
@@ -56,9 +65,15 @@ class Attachment:
         if place is None:
             return
         self._place = place
+        _ATTACHED[backend] = self
         self._in_graphs = place.method == IN_GRAPH or bool(os.environ.get(_GLUE_VARIABLE))
-        mine = {OUT_GRAPH: self._out_graph, IN_GRAPH: self._in_graph, LISTS_KERNEL: _Kernel(self)}
-        for name in place.methods:
+        mine = {
+            OUT_GRAPH: self._out_graph,
+            IN_GRAPH: self._in_graph,
+            LISTS_KERNEL: _Kernel(self),
+            EAGER: self._without_graph,
+        }
+        for name in place.methods if extension is None else (*place.methods, EAGER):
             if name in vars(backend):
                 self._shadowed.add(name)
             self._originals[name] = getattr(backend, name)
@@ -80,6 +95,7 @@ class Attachment:
             else:
                 delattr(self.backend, name)
         self._originals = {}
+        _ATTACHED.pop(self.backend, None)
         self._forget()
         if self._recorded:
             self._recorded = False
@@ -88,6 +104,11 @@ class Attachment:
                 "Capture them again to have the engine's own kernel.",
                 stacklevel=2,
             )
+
+    def beside(self, *arguments: Any, **facts: Any) -> Ready:
+        """A plan that also writes what a runner's graph has; see Refresher.beside."""
+        assert self._refresh is not None
+        return self._refresh.beside(*arguments, **facts)
 
     def __repr__(self) -> str:
         if not self.refreshed:
@@ -115,6 +136,18 @@ class Attachment:
         """init_forward_metadata_in_graph: recorded while the engine captures."""
         if not self._guarded(self._before_replay, forward_batch):
             self._originals[IN_GRAPH](forward_batch)
+
+    def _without_graph(self, forward_batch: Any) -> None:
+        """init_forward_metadata, of which a draft extension is served."""
+        if not self._guarded(self._extend, forward_batch):
+            self._originals[EAGER](forward_batch)
+
+    def _extend(self, forward_batch: Any) -> bool:
+        assert self._extension is not None
+        if not self._extension.run(forward_batch):
+            return False
+        self.launches += 1
+        return True
 
     def _guarded(self, step: Callable[..., bool], *arguments: Any) -> bool:
         """Whether the step did what the engine's own code would do. After an exception nothing does any more."""
@@ -204,11 +237,13 @@ class Attachment:
         if self._in_graphs:
             self._note_recording()
         if place.after is not None:
-            place.after(pairs, forward_batch, mode, self._schedules)
+            place.after(pairs, forward_batch, mode, self.schedules)
         return True
 
     def _fill_lists(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> bool:
         """The launch alone, amid the engine's own steps."""
+        if self.made:
+            return True
         assert isinstance(self._refresh, Lists)
         self._refresh.run(bs, seq_lens, req_pool_indices, source)
         self.launches += 1
@@ -239,34 +274,19 @@ class _Kernel:
         return launch
 
 
-def attach(
+def attached_to(backend: Any) -> Attachment | None:
+    """What attach() returned for a backend, while it is attached."""
+    return _ATTACHED.get(backend)
+
+
+def attach_backend(
     backend: Any,
     *,
     leave: Collection[str] = (),
     schedules: bool = False,
     **facts: Any,
 ) -> Attachment:
-    """Replaces the code that refreshes an SGLang backend's metadata by one launch.
-
-    Call it before the engine captures its graphs: then plans are bound at capture, and nothing is built while serving.
-    Only this backend object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
-    why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
-
-    Args:
-        backend: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA or Triton
-            backend.
-        leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
-            where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
-            again after detach().
-        schedules: whether the launch makes DeepGEMM's schedules of DSA too.
-        facts: arguments of onelaunch.bind, which override what the backend has.
-
-    Returns:
-        The attachment. Its text says what is refreshed and what the engine still does.
-
-    Raises:
-        ArgumentError: the backend or its configuration isn't served; the message names the attribute. Nothing changed.
-    """
+    """Attaches to a backend: see seam.attach."""
     if DISABLE_VARIABLE.is_on():
         attachment = Attachment(backend)
     else:
@@ -276,6 +296,7 @@ def attach(
                 f"leave has {WIDE_TABLE!r}, and {type(backend).__name__} needs it: {reason}. Remove it from leave."
             )
         refresh: Refresher | Lists
+        extension = None
         if place.lists:
             if leave or schedules:
                 what = f"leave is {tuple(leave)!r}" if leave else "schedules is True"
@@ -285,9 +306,11 @@ def attach(
             # The engine leaves the dead columns of a table alone, so the launch does too.
             facts = {"page_fill": None, **facts}
             refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **facts)
+            if place.extends and extends_without_a_graph(backend):
+                extension = Extension(backend, **facts)
         if facts.get("writes", "all") != "all":
             _check_verified(backend, place, leave)
-        attachment = Attachment(backend, place, refresh, schedules)
+        attachment = Attachment(backend, place, refresh, schedules, extension)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
     log.logger.info("attach %r%s", attachment, left)
     return attachment
@@ -301,8 +324,8 @@ def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
             f"writes is 'verified', and {name} records the launch in its graphs, where nothing calls "
             "Plan.forget() after the engine's own code wrote. Pass writes='all'."
         )
-    child = next(iter(getattr(backend, "attn_backends", [backend])))
-    page_size = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
+    child: Any = next(iter(getattr(backend, "attn_backends", [backend])))
+    page_size: Any = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
     if hasattr(child, "dsa_index_topk") and page_size > 1 and WIDE_TABLE not in leave:
         raise ArgumentError(
             f"writes is 'verified', and the batch sizes that {name} captures share page_table_1, but each has a "

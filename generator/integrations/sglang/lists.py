@@ -5,6 +5,7 @@ A single Triton backend has sums beside them: ``qo_indptr``, and in target_verif
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ...run.declared import Written, into
 from ...run.plan import Plan, bind
 from ...spec.expressions import Dtype
-from ...spec.fields import MetadataBuffers, packed, running_sum
+from ...spec.fields import Declaration, MetadataBuffers, packed, running_sum
 from .. import flashinfer
 from ..attributes import has
 from .captured import STEPS
@@ -80,6 +81,27 @@ class Lists:
         ready = Ready(plan, pairs, held)
         self._ready[bs, mode, seq_lens_dtype, req_pool_indices_dtype] = ready, source
         return ready
+
+    def beside(
+        self, bs: int, mode: str, declare: Mapping[str, Declaration | Written], added: int = 0, **facts: Any
+    ) -> Ready:
+        """A plan of its own for a batch size that also writes what is declared; see Refresher.beside.
+
+        The lists have a request's tokens without those that are added. Of ``declare``, a single backend's qo_indptr and
+        mask_indptr get the backend's own tensors.
+        """
+        backend = self._backend
+        source = flashinfer.pool_of(backend)
+        written = {name: each for name, each in declare.items() if isinstance(each, Written)}
+        if not has(backend, STEPS):
+            for name in ("qo_indptr", "mask_indptr"):
+                declaration: Any = declare.get(name)
+                own = getattr(backend, name, None)
+                if declaration is not None and own is not None:
+                    written[name] = _sum(declaration.formula, own)
+        plan = self._bind(source, "decode", {**self._facts, **facts, "declare": written})
+        pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
+        return Ready(plan, pairs, [(backend, INDICES, getattr(backend, INDICES))])
 
     def forget(self) -> None:
         """Plan.forget() of all plans: somebody else wrote what they write."""

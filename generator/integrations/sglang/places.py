@@ -40,6 +40,7 @@ class Place:
             (IN_GRAPH), or the kernel that fills kv_indptr and kv_indices (LISTS_KERNEL).
         lists: whether it refreshes kv_indptr and kv_indices, which aren't kept for each batch size.
         leave: what the launch leaves to ``after``; see captured.buffers_from.
+        extends: whether a draft extension that has no graph is served too; see extension.py.
         inputs: further inputs of a launch; it returns None where the engine's own code must run. None if there are
             none.
     """
@@ -51,6 +52,7 @@ class Place:
     method: str = OUT_GRAPH
     lists: bool = False
     leave: tuple[str, ...] = ()
+    extends: bool = False
     inputs: Inputs | None = None
 
     @property
@@ -100,7 +102,7 @@ def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -
     child.forward_metadata = metadata
     if mode == "target_verify" or (mode == "decode" and metadata.scheduler_metadata is None):
         return
-    bs, longest = batch.batch_size, batch.seq_lens_cpu if child.needs_cpu_seq_lens else None
+    bs, longest = batch.batch_size, batch.seq_lens_cpu if getattr(child, "needs_cpu_seq_lens", True) else None
     metadata.max_seq_len_k = child.max_context_len if longest is None else int(longest[:bs].max())
     if mode == "draft_extend":
         extended = batch.spec_info.extend_seq_lens_cpu
@@ -182,7 +184,8 @@ PLACES = {
     "DeepseekSparseAttnBackend": Place(_LENGTHS, _DSA_STAYS, _EVERY_MODE, _dsa),
     "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3_steps),
     "FlashAttentionBackend": Place(
-        _LENGTHS, "scheduler_metadata", _EVERY_MODE, _fa3, leave=("scheduler_metadata",), inputs=_extended
+        _LENGTHS, "scheduler_metadata", _EVERY_MODE, _fa3, leave=("scheduler_metadata",), extends=True,
+        inputs=_extended,
     ),
     "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), method=IN_GRAPH),
     "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, method=IN_GRAPH),

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
-from ...run.declared import into
+from ...run.declared import Written, into
 from ...run.plan import Plan, bind
 from ...run.schedules import convention_of, paged_mqa_settings
-from ...spec.fields import MetadataBuffers, running_sum
+from ...spec.fields import Declaration, MetadataBuffers, running_sum
 from ..attributes import has, read
 from ..refusals import refusal
 from .captured import (
@@ -275,6 +275,34 @@ class Refresher:
         bound.plan.exact = bs
         pools = zip(bound.captured, bound.pools, strict=True)
         return Ready(bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
+
+    def beside(
+        self, bs: int, mode: str, declare: Mapping[str, Declaration | Written], added: int = 0, **facts: Any
+    ) -> Ready:
+        """A plan of its own for a captured batch size that also writes what is declared.
+
+        Args:
+            bs, mode: as in prepare().
+            declare: those of its fields that have tensors, and cu_seqlens_q, which gets the backend's.
+            added: how many tokens the backend's lengths have beyond those of run().
+            facts: arguments of onelaunch.bind.
+
+        Raises:
+            ArgumentError: see bind_backends.
+        """
+        captured = captured_for(self._backend, bs, mode)
+        if added:
+            facts["seqlen_offsets"] = [added] * len(captured)
+        starts = getattr(captured[0].metadata, "cu_seqlens_q", None)
+        written = {name: each for name, each in declare.items() if isinstance(each, Written)}
+        # DSA's has an element a row, and never changes.
+        if mode == "draft_extend" and isinstance(starts, Tensor) and family_of(captured[0].metadata) is MHA:
+            written["cu_seqlens_q"] = Written(declare["cu_seqlens_q"], starts)  # type: ignore[arg-type]
+        facts = {**self._facts, **facts, "declare": written}
+        several = has(self._backend, STEPS)
+        plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
+        held = [(c.child, "req_to_token", getattr(c.child, "req_to_token", None)) for c in captured]
+        return Ready(plan, [(c.child, c.metadata) for c in captured], held)
 
     def forget(self) -> None:
         """Plan.forget() of all plans: somebody else wrote what they write."""
