@@ -74,7 +74,7 @@ def verify(tokens: int) -> dict[str, Declaration]:
         "retrieve_next_sibling": vector("-1", rows=tokens, dtype="int64"),
         "mask": vector("row % draft_tokens <= row // draft_tokens", rows=tokens * tokens, dtype="bool"),
         # Triton's: the queries, and the full mask's bytes of each request.
-        "qo_indptr": running_sum("draft_tokens"),
+        "qo_indptr": running_sum("draft_tokens", dtype="int64"),
         "mask_indptr": RunningSum("draft_tokens * (base_len + draft_tokens)", dtype="int64"),
     }
 
@@ -98,7 +98,7 @@ def draft_extend(tokens: int) -> dict[str, Declaration]:
             "request * draft_tokens + where(accepted > 0, accepted, draft_tokens) - 1", "request", dtype="int64"
         ),
         "cu_seqlens_q": running_sum("draft_tokens"),
-        "qo_indptr": running_sum("draft_tokens"),
+        "qo_indptr": running_sum("draft_tokens", dtype="int64"),
     }
 
 
