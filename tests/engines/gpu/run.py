@@ -48,6 +48,7 @@ class Run:
         steps: draft steps.
         page: tokens a page.
         plugin: whether onelaunch is asked to attach.
+        runners: whether it is attached to the engine's graph runners too.
         spoil: whether the draft's table is zeroed after each refresh.
     """
 
@@ -55,6 +56,7 @@ class Run:
     steps: int = 3
     page: int = 1
     plugin: bool = False
+    runners: bool = False
     spoil: bool = False
 
     @property
@@ -63,7 +65,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        return "spoiled" if self.spoil else "on" if self.plugin else "off"
+        return "spoiled" if self.spoil else "runners" if self.runners else "on" if self.plugin else "off"
 
     @property
     def name(self) -> str:
@@ -73,6 +75,7 @@ class Run:
 def token_runs() -> list[Run]:
     shapes = [(backend, steps, 1) for backend in BACKENDS for steps in (3, 5)] + [("fa3", 3, 64)]
     runs = [Run(*shape, plugin=plugin) for shape in shapes for plugin in (False, True)]
+    runs += [Run(backend, plugin=True, runners=True) for backend in BACKENDS]
     return runs + [Run(backend, plugin=True, spoil=True) for backend in BACKENDS]
 
 
@@ -130,6 +133,7 @@ class Machine:
         )  # a cold one: it must be built before the capture ends
         environment["ONELAUNCH_SGLANG"] = "1" if run.plugin else "0"
         environment["PROBE_SPOIL"] = "1" if run.spoil else "0"
+        environment["PROBE_RUNNERS"] = "1" if run.runners else "0"
         paths = list(self.paths)
         if self.bundle is not None:
             flashinfer = run.backend == "flashinfer"
@@ -178,19 +182,18 @@ def differences(found: dict[str, dict[str, Any]]) -> list[str]:
         wrong += [
             f"{kind}: the rounds differ: {several}" for several in rounds if several != several[:1] * len(several)
         ]
+        wrong += [f"{kind}: {a}" for a in result.get("probe", {}).get("attachments", ()) if a["failed"]]
     if wrong or "off" not in found:
         return wrong
     off = found["off"]["scenarios"]
-    for kind in set(found) & {"on", "spoiled"}:
+    for kind in set(found) & {"on", "runners", "spoiled"}:
         probe, scenarios = found[kind]["probe"], found[kind]["scenarios"]
         if not any(a["launches"] and not a["failed"] for a in probe["attachments"]):
             wrong.append(f"{kind}: onelaunch isn't attached: {probe['onelaunch']}")
-        if any(a["failed"] for a in probe["attachments"]):
-            wrong.append(f"{kind}: {probe['attachments']}")
         if probe["built_or_bound_after_capture"]:
             wrong.append(f"{kind}: after the capture {probe['built_or_bound_after_capture']}")
-        if kind == "on" and scenarios != off:
-            wrong.append(f"on: {scenarios} and off: {off}")
+        if kind != "spoiled" and scenarios != off:
+            wrong.append(f"{kind}: {scenarios} and off: {off}")
         if kind == "spoiled":
             wrong += [
                 f"spoiled: {name} has the same verify steps"
@@ -210,8 +213,8 @@ def _host(times: dict[str, Any], role: str) -> float:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Off and on side by side: launches and copies of the metadata and of the copies into a graph's buffers, their host
-    time and the step's, in µs.
+    """Off, on and with runners side by side: launches and copies of the metadata and of the copies into a graph's
+    buffers, their host time and the step's, in µs.
 
     The last column has all launches and copies before the step's graphs, the engine's preparation included.
     """
@@ -227,13 +230,15 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             continue
         probe = result["probe"]
         times, launches = probe["host_us"], probe["launches"]
-        for state in ("off", "on"):
+        for state in ("off", "on", "runners"):
+            if state not in times:
+                continue
             cells = []
             for role in ROLES:
                 counts = [launches.get(state, {}).get(name, {}) for name in (role, f"{role} copies")]
                 kernels, copies = (sum(count.get(kind, 0) for count in counts) for kind in ("kernels", "copies"))
                 host, before = (_host(times[each], role) for each in (state, "off"))
-                ratio = f" ({before / host:.1f} times less)" if state == "on" and host else ""
+                ratio = f" ({before / host:.1f} times less)" if state != "off" and host else ""
                 cells.append(f"{kernels} + {copies}, {host:.1f}{ratio}")
             cells.append(str(times[state]["step"]["median"]))
             cells.append(str(sum(sum(names.values()) for names in probe.get("seams", {}).get(state, {}).values())))
