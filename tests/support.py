@@ -26,6 +26,9 @@ POISON_BYTE = 0xA5  # in a destination of bool: neither of its values
 # Poisoned words on either side of a tensor; a multiple of four, so that an offset alone decides the 16-byte phase.
 GUARD = 32
 
+# Why a test is skipped; gpu/two_devices.json has all that are.
+ONE_DEVICE = "needs two CUDA devices"
+
 # The fields whose shape follows from the batch. Schedules and kv_indices have separate tests.
 ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum", "table"))
 SIX_FIELDS = (

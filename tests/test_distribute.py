@@ -13,7 +13,6 @@ from typing import Any
 
 import onelaunch
 import pytest
-import torch
 from filelock import FileLock
 from onelaunch.errors import ArgumentError
 
@@ -130,11 +129,9 @@ os._exit(0)  # a group can't be destroyed in order where a rank is dead
 """
 
 
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, pytest.mark.two_devices])])
 def backend(request: pytest.FixtureRequest) -> str:
     """Of the group that distribute() is given."""
-    if request.param == "nccl" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     return str(request.param)
 
 

@@ -220,9 +220,8 @@ def test_the_launch_is_on_the_current_stream() -> None:
     scene.compare()
 
 
+@pytest.mark.two_devices
 def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     for current, used in ((0, 1), (1, 0)):
         device = torch.device("cuda", used)
         with torch.cuda.device(current):
@@ -239,9 +238,8 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
                 onelaunch.bind(support.buffers_of(scene.backends), req_to_token=elsewhere)
 
 
+@pytest.mark.two_devices
 def test_plans_on_two_devices_side_by_side() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     scenes = [Scene(LIVE, batch(20, 400, seed=index), torch.device("cuda", index)) for index in (0, 1)]
     plans = [scene.bind() for scene in scenes]
     for _ in range(5):

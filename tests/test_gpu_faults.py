@@ -27,7 +27,6 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 CONFIG = PRESETS["nsa-decode-3"]
 SHAPE = batch(33, 517)
-TWO_DEVICES = "needs two CUDA devices"
 
 
 def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -76,20 +75,20 @@ print(json.dumps(plans[0].kernel.built))
 # ------------------------------------------------------------------------------------------------ devices
 
 
-@pytest.mark.parametrize("devices", [(0, 0), (0, 1)], ids=["one device", "two devices"])
+@pytest.mark.parametrize(
+    "devices",
+    [pytest.param((0, 0), id="one device"), pytest.param((0, 1), id="two devices", marks=pytest.mark.two_devices)],
+)
 def test_two_processes_build_and_run_at_the_same_time(devices: tuple[int, int], tmp_path: Path) -> None:
     """With one new cache: one of them builds. The second device isn't its process's current one."""
-    if torch.cuda.device_count() <= max(devices):
-        pytest.skip(TWO_DEVICES)
     cache = str(tmp_path / "cache")
     built = said_by([start(COMPARES, device, ONELAUNCH_CACHE_DIR=cache) for device in devices])
     assert sorted(built) == [False, True]
 
 
-def test_graphs_lists_and_threads_of_two_devices() -> None:
+@pytest.mark.two_devices
+def test_graphs_and_threads_of_two_devices() -> None:
     """In one process, side by side: captured there, called with the other device as the current one, by two threads."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip(TWO_DEVICES)
     scenes = [Scene(CONFIG, SHAPE, torch.device("cuda", index)) for index in (0, 1)]
     plans: list[Any] = [scene.bind() for scene in scenes]
     graphs = []

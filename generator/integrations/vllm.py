@@ -69,7 +69,7 @@ from ..run.declared import Map, into
 from ..run.plan import Plan, bind
 from ..spec.fields import MetadataBuffers, vector
 from ..spec.seams import vllm_request_of_token, vllm_slot_mapping
-from .attributes import read
+from .attributes import merged, read
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
@@ -197,7 +197,7 @@ def bind_draft_step(
         "sources": sources,
         "maps": maps,
     }
-    plan = bind([buffers], req_to_token=table, **{**facts, **settings})
+    plan = bind([buffers], req_to_token=table, **merged(facts, settings))
     inputs = {
         "idx": idx_mapping[:requests],
         "position": positions[:requests],
@@ -303,7 +303,7 @@ def bind_backends(
         "decode_lens": into(vector("1") if flattened else tokens, _tensor("metadata.decode", decode, "decode_lens")),
     }
     facts["maps"] = {"query_start": Map(query_start_loc)}
-    return bind([buffers], req_to_token=table, **{**facts, **settings})
+    return bind([buffers], req_to_token=table, **merged(facts, settings))
 
 
 def _rows_of_requests(decode: Any, rows: Tensor) -> dict[str, Any]:

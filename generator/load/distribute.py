@@ -33,10 +33,11 @@ def distribute(
 ) -> list[loader.Kernel]:
     """Builds configurations once for a whole job: the first rank of each architecture builds and sends to the others.
 
-    Every rank of the group calls this with equal ``configs``; the first one waits for the last one as long as the
-    group's own time-out says. From then on they talk through gloo, on their CPUs. If one rank fails, all raise the same
-    error, at once. A rank that is interrupted raises its interrupt, and the others an error that names it. If one is
-    killed, or doesn't answer for a minute, all others raise an error that says so.
+    Every rank of the group calls this with equal ``configs``; the first one waits for the last one in a collective of
+    the group, with the group's own time-out. (NCCL's ends the process; and like all collectives of objects, with NCCL
+    it needs the rank's device to be the current one.) From then on they talk through gloo, on their CPUs. If one rank
+    fails, all raise the same error, at once. A rank that is interrupted raises its interrupt, and the others an error
+    that names it. If one is killed, or doesn't answer for a minute, all others raise an error that says so.
 
     Args:
         configs: the configurations to build or load.

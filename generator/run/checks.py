@@ -99,9 +99,18 @@ def check_destination(
 def check_declared(name: str, value: Any, field: Field, device: torch.device | None) -> Tensor:
     """Checks a declared field's destination: a vector or table may have any strides, a vector of own rows be [bs, W].
 
+    Beside tensors on a GPU it may be in pinned host memory, whose address is the device's too.
+
     Raises:
         ArgumentError: it can't be written to.
     """
+    if device is not None and device.type == "cuda" and isinstance(value, Tensor) and value.device.type == "cpu":
+        if not value.is_pinned():
+            raise ArgumentError(
+                f"{name} is on cpu; it must be on {device}, where the other tensors are, or in pinned memory. Move it "
+                "with .to(), or allocate it with pin_memory=True."
+            )
+        device = value.device
     (dtype,) = dtypes = torch_dtypes(field.dtypes)
     if (
         field.kind not in ("vector", "table")

@@ -85,9 +85,11 @@ class Destinations:
                 allowed = torch_dtypes(field.dtypes)
                 device = check_destination(label, tensor, dim=field.dim, dtypes=allowed, device=device).device
                 given[field.name] = _Destination(index, label, tensor, Region.of(label, tensor))
-            for name, (field, tensors) in declared.items():
+            # Pinned memory, which is the host's, comes last: the others say which device it is.
+            for name, (field, tensors) in sorted(declared.items(), key=lambda one: one[1][1][index][1].is_cpu):
                 label, tensor = tensors[index]
-                device = check_declared(label, tensor, field, device).device
+                checked = check_declared(label, tensor, field, device)
+                device = device or checked.device
                 given[name] = _Destination(index, label, tensor, Region.of(label, tensor))
             given = _without_aliases(given, page_size, mode)
             if index == 0:

@@ -31,7 +31,7 @@ from .parts import (
     setting,
 )
 from .scope import Scope
-from .values import Names, OneOf, Pairs, Whole, check_one_of, check_whole
+from .values import Names, OneOf, Pairs, Whole, check_one_of, check_setting, check_whole
 
 Operation = Literal["precompute_and_broadcast", "copy"]
 Target = Literal["cuda", "cpu"]
@@ -100,7 +100,7 @@ class KernelConfig(Implied):
 
     def __init__(self, **settings: Any) -> None:
         for name in settings:
-            check_one_of("the setting's name", name, tuple(SETTINGS))
+            check_setting(name, SETTINGS)
         for part, kind in PARTS.items():
             _set(self, part, kind(**{n: settings[n] for n, of in _PART_OF.items() if of == part and n in settings}))
         given = Scope(self.declare, self.inputs, self.constants, self.sources, self.maps)

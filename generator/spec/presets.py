@@ -7,7 +7,7 @@ import difflib
 from ..errors import ConfigError
 from .config import KernelConfig
 from .fields import vector
-from .seams import vllm_request_of_token, vllm_slot_mapping
+from .seams import FLASHINFER, vllm_request_of_token, vllm_slot_mapping
 
 _WITH_EXPANDED = (*KernelConfig().fields, "seqlens_expanded")
 
@@ -18,6 +18,8 @@ _VLLM_STEP = {
     "per_req_decode_lens": vector("1", "request"),
     "request_of_token_0": vllm_request_of_token(0),
 }
+
+_FLASHINFER = ("page_indptr", "pages", "last_page_len", "qo_indptr")
 
 PRESETS: dict[str, KernelConfig] = {
     "nsa-decode-1": KernelConfig(),
@@ -91,6 +93,14 @@ PRESETS: dict[str, KernelConfig] = {
         sources={"table_0": "int32", "table_1": "int32"},
         maps={"query_end_0": ("int32", 0)},
     ),
+    "flashinfer-pages-3": KernelConfig(
+        num_backends=3,
+        fields=(*_FLASHINFER, *("host_page_indptr", "host_last_page_len", "host_qo_indptr")),
+        declare={**FLASHINFER, **{f"host_{name}": FLASHINFER[name] for name in _FLASHINFER if name != "pages"}},
+        seqlen_offsets=(1, 2, 3),
+        page_size=16,
+        constants={"query_len": 1},
+    ),
     "flashinfer-decode-3": KernelConfig(num_backends=3, fields=("kv_indptr", "kv_indices"), seqlen_offsets=(1, 2, 3)),
 }
 """The shipped configurations. Their CUDA is in generated/, and the tests compile and run each of them."""
@@ -125,6 +135,7 @@ PURPOSES: dict[str, str] = {
     "nsa-target-verify-3-schedule": "verification with DeepGEMM's schedule, one item per row",
     "flashmla-dense-decode-3": "dense FlashMLA with its schedule in the same launch",
     "vllm-draft-step": "vLLM's drafter with two KV-cache groups: slot mappings, sparse indexer, schedule",
+    "flashinfer-pages-3": "FlashInfer: what the plans of three wrappers read, pages of 16, on the host too",
     "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",
 }
 """The purpose of each preset, in one line."""

@@ -10,7 +10,7 @@ Sources: sglang.srt.speculative, the EAGLE graph runners and workers, and sglang
 from __future__ import annotations
 
 from .expressions import Dtype
-from .fields import Declaration, RunningSum, Vector, running_sum, vector
+from .fields import Declaration, RunningSum, Vector, packed, running_sum, vector
 
 # How many tokens of a request are inputs, one each, so that the launch copies them too. With more the engine does.
 MAX_TOKEN_INPUTS = 8
@@ -74,7 +74,7 @@ def verify(tokens: int) -> dict[str, Declaration]:
         "retrieve_next_sibling": vector("-1", rows=tokens, dtype="int64"),
         "mask": vector("row % draft_tokens <= row // draft_tokens", rows=tokens * tokens, dtype="bool"),
         # Triton's: the queries, and the full mask's bytes of each request.
-        "qo_indptr": running_sum("draft_tokens"),
+        "qo_indptr": running_sum("draft_tokens", dtype="int64"),
         "mask_indptr": RunningSum("draft_tokens * (base_len + draft_tokens)", dtype="int64"),
     }
 
@@ -98,7 +98,7 @@ def draft_extend(tokens: int) -> dict[str, Declaration]:
             "request * draft_tokens + where(accepted > 0, accepted, draft_tokens) - 1", "request", dtype="int64"
         ),
         "cu_seqlens_q": running_sum("draft_tokens"),
-        "qo_indptr": running_sum("draft_tokens"),
+        "qo_indptr": running_sum("draft_tokens", dtype="int64"),
     }
 
 
@@ -140,3 +140,15 @@ def vllm_request_of_token(index: int) -> Vector:
         index: query_end_0 is the map of where requests end, for index 0.
     """
     return vector(f"where(query_end_{index}(request) > request, request, last)", "request")
+
+
+# What FlashInfer's plans read, beside the standard kv_indptr and kv_indices, which count tokens. A length below zero
+# counts as no tokens, as there. query_len is a constant.
+FLASHINFER: dict[str, Declaration] = {
+    "kv_len": vector("max(base_len, 0) + offset", "request"),
+    "page_indptr": running_sum("ceil_div(kv_len, page_size)"),
+    "pages": packed("token(column * page_size) // page_size", at="page_indptr"),
+    "last_page_len": vector("where(kv_len > 0, (kv_len - 1) % page_size + 1, 0)", "request"),
+    "kv_len_arr": vector("kv_len", "request"),
+    "qo_indptr": running_sum("query_len"),
+}

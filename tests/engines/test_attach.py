@@ -468,6 +468,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
+    from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
     for variable in (plugin.SGLANG_VARIABLE, plugin.SELECTED_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
@@ -475,6 +476,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
         (DraftBackendFactory, "create_decode_backend"),
         (DraftBackendFactory, "create_draft_extend_backend"),
         (ModelRunner, "init_attention_backends"),
+        (EAGLEWorkerV2, "init_cuda_graphs"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     HookRegistry.reset()
@@ -487,7 +489,7 @@ def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pyt
     assert not hooks._hooks
     monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
     plugin.install()
-    assert len(hooks._hooks) == 3
+    assert len(hooks._hooks) == 4
     hooks.reset()
     monkeypatch.setenv(plugin.SGLANG_VARIABLE, "0")
     plugin.install()

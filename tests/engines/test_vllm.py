@@ -194,7 +194,7 @@ def test_the_docstrings_lines() -> None:
         "seq_lens": runner.seq_lens,
         "num_reqs": 3,
     }
-    lines = str(vllm.__doc__).partition("::\n")[2].partition("\nWhat that gains")[0]
+    lines = str(vllm.__doc__).split("::\n")[2].partition("\nWhat that gains")[0]
     runner.fill((300, 200), (2, 2))
     exec(textwrap.dedent(lines), names)
     assert metadata.decode.seq_lens.tolist() == [[299, 300], [199, 200], [0, 0]]

@@ -295,7 +295,8 @@ class Refresher:
             facts["seqlen_offsets"] = [added] * len(captured)
         starts = getattr(captured[0].metadata, "cu_seqlens_q", None)
         written = {name: each for name, each in declare.items() if isinstance(each, Written)}
-        if mode == "draft_extend" and isinstance(starts, Tensor):
+        # DSA's has an element a row, and never changes.
+        if mode == "draft_extend" and isinstance(starts, Tensor) and family_of(captured[0].metadata) is MHA:
             written["cu_seqlens_q"] = Written(declare["cu_seqlens_q"], starts)  # type: ignore[arg-type]
         facts = {**self._facts, **facts, "declare": written}
         several = has(self._backend, STEPS)

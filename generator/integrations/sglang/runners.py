@@ -14,6 +14,8 @@ from ...spec.fields import Declaration
 
 # The function through which a runner copies a batch into its buffers: copies(destinations, sources).
 COPIES = "_grouped_foreach_copy_"
+# Or the method of its registry: fill(batch, padded_bs=...).
+FILL = "fill_from"
 Sources = Mapping[str, Tensor]
 
 
@@ -24,7 +26,8 @@ class Runner:
     Attributes:
         seam: what it replays, for people.
         method: what copies a batch into the buffers, has the backend refresh its metadata, and replays.
-        copies_in: the module whose COPIES it calls; "" for its own.
+        registry: the attribute with the registry of its buffers, whose FILL copies a batch; "" where the runner itself
+            does, with COPIES of its module.
         backend: the attribute with its attention backend.
         mode: bind()'s name of its mode.
         declare: the buffers by name, from the number of tokens of a request.
@@ -37,7 +40,7 @@ class Runner:
 
     seam: str
     method: str
-    copies_in: str
+    registry: str
     backend: str
     mode: str
     declare: Callable[[int], dict[str, Declaration]]
@@ -88,7 +91,7 @@ RUNNERS = {
     "EAGLEDraftCudaGraphRunner": Runner(
         seam="the draft step",
         method="execute",
-        copies_in="",
+        registry="",
         backend="draft_attn_backend",
         mode="decode",
         declare=seams.draft_step,
@@ -101,7 +104,7 @@ RUNNERS = {
     "DecodeCudaGraphRunner": Runner(
         seam="verification",
         method="load_batch",
-        copies_in="sglang.srt.model_executor.cuda_graph_buffer_registry",
+        registry="buffer_registry",
         backend="attn_backend",
         mode="target_verify",
         declare=seams.verify,
@@ -114,7 +117,7 @@ RUNNERS = {
     "EAGLEDraftExtendCudaGraphRunner": Runner(
         seam="draft extension",
         method="execute",
-        copies_in="",
+        registry="",
         backend="draft_extend_attn_backend",
         mode="draft_extend",
         declare=seams.draft_extend,

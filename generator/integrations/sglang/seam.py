@@ -25,7 +25,7 @@ from .attach import Attachment, attach_backend, attached_to
 from .captured import VERSION
 from .places import LISTS_KERNEL, OUT_GRAPH
 from .refresher import Ready
-from .runners import COPIES, RUNNERS, Runner
+from .runners import COPIES, FILL, RUNNERS, Runner
 
 # The method with which a runner chooses the captured size of a batch.
 _PAD = "_pad_to_bucket"
@@ -133,8 +133,10 @@ class Seam:
         self._set(runner, kind.method, self._around)
         self._set(runner, _PAD, self._padded)
         self._set(self._backend, OUT_GRAPH, self._out_graph)
-        module = sys.modules[kind.copies_in or type(runner).__module__]
-        _Hook.of(module, COPIES).seams.append(self)
+        if kind.registry:
+            self._set(getattr(runner, kind.registry), FILL, self._fill)
+        else:
+            _Hook.of(sys.modules[type(runner).__module__], COPIES).seams.append(self)
         worker, drafter = sys.modules.get(_WORKER), getattr(runner, "eagle_worker", None)
         if kind.mode == "decode" and worker is not None and hasattr(worker, _GATHER) and hasattr(drafter, "draft"):
             _Hook.of(worker, _GATHER).seams.append(self)
@@ -196,22 +198,47 @@ class Seam:
         if self._batch is None or self.failed:
             return False
         named = {self._names.get(to.data_ptr(), ""): of for to, of in zip(destinations, sources, strict=True)}
-        try:
-            done = self._launch(named)
-        except Exception as error:
-            done = self._give_way(error)
-        if not done:
-            self._flush()
+        if not self._done(named):
             return False
-        self._waiting = None
         left = [(to, of) for to, of in zip(destinations, sources, strict=True) if to.data_ptr() not in self._names]
         if left:
             original([to for to, _ in left], [of for _, of in left])
         return True
 
-    def _launch(self, sources: dict[str, Tensor]) -> bool:
+    def _fill(self, original: Any, batch: Any, **keywords: Any) -> None:
+        """The registry's copies: slots that the launch wrote are left out."""
+        registry = getattr(self.backend, self._kind.registry)
+        sources = {name: getattr(batch, name, None) for name in self._buffers}
+        self._size = keywords["padded_bs"]
+        staged = keywords.get("skip_slots")  # written already
+        if batch is not self._batch or self.failed or staged or not self._done(sources):
+            original(batch, **keywords)
+            return
+        slots = [registry.get_slot(name) for name in self._buffers]
+        for slot in slots:
+            slot.enabled = False
+        try:
+            original(batch, **keywords)
+        finally:
+            for slot in slots:
+                slot.enabled = True
+
+    def _done(self, sources: dict[str, Any]) -> bool:
+        """Whether the launch was made. If not, the engine's own code does it all."""
+        try:
+            done = self._launch(sources)
+        except Exception as error:
+            done = self._give_way(error)
+        if done:
+            self._waiting = None
+        else:
+            self._flush()
+        return done
+
+    def _launch(self, sources: dict[str, Any]) -> bool:
         kind, batch, ready = self._kind, self._batch, self._ready.get(self._size)
-        if ready is None or not set(self._names.values()) <= sources.keys() or not self._fits(batch):
+        given = all(isinstance(sources.get(name), Tensor) for name in self._buffers)
+        if ready is None or not given or not self._fits(batch):
             return False
         lengths = kind.lengths(sources, batch)
         rows = sources["req_pool_indices"]
