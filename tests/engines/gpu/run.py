@@ -48,7 +48,6 @@ class Run:
         steps: draft steps.
         page: tokens a page.
         plugin: whether onelaunch is asked to attach.
-        runners: whether it is attached to the engine's graph runners too.
         spoil: whether the draft's table is zeroed after each refresh.
     """
 
@@ -56,7 +55,6 @@ class Run:
     steps: int = 3
     page: int = 1
     plugin: bool = False
-    runners: bool = False
     spoil: bool = False
 
     @property
@@ -65,7 +63,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        return "spoiled" if self.spoil else "runners" if self.runners else "on" if self.plugin else "off"
+        return "spoiled" if self.spoil else "on" if self.plugin else "off"
 
     @property
     def name(self) -> str:
@@ -75,7 +73,6 @@ class Run:
 def token_runs() -> list[Run]:
     shapes = [(backend, steps, 1) for backend in BACKENDS for steps in (3, 5)] + [("fa3", 3, 64)]
     runs = [Run(*shape, plugin=plugin) for shape in shapes for plugin in (False, True)]
-    runs += [Run(backend, plugin=True, runners=True) for backend in BACKENDS]
     return runs + [Run(backend, plugin=True, spoil=True) for backend in BACKENDS]
 
 
@@ -133,7 +130,6 @@ class Machine:
         )  # a cold one: it must be built before the capture ends
         environment["ONELAUNCH_SGLANG"] = "1" if run.plugin else "0"
         environment["PROBE_SPOIL"] = "1" if run.spoil else "0"
-        environment["PROBE_RUNNERS"] = "1" if run.runners else "0"
         paths = list(self.paths)
         if self.bundle is not None:
             flashinfer = run.backend == "flashinfer"
@@ -186,7 +182,7 @@ def differences(found: dict[str, dict[str, Any]]) -> list[str]:
     if wrong or "off" not in found:
         return wrong
     off = found["off"]["scenarios"]
-    for kind in set(found) & {"on", "runners", "spoiled"}:
+    for kind in set(found) & {"on", "spoiled"}:
         probe, scenarios = found[kind]["probe"], found[kind]["scenarios"]
         if not any(a["launches"] and not a["failed"] for a in probe["attachments"]):
             wrong.append(f"{kind}: onelaunch isn't attached: {probe['onelaunch']}")
@@ -213,8 +209,8 @@ def _host(times: dict[str, Any], role: str) -> float:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Off, on and with runners side by side: launches and copies of the metadata and of the copies into a graph's
-    buffers, their host time and the step's, in µs.
+    """Off, attached to backends alone, and on, side by side: launches and copies of the metadata and of the copies into
+    a graph's buffers, their host time and the step's, in µs.
 
     The last column has all launches and copies before the step's graphs, the engine's preparation included.
     """
@@ -230,7 +226,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             continue
         probe = result["probe"]
         times, launches = probe["host_us"], probe["launches"]
-        for state in ("off", "on", "runners"):
+        for state in ("off", "backends", "on"):
             if state not in times:
                 continue
             cells = []

@@ -6,10 +6,9 @@ draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
 PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with a state behind it: "off" where onelaunch is
-    taken off meanwhile, "on" where it is attached to the backends, "runners" where it is attached to the graph runners
-    too. In the same process, which is the fair comparison: the speed of identical processes differs by up to 1.7
-    times. Read before each prefill.
-PROBE_RUNNERS: 1 for the state "runners" from the start, and where the file names none.
+    taken off meanwhile, "backends" where it is attached to the attention backends, "on", which is also where none is
+    named, where it is attached to the graph runners too. In the same process, which is the fair comparison: the speed
+    of identical processes differs by up to 1.7 times. Read before each prefill.
 PROBE_SPOIL: 1 zeroes the draft's table after each refresh.
 """
 
@@ -35,7 +34,7 @@ _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _METADATA = ("init_forward_metadata_out_graph", "init_forward_metadata")
-_STATES = ("off", "on", "runners")
+_STATES = ("off", "backends", "on")
 # What copies a batch into a graph's buffers: a function of the runner's module, or a method of its registry.
 _COPIES, _FILL = "_grouped_foreach_copy_", "fill_from"
 
@@ -54,7 +53,7 @@ class Probe:
         self.watched_lines: int | None = None  # and how many when onelaunch was first taken off
         self.attachments: list[Any] = []  # to backends
         self.runners: dict[str, Any] = {}
-        self.attached_runners: list[Any] = []
+        self.attached_runners: list[Any] = []  # what attach() returned for them
         self.roles: list[tuple[str, Any]] = []
         self.unwatched: list[tuple[Any, str, Any]] = []  # an object, an attribute, and what the object had of its own
         self.profiler: Any = None
@@ -81,8 +80,6 @@ class Probe:
             "verify": scheduler.tp_worker.model_runner.decode_cuda_graph_runner,
             "draft-extend": draft.cuda_graph_runner_for_draft_extend,
         }
-        if self._wanted() == "runners":
-            self._attach_runners()
         self.after_capture = len(self.lines)
         self._watch()
 
@@ -120,14 +117,8 @@ class Probe:
     @property
     def state(self) -> str:
         if self.attached_runners:
-            return "runners"
-        return "on" if any(attachment.attached for attachment in self.attachments) else "off"
-
-    def _wanted(self) -> str:
-        named = self.phase.rpartition(" ")[2]
-        if named in _STATES:
-            return named
-        return "runners" if os.environ.get("PROBE_RUNNERS") == "1" else "on"
+            return "on"
+        return "backends" if any(attachment.attached for attachment in self.attachments) else "off"
 
     def _watch(self) -> None:
         for role, backend in self.roles:
@@ -154,7 +145,8 @@ class Probe:
 
     def _attach(self) -> None:
         """Takes onelaunch off what it is attached to, or puts it back, for the state that the phase wants."""
-        wanted = self._wanted()
+        named = self.phase.rpartition(" ")[2]
+        wanted = named if named in _STATES else "on"
         if not self.attachments or wanted == self.state:
             return
         if self.watched_lines is None:
@@ -172,7 +164,7 @@ class Probe:
             before, self.attachments[:] = list(self.attachments), []
             for attachment in before:
                 sglang.attach(attachment.backend)  # and install()'s hook keeps it
-        if wanted == "runners":
+        if wanted == "on":
             self._attach_runners()
         self._watch()
 
@@ -180,12 +172,9 @@ class Probe:
         from onelaunch.integrations import sglang
 
         for runner in self.runners.values():
-            if runner is None:
-                continue
-            try:
-                self.attached_runners.append(sglang.attach(runner))
-            except Exception as error:
-                self.lines.append(f"attach {type(error).__name__}: {error}")
+            if runner is not None:
+                with contextlib.suppress(Exception):  # it wasn't served before, either
+                    sglang.attach(runner)
 
     def _timed(self, role: str, function: Any) -> Any:
         """The function, timed in decode steps unless it is called by another one of them."""
@@ -339,8 +328,8 @@ def install() -> None:
 
         def recorded(*arguments: Any, **keywords: Any) -> Any:
             attachment = attach(*arguments, **keywords)
-            if not any(attachment.backend is runner for runner in probe.runners.values()):
-                probe.attachments.append(attachment)
+            kind = probe.attached_runners if hasattr(attachment.backend, "capture_bs") else probe.attachments
+            kind.append(attachment)
             return attachment
 
         sglang.attach = recorded
