@@ -115,5 +115,6 @@ def _text(facts: dict[str, Any]) -> str:
     for row in rows:
         cells = [cell.rjust(w) if i > 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
-    lines += ["", f"reads {size(facts['bytes_read'])}, writes {size(facts['bytes_written'])}, in one launch"]
+    does = "compares" if config["writes"] == "audit" else "writes"
+    lines += ["", f"reads {size(facts['bytes_read'])}, {does} {size(facts['bytes_written'])}, in one launch"]
     return "\n".join(lines)

@@ -61,7 +61,7 @@ def test_every_verbs_help_has_examples_that_parse(words: tuple[str, ...]) -> Non
         while hasattr(VERBS[tuple(path)], "commands"):
             path.append(rest.pop(0))
         assert path[: len(words)] == list(words), f"{example} is of another verb"
-        # Raises what a user would be told. A command keeps the help option of the context that it is first used in.
+        # Raises what a user would see. A command keeps the help option of the context that it is first used in.
         with app.make_context("onelaunch", ["list"]) as parent:
             VERBS[tuple(path)].make_context(" ".join(path), list(rest), parent=parent)
         for option, value in itertools.pairwise(rest):
