@@ -33,6 +33,7 @@ namespace {
 // ---- settings ----------------------------------------------------------------------------------------------------
 constexpr int kBackends = 3;
 constexpr int kThreads = 256;  // per block
+constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = kBackends;  // lengths per request: one for all backends, or one per backend
@@ -204,7 +205,7 @@ __device__ __forceinline__ void store_once(T* const (&to)[N], int b, std::int64_
 }
 
 // ---- storing an element of a strided vector ----------------------------------------------------------------------
-// Like store(), where a destination has strides of its own; `once` if all backends have the same, though lengths differ.
+// Like store(), where a destination has its own strides; `once` if all backends have the same, though lengths differ.
 template <bool once, typename T, int N>
 __device__ __forceinline__ void store_strided(
     const Strided<T> (&to)[N], int b, std::int64_t request, std::int64_t row, std::common_type_t<T> value) {
@@ -352,8 +353,9 @@ __device__ void compute_user_pages(const Params& p, int warp) {
             [[maybe_unused]] const std::int32_t column = static_cast<std::int32_t>(place);
             const std::int64_t at = begins[slot] + place;
             if (place >= counts[slot] || at < 0 || at >= p.user_pages_capacity) continue;
-            const std::int32_t value =
-                floor_div(look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0}), kPageSize);
+            const std::int32_t value = floor_div(
+                look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0}),
+                kPageSize);
             store(p.user_pages, b, at, value);
           }
         }
@@ -368,7 +370,7 @@ __device__ void write_computed(const Params& p, int block) {
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     onelaunch_broadcast_decode_n3_d03a7f90bb3923b6(const __grid_constant__ Params p) {
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);

@@ -247,6 +247,26 @@ def test_audit_every_is_a_number(device: torch.device, every: Any, message: str)
         small(device, audit_every=every)
 
 
+def test_a_variable_turns_audits_on_in_code_that_knows_nothing_of_them(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONELAUNCH_AUDIT_EVERY", "2")
+    plan, buffers, inputs, _ = small(device, writes="verified")
+    assert buffers.page_indices is not None
+    plan.run(*inputs)
+    buffers.page_indices[0, 3] = -1
+    plan.run(*inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    plan.run(*inputs)
+    with pytest.raises(AuditError, match=r"page_indices\[0, 3\] is -1;"):
+        plan.run(*inputs)
+    assert small(device, audit_every=0)[0]._audit_every == 0
+    monkeypatch.setenv("ONELAUNCH_AUDIT_EVERY", "often")
+    with pytest.raises(ArgumentError, match=r"\$ONELAUNCH_AUDIT_EVERY is 'often'; allowed: a whole number"):
+        small(device)
+
+
 def test_groups_audit_each_plan(device: torch.device) -> None:
     scene = Scene(STRATEGIES["live"], SHAPE, device)
     buffers = [backend.buffers for backend in scene.backends]

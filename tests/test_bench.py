@@ -43,7 +43,7 @@ Calls = Sequence[Callable[[], object]]
 
 
 class Meter:
-    """Calls what it is given, and says that each took as long as it is told: enough for all that isn't timing."""
+    """Calls what it is given, and says that each took as long as it is given: enough for all that isn't timing."""
 
     device = CPU
 
@@ -717,14 +717,14 @@ def test_the_figure_says_what_the_table_says(kept: Path, monkeypatch: pytest.Mon
     *shapes, curves = drawn[0].axes
     assert [axes.get_title() for axes in shapes] == ["1 × 4k", "64 × 8k"]
     headings, *rows = summary.summary(some_data())
-    told = [row for row in rows if len(row) == len(headings)]  # a contender that couldn't be measured has no bar
+    measured = [row for row in rows if len(row) == len(headings)]  # a contender that couldn't be measured has no bar
     for place, axes in enumerate(shapes, 1):
-        assert [text.get_text().strip() for text in axes.texts] == [row[place] for row in told]
+        assert [text.get_text().strip() for text in axes.texts] == [row[place] for row in measured]
         widths = sorted(bar.get_width() for bar in axes.patches if hasattr(bar, "get_width"))
         assert widths[:-1] == [4.5, 5.0, 12.34]
         assert widths[-1] == pytest.approx(1.25 * 12.34)  # not 401: it is cut
         assert len({bar.get_facecolor() for bar in axes.patches}) == len(widths) + 1  # and has a white gap
-    assert [label.get_text() for label in shapes[0].get_yticklabels()] == [row[0] for row in told]
+    assert [label.get_text() for label in shapes[0].get_yticklabels()] == [row[0] for row in measured]
     assert [text.get_text().strip() for text in curves.texts] == ["onelaunch: 5.00", "onelaunch, verified writes: 4.50"]
 
 

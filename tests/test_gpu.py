@@ -122,12 +122,49 @@ def test_a_checked_plan_is_captured_and_reports_after_the_replay() -> None:
     plan.check()
 
 
+def test_an_audit_is_captured_and_reports_after_the_replay() -> None:
+    """Behind the refresh in its graph, and alone; the record is in the host's memory, and read without a wait."""
+    scene = Scene(LIVE, batch(300, 517).within(517), DEVICE)
+    plan: Any = scene.bind(audit_every=1)
+    graph = captured(lambda: scene.run(plan))
+    assert plan._auditor.launches == 0, "a run that is captured doesn't audit"
+    graph.replay()
+    audit = captured(lambda: scene.run(plan, "audit"))
+    audit.replay()
+    plan.check()
+    table = scene.destinations["page_indices"][2][0]
+    request = int((scene.seq_lens > 5).nonzero()[-1])
+    right = int(table[request, 5])
+    table[request, 5] = right ^ 1
+    audit.replay()
+    torch.cuda.synchronize()
+    assert not plan._auditor._violation.is_cuda
+    assert int(plan._auditor._violation[0]) > 0
+    with pytest.raises(onelaunch.AuditError) as caught:
+        plan.check()
+    error = caught.value
+    assert (error.backend, error.field, error.row, error.column) == (2, "page_indices", request, 5)
+    assert (error.found, error.expected) == (right ^ 1, right)
+    graph.replay()
+    audit.replay()
+    plan.check()
+    table.fill_(-3)  # as many differences as there can be: one is reported
+    audit.replay()
+    with pytest.raises(onelaunch.AuditError, match=r"page_indices.* is -3"):
+        plan.check()
+
+
 # ------------------------------------------------------------------------------------------------ one launch
 
 
 def refresh_by_plan(scene: Scene) -> Callable[[], object]:
     plan = scene.bind()
     return lambda: scene.run(plan)
+
+
+def audit_by_plan(scene: Scene) -> Callable[[], object]:
+    plan = scene.bind(audit_every=0)
+    return lambda: scene.run(plan, "audit")
 
 
 def refresh_by_lists(scene: Scene) -> Callable[[], object]:
@@ -160,7 +197,7 @@ def schedule(scene: Scene) -> Callable[[], object]:
 Make = Callable[[Scene], Callable[[], object]]
 
 
-@pytest.mark.parametrize("make", [refresh_by_plan, refresh_by_lists, precompute, copy, schedule])
+@pytest.mark.parametrize("make", [refresh_by_plan, audit_by_plan, refresh_by_lists, precompute, copy, schedule])
 @pytest.mark.parametrize("dtype", ["int64", "int32"])
 def test_a_call_is_one_kernel_and_nothing_else(make: Make, dtype: str) -> None:
     """No conversion of the inputs, no copy of pointers, no second kernel, whatever the dtypes."""
@@ -187,7 +224,7 @@ def test_a_call_is_one_kernel_and_nothing_else(make: Make, dtype: str) -> None:
     assert not extra, extra
 
 
-@pytest.mark.parametrize("make", [refresh_by_plan, refresh_by_lists, copy])
+@pytest.mark.parametrize("make", [refresh_by_plan, audit_by_plan, refresh_by_lists, copy])
 def test_a_call_allocates_nothing(make: Make) -> None:
     """So it can be captured: test_functions.py and the tests above replay what was."""
     call = make(Scene(LIVE, batch(33, 517, spare_rows=0), DEVICE))

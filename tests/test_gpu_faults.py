@@ -182,7 +182,7 @@ def test_a_plan_that_goes_before_its_launch_ran() -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(4_000_000_000)  # two seconds
+        torch.cuda._sleep(6_000_000_000)  # three seconds, for other tests may use the device as well
         plan.run(lengths, rows)
     for tensor in (destination.page_indices, pool, lengths, rows):
         assert tensor is not None

@@ -41,6 +41,7 @@ def export(name: str, config: KernelConfig, version: str) -> dict[str, str]:
         "a copy": config.copies,
         "a checked kernel": config.checked,
         "a kernel with verified writes": config.verified,
+        "an audit": config.audits,
         "a kernel with declared fields": any(field not in FIELDS for field in config.fields),
     }
     for kind in (kind for kind, is_one in refused.items() if is_one):
@@ -139,7 +140,6 @@ _VALUES = {
 def _widths(config: KernelConfig) -> Iterator[str]:
     """What bounds the columns: the source, and each table by the tokens that it has columns for."""
     yield "req_to_token.size(1)"
-    tokens = {"page_indices": 1, "real_page_table": config.page_size}
-    tokens["pooled_real_page_table"] = config.page_size * config.index_kpool
-    for name in (name for name in config.tables if name in tokens):
-        yield f"least({name}, 1)" + (f" * {tokens[name]}" if tokens[name] > 1 else "")
+    for name in (name for name in config.tables if FIELDS[name].kind == "table"):
+        tokens = config.tokens_per_column(name)
+        yield f"least({name}, 1)" + (f" * {tokens}" if tokens > 1 else "")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
 from ..spec.config import KernelConfig
-from ..spec.cpp import cpp, user_name
+from ..spec.cpp import assigned, cpp, user_name
 from ..spec.declarations import written
 from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
@@ -100,7 +100,13 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     environment.filters["needed"] = _needed
-    environment.globals |= {"device": _device, "locals_of": locals_of, "element": element, "expression": expression}
+    environment.globals |= {
+        "device": _device,
+        "locals_of": locals_of,
+        "element": element,
+        "expression": expression,
+        "assigned": assigned,
+    }
     return environment
 
 

@@ -7,12 +7,14 @@ leaves as they are.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import AuditError
+from ..errors import ArgumentError, AuditError
+from ..variables import AUDIT_VARIABLE
+from .checks import check_int
 from .destinations import Destinations
 
 
@@ -57,6 +59,20 @@ class Places:
                 assert row is not None
                 return AuditError(place.name, place.backend, place.field, row, column, found, expected)
         raise LookupError(f"an audit reported address {address:#x}, which is in none of the plan's destinations")
+
+
+def audit_every(given: Any) -> int | None:
+    """How often a plan's run() audits, 0 for only when asked: as bind() is given, else as the variable says.
+
+    Raises:
+        ArgumentError: it is no whole number, or below 0.
+    """
+    if given is not None:
+        return check_int("audit_every", given, 0, None, ", or None for no audit")
+    text = AUDIT_VARIABLE.read()
+    if text and not text.isdecimal():
+        raise ArgumentError(f"${AUDIT_VARIABLE} is {text!r}; allowed: a whole number, or unset for no audit.")
+    return int(text) if text else None
 
 
 def record(device: torch.device, *, pinned: bool) -> Tensor:

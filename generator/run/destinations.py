@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..spec.config import KernelConfig
 from ..spec.fields import FIELDS, Field, MetadataBuffers, Per
 from ..spec.parts import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
 from .checks import MAX_BATCH, MAX_COLUMNS, check_declared, check_destination, check_int, dtype_name, torch_dtypes
@@ -180,25 +181,21 @@ class Destinations:
                 )
         return int(first.tensor.shape[dim])
 
-    def token_columns(self, pool_width: int, page_size: int, index_kpool: int) -> int:
+    def token_columns(self, config: KernelConfig, pool_width: int) -> int:
         """The number of tokens that fit a row of every table.
 
         Args:
+            config: the configuration of these destinations.
             pool_width: columns of req_to_token.
 
         Raises:
             ArgumentError: a table of pages or pools has too few columns for the tokens of another table.
         """
         columns, limited = min(pool_width, MAX_COLUMNS), False
-        for table, tokens, unit in (
-            ("page_indices", 1, "tokens"),
-            ("real_page_table", page_size, "pages"),
-            ("pooled_real_page_table", page_size * index_kpool, "pools"),
-        ):
-            width = self.width(table)
-            if width is None:
-                continue
+        for table in (name for name in config.tables if FIELDS[name].kind == "table"):
+            width, tokens = self.width(table) or 0, config.tokens_per_column(table)
             if limited and width < -(-columns // tokens):
+                unit = "pools" if table in config.pooled_tables else "pages"
                 raise ArgumentError(
                     f"{self._different[table][0].name} has {width} columns; {columns} tokens in {unit} of {tokens} "
                     f"need {-(-columns // tokens)}. Allocate a wider table, or narrow the others."

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, LaunchError
 from ..load.loader import Kernel
 from ..spec.config import KernelConfig
 from ..spec.cpp import user_name
 from ..spec.fields import Declaration, Field, MetadataBuffers
 from ..spec.parts import MAX_NEXT_N
 from ..spec.violations import DIFFERS, VIOLATIONS
-from .audit import Places, record
-from .bound import BoundKernel
+from .audit import Places, audit_every, record
+from .bound import LOST, BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .declared import Declarations, Map, Written
 from .destinations import Destinations, NameOf, backend_field, check_backends
@@ -145,6 +145,7 @@ class Plan:
         Raises:
             ArgumentError: a tensor doesn't fit; nothing was written.
             LaunchError: CUDA refused the launch.
+            AuditError: the refresh was launched, and an earlier audit found something (see ``audit_every`` of bind()).
 
         In a function compiled by torch.compile it causes a graph break and runs between two graphs; with
         ``fullgraph=True`` that is an error. The functions of api.py can be part of a graph.
@@ -206,6 +207,7 @@ class Plan:
         """
         if self._auditor is None:
             raise ArgumentError("the plan was bound without an audit. Bind it with audit_every=0.")
+        self._auditor.exact = self.exact
         self._auditor.run(
             seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
         )
@@ -335,6 +337,7 @@ class Plan:
             ArgumentError: an input violated a check, or the plan was bound with neither ``checked`` nor
                 ``audit_every``.
             AuditError: an audit found an element that isn't what a refresh writes.
+            LaunchError: a kernel failed on the device, of this plan or of any library, so nothing can be read.
         """
         if self._violation is None and self._auditor is None:
             raise ArgumentError(
@@ -342,7 +345,11 @@ class Plan:
                 "audit_every=0."
             )
         if self.device.type == "cuda":  # pragma: gpu
-            torch.cuda.synchronize(self.device)  # the launch may be on any stream
+            try:
+                torch.cuda.synchronize(self.device)  # the launch may be on any stream
+            except RuntimeError as error:
+                said = str(error).partition("\n")[0]
+                raise LaunchError(f"{self.config.symbol} can't be checked on {self.device}: {said}. {LOST}") from error
         for plan in (self, self._auditor):
             if plan is not None and plan._violation is not None:
                 plan._raise_recorded(plan._violation)
@@ -428,7 +435,8 @@ def bind(
     tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
     Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
     memory. A later run() raises ArgumentError then, but only if its arguments differ from those of the
-    last calls, and a captured graph can't notice: don't resize what is bound.
+    last calls, and a captured graph can't notice: don't resize what is bound. A launch on another stream than the
+    memory's own must have run before the plan and its tensors are dropped, or these need ``record_stream``.
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
@@ -472,13 +480,13 @@ def bind(
             one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
             probability of about 2^-63. "audit" is for tables that somebody else writes: run() writes nothing, and
             compares as Plan.audit() does.
-        audit_every: None for no audits; 0 builds the audit's kernel beside the other one, for Plan.audit(); k also
-            audits after the refresh of every k-th run(), for use in production. Such a run() first raises what the
-            audits so far found (AuditError), and needn't wait for the device to know. Right after a refresh, what
-            differs was not healed by it: a tile that verified writes took for unchanged, a write of another stream or
-            plan, a fault of the kernel. To find who overwrites a table between refresh and use, call Plan.audit()
-            behind the use: a later refresh would overwrite the trace, and with the inputs of the next step nobody could
-            say what had to be there. A run() that is captured doesn't audit; Plan.audit() can be captured itself.
+        audit_every: None for no audits, unless $ONELAUNCH_AUDIT_EVERY says how often. 0 builds the audit's kernel, too,
+            for Plan.audit(). k also audits after the refresh of every k-th run(), for use in production; before that
+            audit it raises what the last one found (AuditError), and waits for the device only then. An audit right
+            after a refresh finds what that didn't heal: a tile that verified writes took for unchanged, another stream
+            or plan that writes the same memory, a fault of the kernel. Who overwrites a table between refresh and use
+            leaves no trace in the next refresh, whose inputs are others: to find that, call Plan.audit() behind the
+            use. A run() that is captured doesn't audit; Plan.audit() itself can be captured.
         declare: fields of your own by name, ``into(vector("base_len + row", dtype="int64"), positions)``; a declaration
             without tensors is for other formulas to name. See ``spec/fields.py`` for what a formula may name.
         inputs: by name the dtype of further inputs that formulas name: run() gets an int [bs] of each.
@@ -534,10 +542,7 @@ def make_plan(
         if region.overlaps(source):
             raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
     declared.check_read(destinations.device, destinations.regions)
-    columns = destinations.token_columns(req_to_token.shape[1], facts["page_size"], facts["index_kpool"])
-    max_len, audit_every = facts.pop("max_len"), facts.pop("audit_every")
-    if audit_every is not None:
-        check_int("audit_every", audit_every, 0, None, ", or None for no audit")
+    max_len, every = facts.pop("max_len"), audit_every(facts.pop("audit_every"))
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
         facts[name] = dtype_name(facts[name])
     all_rows = facts["next_n"] > 1 or facts["extend"] == "variable"
@@ -558,9 +563,10 @@ def make_plan(
             "target": destinations.device.type,
         }
     )
+    columns = destinations.token_columns(config, req_to_token.shape[1])
     if max_len is not None:
         check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
-    return Plan(destinations, config, req_to_token, columns, max_len, keep, declared, audit_every)
+    return Plan(destinations, config, req_to_token, columns, max_len, keep, declared, every)
 
 
 def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:

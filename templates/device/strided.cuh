@@ -1,5 +1,5 @@
 // ---- storing an element of a strided vector ----------------------------------------------------------------------
-// Like store(), where a destination has strides of its own; `once` if all backends have the same, though lengths differ.
+// Like store(), where a destination has its own strides; `once` if all backends have the same, though lengths differ.
 template <bool once, typename T, int N>
 __device__ __forceinline__ void store_strided(
     const Strided<T> (&to)[N], int b, std::int64_t request, std::int64_t row, std::common_type_t<T> value) {

@@ -77,7 +77,7 @@ def settings(**fields: Any) -> None:
         _settings.restore()
     _settings = get_context().override_server_args(**fields)
     _settings.install()
-    # A process of its own, which is rank 0 of one. SGLang 0.5.17 can only be told so for the time of a `with`.
+    # This process is rank 0 of one. SGLang 0.5.17 takes that only for the time of a `with`.
     parallel = get_parallel()
     for rank in ("tp", "attn_tp", "attn_cp", "attn_dp", "attn_dcp", "dcp", "pp"):
         alone = {f"{rank}_rank": 0, f"{rank}_size": 1}

@@ -13,7 +13,7 @@ from .cases import short
 from .selection import QUICK_NAMES, QUICK_SHAPES, SERIES_NAMES
 from .summary import name_of, number, usual
 
-# One for each contender, told apart by those who don't see all colours too (after Okabe and Ito).
+# A colour for each contender, distinguishable with colour blindness too (after Okabe and Ito).
 _COLOURS = dict(zip(QUICK_NAMES, ("#999999", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#009E73"), strict=True))
 _TEXT = 15  # points; the figure is read at half its size
 _CUT = 1.25  # the longest bar is drawn at most so many times as long as the second

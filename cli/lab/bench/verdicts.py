@@ -72,9 +72,9 @@ def _of_case(case: Mapping[str, Row]) -> Iterator[tuple[str, str, str, bool]]:
     if full or about["width"] < WIDE or about["kind"] != "uniform":
         return
     if verified := case.get("onelaunch-verified"):
-        ratio, most = verified["cold_us"] / took, _VERIFIED.get(ours["shape"], _VERIFIED_ELSEWHERE)
+        ratio, limit = verified["cold_us"] / took, _VERIFIED.get(ours["shape"], _VERIFIED_ELSEWHERE)
         measured = f"{verified['cold_us']:.2f} us, {ratio:.2f} of {took:.2f}"
-        yield "verified", f"at most {most} of the full refresh", measured, ratio <= most
+        yield "verified", f"at most {limit} of the full refresh", measured, ratio <= limit
         if ideal and ideal["cold_us"] > 5:
             floor = ideal["cold_us"]
             holds = verified["cold_us"] < floor

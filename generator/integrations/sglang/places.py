@@ -102,7 +102,7 @@ def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -
     child.forward_metadata = metadata
     if mode == "target_verify" or (mode == "decode" and metadata.scheduler_metadata is None):
         return
-    bs, longest = batch.batch_size, batch.seq_lens_cpu if child.needs_cpu_seq_lens else None
+    bs, longest = batch.batch_size, batch.seq_lens_cpu if getattr(child, "needs_cpu_seq_lens", True) else None
     metadata.max_seq_len_k = child.max_context_len if longest is None else int(longest[:bs].max())
     if mode == "draft_extend":
         extended = batch.spec_info.extend_seq_lens_cpu
