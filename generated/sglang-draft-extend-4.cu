@@ -709,8 +709,9 @@ __device__ void refresh_vectors(const Params& p, int b) {
     [[maybe_unused]] const std::int32_t offset = length_offset(b);
     [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     const std::int32_t user_num_correct_drafts = wrap(bits(user_accepted) - 1);
-    const std::int64_t user_select_index =
-        wrap(bits(std::int64_t{request}) * user_draft_tokens + (std::int64_t{user_accepted} > std::int64_t{0} ? std::int64_t{user_accepted} : std::int64_t{user_draft_tokens}) - 1);
+    const std::int64_t user_select_index = wrap(
+        
+        bits(std::int64_t{request}) * user_draft_tokens + (std::int64_t{user_accepted} > std::int64_t{0} ? std::int64_t{user_accepted} : std::int64_t{user_draft_tokens}) - 1);
     const std::int64_t user_seq_lens = wrap(bits(std::int64_t{base_len}) + user_draft_tokens);
     const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(bits(seq_len));
     const std::uint32_t user_cu_seqlens_q_end = user_cu_seqlens_q_sum.add(bits(user_draft_tokens));
@@ -725,8 +726,9 @@ __device__ void refresh_vectors(const Params& p, int b) {
     store(p.user_select_index, b, request, user_select_index);
     store(p.user_seq_lens, b, request, user_seq_lens);
     for (int row = 0; row < 4; ++row) {
-      const std::int64_t user_input_ids =
-          (std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} == std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
+      const std::int64_t user_input_ids = (
+          
+          std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} == std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
       store(p.user_input_ids, b, std::int64_t{request} * 4 + row, user_input_ids);
     }
     for (int row = 0; row < 4; ++row) {

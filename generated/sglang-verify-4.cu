@@ -690,8 +690,9 @@ __device__ void refresh_vectors(const Params& p, int b) {
     store(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
     store(p.user_seq_lens, b, request, std::int64_t{base_len});
     for (int row = 0; row < 4; ++row) {
-      const std::int64_t user_input_ids =
-          (std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} == std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
+      const std::int64_t user_input_ids = (
+          
+          std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} == std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
       store(p.user_input_ids, b, std::int64_t{request} * 4 + row, user_input_ids);
     }
     for (int row = 0; row < 4; ++row) {

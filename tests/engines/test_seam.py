@@ -330,9 +330,10 @@ def test_batches_that_are_not_served_are_the_engines(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_a_failure_the_engines_own_code_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = seam(kind)
-    monkeypatch.setattr(
-        onelaunch.Plan, "run", lambda *a, **k: (_ for _ in ()).throw(onelaunch.LaunchError("CUDA said no"))
-    )
+    for ready in made.seam._ready.values():
+        monkeypatch.setattr(
+            ready.plan, "_run", lambda *a, **k: (_ for _ in ()).throw(onelaunch.LaunchError("CUDA said no"))
+        )
     with pytest.warns(RuntimeWarning, match=f"{type(made.mine).__name__} runs the engine's own code from now on"):
         made.replay((7, 30), 1)
     monkeypatch.undo()
