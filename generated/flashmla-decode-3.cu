@@ -206,6 +206,8 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
 }
 
+constexpr int kTileAlignment = 1;  // pages
+
 __device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
   return 0;
 }
@@ -217,22 +219,20 @@ inline std::int64_t largest_offset(const Params&) {
 // Stores this lane's pages of a tile to one table.
 template <int kPages, int N>
 __device__ __forceinline__ void store_pages(
-    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kPages],
-    int first, Ends ends) {
+    const Params& p, const Table (&to)[N], int pages_per_column, std::int64_t row,
+    const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const int live = pages_of(end_of(to, ends, b));
     const std::int64_t stop = kFillsPages ? row_columns(p) : live;
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride;
+    std::int32_t* data = to[b].data + row * to[b].row_stride;
 #pragma unroll
-      for (int i = 0; i < kPages; ++i) {
-        const int page = first + lane + i * kWarpSize;
-        const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
-        if (page < stop && page % pages_per_column == 0) {
-          data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
-        }
+    for (int i = 0; i < kPages; ++i) {
+      const int page = first + lane + i * kWarpSize;
+      const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
+      if (page < stop && page % pages_per_column == 0) {
+        data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
       }
     }
   }
@@ -254,19 +254,41 @@ __device__ __forceinline__ void read_page_numbers(
 
 template <int kPages>
 __device__ __forceinline__ void write_page_numbers(
-    const Params& p, Rows rows, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
+    const Params& p, std::int64_t row, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
-    store_pages(p, table, pages_per_column, rows, numbers, first, ends);
+    store_pages(p, table, pages_per_column, row, numbers, first, ends);
   });
 }
 
 // ---- tables of pages alone, all of which is written --------------------------------------------------------------
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   static_assert(kTiles == 1);
   std::int32_t numbers[kTileColumns / kWarpSize];
   read_page_numbers(p, pool_row, numbers, first, ends);
-  write_page_numbers(p, rows, numbers, first, ends);
+  write_page_numbers(p, row, numbers, first, ends);
+}
+
+// ---- the rows of a request ---------------------------------------------------------------------------------------
+// All of them get the same tokens. Each has tiles of its own, because its alignment offset is its own: rows whose stride
+// isn't a multiple of four begin anywhere. What the first row reads, the others find in the L1 cache.
+
+// The largest alignment offset of these rows, or an upper bound.
+__device__ __forceinline__ int longest_offset(const Params& p, Rows rows) {
+  return rows.stop - rows.first == 1 ? alignment_offset(p, rows.first) : kTileAlignment - 1;
+}
+
+// Copies the kTiles tiles of each row that begin at `place`, columns from where the row's first tile begins. `columns`
+// is how many are written.
+template <int kTiles>
+__device__ __forceinline__ void copy_rows(
+    const Params& p, Rows rows, std::int64_t pool_row, int place, int columns, Ends ends) {
+#pragma unroll 1
+  for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+    const int column = place - alignment_offset(p, row);
+    if (column < columns) copy_tile<kTiles>(p, row, pool_row, column, ends);
+  }
 }
 
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
@@ -294,18 +316,18 @@ __device__ void write_tables(const Params& p, const Split& split) {
   if (warp >= split.warps) return;
   // 32 bits hold the number of tiles of any table that fits a device.
   const std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * split.warps + warp;
-  const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
-  const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
+  const std::int64_t request = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
+  const std::uint32_t in_row = tile - static_cast<std::uint32_t>(request) * split.tiles;
   const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
-  const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
-  if (row >= p.batch_size || column >= columns) return;
-  const std::int64_t pool_row = request_row(p, row);
+  const int from = static_cast<int>(in_row) * tile_columns;
+  if (request >= p.batch_size) return;
+  const std::int64_t pool_row = request_row(p, request);
   if (pool_row < 0) return;
-  const Ends ends = ends_at(p, row_reach(p, row));
+  const Ends ends = ends_at(p, row_reach(p, request));
   if (tile_columns > kTileColumns) {
-    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
+    copy_rows<kWideTiles>(p, rows_of(request), pool_row, from, columns, ends);
   } else {
-    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+    copy_rows<1>(p, rows_of(request), pool_row, from, columns, ends);
   }
 }
 

@@ -233,7 +233,7 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
 }
 
 // ---- one tile of a table row -------------------------------------------------------------------------------------
-// A tile is kTileColumns columns of a request's rows. One warp reads it once and writes it to every destination.
+// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
 
 // Keeps one base address in a register. Otherwise the compiler computes an address for each load.
 template <typename T>
@@ -245,7 +245,8 @@ __device__ __forceinline__ const T* opaque(const T* address) {
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.
 template <int kTiles, typename T, int N, typename RowEnds>
-__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
+__device__ __forceinline__ void copy_words(
+    const Table (&to)[N], std::int64_t row, const T* source, int first, RowEnds ends) {
   constexpr int kWords = kTiles * kTileColumns / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = longest_end(ends);
@@ -261,12 +262,10 @@ __device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, cons
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
+    std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        if (column + i * kWarpSize < stop) data[i * kWarpSize] = words[i];
-      }
+    for (int i = 0; i < kWords; ++i) {
+      if (column + i * kWarpSize < stop) data[i * kWarpSize] = words[i];
     }
   }
 }
@@ -318,7 +317,7 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 // row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends, const Then& then) {
   int4 words[kTiles * kUnroll];
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
@@ -360,11 +359,9 @@ __device__ __forceinline__ bool copy_vectors(
   }
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+    int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
-    }
+    for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
   }
   then(words);
   return true;
@@ -373,9 +370,9 @@ __device__ __forceinline__ bool copy_vectors(
 // Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
-  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
-    copy_words<kTiles>(to, rows, source, first, ends);
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, row, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, row, source, first, ends);
   }
 }
 
@@ -430,29 +427,28 @@ inline std::int64_t largest_offset(const Params& p) {
 // Stores one page to a table that has one column per `pages_per_column` pages.
 template <int N>
 __device__ __forceinline__ void store_page(
-    const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {
+    const Table (&to)[N], int pages_per_column, std::int64_t row, int page, std::int32_t number, Ends ends) {
   if (page % pages_per_column != 0) return;
   const std::int32_t value = floor_div(number, pages_per_column);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     if (ends_differ(to, ends) && page >= pages_of(end_of(to, ends, b))) continue;
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      to[b].data[row * to[b].row_stride + page / pages_per_column] = value;
-    }
+    to[b].data[row * to[b].row_stride + page / pages_per_column] = value;
   }
 }
 
-__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token, Ends ends) {
+__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token, Ends ends) {
   const std::int32_t number = page_of(token);
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
-    store_page(table, pages_per_column, rows, page, number, ends);
+    store_page(table, pages_per_column, row, page, number, ends);
   });
 }
 
 // Writes the pages that begin in kTiles tiles. Their numbers come from req_to_token, never from a destination that
 // other threads are writing.
 template <int kTiles>
-__device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Token* source, int first, Ends ends) {
+__device__ __forceinline__ void read_pages(
+    const Params& p, std::int64_t row, const Token* source, int first, Ends ends) {
   constexpr int kColumns = kTiles * kTileColumns;
   const int end = longest_end(ends);
   const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
@@ -460,7 +456,7 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
   const unsigned stop_page = (stop - 1) / kPageSize + 1;
   unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
   for (; page < stop_page; page += kWarpSize) {
-    write_page(p, rows, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
+    write_page(p, row, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
     if constexpr (kColumns <= kWarpSize * kPageSize) break;  // a lane has one page at most
   }
 }
@@ -478,7 +474,7 @@ __device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
 // Writes the pages that begin in a tile inside the row. `words` holds the tile's tokens.
 template <int kAccesses>
 __device__ __forceinline__ void write_held_pages(
-    const Params& p, Rows rows, const int4 (&words)[kAccesses], int first, Ends ends) {
+    const Params& p, std::int64_t row, const int4 (&words)[kAccesses], int first, Ends ends) {
   constexpr int kGroup = kWarpSize * kVectorWords;  // columns that a warp holds in words[u]
   static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
   const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the previous page
@@ -491,19 +487,41 @@ __device__ __forceinline__ void write_held_pages(
     const std::int32_t found = __shfl_sync(0xffffffffu, word_of(words[u], before % kVectorWords), holder);
     if (column / kGroup == u) token = found;
   }
-  if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);
+  if (column < kAccesses * kGroup) write_page(p, row, (first + column) / kPageSize, token, ends);
 }
 
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int width = static_cast<int>(p.req_to_token_width);
-  if (copy_vectors<kTiles>(token_table(p), rows, source, width, first, ends, [&](const auto& words) {
-        write_held_pages(p, rows, words, first, ends);
+  if (copy_vectors<kTiles>(token_table(p), row, source, width, first, ends, [&](const auto& words) {
+        write_held_pages(p, row, words, first, ends);
       }))
     return;
-  copy_words<kTiles>(token_table(p), rows, source, first, ends);
-  read_pages<kTiles>(p, rows, source, first, ends);
+  copy_words<kTiles>(token_table(p), row, source, first, ends);
+  read_pages<kTiles>(p, row, source, first, ends);
+}
+
+// ---- the rows of a request ---------------------------------------------------------------------------------------
+// All of them get the same tokens. Each has tiles of its own, because its alignment offset is its own: rows whose stride
+// isn't a multiple of four begin anywhere. What the first row reads, the others find in the L1 cache.
+
+// The largest alignment offset of these rows, or an upper bound.
+__device__ __forceinline__ int longest_offset(const Params& p, Rows rows) {
+  return rows.stop - rows.first == 1 ? alignment_offset(p, rows.first) : kTileAlignment - 1;
+}
+
+// Copies the kTiles tiles of each row that begin at `place`, columns from where the row's first tile begins. `columns`
+// is how many are written.
+template <int kTiles>
+__device__ __forceinline__ void copy_rows(
+    const Params& p, Rows rows, std::int64_t pool_row, int place, int columns, Ends ends) {
+#pragma unroll 1
+  for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+    const int column = place - alignment_offset(p, row);
+    if (column < columns) copy_tile<kTiles>(p, row, pool_row, column, ends);
+  }
 }
 
 // ---- which request a tile belongs to -----------------------------------------------------------------------------
@@ -598,7 +616,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   // Every block counts the remainder tiles of a window of requests; the warps of all blocks take them in turn.
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the first column of its remainder
+  __shared__ std::int32_t begins[kThreads];  // where its remainder begins, in columns from where its first tile does
   __shared__ std::int64_t pool_rows[kThreads];
   int first = -kThreads;  // the window's first request; there is no window yet
   std::uint32_t window_tiles = 0;  // the window's tiles, or wide tiles, that the warps take in turn
@@ -619,10 +637,10 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
         pool_row = request_row(p, request);
         reach = row_reach(p, request);
         const int columns = written_columns(p, ends_at(p, reach));
-        const int offset = alignment_offset(p, request);
-        begin = (columns + offset > split.wide_from ? kWideTiles * own_columns : own_columns) - offset;
-        if (columns > 0 && columns > begin && pool_row >= 0) {
-          tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
+        const int reached = columns + longest_offset(p, rows_of(request));
+        begin = reached > split.wide_from ? kWideTiles * own_columns : own_columns;
+        if (columns > 0 && reached > begin && pool_row >= 0) {
+          tiles = static_cast<std::uint32_t>(reached - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
       if (first > 0) __syncthreads();  // all warps are done with the previous window
@@ -639,12 +657,13 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
     const Rows rows = rows_of(first + place.slot);
     const std::int64_t pool_row = pool_rows[place.slot];
     const Ends ends = ends_at(p, reaches[place.slot]);
-    int column = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
+    const int columns = written_columns(p, ends);
+    int from = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
     if (wide) {
-      copy_tile<kWideTiles>(p, rows, pool_row, column, ends);
+      copy_rows<kWideTiles>(p, rows, pool_row, from, columns, ends);
     } else {
-      column += static_cast<int>(tile % kWideTiles) * kTileColumns;
-      if (kWideTiles == 1 || column < written_columns(p, ends)) copy_tile<1>(p, rows, pool_row, column, ends);
+      from += static_cast<int>(tile % kWideTiles) * kTileColumns;
+      copy_rows<1>(p, rows, pool_row, from, columns, ends);
     }
     tile += warps;
   }
@@ -668,17 +687,15 @@ __device__ void write_tables(const Params& p, const Split& split) {
     }
     if (pool_row < 0) columns = 0;  // tested here, so that the compiler loads the row beside the length, not after it
     if (tile >= split.own_tiles) columns = 0;  // warps of the last block that have no request
-    const int offset = alignment_offset(p, request);
+    if (columns <= 0) return;
+    const Rows rows = rows_of(request);
+    const int from = static_cast<int>(tile) * kTileColumns;
     if constexpr (kWideTiles > 1) {
-      if (columns + offset > split.wide_from) {
-        const int column = kWideTiles * static_cast<int>(tile) * kTileColumns - offset;
-        if (column < columns) copy_tile<kWideTiles>(p, rows_of(request), pool_row, column, ends);
-        return;
+      if (columns + longest_offset(p, rows) > split.wide_from) {
+        return copy_rows<kWideTiles>(p, rows, pool_row, kWideTiles * from, columns, ends);
       }
     }
-    const int column = static_cast<int>(tile) * kTileColumns - offset;
-    if (column < columns && columns > 0) copy_tile<1>(p, rows_of(request), pool_row, column, ends);
-    return;
+    return copy_rows<1>(p, rows, pool_row, from, columns, ends);
   }
   if (!split.all_own) copy_remainder(p, split);
 }

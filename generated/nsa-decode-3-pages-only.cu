@@ -260,6 +260,8 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
 }
 
+constexpr int kTileAlignment = 1;  // pages
+
 __device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
   return 0;
 }
@@ -271,22 +273,20 @@ inline std::int64_t largest_offset(const Params&) {
 // Stores this lane's pages of a tile to one table.
 template <int kPages, int N>
 __device__ __forceinline__ void store_pages(
-    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kPages],
-    int first, Ends ends) {
+    const Params& p, const Table (&to)[N], int pages_per_column, std::int64_t row,
+    const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const int live = pages_of(end_of(to, ends, b));
     const std::int64_t stop = kFillsPages ? row_columns(p) : live;
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride;
+    std::int32_t* data = to[b].data + row * to[b].row_stride;
 #pragma unroll
-      for (int i = 0; i < kPages; ++i) {
-        const int page = first + lane + i * kWarpSize;
-        const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
-        if (page < stop && page % pages_per_column == 0) {
-          data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
-        }
+    for (int i = 0; i < kPages; ++i) {
+      const int page = first + lane + i * kWarpSize;
+      const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
+      if (page < stop && page % pages_per_column == 0) {
+        data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
       }
     }
   }
@@ -308,19 +308,41 @@ __device__ __forceinline__ void read_page_numbers(
 
 template <int kPages>
 __device__ __forceinline__ void write_page_numbers(
-    const Params& p, Rows rows, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
+    const Params& p, std::int64_t row, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
-    store_pages(p, table, pages_per_column, rows, numbers, first, ends);
+    store_pages(p, table, pages_per_column, row, numbers, first, ends);
   });
 }
 
 // ---- tables of pages alone, all of which is written --------------------------------------------------------------
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   static_assert(kTiles == 1);
   std::int32_t numbers[kTileColumns / kWarpSize];
   read_page_numbers(p, pool_row, numbers, first, ends);
-  write_page_numbers(p, rows, numbers, first, ends);
+  write_page_numbers(p, row, numbers, first, ends);
+}
+
+// ---- the rows of a request ---------------------------------------------------------------------------------------
+// All of them get the same tokens. Each has tiles of its own, because its alignment offset is its own: rows whose stride
+// isn't a multiple of four begin anywhere. What the first row reads, the others find in the L1 cache.
+
+// The largest alignment offset of these rows, or an upper bound.
+__device__ __forceinline__ int longest_offset(const Params& p, Rows rows) {
+  return rows.stop - rows.first == 1 ? alignment_offset(p, rows.first) : kTileAlignment - 1;
+}
+
+// Copies the kTiles tiles of each row that begin at `place`, columns from where the row's first tile begins. `columns`
+// is how many are written.
+template <int kTiles>
+__device__ __forceinline__ void copy_rows(
+    const Params& p, Rows rows, std::int64_t pool_row, int place, int columns, Ends ends) {
+#pragma unroll 1
+  for (std::int64_t row = rows.first; row < rows.stop; ++row) {
+    const int column = place - alignment_offset(p, row);
+    if (column < columns) copy_tile<kTiles>(p, row, pool_row, column, ends);
+  }
 }
 
 // ---- which request a tile belongs to -----------------------------------------------------------------------------
@@ -415,7 +437,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   // Every block counts the remainder tiles of a window of requests; the warps of all blocks take them in turn.
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the first column of its remainder
+  __shared__ std::int32_t begins[kThreads];  // where its remainder begins, in columns from where its first tile does
   __shared__ std::int64_t pool_rows[kThreads];
   int first = -kThreads;  // the window's first request; there is no window yet
   std::uint32_t window_tiles = 0;  // the window's tiles, or wide tiles, that the warps take in turn
@@ -436,10 +458,10 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
         pool_row = request_row(p, request);
         reach = row_reach(p, request);
         const int columns = written_columns(p, ends_at(p, reach));
-        const int offset = alignment_offset(p, request);
-        begin = (columns + offset > split.wide_from ? kWideTiles * own_columns : own_columns) - offset;
-        if (columns > 0 && columns > begin && pool_row >= 0) {
-          tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
+        const int reached = columns + longest_offset(p, rows_of(request));
+        begin = reached > split.wide_from ? kWideTiles * own_columns : own_columns;
+        if (columns > 0 && reached > begin && pool_row >= 0) {
+          tiles = static_cast<std::uint32_t>(reached - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
       if (first > 0) __syncthreads();  // all warps are done with the previous window
@@ -456,12 +478,13 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
     const Rows rows = rows_of(first + place.slot);
     const std::int64_t pool_row = pool_rows[place.slot];
     const Ends ends = ends_at(p, reaches[place.slot]);
-    int column = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
+    const int columns = written_columns(p, ends);
+    int from = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
     if (wide) {
-      copy_tile<kWideTiles>(p, rows, pool_row, column, ends);
+      copy_rows<kWideTiles>(p, rows, pool_row, from, columns, ends);
     } else {
-      column += static_cast<int>(tile % kWideTiles) * kTileColumns;
-      if (kWideTiles == 1 || column < written_columns(p, ends)) copy_tile<1>(p, rows, pool_row, column, ends);
+      from += static_cast<int>(tile % kWideTiles) * kTileColumns;
+      copy_rows<1>(p, rows, pool_row, from, columns, ends);
     }
     tile += warps;
   }
@@ -485,17 +508,15 @@ __device__ void write_tables(const Params& p, const Split& split) {
     }
     if (pool_row < 0) columns = 0;  // tested here, so that the compiler loads the row beside the length, not after it
     if (tile >= split.own_tiles) columns = 0;  // warps of the last block that have no request
-    const int offset = alignment_offset(p, request);
+    if (columns <= 0) return;
+    const Rows rows = rows_of(request);
+    const int from = static_cast<int>(tile) * kTileColumns;
     if constexpr (kWideTiles > 1) {
-      if (columns + offset > split.wide_from) {
-        const int column = kWideTiles * static_cast<int>(tile) * kTileColumns - offset;
-        if (column < columns) copy_tile<kWideTiles>(p, rows_of(request), pool_row, column, ends);
-        return;
+      if (columns + longest_offset(p, rows) > split.wide_from) {
+        return copy_rows<kWideTiles>(p, rows, pool_row, kWideTiles * from, columns, ends);
       }
     }
-    const int column = static_cast<int>(tile) * kTileColumns - offset;
-    if (column < columns && columns > 0) copy_tile<1>(p, rows_of(request), pool_row, column, ends);
-    return;
+    return copy_rows<1>(p, rows, pool_row, from, columns, ends);
   }
   if (!split.all_own) copy_remainder(p, split);
 }

@@ -23,18 +23,18 @@ __device__ void write_tables(const Params& p, const Split& split) {
   if (warp >= split.warps) return;
   // 32 bits hold the number of tiles of any table that fits a device.
   const std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * split.warps + warp;
-  const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
-  const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
+  const std::int64_t request = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
+  const std::uint32_t in_row = tile - static_cast<std::uint32_t>(request) * split.tiles;
   const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
-  const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
-  if (row >= p.batch_size || column >= columns) return;
-  const std::int64_t pool_row = request_row(p, row);
+  const int from = static_cast<int>(in_row) * tile_columns;
+  if (request >= p.batch_size) return;
+  const std::int64_t pool_row = request_row(p, request);
   if (pool_row < 0) return;
-  const Ends ends = ends_at(p, row_reach(p, row));
+  const Ends ends = ends_at(p, row_reach(p, request));
   if (tile_columns > kTileColumns) {
-    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
+    copy_rows<kWideTiles>(p, rows_of(request), pool_row, from, columns, ends);
   } else {
-    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+    copy_rows<1>(p, rows_of(request), pool_row, from, columns, ends);
   }
 }
 

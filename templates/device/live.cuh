@@ -47,7 +47,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   // Every block counts the remainder tiles of a window of requests; the warps of all blocks take them in turn.
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the first column of its remainder
+  __shared__ std::int32_t begins[kThreads];  // where its remainder begins, in columns from where its first tile does
   __shared__ std::int64_t pool_rows[kThreads];
   int first = -kThreads;  // the window's first request; there is no window yet
   std::uint32_t window_tiles = 0;  // the window's tiles, or wide tiles, that the warps take in turn
@@ -68,10 +68,10 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
         pool_row = request_row(p, request);
         reach = row_reach(p, request);
         const int columns = written_columns(p, ends_at(p, reach));
-        const int offset = alignment_offset(p, request);
-        begin = (columns + offset > split.wide_from ? kWideTiles * own_columns : own_columns) - offset;
-        if (columns > 0 && columns > begin && pool_row >= 0) {
-          tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
+        const int reached = columns + longest_offset(p, rows_of(request));
+        begin = reached > split.wide_from ? kWideTiles * own_columns : own_columns;
+        if (columns > 0 && reached > begin && pool_row >= 0) {
+          tiles = static_cast<std::uint32_t>(reached - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
       if (first > 0) __syncthreads();  // all warps are done with the previous window
@@ -88,12 +88,13 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
     const Rows rows = rows_of(first + place.slot);
     const std::int64_t pool_row = pool_rows[place.slot];
     const Ends ends = ends_at(p, reaches[place.slot]);
-    int column = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
+    const int columns = written_columns(p, ends);
+    int from = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
     if (wide) {
-      copy_tile<kWideTiles>(p, rows, pool_row, column, ends);
+      copy_rows<kWideTiles>(p, rows, pool_row, from, columns, ends);
     } else {
-      column += static_cast<int>(tile % kWideTiles) * kTileColumns;
-      if (kWideTiles == 1 || column < written_columns(p, ends)) copy_tile<1>(p, rows, pool_row, column, ends);
+      from += static_cast<int>(tile % kWideTiles) * kTileColumns;
+      copy_rows<1>(p, rows, pool_row, from, columns, ends);
     }
     tile += warps;
   }
@@ -117,17 +118,15 @@ __device__ void write_tables(const Params& p, const Split& split) {
     }
     if (pool_row < 0) columns = 0;  // tested here, so that the compiler loads the row beside the length, not after it
     if (tile >= split.own_tiles) columns = 0;  // warps of the last block that have no request
-    const int offset = alignment_offset(p, request);
+    if (columns <= 0) return;
+    const Rows rows = rows_of(request);
+    const int from = static_cast<int>(tile) * kTileColumns;
     if constexpr (kWideTiles > 1) {
-      if (columns + offset > split.wide_from) {
-        const int column = kWideTiles * static_cast<int>(tile) * kTileColumns - offset;
-        if (column < columns) copy_tile<kWideTiles>(p, rows_of(request), pool_row, column, ends);
-        return;
+      if (columns + longest_offset(p, rows) > split.wide_from) {
+        return copy_rows<kWideTiles>(p, rows, pool_row, kWideTiles * from, columns, ends);
       }
     }
-    const int column = static_cast<int>(tile) * kTileColumns - offset;
-    if (column < columns && columns > 0) copy_tile<1>(p, rows_of(request), pool_row, column, ends);
-    return;
+    return copy_rows<1>(p, rows, pool_row, from, columns, ends);
   }
   if (!split.all_own) copy_remainder(p, split);
 }

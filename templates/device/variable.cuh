@@ -14,7 +14,6 @@ __device__ void write_tables(const Params& p) {
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the first column of its first tile
   __shared__ std::int64_t pool_rows[kThreads];
   __shared__ Rows window_rows[kThreads];
   int first = -kThreads;  // the window's first request; there is no window yet
@@ -31,14 +30,12 @@ __device__ void write_tables(const Params& p) {
       const std::int64_t stop_row = row_sum.add(static_cast<std::uint32_t>(count));
       const Rows rows = rows_within(p, request, {stop_row - count, stop_row});
       int reach = 0;
-      int begin = 0;
       std::uint32_t tiles = 0;
       std::int64_t pool_row = -1;
       if (rows.first < rows.stop) {
         reach = row_reach(p, request);
-        begin = -alignment_offset(p, request);
         const int columns = written_columns(p, ends_at(p, reach));
-        if (columns > 0) tiles = static_cast<std::uint32_t>(columns - begin - 1) / kTileColumns + 1;
+        if (columns > 0) tiles = static_cast<std::uint32_t>(columns + longest_offset(p, rows) - 1) / kTileColumns + 1;
       }
       // The barrier below comes after the last look-up in the previous window.
       window_tiles = 0;
@@ -48,12 +45,12 @@ __device__ void write_tables(const Params& p) {
       window_rows[slot] = rows;
       pool_rows[slot] = pool_row;
       reaches[slot] = reach;
-      begins[slot] = begin;
       window_tiles = count_tiles(window, tiles, warp_end);
     }
     const Place place = find_tile(window, warp_end, tile);
-    const int column = begins[place.slot] + static_cast<int>(place.tile) * kTileColumns;
-    copy_tile<1>(p, window_rows[place.slot], pool_rows[place.slot], column, ends_at(p, reaches[place.slot]));
+    const Ends ends = ends_at(p, reaches[place.slot]);
+    const int from = static_cast<int>(place.tile) * kTileColumns;
+    copy_rows<1>(p, window_rows[place.slot], pool_rows[place.slot], from, written_columns(p, ends), ends);
     tile += warps;
   }
 }

@@ -14,15 +14,44 @@ from .shown_by import (
     FULL,
     FULL_INDICES,
     INDICES,
+    JUST_TWO,
     LONG,
     MANY,
     ODD,
     SHORT,
     VARIABLE,
+    VERIFY,
     WIDE,
 )
 
 FAULTS = {
+    "device/rows.cuh": [
+        Fault(
+            "write a request's columns to its first row only",
+            "the other rows keep what was there",
+            VERIFY,
+            LONG,
+            r"row < rows\.stop",
+            "row < rows.first + 1",
+        ),
+        Fault(
+            "begin the tiles of all rows where the first row's begin",
+            "misaligned addresses: the launch dies",
+            VERIFY,
+            LONG,
+            r"place - alignment_offset\(p, row\)",
+            "place - alignment_offset(p, rows.first)",
+            "undefined",
+        ),
+        Fault(
+            "count the tiles of the first row for all of a request's",
+            "the end of a row that begins later in its first tile isn't written",
+            VARIABLE,
+            JUST_TWO,
+            r"rows\.stop - rows\.first == 1 \? (alignment_offset\(p, rows\.first\)) : kTileAlignment - 1",
+            r"\1",
+        ),
+    ],
     "device/equal.cuh": [
         Fault(
             "divide tiles by a row's without the one more",
@@ -45,15 +74,15 @@ FAULTS = {
             "half of every row isn't written",
             WIDE,
             LONG,
-            r"copy_tile<kWideTiles>",
-            "copy_tile<1>",
+            r"copy_rows<kWideTiles>",
+            "copy_rows<1>",
         ),
         Fault(
             "let warps behind the last equal row take tiles",
             "reads behind the pool indices",
             FULL,
             ODD,
-            r"row >= p\.batch_size \|\| ",
+            r"if \(request >= p\.batch_size\) return;",
             "",
             "address",
         ),

@@ -10,13 +10,29 @@ from .shown_by import MLA, MQA, SCHEDULED, WORK
 FAULTS = {
     "device/mqa_schedule.cuh": [
         Fault(
-            "read the ends of a chunk before all are there",
+            "forget the splits of the lanes before",
             "multiprocessors begin anywhere",
             MQA,
             SCHEDULED,
-            r"(splits\.of_warp\[slot / kWarpSize\] = in_warp;\n)    __syncthreads\(\);",
-            r"\1",
-            "thread",
+            r"__shfl_sync\(kFullMask, end - splits, found\)",
+            "0",
+        ),
+        Fault(
+            "begin with the end of a request",
+            "multiprocessors take splits that a request doesn't have",
+            MQA,
+            SCHEDULED,
+            r"sum > wanted",
+            "sum >= wanted",
+        ),
+        Fault(
+            "vote for an entry that isn't there",
+            "the lanes of the last entries wait for others, or get nothing from them",
+            MQA,
+            SCHEDULED,
+            r"entry - static_cast<unsigned>\(lane\) <= num_sms",
+            "entry <= num_sms",
+            "emulation",
         ),
         Fault(
             "give the remaining splits to the first multiprocessors",
@@ -31,8 +47,8 @@ FAULTS = {
             "multiprocessors take splits of a request that isn't there",
             MQA,
             Shape("all zero", (0, 0, 0)),
-            r"\(items \* kAtoms\)",
-            "((items + (entry < num_sms)) * kAtoms)",
+            r"start < units",
+            "start <= units",
         ),
         Fault(
             "count units of work as splits",
@@ -55,8 +71,8 @@ FAULTS = {
             "the last multiprocessor has no end",
             MQA,
             SCHEDULED,
-            r"entry <= num_sms",
-            "entry < num_sms",
+            r"if \(entry > num_sms\) continue;",
+            "if (entry >= num_sms) continue;",
         ),
     ],
     "device/flashmla_schedule.cuh": [

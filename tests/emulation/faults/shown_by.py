@@ -53,6 +53,8 @@ FEW_LONG = Shape("few and long", (2600, 0), width=2603, token_phase=4, table_pha
 UNEVEN = Shape("uneven", (3600, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
 # Just as long as a tile, so that with its alignment offset a row takes two.
 JUST_ONE = Shape("just one", (256, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
+# Nearly as long as a tile: of a request's two rows, one takes two tiles and the other one.
+JUST_TWO = Shape("just two", (496,) * 6, width=3603, token_phase=4, table_pad=2, extends=(2,))
 # A request fewer than the warps that belong to requests.
 LEFT_OVER = Shape("left over", (1400,) * 5, width=2603, sm_count=2, token_phase=4, table_phase=12, table_pad=2)
 # Four blocks of two warps leave so much that the other four take two tiles at once; or so little that they take one.
