@@ -98,14 +98,14 @@ __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.filled_width;
 }
 
-// A range of rows of the tables, and of the vectors that have one element per row.
-struct Rows {
-  std::int64_t first, stop;
-};
+// The number of rows of all requests, and the request of a row.
+__host__ __device__ __forceinline__ std::int64_t all_rows(const Params& p) {
+  return p.batch_size * kNextN;
+}
 
-// The rows of a request.
-__device__ __forceinline__ Rows rows_of(std::int64_t request) {
-  return {request * kNextN, (request + 1) * kNextN};
+template <typename Row>
+__device__ __forceinline__ Row request_of(Row row) {
+  return row / kNextN;
 }
 
 // Calls write(table, pages per column) for each table whose columns are pages, or pools of pages.
@@ -487,13 +487,11 @@ __device__ __forceinline__ std::int32_t page_of(Token token) {
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
 }
 
-constexpr int kTileAlignment = 1;  // pages
-
 __device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
   return 0;
 }
 
-inline std::int64_t largest_offset(const Params&) {
+__host__ __device__ __forceinline__ std::int64_t largest_offset(const Params&) {
   return 0;
 }
 
@@ -551,27 +549,6 @@ __device__ __forceinline__ void copy_tile(
   write_page_numbers(p, row, numbers, first, ends);
 }
 
-// ---- the rows of a request ---------------------------------------------------------------------------------------
-// All of them get the same tokens. Each has tiles of its own, because its alignment offset is its own: rows whose stride
-// isn't a multiple of four begin anywhere. What the first row reads, the others find in the L1 cache.
-
-// The largest alignment offset of these rows, or an upper bound.
-__device__ __forceinline__ int longest_offset(const Params& p, Rows rows) {
-  return rows.stop - rows.first == 1 ? alignment_offset(p, rows.first) : kTileAlignment - 1;
-}
-
-// Copies the kTiles tiles of each row that begin at `place`, columns from where the row's first tile begins. `columns`
-// is how many are written.
-template <int kTiles>
-__device__ __forceinline__ void copy_rows(
-    const Params& p, Rows rows, std::int64_t pool_row, int place, int columns, Ends ends) {
-#pragma unroll 1
-  for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-    const int column = place - alignment_offset(p, row);
-    if (column < columns) copy_tile<kTiles>(p, row, pool_row, column, ends);
-  }
-}
-
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
 // Every row has the same number of tiles, whatever the requests' lengths. Warp row * tiles + i takes tile i of a row,
 // and no other: a loop would make the compiler fetch the constants of all destinations before the first load.
@@ -597,18 +574,19 @@ __device__ void write_tables(const Params& p, const Split& split) {
   if (warp >= split.warps) return;
   // 32 bits hold the number of tiles of any table that fits a device.
   const std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * split.warps + warp;
-  const std::int64_t request = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
-  const std::uint32_t in_row = tile - static_cast<std::uint32_t>(request) * split.tiles;
+  const std::int64_t row = __umul64hi(std::uint64_t{tile} + 1, split.reciprocal);  // tile / tiles of a row
+  const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
   const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
-  const int from = static_cast<int>(in_row) * tile_columns;
-  if (request >= p.batch_size) return;
+  const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
+  if (row >= all_rows(p) || column >= columns) return;
+  const std::int64_t request = request_of(row);
   const std::int64_t pool_row = request_row(p, request);
   if (pool_row < 0) return;
   const Ends ends = ends_at(p, row_reach(p, request));
   if (tile_columns > kTileColumns) {
-    copy_rows<kWideTiles>(p, rows_of(request), pool_row, from, columns, ends);
+    copy_tile<kWideTiles>(p, row, pool_row, column, ends);
   } else {
-    copy_rows<1>(p, rows_of(request), pool_row, from, columns, ends);
+    copy_tile<1>(p, row, pool_row, column, ends);
   }
 }
 
@@ -616,11 +594,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
   // A warp takes several tiles at once if that leaves enough for all warps.
-  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const bool wide = all_rows(p) * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
   // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
-  std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+  std::uint32_t warps = all_rows(p) * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
       static_cast<std::uint32_t>(tiles),
@@ -632,7 +610,7 @@ Split split_of(const Params& p) {
 
 // Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
-  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t tiles = all_rows(p) * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
   return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
 }

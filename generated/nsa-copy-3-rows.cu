@@ -67,11 +67,6 @@ struct Params {
 constexpr int kParamWords = 42;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
-// A range of rows of the tables, and of the vectors that have one element per row.
-struct Rows {
-  std::int64_t first, stop;
-};
-
 // ---- destinations ------------------------------------------------------------------------------------------------
 // The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
 [[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {

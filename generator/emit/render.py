@@ -149,7 +149,6 @@ def device_files(config: KernelConfig) -> list[str]:
         "token_pages": tokens and pages,
         "lone_pages": rows and not tokens,
         _copy_tile_file(config): rows and not copies,
-        "rows": rows and not copies,
         "window": counts,
         "copy_table": rows and copies,
         str(strategy): strategy not in (None, "copy"),

@@ -4,13 +4,11 @@
   return kFillsPages ? static_cast<int>(row_columns(p)) : pages_of(longest_end(ends));
 }
 
-constexpr int kTileAlignment = 1;  // pages
-
 __device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
   return 0;
 }
 
-inline std::int64_t largest_offset(const Params&) {
+__host__ __device__ __forceinline__ std::int64_t largest_offset(const Params&) {
   return 0;
 }
 

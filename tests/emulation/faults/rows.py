@@ -20,38 +20,10 @@ from .shown_by import (
     ODD,
     SHORT,
     VARIABLE,
-    VERIFY,
     WIDE,
 )
 
 FAULTS = {
-    "device/rows.cuh": [
-        Fault(
-            "write a request's columns to its first row only",
-            "the other rows keep what was there",
-            VERIFY,
-            LONG,
-            r"row < rows\.stop",
-            "row < rows.first + 1",
-        ),
-        Fault(
-            "begin the tiles of all rows where the first row's begin",
-            "misaligned addresses: the launch dies",
-            VERIFY,
-            LONG,
-            r"place - alignment_offset\(p, row\)",
-            "place - alignment_offset(p, rows.first)",
-            "undefined",
-        ),
-        Fault(
-            "count the tiles of the first row for all of a request's",
-            "the end of a row that begins later in its first tile isn't written",
-            VARIABLE,
-            JUST_TWO,
-            r"rows\.stop - rows\.first == 1 \? (alignment_offset\(p, rows\.first\)) : kTileAlignment - 1",
-            r"\1",
-        ),
-    ],
     "device/equal.cuh": [
         Fault(
             "divide tiles by a row's without the one more",
@@ -74,15 +46,15 @@ FAULTS = {
             "half of every row isn't written",
             WIDE,
             LONG,
-            r"copy_rows<kWideTiles>",
-            "copy_rows<1>",
+            r"copy_tile<kWideTiles>",
+            "copy_tile<1>",
         ),
         Fault(
             "let warps behind the last equal row take tiles",
             "reads behind the pool indices",
             FULL,
             ODD,
-            r"if \(request >= p\.batch_size\) return;",
+            r"row >= all_rows\(p\) \|\| ",
             "",
             "address",
         ),
@@ -131,6 +103,22 @@ FAULTS = {
             MANY,
             r"row_sum\.add\(",
             "RunningSum<std::uint32_t>().add(",
+        ),
+        Fault(
+            "write a request's columns to its first row only",
+            "the other rows keep what was there",
+            VARIABLE,
+            LONG,
+            r"rows\.first\);",
+            "rows.first > 0);",
+        ),
+        Fault(
+            "count tiles as if every row began with its first one",
+            "the end of a row that begins later in its first tile isn't written",
+            VARIABLE,
+            JUST_TWO,
+            r"columns \+ static_cast<int>\(largest_offset\(p\)\)",
+            "columns",
         ),
     ],
     "device/indices.cuh": [

@@ -5,33 +5,50 @@ from __future__ import annotations
 from cases import Shape
 
 from .fault import Fault
-from .shown_by import MLA, MQA, SCHEDULED, WORK
+from .shown_by import FEW_SCHEDULED, MLA, MQA, SCHEDULED, WORK
 
 FAULTS = {
     "device/mqa_schedule.cuh": [
         Fault(
-            "forget the splits of the lanes before",
+            "read the sums of the other warps before all are there",
             "multiprocessors begin anywhere",
             MQA,
             SCHEDULED,
-            r"__shfl_sync\(kFullMask, end - splits, found\)",
-            "0",
+            r"(of_warp\[slot / kWarpSize\] = end;\n)  __syncthreads\(\);",
+            r"\1",
+            "thread",
+        ),
+        Fault(
+            "forget the splits of the warps before",
+            "multiprocessors take splits that a request doesn't have",
+            MQA,
+            SCHEDULED,
+            r"passed \+= of_warp\[w\];",
+            "",
+        ),
+        Fault(
+            "leave out the items behind a thread's first",
+            "multiprocessors begin too early, in splits that a request doesn't have",
+            MQA,
+            SCHEDULED,
+            r"i = 1; i < thread_items",
+            "i = 2; i < thread_items",
         ),
         Fault(
             "begin with the end of a request",
             "multiprocessors take splits that a request doesn't have",
             MQA,
-            SCHEDULED,
-            r"sum > wanted",
-            "sum >= wanted",
+            FEW_SCHEDULED,
+            r"(item \+ step - 1\)) <= wanted",
+            r"\1 < wanted",
         ),
         Fault(
-            "vote for an entry that isn't there",
-            "the lanes of the last entries wait for others, or get nothing from them",
+            "let a lane without an entry leave a look-up",
+            "the lanes of the last entries wait for it, or get nothing from it",
             MQA,
-            SCHEDULED,
-            r"entry - static_cast<unsigned>\(lane\) <= num_sms",
-            "entry <= num_sms",
+            FEW_SCHEDULED,
+            r"entry - static_cast<unsigned>\(lane\) <= shares",
+            "entry <= shares",
             "emulation",
         ),
         Fault(
@@ -46,9 +63,9 @@ FAULTS = {
             "begin behind the end where there is nothing to do",
             "multiprocessors take splits of a request that isn't there",
             MQA,
-            Shape("all zero", (0, 0, 0)),
-            r"start < units",
-            "start <= units",
+            Shape("all zero", (0,) * 5),
+            r"start < shares\.units",
+            "start <= shares.units",
         ),
         Fault(
             "count units of work as splits",
@@ -71,8 +88,8 @@ FAULTS = {
             "the last multiprocessor has no end",
             MQA,
             SCHEDULED,
-            r"if \(entry > num_sms\) continue;",
-            "if (entry >= num_sms) continue;",
+            r"entry <= shares\.num_sms; ",
+            "entry < shares.num_sms; ",
         ),
     ],
     "device/flashmla_schedule.cuh": [

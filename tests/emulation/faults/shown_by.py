@@ -82,6 +82,8 @@ HUGE = Shape("huge", (2**31 - 1, 5), width=90)
 # Elements from 2^31 on, so that rows are more than 32 bits apart, in elements too.
 # Several chunks of requests, of one split or block up to many.
 SCHEDULED = Shape("scheduled", tuple((i * 977) % 5003 for i in range(150)), num_sms=40, num_sm_parts=11)
+# The same of a few, with entries for more than one warp.
+FEW_SCHEDULED = Shape("few scheduled", tuple((i * 977) % 5003 for i in range(20)), num_sms=40)
 # Too little room for the last requests' tokens.
 FULL_INDICES = Shape("full indices", (300, 0, 600, 31, 600), width=610, max_indices=1000)
 FAR = Shape("far", (600, 600, 600), width=600, pool_rows=3, sparse_stride=2**30 + 4)
