@@ -55,7 +55,7 @@ def describe(
     \b
     Examples:
       onelaunch describe nsa-decode-3
-      onelaunch describe --set num_backends=7,page_size=16 --batch 128 --length 32768
+      onelaunch describe --set num_backends=7 --batch 128 --length 32768
       onelaunch describe nsa-decode-3 --batch 1 --length 4096 --json
     """
     found = kernel(config, settings, target, None)
@@ -115,5 +115,6 @@ def _text(facts: dict[str, Any]) -> str:
     for row in rows:
         cells = [cell.rjust(w) if i > 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
-    lines += ["", f"reads {size(facts['bytes_read'])}, writes {size(facts['bytes_written'])}, in one launch"]
+    does = "compares" if config["writes"] == "audit" else "writes"
+    lines += ["", f"reads {size(facts['bytes_read'])}, {does} {size(facts['bytes_written'])}, in one launch"]
     return "\n".join(lines)

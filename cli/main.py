@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import click
 
 from .faults import EXIT_CODES
 from .verbs import Verbs
+
+# torch warns when it is imported without numpy, which nothing but `onelaunch replay` needs.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:

@@ -26,7 +26,7 @@ constexpr int kThreads = 256;  // per block
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = kBackends;  // lengths per request: one for all backends, or one per backend
-constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before it compute vectors and schedules
+constexpr int kFirstTableBlock = kLengthSets;  // other blocks come first
 using SeqLen = std::int64_t;
 constexpr std::int32_t kLongestOffset = 3;  // largest offset that a backend adds to seq_lens
 constexpr int kVectorWords = 4;  // a 16-byte access
@@ -38,11 +38,6 @@ using Token = std::int32_t;
 constexpr bool kVerified = false;  // whether only what differs is written
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
-struct Table {
-  std::int32_t* data;
-  std::int64_t row_stride;  // elements
-};
-
 // Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
 // needs no pointer table in device memory and no copy before a launch.
 struct Params {
@@ -152,16 +147,23 @@ struct RunningSum {
   return destinations <= 8 ? destinations : 1;
 }
 
+// ---- writing an element ------------------------------------------------------------------------------------------
+// What writes 16 bytes at once stores them itself.
+template <typename T>
+__device__ __forceinline__ void put(T* address, std::common_type_t<T> value) {
+  *address = value;
+}
+
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
 // The destinations decide the type: to a bool goes whether the value isn't 0.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
-    to[b][index] = value;
+    put(to[b] + index, value);
   } else {
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i][index] = value;
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
   }
 }
 
@@ -281,7 +283,7 @@ __device__ __forceinline__ void copy_tile(
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
       if (column >= stop || at >= p.packed_capacity) continue;
-      if (!kVerified || old[i] != words[i]) indices(p)[b][at] = words[i];
+      if (!kVerified || old[i] != words[i]) put(indices(p)[b] + at, words[i]);
     }
   }
 }
@@ -413,13 +415,13 @@ unsigned grid_blocks(const Params& p) {
 // limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
-  const std::int32_t offset = length_offset(b);
   RunningSum<std::uint32_t> kv_indptr_sum;
   if (threadIdx.x == 0) store(p.kv_indptr, b, 0, 0);
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
     const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t offset = length_offset(b);
     [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     const std::int32_t kv_indptr = wrap(bits(max(base_len, 0)) + offset);
     const std::uint32_t kv_indptr_end = kv_indptr_sum.add(bits(kv_indptr));

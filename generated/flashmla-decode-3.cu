@@ -27,7 +27,7 @@ constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
-constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before it compute vectors and schedules
+constexpr int kFirstTableBlock = kLengthSets;  // other blocks come first
 using SeqLen = std::int64_t;
 constexpr std::int32_t kLongestOffset = 0;  // largest offset that a backend adds to seq_lens
 constexpr int kNextN = 1;  // rows per request
@@ -114,16 +114,23 @@ __device__ __forceinline__ void for_each_page_table(const Params& p, const Write
   return destinations <= 8 ? destinations : 1;
 }
 
+// ---- writing an element ------------------------------------------------------------------------------------------
+// What writes 16 bytes at once stores them itself.
+template <typename T>
+__device__ __forceinline__ void put(T* address, std::common_type_t<T> value) {
+  *address = value;
+}
+
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
 // The destinations decide the type: to a bool goes whether the value isn't 0.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
-    to[b][index] = value;
+    put(to[b] + index, value);
   } else {
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i][index] = value;
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
   }
 }
 
@@ -230,7 +237,7 @@ __device__ __forceinline__ void store_pages(
       const int page = first + lane + i * kWarpSize;
       const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
       if (page < stop && page % pages_per_column == 0) {
-        data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
+        put(data + page / pages_per_column, dead ? kPageFill : floor_div(numbers[i], pages_per_column));
       }
     }
   }
@@ -339,11 +346,11 @@ unsigned grid_blocks(const Params& p, const Split& split) {
 // limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
-  const std::int32_t offset = length_offset(b);
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
     const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t offset = length_offset(b);
     [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     if (!present) continue;
     store(p.cache_seqlens, b, request, seq_len);

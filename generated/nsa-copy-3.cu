@@ -70,16 +70,23 @@ static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must
   return destinations <= 8 ? destinations : 1;
 }
 
+// ---- writing an element ------------------------------------------------------------------------------------------
+// What writes 16 bytes at once stores them itself.
+template <typename T>
+__device__ __forceinline__ void put(T* address, std::common_type_t<T> value) {
+  *address = value;
+}
+
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
 // The destinations decide the type: to a bool goes whether the value isn't 0.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
-    to[b][index] = value;
+    put(to[b] + index, value);
   } else {
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i][index] = value;
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
   }
 }
 
@@ -140,7 +147,7 @@ __device__ __forceinline__ void copy_words(
     std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (column + i * kWarpSize < stop) data[i * kWarpSize] = words[i];
+      if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
     }
   }
 }

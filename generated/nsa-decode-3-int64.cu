@@ -28,7 +28,7 @@ constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
-constexpr int kFirstTableBlock = 1 * kLengthSets;  // the blocks before it compute vectors and schedules
+constexpr int kFirstTableBlock = kLengthSets;  // other blocks come first
 using SeqLen = std::int64_t;
 constexpr std::int32_t kLongestOffset = 0;  // largest offset that a backend adds to seq_lens
 constexpr int kNextN = 1;  // rows per request
@@ -176,16 +176,23 @@ struct RunningSum {
   return destinations <= 8 ? destinations : 1;
 }
 
+// ---- writing an element ------------------------------------------------------------------------------------------
+// What writes 16 bytes at once stores them itself.
+template <typename T>
+__device__ __forceinline__ void put(T* address, std::common_type_t<T> value) {
+  *address = value;
+}
+
 // ---- storing an element ------------------------------------------------------------------------------------------
 // Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
 // The destinations decide the type: to a bool goes whether the value isn't 0.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
-    to[b][index] = value;
+    put(to[b] + index, value);
   } else {
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i][index] = value;
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
   }
 }
 
@@ -265,7 +272,7 @@ __device__ __forceinline__ void copy_words(
     std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (column + i * kWarpSize < stop) data[i * kWarpSize] = words[i];
+      if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
     }
   }
 }
@@ -403,7 +410,7 @@ __device__ __forceinline__ void store_page(
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     if (ends_differ(to, ends) && page >= pages_of(end_of(to, ends, b))) continue;
-    to[b].data[row * to[b].row_stride + page / pages_per_column] = value;
+    put(to[b].data + row * to[b].row_stride + page / pages_per_column, value);
   }
 }
 
@@ -687,7 +694,6 @@ unsigned grid_blocks(const Params& p, const Split& split) {
 // limit. Where the backends' lengths differ, block b writes the vectors of backend b.
 __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
-  const std::int32_t offset = length_offset(b);
   RunningSum<std::uint32_t> cu_seqlens_k_sum;
   if (threadIdx.x == 0) store(p.cu_seqlens_k, b, 0, 0);
   RunningSum<std::uint32_t> nsa_cu_seqlens_k_sum;
@@ -696,6 +702,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
     const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t offset = length_offset(b);
     [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     const std::int32_t nsa_cache_seqlens = min(seq_len, kIndexTopk);
     const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(bits(seq_len));

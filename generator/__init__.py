@@ -20,6 +20,7 @@ if "t" in sys.abiflags:
 
 from .errors import (
     ArgumentError,
+    AuditError,
     CompileError,
     ConfigError,
     JitPolicyError,
@@ -79,6 +80,7 @@ __all__ = [
     "FIELDS",
     "PRESETS",
     "ArgumentError",
+    "AuditError",
     "CompileError",
     "ConfigError",
     "Field",

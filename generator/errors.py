@@ -59,5 +59,32 @@ class JitPolicyError(OnelaunchError, RuntimeError):
     """A build or a load was needed where onelaunch.freeze or ONELAUNCH_JIT forbids it. Build it ahead of time."""
 
 
+class AuditError(OnelaunchError, RuntimeError):
+    """An element of a destination isn't what a refresh writes there. Find who else writes that memory.
+
+    Attributes:
+        name: the destination, as messages of bind() name it, such as "backends[1].page_indices".
+        backend: index of the backend in its plan; of several that share the tensor, the first.
+        field: name of the field.
+        row, column: index of the element; column is None where the tensor has one dimension.
+        found, expected: what the element holds, and what a refresh with the audit's inputs writes; a bool as 0 or 1.
+    """
+
+    def __init__(
+        self, name: str, backend: int, field: str, row: int, column: int | None, found: int, expected: int
+    ) -> None:
+        super().__init__(name, backend, field, row, column, found, expected)
+        self.name, self.backend, self.field, self.row, self.column = name, backend, field, row, column
+        self.found, self.expected = found, expected
+
+    def __str__(self) -> str:
+        place = f"{self.row}" if self.column is None else f"{self.row}, {self.column}"
+        return (
+            f"{self.name}[{place}] is {self.found}; a refresh with the audit's inputs writes {self.expected}. Somebody "
+            "else wrote it, or no refresh with these inputs ran. Run the plan again (after forget(), with "
+            "writes='verified'), and look for what else writes this memory."
+        )
+
+
 class LaunchError(OnelaunchError, RuntimeError):
     """The CUDA runtime refused a launch. The message has its error code and text, and whose error it may be."""

@@ -70,6 +70,12 @@ OVERRIDE_VARIABLE = Variable(
     "ONELAUNCH_OVERRIDE_DIR", "a folder", "none", "Kernels edited by hand, which run in place of the emitted ones."
 )
 LOG_VARIABLE = Variable("ONELAUNCH_LOG", "info or debug", "off", "A line on stderr for each build, load and bind.")
+AUDIT_VARIABLE = Variable(
+    "ONELAUNCH_AUDIT_EVERY",
+    "a whole number",
+    "off",
+    "Every plan that is bound without audit_every audits after every so many runs, and raises what it finds.",
+)
 NVTX_VARIABLE = Variable("ONELAUNCH_NVTX", "1", "off", "An NVTX range around each launch.")
 DISABLE_VARIABLE = Variable("ONELAUNCH_DISABLE", "1", "off", "attach() attaches nothing; the engine's own path runs.")
 SGLANG_VARIABLE = Variable(

@@ -61,7 +61,7 @@ struct Exchange {
   int (*current_stream)(std::int32_t device_type, std::int32_t device, void** stream);  // 0 or -1, as above
 };
 
-// Set by reads(): the classes of tensors, dtypes and MetadataBuffers, and the names of the fields of MetadataBuffers.
+// Set by register_classes(): the classes of tensors, dtypes and MetadataBuffers, and the names of the latter's fields.
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* dtype_type = nullptr;
 PyTypeObject* buffers_type = nullptr;
@@ -76,12 +76,12 @@ void replace(PyTypeObject*& reference, PyObject* type) {
   Py_XDECREF(before);
 }
 
-// reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): registers the classes of arguments.
-PyObject* reads(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// register_classes(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): for the checks of arguments.
+PyObject* register_classes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   bool fits = count == 4 && PyTuple_Check(args[3]);
   for (int i = 0; fits && i < 3; ++i) fits = PyType_Check(args[i]);
   if (!fits) {
-    return PyErr_Format(PyExc_TypeError, "reads takes three classes and a tuple of names");
+    return PyErr_Format(PyExc_TypeError, "register_classes takes three classes and a tuple of names");
   }
   PyObject* capsule = PyObject_GetAttrString(args[0], "__dlpack_c_exchange_api__");
   if (capsule == nullptr) return nullptr;
@@ -521,7 +521,7 @@ PyObject* bind(PyObject*, PyObject* args) {
   int device = -1;
   if (!PyArg_ParseTuple(args, "O|i", &words, &device)) return nullptr;
   if (device >= 0 && exchange == nullptr) {
-    return PyErr_Format(PyExc_RuntimeError, "call reads() first: run() finds the current stream through it");
+    return PyErr_Format(PyExc_RuntimeError, "call register_classes() first: run() finds the current stream through it");
   }
   auto* plan = allocated<Plan>(plan_type);
   if (plan == nullptr) return nullptr;
@@ -583,8 +583,8 @@ PyType_Spec memo_spec = {
     memo_slots};
 
 PyMethodDef module_methods[] = {
-    {"reads", method(reads), METH_FASTCALL,
-     "reads(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): registers the classes of arguments."},
+    {"register_classes", method(register_classes), METH_FASTCALL,
+     "register_classes(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): for the checks of arguments."},
     {"memo", memo, METH_O, "memo(max_count): objects by the arguments that they were made for."},
     {"bind", bind, METH_VARARGS, "bind(words, device=-1): a plan with the parameters that no call sets."},
     {"prepare", prepare, METH_O, "prepare(device): loads the kernel; (registers, shared bytes, local bytes)."},

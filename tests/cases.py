@@ -46,6 +46,7 @@ class Shape:
         rows: the requests' rows of req_to_token; random if None.
         zero_rows: rows of req_to_token whose tokens are all 0.
         rewritten: columns of req_to_token that have other tokens than ``seed`` makes.
+        wrong: a field of which one element isn't what a refresh writes, before an audit. Only the emulation knows it.
         before: what was launched before on the same memory, which this launch finds as it was left, and which has room
             for as many requests. Only the emulation knows it.
     """
@@ -73,6 +74,7 @@ class Shape:
     rows: tuple[int, ...] | None = None
     zero_rows: tuple[int, ...] = ()
     rewritten: tuple[int, ...] = ()
+    wrong: str | None = None
     before: Shape | None = None
 
     def replace(self, **changes: Any) -> Shape:
@@ -166,6 +168,8 @@ BATCH_SHAPES = (
     batch(257, 70, table_pad=5, num_sms=133, num_sm_parts=512),
     batch(300, 1291, table_columns=1101, max_indices=70_000),
 )
+# What runs under compute-sanitizer: a strided input with padding, and more requests than a warp has threads.
+SANITIZED = BATCH_SHAPES[1:3]
 
 # ------------------------------------------------------------------------------------------------ configurations
 
@@ -283,6 +287,29 @@ STRATEGIES |= {
         fields=("page_indices", "cu_seqlens_q", "of_row", "own", "row_sum", "of_request"),
         **VARIABLE,
     ),
+}
+# Padding requests behind the batch's own.
+STRATEGIES |= {
+    "padded": KernelConfig(
+        num_backends=3, seqlen_offsets=(1, 2, 3), padding_len=1, fields=(*SEVEN, *DECLARED_NAMES), **DECLARED
+    ),
+    "padded rows": STRATEGIES["declared rows"].replace(padding_len=70, num_backends=2),
+    "padded indices": KernelConfig(num_backends=2, seqlen_offsets=(2, 1), padding_len=1, fields=(*CSR, MQA)),
+}
+# Audits: of each strategy and each field kind.
+AUDITS = {
+    name: STRATEGIES[name].replace(writes="audit")
+    for name in (
+        "live",
+        "live pages",
+        "filled pages",
+        "variable rows",
+        "offsets",
+        "schedules of rows",
+        "indices",
+        "declared rows",
+        "declared offsets",
+    )
 }
 # Combinations of them that took code of their own.
 CONFIGURATIONS = {

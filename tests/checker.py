@@ -75,6 +75,12 @@ class Scene:
     """
 
     def __init__(self, config: KernelConfig, shape: Shape, device: torch.device | str = "cpu") -> None:
+        # The last third are padding requests, if the kernel has any.
+        self.requests = len(shape.lengths)
+        if config.padding_len is not None:
+            self.requests -= len(shape.lengths) // 3
+            padding = (config.padding_len,) * (len(shape.lengths) - self.requests)
+            shape = shape.replace(lengths=(*shape.lengths[: self.requests], *padding))
         self.config, self.shape, self.device = config, shape, torch.device(device)
         self.before = None if shape.before is None else Scene(config, shape.before, device)
         self._random = torch.Generator().manual_seed(shape.seed)
@@ -106,6 +112,8 @@ class Scene:
         self._inputs(extends)
         self.declared = {name: config.field(name) for name in config.fields if config.scope.declared(name)}
         self.captured_size = bs + shape.spare_rows if config.pads else None
+        if config.padding_len is not None:
+            self.captured_size = bs
         self._declared_inputs()
         self.destinations = {name: self._destinations(name) for name in config.fields}
         self.backends = [self._backend(index) for index in range(config.num_backends)]
@@ -132,11 +140,14 @@ class Scene:
             rows[-1] = shape.pool_rows - 1  # the row with nothing behind it
         if shape.rows is not None:
             rows = torch.tensor(shape.rows, dtype=torch.int64)
+        rows[self.requests :] = 0
         self._valid_rows = rows.clone()
         if shape.bad_pool_row is not None:
             rows[0] = shape.bad_pool_row
-        self.seq_lens = self._strided(torch.tensor(shape.lengths, dtype=torch.int64), config.seq_lens_dtype)
-        self.req_pool_indices = self._strided(rows, config.req_pool_indices_dtype)
+        lengths = torch.tensor(shape.lengths, dtype=torch.int64)
+        self.seq_lens = self._strided(lengths[: self.requests], config.seq_lens_dtype)
+        self._all_lengths = lengths.to(getattr(torch, config.seq_lens_dtype)).to(self.device)
+        self.req_pool_indices = self._strided(rows[: self.requests], config.req_pool_indices_dtype)
         self.extend_seq_lens = self._strided(torch.tensor(extends, dtype=torch.int64), config.extend_seq_lens_dtype)
         dtype = getattr(torch, config.req_to_token_dtype)
         tokens = self._tokens(shape.pool_rows, shape.width)
@@ -236,6 +247,7 @@ class Scene:
 
     def wanted(self, name: str, d: int) -> Tensor:
         """What belongs into one of a field's distinct tensors, dense."""
+        d %= len(self.destinations[name])
         index = next(b for b in range(self.config.num_backends) if self._which(b, name) == d)
         wanted: Tensor = getattr(self.expected[index], name)
         return wanted
@@ -252,7 +264,9 @@ class Scene:
                     # What it holds before the launch: poison, or what the one before left.
                     tensor = tensors[key[1]][0]
                     made[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-                    made[key].copy_(tensor)
+                    # Poison is no truth value: copied as a bool, it would become one.
+                    bytes_ = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
+                    made[key].view(bytes_).copy_(tensor.view(bytes_))
                 setattr(buffers, name, made[key])
             backends.append(buffers)
         return backends
@@ -266,7 +280,7 @@ class Scene:
         backends = self._poisoned(1 if same else config.num_backends)
         reference.refresh(
             backends,
-            self.seq_lens,
+            self._all_lengths,
             self._valid_rows.to(self.device),
             self.req_to_token,
             max_len=shape.max_len,
@@ -283,13 +297,15 @@ class Scene:
     def _declared_inputs(self) -> None:
         """What the formulas of declared fields read: any numbers, and maps and sources of a few."""
         config, random_ = self.config, self._random
-        count = len(self.shape.lengths)
+        count, padding = self.requests, len(self.shape.lengths) - self.requests
         self.inputs = {}
+        self._all_inputs = {}
         for name, dtype in config.inputs:
             low = -(2**62) if dtype == "int64" else -(2**31)
             values = torch.randint(low, -low, (count,), generator=random_)
             small = torch.randint(-3, 40, (count,), generator=random_)
             self.inputs[name] = self._strided(torch.where(values % 3 == 0, small, values), dtype)
+            self._all_inputs[name] = torch.cat((self.inputs[name], self.inputs[name].new_zeros(padding)))
         self.tables = {}
         for name, dtype in config.sources:
             values = torch.randint(-9, 2**31, (self.shape.pool_rows + 1, 37), generator=random_)
@@ -303,16 +319,16 @@ class Scene:
         config = self.config
         extends = self.extend_seq_lens if config.variable_rows else None
         given: dict[str, Any] = {
-            "inputs": self.inputs,
+            "inputs": self._all_inputs,
             "tables": {"token": self.req_to_token, **self.tables},
             "req_pool_indices": self._valid_rows.to(self.device),
         }
-        values = evaluate_vectors(config, self.seq_lens, extends, step, **given)
+        values = evaluate_vectors(config, self._all_lengths, extends, step, **given)
         for name, field in self.declared.items():
             tensor, declared = getattr(buffers, name), field.declaration
             if isinstance(declared, Table | Packed):
                 width = TABLE_WIDTH if isinstance(declared, Table) else PACKED_CAPACITY
-                elements, counts = evaluate_columns(config, name, width, self.seq_lens, extends, step, **given)
+                elements, counts = evaluate_columns(config, name, width, self._all_lengths, extends, step, **given)
                 begins = counts.long().cumsum(0) - counts
                 for row, (count, begin) in enumerate(zip(counts.tolist(), begins.tolist(), strict=True)):
                     if isinstance(declared, Table):
@@ -329,8 +345,9 @@ class Scene:
             tensor[: found.numel()] = found
             if field.pad is not None and self.captured_size is not None:
                 rows = field.own_rows or (config.next_n if name in config.row_fields else 1)
+                first = found.numel() if config.padding_len is None else self.requests * rows + field.extra
                 stop = self.captured_size * rows + field.extra
-                tensor[found.numel() : stop] = found[-1] if field.pad == "last" else field.pad
+                tensor[first:stop] = found[first - 1].clone() if field.pad == "last" else field.pad
 
     def _find_violations(self, backends: list[MetadataBuffers]) -> None:
         """What a checked kernel may report. The tables of a request without a valid row stay untouched."""
@@ -394,8 +411,8 @@ class Scene:
 
     # -------------------------------------------------------------------------------------------- bind, run, compare
 
-    def bind(self) -> onelaunch.Plan | CopyPlan:
-        """Binds the destinations.
+    def bind(self, **more: Any) -> onelaunch.Plan | CopyPlan:
+        """Binds the destinations, with further arguments of bind() that aren't settings of the configuration.
 
         Raises:
             AssertionError: the plan is of another configuration than the case.
@@ -410,9 +427,9 @@ class Scene:
             settings = settings_for(onelaunch.bind, config)
             launch = {name: getattr(config, name) for name in _DEFAULT_LAUNCH}
             if config.replace(**_DEFAULT_LAUNCH) == config:
-                made = onelaunch.bind(buffers, req_to_token=self.req_to_token, **settings, **self._beside())
+                made = onelaunch.bind(buffers, req_to_token=self.req_to_token, **settings, **self._beside(), **more)
             else:  # bind() has no arguments for these
-                made = make_plan(buffers, self.req_to_token, settings | launch | self._beside())
+                made = make_plan(buffers, self.req_to_token, settings | launch | self._beside() | more)
         assert made.config == config, f"bound {made.config.settings()} instead of {config.settings()}"
         return made
 
@@ -430,15 +447,15 @@ class Scene:
             "maps": {name: onelaunch.Map(self.tables[name], outside) for name, (_, outside) in config.maps},
         }
 
-    def run(self, plan: Any) -> None:
-        """One launch."""
+    def run(self, plan: Any, method: str = "run") -> None:
+        """One launch, by a method of the plan."""
         if self.copies:
             rows = None if self.config.mode == "decode" else self.rows
             bs, max_len = len(self.shape.lengths), self.shape.max_len
             plan.run(bs=bs, rows=rows, max_len=max_len, page_size=COPIED_PAGE_SIZE)
             return
         extends = self.extend_seq_lens if self.config.extend == "variable" else None
-        plan.run(
+        getattr(plan, method)(
             self.seq_lens,
             self.req_pool_indices,
             extends,

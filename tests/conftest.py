@@ -17,6 +17,7 @@ from onelaunch.build import environment, toolchain
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
 from onelaunch.run import api, refresh, schedules
+from support import ONE_DEVICE
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 # A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.
@@ -73,6 +74,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not has_device:
             item.add_marker(pytest.mark.skip(reason=NO_DEVICE))
+        elif item.get_closest_marker("two_devices") and torch.cuda.device_count() < 2:
+            item.add_marker(pytest.mark.skip(reason=ONE_DEVICE))
         elif item.get_closest_marker("nvcc") and missing is not None:
             item.add_marker(pytest.mark.skip(reason=f"no CUDA toolkit: {missing}"))
 

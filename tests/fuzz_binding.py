@@ -47,15 +47,15 @@ struct Tensor {
 
 static int tell(void* object, Tensor* tensor) {
   static std::int64_t sizes[4];
-  PyObject* told = PyObject_CallMethod(static_cast<PyObject*>(object), "_tell", nullptr);
-  if (told == nullptr) return -1;
+  PyObject* facts = PyObject_CallMethod(static_cast<PyObject*>(object), "_facts", nullptr);
+  if (facts == nullptr) return -1;
   unsigned long long data = 0;
   long long number[4];
   int kind[4], strided = 0;
   const bool read = PyArg_ParseTuple(
-      told, "KiiiiLLLLp", &data, kind, kind + 1, kind + 2, kind + 3, number, number + 1, number + 2, number + 3,
+      facts, "KiiiiLLLLp", &data, kind, kind + 1, kind + 2, kind + 3, number, number + 1, number + 2, number + 3,
       &strided);
-  Py_DECREF(told);
+  Py_DECREF(facts);
   if (!read) return -1;
   for (int i = 0; i < 4; ++i) sizes[i] = number[i];
   *tensor = {reinterpret_cast<void*>(data), kind[0], kind[1], kind[2], static_cast<std::uint8_t>(kind[3]), 32, 1,
@@ -90,7 +90,7 @@ class Tensor:
 
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
-        self.told = self._drawn()
+        self.facts = self._drawn()
 
     def _drawn(self) -> tuple[int, ...]:
         dice = self.dice
@@ -98,12 +98,12 @@ class Tensor:
         sizes = (dice.choice((0, 1, 4, -1, 2**62)) for _ in range(4))
         return (dice.choice((0, 4096, 2**63)), *kind, *sizes, dice.random() < 0.9)
 
-    def _tell(self) -> tuple[int, ...]:
+    def _facts(self) -> tuple[int, ...]:
         if self.dice.random() < 0.05:
-            self.told = self._drawn()
+            self.facts = self._drawn()
         if self.dice.random() < 0.05:
             raise BufferError("it has no memory")
-        return self.told
+        return self.facts
 
 
 class Strange:
@@ -254,7 +254,7 @@ def main(path: str, calls: int, seed: int) -> None:
                 )
             )
         elif how == 9:
-            module.reads(
+            module.register_classes(
                 dice.choice(classes),
                 dice.choice((float, type, value())),
                 dice.choice((Buffers, value())),

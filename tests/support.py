@@ -22,8 +22,12 @@ from torch import Tensor
 
 # The value of words that must not be written; no token, length or sum of a test has it.
 POISON = -559038737
+POISON_BYTE = 0xA5  # in a destination of bool: neither of its values
 # Poisoned words on either side of a tensor; a multiple of four, so that an offset alone decides the 16-byte phase.
 GUARD = 32
+
+# Why a test is skipped; gpu/two_devices.json has all that are.
+ONE_DEVICE = "needs two CUDA devices"
 
 # The fields whose shape follows from the batch. Schedules and kv_indices have separate tests.
 ALL_FIELDS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector", "running_sum", "table"))
@@ -75,7 +79,7 @@ class Poisoned:
 def poisoned(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> Tensor:
     """A tensor of nothing but poison; in bool a byte that is neither value."""
     if dtype == torch.bool:
-        return torch.full(tuple(shape), 0xA5, dtype=torch.uint8, device=device).view(torch.bool)
+        return torch.full(tuple(shape), POISON_BYTE, dtype=torch.uint8, device=device).view(torch.bool)
     return torch.full(tuple(shape), POISON, dtype=dtype, device=device)
 
 
@@ -200,9 +204,10 @@ def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequen
             view = want_all.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             assert want is not None, f"the expectation has no {field.name}"
             assert want.shape == view.shape, f"{field.name}: {tuple(view.shape)}, expected {tuple(want.shape)}"
-            view.copy_(want)
             if got_all.dtype == torch.bool:  # the poison is another byte than either value
                 got_all, want_all = got_all.view(torch.uint8), want_all.view(torch.uint8)
+                view, want = view.view(torch.uint8), want.view(torch.uint8)
+            view.copy_(want)
             if torch.equal(got_all, want_all):
                 continue
             bad = (got_all != want_all).nonzero()
@@ -240,7 +245,10 @@ def poison(backends: Iterable[Poisoned]) -> None:
     """As if nothing had been written."""
     for backend in backends:
         for storage in backend.storages.values():
-            storage.fill_(POISON)
+            if storage.dtype == torch.bool:
+                storage.view(torch.uint8).fill_(POISON_BYTE)
+            else:
+                storage.fill_(POISON)
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -146,7 +146,10 @@ def overlap_of_the_pool(scene: Scene) -> None:
 
 
 DESTINATIONS: list[Case] = [
-    case(spoil("page_indices", Tensor.long), "{page_indices} has dtype int64", "int32"),
+    case(
+        spoil("page_indices", Tensor.long),
+        "{page_indices} has dtype int64; allowed: int32. Allocate it with dtype=torch.int32.",
+    ),
     case(spoil("nsa_cu_seqlens_k", Tensor.float), "{nsa_cu_seqlens_k} has dtype float32", "int32"),
     case(spoil("cache_seqlens", lambda t: t.to(META)), "{cache_seqlens} is on meta"),
     case(spoil("real_page_table", lambda t: t.to(META)), "{real_page_table} is on meta"),
@@ -187,7 +190,11 @@ DESTINATIONS: list[Case] = [
 ]
 
 POOLS: list[Case] = [
-    case(attribute("pool", lambda s: s.pool.short()), "req_to_token has dtype int16", "int32 or int64"),
+    case(
+        attribute("pool", lambda s: s.pool.short()),
+        "req_to_token has dtype int16",
+        "int32 or int64. Pass it converted, by .to(torch.int32).",
+    ),
     case(attribute("pool", lambda s: s.pool.to(META)), "req_to_token is on meta"),
     case(attribute("pool", lambda s: s.pool[0]), "req_to_token has shape (40,)", "2 dimensions"),
     case(attribute("pool", lambda s: s.pool.tolist()), "req_to_token is a list", "torch.Tensor"),
@@ -313,7 +320,7 @@ BIND: list[Case] = [
         "40 tokens in pools of 32 need 2",
     ),
     case(fact(seq_lens_dtype=torch.int16), "seq_lens_dtype is torch.int16", "torch.int32, torch.int64"),
-    case(fact(seq_lens_dtype="int64"), "seq_lens_dtype is int64", "torch.int32, torch.int64"),
+    case(fact(seq_lens_dtype="int64"), "seq_lens_dtype is 'int64'", "torch.int32, torch.int64"),
     case(
         fact(req_pool_indices_dtype=torch.float32),
         "req_pool_indices_dtype is torch.float32",
@@ -366,8 +373,36 @@ def test_bind_accepts_what_only_looks_like_an_overlap(device: torch.device) -> N
 
 # ---------------------------------------------------------------------------------------------------------- run
 
+
+def test_a_dtype_error_says_what_to_bind_with(device: torch.device) -> None:
+    """Whoever binds with the argument that the message names can then pass the tensor."""
+    scene = Scene(device)
+    scene.facts |= {"mode": "draft_extend", "extend": "variable"}
+    scene.facts |= {
+        "declare": {"mine": onelaunch.into(onelaunch.vector("accept", "request"), scene.new(BS))},
+        "inputs": {"accept": torch.int64},
+    }
+    given = {
+        "seq_lens": scene.seq_lens,
+        "req_pool_indices": scene.rows,
+        "extend_seq_lens": scene.seq_lens,
+        "accept": scene.seq_lens,
+    }
+    for name, tensor in given.items():
+        others = given | {name: tensor.int()}
+        setting = "inputs={'accept': torch.int32}" if name == "accept" else f"{name}_dtype=torch.int32"
+        sentence = f"{name} has dtype int32; allowed: int64. Bind with {setting}, or pass {name}.to(torch.int64)."
+        with pytest.raises(ArgumentError, match=f"^{re.escape(sentence)}$"):
+            bind(scene).admit(**others)
+        bound = scene.facts | eval(f"dict({setting})")
+        onelaunch.bind(scene.backends, req_to_token=scene.pool, **bound).admit(**others)
+        sentence = f"{name} has dtype float32; allowed: int64. Pass {name}.to(torch.int64)."
+        with pytest.raises(ArgumentError, match=f"^{re.escape(sentence)}$"):
+            bind(scene).admit(**given | {name: tensor.float()})
+
+
 INPUTS: list[Case] = [
-    case(attribute("seq_lens", lambda s: s.seq_lens.float()), "seq_lens has dtype float32"),
+    case(attribute("seq_lens", lambda s: s.seq_lens.float()), "seq_lens has dtype float32; allowed: int"),
     case(attribute("rows", lambda s: s.rows.short()), "req_pool_indices has dtype int16"),
     case(attribute("rows", lambda s: s.rows.to(META)), "req_pool_indices is on meta"),
     case(attribute("seq_lens", lambda s: s.seq_lens[None]), "seq_lens has shape (1, 4)", "1 dim"),
@@ -387,8 +422,9 @@ INPUTS: list[Case] = [
 
 RUN: list[Case] = [
     *INPUTS,
-    case(attribute("seq_lens", lambda s: s.seq_lens.int()), "seq_lens has dtype int32", "int64"),
-    case(attribute("rows", lambda s: s.rows.int()), "req_pool_indices has dtype int32", "int64"),
+    # What it says to do: test_a_dtype_error_says_what_to_bind_with.
+    case(attribute("seq_lens", lambda s: s.seq_lens.int()), "seq_lens has dtype int32; allowed: int64. Bind with"),
+    case(attribute("rows", lambda s: s.rows.int()), "req_pool_indices has dtype int32; allowed: int64. Bind with"),
     *number_facts("max_len", 0, WIDTH),
 ]
 
@@ -850,9 +886,12 @@ def test_a_plan_for_an_exact_number_of_requests(device: torch.device) -> None:
     plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=pool)
     plan.exact = 2
     lengths, rows = torch.tensor([3, 4, 5], device=device), torch.arange(3, device=device)
-    for count in (1, 3):
-        with pytest.raises(ArgumentError, match=f"seq_lens has {count} requests; the plan is for 2. Pass 2."):
-            plan.run(lengths[:count], rows[:count])
+    with pytest.raises(ArgumentError, match=r"seq_lens has 1 elements; the plan is for 2 requests\. Pass as"):
+        plan.run(lengths[:1], rows)
+    with pytest.raises(ArgumentError, match="req_pool_indices has 1 elements; the plan is for 2 requests"):
+        plan.run(lengths, rows[:1])
     assert out.tolist() == [-7] * 3
-    plan.run(lengths[:2], rows[:2])
-    assert out.tolist() == [3, 4, -7]
+    for count in (2, 3):  # of longer inputs the first ones count
+        out.fill_(-7)
+        plan.run(lengths[:count], rows)
+        assert out.tolist() == [3, 4, -7]

@@ -43,7 +43,7 @@ Calls = Sequence[Callable[[], object]]
 
 
 class Meter:
-    """Calls what it is given, and says that each took as long as it is told: enough for all that isn't timing."""
+    """Calls what it is given, and says that each took as long as it is given: enough for all that isn't timing."""
 
     device = CPU
 
@@ -517,6 +517,8 @@ def rows_of(case: Case, **times: float) -> Iterator[dict[str, Any]]:
 
 WIDE64 = Case(64, 8192)
 FASTEST = {"fastest, cold": True, "fastest, warm": True}
+DECLARED = {"declared, cold": True, "declared, warm": True}
+TWENTY = {"20 vectors more, cold": True, "20 vectors more, warm": True}
 
 
 @pytest.mark.parametrize(
@@ -536,6 +538,10 @@ FASTEST = {"fastest, cold": True, "fastest, warm": True}
         (Case(1, 4096), {"onelaunch": 2, "onelaunch_verified": 2.2}, {"verified": False}),
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.2}, {"verified, all changed": True}),
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.3}, {"verified, all changed": False}),
+        (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.08}, DECLARED),
+        (WIDE64, {"onelaunch": 4, "onelaunch_declared": 4.12}, dict.fromkeys(DECLARED, False)),
+        (WIDE64, {"onelaunch": 4, "onelaunch_20_more": 4.3}, TWENTY),
+        (WIDE64, {"onelaunch": 4, "onelaunch_20_more": 4.4}, TWENTY | {"20 vectors more, cold": False}),
         (WIDE64.replace(kind="one-long"), {"onelaunch": 4, "onelaunch_verified": 9}, {}),
         (WIDE64, {"ideal": 4, "triton": 9}, {}),
     ],
@@ -579,11 +585,18 @@ def test_verdicts_of_host_time() -> None:
 
 def some_data() -> dict[str, Any]:
     """A run's data without a run."""
-    times = {"ideal": 4.0, "onelaunch": 5.0, "onelaunch_verified": 4.5, "sglang": 401.0, "triton_together": 12.34}
+    times = {
+        "ideal": 4.0,
+        "torch_copies": 900.0,
+        "onelaunch": 5.0,
+        "onelaunch_verified": 4.5,
+        "sglang": 401.0,
+        "triton_together": 12.34,
+    }
     rows = []
     for case, series in ((WIDE64, ""), (Case(1, 4096), ""), (WIDE64, "length"), (Case(64, 16384), "length")):
         rows += [{**row, "series": series} for row in rows_of(case, **times)]
-    for row in rows[:5:4]:
+    for row in rows[:6:5]:
         rows.append({**row, "implementation": "triton", "status": "failed", "reason": "no such luck"})
     host = [{"piece": "raw", "what": "an empty kernel", "us": 2.0}, {"piece": "plan.run", "what": "ours", "us": 3.0}]
     return {
@@ -600,7 +613,7 @@ def some_data() -> dict[str, Any]:
 
 def test_the_summary_has_a_line_for_each_way() -> None:
     headings, *lines = summary.summary(some_data())
-    assert headings[1:] == ["device 1 × 4k", "64 × 8k", "eager 1 × 4k", "64 × 8k", "host"]
+    assert headings[1:] == ["device 1 × 4k", "device 64 × 8k", "eager 1 × 4k", "eager 64 × 8k", "host"]
     assert lines == [
         ["SGLang 9.8, as it runs", "401", "401", "3.00", "3.00", "2.00"],
         ["Triton, a launch a backend", "no such luck"],
@@ -612,6 +625,12 @@ def test_the_summary_has_a_line_for_each_way() -> None:
     assert markdown[1] == "|---|--:|--:|--:|--:|--:|"
     assert markdown[3] == "| Triton, a launch a backend | no such luck |  |  |  |  |"
     assert {line.count("|") for line in markdown} == {7}
+    device, eager = summary.narrow([headings, *lines])
+    assert device[0] == ["device", "1 × 4k", "64 × 8k", "host"]
+    assert device[3] == ["Triton, one launch", "12.3", "12.3", "2.00"]
+    assert eager[:2] == [["eager", "1 × 4k", "64 × 8k"], ["SGLang 9.8, as it runs", "3.00", "3.00"]]
+    assert [line[0] for line in device] == ["device", *(line[0] for line in lines)]
+    assert [line[0] for line in eager[1:]] == [line[0] for line in lines if len(line) > 2]
 
 
 def test_the_summary_takes_one_configuration_of_one_run() -> None:
@@ -629,7 +648,7 @@ def test_verdicts_come_first_and_are_never_cut(columns: str, kept: Path) -> None
     assert len(judged) == len(some_data()["verdicts"])
     assert all(any(line.endswith(verdict["measured"]) for line in judged) for verdict in some_data()["verdicts"])
     # The summary, the verdicts, the rows.
-    assert text.index("requests × longest") < text.index("targets are met") < text.index("cold us")
+    assert text.index("\ndevice ") < text.index("\neager ") < text.index("targets are met") < text.index("cold us")
 
 
 def test_a_row_is_compared_with_ours_of_the_same_series() -> None:
@@ -657,7 +676,9 @@ def test_a_brief_table_has_what_does_not_hold_and_no_rows() -> None:
     assert [line.split()[0] for line in said if line.startswith(("yes", "NO"))].count("yes") == 0
     assert any(line.startswith("NO") for line in said)
     assert not any("page=64" in line and "(" in line for line in said if not line.startswith("NO"))
-    assert len(said) <= 20
+    table = said[: next(n for n, line in enumerate(said) if "targets" in line)]
+    assert len(said) <= 30
+    assert max(map(len, table)) <= 80
 
 
 def invoke(*arguments: str) -> Any:
@@ -677,15 +698,34 @@ def test_the_figure(kept: Path) -> None:
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
+    assert invoke("bench", "--from", str(kept), "--quick").output == "\n".join(tables.lines(some_data(), True)) + "\n"
     result = invoke("bench", "--from", str(kept), "--plot", str(kept.parent / "nowhere" / "a.png"))
     assert result.exit_code == 2
     assert "can't be written" in result.stderr
     data = some_data()
-    data["rows"] = data["rows"][10:15]  # the series alone
+    data["rows"] = data["rows"][12:18]  # the series alone
     kept.write_text(json.dumps(data))
     result = invoke("bench", "--from", str(kept), "--plot", str(picture))
     assert result.exit_code == 2
     assert "none was measured" in result.stderr
+
+
+def test_the_figure_says_what_the_table_says(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
+    assert invoke("bench", "--from", str(kept), "--plot", "a.png").exit_code == 0
+    *shapes, curves = drawn[0].axes
+    assert [axes.get_title() for axes in shapes] == ["1 × 4k", "64 × 8k"]
+    headings, *rows = summary.summary(some_data())
+    measured = [row for row in rows if len(row) == len(headings)]  # a contender that couldn't be measured has no bar
+    for place, axes in enumerate(shapes, 1):
+        assert [text.get_text().strip() for text in axes.texts] == [row[place] for row in measured]
+        widths = sorted(bar.get_width() for bar in axes.patches if hasattr(bar, "get_width"))
+        assert widths[:-1] == [4.5, 5.0, 12.34]
+        assert widths[-1] == pytest.approx(1.25 * 12.34)  # not 401: it is cut
+        assert len({bar.get_facecolor() for bar in axes.patches}) == len(widths) + 1  # and has a white gap
+    assert [label.get_text() for label in shapes[0].get_yticklabels()] == [row[0] for row in measured]
+    assert [text.get_text().strip() for text in curves.texts] == ["onelaunch: 5.00", "onelaunch, verified writes: 4.50"]
 
 
 def test_without_matplotlib_it_says_what_to_install(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -693,6 +733,25 @@ def test_without_matplotlib_it_says_what_to_install(kept: Path, monkeypatch: pyt
     result = invoke("bench", "--from", str(kept), "--plot", "a.png")
     assert result.exit_code == 2
     assert "pip install 'onelaunch[bench]'" in result.stderr
+
+
+def test_without_numpy_only_traces_say_what_to_install(kept: Path, tmp_path: Path) -> None:
+    """In a process of its own: modules of this one have numpy already."""
+    code = "import sys; sys.modules['numpy'] = None; from onelaunch.cli.main import app; app(sys.argv[1:])"
+    trace = str(DATA / "azure_2023_conversation.csv")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+    for what, words in (("--trace", ("bench", "--trace", trace)), ("onelaunch replay", ("replay", trace))):
+        done = run(*words)
+        wanted = (
+            f"onelaunch: {what} needs numpy, which isn't installed. Install it with: pip install 'onelaunch[bench]'."
+        )
+        assert (done.returncode, done.stderr.splitlines()) == (2, [wanted])
+    for words in (("bench", "--from", str(kept)), ("replay", "--help"), ("explain", "nsa-decode-3", "--target", "cpu")):
+        done = run(*words)
+        assert (done.returncode in (0, 1), done.stderr) == (True, "")
 
 
 def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -728,7 +787,7 @@ def test_the_command_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("arguments", "said"),
     [
         (("--only", "cuda"), "--only names 'cuda'; allowed: ideal, listed, empty, onelaunch"),
-        (("--from", "tests/gpu/bench.json", "--only", "ideal"), "only --plot goes with it"),
+        (("--from", "tests/gpu/bench.json", "--only", "ideal"), "only --plot and --quick go with it"),
         (("--n", "three"), "--n is 'three'; it must be whole numbers"),
         (("--n", "3,²"), "--n is '3,²'; it must be whole numbers"),
         (("--trace", "nowhere.csv"), "nowhere.csv can't be opened"),

@@ -244,7 +244,7 @@ def module(asked: Asked) -> ModuleType:
 
 
 @pytest.fixture
-def told_alike(module: ModuleType) -> Callable[[Sequence[Any], Sequence[Any]], bool]:
+def count_as_equal(module: ModuleType) -> Callable[[Sequence[Any], Sequence[Any]], bool]:
     """Whether what is kept for the first arguments is found for the second ones."""
 
     def alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
@@ -279,7 +279,7 @@ class Named(MetadataBuffers):
     """A class of buffers of somebody's own."""
 
 
-def test_what_is_told_apart(module: ModuleType, told_alike: Alike, device: torch.device) -> None:
+def test_what_is_distinguished(module: ModuleType, count_as_equal: Alike, device: torch.device) -> None:
     memory = torch.zeros(64, dtype=torch.int32, device=device)
     a, b = memory[:8], memory[8:16]
     different = [
@@ -339,11 +339,11 @@ def test_what_is_told_apart(module: ModuleType, told_alike: Alike, device: torch
         memo.keep(number, *arguments)
     again = [[item[:] if isinstance(item, list) else item for item in arguments] for arguments in different]
     assert [memo.find(*arguments) for arguments in again] == list(range(len(different)))
-    assert told_alike(([a, b], (a, b), memory[:8]), ((a, b), [a, b], a))
-    assert told_alike((Number(7),), (7,))
+    assert count_as_equal(([a, b], (a, b), memory[:8]), ((a, b), [a, b], a))
+    assert count_as_equal((Number(7),), (7,))
 
 
-def test_buffers_are_told_by_their_fields(told_alike: Alike, device: torch.device) -> None:
+def test_buffers_are_compared_by_their_fields(count_as_equal: Alike, device: torch.device) -> None:
     a, b, c = torch.zeros((3, 8), dtype=torch.int32, device=device)
     buffers = MetadataBuffers(cache_seqlens=a, kv_indices=b)
 
@@ -361,8 +361,8 @@ def test_buffers_are_told_by_their_fields(told_alike: Alike, device: torch.devic
         odd(lambda it: (delattr(it, "cache_seqlens"), setattr(it, "cache_seqlens", a))),  # behind the others
         odd(lambda it: setattr(it, "__dict__", {"kv_indices": b, "cache_seqlens": a})),
     ):
-        assert told_alike([buffers], [same])
-        assert told_alike([same], [buffers])
+        assert count_as_equal([buffers], [same])
+        assert count_as_equal([same], [buffers])
     for other in (
         odd(lambda it: setattr(it, "kv_indices", c)),
         odd(lambda it: vars(it).update(cache_seqlens=c)),
@@ -373,8 +373,8 @@ def test_buffers_are_told_by_their_fields(told_alike: Alike, device: torch.devic
         Named(cache_seqlens=a, kv_indices=c),
         Named(cache_seqlens=a, kv_indices=object()),
     ):
-        assert not told_alike([buffers], [other])
-        assert not told_alike([other], [buffers])
+        assert not count_as_equal([buffers], [other])
+        assert not count_as_equal([other], [buffers])
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_what_is_wrong_with_a_memo_is_said(module: ModuleType) -> None:
     good = (Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
     for wrong in (good[:3], (*good, 1), (*good[:3], list(FIELDS)), (*good[:2], "text", good[3])):
         with pytest.raises(TypeError, match="three classes and a tuple of names"):
-            module.reads(*wrong)
+            module.register_classes(*wrong)
 
 
 def test_a_torch_whose_tensors_cannot_be_read_is_named(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,7 +528,7 @@ def test_references_of_a_memo(module: ModuleType, device: torch.device) -> None:
         memo.keep(kept, good, next(turns))
     check_references(things[:4], lambda: memo.keep(kept, good, next(turns), "a" * 40, [good] * 200))
     check_references(things[:4], lambda: module.memo(3).keep(kept, good, buffers))
-    check_references(things, lambda: module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS)))
+    check_references(things, lambda: module.register_classes(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS)))
 
 
 # ------------------------------------------------------------------------------------------------ references

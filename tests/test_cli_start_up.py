@@ -26,8 +26,9 @@ VERBS = {
     "list": (),
     "cache list": (),
     "describe nsa-decode-3": (),
-    # The only one that renders.
+    # These render.
     "show nsa-decode-3": ("jinja2",),
+    "show nsa-decode-3 --what key --target cpu": ("jinja2",),
 }
 
 

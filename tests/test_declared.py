@@ -17,6 +17,8 @@ from onelaunch import ConfigError, KernelConfig, Map, MetadataBuffers, into, pac
 from onelaunch.errors import ArgumentError
 from onelaunch.inspect.traffic import traffic
 from onelaunch.load.prebuild import read_matrix
+from onelaunch.run.checks import check_declared
+from onelaunch.spec.fields import Field
 from onelaunch.spec.settings import parse_settings
 from onelaunch.spec.vectors import described
 from torch import Tensor
@@ -104,6 +106,33 @@ def test_sums_over_rows_and_a_last_element_as_padding() -> None:
     plan.run(LENGTHS, ROWS, torch.tensor([2, 0, 3]), captured_size=4)
     assert starts.tolist() == [0, 2, 2, 5, 5, -7]
     assert lasts.tolist() == [0, 1, 1, 3, 3]
+
+
+def test_padding_requests_are_like_others_but_for_fields_with_a_pad() -> None:
+    """A graph's batch: SGLang's lengths of padding are 1, their rows 0, and their positions 0."""
+    lengths, starts, positions, rows = blank(6), blank(7), blank(6, dtype=torch.int64), blank(6)
+    pages, last = blank(6, 10), blank(7)
+    plan = onelaunch.bind(
+        [MetadataBuffers(cache_seqlens=lengths, cu_seqlens_k=starts, page_indices=pages)],
+        req_to_token=POOL,
+        seqlen_offsets=[1],
+        padding_len=1,
+        declare={
+            "positions": into(vector("base_len", "request", dtype="int64", pad=0), positions),
+            "rows_of": into(vector("pool_rows", "request"), rows),
+            "counted": into(running_sum("base_len", pad="last"), last),
+        },
+        inputs={"pool_rows": torch.int64},
+    )
+    plan.run(LENGTHS, ROWS, captured_size=5, pool_rows=ROWS)
+    assert lengths.tolist() == [3, 1, 9, 2, 2, -7]
+    assert starts.tolist() == [0, 3, 4, 13, 15, 17, -7]
+    assert positions.tolist() == [2, 0, 8, 0, 0, -7]
+    assert rows.tolist() == [3, 1, 2, 0, 0, -7]
+    assert last.tolist() == [0, 2, 2, 10, 10, 10, -7]
+    assert pages[:, :3].tolist() == [[30, 31, 32], [10, -7, -7], [20, 21, 22], [0, 1, -7], [0, 1, -7], [-7] * 3]
+    plan.run(LENGTHS[:1], ROWS[:1], pool_rows=ROWS[:1])
+    assert lengths.tolist() == [3, 1, 9, 2, 2, -7], "without a captured size there is no padding"
 
 
 def test_how_many_rows_a_request_has() -> None:
@@ -246,6 +275,13 @@ def test_the_banner_says_what_was_declared() -> None:
         ({"mine": running_sum("1", dtype="bool")}, {}, "the dtype of mine is 'bool'; allowed: 'int32', 'int64'"),
         ({"mine": running_sum("1", "rows")}, {}, "the per of mine is 'rows'"),
         ({"mine": vector("token(1, 2, 3)")}, {}, "token takes 1 to 2 values"),
+        ({"mine": vector("seqlen")}, {}, r"there is no 'seqlen' here \(did you mean 'seq_len'\?\); allowed: base_len"),
+        (
+            {"mine": vector("ceildiv(1, 2)")},
+            {},
+            r"there is no function 'ceildiv' \(did you mean 'ceil_div'\?\); allowed",
+        ),
+        ({"mine": vector("zzzz")}, {}, r"there is no 'zzzz' here; allowed"),
         ({"mine": vector("seq_len // token(1)")}, {}, "a divisor must be a positive constant"),
         ({"mine": vector("seq_len // most")}, {"constants": {"most": 0}}, "divisor in seq_len // user_most is 0"),
         ({"mine": vector("most")}, {"constants": {"most": 2**40}}, r"constants\[most\] is .*Declare mine with dtype"),
@@ -261,6 +297,12 @@ def test_the_banner_says_what_was_declared() -> None:
             {"mode": "draft_extend", "extend": "variable"},
             "mine, which has a pad and one",
         ),
+        (
+            {"mine": vector("row")},
+            {"mode": "draft_extend", "extend": "variable", "padding_len": 1},
+            "padding_len is 1 and extend is 'variable'",
+        ),
+        ({"mine": vector("1")}, {"padding_len": -32769}, "padding_len is -32769; allowed: -32768 to"),
         ({"mine": vector("1")}, {"operation": "copy"}, "mine, which is declared, and operation is 'copy'"),
     ],
 )
@@ -276,7 +318,8 @@ def test_destinations_that_do_not_fit() -> None:
     declared = vector("base_len", rows=2, dtype="int64")
     wide = blank(8, dtype=torch.int64)
     for tensor, message in (
-        (blank(8), "has dtype int32; allowed: int64"),
+        (blank(8), "has dtype int32; allowed: int64. Declare dtype='int32', or allocate it with dtype=torch.int64"),
+        (blank(8).float(), "has dtype float32; allowed: int64. Allocate it with dtype=torch.int64"),
         (wide.view(2, 4), "be \\[bs, W\\] with W the rows that the declaration has, which are 2. Declare rows=4"),
         (wide.view(2, 2, 2), "must have 1 dimension"),
         (wide[:1].expand(8), "has strides \\(0,\\) .* must not share memory"),
@@ -330,7 +373,10 @@ def test_runs_that_are_refused() -> None:
     for arguments, message in (
         ({}, "run\\(\\) got 0 declared inputs and needs 1: accept"),
         ({"accepted": accept}, "got 'accepted', which no formula of the plan reads; .* are accept"),
-        ({"accept": accept.int()}, "accept has dtype int32; allowed: int64"),
+        (
+            {"accept": accept.int()},
+            r"accept has dtype int32; allowed: int64. Bind with inputs=\{'accept': torch.int32\}",
+        ),
         ({"accept": accept[:2]}, "accept has 2 elements and seq_lens has 3"),
         ({"accept": accept, "captured_size": 2}, "captured_size is 2; allowed: 3 to 4, from the batch to what"),
         ({"accept": accept, "captured_size": 5}, "captured_size is 5; allowed: 3 to 4"),
@@ -345,17 +391,82 @@ def test_runs_that_are_refused() -> None:
         other.run(LENGTHS, ROWS, captured_size=4)
 
 
+def test_padding_ends_where_the_padded_fields_end() -> None:
+    """vLLM's slot mappings are padded up to their capacity, beyond what other fields have room for."""
+    lengths, slots, rows = blank(3), blank(2, 9, dtype=torch.int64), blank(20)
+    plan = bound(
+        {
+            "lengths": into(vector("base_len", "request"), lengths),
+            "slots": into(vector("token(base_len)", "request", dtype="int64", pad=-1), slots[1]),
+            "twice": into(vector("base_len + row", rows=2, pad=-2), rows),
+        }
+    )
+    with pytest.raises(
+        ArgumentError, match=r"captured_size is 10; allowed: 3 to 9, .* declare\['slots'\] has room for"
+    ):
+        plan.run(LENGTHS, ROWS, captured_size=10)
+    plan.run(LENGTHS, ROWS, captured_size=9)
+    assert lengths.tolist() == [2, 0, 8]
+    assert slots.tolist() == [[-7] * 9, [32, 10, 28, *[-1] * 6]]
+    assert rows.tolist() == [2, 3, 0, 1, 8, 9, *[-2] * 12, -7, -7]
+    with pytest.raises(ArgumentError, match=r"seq_lens has 4 requests; .* has room for 3"):
+        plan.run(torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+
+
+def test_padding_of_rows_ends_where_they_end() -> None:
+    rows, starts = blank(11), blank(20)
+    plan = bound(
+        {
+            "verified": into(vector("base_len + row", pad=0), rows),
+            "starts": into(running_sum("rows", pad="last"), starts),
+        },
+        mode="target_verify",
+        next_n=2,
+    )
+    with pytest.raises(
+        ArgumentError, match=r"captured_size is 6; allowed: 3 to 5, .* declare\['verified'\] has room for"
+    ):
+        plan.run(LENGTHS, ROWS, captured_size=6)
+    plan.run(LENGTHS, ROWS, captured_size=5)
+    assert rows.tolist() == [2, 3, 0, 1, 8, 9, 0, 0, 0, 0, -7]
+    assert starts.tolist() == [0, 2, 4, 6, 6, 6, *[-7] * 14]
+
+
+def test_pinned_memory_beside_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan on the host reads. On a GPU test_integrations.py runs one."""
+    field, host, gpu = Field("mine", vector("base_len", "request")), blank(4), torch.device("cuda", 0)
+    with pytest.raises(ArgumentError, match=r"host is on cpu; it must be on cuda:0, .* or in pinned memory"):
+        check_declared("host", host, field, gpu)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda self: True)
+    assert check_declared("host", host, field, gpu) is host
+    with pytest.raises(ArgumentError, match="host has dtype int64; allowed: int32"):
+        check_declared("host", host.long(), field, gpu)
+    assert check_declared("host", host, field, host.device) is host
+
+
 def test_groups_take_standard_fields_only() -> None:
     declare = {"mine": into(vector("step", "request"), blank(3))}
     with pytest.raises(ArgumentError, match="declare has 'mine'; groups take standard fields only"):
         onelaunch.bind_groups([MetadataBuffers()], [[0]], req_to_token=POOL, declare=declare)
 
 
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [(vector("1", "requests"), "the per of mine is 'requests'"), (vector("1", dtype="int16"), "the dtype of mine is")],
+)
+def test_bind_names_what_is_wrong_with_a_declaration(declaration: Any, message: str) -> None:
+    """Not with its tensor."""
+    with pytest.raises(ConfigError, match=message):
+        onelaunch.bind(
+            [MetadataBuffers(cache_seqlens=blank(3))], req_to_token=POOL, declare={"mine": into(declaration, blank(3))}
+        )
+
+
 def test_arguments_of_another_kind() -> None:
     for more, message in (
         ({"declare": [vector("1")]}, "declare is a list; it must be a dict by name"),
         ({"declare": {"mine": "base_len"}}, r"declare\['mine'\] is a str; it must be what onelaunch.vector"),
-        ({"inputs": {"accept": "int64"}}, r"inputs\['accept'\] is int64; allowed: torch.int32"),
+        ({"inputs": {"accept": "int64"}}, r"inputs\['accept'\] is 'int64'; allowed: torch.int32"),
         ({"maps": {"swa": blank(3)}}, r"maps\['swa'\] is a Tensor; it must be an onelaunch.Map"),
         ({"maps": {"swa": Map(blank(6)[::2])}}, r"maps\['swa'\].table has stride 2"),
         ({"sources": {"blocks": blank(3)}}, r"sources\['blocks'\] has shape \(3,\); it must have 2"),

@@ -14,15 +14,19 @@ import pytest
 GPU = Path(__file__).parent / "engines" / "gpu"
 
 
-@pytest.fixture(scope="module")
-def run() -> Any:
-    spec = importlib.util.spec_from_file_location("engines_gpu_run", GPU / "run.py")
+def _module(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def run() -> Any:
+    return _module("engines_gpu_run", GPU / "run.py")
 
 
 @pytest.fixture
@@ -72,3 +76,51 @@ def test_the_table_has_off_and_on_side_by_side(run: Any) -> None:
         for role in run.ROLES:
             before, after = launches["off"].get(role, {}), launches["on"].get(role, {})
             assert after.get("kernels", 0) <= before.get("kernels", 0), (configuration, role)
+
+
+def _trace(*events: tuple[str, str, float, float, int]) -> list[dict[str, Any]]:
+    return [
+        {"cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, "args": {"correlation": correlation}}
+        for cat, name, ts, dur, correlation in events
+    ]
+
+
+def test_launches_are_counted_by_name_in_the_seam_that_they_belong_to() -> None:
+    trace = _module("engine_trace", GPU / "site" / "engine_trace.py")
+    events = _trace(
+        ("user_annotation", "probe step", 0, 100, 0),
+        ("cuda_runtime", "cudaLaunchKernel", 1, 1, 1),
+        (
+            "kernel",
+            "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<long>, x>(int)",
+            90,
+            1,
+            1,
+        ),
+        ("cpu_op", "aten::fill_", 0.5, 2, 0),
+        ("cpu_op", "aten::inner", 0.8, 1, 0),
+        ("user_annotation", "probe draft", 5, 10, 0),
+        ("cuda_driver", "cuLaunchKernelEx", 6, 1, 2),
+        ("kernel", "generate_draft_decode_kv_indices", 91, 1, 2),
+        ("cuda_runtime", "cudaGraphLaunch", 20, 1, 3),
+        ("cuda_runtime", "cudaMemcpyAsync", 30, 1, 4),
+        ("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 92, 1, 4),
+        ("cuda_runtime", "cudaGraphLaunch", 40, 1, 5),
+        ("cuda_runtime", "cudaLaunchKernel", 45, 1, 6),  # of the sampling, which is no seam's
+        ("kernel", "sample", 93, 1, 6),
+        ("user_annotation", "probe extend", 50, 40, 0),
+        ("user_annotation", "probe draft-extend", 60, 10, 0),
+        ("cuda_runtime", "cudaLaunchKernel", 61, 1, 7),
+        ("kernel", "_metadata<int>(int)", 94, 1, 7),
+        ("cuda_runtime", "cudaLaunchKernel", 71, 1, 8),  # behind the metadata of an extension without a graph
+        ("kernel", "gemm", 95, 1, 8),
+    )
+    assert trace.seams(events) == {
+        "draft": {"aten::fill_: FillFunctor": 1, "generate_draft_decode_kv_indices": 1},
+        "verify": {"Memcpy DtoD": 1},
+        "draft-extend": {"_metadata": 1},
+    }
+    assert trace.launches(events)["draft"] == {"kernels": 1}
+    with_graph = [*events, *_trace(("cuda_runtime", "cudaGraphLaunch", 80, 1, 9))]
+    assert trace.seams(with_graph)["draft-extend"] == {"_metadata": 1, "gemm": 1}
+    assert trace.seams([]) == {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +61,13 @@ def _first(buffers: MetadataBuffers, capacity: int) -> MetadataBuffers:
     return MetadataBuffers(kv_indptr=buffers.kv_indptr, kv_indices=indices)
 
 
+def test_the_driver_names_the_architecture_that_torch_names() -> None:
+    """In a process of its own, which hasn't imported torch."""
+    code = "import sys; from onelaunch.build.toolchain import *; print(current_architectures(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{toolchain.architectures(torch.cuda.current_device())} False\n"
+
+
 def test_a_capture_refuses_a_kernel_that_isnt_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither built nor loaded while a graph is captured; the capture is abandoned, and the next one works."""
     store = Store(tmp_path / "cache")
@@ -113,12 +122,49 @@ def test_a_checked_plan_is_captured_and_reports_after_the_replay() -> None:
     plan.check()
 
 
+def test_an_audit_is_captured_and_reports_after_the_replay() -> None:
+    """Behind the refresh in its graph, and alone; the record is in the host's memory, and read without a wait."""
+    scene = Scene(LIVE, batch(300, 517).within(517), DEVICE)
+    plan: Any = scene.bind(audit_every=1)
+    graph = captured(lambda: scene.run(plan))
+    assert plan._auditor.launches == 0, "a run that is captured doesn't audit"
+    graph.replay()
+    audit = captured(lambda: scene.run(plan, "audit"))
+    audit.replay()
+    plan.check()
+    table = scene.destinations["page_indices"][2][0]
+    request = int((scene.seq_lens > 5).nonzero()[-1])
+    right = int(table[request, 5])
+    table[request, 5] = right ^ 1
+    audit.replay()
+    torch.cuda.synchronize()
+    assert not plan._auditor._violation.is_cuda
+    assert int(plan._auditor._violation[0]) > 0
+    with pytest.raises(onelaunch.AuditError) as caught:
+        plan.check()
+    error = caught.value
+    assert (error.backend, error.field, error.row, error.column) == (2, "page_indices", request, 5)
+    assert (error.found, error.expected) == (right ^ 1, right)
+    graph.replay()
+    audit.replay()
+    plan.check()
+    table.fill_(-3)  # as many differences as there can be: one is reported
+    audit.replay()
+    with pytest.raises(onelaunch.AuditError, match=r"page_indices.* is -3"):
+        plan.check()
+
+
 # ------------------------------------------------------------------------------------------------ one launch
 
 
 def refresh_by_plan(scene: Scene) -> Callable[[], object]:
     plan = scene.bind()
     return lambda: scene.run(plan)
+
+
+def audit_by_plan(scene: Scene) -> Callable[[], object]:
+    plan = scene.bind(audit_every=0)
+    return lambda: scene.run(plan, "audit")
 
 
 def refresh_by_lists(scene: Scene) -> Callable[[], object]:
@@ -151,7 +197,7 @@ def schedule(scene: Scene) -> Callable[[], object]:
 Make = Callable[[Scene], Callable[[], object]]
 
 
-@pytest.mark.parametrize("make", [refresh_by_plan, refresh_by_lists, precompute, copy, schedule])
+@pytest.mark.parametrize("make", [refresh_by_plan, audit_by_plan, refresh_by_lists, precompute, copy, schedule])
 @pytest.mark.parametrize("dtype", ["int64", "int32"])
 def test_a_call_is_one_kernel_and_nothing_else(make: Make, dtype: str) -> None:
     """No conversion of the inputs, no copy of pointers, no second kernel, whatever the dtypes."""
@@ -178,7 +224,7 @@ def test_a_call_is_one_kernel_and_nothing_else(make: Make, dtype: str) -> None:
     assert not extra, extra
 
 
-@pytest.mark.parametrize("make", [refresh_by_plan, refresh_by_lists, copy])
+@pytest.mark.parametrize("make", [refresh_by_plan, audit_by_plan, refresh_by_lists, copy])
 def test_a_call_allocates_nothing(make: Make) -> None:
     """So it can be captured: test_functions.py and the tests above replay what was."""
     call = make(Scene(LIVE, batch(33, 517, spare_rows=0), DEVICE))
@@ -211,9 +257,8 @@ def test_the_launch_is_on_the_current_stream() -> None:
     scene.compare()
 
 
+@pytest.mark.two_devices
 def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     for current, used in ((0, 1), (1, 0)):
         device = torch.device("cuda", used)
         with torch.cuda.device(current):
@@ -230,9 +275,8 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
                 onelaunch.bind(support.buffers_of(scene.backends), req_to_token=elsewhere)
 
 
+@pytest.mark.two_devices
 def test_plans_on_two_devices_side_by_side() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     scenes = [Scene(LIVE, batch(20, 400, seed=index), torch.device("cuda", index)) for index in (0, 1)]
     plans = [scene.bind() for scene in scenes]
     for _ in range(5):

@@ -298,9 +298,10 @@ def csr_tensors(multi: stand_ins.FlashInferMultiStep, step: int) -> dict[str, Te
     return {"kv_indptr": multi.kv_indptr[step], "kv_indices": multi.cuda_graph_kv_indices[step]}
 
 
-def wrapper(bs: int, capacity: int, prefix: str = "_paged") -> SimpleNamespace:
+def wrapper(bs: int, capacity: int, prefix: str = "_paged", device: Any = "cpu") -> SimpleNamespace:
     names = (f"{prefix}_kv_indptr_buf", f"{prefix}_kv_indices_buf")
-    return SimpleNamespace(**dict(zip(names, (stand_ins.new(bs + 1), stand_ins.new(capacity)), strict=True)))
+    lists = (stand_ins.new(bs + 1, device=device), stand_ins.new(capacity, device=device))
+    return SimpleNamespace(**dict(zip(names, lists, strict=True)))
 
 
 def test_one_plan_refreshes_all_steps_of_flashinfer_for_every_batch_size(device: torch.device) -> None:
@@ -332,6 +333,32 @@ def test_wrappers_of_flashinfer(prefix: str) -> None:
         assert_refreshed(forward, source, tensors, seqlen_offsets=offsets)
 
 
+def test_pages_of_flashinfers_wrappers(device: torch.device) -> None:
+    """By hand: lengths of 0 to 9 and one token more, in pages of 4; the host's lists are the device's."""
+    source = pool(device)
+    source[:, :12] = torch.arange(48, device=device).view(4, 12).repeat(len(source) // 4 + 1, 1)[: len(source)]
+    lengths, rows = torch.tensor([3, 0, 7, 9], device=device), torch.tensor([0, 1, 2, 3], device=device)
+    steps = [wrapper(4, 12, "", device) for _ in range(2)]
+    for step in steps:
+        step._paged_kv_last_page_len_buf, step._qo_indptr_buf = stand_ins.new(4, device=device), None
+    host = [flashinfer.on_host(flashinfer.plan_inputs(step)) for step in steps]
+    assert all(lists.kv_indptr is not None and lists.kv_indptr.is_pinned() == (device.type == "cuda") for lists in host)
+    plan = flashinfer.bind_backends(steps, source, page_size=4, seqlen_offsets=(0, 1), host=host)
+    plan.run(lengths, rows)
+    if device.type == "cuda":  # pragma: gpu
+        torch.cuda.synchronize(device)
+    for step, lists, begins, last in (
+        (steps[0], host[0], [0, 1, 1, 3, 6], [3, 0, 3, 1]),
+        (steps[1], host[1], [0, 1, 2, 4, 7], [4, 1, 4, 2]),
+    ):
+        assert step._kv_indptr_buf.tolist() == begins
+        assert step._paged_kv_last_page_len_buf.tolist() == last
+        assert lists.kv_indptr.tolist() == begins  # type: ignore[union-attr]
+        assert lists.last_page_len.tolist() == last  # type: ignore[union-attr]
+    assert steps[0]._kv_indices_buf.tolist() == [0, 6, 7, 9, 10, 11, *[POISON] * 6]
+    assert steps[1]._kv_indices_buf.tolist() == [0, 3, 6, 7, 9, 10, 11, *[POISON] * 5]
+
+
 def test_what_flashinfers_helper_refuses() -> None:
     source = pool()
     multi = stand_ins.FlashInferMultiStep(source)
@@ -361,14 +388,24 @@ def test_what_flashinfers_helper_refuses() -> None:
     with pytest.raises(ArgumentError, match="req_to_token is None; wrappers don't have the pool"):
         flashinfer.bind_backends([wrapper(4, 9)])
     with pytest.raises(ArgumentError, match=r"buffer of kv_indptr is None. Make the wrapper with use_cuda_graph=True"):
-        flashinfer.buffers_from(SimpleNamespace(_paged_kv_indptr_buf=None, _paged_kv_indices_buf=None))
+        flashinfer.plan_inputs(SimpleNamespace(_paged_kv_indptr_buf=None, _paged_kv_indices_buf=None))
     with pytest.raises(ArgumentError, match="no attribute _paged_kv_indptr_buf or _kv_indptr_buf; it is a object"):
-        flashinfer.buffers_from(object())
+        flashinfer.plan_inputs(object())
+    multi.attn_backends[0].req_to_token = source
+    for settings in ({"page_size": 16}, {"query_len": 4}, {"host": []}):
+        with pytest.raises(ArgumentError, match=r"allowed: 1, None and None\. Give a list of wrappers"):
+            flashinfer.bind_backends(multi, source, **settings)  # type: ignore[arg-type]
     paged = wrapper(4, 9)
-    with pytest.raises(ArgumentError, match="page_size is 16; allowed: 1"):
-        flashinfer.bind_backends([paged], source, page_size=16)
+    with pytest.raises(ArgumentError, match="query_len is 4 and the wrappers have no _qo_indptr_buf"):
+        flashinfer.bind_backends([paged], source, query_len=4)
+    with pytest.raises(ArgumentError, match="host has 2 entries and there are 1 wrappers"):
+        flashinfer.bind_backends([paged], source, host=[flashinfer.PlanInputs()] * 2)
+    mla = wrapper(4, 9, "")
+    mla._kv_len_arr_buf = stand_ins.new(4)
+    with pytest.raises(ArgumentError, match="wrapper 1 has no kv_len_arr and others have one"):
+        flashinfer.bind_backends([mla, wrapper(4, 9)], source)
     paged._page_size = 16
-    with pytest.raises(ArgumentError, match="planned with pages of 16 tokens or more; allowed: 1"):
+    with pytest.raises(ArgumentError, match="page_size is 1 and a wrapper was planned with pages of 16 tokens or more"):
         flashinfer.bind_backends([paged], source)
     for tensors in ([multi.kv_indptr], [multi.cuda_graph_kv_indices]):
         assert all(bool((tensor == POISON).all()) for tensor in tensors), "something was written"
@@ -510,18 +547,22 @@ def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows[:3], mode="draft_extend")
 
 
-def test_extend_lengths_are_nothing_to_tables_with_a_row_a_request() -> None:
+def test_extend_lengths_matter_to_cu_seqlens_q_alone_where_tables_have_a_row_a_request() -> None:
     source = pool()
     backend = stand_ins.MHABackend(source)
     backend.init_cuda_graph_state(4, 4)
     backend.capture(4, "draft_extend")
     forward = stand_ins.batch(source, LENGTHS[4])
     extends = torch.tensor([1, 0, 2, 3])
-    with pytest.raises(ArgumentError, match=r"cu_seqlens_q changes with it, .* leave=\('cu_seqlens_q',\)"):
-        sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    metadata = backend.draft_extend_metadata[4]
+    before = metadata.cu_seqlens_q.tolist()
     refresher = sglang.Refresher(backend, leave=("cu_seqlens_q",))
     refresher.run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
-    assert_refreshed(forward, source, [mha_tensors(backend.draft_extend_metadata[4])], page_size=16)
+    assert_refreshed(forward, source, [mha_tensors(metadata)], page_size=16)
+    assert metadata.cu_seqlens_q.tolist() == before
+    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, extends, mode="draft_extend")
+    assert_refreshed(forward, source, [mha_tensors(metadata)], page_size=16)
+    assert metadata.cu_seqlens_q.tolist() == [0, 1, 1, 3, 6]
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -654,13 +695,18 @@ def test_flashmla_drafts_fill_the_dead_columns() -> None:
 def test_the_lines_for_flashinfer() -> None:
     source = pool()
     forward = stand_ins.batch(source, LENGTHS[4])
-    forward.batch_size = 3
     wrappers = [wrapper(3, 500) for _ in range(2)]
     (block,) = lines_of(flashinfer)
     names = {"wrappers": wrappers, "req_to_token": source}
     exec(block, names | {"seq_lens": forward.seq_lens[:3], "req_pool_indices": forward.req_pool_indices[:3]})
-    tensors = [dict(zip(("kv_indptr", "kv_indices"), vars(w).values(), strict=True)) for w in wrappers]
-    assert_refreshed(forward, source, tensors, seqlen_offsets=(1, 2))
+    for step, one in enumerate(wrappers, 1):
+        begins, pages = [0], []
+        for length, row in zip(forward.seq_lens[:3].tolist(), forward.req_pool_indices[:3].tolist(), strict=True):
+            pages += (source[row, : length + step : 16] // 16).tolist()
+            begins.append(len(pages))
+        assert one._paged_kv_indptr_buf.tolist() == begins
+        assert one._paged_kv_indices_buf[: len(pages)].tolist() == pages
+        assert bool((one._paged_kv_indices_buf[len(pages) :] == POISON).all())
 
 
 def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> None:
@@ -673,8 +719,8 @@ def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> N
     assert done.stdout.strip() == "[] []"
 
 
-def test_the_readmes_table_is_made_from_the_results_of_make_engines() -> None:
-    """Each row is a class that a test held against its engine: see tests/engines/results.py, which writes both."""
+def test_the_tables_of_engines_are_made_from_the_results_of_make_engines() -> None:
+    """Each class is one that a test held against its engine: see tests/engines/results.py, which writes all of them."""
     sys.path.insert(0, str(ROOT / "tests" / "engines"))
     try:
         import results
@@ -682,7 +728,7 @@ def test_the_readmes_table_is_made_from_the_results_of_make_engines() -> None:
         sys.path.pop(0)
     made = results.committed()
     assert {result["engine"] for result in made} == {"SGLang", "FlashInfer", "vLLM"}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results.with_table(readme, made) == readme, "run make engines WRITE=1"
+    for path, text in results.written(made).items():
+        assert path.read_text(encoding="utf-8") == text, "run make engines WRITE=1"
     served = {name for result in made if result["engine"] == "SGLang" for name in result["classes"]}
     assert served == set(PLACES), "a class that is served and that no test holds against the engine"

@@ -98,14 +98,14 @@ def test_a_lock_keeps_others_out_and_leaves_no_file(store: Store, fork: Any, tmp
 
 def test_the_lock_of_a_removed_file_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the holder ends between another's opening of the file and its lock."""
-    path, real, removed = store.folder("locks") / f"{KEY}.lock", lock.is_held, []
+    path, real, removed = store.folder("locks") / f"{KEY}.lock", lock.try_lock, []
 
     def after_removal(descriptor: int) -> bool | None:
         if not removed:
             removed.append(path.unlink())
         return real(descriptor)
 
-    monkeypatch.setattr(lock, "is_held", after_removal)
+    monkeypatch.setattr(lock, "try_lock", after_removal)
     with store.lock(KEY) as held:
         assert held.held
         assert path.exists(), "others would lock a new file"

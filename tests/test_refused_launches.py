@@ -39,6 +39,33 @@ def test_a_launch_that_is_refused() -> None:
         assert bound.launches == 0
 
 
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (700, r" A kernel that was launched before this call, of any library in this process, has failed, .*\."),
+        (710, r" A kernel that was launched before this call, .*\."),
+        (901, r" Something before this launch ended the capture: end the capture, and capture again without it\."),
+        (9, ""),
+        (2, ""),
+    ],
+)
+def test_an_error_of_somebody_else_is_told_as_such(code: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Provoked on a GPU in test_gpu_faults.py."""
+    plan = onelaunch.bind([buffers()], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError(f"CUDA error {code}: some words")
+
+    plan._run = refuse
+    with pytest.raises(LaunchError, match=rf"wasn't launched on cpu: CUDA error {code}: some words\.{advice}$"):
+        plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
+    kernel = SimpleNamespace(archs=("90a",), module=SimpleNamespace(prepare=refuse))
+    monkeypatch.setattr(loader, "load", lambda config, archs: kernel)
+    built = advice or r" It was built for sm_90a\."
+    with pytest.raises(LaunchError, match=rf"can't be loaded on cpu: CUDA error {code}: some words\.{built}$"):
+        onelaunch.bind([buffers()], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
+
+
 def test_a_kernel_that_cant_be_loaded_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(index: int) -> None:
         raise RuntimeError("no kernel image")

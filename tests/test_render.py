@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.nodes
 import pytest
 from click.testing import CliRunner
 from onelaunch import FIELDS, PRESETS, KernelConfig
@@ -22,6 +24,7 @@ from onelaunch.cli.main import app
 from onelaunch.emit.binding import render_binding
 from onelaunch.emit.render import device_files, render_baseline
 from onelaunch.spec import layout
+from onelaunch.spec.declarations import written
 from onelaunch.spec.vectors import locals_of
 from processes import light_package
 from support import ALL_FIELDS
@@ -242,7 +245,9 @@ def test_the_banner(config: KernelConfig) -> None:
             continue
         shown = re.search(rf"^//   {name} +(.*)$", text, re.M)
         assert shown is not None, name
-        if isinstance(value, list):
+        if name == "declare":
+            assert shown[1] == "; ".join(f"{field} = {written(declared)}" for field, declared in config.declare)
+        elif isinstance(value, list):
             assert shown[1] == ", ".join(map(str, value))
         elif isinstance(value, dict):
             assert shown[1] == (", ".join(f"{field}: {count}" for field, count in value.items()) or "all")
@@ -282,13 +287,12 @@ def test_no_trace_of_a_field_that_is_not_there(config: KernelConfig) -> None:
 def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
     code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
     copies = config.operation == "copy"
-    gathers = bool(config.tables) and not copies
     for name, there in (
         ("seq_lens", config.needs_lengths),
-        ("req_pool_indices", gathers),
-        ("req_to_token", gathers),
+        ("req_pool_indices", config.reads_rows),
+        ("req_to_token", config.reads_tokens),
         ("kIndexTopk", not copies and any(n.startswith("nsa_") for n in config.fields)),
-        ("kPageSize", not copies and bool(config.paged_tables)),
+        ("kPageSize", config.uses("page_size") and config.page_size > 1),
         ("kIndexKpool", config.names_pools),
         ("extend_seq_lens", config.extend == "variable"),
         ("static constexpr std::int32_t offsets", config.needs_lengths and len(config.seqlen_offsets) > 1),
@@ -416,6 +420,26 @@ def test_the_preludes(config: KernelConfig) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- generated/
+
+
+def test_the_templates_have_few_conditions() -> None:
+    """What C++ can decide is decided in C++, and a declaration is there if it is needed: no condition says so."""
+    parse = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).parse
+
+    def depth(node: jinja2.nodes.Node) -> int:
+        """How deep `if` blocks are nested. An `elif` is as deep as its `if`."""
+        if not isinstance(node, jinja2.nodes.If):
+            return max((depth(child) for child in node.iter_child_nodes()), default=0)
+        inner = max((depth(child) for child in (*node.body, *node.else_)), default=0)
+        return max(inner + 1, *(depth(other) for other in node.elif_), 0)
+
+    count = 0
+    for path in (ROOT / "templates").rglob("*.j2"):
+        tree = parse(path.read_text())
+        count += sum(1 for _ in tree.find_all((jinja2.nodes.If, jinja2.nodes.CondExpr)))
+        count += sum(loop.test is not None for loop in tree.find_all(jinja2.nodes.For))
+        assert depth(tree) <= 2, path
+    assert 0 < count <= 80
 
 
 def test_generated_is_what_the_templates_emit() -> None:

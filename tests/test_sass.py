@@ -45,6 +45,8 @@ REGISTERS = {
     "nsa-decode-3-schedule": 64,
     "nsa-target-verify-3-schedule": 64,
     "flashmla-dense-decode-3": 40,
+    "vllm-draft-step": 42,
+    "flashinfer-pages-3": 56,
     "flashinfer-decode-3": 64,
 }
 

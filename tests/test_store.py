@@ -169,7 +169,7 @@ def test_what_is_published_is_what_is_found(store: Store) -> None:
     assert found.module_path.read_bytes() == FILES["m.so"]
     assert found.source == "int x;\n"
     assert found.size == sum(map(len, FILES.values()))
-    text = (found.path / MANIFEST).read_text(encoding="ascii")
+    text = (found.path / MANIFEST).read_text(encoding="utf-8")
     assert list(json.loads(text)) == sorted({*found.manifest, "sum"})
     assert text.endswith("\n}\n")
     # Keys alone are the names of entries.
@@ -484,7 +484,7 @@ def test_a_sweep_takes_what_nobody_builds_in(kind: str, store: Store, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: HERE)
         patch.setattr(staging, "_is_alive", lambda pid: pid == 1)
-        patch.setattr(lock, "is_held", lambda descriptor: locked)
+        patch.setattr(lock, "try_lock", lambda descriptor: None if locked is None else not locked)
         patch.setattr(time, "time", lambda: 1e9 + age)
         opened = len(os.listdir("/proc/self/fd"))
         assert store.sweep() == ([path] if goes else [])

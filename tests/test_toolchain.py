@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from onelaunch.build import programs, toolchain
@@ -412,6 +414,43 @@ def test_architecture_of_a_device(monkeypatch: pytest.MonkeyPatch, capability: t
     assert toolchain.architectures(1) == (name,)
     with pytest.raises(ToolchainError, match=r"CUDA device 7 .* one of the 2 visible devices"):
         toolchain.architectures(7)
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [("", ("100a",)), ("cuInit", ("90a",)), ("cuDeviceGet", ("90a",)), ("cuDeviceGetAttribute", ("90a",))],
+)
+def test_the_driver_is_asked_where_torch_is_not_imported(
+    monkeypatch: pytest.MonkeyPatch, failing: str, expected: tuple[str, ...]
+) -> None:
+    class Driver:
+        def cuInit(self, flags: int) -> int:
+            return 100 * (failing == "cuInit")
+
+        def cuDeviceGet(self, device: Any, number: int) -> int:
+            device._obj.value = 7 + number
+            return 101 * (failing == "cuDeviceGet")
+
+        def cuDeviceGetAttribute(self, value: Any, attribute: int, device: ctypes.c_int) -> int:
+            value._obj.value = {75: 10, 76: 0}[attribute] if device.value == 7 else 5
+            return failing == "cuDeviceGetAttribute"
+
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": Driver()}[name])
+    assert toolchain.current_architectures() == expected
+    assert "torch" not in sys.modules
+    monkeypatch.setenv("ONELAUNCH_CUDA_ARCH", "89")
+    assert toolchain.current_architectures() == ("89",)
+
+
+def test_no_driver_gives_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert toolchain.current_architectures() == ("90a",)
+    assert "torch" not in sys.modules
 
 
 def test_torch_without_cuda_gives_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

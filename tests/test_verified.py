@@ -290,7 +290,7 @@ def test_a_plan_that_writes_all_has_nothing_to_forget(device: torch.device) -> N
     plan.forget()
 
 
-def test_writes_has_two_values(device: torch.device) -> None:
+def test_other_values_are_refused(device: torch.device) -> None:
     world = World(device, **KINDS["tokens and pages"])
-    with pytest.raises(ConfigError, match="writes is 'changed'; allowed: 'all', 'verified'"):
+    with pytest.raises(ConfigError, match="writes is 'changed'; allowed: 'all', 'verified', 'audit'"):
         onelaunch.bind(world.backends, req_to_token=world.pool, writes="changed")

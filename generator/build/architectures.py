@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from collections.abc import Sequence
 
 from ..errors import ToolchainError
@@ -41,19 +43,47 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
             f"CUDA device {device} doesn't answer which architecture it has: {error}. Use one of the"
             f" {torch.cuda.device_count()} visible devices, or set {ARCHITECTURE_VARIABLE}."
         ) from error
-    # From 9.0 on, "a" enables the instructions that only this architecture has.
-    return (f"{major}{minor}{'a' if major >= 9 else ''}",)
+    return _of_capability(major, minor)
 
 
 def current_architectures() -> tuple[str, ...]:
     """architectures() for the current CUDA device, or for None if no GPU is visible. Initialises CUDA.
 
+    Where torch isn't imported yet the driver is asked, since importing it takes seconds.
+
     Raises:
         ToolchainError: see architectures().
     """
+    if ARCHITECTURE_VARIABLE.read():
+        return architectures()
+    if "torch" not in sys.modules:
+        capability = _capability_of_the_first_device()
+        return _of_capability(*capability) if capability else DEFAULT_ARCHITECTURES
     import torch
 
     return architectures(torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
+def _capability_of_the_first_device() -> tuple[int, int] | None:
+    """What the driver says of the first visible device, the current one of a new process; None if there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    # Each returns 0 if it succeeded. 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+    )
+    return None if failed else (major.value, minor.value)
+
+
+def _of_capability(major: int, minor: int) -> tuple[str, ...]:
+    # From 9.0 on, "a" enables the instructions that only this architecture has.
+    return (f"{major}{minor}{'a' if major >= 9 else ''}",)
 
 
 def gencode_flags(archs: Sequence[str], toolkit: CudaToolkit | None = None) -> list[str]:

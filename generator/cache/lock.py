@@ -140,19 +140,19 @@ def hold_folder(path: Path) -> Lock:
         OSError: the folder can't be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    is_held(descriptor)
+    try_lock(descriptor)
     return Lock(descriptor)
 
 
-def is_held(descriptor: int) -> bool | None:
-    """Locks an open file or folder if it is free. True: another process holds it; None: there are no locks here."""
+def try_lock(descriptor: int) -> bool | None:
+    """Locks an open file or folder, without a wait. False: another process holds it; None: there are no locks here."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
     except OSError:
         return None
-    return False
+    return True
 
 
 def is_path_held(path: Path) -> bool:
@@ -162,7 +162,7 @@ def is_path_held(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return is_held(descriptor) is True
+        return try_lock(descriptor) is False
     finally:
         os.close(descriptor)
 
@@ -174,7 +174,7 @@ def remove_if_free(path: Path) -> bool:
     except OSError:
         return False
     try:
-        if is_held(descriptor) is not False or not _is_current(descriptor, path):
+        if not try_lock(descriptor) or not _is_current(descriptor, path):
             return False
         path.unlink()
         return True
@@ -189,15 +189,15 @@ def _wait(path: Path, what: str, done: Callable[[], bool]) -> int | None:
     limit, start, notice = timeout_seconds(), time.monotonic(), FIRST_NOTICE_SECONDS
     # Opened anew for each try, because a holder removes the file at its end.
     while (descriptor := _open(path)) is not None:
-        held = is_held(descriptor)
-        if held is False and _is_current(descriptor, path):
+        locked = try_lock(descriptor)
+        if locked and _is_current(descriptor, path):
             return descriptor
         holder = _holder(descriptor)
         os.close(descriptor)
-        if held is None:
+        if locked is None:
             log.notice("the cache's file system has no locks; other processes may build the same at this time")
             return None
-        if held is False:
+        if locked:
             continue
         waited = time.monotonic() - start
         if done():

@@ -92,7 +92,11 @@ def key_of(ingredients: Mapping[str, Any]) -> str:
 
 
 def encode(facts: Mapping[str, Any]) -> bytes:
-    """The bytes of the manifest file: canonical JSON, with a sha256 of everything else under "sum"."""
+    """The bytes of the manifest file: canonical JSON, with a sha256 of everything else under "sum".
+
+    Raises:
+        ValueError: it has text that can't be written as UTF-8.
+    """
     covered = _text(facts)
     return _text({**facts, "sum": hashlib.sha256(covered).hexdigest()})
 
@@ -122,10 +126,6 @@ def check(facts: Mapping[str, Any], key: str) -> None:
     Raises:
         ValueError: the message says what is wrong.
     """
-    try:
-        json.dumps(dict(facts), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("its manifest has text that can't be written as UTF-8") from None
     for name, kind in (_REQUIRED | _OPTIONAL).items():
         if name in _REQUIRED and name not in facts:
             raise ValueError(f"its manifest has no {name!r}")
@@ -169,4 +169,7 @@ def satisfies(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> bool:
 
 
 def _text(facts: Mapping[str, Any]) -> bytes:
-    return (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode()
+    try:
+        return (json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        raise ValueError("its manifest has text that can't be written as UTF-8") from None

@@ -46,7 +46,7 @@ def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> Modul
     except (ValueError, FileNotFoundError) as error:
         raise EntryChanged(f"The entry {entry.path} changed while it was loaded: {error}. Load it again.") from error
     try:
-        origin = _unique_name(descriptor)
+        origin = _fresh_path(descriptor)
         # Without /proc the path is used. find has checked the folders above it.
         origin = origin if os.path.exists(origin) else str(entry.module_path)
         loader = importlib.machinery.ExtensionFileLoader(name, origin)
@@ -65,7 +65,7 @@ def import_entry(entry: Entry, expect: Mapping[str, Any] | None = None) -> Modul
     return module
 
 
-def _unique_name(descriptor: int) -> str:
+def _fresh_path(descriptor: int) -> str:
     """A path of an open file that this process hasn't used before.
 
     Descriptor numbers recur, and glibc and Python don't look at the file again if they have loaded its name before. So

@@ -73,14 +73,14 @@ def is_abandoned(path: Path, prefix: str = "") -> bool:
     except OSError:
         return False
     try:
-        held = lock.is_held(descriptor)
+        locked = lock.try_lock(descriptor)
     finally:
         os.close(descriptor)
-    if held:
+    if locked is False:
         return False
     # A free lock means that the owner is dead, or hasn't locked its new folder yet.
     dead = not _is_alive(int(named["pid"]))
-    return (dead and held is False) or ((dead or held is False) and age > _UNKNOWN_SECONDS)
+    return bool((dead and locked) or ((dead or locked) and age > _UNKNOWN_SECONDS))
 
 
 def failed_folder() -> Path:

@@ -41,6 +41,7 @@ def export(name: str, config: KernelConfig, version: str) -> dict[str, str]:
         "a copy": config.copies,
         "a checked kernel": config.checked,
         "a kernel with verified writes": config.verified,
+        "an audit": config.audits,
         "a kernel with declared fields": any(field not in FIELDS for field in config.fields),
     }
     for kind in (kind for kind, is_one in refused.items() if is_one):
@@ -53,7 +54,7 @@ def export(name: str, config: KernelConfig, version: str) -> dict[str, str]:
         "name": name,
         "version": version,
         "symbol": config.symbol,
-        "target": config.target,
+        "stream": "TVMFFIEnvGetStream(device.device_type, device.device_id)" if cuda else "nullptr",
         "backends": config.num_backends,
         "suffix": "cu" if cuda else "cpp",
         "kind": "cuda" if cuda else "cpp",
@@ -62,8 +63,7 @@ def export(name: str, config: KernelConfig, version: str) -> dict[str, str]:
         "first": inputs[0],
         "inputs": inputs,
         "tables": tables,
-        "vectorized": config.vector_bytes == 16,
-        "rows": config.mode != "decode",
+        "row_strides": any(member.type == "table" for member in members),
         "fields": list(config.fields),
         "parameters": list(_parameters(config, inputs)),
         "arguments": [*inputs, *(["max_len"] if tables else []), *(f"list({field})" for field in config.fields)],
@@ -107,10 +107,13 @@ def _lines(config: KernelConfig, members: list[layout.Member]) -> Iterator[str]:
                 rows += f" + {field.extra}" if field.extra else ""
             yield f'put_all(p.{name}, "{name}", {name}, {field.dim}, {rows}, device);'
             if name == "page_indices" and config.vector_bytes == 16:
-                yield "check_alignment(page_indices);"
+                stride = "page_indices[0].stride(0)" if config.mode == "decode" else "0"
+                yield f"check_alignment(page_indices, {stride});"
         elif name in _INPUTS:
             rows, dim = ("0", 2) if name == "req_to_token" else ("requests", 1)
             yield f'put(p.{name}, "{name}", {name}, {dim}, {rows}, device);'
+        elif name == "sm_count" and config.target == "cpu":
+            yield "p.sm_count = 1;"
         elif name in _VALUES:
             yield f"p.{name} = {_VALUES[name]};"
         elif name == "columns":
@@ -126,7 +129,7 @@ _VALUES = {
     "batch_size": "requests",
     "req_to_token_width": "req_to_token.size(1)",
     "device": "device.device_id",
-    "sm_count": "sm_count(device)",
+    "sm_count": "count_sms(device)",
     "filled_width": "least(real_page_table, 1)",
     "packed_capacity": "least(kv_indices, 0)",
     "num_sms": "paged_mqa_schedule_metadata[0].size(0) - 1",
@@ -137,7 +140,6 @@ _VALUES = {
 def _widths(config: KernelConfig) -> Iterator[str]:
     """What bounds the columns: the source, and each table by the tokens that it has columns for."""
     yield "req_to_token.size(1)"
-    tokens = {"page_indices": 1, "real_page_table": config.page_size}
-    tokens["pooled_real_page_table"] = config.page_size * config.index_kpool
-    for name in (name for name in config.tables if name in tokens):
-        yield f"least({name}, 1)" + (f" * {tokens[name]}" if tokens[name] > 1 else "")
+    for name in (name for name in config.tables if FIELDS[name].kind == "table"):
+        tokens = config.tokens_per_column(name)
+        yield f"least({name}, 1)" + (f" * {tokens}" if tokens > 1 else "")

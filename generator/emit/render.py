@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 import shlex
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
 from ..spec.config import KernelConfig
-from ..spec.cpp import cpp, user_name
+from ..spec.cpp import assigned, cpp, user_name
 from ..spec.declarations import written
 from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
 from ..spec.vectors import element, expression, functions_of, locals_of
-from ..spec.violations import VIOLATIONS
+from ..spec.violations import violations_of
 from .binding import render_plain_binding
 
 if TYPE_CHECKING:
@@ -57,6 +59,33 @@ def _device(name: str) -> str:
     return text.rstrip("\n")
 
 
+# A declaration declares the first name before a parenthesis, a brace or an equals sign.
+_DECLARED = re.compile(r"^(?!//).*?(\w+) ?[({=]", re.MULTILINE)
+
+
+def _needed(declarations: str, rest: str, between: str = "\n\n") -> str:
+    """The declarations that the rest of a text names, and those that these need, in order.
+
+    Args:
+        declarations: constants, types and functions, each of which names only earlier ones.
+        rest: the text that follows them.
+        between: what ends each.
+    """
+    named = set(_names(rest))
+    kept: list[str] = []
+    for declaration in reversed(declarations.strip("\n").split(between)):
+        found = _DECLARED.search(declaration)
+        if found and found[1] in named:
+            kept.append(declaration)
+            named.update(_names(declaration))
+    return "".join(declaration + between for declaration in reversed(kept))
+
+
+def _names(text: str) -> list[str]:
+    """The names in C++, without those in comments."""
+    return re.findall(r"\w+", re.sub(r"//.*", "", text))
+
+
 @cache
 def _environment() -> jinja2.Environment:
     # Imported here: a process that finds its kernel in the cache renders nothing.
@@ -70,7 +99,14 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals |= {"device": _device, "locals_of": locals_of, "element": element, "expression": expression}
+    environment.filters["needed"] = _needed
+    environment.globals |= {
+        "device": _device,
+        "locals_of": locals_of,
+        "element": element,
+        "expression": expression,
+        "assigned": assigned,
+    }
     return environment
 
 
@@ -96,14 +132,12 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "banner": _banner(config),
         "regenerate": _regenerate(config),
         "files": files,
+        "writers": _writers(config),
         "roles": _roles(config),
-        # Whether the kernel has the type Rows: it writes tables with rows, or vectors of rows.
-        "has_rows": (bool(config.tables) and config.strategy != "indices")
-        or config.variable_rows
-        or bool(config.row_vectors and not config.copies),
+        "length_offsets": _wrapped(config.length_offsets),
         "members": layout.members(config),
         "member_types": _MEMBER_TYPES,
-        "violations": {v.constant: v.number for v in VIOLATIONS if config.checked and v.applies(config)},
+        "violations": {v.constant: v.number for v in violations_of(config)},
         "max_sm_parts": MAX_SM_PARTS,
         "user_name": user_name,
         "number": lambda value: cpp(Number(value), "int64" if abs(value) >= 2**31 else "int32"),
@@ -121,10 +155,13 @@ def device_files(config: KernelConfig) -> list[str]:
     vectorized = config.vector_bytes == 16
     ends = "live_ends" if config.live else "full_ends"
     verified = config.hashes_tiles
+    # Tables are written element by element, too: at the ends of rows, and pages everywhere.
+    words = config.packed is not None or pages or (rows and tokens and not verified)
     counts_of = "backend_counts" if config.live and config.lengths_differ else "one_count"
     wanted = {
         "running_sum": counts or packs or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
+        "audit" if config.audits else "put": bool(config.vectors or config.schedules or config.computed or words),
         "store": bool(config.vectors or config.schedules or packs),
         "store_once": any(config.once(name) for name in (*config.vectors, *config.computed)),
         "strided": bool(config.strided or config.computed),
@@ -173,11 +210,20 @@ def _copy_tile_file(config: KernelConfig) -> str:
     return "held_pages" if config.holds_page_tokens else "tokens_and_pages"
 
 
-def _roles(config: KernelConfig) -> list[str]:
-    """The functions that the first blocks run, before those that write tables."""
+def _writers(config: KernelConfig) -> list[str]:
+    """The templates that emit the code of a list of fields."""
+    if config.copies:
+        return ["copy"]
+    return ["vectors"] * bool(config.vectors) + ["computed"] * bool(config.computed)
+
+
+def _roles(config: KernelConfig) -> list[tuple[str, str]]:
+    """The functions that the first blocks run, before those that write tables, and how many blocks run each."""
     if config.copies:
         return []
-    return [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
+    functions = [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
+    roles = [(function, "kLengthSets") for function in functions]
+    return roles + [("write_computed", "kComputedBlocks")] * bool(config.computed)
 
 
 def render_baseline(
@@ -206,6 +252,12 @@ def render_baseline(
         context["members"] = [*context["members"], *more]
     source = _environment().get_template(f"baselines/{name}.cu.j2").render(context)
     return source, render_plain_binding(symbol, call_words, words)
+
+
+def _wrapped(numbers: Sequence[int]) -> str:
+    """The elements of an array in C++, in lines of their own if they are many."""
+    text = ", ".join(map(str, numbers))
+    return text if len(numbers) <= 16 else "\n" + textwrap.indent(textwrap.fill(text, 100), " " * 6)
 
 
 def _banner(config: KernelConfig) -> list[tuple[str, str]]:

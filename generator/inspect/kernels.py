@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,9 +156,11 @@ def of_file(path: Path, archs: Sequence[str] | None = None) -> Subject:
     if symbol is None:
         raise ConfigError(f"{path} isn't a kernel's source: onelaunch emitted no such file.")
     config = None
-    if shown := re.search(r"^//   onelaunch show (?:--set )?(\S+)$", source, re.M):
-        with contextlib.suppress(ConfigError):  # a setting that this version doesn't have
-            config = preset(shown[1]) if shown[1] in PRESETS else parse_settings(shown[1])
+    if shown := re.search(r"^//   onelaunch show (?:--set )?(.+)$", source, re.M):
+        # A setting that this version doesn't have, or quotes that somebody edited.
+        with contextlib.suppress(ConfigError, ValueError):
+            (named,) = shlex.split(shown[1])
+            config = preset(named) if named in PRESETS else parse_settings(named)
     edited = config is not None and source != render(config)
     return Subject(str(path), symbol[1], config, path if edited else None, source, tuple(archs) if archs else None)
 

@@ -1,4 +1,4 @@
-"""The number of a kernel's warps that are resident on an SM.
+"""Occupancy: the warps that are resident on an SM, as a share of its maximum.
 
 The limits are those of "Technical Specifications per Compute Capability" in the CUDA C++ programming guide; registers
 are allocated to a warp in units of 256, as in CUDA's occupancy calculator.
@@ -10,7 +10,7 @@ import re
 
 _REGISTERS = 65_536
 _UNIT = 256
-# What the driver takes of a block's shared memory, and the unit of allocation.
+# Bytes of shared memory that the driver reserves per block, and the unit of allocation.
 _RESERVED, _SHARED_UNIT = 1024, 128
 # By compute capability: threads, blocks, and bytes of shared memory per SM.
 _LIMITS = {
@@ -28,19 +28,19 @@ _LIMITS = {
 
 
 def of(arch: str, threads: int, registers: int, shared_bytes: int) -> float:
-    """The share of an SM's warps that resident blocks have, from 0 to 1.
+    """The occupancy of a kernel, from 0 to 1.
 
     Args:
-        arch: such as "90a". One that isn't known has the limits of the nearest before it.
-        threads: a block.
-        registers: a thread.
-        shared_bytes: a block's static shared memory.
+        arch: such as "90a". An unknown one gets the limits of the highest known one below it.
+        threads: per block.
+        registers: per thread.
+        shared_bytes: static shared memory per block.
     """
     number = int(re.sub(r"\D", "", arch))
     known = max((capability for capability in _LIMITS if capability <= number), default=min(_LIMITS))
-    most_threads, most_blocks, shared = _LIMITS[known]
+    max_threads, max_blocks, shared = _LIMITS[known]
     warps = -(-threads // 32)
-    a_warp = -(-registers * 32 // _UNIT) * _UNIT
-    a_block = -(-(shared_bytes + _RESERVED) // _SHARED_UNIT) * _SHARED_UNIT
-    blocks = min(most_blocks, most_threads // (warps * 32), _REGISTERS // (a_warp * warps), shared // a_block)
-    return blocks * warps / (most_threads // 32)
+    warp_registers = -(-registers * 32 // _UNIT) * _UNIT
+    block_bytes = -(-(shared_bytes + _RESERVED) // _SHARED_UNIT) * _SHARED_UNIT
+    blocks = min(max_blocks, max_threads // (warps * 32), _REGISTERS // (warp_registers * warps), shared // block_bytes)
+    return blocks * warps / (max_threads // 32)

@@ -19,7 +19,7 @@ from .kernels import Subject
 
 # The line that machine_code writes before the instructions of a source line.
 _ANNOTATION = re.compile(r"\s*// (\d+): ")
-# The same for instructions that come from a header of the toolkit.
+# It writes this line before instructions that come from a header of the toolkit.
 _HEADER = re.compile(r"\s*// \S+:\d+$")
 _INSTRUCTION = {
     "sass": re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)"),
@@ -28,24 +28,24 @@ _INSTRUCTION = {
 
 
 def kernel_page(kernel: Subject) -> str:
-    """Source beside SASS beside PTX, with lines that belong together lit together; of the first architecture.
+    """CUDA, SASS and PTX side by side, of the first architecture. Lines from one source line are highlighted together.
 
     Raises:
         ArgumentError: the kernel is for the CPU, which has no machine code to show.
-        ToolchainError: a program that it takes is missing.
+        ToolchainError: a program that disassembles is missing.
     """
     if not kernel.on_gpu:
-        raise ArgumentError(f"{kernel.name} is built for the CPU; a page shows SASS and PTX. Take its CUDA target.")
+        raise ArgumentError(f"{kernel.name} is built for the CPU; a page shows SASS and PTX. Choose its CUDA target.")
     arch = kernel.archs[0]
-    (used,) = [machine_code.resources(kernel)[arch]]
-    sass, ptx = (_of_first(text(kernel, True)) for text in (machine_code.sass, machine_code.ptx))
+    used = machine_code.resources(kernel)[arch]
+    sass, ptx = (_with_source_lines(text(kernel, True)) for text in (machine_code.sass, machine_code.ptx))
     facts: dict[str, object] = {"architecture": f"sm_{arch}", "registers": used["registers"]}
     facts |= {"shared memory": f"{used['shared_bytes']} bytes", "stack": f"{used['stack_bytes']} bytes"}
     facts |= {"spilled": f"{used['spill_bytes']} bytes"}
     if kernel.config is not None:
         threads = kernel.config.threads
         share = occupancy.of(arch, threads, used["registers"], used["shared_bytes"])
-        facts["occupancy"] = f"{share:.0%} of a multiprocessor's warps, with {threads} threads a block"
+        facts["occupancy"] = f"{share:.0%} of a multiprocessor's warps, with {threads} threads per block"
     counted = Counter(found[1] for line, _ in sass if (found := _INSTRUCTION["sass"].match(line)))
     facts["SASS instructions"] = counted.total()
     facts["PTX instructions"] = sum(bool(_INSTRUCTION["ptx"].match(line)) for line, _ in ptx)
@@ -64,10 +64,10 @@ def kernel_page(kernel: Subject) -> str:
 
 
 def diff_page(one: Subject, other: Subject, what: str, context: int = 3) -> str:
-    """Two kernels side by side: where they differ, with ``context`` equal lines around. Arguments as of difference."""
+    """The differences of two kernels, side by side, with ``context`` equal lines around each. See diff.difference."""
     before, after = (comparable(kernel, what).splitlines() for kernel in (one, other))
     table = difflib.HtmlDiff(wrapcolumn=None).make_table(before, after, one.name, other.name, True, context)
-    # The columns of numbers have a width of their own; HtmlDiff marks none.
+    # HtmlDiff doesn't mark the columns of line numbers, which are narrower than the others.
     table = re.sub(r"(<colgroup></colgroup>\s*){6}", '<col class="number"><col><col class="number"><col>', table)
     table = re.sub(r'<td class="diff_next"[^>]*>.*?</td>|<th class="diff_next"><br /></th>', "", table)
     table = table.replace(' nowrap="nowrap"', "")
@@ -99,8 +99,8 @@ def _settings(kernel: Subject) -> Iterator[tuple[str, object]]:
         yield name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _of_first(text: str) -> list[tuple[str, int]]:
-    """The lines of machine code, each with the line of the source that it comes from, or 0."""
+def _with_source_lines(text: str) -> list[tuple[str, int]]:
+    """The lines of machine code, each with the number of its source line, or 0 if it has none."""
     lines, source = [], 0
     for line in text.splitlines():
         if at := _ANNOTATION.match(line):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ArgumentError
@@ -43,3 +43,12 @@ def described(owner: Any) -> str:
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     kind = type(owner).__name__
     return f"a {kind} with {', '.join(names[:_MAX_LISTED])}{more}" if names else f"a {kind} without attributes"
+
+
+def merged(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An integration's arguments of bind() and a caller's, which come before them; declarations are those of both."""
+    both = {**facts, **settings}
+    for name in facts.keys() & settings.keys():
+        if isinstance(facts[name], Mapping) and isinstance(settings[name], Mapping):
+            both[name] = {**facts[name], **settings[name]}
+    return both

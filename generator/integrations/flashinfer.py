@@ -1,9 +1,8 @@
-"""FlashInfer: kv_indptr and kv_indices of several draft steps or wrappers, refreshed by one launch.
+"""FlashInfer: what the plans of several wrappers or draft steps read, refreshed by one launch.
 
-For pages of one token, as SGLang has them: kv_indices are rows of the KV cache, request after request. In SGLang,
-attach a multi-step draft backend of FlashInfer, FlashInfer-MLA or Triton with ``onelaunch.integrations.sglang.attach``.
-SGLang keeps both lists for all captured batch sizes in two tensors with a row for each step, so one plan serves them
-all.
+In SGLang, attach a multi-step draft backend of FlashInfer, FlashInfer-MLA or Triton with
+``onelaunch.integrations.sglang.attach``. SGLang has pages of one token, whose kv_indices are rows of the KV cache, and
+keeps both lists for all captured batch sizes in two tensors with a row for each step, so one plan serves them all.
 
 Without SGLang, for wrappers that were made with ``use_cuda_graph=True``. The lengths of draft steps differ; for other
 wrappers omit seqlen_offsets::
@@ -11,28 +10,40 @@ wrappers omit seqlen_offsets::
     from onelaunch.integrations import flashinfer
 
     # once for each batch size
-    plan = flashinfer.bind_backends(wrappers, req_to_token, seqlen_offsets=range(1, len(wrappers) + 1))
+    host = [flashinfer.on_host(flashinfer.plan_inputs(wrapper)) for wrapper in wrappers]
+    plan = flashinfer.bind_backends(
+        wrappers, req_to_token, page_size=16, seqlen_offsets=range(1, len(wrappers) + 1), host=host
+    )
 
     # each round, before the replay
     plan.run(seq_lens, req_pool_indices)
 
-FlashInfer's planning on the host (``plan``, or SGLang's ``fast_decode_plan``) must still be called, with the same
-tensors, which it then doesn't copy. kv_last_page_len is 1 everywhere and never changes. The MLA wrapper's
-``_kv_len_arr_buf`` isn't refreshed. Pages of several tokens are refused, and so are draft trees (a topk above 1), which
-have a list of tokens for each branch.
+FlashInfer's planning on the host must still be called: ``plan``, or ``fast_decode_plan``, which copies nothing on the
+device. It reads kv_indptr and last_page_len, or kv_len_arr, on the host. Given the wrapper's own tensors it copies each
+of them there and waits for it. Given those in ``host`` it has them already: one launch wrote them too, into pinned
+memory. Wait for that launch first (an event, or the stream), and let all plans of a round read before the next run.
+
+It stays FlashInfer's to plan, to choose a backend, and to pack masks; the dense block tables and lengths of trtllm-gen,
+cuDNN and cute-DSL, which plan makes of these lists on the host, aren't refreshed. Draft trees (a topk above 1), which
+have a list of tokens for each branch, are refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..run.declared import Written, into
 from ..run.plan import Plan, bind
 from ..spec.fields import MetadataBuffers
-from .attributes import described, has, read
+from ..spec.seams import FLASHINFER
+from .attributes import described, has, merged, read
 from .refusals import refusal
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
@@ -41,21 +52,40 @@ _INDPTR = ("_paged_kv_indptr_buf", "_kv_indptr_buf")
 _INDICES = ("_paged_kv_indices_buf", "_kv_indices_buf")
 
 
-def buffers_from(wrapper: Any) -> MetadataBuffers:
-    """The tensors of one of FlashInfer's wrappers for CUDA graphs, which reads its indices from buffers.
+_LAST = ("_paged_kv_last_page_len_buf",)
+_LENGTHS = ("_kv_len_arr_buf",)
+_QUERIES = ("_qo_indptr_buf",)
+
+
+@dataclass(eq=False)
+class PlanInputs:
+    """What FlashInfer's plan of one wrapper reads, all int32. What is None isn't written.
+
+    Attributes:
+        kv_indptr: [bs + 1], where each request's pages begin.
+        kv_indices: [capacity], the pages.
+        last_page_len: [bs], the tokens in a request's last page, 1 to page_size; 0 without pages.
+        kv_len_arr: [bs], the tokens of a request; MLA's, in place of last_page_len.
+        qo_indptr: [bs + 1], where each request's query tokens begin.
+    """
+
+    kv_indptr: Tensor | None = None
+    kv_indices: Tensor | None = None
+    last_page_len: Tensor | None = None
+    kv_len_arr: Tensor | None = None
+    qo_indptr: Tensor | None = None
+
+
+def plan_inputs(wrapper: Any) -> PlanInputs:
+    """The buffers of one of FlashInfer's wrappers for CUDA graphs.
 
     Args:
         wrapper: BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper or
             BatchMLAPagedAttentionWrapper, or an object with their attributes.
 
     Raises:
-        ArgumentError: an attribute is missing, there is no buffer, or a page has more than one token.
+        ArgumentError: an attribute is missing, or there is no buffer.
     """
-    if (tokens := _page_size(wrapper)) != 1:
-        raise ArgumentError(
-            f"the wrapper was planned with pages of {tokens} tokens or more; allowed: 1. Its kv_indices list pages, "
-            "which onelaunch doesn't support."
-        )
     found = {
         "kv_indptr": read("the wrapper", wrapper, _INDPTR, _ADVICE),
         "kv_indices": read("the wrapper", wrapper, _INDICES, _ADVICE),
@@ -63,7 +93,29 @@ def buffers_from(wrapper: Any) -> MetadataBuffers:
     for name, tensor in found.items():
         if tensor is None:
             raise ArgumentError(f"the wrapper's buffer of {name} is None. Make the wrapper with use_cuda_graph=True.")
-    return MetadataBuffers(**found)
+    for name, (attribute,) in (("last_page_len", _LAST), ("kv_len_arr", _LENGTHS), ("qo_indptr", _QUERIES)):
+        found[name] = getattr(wrapper, attribute, None)
+    return PlanInputs(**found)
+
+
+def on_host(inputs: PlanInputs) -> PlanInputs:
+    """New tensors in host memory for what a plan wants there: all but kv_indices. Pinned, if the inputs are on a GPU.
+
+    The number of requests is that of kv_indptr.
+    """
+    assert inputs.kv_indptr is not None
+    requests = len(inputs.kv_indptr) - 1
+    pinned = inputs.kv_indptr.device.type == "cuda"
+
+    def new(tensor: Tensor | None, count: int) -> Tensor | None:
+        return None if tensor is None else torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
+
+    return PlanInputs(
+        kv_indptr=new(inputs.kv_indptr, requests + 1),
+        last_page_len=new(inputs.last_page_len, requests),
+        kv_len_arr=new(inputs.kv_len_arr, requests),
+        qo_indptr=new(inputs.qo_indptr, requests + 1),
+    )
 
 
 def _page_size(wrapper: Any) -> int:
@@ -79,38 +131,55 @@ def _page_size(wrapper: Any) -> int:
     return max(kept or 1, 1)
 
 
-def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: Any) -> Plan:
+def bind_backends(
+    backend: Any,
+    req_to_token: Tensor | None = None,
+    *,
+    query_len: int | None = None,
+    host: Sequence[PlanInputs] | None = None,
+    **settings: Any,
+) -> Plan:
     """Binds the steps of one of SGLang's multi-step draft backends, or a list of wrappers.
+
+    Of wrappers kv_indptr and kv_indices are written, with pages of several tokens last_page_len too, and kv_len_arr of
+    MLA's. With pages of one token last_page_len is 1 and never changes.
 
     Args:
         backend: a multi-step backend with attn_backends, kv_indptr [steps, max_bs + 1] and cuda_graph_kv_indices
             [steps, capacity], whose first len(attn_backends) rows are refreshed; or a list of wrappers.
-        req_to_token: int32 or int64 [pool rows, W]; None is the multi-step backend's own.
+        req_to_token: int32 or int64 [pool rows, W]; None is the multi-step backend's own. With pages of P tokens, token
+            column * P is the first one of a page.
+        query_len: the query tokens of each request, for qo_indptr to be written too; None leaves it alone. Only for
+            wrappers.
+        host: for each wrapper tensors that get the same numbers, in pinned memory if the wrappers are on a GPU: see
+            on_host(). qo_indptr is among them only with query_len. Only for wrappers.
         settings: arguments of onelaunch.bind, such as seq_lens_dtype. Unless given, seqlen_offsets are 1, 2, ... for a
-            multi-step backend, and none for wrappers.
+            multi-step backend, and none for wrappers. page_size is 1 unless given; more only for wrappers.
 
     Returns:
-        A plan; run() takes the lengths without the draft tokens, and each request's row of the pool. Tokens beyond the
-        capacity aren't written.
+        A plan; run() takes the lengths without the draft tokens, and each request's row of the pool. Tokens or pages
+        beyond the capacity aren't written.
 
     Raises:
         ArgumentError: an attribute is missing or doesn't fit; see onelaunch.bind.
     """
     given = dict(settings)
-    if given.get("page_size", 1) != 1:
-        raise ArgumentError(
-            f"page_size is {given['page_size']}; allowed: 1. kv_indices of larger pages list pages, which onelaunch "
-            "doesn't support."
-        )
+    page_size = given.setdefault("page_size", 1)
     if has(backend, ("attn_backends",)):
+        if page_size != 1 or query_len is not None or host is not None:
+            raise ArgumentError(
+                f"page_size is {page_size}, query_len is {query_len} and host is a {type(host).__name__}; with a "
+                "multi-step backend, whose pages have one token, allowed: 1, None and None. Give a list of wrappers."
+            )
         buffers = _steps(backend)
         if req_to_token is None:
             req_to_token = pool_of(backend)
         given.setdefault("seqlen_offsets", range(1, len(buffers) + 1))
     elif isinstance(backend, Sequence) and not isinstance(backend, str):
-        buffers = [buffers_from(wrapper) for wrapper in backend]
         if req_to_token is None:
             raise ArgumentError("req_to_token is None; wrappers don't have the pool. Pass req_to_token=.")
+        buffers, declare = _wrappers(backend, page_size, query_len, host)
+        given = merged({"declare": declare, "constants": {"query_len": query_len or 0}}, given)
     else:
         raise ArgumentError(
             f"backend has no attribute attn_backends; it is {described(backend)}. Give a multi-step draft backend, or "
@@ -119,6 +188,57 @@ def bind_backends(backend: Any, req_to_token: Tensor | None = None, **settings: 
     if given.get("seqlen_offsets") is not None:
         given["seqlen_offsets"] = list(given["seqlen_offsets"])
     return bind(buffers, req_to_token=req_to_token, **given)
+
+
+def _wrappers(
+    wrappers: Sequence[Any], page_size: int, query_len: int | None, host: Sequence[PlanInputs] | None
+) -> tuple[list[MetadataBuffers], dict[str, Any]]:
+    """The standard fields of wrappers, and the declared ones."""
+    for wrapper in wrappers:
+        if (tokens := _page_size(wrapper)) > page_size:
+            raise ArgumentError(
+                f"page_size is {page_size} and a wrapper was planned with pages of {tokens} tokens or more. Pass its "
+                "page_size."
+            )
+    found = [plan_inputs(wrapper) for wrapper in wrappers]
+    buffers = [MetadataBuffers() for _ in wrappers]
+    unwritten = set() if query_len is not None else {"qo_indptr"}
+    declare: dict[str, Any] = {}
+    if page_size == 1:
+        buffers = [MetadataBuffers(kv_indptr=one.kv_indptr, kv_indices=one.kv_indices) for one in found]
+        declare = _declared(found, "", {*unwritten, "kv_indptr", "kv_indices", "last_page_len"})
+    else:
+        declare = _declared(found, "", unwritten)
+    if host is not None:
+        if len(host) != len(wrappers):
+            raise ArgumentError(f"host has {len(host)} entries and there are {len(wrappers)} wrappers; give one each.")
+        declare |= _declared(host, "host_", unwritten)
+    if query_len is not None and "qo_indptr" not in declare:
+        raise ArgumentError(
+            f"query_len is {query_len} and the wrappers have no _qo_indptr_buf, as without tensor cores. Pass None."
+        )
+    return buffers, {name: FLASHINFER[name] for name in ("kv_len", "page_indptr")} | declare
+
+
+# What FLASHINFER calls the lists, which count pages.
+_NAMES = {"kv_indptr": "page_indptr", "kv_indices": "pages"}
+
+
+def _declared(inputs: Sequence[PlanInputs], prefix: str, unwritten: set[str]) -> dict[str, Written]:
+    """The declared fields of what is there."""
+    declare = {}
+    for field in dataclasses.fields(PlanInputs):
+        tensors = [getattr(one, field.name) for one in inputs]
+        if field.name in unwritten or all(tensor is None for tensor in tensors):
+            continue
+        if any(tensor is None for tensor in tensors):
+            raise ArgumentError(
+                f"wrapper {tensors.index(None)} has no {field.name} and others have one. Bind wrappers of different "
+                "kinds to plans of their own."
+            )
+        name = _NAMES.get(field.name, field.name)
+        declare[f"{prefix}{name}"] = into(FLASHINFER[name], tensors)
+    return declare
 
 
 def _steps(backend: Any) -> list[MetadataBuffers]:

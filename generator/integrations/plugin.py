@@ -1,8 +1,8 @@
-"""The entry point in ``sglang.srt.plugins``: an unmodified SGLang attaches onelaunch to the backends that it makes.
+"""The entry point in ``sglang.srt.plugins``: an unmodified SGLang attaches onelaunch to its backends and runners.
 
 If onelaunch is installed, SGLang calls ``install`` in each of its processes. It does nothing unless
 ``ONELAUNCH_SGLANG`` is 1 or ``SGLANG_PLUGINS`` contains the name onelaunch. It never raises. The log gets one line per
-backend: what one launch refreshes and what the engine still does, or why the backend isn't served.
+backend and graph runner: what one launch refreshes and what the engine still does, or why it isn't served.
 
 Unless it is requested, it imports only the standard library.
 """
@@ -24,6 +24,13 @@ _logger = logging.getLogger("onelaunch")
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _CHOICES = ("decode_backend", "prefill_backend", "full_attn_backend")
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_WORKER = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
+# The graph runners of a speculative step, by their paths from the worker.
+_GRAPHS = (
+    "_draft_worker.cuda_graph_runner",
+    "_target_worker.model_runner.decode_cuda_graph_runner",
+    "_draft_worker.cuda_graph_runner_for_draft_extend",
+)
 
 
 def asked() -> bool:
@@ -44,6 +51,7 @@ def install() -> None:
             (f"{_FACTORY}.create_decode_backend", _made),
             (f"{_FACTORY}.create_draft_extend_backend", _made),
             (f"{_RUNNER}.init_attention_backends", _initialized),
+            (f"{_WORKER}.init_cuda_graphs", _captured),
         ):
             registry.register(target, hook, after)
     except Exception as error:
@@ -60,8 +68,19 @@ def _initialized(result: Any, runner: Any, *arguments: Any, **keywords: Any) -> 
     _attach_all([getattr(runner, name, None) for name in ("attn_backend", "decode_attn_backend")])
 
 
+def _captured(result: Any, worker: Any, *arguments: Any, **keywords: Any) -> None:
+    """After a worker captured its graphs, and the target model's runner its own."""
+    runners = []
+    for path in _GRAPHS:
+        runner = worker
+        for name in path.split("."):
+            runner = getattr(runner, name, None)
+        runners.append(runner)
+    _attach_all(runners)
+
+
 def _attach_all(made: Iterable[Any]) -> None:
-    """Attaches each backend once. None is none."""
+    """Attaches each backend or runner once. None is none."""
     for backend in {id(part): part for one in made for part in _parts(one)}.values():
         try:
             # Not at the top of the file: without a request no torch is imported.

@@ -1,7 +1,33 @@
-"""vLLM: the decode tensors of the sparse indexer, refreshed by one launch.
+"""vLLM: the tensors of a draft step, and of the sparse indexer's decode part, refreshed by one launch.
 
-Held against vLLM 0.33.0's own DeepseekV32IndexerMetadataBuilder (`make engines ENGINE=vllm`). Where a runner keeps a
-metadata object that a CUDA graph has captured, one launch writes into it what ``build`` would::
+Held against vLLM 0.33.0's own classes and kernels (`make engines ENGINE=vllm`).
+
+**A draft step** of a drafter that advances its metadata in place (``_generate_fused_drafts``)::
+
+    from onelaunch.integrations import vllm
+
+    # once for each captured size, with what the step's metadata was built from
+    step = vllm.bind_draft_step(
+        indexer_builder, indexer_metadata, block_tables, idx_mapping=idx_mapping, positions=positions,
+        sparse=[sparse_metadata],
+    )
+
+    # each step, in place of compute_slot_mappings and of these builders' update_draft_decode_metadata
+    step.run()
+
+One launch in place of eight on Hopper and of nine on SM100: the slot mappings of all KV-cache groups; of the indexer
+the block table, the lengths, two fills (and the indices on SM100), DeepGEMM's schedule and its copy; and the request of
+each token for sparse MLA. The launch is part of the drafter's graph, so it saves kernels on the device, and no work of
+the host. What that is worth wasn't measured. An unmodified vLLM doesn't call it: its loop, or the builder, has to. A
+drafter with a builder that can't advance in place, such as FlashMLA's sparse one, builds its metadata anew in each step
+and has no use for it.
+
+It stays vLLM's to advance positions and lengths, which follows the sampled token; to set current_draft_step; to map
+block tables to a kernel's block size, once before the loop; and what hooks of other builders write (FA3's scheduler
+metadata, sparse sliding windows, k-pools).
+
+**The decode part.** Where a runner keeps a metadata object that a CUDA graph has captured, one launch writes into it
+what ``build`` would::
 
     from onelaunch.integrations import vllm
 
@@ -24,8 +50,6 @@ What that gains depends on how the builder passes a request's next_n tokens to t
 
 What it can't gain: an unmodified vLLM calls ``build`` in each step, which does all of this itself, so that calling the
 plan too only adds a launch. The metadata object, the split into decodes and prefills and slot mappings stay vLLM's.
-Draft steps have one object, which advances in place in their graph, so a launch for all N steps has nothing to write
-to.
 
 Rows of requests beyond the batch come out as vLLM writes them, zeros, because the runner's own lengths and block table
 are zero there: run the plan for all requests that were captured. (Of a flattened block table vLLM zeroes the first
@@ -35,6 +59,8 @@ request's are left as they are, which vLLM zeroes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,17 +70,184 @@ from ..errors import ArgumentError
 from ..run.declared import Map, into
 from ..run.plan import Plan, bind
 from ..spec.fields import MetadataBuffers, vector
-from .attributes import read
+from ..spec.seams import vllm_request_of_token, vllm_slot_mapping
+from .attributes import merged, read
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
 # The builder's attribute, the value that is served, and what another one means.
-_SERVED = (
+_SERVED_STEP = (
     ("dcp_world_size", 1, "a rank of decode context parallelism has some of the tokens only"),
     ("use_pcp", False, "prefill context parallelism gathers the ranks' tokens"),
     ("compress_ratio", 1, "lengths count compressed states"),
-    ("supports_varlen", False, "one kernel of vLLM's writes all of it already (SM100)"),
 )
+_SERVED = (*_SERVED_STEP, ("supports_varlen", False, "one kernel of vLLM's writes all of it already (SM100)"))
+
+
+@dataclass(frozen=True, eq=False)
+class DraftStep:
+    """A draft step that is bound to what it reads and writes. Made by bind_draft_step().
+
+    Attributes:
+        plan: the plan.
+        inputs: the arguments of its runs.
+        slots: the length of a group's slot mapping.
+    """
+
+    plan: Plan
+    inputs: Mapping[str, Any]
+    slots: int
+
+    def run(self, *, tail: bool = True) -> None:
+        """One launch on the device's current stream. Capturable.
+
+        Args:
+            tail: whether slot mappings behind the step's requests become -1 up to their end, as vLLM does in each step;
+                they stay so in the next steps of a batch.
+
+        Raises:
+            ArgumentError, LaunchError: see Plan.run.
+        """
+        self.plan.run(**self.inputs, captured_size=self.slots if tail else None)
+
+
+def bind_draft_step(
+    builder: Any,
+    metadata: Any,
+    block_tables: Any,
+    *,
+    idx_mapping: Tensor,
+    positions: Tensor,
+    sparse: Sequence[Any] = (),
+    schedule: bool = True,
+    **settings: Any,
+) -> DraftStep:
+    """Binds what vLLM's kernels write between two steps of a drafter whose requests have one token each.
+
+    Written as BlockTables.compute_slot_mappings and update_draft_decode_metadata of the builders do, for all requests
+    that were captured:
+
+    * block_tables.slot_mappings[g], for each KV-cache group g: table[p // block_size] * block_size + p % block_size for
+      a request at position p, from its row of block_tables.block_tables[g]; -1 where its idx_mapping is -1, where the
+      group's slot mapping is disabled, and behind the requests.
+    * metadata.decode: block_table, seq_lens, decode_lens and per_req_decode_lens, which are 1, and indices on SM100.
+      What is the runner's own memory is left out.
+    * metadata.decode.schedule_metadata.
+    * req_id_per_token of the sparse metadata: a token's request, and the last request for padding.
+
+    Args:
+        builder: the DeepseekV32IndexerMetadataBuilder that made the metadata.
+        metadata: its DeepseekV32IndexerMetadata of the captured step.
+        block_tables: vLLM's BlockTables, with as many KV-cache groups as it likes.
+        idx_mapping: the drafter's own, int64 [requests or more]: a request's row of the block tables, or -1.
+        positions: the drafter's own, int64 [requests or more]: where each request's token is.
+        sparse: metadata of sparse MLA builders with query_start_loc and req_id_per_token, whose token t is request t's
+            or padding.
+        schedule: whether to write DeepGEMM's schedule. On SM100 it needs schedule_split_cost: 2 * q + 1, where q is 128
+            divided by the indexer's heads.
+        settings: further arguments of onelaunch.bind.
+
+    Raises:
+        ArgumentError: an attribute is missing; builder or block_tables have what isn't served; the metadata isn't a
+            draft step's; and see onelaunch.bind.
+    """
+    _check_served("builder", builder, _SERVED_STEP)
+    _check_served("block_tables", block_tables, (("cp_size", 1, "a rank of context parallelism has some slots only"),))
+    decode = read("metadata", metadata, ("decode",), _ADVICE)
+    requests, tokens, prefills = (
+        read("metadata", metadata, (f"num_{name}",), _ADVICE) for name in ("decodes", "decode_tokens", "prefills")
+    )
+    if decode is None or prefills or requests != tokens:
+        raise ArgumentError(
+            f"metadata has {requests} decodes with {tokens} tokens, and {prefills} prefills; in a draft step each "
+            "request has one token. Bind the metadata that was built for the draft steps."
+        )
+    counted = _tensor("builder", builder, "arange_buffer")
+    lengths, table, expanded = (
+        _tensor("metadata", metadata, "seq_lens")[:requests],
+        _tensor("metadata", metadata, "block_table")[:requests],
+        _tensor("metadata.decode", decode, "block_table"),
+    )
+    rows = _tensor("metadata.decode", decode, "seq_lens")
+    buffers = MetadataBuffers(
+        cache_seqlens=None if _is_view(rows, lengths) else _flat(rows),
+        page_indices=None if _is_view(expanded, table) else expanded,
+        paged_mqa_schedule_metadata=_tensor("metadata.decode", decode, "schedule_metadata") if schedule else None,
+    )
+    declare = {
+        name: into(vector("1", "request"), _tensor("metadata.decode", decode, name))
+        for name in ("decode_lens", "per_req_decode_lens")
+    }
+    if varlen := read("metadata.decode", decode, ("indices",), _ADVICE) is not None:
+        declare["indices"] = into(vector("request", "request"), _tensor("metadata.decode", decode, "indices"))
+    if schedule and varlen and "schedule_split_cost" not in settings:
+        raise ArgumentError(
+            "schedule is True and schedule_split_cost isn't given, which DeepGEMM's schedule depends on here (SM100): "
+            "pass 2 * q + 1, where q is 128 divided by the indexer's heads, or schedule=False."
+        )
+    slots, constants, sources = _slot_mappings(block_tables)
+    requests_of, maps = _requests_of_tokens(sparse)
+    facts: dict[str, Any] = {
+        "extent": "full",
+        "page_size": 1,
+        "seq_lens_dtype": torch.int32,
+        "req_pool_indices_dtype": counted.dtype,
+        "schedule_remainder": "first" if varlen else "last",
+        "declare": {**slots, **declare, **requests_of},
+        "inputs": {"idx": idx_mapping.dtype, "position": positions.dtype, "last": counted.dtype},
+        "constants": constants,
+        "sources": sources,
+        "maps": maps,
+    }
+    plan = bind([buffers], req_to_token=table, **merged(facts, settings))
+    inputs = {
+        "idx": idx_mapping[:requests],
+        "position": positions[:requests],
+        "last": counted[requests - 1].expand(requests),  # a number for each captured size, and one kernel for all
+    }
+    read_too = {name: tensor for name, tensor in inputs.items() if name in dict(plan.config.inputs)}
+    return DraftStep(
+        plan,
+        {"seq_lens": lengths, "req_pool_indices": counted[:requests], **read_too},
+        _tensor("block_tables", block_tables, "slot_mappings").shape[1],
+    )
+
+
+def _slot_mappings(block_tables: Any) -> tuple[dict[str, Any], dict[str, int], dict[str, Tensor]]:
+    """declare, constants and sources of the slot mappings of all groups."""
+    sizes, tables, enabled = (
+        read("block_tables", block_tables, (name,), _ADVICE)
+        for name in ("block_sizes", "block_tables", "_slot_mapping_enabled")
+    )
+    mappings = _tensor("block_tables", block_tables, "slot_mappings")
+    declare: dict[str, Any] = {}
+    for group in range(len(sizes)):
+        declare |= vllm_slot_mapping(group, enabled=enabled[group])
+        declare[f"slots_{group}"] = into(declare[f"slots_{group}"], mappings[group])
+    constants = {f"size_{group}": size for group, size in enumerate(sizes)}
+    label = "block_tables.block_tables[{}]"
+    sources = {f"table_{group}": _tensor(label.format(group), table, "gpu") for group, table in enumerate(tables)}
+    return declare, constants, sources
+
+
+def _requests_of_tokens(sparse: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Map]]:
+    """declare and maps of the request of each token."""
+    declare, maps = {}, {}
+    for index, metadata in enumerate(sparse):
+        label = f"sparse[{index}]"
+        tokens = read(label, metadata, ("num_decode_tokens",), _ADVICE)
+        declare[f"request_of_token_{index}"] = into(
+            vllm_request_of_token(index), _tensor(label, metadata, "req_id_per_token")[:tokens]
+        )
+        maps[f"query_end_{index}"] = Map(_tensor(label, metadata, "query_start_loc")[1:])
+    return declare, maps
+
+
+def _check_served(label: str, owner: Any, served: Sequence[tuple[str, Any, str]]) -> None:
+    for name, allowed, meaning in served:
+        value = read(label, owner, (name,), _ADVICE)
+        if value != allowed:
+            raise ArgumentError(f"{label}.{name} is {value}: {meaning}. Leave this batch to vLLM.")
 
 
 def bind_backends(
@@ -80,10 +273,7 @@ def bind_backends(
         ArgumentError: an attribute is missing; the builder has what isn't served; the batch has no decode requests; and
             see onelaunch.bind.
     """
-    for name, served, meaning in _SERVED:
-        value = read("builder", builder, (name,), _ADVICE)
-        if value != served:
-            raise ArgumentError(f"builder.{name} is {value}: {meaning}. Leave this batch to vLLM.")
+    _check_served("builder", builder, _SERVED)
     decode = read("metadata", metadata, ("decode",), _ADVICE)
     if decode is None:
         raise ArgumentError(
@@ -115,7 +305,7 @@ def bind_backends(
         "decode_lens": into(vector("1") if flattened else tokens, _tensor("metadata.decode", decode, "decode_lens")),
     }
     facts["maps"] = {"query_start": Map(query_start_loc)}
-    return bind([buffers], req_to_token=table, **{**facts, **settings})
+    return bind([buffers], req_to_token=table, **merged(facts, settings))
 
 
 def _rows_of_requests(decode: Any, rows: Tensor) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import pickle
 import threading
 import uuid
@@ -13,7 +14,7 @@ from typing import Any
 from .. import errors
 from ..build import toolchain
 from ..cache.store import Store
-from ..errors import ArgumentError, CompileError, OnelaunchError, StoreError
+from ..errors import ArgumentError, CompileError, OnelaunchError, StoreError, ToolchainError
 from ..spec.config import KernelConfig
 from . import loader, pack
 
@@ -32,10 +33,11 @@ def distribute(
 ) -> list[loader.Kernel]:
     """Builds configurations once for a whole job: the first rank of each architecture builds and sends to the others.
 
-    Every rank of the group calls this with equal ``configs``; the first one waits for the last one as long as the
-    group's own time-out says. From then on they talk through gloo, on their CPUs. If one rank fails, all raise the same
-    error, at once. A rank that is interrupted raises its interrupt, and the others an error that names it. If one is
-    killed, or doesn't answer for a minute, all others raise an error that says so.
+    Every rank of the group calls this with equal ``configs``; the first one waits for the last one in a collective of
+    the group, with the group's own time-out. (NCCL's ends the process; and like all collectives of objects, with NCCL
+    it needs the rank's device to be the current one.) From then on they talk through gloo, on their CPUs. If one rank
+    fails, all raise the same error, at once. A rank that is interrupted raises its interrupt, and the others an error
+    that names it. If one is killed, or doesn't answer for a minute, all others raise an error that says so.
 
     Args:
         configs: the configurations to build or load.
@@ -48,12 +50,18 @@ def distribute(
 
     Raises:
         ArgumentError: torch.distributed isn't initialized, or this process isn't in the group.
+        ToolchainError: numpy isn't installed, without which torch.distributed passes on no objects.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load; the message names the rank.
     """
     import torch.distributed as dist  # not at the top: it imports torch, which takes a second
 
     if not dist.is_available() or not dist.is_initialized():
         raise ArgumentError("torch.distributed isn't initialized: call init_process_group before distribute().")
+    if importlib.util.find_spec("numpy") is None:
+        raise ToolchainError(
+            "onelaunch.distribute needs numpy, without which torch.distributed passes on no objects, and it isn't "
+            "installed. Install it with: pip install numpy."
+        )
     if dist.get_rank(group) < 0:
         raise ArgumentError(
             f"Rank {dist.get_rank()} isn't in the group given to distribute(): call it on the group's ranks only."

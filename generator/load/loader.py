@@ -29,7 +29,7 @@ from ..spec.config import KernelConfig
 from ..spec.presets import PRESETS
 from ..variables import POLICY_VARIABLE
 from . import find
-from .obtain import Bounds, obtain, speaking_of
+from .obtain import Bounds, as_store_error, obtain
 
 Policy = Literal["allow", "warn", "error"]
 
@@ -183,7 +183,7 @@ def lookup(
         key: content key; "" searches only the notes of earlier processes.
         any_compiler: whether to accept notes for other compiler versions.
     """
-    with speaking_of(lambda: store):
+    with as_store_error(lambda: store):
         found = find.by_note(find.Request.of(config, archs), store, any_compiler)
         return found or (find.by_key(key, store) if key else None)
 
@@ -212,13 +212,13 @@ def _load(request: find.Request, store: Store) -> Kernel:
 
 def _entry(request: find.Request, store: Store, bounds: Bounds, obey_policy: bool = False) -> tuple[Entry, Store, bool]:
     """The entry of a request: by a note, by key, or built. Renders once, and only without a note."""
-    with speaking_of(lambda: store):
+    with as_store_error(lambda: store):
         if (noted := find.by_note(request, store)) is not None:
             return *noted, False
     try:
         tools = toolchain.find_tools(request.config.target)
         recipe = request.recipe(tools.versions())
-        with speaking_of(lambda: store):
+        with as_store_error(lambda: store):
             found = find.by_key(recipe.key, store)
         built = False
         if found is None:
@@ -228,7 +228,7 @@ def _entry(request: find.Request, store: Store, bounds: Bounds, obey_policy: boo
             found = entry, home
     except ToolchainError:
         # A host without a compiler accepts a build of the same source by any compiler.
-        with speaking_of(lambda: store):
+        with as_store_error(lambda: store):
             found = find.by_note(request, store, any_compiler=True)
         if found is None:
             raise

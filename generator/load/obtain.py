@@ -55,7 +55,7 @@ def obtain(recipe: Recipe, tools: Tools, store: Store, bounds: Bounds | None = N
     bounds = bounds or Bounds()
     limit = collect.limit()  # reports an unreadable limit before the work
     home = store
-    with speaking_of(lambda: home):
+    with as_store_error(lambda: home):
         home = writable(store, recipe.key)
         try:
             found = _obtain(recipe, tools, home, bounds)
@@ -74,7 +74,7 @@ def obtain(recipe: Recipe, tools: Tools, store: Store, bounds: Bounds | None = N
 
 
 @contextlib.contextmanager
-def speaking_of(store: Callable[[], Store]) -> Iterator[None]:
+def as_store_error(store: Callable[[], Store]) -> Iterator[None]:
     """Turns an OSError of a store's operation into a StoreError about that store."""
     try:
         yield

@@ -151,7 +151,7 @@ def read_matrix(path: Path) -> list[Job]:
         with open(path, "rb") as file:
             tables: Any = tomllib.load(file)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, numbers or tables without end
-        raise ConfigError(f"--config {path} can't be read: {error}.") from error
+        raise ConfigError(f"--config {path} can't be read: {error}. Name a TOML file of [[build]] tables.") from error
     builds = tables.get("build")
     if not isinstance(builds, list) or set(tables) != {"build"}:
         raise ConfigError(f"--config {path} must hold tables [[build]] and nothing else; it holds {', '.join(tables)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,16 @@ from ..spec import layout
 from ..spec.config import KernelConfig
 from ..spec.fields import FIELDS, MetadataBuffers
 from ..variables import NVTX_VARIABLE
+
+# The codes that leave CUDA's context unusable, which a kernel causes while it runs: "the process must be terminated and
+# relaunched" in driver_types.h, and uncorrectable errors of memory (214) and NVLink (220).
+_LOST = {214, 220, 226, 700, 702, 710, *range(714, 720), 721}
+LOST = (
+    "A kernel that was launched before this call, of any library in this process, has failed, and CUDA refuses "
+    "everything since. CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer finds that kernel; start the process again."
+)
+_CAPTURE_FAILED = 901
+_CAPTURE_ADVICE = "Something before this launch ended the capture: end the capture, and capture again without it."
 
 
 class BoundKernel:
@@ -54,12 +65,11 @@ class BoundKernel:
             # Loads the kernel on the device now, because a first launch inside a graph capture couldn't.
             module.prepare(ordinal)
         except RuntimeError as error:
-            raise LaunchError(
-                f"{config.symbol} can't be loaded on {device}: {error}. It was built for "
-                f"{', '.join('sm_' + arch for arch in self.kernel.archs) or 'the CPU'}."
-            ) from error
+            built_for = ", ".join("sm_" + arch for arch in self.kernel.archs) or "the CPU"
+            advice = _advice(error) or f"It was built for {built_for}."
+            raise LaunchError(f"{config.symbol} can't be loaded on {device}: {error}. {advice}") from error
         try:
-            module.reads(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
+            module.register_classes(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
         except (AttributeError, RuntimeError) as error:  # no such functions, or of another DLPack version
             raise LaunchError(
                 f"{config.symbol} can't read the tensors of torch {torch.__version__}: {error}. It needs "
@@ -75,7 +85,16 @@ class BoundKernel:
 
     def launch_error(self, error: RuntimeError) -> LaunchError:
         """The error that a plan's run() raises if its launch failed."""
-        return LaunchError(f"{self._config.symbol} wasn't launched on {self._device}: {error}.")
+        return LaunchError(
+            f"{self._config.symbol} wasn't launched on {self._device}: {error}. {_advice(error)}".rstrip()
+        )
+
+
+def _advice(error: RuntimeError) -> str:
+    """Whose error it is, where that isn't this kernel's; "" if it may be. The binding's messages have CUDA's code."""
+    found = re.match(r"CUDA error (\d+):", str(error))
+    code = int(found[1]) if found else 0
+    return LOST if code in _LOST else _CAPTURE_ADVICE if code == _CAPTURE_FAILED else ""
 
 
 def _with_nvtx(run: Callable[..., None], name: str) -> Callable[..., None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..spec.expressions import Dtype
 from ..spec.fields import Field
 
 # Kernels count columns in 32 bits. The margin keeps a tile that begins below the limit from overflowing.
@@ -29,9 +30,18 @@ def torch_dtypes(names: Sequence[str]) -> list[torch.dtype]:
 
 
 def check_tensor(
-    name: str, value: Any, *, dim: int, dtypes: Sequence[torch.dtype], device: torch.device | None = None
+    name: str,
+    value: Any,
+    *,
+    dim: int,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None = None,
+    remedy: str = "",
 ) -> Tensor:
     """Checks an argument's type, layout, dtype, rank and device; a table also for unit inner stride and separate rows.
+
+    Args:
+        remedy: what to do about a wrong dtype, if it isn't to convert the tensor.
 
     Raises:
         ArgumentError: it doesn't fit.
@@ -44,7 +54,8 @@ def check_tensor(
         raise ArgumentError(f"{name} is a nested tensor; it must be a strided tensor with one shape.")
     if value.dtype not in dtypes:
         allowed = " or ".join(dtype_name(d) for d in dtypes)
-        raise ArgumentError(f"{name} has dtype {dtype_name(value.dtype)}; allowed: {allowed}.")
+        remedy = remedy or f"Pass it converted, by .to({dtypes[0]})."
+        raise ArgumentError(f"{name} has dtype {dtype_name(value.dtype)}; allowed: {allowed}. {remedy}")
     if value.dim() != dim:
         raise ArgumentError(f"{name} has shape {tuple(value.shape)}; it must have {dim} dimension{'s'[: dim > 1]}.")
     if device is not None and value.device != device:
@@ -71,14 +82,15 @@ def check_tensor(
 
 
 def check_destination(
-    name: str, value: Any, *, dim: int, dtypes: Sequence[torch.dtype], device: torch.device | None
+    name: str, value: Any, *, dim: int, dtypes: Sequence[torch.dtype], device: torch.device | None, remedy: str = ""
 ) -> Tensor:
     """check_tensor for a tensor that will be written; a vector must be contiguous.
 
     Raises:
         ArgumentError: it can't be written to.
     """
-    tensor = check_tensor(name, value, dim=dim, dtypes=dtypes, device=device)
+    remedy = remedy or f"Allocate it with dtype={dtypes[0]}."
+    tensor = check_tensor(name, value, dim=dim, dtypes=dtypes, device=device, remedy=remedy)
     if dim == 1 and tensor.numel() > 1 and tensor.stride(0) != 1:
         raise ArgumentError(f"{name} has stride {tensor.stride(0)}; it must be 1 (contiguous).")
     return tensor
@@ -87,9 +99,18 @@ def check_destination(
 def check_declared(name: str, value: Any, field: Field, device: torch.device | None) -> Tensor:
     """Checks a declared field's destination: a vector or table may have any strides, a vector of own rows be [bs, W].
 
+    Beside tensors on a GPU it may be in pinned host memory, whose address is the device's too.
+
     Raises:
         ArgumentError: it can't be written to.
     """
+    if device is not None and device.type == "cuda" and isinstance(value, Tensor) and value.device.type == "cpu":
+        if not value.is_pinned():
+            raise ArgumentError(
+                f"{name} is on cpu; it must be on {device}, where the other tensors are, or in pinned memory. Move it "
+                "with .to(), or allocate it with pin_memory=True."
+            )
+        device = value.device
     (dtype,) = dtypes = torch_dtypes(field.dtypes)
     if (
         field.kind not in ("vector", "table")
@@ -97,7 +118,10 @@ def check_declared(name: str, value: Any, field: Field, device: torch.device | N
         or value.dtype != dtype
         or value.dim() not in (field.dim, 2)
     ):
-        return check_destination(name, value, dim=field.dim, dtypes=dtypes, device=device)
+        given = dtype_name(value.dtype) if isinstance(value, Tensor) else ""
+        declare = f"Declare dtype={given!r}, or allocate" if given in get_args(Dtype) else "Allocate"
+        remedy = f"{declare} it with dtype={dtype}."
+        return check_destination(name, value, dim=field.dim, dtypes=dtypes, device=device, remedy=remedy)
     flat = value.as_strided((1,), (1,)) if value.numel() else value.new_empty(0)
     check_tensor(name, flat, dim=1, dtypes=dtypes, device=device)
     if field.kind == "vector" and value.dim() == 2 and value.shape[1] != field.own_rows:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..spec.fields import Declaration, Packed, Table, Vector
+from ..spec.scope import check_declaration
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .memory import Region
 
@@ -81,11 +82,12 @@ class Declarations:
                     f"declare[{name!r}] is a {type(value).__name__}; it must be what onelaunch.vector, running_sum, "
                     "table or packed returns, or onelaunch.into(declaration, tensors)."
                 )
+            check_declaration(name, declared[name])
             if isinstance(value, Written):
                 self.tensors[name] = _one_each(name, value.tensors, count)
         for name, dtype in inputs.items():
             if dtype not in INT_DTYPES:
-                raise ArgumentError(f"inputs[{name!r}] is {dtype}; allowed: torch.int32, torch.int64.")
+                raise ArgumentError(f"inputs[{name!r}] is {dtype!r}; allowed: torch.int32, torch.int64.")
         self._read: dict[str, Tensor] = {}
         for name, table in sources.items():
             self._read[name] = check_tensor(f"sources[{name!r}]", table, dim=2, dtypes=INT_DTYPES)

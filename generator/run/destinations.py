@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..spec.config import KernelConfig
 from ..spec.fields import FIELDS, Field, MetadataBuffers, Per
 from ..spec.parts import MAX_SEQLEN_OFFSET, MAX_SM_PARTS
 from .checks import MAX_BATCH, MAX_COLUMNS, check_declared, check_destination, check_int, dtype_name, torch_dtypes
@@ -31,6 +32,7 @@ class Room(NamedTuple):
 
 
 class _Destination(NamedTuple):
+    backend: int
     name: str
     tensor: Tensor
     region: Region
@@ -83,11 +85,13 @@ class Destinations:
                 label = name_of(index, field.name)
                 allowed = torch_dtypes(field.dtypes)
                 device = check_destination(label, tensor, dim=field.dim, dtypes=allowed, device=device).device
-                given[field.name] = _Destination(label, tensor, Region.of(label, tensor))
-            for name, (field, tensors) in declared.items():
+                given[field.name] = _Destination(index, label, tensor, Region.of(label, tensor))
+            # Pinned memory, which is the host's, comes last: the others say which device it is.
+            for name, (field, tensors) in sorted(declared.items(), key=lambda one: one[1][1][index][1].is_cpu):
                 label, tensor = tensors[index]
-                device = check_declared(label, tensor, field, device).device
-                given[name] = _Destination(label, tensor, Region.of(label, tensor))
+                checked = check_declared(label, tensor, field, device)
+                device = device or checked.device
+                given[name] = _Destination(index, label, tensor, Region.of(label, tensor))
             given = _without_aliases(given, page_size, mode)
             if index == 0:
                 first = given
@@ -105,8 +109,7 @@ class Destinations:
                     _check_schedule(name, label, tensor)
                 if field.sized_by_batch:
                     per: Per = "request" if field.own_rows is not None else field.per
-                    held = tensor.shape[0] if tensor.dim() == 2 else tensor.shape[0] // (field.own_rows or 1)
-                    room[per].append(Room(held - field.extra, label))
+                    room[per].append(Room(_held(field, tensor), label))
                 if (dtype := first[name].tensor.dtype) != tensor.dtype:
                     raise ArgumentError(
                         f"{label} has dtype {dtype_name(tensor.dtype)} and {first[name].name} has {dtype_name(dtype)}; "
@@ -126,6 +129,20 @@ class Destinations:
         self.regions = [d.region for different in self._different.values() for d in different]
         check_disjoint(self.regions)
 
+    def padded(self, next_n: int) -> Room:
+        """The number of requests that fit the fields with a pad.
+
+        Args:
+            next_n: the rows of a request; 1 in decode.
+        """
+        rooms = [Room(MAX_BATCH, "")]
+        for name, different in self._different.items():
+            field = self._fields[name]
+            if field.pad is not None:
+                rows = next_n if field.per == "row" and field.own_rows is None else 1
+                rooms += [Room(_held(field, d.tensor) // rows, d.name) for d in different]
+        return min(rooms)
+
     def regions_of(self, names: Sequence[str]) -> list[Region]:
         """The memory of the different tensors of some fields."""
         return [d.region for name in names for d in self._different[name]]
@@ -133,6 +150,10 @@ class Destinations:
     def named(self) -> list[tuple[str, Tensor]]:
         """All different tensors with their names in messages."""
         return [(d.name, d.tensor) for different in self._different.values() for d in different]
+
+    def different(self, name: str) -> list[tuple[str, int, Tensor]]:
+        """The different tensors of a field, each with its name in messages and the first backend that has it."""
+        return [(d.name, d.backend, d.tensor) for d in self._different[name]]
 
     def width(self, name: str) -> int | None:
         """The columns of a table, the same in all backends; None if they don't have the field.
@@ -152,7 +173,7 @@ class Destinations:
         if not different:
             return None
         first = different[0]
-        for label, tensor, _ in different:
+        for _, label, tensor, _ in different:
             if tensor.shape[dim] != first.tensor.shape[dim]:
                 raise ArgumentError(
                     f"{label} has {tensor.shape[dim]} {what} and {first.name} has {first.tensor.shape[dim]}; all "
@@ -160,25 +181,21 @@ class Destinations:
                 )
         return int(first.tensor.shape[dim])
 
-    def token_columns(self, pool_width: int, page_size: int, index_kpool: int) -> int:
+    def token_columns(self, config: KernelConfig, pool_width: int) -> int:
         """The number of tokens that fit a row of every table.
 
         Args:
+            config: the configuration of these destinations.
             pool_width: columns of req_to_token.
 
         Raises:
             ArgumentError: a table of pages or pools has too few columns for the tokens of another table.
         """
         columns, limited = min(pool_width, MAX_COLUMNS), False
-        for table, tokens, unit in (
-            ("page_indices", 1, "tokens"),
-            ("real_page_table", page_size, "pages"),
-            ("pooled_real_page_table", page_size * index_kpool, "pools"),
-        ):
-            width = self.width(table)
-            if width is None:
-                continue
+        for table in (name for name in config.tables if FIELDS[name].kind == "table"):
+            width, tokens = self.width(table) or 0, config.tokens_per_column(table)
             if limited and width < -(-columns // tokens):
+                unit = "pools" if table in config.pooled_tables else "pages"
                 raise ArgumentError(
                     f"{self._different[table][0].name} has {width} columns; {columns} tokens in {unit} of {tokens} "
                     f"need {-(-columns // tokens)}. Allocate a wider table, or narrow the others."
@@ -280,6 +297,12 @@ def strided_words(tensor: Tensor, rows: int) -> list[int]:
     """The parameter words of a strided vector: its address, elements from request to request and from row to row."""
     request, row = tensor.stride() if tensor.dim() == 2 else (rows * tensor.stride(0), tensor.stride(0))
     return [tensor.data_ptr(), request, row]
+
+
+def _held(field: Field, tensor: Tensor) -> int:
+    """The requests that a tensor has room for, or the rows if it has an element for each."""
+    held: int = tensor.shape[0] if tensor.dim() == 2 else tensor.shape[0] // (field.own_rows or 1)
+    return held - field.extra
 
 
 def _without_aliases(given: dict[str, _Destination], page_size: int, mode: str) -> dict[str, _Destination]:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, LaunchError
 from ..load.loader import Kernel
 from ..spec.config import KernelConfig
 from ..spec.cpp import user_name
 from ..spec.fields import Declaration, Field, MetadataBuffers
 from ..spec.parts import MAX_NEXT_N
-from ..spec.violations import VIOLATIONS
-from .bound import BoundKernel
+from ..spec.violations import DIFFERS, VIOLATIONS
+from .audit import Places, audit_every, record
+from .bound import LOST, BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor, dtype_name
 from .declared import Declarations, Map, Written
 from .destinations import Destinations, NameOf, backend_field, check_backends
@@ -40,9 +41,10 @@ class Plan:
         capacity: the largest batch that fits the destinations.
         row_capacity: the largest number of rows that fits. The caller keeps the sum of variable extend lengths within
             it.
-        exact: how many requests each call must have; 0, the default, for any number up to ``capacity``.
+        exact: how many requests each call has, whose inputs may be longer: only their first ``exact`` elements count.
+            0, the default, for as many as the inputs have, up to ``capacity``.
         regions: the memory that the kernel writes.
-        launches: kernel launches so far.
+        launches: kernel launches so far, without those of audits.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Plan:
         max_len: int | None,
         keep: bool,
         declared: Declarations | None = None,
+        audit_every: int | None = None,
     ) -> None:
         self.config = config
         self.device = destinations.device
@@ -64,6 +67,7 @@ class Plan:
         (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
         if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
             self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
+        self._padded, self._narrowest_padded = destinations.padded(config.next_n)
         # The columns that fit, and those that a call without max_len writes.
         self._columns, self._max_len = columns, columns if max_len is None else max_len
         self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
@@ -73,14 +77,17 @@ class Plan:
         self._reads_rows, self._gathers = config.reads_rows, bool(config.tables)
         self._inputs = [(name, getattr(torch, dtype)) for name, dtype in config.inputs]
         self._input_names = tuple(name for name, _ in self._inputs)
-        self._pads = config.pads
+        self._pads, self._has_padding = config.pads, config.padding_len is not None
         self._variable = config.extend == "variable"
         self._has_rows = config.mode != "draft_extend" or bool(config.row_fields or config.names_rows)
-        self._violation = None
-        if config.checked:
-            # Kind, request, value and limit of the first violation. Not an inference tensor: check() writes to it.
-            with torch.inference_mode(False):
-                self._violation = torch.zeros(4, dtype=torch.int64, device=self.device)
+        # Of a checked plan kind, request, value and limit of the first violation; of an audit see audit.py.
+        self._violation = record(self.device, pinned=config.audits) if config.reports else None
+        self._places = Places(destinations) if config.audits else None
+        self._audit_every, self._auditor = audit_every, None
+        if audit_every is not None:
+            self._auditor = Plan(
+                destinations, config.replace(writes="audit"), req_to_token, columns, max_len, keep, declared
+            )
         # Held as it is: it lasts as long as one of the plans that share it.
         self._hashes = hashes_of(destinations, config) if config.hashes_tiles else None
         hashes = None if self._hashes is None else self._hashes.words
@@ -131,13 +138,14 @@ class Plan:
             extend_seq_lens: int [bs], likewise: the rows of each request, for a plan with variable extend lengths;
                 None for all other plans. The caller guarantees that their sum is at most ``row_capacity``.
             max_len: bound on the columns of this call; None is the bound that was given to bind().
-            captured_size: requests, padding included, up to which declared fields with a ``pad`` are written; None is
-                bs, so that nothing is padded. Only for a plan with such fields.
+            captured_size: requests, padding included, up to which fields are padded: with padding_len all of them,
+                otherwise declared fields with a ``pad``, as many as fit those. None is bs, so that nothing is padded.
             inputs: the declared inputs by name, int [bs], of the dtype that they were declared with, any stride.
 
         Raises:
             ArgumentError: a tensor doesn't fit; nothing was written.
             LaunchError: CUDA refused the launch.
+            AuditError: the refresh was launched, and an earlier audit found something (see ``audit_every`` of bind()).
 
         In a function compiled by torch.compile it causes a graph break and runs between two graphs; with
         ``fullgraph=True`` that is an error. The functions of api.py can be part of a graph.
@@ -156,6 +164,53 @@ class Plan:
         except RuntimeError as error:
             raise self._bound.launch_error(error) from error
         self.launches += 1
+        if self._audit_every and self.launches % self._audit_every == 0:
+            self._canary(
+                seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
+            )
+
+    def _canary(self, *tensors: Tensor | None, **named: Any) -> None:
+        """Raises what the last audit found, or launches the next one. Waits only to raise."""
+        assert self._auditor is not None
+        assert self._auditor._violation is not None
+        if self.device.type == "cuda":  # pragma: gpu
+            with torch.cuda.device(self.device):
+                if torch.cuda.is_current_stream_capturing():
+                    return
+        if int(self._auditor._violation[0]):
+            self.check()
+        self.audit(*tensors, **named)  # type: ignore[arg-type]
+
+    def audit(
+        self,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        extend_seq_lens: Tensor | None = None,
+        *,
+        max_len: int | None = None,
+        captured_size: int | None = None,
+        **inputs: Tensor,
+    ) -> None:
+        """Compares every element that run() would write with what is there: one launch and nothing else. Capturable.
+
+        It writes nothing. What it finds check() raises: the first difference that was reported since the last check();
+        where several elements differ, which of them that is isn't defined. Columns behind the live ones and rows behind
+        the batch aren't compared: a refresh leaves them alone.
+
+        Args:
+            seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, inputs: see run(), of which they must
+                be those of the last one: launch it before they change.
+
+        Raises:
+            ArgumentError: a tensor doesn't fit, or the plan wasn't bound with ``audit_every``.
+            LaunchError: CUDA refused the launch.
+        """
+        if self._auditor is None:
+            raise ArgumentError("the plan was bound without an audit. Bind it with audit_every=0.")
+        self._auditor.exact = self.exact
+        self._auditor.run(
+            seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
+        )
 
     def admit(
         self,
@@ -212,11 +267,12 @@ class Plan:
         if len(values) != len(self._inputs):
             raise ArgumentError(
                 f"run() got {len(values)} declared inputs and needs {len(self._inputs)}: "
-                f"{', '.join(self._input_names)}."
+                f"{', '.join(self._input_names)}. Pass each by its name."
             )
         inputs += [(name, value, dtype, True) for (name, dtype), value in zip(self._inputs, values, strict=True)]
         for name, tensor, dtype, read in inputs:
-            check_tensor(name, tensor, dim=1, dtypes=(dtype,) if read else INT_DTYPES, device=self.device)
+            dtypes = (dtype,) if read else INT_DTYPES
+            check_tensor(name, tensor, dim=1, dtypes=dtypes, device=self.device, remedy=_rebind(name, tensor, dtype))
             region = Region.of(name, tensor)
             start, end = region.start, region.end
             for first, last, destination in self._spans:
@@ -225,9 +281,14 @@ class Plan:
                         f"{name} overlaps {destination.name} in memory; the kernel would read memory that it writes. "
                         "Pass a copy (.to(torch.int32) returns the same tensor if it is int32 already)."
                     )
-        batch_size = seq_lens.numel()
-        for name, tensor, _, _ in inputs[1:]:
-            if tensor.numel() != batch_size:
+        batch_size = self.exact or seq_lens.numel()
+        for name, tensor, _, _ in inputs:
+            if self.exact and tensor.numel() < self.exact:
+                raise ArgumentError(
+                    f"{name} has {tensor.numel()} elements; the plan is for {self.exact} requests. Pass as many or "
+                    "more, of which the first ones count."
+                )
+            if not self.exact and tensor.numel() != batch_size:
                 raise ArgumentError(
                     f"{name} has {tensor.numel()} elements and seq_lens has {batch_size}; "
                     "they must have the same number."
@@ -238,42 +299,70 @@ class Plan:
                 f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
                 "Bind larger buffers."
             )
-        if self.exact not in (0, batch_size):
-            raise ArgumentError(f"seq_lens has {batch_size} requests; the plan is for {self.exact}. Pass {self.exact}.")
         columns = self._max_len
         if max_len is not None:
             columns = check_int("max_len", max_len, 0, self._columns, ", the width of the narrowest table")
         self._storages.check()
         # In the order of layout.call_words.
         words = [word for _, tensor, _, read in inputs if read for word in (tensor.data_ptr(), tensor.stride(0))]
-        words.append(batch_size)
-        if self._pads:
-            words.append(batch_size if captured_size is None else self._captured(captured_size, batch_size))
-        elif captured_size is not None:
-            raise ArgumentError(f"captured_size is {captured_size!r}; no field of the plan has a pad: leave it None.")
+        size = batch_size if captured_size is None else self._captured(captured_size, batch_size)
+        if self._has_padding:
+            words += [size, batch_size]
+        elif self._pads:
+            words += [batch_size, size]
+        else:
+            words.append(batch_size)
         return [*words, columns] if self._gathers else words
 
     def _captured(self, captured_size: int, batch_size: int) -> int:
-        why = f", from the batch to what {self._narrowest or 'the destinations'} has room for"
-        return check_int("captured_size", captured_size, batch_size, self.capacity, why)
+        if not self._pads and not self._has_padding:
+            raise ArgumentError(
+                f"captured_size is {captured_size!r}; no field of the plan has a pad, and it wasn't bound with "
+                "padding_len: leave it None."
+            )
+        # With padding_len every field is written up to it, else those that have a pad.
+        most, narrowest = self._padded, self._narrowest_padded
+        if self._has_padding:
+            most, narrowest = self.capacity, self._narrowest or "the destinations"
+        why = f", from the batch to what {narrowest} has room for"
+        return check_int("captured_size", captured_size, batch_size, most, why)
 
     def check(self) -> None:
-        """Raises the violation that a checked plan's kernel recorded, and clears it. Waits for the device.
+        """Raises what a checked plan's kernel or an audit recorded, and clears it. Waits for the device.
 
         After a violation the kernel goes on, but reads and writes nothing out of bounds. Only the first violation since
-        the last call of check() is reported.
+        the last call of check() is reported, and of audits the first difference.
 
         Raises:
-            ArgumentError: an input violated a check, or the plan wasn't bound with ``checked=True``.
+            ArgumentError: an input violated a check, or the plan was bound with neither ``checked`` nor
+                ``audit_every``.
+            AuditError: an audit found an element that isn't what a refresh writes.
+            LaunchError: a kernel failed on the device, of this plan or of any library, so nothing can be read.
         """
-        if self._violation is None:
-            raise ArgumentError("the plan was bound without device checks. Bind it with checked=True.")
+        if self._violation is None and self._auditor is None:
+            raise ArgumentError(
+                "the plan was bound without device checks and without an audit. Bind it with checked=True or "
+                "audit_every=0."
+            )
         if self.device.type == "cuda":  # pragma: gpu
-            torch.cuda.synchronize(self.device)  # the launch may be on any stream
-        kind, request, value, limit = self._violation.tolist()
-        if kind:
-            self._violation.zero_()
-            raise ArgumentError(VIOLATIONS[kind - 1].sentence.format(request=request, value=value, limit=limit))
+            try:
+                torch.cuda.synchronize(self.device)  # the launch may be on any stream
+            except RuntimeError as error:
+                said = str(error).partition("\n")[0]
+                raise LaunchError(f"{self.config.symbol} can't be checked on {self.device}: {said}. {LOST}") from error
+        for plan in (self, self._auditor):
+            if plan is not None and plan._violation is not None:
+                plan._raise_recorded(plan._violation)
+
+    def _raise_recorded(self, recorded: Tensor) -> None:
+        kind, request, value, limit = recorded.tolist()
+        if not kind:
+            return
+        recorded.zero_()
+        if kind == DIFFERS.number:
+            assert self._places is not None
+            raise self._places.error(request, value, limit)
+        raise ArgumentError(VIOLATIONS[kind - 1].sentence.format(request=request, value=value, limit=limit))
 
     def forget(self) -> None:
         """Makes the next run write everything: somebody else wrote to the tables, or their memory was lost.
@@ -325,6 +414,7 @@ def bind(
     extend_seq_lens_dtype: torch.dtype = torch.int64,
     index_kpool: int = 1,
     page_fill: int | None = None,
+    padding_len: int | None = None,
     checked: bool = False,
     schedule_remainder: str = "last",
     schedule_per: str = "request",
@@ -332,6 +422,7 @@ def bind(
     schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
     writes: str = "all",
+    audit_every: int | None = None,
     declare: Mapping[str, Declaration | Written] | None = None,
     inputs: Mapping[str, torch.dtype] | None = None,
     constants: Mapping[str, int] | None = None,
@@ -344,7 +435,8 @@ def bind(
     tensor is given other memory later (``set_``, ``.data =``): the plan goes on writing to the memory that was bound.
     Resizing the storage of a bound tensor (``resize_`` beyond its size, ``untyped_storage().resize_``) frees that
     memory. A later run() raises ArgumentError then, but only if its arguments differ from those of the
-    last calls, and a captured graph can't notice: don't resize what is bound.
+    last calls, and a captured graph can't notice: don't resize what is bound. A launch on another stream than the
+    memory's own must have run before the plan and its tensors are dropped, or these need ``record_stream``.
 
     Args:
         backends: N MetadataBuffers with the same fields. A tensor that several backends share is written once.
@@ -369,6 +461,10 @@ def bind(
         extend: in draft_extend, "uniform" for next_n rows a request, or "variable": run() takes extend_seq_lens.
         index_kpool: k, tokens a pool: only complete pools are clamped at index_topk; for the pooled_* fields.
         page_fill: -1 writes -1 to the dead columns of real_page_table, up to its width; None leaves them untouched.
+        padding_len: the length of padding requests, such as SGLang's seq_len_fill_value: all fields are written up to
+            run()'s captured_size, as if the batch had as many requests, which have this length (before an offset is
+            added), row 0 of req_to_token, and inputs of 0. A declared field with a ``pad`` holds that instead. None:
+            only fields with a pad are written there.
         checked: whether the kernel checks rows of the pool and lengths, for plan.check() to raise; a debugging aid.
         schedule_remainder: in paged_mqa_schedule_metadata, "last" for the convention of DeepGEMM since 2026-06,
             "first" for the one before, and for sm_100.
@@ -382,7 +478,15 @@ def bind(
             differ from what this plan, or another one of the same tables, wrote last; kv_indices element by element.
             It holds as long as nobody else writes the tables (then call Plan.forget()) and all of these plans run on
             one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
-            probability of about 2^-63.
+            probability of about 2^-63. "audit" is for tables that somebody else writes: run() writes nothing, and
+            compares as Plan.audit() does.
+        audit_every: None for no audits, unless $ONELAUNCH_AUDIT_EVERY says how often. 0 builds the audit's kernel, too,
+            for Plan.audit(). k also audits after the refresh of every k-th run(), for use in production; before that
+            audit it raises what the last one found (AuditError), and waits for the device only then. An audit right
+            after a refresh finds what that didn't heal: a tile that verified writes took for unchanged, another stream
+            or plan that writes the same memory, a fault of the kernel. Who overwrites a table between refresh and use
+            leaves no trace in the next refresh, whose inputs are others: to find that, call Plan.audit() behind the
+            use. A run() that is captured doesn't audit; Plan.audit() itself can be captured.
         declare: fields of your own by name, ``into(vector("base_len + row", dtype="int64"), positions)``; a declaration
             without tensors is for other formulas to name. See ``spec/fields.py`` for what a formula may name.
         inputs: by name the dtype of further inputs that formulas name: run() gets an int [bs] of each.
@@ -438,8 +542,7 @@ def make_plan(
         if region.overlaps(source):
             raise ArgumentError(f"{region.name} overlaps req_to_token in memory; allocate it separately.")
     declared.check_read(destinations.device, destinations.regions)
-    columns = destinations.token_columns(req_to_token.shape[1], facts["page_size"], facts["index_kpool"])
-    max_len = facts.pop("max_len")
+    max_len, every = facts.pop("max_len"), audit_every(facts.pop("audit_every"))
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
         facts[name] = dtype_name(facts[name])
     vectorized = "page_indices" in destinations.fields and destinations.same_alignment("page_indices")
@@ -457,9 +560,10 @@ def make_plan(
             "target": destinations.device.type,
         }
     )
+    columns = destinations.token_columns(config, req_to_token.shape[1])
     if max_len is not None:
         check_int("max_len", max_len, 0, columns, ", the width of the narrowest table")
-    return Plan(destinations, config, req_to_token, columns, max_len, keep, declared)
+    return Plan(destinations, config, req_to_token, columns, max_len, keep, declared, every)
 
 
 def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:
@@ -469,14 +573,25 @@ def _check_numbers(facts: Mapping[str, Any], names: ArgumentNames) -> None:
     check_int("index_kpool", facts["index_kpool"], 1, 2**31 - 1)
     if mode == "decode" or extend == "variable":
         why = " in decode" if mode == "decode" else " with variable extend lengths"
-        check_int("next_n", facts["next_n"], 1, 1, why)
+        several = "mode='target_verify' or 'draft_extend'" if mode == "decode" else "extend='uniform'"
+        check_int("next_n", facts["next_n"], 1, 1, f"{why}. For several rows per request bind with {several}")
     else:
         check_int("next_n", facts["next_n"], 1, MAX_NEXT_N)
     if extend != "uniform" and mode != "draft_extend":
         raise ArgumentError(f"extend is {extend!r} in {mode}; allowed: 'uniform'. Only draft_extend allows 'variable'.")
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
         if facts[name] not in INT_DTYPES:
-            raise ArgumentError(f"{name} is {facts[name]}; allowed: torch.int32, torch.int64.")
+            raise ArgumentError(f"{name} is {facts[name]!r}; allowed: torch.int32, torch.int64.")
+
+
+def _rebind(name: str, tensor: Any, dtype: torch.dtype) -> str:
+    """What to do about an input of another dtype than was bound: the argument of bind() to set, or a conversion."""
+    convert = f"{name}.to({dtype})"
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INT_DTYPES:
+        return f"Pass {convert}."
+    own = name in ("seq_lens", "req_pool_indices", "extend_seq_lens")
+    setting = f"{name}_dtype={tensor.dtype}" if own else f"inputs={{{name!r}: {tensor.dtype}}}"
+    return f"Bind with {setting}, or pass {convert}."
 
 
 def _page_size(page_size: int | None, kv_indices: bool, names: ArgumentNames) -> int:

@@ -31,7 +31,7 @@ from .parts import (
     setting,
 )
 from .scope import Scope
-from .values import Names, OneOf, Pairs, Whole, check_one_of, check_whole
+from .values import Names, OneOf, Pairs, Whole, check_one_of, check_setting, check_whole
 
 Operation = Literal["precompute_and_broadcast", "copy"]
 Target = Literal["cuda", "cpu"]
@@ -100,7 +100,7 @@ class KernelConfig(Implied):
 
     def __init__(self, **settings: Any) -> None:
         for name in settings:
-            check_one_of("the setting's name", name, tuple(SETTINGS))
+            check_setting(name, SETTINGS)
         for part, kind in PARTS.items():
             _set(self, part, kind(**{n: settings[n] for n, of in _PART_OF.items() if of == part and n in settings}))
         given = Scope(self.declare, self.inputs, self.constants, self.sources, self.maps)
@@ -188,6 +188,11 @@ class KernelConfig(Implied):
             raise ConfigError(
                 f"fields has {rows[0]}, a declared table with a row per row, and extend is 'variable'; set "
                 "extend='uniform', or declare it with per='request'."
+            )
+        if self.variable_rows and self.padding_len is not None:
+            raise ConfigError(
+                f"padding_len is {self.padding_len} and extend is 'variable'; how many rows a padding request has "
+                "isn't known. Set extend='uniform', or padding_len=None."
             )
         tables = [name for name in self.tables if self.field(name).kind == "table"]
         if self.packed is not None and tables:

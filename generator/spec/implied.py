@@ -6,6 +6,7 @@ which settings are used.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from .cpp import user_name
@@ -65,6 +66,10 @@ class Implied:
     def _tokens_a_column(self, name: str) -> tuple[str, ...]:
         """The settings whose product is the number of tokens that a table has a column for."""
         return tuple(setting for setting in CONSTANTS if setting in self.scope.named([name], self.mode))
+
+    def tokens_per_column(self, table: str) -> int:
+        """The number of tokens that a table has a column for: 1, a page, or a pool of pages."""
+        return math.prod(int(getattr(self, setting)) for setting in self._tokens_a_column(table))
 
     @property
     def gathers(self) -> bool:
@@ -143,6 +148,16 @@ class Implied:
     def hashes_tiles(self) -> bool:
         """Whether it keeps a hash of each tile. kv_indices, which has no rows, is compared with itself instead."""
         return self.verified and self.packed is None
+
+    @property
+    def audits(self) -> bool:
+        """Whether it writes nothing, and compares what is there with what a refresh would write."""
+        return not self.copies and bool(self.writes == "audit")
+
+    @property
+    def reports(self) -> bool:
+        """Whether it has a record of the first violation."""
+        return bool(self.checked) or self.audits
 
     @property
     def needs_lengths(self) -> bool:
@@ -276,7 +291,9 @@ class Implied:
 
         This caps the registers at 64 per thread. Without it ptxas uses, or spills, a few more.
         """
-        return 1024 // int(self.threads) if self.strategy in ("live", "equal", "variable") else 0
+        alone = self.strategy is None and self.computed
+        capped = alone or self.strategy in ("live", "equal", "variable")
+        return 1024 // int(self.threads) if capped else 0
 
     @property
     def wide_tiles(self) -> int:

@@ -55,8 +55,8 @@ class Member:
             one); "to_<dtype>" (pointers to a field); "table" (a pointer to a field and its row stride in elements);
             "strided_<dtype>" (a pointer to a field, and elements from request to request and from row to row);
             "source_<dtype>" (a pointer, rows, elements from row to row, columns); "map_<dtype>" (a pointer, elements);
-            "violation" (pointer to the record of a checked kernel); "hashes" (pointer to those of a verified kernel's
-            tiles).
+            "violation" (pointer to the record of a checked kernel or an audit); "hashes" (pointer to those of a
+            verified kernel's tiles).
         count: array length, or None for a single member.
         per_call: whether each call sets it; the others are set once, when a plan is bound.
         comment: what it holds.
@@ -95,7 +95,9 @@ def members(config: KernelConfig) -> list[Member]:
         add(user_name(name), f"from_{dtype}", "[batch_size], declared", per_call=True)
         add(f"{user_name(name)}_stride", "int64", "elements", per_call=True)
     add("batch_size", "int64", "requests", per_call=True)
-    if config.pads:
+    if config.padding_len is not None:
+        add("requests", "int64", "those behind, up to batch_size, are padding", per_call=True)
+    elif config.pads:
         add("captured_size", "int64", "requests, padding included", per_call=True)
     if copies and config.row_fields:
         add("rows", "int64", "rows of all requests", per_call=True)
@@ -126,10 +128,10 @@ def members(config: KernelConfig) -> list[Member]:
     add("device", "int64", "ordinal")
     if config.tables:
         add("sm_count", "int64", "SMs of the device")
-    if config.checked:
+    if config.reports:
         add("violation", "violation", "the first violation, or none")
-        if config.extend == "variable":
-            add("row_capacity", "int64", "rows that fit the destinations")
+    if config.checked and config.extend == "variable":
+        add("row_capacity", "int64", "rows that fit the destinations")
     if config.reads_tokens and (config.checked or config.look_ups):
         add("pool_rows", "int64", "rows of req_to_token")
     for name, dtype in config.sources:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from .declarations import Declarations
 from .expressions import Dtype
 from .fields import Declaration
-from .values import AnyNames, Mapped, Offsets, OneOf, Pairs, Value, Whole
+from .values import AnyNames, Mapped, MaybeWhole, Offsets, OneOf, Pairs, Value, Whole
 
 if TYPE_CHECKING:
     from .config import KernelConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Extend = Literal["uniform", "variable"]
 IntDtype = Literal["int32", "int64"]
 Extent = Literal["live", "full"]
-Writes = Literal["all", "verified"]
+Writes = Literal["all", "verified", "audit"]
 Remainder = Literal["last", "first"]
 SchedulePer = Literal["request", "row"]
 FlashMLAOrder = Literal["2026", "2025"]
@@ -126,10 +126,15 @@ class Lengths(Part):
         seq_lens_dtype: "int32" or "int64".
         seqlen_offsets: the number that each backend adds to every length, one per backend, 0 to 32768. Equal offsets
             become a single one, and () if that is 0.
+        padding_len: the length of the padding requests that a call may have behind its own, up to the captured size;
+            their row of req_to_token is 0, and so are declared inputs. None if there are none.
     """
 
     seq_lens_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.needs_lengths)
     seqlen_offsets: tuple[int, ...] | None = setting((), Offsets(MAX_SEQLEN_OFFSET), used=lambda c: c.needs_lengths)
+    padding_len: int | None = setting(
+        None, MaybeWhole(-MAX_SEQLEN_OFFSET, 2**31 - 1), used=lambda c: not c.copies and c.padding_len is not None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +164,14 @@ class Gather(Part):
         extent: "live" writes the live columns, the first seq_len columns of a row; "full" every column below max_len.
             kv_indices has live columns only.
         req_pool_indices_dtype, req_to_token_dtype: "int32" or "int64".
-        writes: "all" writes what a refresh makes; "verified" writes only where that differs from what was written last.
+        writes: "all" writes what a refresh makes; "verified" writes only where that differs from what was written last;
+            "audit" writes nothing, and reports the first element that isn't what a refresh makes.
     """
 
     extent: Extent | None = setting("live", OneOf("live", "full"), used=lambda c: c.gathers and c.packed is None)
     req_pool_indices_dtype: IntDtype | None = setting("int64", _INT_DTYPE, used=lambda c: c.reads_rows)
     req_to_token_dtype: IntDtype | None = setting("int32", _INT_DTYPE, used=lambda c: c.reads_tokens)
-    writes: Writes | None = setting("all", OneOf("all", "verified"), used=lambda c: c.gathers)
+    writes: Writes | None = setting("all", OneOf("all", "verified", "audit"), used=lambda c: c.gathers or c.audits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +250,7 @@ class Launch(Part):
         blocks_per_sm: limit of the blocks that write tables, per SM, 1 to 32; copies have twice this limit. Unused if
             all rows are equally long (extent "full", page_fill): then every tile has its warp.
         vector_bytes: width of the table stores: 16 if a row's address modulo 16 is the same in all destinations, else
-            4.
+            4; an audit, which stores nothing, has 4.
     """
 
     threads: int | None = setting(256, Whole(1, 1024), used=lambda c: c.target == "cuda", unused=1)
@@ -254,7 +260,10 @@ class Launch(Part):
     )
     # Only page_indices and copies move 16 consecutive bytes; a table of pages takes one word of every page_size.
     vector_bytes: Literal[4, 16] | None = setting(
-        16, OneOf(4, 16), used=lambda c: bool(c.tables) and (c.copies or c.token_table is not None), unused=4
+        16,
+        OneOf(4, 16),
+        used=lambda c: bool(c.tables) and not c.audits and (c.copies or c.token_table is not None),
+        unused=4,
     )
 
 

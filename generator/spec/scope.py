@@ -74,7 +74,7 @@ class Scope:
                     )
                 taken.add(name)
         for name, declaration in self.declare:
-            _check_declaration(name, declaration)
+            check_declaration(name, declaration)
             for mode in ("decode", "target_verify"):
                 self.substituted(name, mode)
                 if isinstance(declaration, Table | Packed):
@@ -159,7 +159,12 @@ def _vectors(scope: Scope) -> dict[str, Field]:
     return {name: field for name, field in _fields(scope).items() if isinstance(field.declaration, Vector)}
 
 
-def _check_declaration(name: str, declaration: Declaration) -> None:
+def check_declaration(name: str, declaration: Declaration) -> None:
+    """Checks all of a declaration but its formulas.
+
+    Raises:
+        ConfigError: a part of it isn't allowed.
+    """
     assert not isinstance(declaration, Special)
     check_one_of(f"the per of {name}", declaration.per, ("request", "row"))
     summed = isinstance(declaration, RunningSum)

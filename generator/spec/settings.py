@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .config import SETTINGS, KernelConfig
-from .values import check_one_of
+from .values import check_setting
 
 # The settings that a user declares fields with: tables by name.
 DECLARED = ("declare", "inputs", "constants", "sources", "maps")
@@ -26,7 +26,7 @@ def parse_settings(text: str, base: KernelConfig | None = None, declared: Mappin
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
             raise ConfigError(f"the setting {part!r} is not of the form key=value, for example num_backends=3.")
-        check_one_of("the setting's key", name, tuple(SETTINGS))
+        check_setting(name, SETTINGS)
         if name in settings:
             raise ConfigError(f"the setting {part!r} gives {name} a second time; give each key once.")
         settings[name] = SETTINGS[name].metadata["value"].read(name, value)

@@ -67,6 +67,16 @@ class Whole:
         return str(value)
 
 
+class MaybeWhole(Whole):
+    """None, or a whole number from ``low`` to ``high``."""
+
+    def check(self, name: str, value: Any) -> Any:
+        return None if value is None else super().check(name, value)
+
+    def read(self, name: str, text: str) -> Any:
+        return None if text == str(None) else super().read(name, text)
+
+
 class Names:
     """One or more of the given names, each at most once; as text they are joined by ``+``."""
 
@@ -184,10 +194,24 @@ def check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     """
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return
-    names = [choice for choice in choices if isinstance(choice, str)]
-    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = _near(value, [choice for choice in choices if isinstance(choice, str)])
     raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.{hint}")
+
+
+def check_setting(name: str, settings: Iterable[str]) -> None:
+    """Refuses an unknown setting; the similar one is in the first line, all of them in the second.
+
+    Raises:
+        ConfigError: there is no such setting.
+    """
+    if name not in settings:
+        raise ConfigError(f"There is no setting {name!r}.{_near(name, settings)}\nAllowed: {', '.join(settings)}.")
+
+
+def _near(value: object, names: Iterable[str]) -> str:
+    # Below 0.7 "gpu" is near "cpu".
+    found = difflib.get_close_matches(value, names, n=1, cutoff=0.7) if isinstance(value, str) else []
+    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .arithmetic import fold, known_value
-from .cpp import cpp, user_name
+from .cpp import assigned, cpp, user_name
 from .expressions import Constant, Dtype, LookUp, Name, Node, Number, Operation, look_ups, names, substitute, text
 from .fields import TERMS, Packed, Special, Table
 from .scope import CONSTANTS
@@ -36,9 +36,8 @@ class Local:
     per: str
 
     def declaration(self, indent: int) -> str:
-        """The line that declares it, or two where it is longer than 120 columns."""
-        line = f"const {self.type} {self.name} = {self.cpp};"
-        return line if indent + len(line) <= 120 else line.replace(" = ", f" =\n{' ' * (indent + 4)}", 1)
+        """The lines that declare it."""
+        return assigned(f"const {self.type} {self.name}", self.cpp, indent)
 
 
 def formulas_mode(config: Implied, own_rows: int | None) -> str:

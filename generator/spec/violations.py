@@ -1,6 +1,6 @@
-"""The violations that a checked kernel reports: their numbers in the emitted CUDA, and the host's message for each.
+"""The violations that a checked kernel or an audit reports: their numbers in the emitted CUDA, and the host's messages.
 
-The templates and Plan.check both use this list.
+The templates and Plan.check both use them.
 """
 
 from __future__ import annotations
@@ -78,3 +78,12 @@ VIOLATIONS = tuple(
         start=1,
     )
 )
+
+# Of an audit, whose record holds an element's address, what is there, and what should be: see run/audit.py.
+DIFFERS = Violation("kDiffers", len(VIOLATIONS) + 1, lambda config: config.audits, "")
+
+
+def violations_of(config: KernelConfig) -> list[Violation]:
+    """The violations that the kernel of a configuration can report."""
+    inputs = [violation for violation in VIOLATIONS if config.checked and violation.applies(config)]
+    return inputs + [DIFFERS] * config.audits

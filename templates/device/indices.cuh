@@ -59,7 +59,7 @@ __device__ __forceinline__ void copy_tile(
       const int column = first + lane + i * kWarpSize;
       const std::int64_t at = begin + column;
       if (column >= stop || at >= p.packed_capacity) continue;
-      if (!kVerified || old[i] != words[i]) indices(p)[b][at] = words[i];
+      if (!kVerified || old[i] != words[i]) put(indices(p)[b] + at, words[i]);
     }
   }
 }

@@ -28,7 +28,7 @@ __device__ __forceinline__ void store_pages(
       const int page = first + lane + i * kWarpSize;
       const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
       if (page < stop && page % pages_per_column == 0) {
-        data[page / pages_per_column] = dead ? kPageFill : floor_div(numbers[i], pages_per_column);
+        put(data + page / pages_per_column, dead ? kPageFill : floor_div(numbers[i], pages_per_column));
       }
     }
   }

@@ -4,9 +4,9 @@
 template <typename T, int N>
 __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if constexpr (kLengthSets > 1) {
-    to[b][index] = value;
+    put(to[b] + index, value);
   } else {
 #pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) to[i][index] = value;
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
   }
 }

@@ -4,5 +4,5 @@ template <typename T, int N>
 __device__ __forceinline__ void store_once(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
   if (b > 0) return;
 #pragma unroll(unrolled(N))
-  for (int i = 0; i < N; ++i) to[i][index] = value;
+  for (int i = 0; i < N; ++i) put(to[i] + index, value);
 }

@@ -31,7 +31,7 @@ __device__ __forceinline__ void copy_words(
     std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (column + i * kWarpSize < stop) data[i * kWarpSize] = words[i];
+      if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
     }
   }
 }

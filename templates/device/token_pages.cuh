@@ -8,7 +8,7 @@ __device__ __forceinline__ void store_page(
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     if (ends_differ(to, ends) && page >= pages_of(end_of(to, ends, b))) continue;
-    to[b].data[row * to[b].row_stride + page / pages_per_column] = value;
+    put(to[b].data + row * to[b].row_stride + page / pages_per_column, value);
   }
 }
 

@@ -26,6 +26,7 @@ from filelock import FileLock
 from onelaunch import KernelConfig
 from onelaunch.spec import layout
 from onelaunch.spec.cpp import user_name
+from onelaunch.spec.violations import DIFFERS
 from support import POISON, poisoned
 from torch import Tensor
 
@@ -190,6 +191,7 @@ class _Buffer:
         tensor: what it holds before; of a sparse one the rows, of which only the columns have memory.
         sparse_stride: elements from row to row of a sparse one.
         expected: the same range afterwards, bool as bytes; None if nothing may change.
+        unknown: elements of it that may hold anything.
         kept: the kernel may write it, and what it writes is for the next launch alone.
         others: what it may hold as well.
         words: the parameter words that point to it.
@@ -199,6 +201,7 @@ class _Buffer:
     tensor: Tensor
     sparse_stride: int | None = None
     expected: Tensor | None = None
+    unknown: slice | None = None
     kept: bool = False
     others: list[Tensor] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
@@ -263,7 +266,7 @@ class _Job:
         self.values["req_to_token"], self.values["req_to_token_stride"] = [pool], [stride]
         for f, tensor in scene.source.items():
             self.values[f"from_{f.name}"] = self._words(f"from_{f.name}", tensor)
-        self.values["captured_size"] = [scene.captured_size or 0]
+        self.values["captured_size"], self.values["requests"] = [scene.captured_size or 0], [scene.requests]
         for name, tensor in scene.inputs.items():
             self.values[user_name(name)] = [self._buffer(name, tensor)]
             self.values[f"{user_name(name)}_stride"] = [tensor.stride(0)]
@@ -284,7 +287,10 @@ class _Job:
                     words += [tensor.stride(0) * (config.field(name).own_rows or 1), tensor.stride(0)]
                 values += words
                 assert isinstance(words[0], _Buffer)
-                words[0].expected = self._expected(name, d, tensor)
+                if config.audits:  # which compares with what is there
+                    tensor.copy_(scene.wanted(name, d))
+                else:
+                    words[0].expected = self._expected(name, d, tensor)
         if config.hashes_tiles:
             tiles = (max(scene.widths.values()) + 3) // config.tile_columns + 1
             rows = min(tensor.shape[0] for name in config.tables for tensor, _ in scene.destinations[name])
@@ -299,6 +305,24 @@ class _Job:
             record = self._buffer("violation", torch.zeros(4, dtype=torch.int64))
             record.expected, record.others = choices[0], choices[1:]
             self.values["violation"] = [record]
+        if config.audits:
+            record = self._buffer("violation", torch.zeros(4, dtype=torch.int64))
+            record.expected, record.unknown = self._difference().view(torch.int32), slice(2, 4)
+            self.values["violation"] = [record]
+
+    def _difference(self) -> Tensor:
+        """Changes an element, if the shape says so; the record that an audit leaves, but for the address."""
+        name = self.shape.wrong
+        if name is None:
+            return torch.zeros(4, dtype=torch.int64)
+        tensor, wanted = self.scene.destinations[name][-1][0], self.scene.wanted(name, -1)
+        untouched = poisoned((1,), tensor.dtype)
+        if wanted.dtype == torch.bool:
+            tensor, wanted, untouched = (each.view(torch.uint8) for each in (tensor, wanted, untouched))
+        place = tuple((wanted != untouched).nonzero()[-1].tolist())
+        expected = int(wanted[place])
+        tensor[place] = found = expected ^ 1
+        return torch.tensor([DIFFERS.number, 0, found, expected], dtype=torch.int64)
 
     def _buffer(self, name: str, tensor: Tensor, sparse_stride: int | None = None) -> _Buffer:
         self.buffers.append(_Buffer(name, tensor, sparse_stride))
@@ -318,8 +342,10 @@ class _Job:
         if self.shape.sparse_stride is not None and tensor.dim() == 2 and name not in self.scene.declared:
             return wanted.flatten()
         around = poisoned(_flat(tensor).shape, tensor.dtype)
+        if tensor.dtype == torch.bool:  # the poison is no truth value
+            around, wanted = around.view(torch.uint8), wanted.view(torch.uint8)
         around.as_strided(tensor.shape, tensor.stride()).copy_(wanted)
-        return around.view(torch.uint8) if tensor.dtype == torch.bool else around
+        return around
 
     def encode(self) -> bytes:
         """The case in the driver's format."""
@@ -365,7 +391,10 @@ class _Job:
                 size = b.expected.numel() * b.expected.element_size()
                 got = torch.frombuffer(bytearray(results[taken : taken + size]), dtype=b.expected.dtype)
                 taken += size
-                wrong = (got != b.expected).nonzero().flatten()
+                differs = got != b.expected
+                if b.unknown is not None:
+                    differs[b.unknown] = False
+                wrong = differs.nonzero().flatten()
                 if wrong.numel() and not any(torch.equal(got, other) for other in b.others):
                     i = int(wrong[0])
                     want = int(b.expected[i])

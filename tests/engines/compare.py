@@ -19,7 +19,7 @@ LENGTHS = (
     "global_seq_lens_k",
     "cuda_graph_draft_extend_seq_lens_k",
 )
-CUMULATIVE = ("cu_seqlens_k", "dsa_cu_seqlens_k", "kv_indptr")
+CUMULATIVE = ("cu_seqlens_k", "dsa_cu_seqlens_k", "kv_indptr", "qo_indptr", "mask_indptr")
 TABLES = ("page_table_1", "real_page_table", "page_table", "block_kv_indices", "cuda_graph_kv_indices")
 # Made by the engine's own steps, which must still be called. Poisoned too.
 OTHERS = (
@@ -29,8 +29,6 @@ OTHERS = (
     "cuda_graph_num_splits",
     "cuda_graph_num_kv_splits",
     "_sched_meta_buf",
-    "mask_indptr",
-    "qo_indptr",
 )
 
 # The machine's and the pool's, which all backends share.

@@ -45,6 +45,7 @@ BINARY = (
     "quack",
     "sentencepiece",
     "sgl_kernel",
+    "setproctitle",
     "tilelang",
     "torch_memory_saver",
     "torchvision",

@@ -77,7 +77,7 @@ def settings(**fields: Any) -> None:
         _settings.restore()
     _settings = get_context().override_server_args(**fields)
     _settings.install()
-    # A process of its own, which is rank 0 of one. SGLang 0.5.17 can only be told so for the time of a `with`.
+    # This process is rank 0 of one. SGLang 0.5.17 takes that only for the time of a `with`.
     parallel = get_parallel()
     for rank in ("tp", "attn_tp", "attn_cp", "attn_dp", "attn_dcp", "dcp", "pp"):
         alone = {f"{rank}_rank": 0, f"{rank}_size": 1}
@@ -207,12 +207,15 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
     return runner
 
 
-def backend(name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft_tokens: int = 4) -> Any:
+def backend(
+    name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft_tokens: int = 4, draft: bool = False
+) -> Any:
     """A backend of a family: a multi-step one for draft steps, else the single one that verifies and extends.
 
     Args:
         steps: speculative_num_steps, of which one less are drafted in the graph; 0 for a single backend.
         draft_tokens: speculative_num_draft_tokens.
+        draft: whether a single one belongs to the draft model, as one that extends does.
     """
     family = FAMILIES[name]
     settings(
@@ -223,7 +226,7 @@ def backend(name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft
         speculative_num_steps=steps or 3,
         speculative_num_draft_tokens=draft_tokens,
     )
-    runner = model_runner(req_to_token, page=page, mla=family.mla, draft=bool(steps))
+    runner = model_runner(req_to_token, page=page, mla=family.mla, draft=draft or bool(steps))
     module = import_module(f"sglang.srt.layers.attention.{family.module}")
     made = getattr(module, family.multi)(runner, 1, steps) if steps else getattr(module, family.single)(runner)
     assert (made.attn_backends[0] if steps else made).get_cuda_graph_seq_len_fill_value() == FILL

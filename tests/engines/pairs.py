@@ -56,10 +56,17 @@ class Pair:
             batch = Batch(lengths, bs, self.mode, self.draft_tokens, seed, self.drafting).make()
             backend.init_forward_metadata_out_graph(batch)
             backend.init_forward_metadata_in_graph(batch)
-            if self.name == "dsa":
-                self._blank_dead_columns(backend, batch.seq_lens)
-            elif hasattr(backend, "cuda_graph_kv_indices") and hasattr(backend, "attn_backends"):
+            self.blank(backend, batch)
+            if hasattr(backend, "cuda_graph_kv_indices") and hasattr(backend, "attn_backends"):
                 self._blank_unread_lists(backend, len(lengths), bs)
+
+    def blank(self, backend: Any, batch: Any) -> None:
+        """Poisons columns of tables that SGLang leaves undefined, or writes although nobody reads them."""
+        if self.name == "dsa":
+            self._blank_dead_columns(backend, batch.seq_lens)
+        elif (self.name, self.mode) == ("fa3", "draft_extend"):
+            # It gathers as many pages for each request as the longest one has.
+            compare.blank_dead_columns(backend, "page_table", batch.batch_size, -(-batch.seq_lens // self.page))
 
     def _blank_dead_columns(self, backend: Any, seq_lens: Tensor) -> None:
         """Not defined by SGLang: columns of DSA's tables behind a row's length.

@@ -1,9 +1,9 @@
-"""What was held against engines' own code, and the README's table of it: python results.py ENGINE [--write]
+"""What was held against engines' own code, and the tables of it: python results.py ENGINE [--write]
 
 A test that compared two objects ends with record(); `make engines` names the file that it appends to. Then this script
 compares the records of that run with results/ENGINE.json, which is committed, and fails if they differ. With --write it
-writes them there instead, and the README's table. The table is made from all of results/, so it has no row that no test
-made.
+writes them there instead, and the tables: README's, a row for what classes have in common, and GUIDE's, a row a class
+with modes and sizes. Both are made from all of results/, so neither has a class that no test made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-README = ROOT / "README.md"
+README, GUIDE = ROOT / "README.md", ROOT / "GUIDE.md"
 FOLDER = HERE / "results"
 BEGIN, END = "<!-- engines: begin -->", "<!-- engines: end -->"
 # The file that a run's records are appended to; where it is unset there are none.
@@ -57,7 +57,7 @@ def collected(lines: Iterable[str]) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown between the two markers. Versions of an engine whose classes have the same results share a row."""
+    """Markdown between GUIDE's two markers. Versions of an engine whose classes have the same results share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for result in results:
         for name, row in result["classes"].items():
@@ -79,11 +79,33 @@ def _held(mode: str, facts: dict[str, list[int]]) -> str:
     return f"{mode} ({'; '.join(values)})" if values else mode
 
 
-def with_table(readme: str, results: list[dict[str, Any]]) -> str:
-    """The README with its table replaced."""
-    before, rest = readme.split(BEGIN)
+def short_table(results: list[dict[str, Any]]) -> str:
+    """Markdown between README's two markers. Classes that have all but modes and sizes in common share a row."""
+    versions: dict[tuple[str, ...], list[str]] = {}
+    for result in results:
+        for name, row in result["classes"].items():
+            versions.setdefault((result["engine"], name, row["refreshed"], row["stays"]), []).append(result["version"])
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for (engine, name, *about), those in versions.items():
+        rows.setdefault((f"{engine} {', '.join(those)}", *about), []).append(f"`{name}`")
+    lines = ["", "| engine | class, held against its own code | one launch refreshes | stays the engine's |"]
+    lines.append("|---|---|---|---|")
+    for (engine, *about), names in sorted(rows.items()):
+        lines.append(f"| {engine} | {', '.join(sorted(names))} | {' | '.join(about)} |")
+    return "\n".join([*lines, ""])
+
+
+def between(text: str, made: str) -> str:
+    """A text with what is between its two markers replaced."""
+    before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+
+
+def written(results: list[dict[str, Any]]) -> dict[Path, str]:
+    """README and GUIDE with their tables replaced."""
+    made = {README: short_table(results), GUIDE: table(results)}
+    return {path: between(path.read_text(encoding="utf-8"), text) for path, text in made.items()}
 
 
 def committed() -> list[dict[str, Any]]:
@@ -105,7 +127,8 @@ def main() -> None:
     name = {"sglang": "SGLang", "vllm": "vLLM", "flashinfer": "FlashInfer"}[package]
     made = {"engine": name, "version": number, "torch": version("torch"), "python": platform.python_version()}
     file.write_text(json.dumps({**made, "classes": classes}, indent=1) + "\n", encoding="utf-8")
-    README.write_text(with_table(README.read_text(encoding="utf-8"), committed()), encoding="utf-8")
+    for path, text in written(committed()).items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,13 @@ def backend(name: str, steps: int = 3) -> Any:
     return objects.backend(name, objects.token_pool(page, seed=1), page=page, steps=steps)
 
 
+def plans_of(pair: Pair) -> list[onelaunch.Plan]:
+    """What was bound while the engine captured."""
+    plans = list(pair.attachment._refresh.plans.values())
+    assert plans
+    return plans
+
+
 def children(made: Any) -> Any:
     return made.attn_backends[0] if hasattr(made, "attn_backends") else made
 
@@ -193,8 +200,9 @@ def test_after_a_failure_the_engines_own_code_runs_and_one_warning_is_given(
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise LaunchError("the launch was refused")
 
-    monkeypatch.setattr(onelaunch.Plan, "run", refuse)
-    with pytest.warns(RuntimeWarning, match="own code from now on. LaunchError: the launch was refused"):
+    for plan in plans_of(pair):
+        monkeypatch.setattr(plan, "_run", refuse)
+    with pytest.warns(RuntimeWarning, match="own code from now on. LaunchError: .*the launch was refused"):
         pair.replay((7, 300), 5, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -237,18 +245,105 @@ def test_verified_writes_forget_what_they_know_when_the_engine_wrote(name: str, 
     pair.check()
 
 
+def test_verified_writes_are_refused_where_captured_sizes_share_one_of_two_tables() -> None:
+    for steps in (3, 0):
+        with pytest.raises(ArgumentError, match=r"share page_table_1, .* Pass leave=\('page_table_1',\)"):
+            sglang.attach(backend("dsa", steps), writes="verified")
+    for page, leave in ((64, ("page_table_1",)), (1, ())):
+        pair = Pair("dsa", page, mode="decode", steps=3, leave=leave, writes="verified")
+        assert len(pair.attachment._refresh.plans) == 2
+        for size in (5, 2, 5):
+            for plan in pair.attachment._refresh.plans.values():
+                plan.forget()  # the pair poisons the tables
+            pair.replay((77, 300), size, seed=size)
+            different = compare.differences(pair.engine, pair.mine)
+            assert all(".page_table_1:" in text or "['page_table']:" in text for text in different), different
+            assert bool(leave) == bool(different)
+
+
 def test_verified_writes_are_refused_in_a_graph() -> None:
     with pytest.raises(ArgumentError, match="writes is 'verified', and TRTLLMHAAttnBackend records the launch"):
         sglang.attach(backend("trtllm_mha", 0), writes="verified")
 
 
-def test_draft_extension_of_fa3_runs_the_engines_own_code() -> None:
-    """Its cu_seqlens_q sums extend_seq_lens, which may differ between requests, and onelaunch has no such field."""
-    pair = Pair("fa3", 64, mode="draft_extend")
-    pair.replay((7, 300), 5, seed=0)
+@pytest.mark.parametrize("name", ["fa3", "triton"])
+def test_requests_that_are_extended_by_different_numbers_of_tokens(name: str) -> None:
+    pair = Pair(name, 64, mode="draft_extend")
+    extended = torch.tensor([4, 1, 3, 4, 4], dtype=torch.int32)
+    for made in pair.backends:
+        compare.poison(made)
+        batch = Batch((7, 300, 64), 5, "draft_extend", 4).make()
+        batch.spec_info.extend_seq_lens_tensor = extended
+        made.init_forward_metadata_out_graph(batch)
+        pair.blank(made, batch)
+    pair.check()
+    assert pair.attachment.launches == 1
+
+
+@pytest.mark.skipif(objects.HAS_TRANSLATOR, reason="newer versions have a graph of it")
+@pytest.mark.parametrize("page", [1, 64])
+def test_a_draft_extension_without_a_graph(page: int) -> None:
+    pool = objects.token_pool(page, seed=3)
+    engine, mine = (objects.backend("fa3", pool, page=page, steps=0, draft=True) for _ in range(2))
+    attachment = sglang.attach(mine)
+    assert attachment._extension.capacity == len(pool)
+    for lengths in ((7, 300, 64), (5,), (640, 9)):
+        extended = torch.tensor([4, 1, 3][: len(lengths)], dtype=torch.int32)
+        for made in (engine, mine):
+            batch = Batch(lengths, len(lengths), "draft_extend", 4).make()
+            batch.extend_seq_lens, batch.extend_seq_lens_cpu = extended, extended.tolist()
+            made.init_forward_metadata(batch)
+        wanted, got = engine.forward_metadata, mine.forward_metadata
+        for name in ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q"):
+            assert getattr(wanted, name).equal(getattr(got, name)), name
+        assert (wanted.max_seq_len_k, wanted.max_seq_len_q) == (got.max_seq_len_k, got.max_seq_len_q)
+        assert wanted.page_table.shape == got.page_table.shape
+        for row, length in enumerate(lengths):
+            pages = -(-length // page)
+            assert wanted.page_table[row, :pages].equal(got.page_table[row, :pages])
+    assert attachment.launches == 3
+    attachment._extension.capacity = 1  # the engine's own code extends larger batches
+    batch.seq_lens = batch.seq_lens + 1
+    mine.init_forward_metadata(batch)
+    assert attachment.launches == 3
+    assert mine.forward_metadata.cache_seqlens_int32.tolist() == batch.seq_lens.tolist()
+    attachment.detach()
+    assert {n for n in vars(mine)} == {n for n in vars(engine)}
+
+
+@pytest.mark.parametrize("name", ["fa3", "triton"])
+def test_an_extension_without_its_lengths_on_the_device_runs_the_engines_own_code(name: str) -> None:
+    pair = Pair(name, 64, mode="draft_extend")
+    for made in pair.backends:
+        compare.poison(made)
+        batch = Batch((7, 300, 64), 5, "draft_extend", 4).make()
+        batch.spec_info.extend_seq_lens_tensor = None
+        made.init_forward_metadata_out_graph(batch)
     pair.check()
     assert pair.attachment.launches == 0
-    assert "cu_seqlens_q" in pair.attachment.stays
+
+
+def test_a_verification_of_another_number_of_tokens_runs_the_engines_own_code() -> None:
+    pair = Pair("triton", 64, mode="target_verify")
+    for made in pair.backends:
+        compare.poison(made)
+        made.init_forward_metadata_out_graph(Batch((7, 300), 5, "target_verify", 3).make())
+    pair.check()
+    assert pair.attachment.launches == 0
+
+
+def test_the_mask_of_a_verification_is_copied() -> None:
+    pair = Pair("triton", 64, mode="target_verify")
+    for made in pair.backends:
+        compare.poison(made)
+        batch = Batch((7, 300), 2, "target_verify", 4).make()
+        batch.spec_info.custom_mask = torch.arange(4 * (7 + 4) + 4 * (300 + 4)) % 3 == 0
+        if made.verify_mask is None:
+            made._verify_mask = SimpleNamespace(buffer=torch.zeros(5_000, dtype=torch.bool))
+        made.init_forward_metadata_out_graph(batch)
+        assert made.verify_mask.buffer[: len(batch.spec_info.custom_mask)].equal(batch.spec_info.custom_mask)
+    pair.check()
+    assert pair.attachment.launches == 1
 
 
 @pytest.mark.parametrize("name", ["trtllm_mha", "trtllm_mla", "flashmla"])
@@ -373,6 +468,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
+    from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
     for variable in (plugin.SGLANG_VARIABLE, plugin.SELECTED_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
@@ -380,6 +476,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
         (DraftBackendFactory, "create_decode_backend"),
         (DraftBackendFactory, "create_draft_extend_backend"),
         (ModelRunner, "init_attention_backends"),
+        (EAGLEWorkerV2, "init_cuda_graphs"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     HookRegistry.reset()
@@ -392,7 +489,7 @@ def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pyt
     assert not hooks._hooks
     monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
     plugin.install()
-    assert len(hooks._hooks) == 3
+    assert len(hooks._hooks) == 4
     hooks.reset()
     monkeypatch.setenv(plugin.SGLANG_VARIABLE, "0")
     plugin.install()
@@ -471,6 +568,6 @@ def test_inputs_of_another_length(name: str) -> None:
     for method in tuple(pair.attachment._originals):
         kernel = defaultdict(lambda: lambda *a, **k: None)
         pair.attachment._originals[method] = kernel if name == "flashinfer" else lambda *a, **k: None
-    with pytest.warns(RuntimeWarning, match="seq_lens has 1 requests; the plan is for 2"):
+    with pytest.warns(RuntimeWarning, match="seq_lens has 1 elements; the plan is for 2 requests"):
         pair.mine.init_forward_metadata_out_graph(batch)
     assert pair.attachment.launches == launches + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import warnings
 from typing import Any
 
@@ -9,11 +11,12 @@ import flashinfer
 import pytest
 import results
 import torch
-from onelaunch import ArgumentError
-from onelaunch.integrations.flashinfer import bind_backends, buffers_from
+from flashinfer_fakes import planned
+from onelaunch import ArgumentError, preset
+from onelaunch.integrations.flashinfer import PlanInputs, bind_backends, on_host, plan_inputs
 from torch import Tensor
 
-MAX_BS, CAPACITY, WIDTH, POISON = 6, 4000, 700, -7
+MAX_BS, CAPACITY, WIDTH, POISON = 6, 4000, 704, -7
 HEADS, DIM = 8, 64
 # Requests of a graph that was captured for as many; CUDA-graph wrappers take no other number.
 LENGTHS = ((77, 300, 640, 64, 1, 5), (128, 65, 5, 1, 1, 1), (2, 2, 2, 2, 2, 2))
@@ -26,31 +29,48 @@ def empty(*shape: int) -> Tensor:
 class Decode:
     """BatchDecodeWithPagedKVCacheWrapper."""
 
+    tensor_cores = False
+    query_len: int | None = None
+
     def __init__(self) -> None:
         self.wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             torch.zeros(1 << 20, dtype=torch.uint8),
             "NHD",
             use_cuda_graph=True,
             use_tensor_cores=self.tensor_cores,
+            backend="fa2",
             paged_kv_indptr_buffer=empty(MAX_BS + 1),
             paged_kv_indices_buffer=empty(CAPACITY),
             paged_kv_last_page_len_buffer=torch.ones(MAX_BS, dtype=torch.int32),
         )
 
-    tensor_cores = False
+    def plan(self, lists: PlanInputs, page: int) -> None:
+        """The wrapper's own plan of these lists."""
+        more = {} if self.query_len is None else {"q_len_per_req": self.query_len}
+        self.wrapper.plan(lists.kv_indptr, lists.kv_indices, lists.last_page_len, HEADS, HEADS, DIM, page, **more)
 
-    def plan(self, lengths: Tensor, indptr: Tensor, indices: Tensor, page: int = 1) -> None:
-        self.wrapper.plan(indptr, indices, (lengths - 1) % page + 1, HEADS, HEADS, DIM, page)
+    def fast_plan(self, lists: PlanInputs, page: int) -> None:
+        """The plan that copies nothing on the device, as SGLang calls it. The wrapper was planned before."""
+        more = {} if self.query_len is None else {"q_len_per_req": self.query_len}
+        flashinfer.decode.fast_decode_plan(
+            self.wrapper,
+            *(lists.kv_indptr, lists.kv_indices, lists.last_page_len, HEADS, HEADS, DIM, page),
+            global_override_indptr_cpu=lists.kv_indptr,
+            **more,
+        )
 
 
 class TensorCores(Decode):
-    """The same with use_tensor_cores."""
+    """The same with use_tensor_cores, where a request may have several query tokens."""
 
     tensor_cores = True
+    query_len = 2
 
 
 class Prefill:
     """BatchPrefillWithPagedKVCacheWrapper, as verification uses it."""
+
+    query_len = 4
 
     def __init__(self) -> None:
         self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
@@ -64,13 +84,18 @@ class Prefill:
             paged_kv_last_page_len_buf=torch.ones(MAX_BS, dtype=torch.int32),
         )
 
-    def plan(self, lengths: Tensor, indptr: Tensor, indices: Tensor, page: int = 1) -> None:
-        starts = torch.arange(len(indptr), dtype=torch.int32) * 4
-        self.wrapper.plan(starts, indptr, indices, (lengths - 1) % page + 1, HEADS, HEADS, DIM, page)
+    def plan(self, lists: PlanInputs, page: int) -> None:
+        self.wrapper.plan(
+            lists.qo_indptr, lists.kv_indptr, lists.kv_indices, lists.last_page_len, HEADS, HEADS, DIM, page
+        )
+
+    fast_plan = plan
 
 
 class MLA:
     """BatchMLAPagedAttentionWrapper."""
+
+    query_len = 2
 
     def __init__(self) -> None:
         self.wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(
@@ -83,61 +108,191 @@ class MLA:
             kv_len_arr=empty(MAX_BS),
         )
 
-    def plan(self, lengths: Tensor, indptr: Tensor, indices: Tensor, page: int = 1) -> None:
-        starts, half = torch.arange(len(indptr), dtype=torch.int32), torch.bfloat16
+    def plan(self, lists: PlanInputs, page: int) -> None:
+        half = torch.bfloat16
         with warnings.catch_warnings():  # once: the arguments of flashinfer 0.6, which engines pass
             warnings.simplefilter("ignore", DeprecationWarning)
-            self.wrapper.plan(starts, indptr, indices, lengths, HEADS, 512, DIM, page, False, 1.0, half, half)
+            self.wrapper.plan(
+                *(lists.qo_indptr, lists.kv_indptr, lists.kv_indices, lists.kv_len_arr),
+                *(HEADS, 512, DIM, page, False, 1.0, half, half),
+            )
+
+    fast_plan = plan
 
 
 KINDS = (Decode, TensorCores, Prefill, MLA)
+PAGES = (1, 16, 64)
 
 
-def lists(lengths: Tensor, rows: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """What a caller of plan() makes: kv_indptr and kv_indices."""
+def pool(page: int) -> Tensor:
+    """req_to_token with pages in any order: token c of a request is in the page of its token c - c % page."""
+    pages = torch.randperm(12 * WIDTH // page).view(12, WIDTH // page)
+    return (pages[:, :, None] * page + torch.arange(page)).view(12, -1).to(torch.int32)
+
+
+def lists_of(lengths: Tensor, rows: Tensor, source: Tensor, page: int, query_len: int | None) -> PlanInputs:
+    """What a caller of plan() makes."""
     indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    indptr[1:] = torch.cumsum(lengths, 0)
-    return indptr, torch.cat(
-        [source[row, :length] for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
-    )
+    indptr[1:] = torch.cumsum((lengths + page - 1) // page, 0)
+    pages = [source[row, :length:page] // page for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
+    last = (lengths - 1) % page + 1
+    last[lengths == 0] = 0
+    starts = torch.arange(len(indptr), dtype=torch.int32) * (query_len or 1)
+    return PlanInputs(indptr, torch.cat(pages), last, lengths.clone(), starts)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_several_wrappers_of_different_lengths(kind: Any) -> None:
-    source = torch.randperm(12 * WIDTH).to(torch.int32).view(12, WIDTH)
-    engine, mine = ([kind() for _ in range(3)] for _ in range(2))
-    plan = bind_backends([one.wrapper for one in mine], source, seqlen_offsets=(1, 2, 3))
-    for seed, numbers in enumerate(LENGTHS):
+def poison(inputs: PlanInputs, *, page: int) -> None:
+    """Of pages of one token last_page_len is 1 and stays it."""
+    for name, tensor in vars(inputs).items():
+        if tensor is not None and (page > 1 or name != "last_page_len"):
+            tensor.fill_(POISON)
+
+
+def differences(wanted: PlanInputs, got: PlanInputs) -> list[str]:
+    """The buffers that differ; those of a plan that isn't the last one's are compared too."""
+    names = [name for name, tensor in vars(wanted).items() if tensor is not None]
+    assert names == [name for name, tensor in vars(got).items() if tensor is not None]
+    return [name for name in names if not torch.equal(getattr(wanted, name), getattr(got, name))]
+
+
+class Wrappers:
+    """Three wrappers of the engine's, which plan, and three of ours, which a launch fills."""
+
+    def __init__(self, kind: Any, page: int) -> None:
+        self.kind, self.page, self.source = kind, page, pool(page)
+        self.engine, self.mine = ([kind() for _ in range(3)] for _ in range(2))
+        self.host = [on_host(plan_inputs(one.wrapper)) for one in self.mine]
+        self.plan = bind_backends(
+            [one.wrapper for one in self.mine],
+            self.source,
+            page_size=page,
+            query_len=kind.query_len,
+            host=self.host,
+            seqlen_offsets=(1, 2, 3),
+        )
+
+    def step(self, numbers: tuple[int, ...], seed: int = 0) -> None:
+        """A batch of requests of these lengths: the engine plans, and one launch is made."""
         rows = torch.randperm(12, generator=torch.Generator().manual_seed(seed))[:MAX_BS]
         lengths = torch.tensor(numbers, dtype=torch.int32)
-        for one in mine:
-            for tensor in (buffers_from(one.wrapper).kv_indptr, buffers_from(one.wrapper).kv_indices):
-                assert tensor is not None
-                tensor.fill_(POISON)
-        plan.run(lengths.long(), rows)
-        for step, (theirs, ours) in enumerate(zip(engine, mine, strict=True), 1):
-            wanted = buffers_from(theirs.wrapper)
-            assert wanted.kv_indices is not None
-            wanted.kv_indices.fill_(POISON)
-            theirs.plan(lengths + step, *lists(lengths + step, rows, source))
-            got = buffers_from(ours.wrapper)
-            for name in ("kv_indptr", "kv_indices"):
-                assert torch.equal(getattr(got, name), getattr(wanted, name)), (name, step)
-    got.kv_indices[0] += 1
-    assert not torch.equal(got.kv_indices, wanted.kv_indices), "the control"
-    results.record(type(mine[0].wrapper).__name__, "kv_indptr and kv_indices", "its plan on the host", "any mode")
+        for inputs in (*(plan_inputs(one.wrapper) for one in (*self.engine, *self.mine)), *self.host):
+            poison(inputs, page=self.page)
+        for step, one in enumerate(self.engine, 1):
+            one.plan(lists_of(lengths + step, rows, self.source, self.page, self.kind.query_len), self.page)
+        self.plan.run(lengths.long(), rows)
+
+    def inputs(self, step: int) -> PlanInputs:
+        """What a plan of one of our wrappers may be given: all but the pages on the host."""
+        return dataclasses.replace(self.host[step], kv_indices=plan_inputs(self.mine[step].wrapper).kv_indices)
+
+    def differences(self) -> list[str]:
+        """The lists that differ from the engine's buffers, on the device and on the host."""
+        found = []
+        for step, theirs in enumerate(self.engine):
+            wanted = plan_inputs(theirs.wrapper)
+            for label, got in (("", plan_inputs(self.mine[step].wrapper)), ("host's ", self.inputs(step))):
+                found += [f"{label}{name} of wrapper {step}" for name in differences(wanted, got)]
+        return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_plan_writes(kind: Any, page: int) -> None:
+    wrappers = Wrappers(kind, page)
+    for seed, numbers in enumerate(LENGTHS):
+        wrappers.step(numbers, seed)
+        assert wrappers.differences() == []
+    assert wrappers.plan.launches == len(LENGTHS)
+    refreshed = "kv_indptr, kv_indices, last_page_len or kv_len_arr, and qo_indptr, also on the host"
+    results.record(type(wrappers.mine[0].wrapper).__name__, refreshed, "its plan on the host", "any mode", page=page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_plan_reads_on_the_host(kind: Any, page: int) -> None:
+    """FlashInfer's plan of ours, by what the launch wrote on the host, gets the same lists as its plan of theirs."""
+    wrappers = Wrappers(kind, page)
+    for seed, numbers in enumerate(LENGTHS):
+        planned.clear()
+        wrappers.step(numbers, seed)
+        for step, one in enumerate(wrappers.mine):
+            (one.plan if seed == 0 else one.fast_plan)(wrappers.inputs(step), page)
+        assert len(planned) == 6
+        for wanted, got in zip(planned[:3], planned[3:], strict=True):
+            assert len(wanted) >= 1
+            assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+        assert wrappers.differences() == [], "nor does that plan change what the launch wrote"
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_entry_anywhere_is_found(kind: Any, page: int) -> None:
+    """The control: the first and the last entry of each list, on the device and on the host."""
+    wrappers = Wrappers(kind, page)
+    for step, one in enumerate(wrappers.mine):
+        for label, lists in (("", plan_inputs(one.wrapper)), ("host's ", wrappers.host[step])):
+            for name, tensor in vars(lists).items():
+                for at in (0, -1) if tensor is not None else ():
+                    wrappers.step(LENGTHS[0])
+                    assert wrappers.differences() == []
+                    tensor[at] += 1
+                    assert f"{label}{name} of wrapper {step}" in wrappers.differences()
+                    tensor[at] -= 1  # with pages of one token last_page_len isn't written
+    planned.clear()
+    wrappers.step(LENGTHS[0])
+    wrappers.host[0].kv_indptr[-2] += 1  # type: ignore[index]
+    with contextlib.suppress(ValueError):  # MLA's plan finds out by itself
+        wrappers.mine[0].plan(wrappers.inputs(0), page)
+        assert not all(torch.equal(a, b) for a, b in zip(planned[0], planned[3], strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pages_of_several_tokens_are_refused(kind: Any) -> None:
+def test_requests_without_tokens(kind: Any) -> None:
+    """No page, and a last page of 0 tokens: get_seq_lens gives the length again."""
+    one = kind()
+    plan = bind_backends([one.wrapper], pool(16), page_size=16)
+    lengths = torch.tensor([0, 16, 0, 1, 33, 0])
+    plan.run(lengths, torch.arange(MAX_BS))
+    inputs = plan_inputs(one.wrapper)
+    assert inputs.kv_indptr is not None
+    assert inputs.kv_indptr.tolist() == [0, 0, 1, 1, 2, 5, 5]
+    if inputs.last_page_len is not None:
+        assert inputs.last_page_len.tolist() == [0, 16, 0, 1, 1, 0]
+        counted = flashinfer.page.get_seq_lens(inputs.kv_indptr, inputs.last_page_len, 16)
+        assert counted.tolist() == lengths.tolist()
+    else:
+        assert inputs.kv_len_arr is not None
+        assert inputs.kv_len_arr.tolist() == lengths.tolist()
+
+
+def test_the_preset() -> None:
+    wrappers = [TensorCores().wrapper for _ in range(3)]
+    host = [on_host(plan_inputs(wrapper)) for wrapper in wrappers]
+    facts = {"seqlen_offsets": (1, 2, 3), "query_len": 1, "host": host}
+    plan = bind_backends(wrappers, pool(16), page_size=16, **facts)
+    assert plan.config == preset("flashinfer-pages-3").replace(target="cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_page_size_than_it_was_planned_with_is_refused(kind: Any) -> None:
     one = kind()
     lengths = torch.full((MAX_BS,), 16, dtype=torch.int32)
-    one.plan(lengths, torch.arange(MAX_BS + 1, dtype=torch.int32), torch.arange(MAX_BS, dtype=torch.int32), page=16)
-    with pytest.raises(ArgumentError, match="pages of 16 tokens or more; allowed: 1"):
-        buffers_from(one.wrapper)
+    one.plan(lists_of(lengths, torch.arange(MAX_BS), pool(16), 16, kind.query_len), 16)
+    with pytest.raises(ArgumentError, match="page_size is 1 and a wrapper was planned with pages of 16 tokens or more"):
+        bind_backends([one.wrapper], pool(1))
+    bind_backends([one.wrapper], pool(16), page_size=16)
+
+
+def test_wrappers_of_different_kinds_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="wrapper 1 has no last_page_len and others have one"):
+        bind_backends([Decode().wrapper, MLA().wrapper], pool(16), page_size=16)
+    with pytest.raises(ArgumentError, match="query_len is 1 and the wrappers have no _qo_indptr_buf"):
+        bind_backends([Decode().wrapper], pool(16), page_size=16, query_len=1)
+    with pytest.raises(ArgumentError, match="host has 0 entries and there are 1 wrappers"):
+        bind_backends([Decode().wrapper], pool(16), page_size=16, host=[])
 
 
 def test_a_wrapper_without_buffers_is_refused() -> None:
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.zeros(1 << 20, dtype=torch.uint8), "NHD")
     with pytest.raises(ArgumentError, match=r"kv_indptr is None\. Make the wrapper with use_cuda_graph=True"):
-        buffers_from(wrapper)
+        plan_inputs(wrapper)

@@ -124,8 +124,7 @@ def test_what_a_build_writes(next_n: int, captured: int) -> None:
         assert pair.differences() == [], (lengths, query_lens)
     results.record(
         type(pair.builders[1]).__name__,
-        "decode: lengths, block table, numbers of tokens, DeepGEMM's schedule",
-        "slot mappings, prefills, the object itself",
+        *vllm_objects.INDEXER,
         "flattened" if next_n in FLATTENED else "native",
         next_n=next_n,
     )
@@ -195,7 +194,7 @@ def test_the_docstrings_lines() -> None:
         "seq_lens": runner.seq_lens,
         "num_reqs": 3,
     }
-    lines = str(vllm.__doc__).partition("::\n")[2].partition("\nWhat that gains")[0]
+    lines = str(vllm.__doc__).split("::\n")[2].partition("\nWhat that gains")[0]
     runner.fill((300, 200), (2, 2))
     exec(textwrap.dedent(lines), names)
     assert metadata.decode.seq_lens.tolist() == [[299, 300], [199, 200], [0, 0]]

@@ -1,6 +1,6 @@
 """What vLLM imports and a machine without a GPU can't have, as fakes.py has it for SGLang.
 
-``install()`` must run before vllm is imported. Of vLLM's own only the compiled module of its operators is replaced: its
+``install()`` must run before vllm is imported. Of vLLM's own only the compiled modules of operators are replaced: its
 classes, its Triton kernels (under Triton's interpreter) and its PyTorch code run as they are. DeepGEMM's schedule comes
 from DeepGEMM's own kernel (deep_gemm_host.py).
 """
@@ -21,6 +21,8 @@ from torch import Tensor
 _SERVER = ("cpuinfo", "prometheus_client", "uvloop")
 # vLLM has a copy of it.
 _OWN = ("deep_gemm",)
+# Linked with the driver. Nothing here attends.
+_OPERATORS = ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa2_C")
 
 
 def install() -> None:
@@ -40,8 +42,8 @@ def install() -> None:
 
     importlib.metadata.version = version
     fakes.pretend_cuda()
-    operators = "vllm._C_stable_libtorch"  # linked with the driver
-    sys.modules[operators] = types.ModuleType(operators)
+    for operators in _OPERATORS:
+        sys.modules[operators] = types.ModuleType(operators)
     import vllm.platforms
     from vllm.platforms import cuda
 
@@ -50,6 +52,10 @@ def install() -> None:
 
     vllm.utils.deep_gemm._lazy_init = lambda: None
     vllm.utils.deep_gemm._get_paged_mqa_logits_metadata_impl = _schedule
+    import vllm.v1.worker.gpu.buffer_utils
+
+    # Where the host is the device, its memory is what the device sees of it.
+    vllm.v1.worker.gpu.buffer_utils.get_accelerator_view_from_cpu_tensor = lambda tensor: tensor
 
 
 def _schedule(context_lens: Tensor, block_size: int, num_slots: int, indices: Any = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""vLLM's sparse indexer on a CPU: a real builder, and the runner's buffers that it reads."""
+"""vLLM's metadata builders and block tables on a CPU, and the runner's buffers that they read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from torch import Tensor
 WIDTH = 9  # blocks of a request
 MAX_REQUESTS = 16
 MAX_TOKENS = 128
+# What one launch refreshes of the indexer's metadata, and what stays vLLM's, for the table of results.
+INDEXER = (
+    "decode: lengths, block table, numbers of tokens, DeepGEMM's schedule",
+    "prefills, the object itself; slot mappings but in draft steps",
+)
 
 
 def builder(next_n: int, *, adaptive: bool = False, tokens_per_state: int = 1) -> Any:
@@ -25,17 +30,9 @@ def builder(next_n: int, *, adaptive: bool = False, tokens_per_state: int = 1) -
     from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
     speculative = SimpleNamespace(num_speculative_tokens=next_n - 1, enable_adaptive_verification=adaptive)
-    # What the builder reads of a VllmConfig, which itself needs a model.
-    config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_REQUESTS),
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1,
-            tensor_parallel_size=1,
-            prefill_context_parallel_size=1,
-            cp_kv_cache_interleave_size=1,
-        ),
+    config = _config(
+        next_n,
         speculative_config=speculative if next_n > 1 else None,
-        num_speculative_tokens=next_n - 1,
         attention_config=SimpleNamespace(
             resolve_indexer_kv_dtype=lambda default: default,
             sparse_mla_prefill_workspace_factor=5,
@@ -52,6 +49,57 @@ def builder(next_n: int, *, adaptive: bool = False, tokens_per_state: int = 1) -
         tokens_per_state=tokens_per_state,
     )
     return DeepseekV32IndexerMetadataBuilder(spec, ["layer"], config, torch.device("cpu"), block_table_width=WIDTH)
+
+
+def sparse_builder(next_n: int) -> Any:
+    """A FlashAttnMLASparseMetadataBuilder for the same drafter."""
+    from vllm.v1.attention.backends.mla.flashattn_mla_sparse import FlashAttnMLASparseMetadataBuilder
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    dims = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+    config = _config(
+        next_n,
+        speculative_config=SimpleNamespace(num_speculative_tokens=next_n - 1, parallel_drafting=False),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(index_topk=64, v_head_dim=128, **dims),
+            dtype=torch.bfloat16,
+            max_model_len=64 * WIDTH,
+            get_num_attention_heads=lambda parallel: 128,
+            model_arch_config=SimpleNamespace(total_num_attention_heads=128),
+        ),
+        cache_config=SimpleNamespace(block_size=64, cache_dtype="auto"),
+        compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(prefill_backend=None)}),
+    )
+    spec = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    return FlashAttnMLASparseMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+
+
+def _config(next_n: int, **more: Any) -> Any:
+    """What builders read of a VllmConfig, which itself needs a model."""
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_REQUESTS),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            tensor_parallel_size=1,
+            prefill_context_parallel_size=1,
+            cp_kv_cache_interleave_size=1,
+        ),
+        num_speculative_tokens=next_n - 1,
+        **more,
+    )
+
+
+def block_tables(sizes: tuple[int, ...], **settings: Any) -> Any:
+    """BlockTables with a KV-cache group for each block size, all blocks different."""
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    widths = [64 * WIDTH // size for size in sizes]
+    tables = BlockTables(list(sizes), MAX_REQUESTS, MAX_TOKENS, widths, torch.device("cpu"), **settings)
+    for group, table in enumerate(tables.block_tables):
+        blocks = torch.arange(table.gpu.numel(), dtype=torch.int32).view(table.gpu.shape)
+        table.gpu.copy_(1 + (blocks * 7919 + group) % 10_007)
+    return tables
 
 
 class Runner:

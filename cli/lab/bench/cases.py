@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from onelaunch.errors import ConfigError
 
-from ..replay.traces import Trace
+from ..extra import need
 
 Extent = Literal["live", "full"]
 INDEX_TOPK = 2048
@@ -108,7 +108,11 @@ def trace_lengths(path: Path) -> list[int]:
     """The lengths of a trace's requests halfway through their output.
 
     Raises:
-        OnelaunchError: it can't be read.
+        OnelaunchError: it can't be read, or numpy isn't installed.
     """
+    need("numpy", "--trace")
+    # Imported here because numpy is optional.
+    from ..replay.traces import Trace
+
     trace = Trace.load(path)
     return [int(i) + int(o) // 2 for i, o in zip(trace.input_tokens, trace.output_tokens, strict=True)]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="Also draw lengths from this trace; may be repeated.",
 )
-@click.option("--quick", is_flag=True, help="Four shapes, the ways that matter, and the table of these alone.")
+@click.option("--quick", is_flag=True, help="Four shapes, the ways that matter, and a table of these alone.")
 @click.option("--all", "everything", is_flag=True, help="Every shape, N, page size, width and extent.")
 @click.option("--series", is_flag=True, help="Time against length too, for --plot.")
 @click.option("--host", is_flag=True, help="Host time alone, and its parts.")
@@ -75,9 +75,9 @@ def bench(
     if plot_to is not None:
         need_matplotlib()  # fails before anything is measured
     if read is not None:
-        others = shapes, n, page_size, extent, width, only, trace, quick, everything, series, host, seconds, json_to
+        others = shapes, n, page_size, extent, width, only, trace, everything, series, host, seconds, json_to
         if any(others):
-            raise ConfigError("--from shows an earlier run, so only --plot goes with it. Leave the others out.")
+            raise ConfigError("--from shows an earlier run; only --plot and --quick go with it. Leave the others out.")
         data = _read(read)
     else:
         traces = {path.stem: path for path in trace}

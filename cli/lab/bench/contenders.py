@@ -6,12 +6,14 @@ it is timed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import onelaunch
 import torch
 
 from . import baselines, sglang_refresh, torch_refresh
@@ -64,6 +66,30 @@ def _verified(moved: bool) -> Callable[[Scene, Case], list[Call]]:
         return [call]
 
     return variants
+
+
+def _declared(scene: Scene, case: Case) -> list[Call]:
+    """Two of the fields declared as a user would, by the same formulas and into the same destinations."""
+    formulas = {"cache_seqlens": "seq_len", "nsa_cache_seqlens": "min(seq_len, index_topk)"}
+    without = [dataclasses.replace(buffers, **dict.fromkeys(formulas)) for buffers in scene.buffers]
+    declare = {
+        f"declared_{name}": onelaunch.into(
+            onelaunch.vector(formula, "request"), [getattr(buffers, name) for buffers in scene.buffers]
+        )
+        for name, formula in formulas.items()
+    }
+    return [scene.refresh_call(case.extent, buffers=without, declare=declare)]
+
+
+def _twenty_more(scene: Scene, case: Case) -> list[Call]:
+    declare = {
+        f"more_{i}": onelaunch.into(
+            onelaunch.vector(f"seq_len * {i} + request", "request"),
+            torch.empty(case.batch, dtype=torch.int32, device=scene.device),
+        )
+        for i in range(20)
+    }
+    return [scene.refresh_call(case.extent, declare=declare)]
 
 
 # ---- SGLang ----------------------------------------------------------------------------------------------------------
@@ -202,7 +228,7 @@ CONTENDERS: dict[str, Implementation] = {
         Implementation(
             "onelaunch-verified",
             "onelaunch, verified writes",
-            "each request one token longer or shorter than in the call before",
+            "what changed is written, where each request is one token longer or shorter than in the call before",
             _verified(moved=False),
             builds=True,
         ),
@@ -211,6 +237,20 @@ CONTENDERS: dict[str, Implementation] = {
             "onelaunch, verified writes, all changed",
             "every request has another's tokens than in the call before",
             _verified(moved=True),
+            builds=True,
+        ),
+        Implementation(
+            "onelaunch-declared",
+            "onelaunch, two fields declared",
+            "cache_seqlens and nsa_cache_seqlens by formulas of the user's",
+            _declared,
+            builds=True,
+        ),
+        Implementation(
+            "onelaunch-20-more",
+            "onelaunch, 20 vectors more",
+            "with 20 declared vectors more, of one destination each",
+            _twenty_more,
             builds=True,
         ),
         Implementation(
@@ -224,7 +264,7 @@ CONTENDERS: dict[str, Implementation] = {
         Implementation(
             "sglang-best",
             "SGLang, its best form",
-            "the fastest of its kernels once a backend, and of what it runs with the longest length known to the host",
+            "the fastest of its kernels, launched for each backend, and of what it runs, but up to the longest length",
             _sglang_best,
             spares=False,
             first_sums=False,

@@ -85,14 +85,22 @@ class Scene:
         config = KernelConfig(num_backends=self.backends, page_size=self.page_size, extent=extent)
         return traffic(config, self.lengths, self.width).bytes
 
-    def plan(self, extent: str = "live", **settings: Any) -> onelaunch.Plan:
-        """A plan of the backends; ``settings`` are those of bind(), and of the launch shape, such as threads."""
-        given = {"index_topk": INDEX_TOPK, "page_size": self.page_size, "extent": extent, **settings}
-        return make_plan(self.buffers, self.inputs[2], given)
+    def plan(
+        self, extent: str = "live", buffers: Sequence[MetadataBuffers] | None = None, **settings: Any
+    ) -> onelaunch.Plan:
+        """A plan of the backends, or of other ``buffers``.
 
-    def refresh_call(self, extent: str = "live", **settings: Any) -> Call:
-        """A call of onelaunch's plan."""
-        plan = self.plan(extent, **settings)
+        Args:
+            settings: those of bind(), and of the launch shape, such as threads.
+        """
+        given = {"index_topk": INDEX_TOPK, "page_size": self.page_size, "extent": extent, **settings}
+        return make_plan(buffers or self.buffers, self.inputs[2], given)
+
+    def refresh_call(
+        self, extent: str = "live", buffers: Sequence[MetadataBuffers] | None = None, **settings: Any
+    ) -> Call:
+        """A call of onelaunch's plan; the arguments are those of plan()."""
+        plan = self.plan(extent, buffers, **settings)
         seq_lens, rows, _ = self.inputs
         return lambda: plan.run(seq_lens, rows)
 

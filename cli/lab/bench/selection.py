@@ -17,6 +17,8 @@ QUICK_NAMES = ("sglang", "sglang-best", "triton", "triton-together", "onelaunch"
 FEW_NAMES = (
     "listed",
     "empty",
+    "onelaunch-declared",
+    "onelaunch-20-more",
     "runtime",
     "torch-copies",
     "torch-copies-wide",

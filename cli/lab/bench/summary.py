@@ -15,8 +15,9 @@ def title(data: Mapping[str, Any]) -> str:
     """The sentence above the table: what was measured, in which unit, on which GPU."""
     device = data.get("machine", {}).get("device", "an unknown device")
     return (
-        f"µs to refresh the metadata of 3 backends, on an {device}, medians of one run. Before each call on the device "
-        "96 MiB are read and written, as an engine's step does."
+        f"µs to refresh the metadata of 3 backends on an {device}, medians of one run: on the device in a CUDA graph, "
+        "with 96 MiB read and written before each call, as an engine's step does; on the device called eagerly; and on "
+        "the host."
     )
 
 
@@ -48,9 +49,8 @@ def summary(data: Mapping[str, Any]) -> list[list[str]]:
     if not shapes:
         return []
     spelled = [shape.replace("x", " × ") for shape in shapes]
-    headings = ["requests × longest", *(f"device {s}" if not n else s for n, s in enumerate(spelled))]
-    headings += [*(f"eager {s}" if not n else s for n, s in enumerate(spelled)), "host"]
-    table = [headings]
+    headings = [f"{how} {shape}" for how in ("device", "eager") for shape in spelled]
+    table = [["requests × longest", *headings, "host"]]
     for name in QUICK_NAMES:
         found = {row["shape"]: row for row in rows if row["implementation"] == name}
         if not found:
@@ -63,6 +63,16 @@ def summary(data: Mapping[str, Any]) -> list[list[str]]:
         hosts = sorted(row["host_us"] for row in done.values())
         table.append([name_of(name, data), *cells, number(hosts[len(hosts) // 2])])
     return table
+
+
+def narrow(table: Sequence[Sequence[str]]) -> list[list[list[str]]]:
+    """The table as two that fit 80 columns: on the device with the host, then eager. Their headings name the shapes."""
+    count = (len(table[0]) - 2) // 2
+    headings, *rows = table
+    shapes = [heading.removeprefix("device ") for heading in headings[1 : count + 1]]
+    device = [["device", *shapes, "host"], *([*row[: count + 1], *row[2 * count + 1 :]] for row in rows)]
+    eager = [["eager", *shapes], *([row[0], *row[count + 1 : -1]] for row in rows if len(row) > 2)]
+    return [device, eager]
 
 
 def _us(rows: Mapping[str, Row], shape: str, column: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .summary import columns, number, summary, title
+from .summary import columns, narrow, number, summary, title
 
 HEADINGS = ("case", "implementation", "cold us", "warm us", "eager us", "host us", "x ideal", "x ours")
 
@@ -23,8 +24,10 @@ def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
         yield "The run was interrupted: these are its results up to then."
     if table := summary(data):
         yield ""
-        yield title(data)
-        yield from columns(table, right=range(1, len(table[0])))
+        yield from textwrap.wrap(title(data), 80)
+        for part in narrow(table):
+            yield ""
+            yield from columns(part, right=range(1, len(part[0])))
     if data["verdicts"]:
         yield ""
         yield from _verdicts([v for v in data["verdicts"] if not brief or v["holds"] is False], data["verdicts"])

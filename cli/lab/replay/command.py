@@ -13,6 +13,7 @@ import click
 from onelaunch.cli.output import check_writable, write_whole
 from onelaunch.errors import ArgumentError
 
+from ..extra import need
 from .options import SAMPLE_EVERY, DeviceChoice, Extent, ReplayOptions, Verify, Writes
 
 if TYPE_CHECKING:
@@ -74,10 +75,11 @@ def replay(json_to: str | None, **settings: Any) -> None:
     \b
     Examples:
       onelaunch replay trace.csv
-      onelaunch replay trace.csv --device cpu --max-batch 8 --max-steps 100 --verify every
+      onelaunch replay trace.csv --max-batch 8 --max-steps 100 --verify every
       onelaunch replay trace.csv --extent full --json -
     """
-    # Imported here for start-up time: the replay needs torch.
+    need("numpy", "onelaunch replay")
+    # Imported here for start-up time: the replay needs torch; and because numpy is optional.
     from .report import print_summary, run_with_progress
 
     options = ReplayOptions(**settings)

@@ -22,8 +22,9 @@ With ``ONELAUNCH_SGLANG=1`` an unmodified engine attaches it itself: see ``onela
 the attribute names of any version of SGLang, and refreshes them.
 """
 
-from .attach import Attachment, attach
+from .attach import Attachment
 from .captured import buffers_from, mode_of
 from .refresher import Refresher, bind_backends
+from .seam import Seam, attach
 
-__all__ = ["Attachment", "Refresher", "attach", "bind_backends", "buffers_from", "mode_of"]
+__all__ = ["Attachment", "Refresher", "Seam", "attach", "bind_backends", "buffers_from", "mode_of"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -16,10 +16,13 @@ from ...errors import ArgumentError
 from ...variables import DISABLE_VARIABLE
 from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
+from .extension import EAGER, Extension, extends_without_a_graph
 from .lists import INDICES, Lists
-from .places import IN_GRAPH, LISTS_FILL, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
+from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
 from .refresher import Ready, Refresher
 
+# By backend.
+_ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
 # With it SGLang may record what comes before a replay in a graph too.
 _GLUE_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
@@ -33,6 +36,9 @@ class Attachment:
         stays: the engine's steps that are still called.
         launches: launches so far, without those that a graph replays.
         failed: the error after which the engine's own code runs again; "" if there was none.
+        place: what is replaced; None if it is disabled.
+        schedules: whether the launch makes DeepGEMM's schedules.
+        made: whether a runner's launch made what this one makes.
     """
 
     def __init__(
@@ -41,32 +47,33 @@ class Attachment:
         place: Place | None = None,
         refresh: Refresher | Lists | None = None,
         schedules: bool = False,
+        extension: Extension | None = None,
     ) -> None:
         self.backend = backend
         self.refreshed = "" if place is None else place.refreshed
         self.stays = "everything" if place is None else place.stays
         self.launches = 0
         self.failed = ""
-        self._refresh, self._schedules = refresh, schedules
+        self.place, self.schedules, self.made = place, schedules, False
+        self._refresh, self._extension = refresh, extension
         self._several = hasattr(backend, "attn_backends")
-        # By captured batch size: the engine's forward mode, its name, and the plan.
-        self._ready: dict[int, list[tuple[Any, str, Ready]]] = {}
+        # By captured batch size and the engine's forward mode: onelaunch's name of the mode, and the plan.
+        self._ready: dict[tuple[int, Any], tuple[str, Ready]] = {}
         self._recorded = False
         self._originals: dict[str, Any] = {}
         self._shadowed: set[str] = set()
         if place is None:
             return
         self._place = place
+        _ATTACHED[backend] = self
         self._in_graphs = place.method == IN_GRAPH or bool(os.environ.get(_GLUE_VARIABLE))
-        if place.method == LISTS_FILL:
-            self._names = tuple(inspect.signature(getattr(backend, LISTS_FILL)).parameters)
         mine = {
             OUT_GRAPH: self._out_graph,
             IN_GRAPH: self._in_graph,
             LISTS_KERNEL: _Kernel(self),
-            LISTS_FILL: self._fill,
+            EAGER: self._without_graph,
         }
-        for name in place.methods:
+        for name in place.methods if extension is None else (*place.methods, EAGER):
             if name in vars(backend):
                 self._shadowed.add(name)
             self._originals[name] = getattr(backend, name)
@@ -88,6 +95,7 @@ class Attachment:
             else:
                 delattr(self.backend, name)
         self._originals = {}
+        _ATTACHED.pop(self.backend, None)
         self._forget()
         if self._recorded:
             self._recorded = False
@@ -96,6 +104,11 @@ class Attachment:
                 "Capture them again to have the engine's own kernel.",
                 stacklevel=2,
             )
+
+    def beside(self, *arguments: Any, **facts: Any) -> Ready:
+        """A plan that also writes what a runner's graph has; see Refresher.beside."""
+        assert self._refresh is not None
+        return self._refresh.beside(*arguments, **facts)
 
     def __repr__(self) -> str:
         if not self.refreshed:
@@ -124,17 +137,17 @@ class Attachment:
         if not self._guarded(self._before_replay, forward_batch):
             self._originals[IN_GRAPH](forward_batch)
 
-    def _fill(self, *arguments: Any, **keywords: Any) -> Tensor:
-        """_fill_kv_indptr_and_indices, which is called for a graph and for what runs without one."""
-        original, backend = self._originals[LISTS_FILL], self.backend
-        given = dict(zip(self._names, arguments, strict=False)) | keywords
-        bs = given["bs"]
-        for_a_graph = given["kv_indices"] is getattr(backend, INDICES, None) and given.get("kv_indptr") is None
-        if for_a_graph and self._guarded(self._fill_lists, bs, given["seq_lens"], given["req_pool_indices"]):
-            indptr: Tensor = backend.kv_indptr[: bs + 1]
-        else:
-            indptr = original(*arguments, **keywords)
-        return indptr
+    def _without_graph(self, forward_batch: Any) -> None:
+        """init_forward_metadata, of which a draft extension is served."""
+        if not self._guarded(self._extend, forward_batch):
+            self._originals[EAGER](forward_batch)
+
+    def _extend(self, forward_batch: Any) -> bool:
+        assert self._extension is not None
+        if not self._extension.run(forward_batch):
+            return False
+        self.launches += 1
+        return True
 
     def _guarded(self, step: Callable[..., bool], *arguments: Any) -> bool:
         """Whether the step did what the engine's own code would do. After an exception nothing does any more."""
@@ -169,23 +182,22 @@ class Attachment:
                 mode = mode_of(forward_batch.forward_mode)
             except ArgumentError:
                 return ""
-            if mode == "decode" and self._is_draft_step(forward_batch):
-                return ""
+            if mode == "decode" and getattr(forward_batch, "spec_info", None) is not None:
+                return ""  # one draft step alone, which sees more tokens than seq_lens says
         return mode if mode in self._place.modes and not batch_refusal(forward_batch) else ""
-
-    def _is_draft_step(self, forward_batch: Any) -> bool:
-        """Whether a single backend gets one draft step alone, which sees more tokens than seq_lens says."""
-        return not self._several and getattr(forward_batch, "spec_info", None) is not None
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Binds the plan of a batch size right after its capture began, so that nothing is built or bound later."""
         mode = self._mode(forward_batch)
         if not mode or self._refresh is None:
             return False
-        bs, forward_mode = forward_batch.batch_size, forward_batch.forward_mode
-        ready = self._refresh.ready(bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype)
-        others = [known for known in self._ready.get(bs, ()) if known[0] is not forward_mode]
-        self._ready[bs] = [*others, (forward_mode, mode, ready)]
+        bs = forward_batch.batch_size
+        # SGLang's extend_seq_lens are int32.
+        extends = torch.int32 if self._place.inputs is not None and mode == "draft_extend" else None
+        ready = self._refresh.ready(
+            bs, mode, forward_batch.seq_lens.dtype, forward_batch.req_pool_indices.dtype, extends
+        )
+        self._ready[bs, forward_batch.forward_mode] = mode, ready
         if self._place.method == IN_GRAPH and mode == "draft_extend":
             # The recorded kernel would write these each time; with a fixed number of rows a request they are constants.
             metadata = self.backend.draft_extend_metadata[bs]
@@ -196,26 +208,42 @@ class Attachment:
     def _before_replay(self, forward_batch: Any) -> bool:
         """The launch, and the steps that stay the engine's.
 
-        The engine's other work has displaced this code from the processor's caches, so that each line costs
-        microseconds: what is known since the capture isn't asked again.
+        The engine's other work has displaced this code from the processor's caches, so that each call and each look-up
+        costs up to a microsecond: what is known since the capture isn't asked again, and Plan.run is passed by.
         """
-        forward_mode = forward_batch.forward_mode
-        for known, mode, ready in self._ready.get(forward_batch.batch_size, ()):
-            if known is not forward_mode:
-                continue
-            if batch_refusal(forward_batch) or (mode == "decode" and self._is_draft_step(forward_batch)):
+        known = self._ready.get((forward_batch.batch_size, forward_batch.forward_mode))
+        if known is None:  # captured before attach()
+            return self._prepare(forward_batch) and self._before_replay(forward_batch)
+        mode, (plan, pairs, held) = known
+        spec_info = getattr(forward_batch, "spec_info", None)
+        if (
+            getattr(forward_batch, "encoder_lens", None) is not None
+            or getattr(spec_info, "ragged_verify_layout", None) is not None
+            or (spec_info is not None and mode == "decode" and not self._several)
+        ):
+            return False  # as _mode says
+        for owner, name, value in held:
+            if getattr(owner, name, None) is not value:  # the pool was exchanged
+                return self._prepare(forward_batch) and self._before_replay(forward_batch)
+        place = self._place
+        if place.inputs is None:
+            plan._run(plan, forward_batch.seq_lens, forward_batch.req_pool_indices, None, None)
+        else:
+            inputs = place.inputs(self.backend, forward_batch, mode)
+            if inputs is None:
                 return False
-            if ready.run(forward_batch.seq_lens, forward_batch.req_pool_indices):
-                self.launches += 1
-                if self._in_graphs:
-                    self._note_recording()
-                self._place.after(ready.pairs, forward_batch, mode, self._schedules)
-                return True
-        # Captured before attach(), or the pool was exchanged.
-        return self._prepare(forward_batch) and self._before_replay(forward_batch)
+            plan._run(plan, forward_batch.seq_lens, forward_batch.req_pool_indices, None, None, None, *inputs)
+        self.launches += 1
+        if self._in_graphs:
+            self._note_recording()
+        if place.after is not None:
+            place.after(pairs, forward_batch, mode, self.schedules)
+        return True
 
     def _fill_lists(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> bool:
         """The launch alone, amid the engine's own steps."""
+        if self.made:
+            return True
         assert isinstance(self._refresh, Lists)
         self._refresh.run(bs, seq_lens, req_pool_indices, source)
         self.launches += 1
@@ -246,34 +274,19 @@ class _Kernel:
         return launch
 
 
-def attach(
+def attached_to(backend: Any) -> Attachment | None:
+    """What attach() returned for a backend, while it is attached."""
+    return _ATTACHED.get(backend)
+
+
+def attach_backend(
     backend: Any,
     *,
     leave: Collection[str] = (),
     schedules: bool = False,
     **facts: Any,
 ) -> Attachment:
-    """Replaces the code that refreshes an SGLang backend's metadata by one launch.
-
-    Call it before the engine captures its graphs: then plans are bound at capture, and nothing is built while serving.
-    Only this backend object changes. If a refresh fails, the engine's own code runs from then on, and one warning says
-    why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
-
-    Args:
-        backend: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA or Triton
-            backend.
-        leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
-            where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
-            again after detach().
-        schedules: whether the launch makes DeepGEMM's schedules of DSA too.
-        facts: arguments of onelaunch.bind, which override what the backend has.
-
-    Returns:
-        The attachment. Its text says what is refreshed and what the engine still does.
-
-    Raises:
-        ArgumentError: the backend or its configuration isn't served; the message names the attribute. Nothing changed.
-    """
+    """Attaches to a backend: see seam.attach."""
     if DISABLE_VARIABLE.is_on():
         attachment = Attachment(backend)
     else:
@@ -283,6 +296,7 @@ def attach(
                 f"leave has {WIDE_TABLE!r}, and {type(backend).__name__} needs it: {reason}. Remove it from leave."
             )
         refresh: Refresher | Lists
+        extension = None
         if place.lists:
             if leave or schedules:
                 what = f"leave is {tuple(leave)!r}" if leave else "schedules is True"
@@ -292,15 +306,32 @@ def attach(
             # The engine leaves the dead columns of a table alone, so the launch does too.
             facts = {"page_fill": None, **facts}
             refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **facts)
-        if place.method == IN_GRAPH and facts.get("writes", "all") != "all":
-            raise ArgumentError(
-                f"writes is {facts['writes']!r}, and {type(backend).__name__} records the launch in its graphs, which "
-                "can't be told that the engine's own code wrote. Pass writes='all'."
-            )
-        attachment = Attachment(backend, place, refresh, schedules)
+            if place.extends and extends_without_a_graph(backend):
+                extension = Extension(backend, **facts)
+        if facts.get("writes", "all") != "all":
+            _check_verified(backend, place, leave)
+        attachment = Attachment(backend, place, refresh, schedules, extension)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
     log.logger.info("attach %r%s", attachment, left)
     return attachment
+
+
+def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
+    """Refuses verified writes where a plan can't know what its tables hold."""
+    name = type(backend).__name__
+    if place.method == IN_GRAPH:
+        raise ArgumentError(
+            f"writes is 'verified', and {name} records the launch in its graphs, where nothing calls "
+            "Plan.forget() after the engine's own code wrote. Pass writes='all'."
+        )
+    child: Any = next(iter(getattr(backend, "attn_backends", [backend])))
+    page_size: Any = getattr(child, "physical_page_size", None) or getattr(child, "real_page_size", 1)
+    if hasattr(child, "dsa_index_topk") and page_size > 1 and WIDE_TABLE not in leave:
+        raise ArgumentError(
+            f"writes is 'verified', and the batch sizes that {name} captures share page_table_1, but each has a "
+            "real_page_table of its own, so that none knows what the others wrote. Pass leave=('page_table_1',), where "
+            "nothing reads it, or writes='all'."
+        )
 
 
 def _place_of(backend: Any) -> Place:

@@ -1,14 +1,20 @@
-"""kv_indptr and kv_indices of a backend, which keeps them in two tensors for all captured batch sizes."""
+"""kv_indptr and kv_indices of a backend, which keeps them in two tensors for all captured batch sizes.
+
+A single Triton backend has sums beside them: ``qo_indptr``, and in target_verify ``mask_indptr``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...run.declared import Written, into
 from ...run.plan import Plan, bind
-from ...spec.fields import MetadataBuffers
+from ...spec.expressions import Dtype
+from ...spec.fields import Declaration, MetadataBuffers, packed, running_sum
 from .. import flashinfer
 from ..attributes import has
 from .captured import STEPS
@@ -18,7 +24,7 @@ INDICES = "cuda_graph_kv_indices"
 
 
 class Lists:
-    """Refreshes the lists of a multi-step draft backend, or of a single Triton backend: one launch for all steps.
+    """Refreshes the lists of a multi-step draft backend, all steps by one launch, or of a single Triton backend.
 
     Each captured batch size has a plan. A pool or lists that were exchanged get a new one.
 
@@ -29,8 +35,13 @@ class Lists:
 
     def __init__(self, backend: Any, **facts: Any) -> None:
         self._backend, self._facts = backend, facts
-        # By batch size and the dtypes of run()'s tensors.
+        # By batch size, mode and the dtypes of run()'s tensors.
         self._ready: dict[tuple[Any, ...], tuple[Ready, Tensor]] = {}
+
+    @property
+    def plans(self) -> dict[tuple[Any, ...], Plan]:
+        """The plans by (batch size, mode, dtypes of seq_lens and req_pool_indices)."""
+        return {key: ready.plan for key, (ready, _) in self._ready.items()}
 
     def ready(
         self,
@@ -38,14 +49,16 @@ class Lists:
         mode: str,
         seq_lens_dtype: torch.dtype,
         req_pool_indices_dtype: torch.dtype,
+        extend_seq_lens_dtype: torch.dtype | None = None,
         source: Tensor | None = None,
     ) -> Ready:
         """A plan for a batch size. Must not be called inside a capture.
 
         Args:
             bs: the batch size.
-            mode: isn't looked at: the lengths are those of the lists.
+            mode: "decode", which all multi-step backends have; a single one has "target_verify" and "draft_extend" too.
             seq_lens_dtype, req_pool_indices_dtype: of run()'s tensors.
+            extend_seq_lens_dtype: of what "draft_extend" extends by.
             source: req_to_token; None is the backend's own.
 
         Raises:
@@ -55,7 +68,9 @@ class Lists:
         if source is None:
             source = flashinfer.pool_of(backend)
         facts = {"seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": req_pool_indices_dtype, **self._facts}
-        plan = self._bind(source, facts)
+        if extend_seq_lens_dtype is not None:
+            facts["inputs"] = {"extended": extend_seq_lens_dtype}
+        plan = self._bind(source, mode, facts)
         plan.exact = bs
         pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
         pool = getattr(backend, "req_to_token_pool", None)
@@ -63,9 +78,30 @@ class Lists:
         held = [(backend, INDICES, getattr(backend, INDICES))]
         if owner.req_to_token is source:
             held.append((owner, "req_to_token", source))
-        ready = Ready(bs, plan, pairs, held)
-        self._ready[bs, seq_lens_dtype, req_pool_indices_dtype] = ready, source
+        ready = Ready(plan, pairs, held)
+        self._ready[bs, mode, seq_lens_dtype, req_pool_indices_dtype] = ready, source
         return ready
+
+    def beside(
+        self, bs: int, mode: str, declare: Mapping[str, Declaration | Written], added: int = 0, **facts: Any
+    ) -> Ready:
+        """A plan of its own for a batch size that also writes what is declared; see Refresher.beside.
+
+        The lists have a request's tokens without those that are added. Of ``declare``, a single backend's qo_indptr and
+        mask_indptr get the backend's own tensors.
+        """
+        backend = self._backend
+        source = flashinfer.pool_of(backend)
+        written = {name: each for name, each in declare.items() if isinstance(each, Written)}
+        if not has(backend, STEPS):
+            for name in ("qo_indptr", "mask_indptr"):
+                declaration: Any = declare.get(name)
+                own = getattr(backend, name, None)
+                if declaration is not None and own is not None:
+                    written[name] = _sum(declaration.formula, own)
+        plan = self._bind(source, "decode", {**self._facts, **facts, "declare": written})
+        pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
+        return Ready(plan, pairs, [(backend, INDICES, getattr(backend, INDICES))])
 
     def forget(self) -> None:
         """Plan.forget() of all plans: somebody else wrote what they write."""
@@ -84,13 +120,35 @@ class Lists:
             ArgumentError: see flashinfer.bind_backends and Plan.run; nothing was written.
             LaunchError: CUDA refused the launch.
         """
-        ready, known = self._ready.get((bs, seq_lens.dtype, req_pool_indices.dtype), (None, None))
-        if ready is None or (source is not None and source is not known) or not ready.run(seq_lens, req_pool_indices):
-            ready = self.ready(bs, "", seq_lens.dtype, req_pool_indices.dtype, source)
-            ready.plan.run(seq_lens[:bs], req_pool_indices[:bs])
+        ready, known = self._ready.get((bs, "decode", seq_lens.dtype, req_pool_indices.dtype), (None, None))
+        if ready is None or (source is not None and source is not known) or not ready.current():
+            ready = self.ready(bs, "decode", seq_lens.dtype, req_pool_indices.dtype, source=source)
+        ready.plan.run(seq_lens, req_pool_indices)
 
-    def _bind(self, source: Tensor, facts: dict[str, Any]) -> Plan:
-        if has(self._backend, STEPS):
-            return flashinfer.bind_backends(self._backend, source, **facts)
-        lists = MetadataBuffers(kv_indptr=self._backend.kv_indptr, kv_indices=getattr(self._backend, INDICES))
-        return bind([lists], req_to_token=source, **facts)
+    def _bind(self, source: Tensor, mode: str, facts: dict[str, Any]) -> Plan:
+        backend = self._backend
+        if has(backend, STEPS):
+            return flashinfer.bind_backends(backend, source, **facts)
+        lists = MetadataBuffers(kv_indptr=backend.kv_indptr, kv_indices=getattr(backend, INDICES))
+        if mode == "decode":
+            return bind([lists], req_to_token=source, **facts)
+        facts["constants"] = {"draft_tokens": backend.num_draft_tokens}
+        declare = {"qo_indptr": _sum("draft_tokens", backend.qo_indptr)}
+        if mode == "target_verify":
+            # The lists have the prefix, and the mask has the draft tokens too.
+            declare["mask_indptr"] = _sum("draft_tokens * (base_len + draft_tokens)", backend.mask_indptr)
+            return bind([lists], req_to_token=source, declare=declare, **facts)
+        # The lists have what lies before the tokens that run()'s ``extended`` counts.
+        indices = getattr(backend, INDICES)
+        declare["prefix_indptr"] = _sum("max(base_len - extended, 0)", backend.kv_indptr)
+        prefix = packed("token(column)", at="prefix_indptr", dtype=_dtype(indices))
+        declare["prefix_indices"] = into(prefix, indices)
+        return bind([MetadataBuffers()], req_to_token=source, declare=declare, **facts)
+
+
+def _sum(formula: str, destination: Tensor) -> Written:
+    return into(running_sum(formula, dtype=_dtype(destination)), destination)
+
+
+def _dtype(tensor: Tensor) -> Dtype:
+    return "int64" if tensor.dtype == torch.int64 else "int32"

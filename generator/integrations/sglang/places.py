@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .captured import SCHEDULE
 
 # The children with their metadata, as Refresher.run returns them, the forward batch, its mode, and whether the launch
 # made DeepGEMM's schedules.
 After = Callable[[list[tuple[Any, Any]], Any, str, bool], None]
-
+# The backend, the forward batch and its mode.
+Inputs = Callable[[Any, Any, str], tuple[Tensor, ...] | None]
 
 OUT_GRAPH = "init_forward_metadata_out_graph"
 IN_GRAPH = "init_forward_metadata_in_graph"
 LISTS_KERNEL = "generate_draft_decode_kv_indices"
-LISTS_FILL = "_fill_kv_indptr_and_indices"
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,25 @@ class Place:
         refreshed: what the launch refreshes, for people.
         stays: the engine's steps that are still called, for people.
         modes: the modes that are served; others run the engine's own code.
-        after: the steps of ``stays``, where they aren't around the replaced method anyway.
+        after: the steps of ``stays``; None where they are around the replaced method anyway, or there are none.
         method: what the launch replaces: all that comes before a replay (OUT_GRAPH), the kernel that a graph records
-            (IN_GRAPH), or what fills kv_indptr and kv_indices: a kernel (LISTS_KERNEL) or a method (LISTS_FILL).
+            (IN_GRAPH), or the kernel that fills kv_indptr and kv_indices (LISTS_KERNEL).
         lists: whether it refreshes kv_indptr and kv_indices, which aren't kept for each batch size.
         leave: what the launch leaves to ``after``; see captured.buffers_from.
+        extends: whether a draft extension that has no graph is served too; see extension.py.
+        inputs: further inputs of a launch; it returns None where the engine's own code must run. None if there are
+            none.
     """
 
     refreshed: str
     stays: str
     modes: tuple[str, ...]
-    after: After
+    after: After | None = None
     method: str = OUT_GRAPH
     lists: bool = False
     leave: tuple[str, ...] = ()
+    extends: bool = False
+    inputs: Inputs | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -86,25 +92,63 @@ def _forward_mode(batch: Any, child: Any) -> Any:
     return sys.modules[type(child).__module__].ForwardMode.DECODE
 
 
-def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+def _fa3_steps(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
     for child, metadata in pairs:
-        if metadata.scheduler_metadata is not None:  # a single backend's plain decode has it
-            bs, longest = batch.batch_size, batch.seq_lens_cpu if child.needs_cpu_seq_lens else None
-            metadata.max_seq_len_k = child.max_context_len if longest is None else int(longest[:bs].max())
-            made = child._compute_scheduler_metadata(
-                bs, metadata.max_seq_len_k, metadata.cache_seqlens_int32, metadata.cu_seqlens_q
-            )
-            if made is not None:
-                child._sched_meta_buf[: len(made)] = made
-                child._sched_meta_buf[len(made) :] = 0
         child.forward_metadata = metadata
-        child.forward_metadata_spec_decode_expand = None
 
 
-def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    ((child, metadata),) = pairs
+    child.forward_metadata = metadata
+    if mode == "target_verify" or (mode == "decode" and metadata.scheduler_metadata is None):
+        return
+    bs, longest = batch.batch_size, batch.seq_lens_cpu if getattr(child, "needs_cpu_seq_lens", True) else None
+    metadata.max_seq_len_k = child.max_context_len if longest is None else int(longest[:bs].max())
+    if mode == "draft_extend":
+        extended = batch.spec_info.extend_seq_lens_cpu
+        metadata.max_seq_len_q = max(extended) if extended else batch.spec_info.num_tokens_per_req
+        return
+    made = child._compute_scheduler_metadata(
+        bs, metadata.max_seq_len_k, metadata.cache_seqlens_int32, metadata.cu_seqlens_q
+    )
+    if made is not None:
+        child._sched_meta_buf[: len(made)] = made
+        child._sched_meta_buf[len(made) :] = 0
+
+
+def _extended(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | None:
+    """What draft_extend extends each request by."""
+    if mode != "draft_extend":
+        return ()
+    extended = getattr(batch.spec_info, "extend_seq_lens_tensor", None)
+    return None if extended is None else (extended,)
+
+
+def _triton_steps(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
     """The numbers of splits, which all children share."""
     bs, child = batch.batch_size, pairs[-1][0]
     child.get_num_kv_splits(child.cuda_graph_num_kv_splits[:bs], batch.seq_lens[:bs])
+
+
+def _triton_inputs(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | None:
+    """What draft_extend extends by. Only the captured number of tokens a request is served."""
+    if mode != "decode" and batch.spec_info.num_tokens_per_req != backend.num_draft_tokens:
+        return None
+    return _extended(backend, batch, mode)
+
+
+def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
+    """The numbers of splits in decode, and the mask of a verification."""
+    ((child, _),) = pairs
+    if mode == "target_verify":
+        mask = batch.spec_info.custom_mask
+        if mask is not None:
+            child.verify_mask.buffer[: mask.shape[0]] = mask
+    elif mode == "decode":
+        bs = batch.batch_size
+        # Newer versions have a third argument.
+        uneven = [child.cuda_graph_uneven_batch] if hasattr(child, "cuda_graph_uneven_batch") else []
+        child.get_num_kv_splits(child.cuda_graph_num_kv_splits[:bs], batch.seq_lens[:bs], *uneven)
 
 
 def _flashmla(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
@@ -129,35 +173,31 @@ def _flashmla(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bo
         )
 
 
-def _nothing(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
-    """There are no steps after the launch, or the engine's own code runs them."""
-
-
 _EVERY_MODE = ("decode", "target_verify", "draft_extend")
 _DSA_STAYS = "DeepGEMM's schedule, the top-k plan and sparse FlashMLA's schedule"
 _LENGTHS = "lengths, running sums and tables"
 _LISTS = "kv_indptr and kv_indices"
-_EXTEND_STAYS = "draft extension, whose cu_seqlens_q sums extend_seq_lens"
 _PLANS = "FlashInfer's plans on the host"
 
 PLACES = {
     "DeepseekSparseAttnMultiStepBackend": Place(_LENGTHS, _DSA_STAYS, ("decode",), _dsa),
     "DeepseekSparseAttnBackend": Place(_LENGTHS, _DSA_STAYS, _EVERY_MODE, _dsa),
-    "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3),
+    "FlashAttentionMultiStepBackend": Place(_LENGTHS, "nothing", ("decode",), _fa3_steps),
     "FlashAttentionBackend": Place(
-        _LENGTHS, f"scheduler_metadata, and {_EXTEND_STAYS}", ("decode", "target_verify"), _fa3,
-        leave=("scheduler_metadata",),
+        _LENGTHS, "scheduler_metadata", _EVERY_MODE, _fa3, leave=("scheduler_metadata",), extends=True,
+        inputs=_extended,
     ),
-    "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), _nothing, IN_GRAPH),
-    "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, _nothing, IN_GRAPH),
+    "TRTLLMHAAttnMultiStepDraftBackend": Place(_LENGTHS, "nothing", ("decode",), method=IN_GRAPH),
+    "TRTLLMHAAttnBackend": Place(_LENGTHS, "nothing", _EVERY_MODE, method=IN_GRAPH),
     "FlashMLAMultiStepDraftBackend": Place("tables", "FlashMLA's schedule", ("decode",), _flashmla),
     "FlashMLABackend": Place("tables and lengths", "FlashMLA's schedule", _EVERY_MODE, _flashmla),
-    "TRTLLMMLAMultiStepDraftBackend": Place("tables and lengths", "nothing", ("decode",), _nothing),
-    "TRTLLMMLABackend": Place("tables and lengths", "nothing", _EVERY_MODE, _nothing),
-    "TritonMultiStepDraftBackend": Place(_LISTS, "the numbers of splits", ("decode",), _triton, lists=True),
+    "TRTLLMMLAMultiStepDraftBackend": Place("tables and lengths", "nothing", ("decode",)),
+    "TRTLLMMLABackend": Place("tables and lengths", "nothing", _EVERY_MODE),
+    "TritonMultiStepDraftBackend": Place(_LISTS, "the numbers of splits", ("decode",), _triton_steps, lists=True),
     "TritonAttnBackend": Place(
-        _LISTS, "qo_indptr, masks and the numbers of splits", _EVERY_MODE, _nothing, LISTS_FILL, lists=True
+        "kv_indptr, kv_indices, qo_indptr and mask_indptr", "masks and the numbers of splits", _EVERY_MODE, _triton,
+        lists=True, inputs=_triton_inputs,
     ),
-    "FlashInferMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), _nothing, LISTS_KERNEL, lists=True),
-    "FlashInferMLAMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), _nothing, LISTS_KERNEL, lists=True),
+    "FlashInferMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), method=LISTS_KERNEL, lists=True),
+    "FlashInferMLAMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), method=LISTS_KERNEL, lists=True),
 }  # fmt: skip

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
+from ...run.declared import Written, into
 from ...run.plan import Plan, bind
 from ...run.schedules import convention_of, paged_mqa_settings
-from ...spec.fields import MetadataBuffers
+from ...spec.fields import Declaration, MetadataBuffers, running_sum
 from ..attributes import has, read
 from ..refusals import refusal
 from .captured import (
@@ -113,12 +114,14 @@ def _bind(
         if schedules and getattr(captured[0].metadata, SCHEDULE, None) is not None:
             _schedule_facts(captured[0].metadata, given)
     else:
-        starts = getattr(captured[0].metadata, "cu_seqlens_q", None)
-        if given.get("extend") == "variable" and starts is not None and "cu_seqlens_q" not in leave:
-            raise ArgumentError(
-                "extend_seq_lens is a tensor, so metadata.cu_seqlens_q changes with it, and onelaunch has no such "
-                "field. Refresh it with the engine's own code, and pass leave=('cu_seqlens_q',)."
-            )
+        if given.get("extend") == "variable" and "cu_seqlens_q" not in leave:
+            starts: list[Any] = [getattr(c.metadata, "cu_seqlens_q", None) for c in captured]
+            if starts[0] is not None:
+                given["declare"] = {
+                    **(given.get("declare") or {}),
+                    "cu_seqlens_q": into(running_sum(_EXTENDED), starts),
+                }
+                given["inputs"] = {**(given.get("inputs") or {}), _EXTENDED: given["extend_seq_lens_dtype"]}
         _row_a_request(captured, buffers, names, several and names is MHA, mode, given)
     return bind(buffers, req_to_token=req_to_token, **given)
 
@@ -172,6 +175,10 @@ def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
         given.update({**paged_mqa_settings(convention_of(device), lengths.shape[1]), **given})
 
 
+# The input of a plan with cu_seqlens_q: what draft_extend extends each request by.
+_EXTENDED = "extended"
+
+
 class _Bound(NamedTuple):
     plan: Plan
     captured: list[Captured]
@@ -190,34 +197,18 @@ class Ready(NamedTuple):
     """A plan for one captured batch size, and what it relies on.
 
     Attributes:
-        bs: the batch size.
-        plan: a plan for exactly bs requests.
+        plan: a plan for exactly so many requests; its inputs may be longer.
         pairs: each child with its metadata.
-        held: objects with the name and value of an attribute that is bound.
+        held: objects with the name and value of an attribute that is bound. The plan holds as long as they do.
     """
 
-    bs: int
     plan: Plan
     pairs: list[tuple[Any, Any]]
     held: list[tuple[Any, str, Any]]
 
-    def run(self, seq_lens: Tensor, req_pool_indices: Tensor) -> bool:
-        """One launch, unless something that is bound was exchanged: then False, and nothing is written.
-
-        Args:
-            seq_lens, req_pool_indices: bs elements or more, of which the first bs count.
-
-        Raises:
-            ArgumentError, LaunchError: see Plan.run.
-        """
-        for owner, name, value in self.held:
-            if getattr(owner, name, None) is not value:
-                return False
-        try:
-            self.plan.run(seq_lens, req_pool_indices)
-        except ArgumentError:  # perhaps they are longer, which would cost more to ask each time than the launch does
-            self.plan.run(seq_lens[: self.bs], req_pool_indices[: self.bs])
-        return True
+    def current(self) -> bool:
+        """Whether nothing that is bound was exchanged."""
+        return all(getattr(owner, name, None) is value for owner, name, value in self.held)
 
 
 class Refresher:
@@ -267,16 +258,51 @@ class Refresher:
         key = (bs, mode_of(mode), seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype)
         return self._prepared(key).plan
 
-    def ready(self, bs: int, mode: str, seq_lens_dtype: torch.dtype, req_pool_indices_dtype: torch.dtype) -> Ready:
+    def ready(
+        self,
+        bs: int,
+        mode: str,
+        seq_lens_dtype: torch.dtype,
+        req_pool_indices_dtype: torch.dtype,
+        extend_seq_lens_dtype: torch.dtype | None = None,
+    ) -> Ready:
         """prepare() for a caller that knows when a capture begins, so that run() needn't look for a new one.
 
         Raises:
             ArgumentError: see bind_backends.
         """
-        bound = self._prepared((bs, mode, seq_lens_dtype, req_pool_indices_dtype, None))
+        bound = self._prepared((bs, mode, seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype))
         bound.plan.exact = bs
         pools = zip(bound.captured, bound.pools, strict=True)
-        return Ready(bs, bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
+        return Ready(bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
+
+    def beside(
+        self, bs: int, mode: str, declare: Mapping[str, Declaration | Written], added: int = 0, **facts: Any
+    ) -> Ready:
+        """A plan of its own for a captured batch size that also writes what is declared.
+
+        Args:
+            bs, mode: as in prepare().
+            declare: those of its fields that have tensors, and cu_seqlens_q, which gets the backend's.
+            added: how many tokens the backend's lengths have beyond those of run().
+            facts: arguments of onelaunch.bind.
+
+        Raises:
+            ArgumentError: see bind_backends.
+        """
+        captured = captured_for(self._backend, bs, mode)
+        if added:
+            facts["seqlen_offsets"] = [added] * len(captured)
+        starts = getattr(captured[0].metadata, "cu_seqlens_q", None)
+        written = {name: each for name, each in declare.items() if isinstance(each, Written)}
+        # DSA's has an element a row, and never changes.
+        if mode == "draft_extend" and isinstance(starts, Tensor) and family_of(captured[0].metadata) is MHA:
+            written["cu_seqlens_q"] = Written(declare["cu_seqlens_q"], starts)  # type: ignore[arg-type]
+        facts = {**self._facts, **facts, "declare": written}
+        several = has(self._backend, STEPS)
+        plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
+        held = [(c.child, "req_to_token", getattr(c.child, "req_to_token", None)) for c in captured]
+        return Ready(plan, [(c.child, c.metadata) for c in captured], held)
 
     def forget(self) -> None:
         """Plan.forget() of all plans: somebody else wrote what they write."""
@@ -317,11 +343,16 @@ class Refresher:
                 raise ArgumentError(f"{name} is {shape} and bs is {bs}; it must be a tensor of {bs} elements or more.")
         extend_dtype = None if extend_seq_lens is None else extend_seq_lens.dtype
         bound = self._prepared((bs, mode_of(mode), seq_lens.dtype, req_pool_indices.dtype, extend_dtype))
-        variable = bound.plan.config.extend == "variable"
+        config = bound.plan.config
+        extended = None if extend_seq_lens is None else extend_seq_lens[:bs]
+        inputs: dict[str, Any] = (
+            {_EXTENDED: extended} if extended is not None and _EXTENDED in dict(config.inputs) else {}
+        )
         bound.plan.run(
             seq_lens if len(seq_lens) == bs else seq_lens[:bs],
             req_pool_indices if len(req_pool_indices) == bs else req_pool_indices[:bs],
-            extend_seq_lens[:bs] if extend_seq_lens is not None and variable else None,
+            extended if config.extend == "variable" else None,
+            **inputs,
         )
         return bound.pairs
 

@@ -32,6 +32,7 @@ VECTORS = KernelConfig(
     constants={"block": 7},
     maps={"full_to_swa": ("int64", -3)},
 )
+PADDED = VECTORS.replace(padding_len=4, fields=(*VECTORS.fields, "cu_seqlens_k", "page_indices"))
 COMPUTED = KernelConfig(
     mode="target_verify",
     next_n=2,
@@ -50,6 +51,34 @@ EDGES = Shape("edges", (0, 88, 89, 90, 91, -5, 31, 2**31 - 1), width=90, spare_r
 MANY = Shape("many", tuple(7 * i % 300 for i in range(100)), width=300, spare_rows=2, token_pad=1)
 
 FAULTS = {
+    "accessors.cu.j2": [
+        Fault(
+            "read the length of a padding request",
+            "a read behind seq_lens",
+            PADDED,
+            MANY,
+            r"if \(request >= p\.requests\) return kPaddingLen;",
+            "",
+            "address",
+        ),
+        Fault(
+            "give padding requests a row that isn't padding's",
+            "a request's tokens in the rows of padding",
+            PADDED,
+            MANY,
+            r"(return )0(;\s+const std::int64_t row = )",
+            r"\g<1>1\g<2>",
+        ),
+        Fault(
+            "read the inputs of a padding request",
+            "a read behind a declared input",
+            PADDED,
+            MANY,
+            r"if \(request >= p\.requests\) return 0;(\s+return p\.user_accept)",
+            r"\1",
+            "address",
+        ),
+    ],
     "device/look_up.cuh": [
         Fault(
             "look up behind a row",
@@ -140,6 +169,23 @@ FAULTS = {
             "request < p.captured_size - 1",
         ),
         Fault(
+            "add up padding requests in the sum that pads",
+            "the padding is larger than the last request's element",
+            PADDED,
+            MANY,
+            r"request < p\.requests \? (bits\(user_sums\)) : 0",
+            r"\1",
+        ),
+        Fault(
+            "write a padding request's own element where the field has a pad",
+            "two threads write one address",
+            PADDED,
+            MANY,
+            r"if \(request < p\.requests\) (store_strided<true>\(p\.user_slots)",
+            r"\1",
+            "thread",
+        ),
+        Fault(
             "round the quotient towards zero",
             "negative dividends are one too large",
             VECTORS,
@@ -212,7 +258,7 @@ FAULTS = {
             "rows are alike",
             COMPUTED,
             MANY,
-            r"static_cast<int>\(table_row % kNextN\)",
+            r"static_cast<int>\(table_row % rows_each\)",
             "0",
         ),
         Fault(

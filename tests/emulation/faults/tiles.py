@@ -14,8 +14,8 @@ FAULTS = {
             "the column behind the live ones is overwritten",
             DECODE,
             SHORT,
-            r"if \(column \+ i \* kWarpSize < stop\) data",
-            "if (column + i * kWarpSize <= stop) data",
+            r"if \(column \+ i \* kWarpSize < stop\) put",
+            "if (column + i * kWarpSize <= stop) put",
         ),
         Fault(
             "shift a bound by one: the end of a row's loads",

@@ -1,12 +1,14 @@
 """A plugin of SGLang that watches how an engine refreshes attention metadata; generate.py's engine loads it.
 
-It times the methods that refresh metadata before a replay, alike with and without onelaunch, counts what they launch in
-three profiled steps, and spoils the draft's table on request. Its variables:
+It times the methods that refresh metadata before a replay, and the copies into a graph's buffers before them, alike
+with and without onelaunch, counts what they and the steps around them launch in three profiled steps, and spoils the
+draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
-PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with "detached" behind it where onelaunch is
-    taken off meanwhile, in the same process, which is the fair comparison: the speed of identical processes differs by
-    up to 1.7 times. Read before each prefill.
+PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with a state behind it: "off" where onelaunch is
+    taken off meanwhile, "backends" where it is attached to the attention backends, "on", which is also where none is
+    named, where it is attached to the graph runners too. In the same process, which is the fair comparison: the speed
+    of identical processes differs by up to 1.7 times. Read before each prefill.
 PROBE_SPOIL: 1 zeroes the draft's table after each refresh.
 """
 
@@ -18,15 +20,23 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import engine_trace
+
 BATCH = 16  # the batch size whose steps are timed and profiled
 PROFILED_STEPS = range(4, 7)
 _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
+_DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_METADATA = ("init_forward_metadata_out_graph", "init_forward_metadata")
+_STATES = ("off", "backends", "on")
+# What copies a batch into a graph's buffers: a function of the runner's module, or a method of its registry.
+_COPIES, _FILL = "_grouped_foreach_copy_", "fill_from"
 
 
 class Probe:
@@ -34,20 +44,21 @@ class Probe:
 
     def __init__(self) -> None:
         self.phase, self.step = "", 0
-        self.decoding = self.inside = False
-        self.times: dict[str, dict[str, list[float]]] = {
-            state: collections.defaultdict(list) for state in ("off", "on")
-        }
+        self.decoding = self.inside = self.full = False
+        self.times: dict[str, dict[str, list[float]]] = {state: collections.defaultdict(list) for state in _STATES}
         self.started: float | None = None  # when the last decode step began
         self.addresses: list[tuple[int, int]] = []  # of seq_lens and req_pool_indices in the draft's refreshes
         self.lines: list[str] = []  # onelaunch's
         self.after_capture: int | None = None  # how many of them there were when the engine had captured
         self.watched_lines: int | None = None  # and how many when onelaunch was first taken off
-        self.attachments: list[Any] = []
+        self.attachments: list[Any] = []  # to backends
+        self.runners: dict[str, Any] = {}
+        self.attached_runners: list[Any] = []  # what attach() returned for them
         self.roles: list[tuple[str, Any]] = []
-        self.unwatched: list[tuple[Any, str, Any]] = []  # backend, method, and what the instance had of its own
+        self.unwatched: list[tuple[Any, str, Any]] = []  # an object, an attribute, and what the object had of its own
         self.profiler: Any = None
         self.profile: dict[str, Any] = {}
+        self.seams: dict[str, Any] = {}
         self.spoiled = 0
 
     # ------------------------------------------------------------------------------------------ what SGLang calls
@@ -60,24 +71,30 @@ class Probe:
             ("verify", scheduler.tp_worker.model_runner.attn_backend),
             ("draft-extend", draft.draft_extend_attn_backend),
         ]
-        self._watch()
 
     def captured(self, result: Any, scheduler: Any) -> None:
         """After SGLang captured its graphs."""
+        draft = scheduler.draft_worker.draft_worker
+        self.runners = {
+            "draft": draft.cuda_graph_runner,
+            "verify": scheduler.tp_worker.model_runner.decode_cuda_graph_runner,
+            "draft-extend": draft.cuda_graph_runner_for_draft_extend,
+        }
         self.after_capture = len(self.lines)
+        self._watch()
 
     def generation(self, original: Any, worker: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
         """Around each step of the scheduler: a prefill, or draft, verification and draft extension."""
         if not batch.forward_mode.is_decode():
             self.phase, self.step, self.started = Path(os.environ["PROBE_PHASE"]).read_text(), 0, None
-            self._attach(not self.phase.endswith("detached"))
+            self._attach()
             self.write()
             return original(worker, batch, *arguments, **keywords)
         now = time.perf_counter()
-        full = batch.batch_size() == BATCH
-        if self.phase.startswith("timed") and full and self.started is not None:
+        self.full = batch.batch_size() == BATCH
+        if self.phase.startswith("timed") and self.full and self.started is not None:
             self.times[self.state]["step"].append(now - self.started)
-        self.started = now if full else None
+        self.started = now if self.full else None
         self.step += 1
         if self.phase.startswith("profiled") and self.step == PROFILED_STEPS.start:
             self._begin_profile()
@@ -90,64 +107,110 @@ class Probe:
             if self.profiler is not None and self.step == PROFILED_STEPS.stop - 1:
                 self._end_profile()
 
+    def extension(self, original: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Around the draft extension of a step, its preparation included."""
+        with self._span("extend"):
+            return original(*arguments, **keywords)
+
     # ------------------------------------------------------------------------------------------ watching
 
     @property
     def state(self) -> str:
-        return "on" if any(attachment.attached for attachment in self.attachments) else "off"
+        if self.attached_runners:
+            return "on"
+        return "backends" if any(attachment.attached for attachment in self.attachments) else "off"
 
     def _watch(self) -> None:
-        self.unwatched = []
         for role, backend in self.roles:
-            for name in ("init_forward_metadata_out_graph", "init_forward_metadata"):
-                self.unwatched.append((backend, name, vars(backend).get(name)))
-                setattr(backend, name, self._watched(role, backend, getattr(backend, name)))
+            for name in _METADATA:
+                self._replace(backend, name, self._metadata(role, backend, getattr(backend, name)))
+        for role, runner in self.runners.items():
+            if runner is not None:
+                registry = getattr(runner, "buffer_registry", None)
+                module = sys.modules[type(runner).__module__]
+                owner, name = (module, _COPIES) if registry is None else (registry, _FILL)
+                self._replace(owner, name, self._timed(f"{role} copies", getattr(owner, name)))
 
-    def _attach(self, wanted: bool) -> None:
-        """Takes onelaunch off all backends, or puts it back."""
-        if not self.attachments or wanted == (self.state == "on"):
+    def _replace(self, owner: Any, name: str, mine: Any) -> None:
+        self.unwatched.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, mine)
+
+    def _unwatch(self) -> None:
+        for owner, name, own in reversed(self.unwatched):
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+        self.unwatched = []
+
+    def _attach(self) -> None:
+        """Takes onelaunch off what it is attached to, or puts it back, for the state that the phase wants."""
+        named = self.phase.rpartition(" ")[2]
+        wanted = named if named in _STATES else "on"
+        if not self.attachments or wanted == self.state:
             return
         if self.watched_lines is None:
             self.watched_lines = len(self.lines)
-        for backend, name, own in reversed(self.unwatched):
-            if own is None:
-                delattr(backend, name)
-            else:
-                setattr(backend, name, own)
-        if wanted:
+        self._unwatch()
+        for attachment in self.attached_runners:
+            attachment.detach()
+        self.attached_runners = []
+        if wanted == "off":
+            for attachment in reversed(self.attachments):
+                attachment.detach()
+        elif self.state == "off":
             from onelaunch.integrations import sglang
 
             before, self.attachments[:] = list(self.attachments), []
             for attachment in before:
                 sglang.attach(attachment.backend)  # and install()'s hook keeps it
-        else:
-            for attachment in self.attachments:
-                attachment.detach()
+        if wanted == "on":
+            self._attach_runners()
         self._watch()
 
-    def _watched(self, role: str, backend: Any, method: Any) -> Any:
-        def watched(forward_batch: Any, *arguments: Any, **keywords: Any) -> Any:
-            if not self.decoding or self.inside:  # a capture, a prefill, or called by another of these methods
-                return method(forward_batch, *arguments, **keywords)
+    def _attach_runners(self) -> None:
+        from onelaunch.integrations import sglang
+
+        for runner in self.runners.values():
+            if runner is not None:
+                with contextlib.suppress(Exception):  # it wasn't served before, either
+                    sglang.attach(runner)
+
+    def _timed(self, role: str, function: Any) -> Any:
+        """The function, timed in decode steps unless it is called by another one of them."""
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            if not self.decoding or self.inside:
+                return function(*arguments, **keywords)
             self.inside = True
             try:
                 with self._span(role):
                     start = time.perf_counter()
-                    result = method(forward_batch, *arguments, **keywords)
+                    result = function(*arguments, **keywords)
                     taken = time.perf_counter() - start
             finally:
                 self.inside = False
-            if self.phase.startswith("timed") and forward_batch.batch_size == BATCH:
+            if self.phase.startswith("timed") and self.full:
                 self.times[self.state][role].append(taken)
-                if role == "draft":
-                    self.addresses.append(
-                        (forward_batch.seq_lens.data_ptr(), forward_batch.req_pool_indices.data_ptr())
-                    )
-            if role == "draft" and os.environ.get("PROBE_SPOIL") == "1":
-                self._spoil(backend, forward_batch.batch_size)
             return result
 
-        return watched
+        return timed
+
+    def _metadata(self, role: str, backend: Any, method: Any) -> Any:
+        timed = self._timed(role, method)
+
+        def refresh(forward_batch: Any, *arguments: Any, **keywords: Any) -> Any:
+            outermost = self.decoding and not self.inside
+            result = timed(forward_batch, *arguments, **keywords)
+            if role == "draft" and outermost:
+                if self.phase.startswith("timed") and self.full:
+                    inputs = forward_batch.seq_lens, forward_batch.req_pool_indices
+                    self.addresses.append((inputs[0].data_ptr(), inputs[1].data_ptr()))
+                if os.environ.get("PROBE_SPOIL") == "1":
+                    self._spoil(backend, forward_batch.batch_size)
+            return result
+
+        return refresh
 
     def _spoil(self, backend: Any, batch_size: int) -> None:
         indices = getattr(backend, "cuda_graph_kv_indices", None)
@@ -184,7 +247,9 @@ class Probe:
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
             self.profiler.export_chrome_trace(str(trace))
-            self.profile[self.state] = launches(json.loads(trace.read_text())["traceEvents"])
+            events = json.loads(trace.read_text())["traceEvents"]
+        self.profile[self.state] = engine_trace.launches(events)
+        self.seams[self.state] = engine_trace.seams(events)
         self.profiler = None
         self.write()
 
@@ -201,6 +266,7 @@ class Probe:
         found = {
             "host_us": microseconds,
             "launches": self.profile,
+            "seams": self.seams,
             "addresses": recency(self.addresses),
             "onelaunch": self.lines[: self.after_capture],
             "built_or_bound_after_capture": []
@@ -208,7 +274,7 @@ class Probe:
             else self.lines[self.after_capture : self.watched_lines],
             "attachments": [
                 {"backend": type(a.backend).__name__, "launches": a.launches, "failed": a.failed}
-                for a in self.attachments
+                for a in (*self.attachments, *self.attached_runners)
             ],
             "spoiled": self.spoiled,
         }
@@ -233,35 +299,6 @@ def recency(addresses: list[tuple[int, int]]) -> dict[str, int]:
     return hits
 
 
-def launches(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Kernel launches and copies through CUDA's API in each span of the probe, of the middle profiled step.
-
-    A graph's launch counts as one, under "graphs".
-    """
-    spans = [e for e in events if e.get("cat") == "user_annotation" and str(e.get("name", "")).startswith("probe ")]
-    calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
-    steps = sorted((s for s in spans if s["name"] == "probe step"), key=lambda s: s["ts"])
-    if not steps:
-        return {}
-    step = steps[len(steps) // 2]
-    found: dict[str, Any] = {}
-    for span in spans:
-        if not step["ts"] <= span["ts"] < step["ts"] + step["dur"]:
-            continue
-        count: collections.Counter[str] = collections.Counter()
-        for call in calls:
-            if call["tid"] != span["tid"] or not span["ts"] <= call["ts"] < span["ts"] + span["dur"]:
-                continue
-            name = call["name"].lower()
-            for kind, part in (("graphs", "graphlaunch"), ("kernels", "launchkernel"), ("copies", "memcpy"),
-                               ("copies", "memset"), ("waits", "synchronize")):  # fmt: skip
-                if part in name:
-                    count[kind] += 1
-                    break
-        found[span["name"].removeprefix("probe ")] = dict(count)
-    return found
-
-
 class _Lines(logging.Handler):
     """Keeps onelaunch's lines."""
 
@@ -283,6 +320,7 @@ def install() -> None:
     HookRegistry.register(f"{_SCHEDULER}.init_all_attention_backends", probe.made, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.init_all_cuda_graphs", probe.captured, HookType.AFTER)
     HookRegistry.register(f"{_EAGLE}.forward_batch_generation", probe.generation, HookType.AROUND)
+    HookRegistry.register(f"{_DRAFT}._draft_extend_for_decode", probe.extension, HookType.AROUND)
     if os.environ.get("ONELAUNCH_SGLANG") == "1":
         from onelaunch.integrations import sglang
 
@@ -290,7 +328,8 @@ def install() -> None:
 
         def recorded(*arguments: Any, **keywords: Any) -> Any:
             attachment = attach(*arguments, **keywords)
-            probe.attachments.append(attachment)
+            kind = probe.attached_runners if hasattr(attachment.backend, "capture_bs") else probe.attachments
+            kind.append(attachment)
             return attachment
 
         sglang.attach = recorded

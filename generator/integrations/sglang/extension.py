@@ -1,0 +1,92 @@
+"""FA3's draft extension in an SGLang that captures no graph of it, such as 0.5.17.
+
+There the engine makes new tensors for each step, by eleven kernels and copies. Here they are kept, and one launch
+refreshes them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from ...run.declared import into
+from ...run.plan import bind
+from ...spec.fields import MetadataBuffers, running_sum
+from ..refusals import batch_refusal
+
+EAGER = "init_forward_metadata"
+# Larger batches than this has room for run the engine's own code.
+_MAX_TABLE_BYTES = 2**26
+
+
+def extends_without_a_graph(backend: Any) -> bool:
+    """Whether FA3 backends of this version have no graph of the draft extension, and this one does extend."""
+    return (
+        not hasattr(backend, "stage_draft_extend_metadata")
+        and bool(getattr(backend, "is_draft_runner", False))
+        and not getattr(backend, "skip_prefill", True)
+        and getattr(backend, "attn_cp_size", 1) == 1
+    )
+
+
+class Extension:
+    """Refreshes what FA3 reads in a draft extension without a graph: one launch for batches of any size that fits.
+
+    Args:
+        backend: a FlashAttentionBackend.
+        facts: arguments of onelaunch.bind.
+    """
+
+    def __init__(self, backend: Any, **facts: Any) -> None:
+        self._backend = backend
+        self._pool, page_size = backend.req_to_token, backend.page_size
+        pages = -(-self._pool.shape[1] // page_size)
+        self.capacity = max(1, min(self._pool.shape[0], _MAX_TABLE_BYTES // (4 * pages)))
+
+        def new(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=self._pool.device)
+
+        self._lengths, self._table = new(self.capacity), new(self.capacity, pages)
+        self._sums, self._starts = new(self.capacity + 1), new(self.capacity + 1)
+        lengths = {"cache_seqlens": self._lengths, "cu_seqlens_k": self._sums}
+        table = {"page_indices" if page_size == 1 else "real_page_table": self._table}
+        self.plan = bind(
+            [MetadataBuffers(**lengths, **table)],
+            req_to_token=self._pool,
+            page_size=page_size,
+            declare={"cu_seqlens_q": into(running_sum("extended"), self._starts)},
+            inputs={"extended": torch.int32},
+            **facts,
+        )
+
+    def run(self, batch: Any) -> bool:
+        """Refreshes the metadata and gives it to the backend; False, and nothing is written, if that isn't served.
+
+        Args:
+            batch: SGLang's ForwardBatch, with seq_lens and req_pool_indices int64 [bs], extend_seq_lens int32 [bs].
+
+        Raises:
+            ArgumentError, LaunchError: see Plan.run; nothing was written.
+        """
+        bs, extended, backend = batch.batch_size, batch.extend_seq_lens, self._backend
+        if (
+            not batch.forward_mode.is_draft_extend_v2()
+            or not 0 < bs <= self.capacity
+            or extended is None
+            or batch_refusal(batch)
+            or backend.req_to_token is not self._pool
+        ):
+            return False
+        self.plan.run(batch.seq_lens, batch.req_pool_indices, extended=extended)
+        metadata = sys.modules[type(backend).__module__].FlashAttentionMetadata()
+        longest, widths = batch.seq_lens_cpu, batch.extend_seq_lens_cpu
+        metadata.max_seq_len_k = backend.max_context_len if longest is None else longest.max().item()
+        metadata.max_seq_len_q = backend.speculative_num_draft_tokens if widths is None else max(widths)
+        metadata.cache_seqlens_int32 = self._lengths[:bs]
+        metadata.cu_seqlens_k = self._sums[: bs + 1]
+        metadata.cu_seqlens_q = self._starts[: bs + 1]
+        metadata.page_table = self._table[:bs, : -(-metadata.max_seq_len_k // backend.page_size)]
+        backend.forward_metadata = metadata
+        return True

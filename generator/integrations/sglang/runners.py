@@ -1,0 +1,129 @@
+"""SGLang's graph runners of a speculative step: the input buffers of their graphs, and the sources of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spec import seams
+from ...spec.fields import Declaration
+
+# The function through which a runner copies a batch into its buffers: copies(destinations, sources).
+COPIES = "_grouped_foreach_copy_"
+# Or the method of its registry: fill(batch, padded_bs=...).
+FILL = "fill_from"
+Sources = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One class of SGLang's.
+
+    Attributes:
+        seam: what it replays, for people.
+        method: what copies a batch into the buffers, has the backend refresh its metadata, and replays.
+        registry: the attribute with the registry of its buffers, whose FILL copies a batch; "" where the runner itself
+            does, with COPIES of its module.
+        backend: the attribute with its attention backend.
+        mode: bind()'s name of its mode.
+        declare: the buffers by name, from the number of tokens of a request.
+        tokens: the number of tokens of a request, of a runner.
+        buffers: the buffers by name, of a runner.
+        lengths: a request's length without the tokens of the seam, from the sources and the batch.
+        inputs: the declared inputs of a call, from the sources.
+        stays: the engine's steps that are still called, for people.
+    """
+
+    seam: str
+    method: str
+    registry: str
+    backend: str
+    mode: str
+    declare: Callable[[int], dict[str, Declaration]]
+    tokens: Callable[[Any], int]
+    buffers: Callable[[Any], dict[str, Tensor]]
+    lengths: Callable[[Sources, Any], Tensor]
+    inputs: Callable[[Sources, int], dict[str, Tensor]]
+    stays: str
+
+
+def _attributes(names: tuple[str, ...]) -> Callable[[Any], dict[str, Tensor]]:
+    """The attributes of runner.buffers that are there."""
+
+    def found(runner: Any) -> dict[str, Tensor]:
+        buffers = {name: getattr(runner.buffers, name, None) for name in names}
+        return {name: tensor for name, tensor in buffers.items() if isinstance(tensor, Tensor)}
+
+    return found
+
+
+def _slots(runner: Any) -> dict[str, Tensor]:
+    """The slots of the registry of a target model's runner."""
+    return {name: runner.buffer_registry.get_slot(name).buffer for name in seams.VERIFY_BUFFERS}
+
+
+def _draft_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
+    return {
+        "pool_rows": sources["req_pool_indices"],
+        "first_token": sources["topk_index"].view(-1),
+        "first_probability": sources["topk_p"].view(-1).view(torch.int32),
+    }
+
+
+def _token_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
+    inputs = {"pool_rows": sources["req_pool_indices"]}
+    if "input_ids" in sources:
+        each = sources["input_ids"].view(-1, tokens).unbind(1)
+        inputs |= {seams.token_input(number): column for number, column in enumerate(each)}
+    return inputs
+
+
+def _extend_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
+    return _token_inputs(sources, tokens) | {"accepted": sources["num_accept_tokens"]}
+
+
+RUNNERS = {
+    "EAGLEDraftCudaGraphRunner": Runner(
+        seam="the draft step",
+        method="execute",
+        registry="",
+        backend="draft_attn_backend",
+        mode="decode",
+        declare=seams.draft_step,
+        tokens=lambda runner: int(runner.speculative_num_steps),
+        buffers=_attributes(seams.DRAFT_BUFFERS),
+        lengths=lambda sources, batch: sources["seq_lens"],
+        inputs=_draft_inputs,
+        stays="hidden states, and the fills of a padded batch",
+    ),
+    "DecodeCudaGraphRunner": Runner(
+        seam="verification",
+        method="load_batch",
+        registry="buffer_registry",
+        backend="attn_backend",
+        mode="target_verify",
+        declare=seams.verify,
+        tokens=lambda runner: int(runner.captured_req_width),
+        buffers=_slots,
+        lengths=lambda sources, batch: sources["seq_lens"],
+        inputs=_token_inputs,
+        stays="the tree and its mask, and the fills of a padded batch",
+    ),
+    "EAGLEDraftExtendCudaGraphRunner": Runner(
+        seam="draft extension",
+        method="execute",
+        registry="",
+        backend="draft_extend_attn_backend",
+        mode="draft_extend",
+        declare=seams.draft_extend,
+        tokens=lambda runner: int(runner.captured_req_width),
+        buffers=_attributes(seams.DRAFT_EXTEND_BUFFERS),
+        lengths=lambda sources, batch: batch.extend_prefix_lens,
+        inputs=_extend_inputs,
+        stays="hidden states, and the fills of a padded batch",
+    ),
+}

@@ -1,0 +1,418 @@
+"""Replaces what one of SGLang's graph runners copies, and its backend's refresh, by one launch, and restores it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import log
+from ...errors import ArgumentError
+from ...run.declared import into
+from ...run.plan import bind
+from ...spec import seams
+from ...spec.fields import MetadataBuffers
+from ...variables import DISABLE_VARIABLE
+from ..attributes import read
+from ..refusals import batch_refusal, refusal
+from .attach import Attachment, attach_backend, attached_to
+from .captured import VERSION
+from .places import LISTS_KERNEL, OUT_GRAPH
+from .refresher import Ready
+from .runners import COPIES, FILL, RUNNERS, Runner
+
+# The method with which a runner chooses the captured size of a batch.
+_PAD = "_pad_to_bucket"
+# SGLang 0.5.17's kernel that gathers the draft's write locations, in a module of its worker.
+_WORKER, _GATHER = "sglang.srt.speculative.eagle_worker_common", "assign_draft_cache_locs_contiguous"
+
+
+class Seam:
+    """A launch in place of a runner's copies and of its backend's refresh.
+
+    Attributes:
+        backend: the runner.
+        refreshed: what one launch writes, for people.
+        stays: the engine's steps that are still called.
+        launches: launches so far.
+        failed: the error after which the engine's own code runs again; "" if there was none.
+    """
+
+    def __init__(self, runner: Any, kind: Runner) -> None:
+        self.backend, self._kind = runner, kind
+        self.launches, self.failed = 0, ""
+        self._tokens = kind.tokens(runner)
+        self._buffers = kind.buffers(runner)
+        declared = kind.declare(self._tokens)
+        self._buffers = {name: tensor for name, tensor in self._buffers.items() if name in declared}
+        self._names = {tensor.data_ptr(): name for name, tensor in self._buffers.items()}
+        self._backend = getattr(runner, kind.backend)
+        self._attachment, self._owned = attached_to(self._backend), False
+        if self._attachment is None:
+            self._attach_backend()
+        self._whole = self._serves_backend()
+        self._ready = {bs: self._bind(bs) for bs in runner.capture_bs}
+        self._batch: Any = None  # while the runner's method runs
+        self._size = 0  # the captured size of that batch
+        self._launched: Ready | None = None  # while the backend's refresh is still to come
+        self._drafting = False  # while the worker drafts with this runner
+        self._waiting: Callable[[], Any] | None = None  # the gather of the draft's write locations
+        columns = ", ".join(self._buffers)
+        self.refreshed = f"{kind.seam}'s {columns}"
+        if self._whole:
+            assert self._attachment is not None
+            self.refreshed += f"; {type(self._backend).__name__}'s {self._attachment.refreshed}"
+        self.stays = f"{kind.stays}; of {type(self._backend).__name__}: {self._of_backend()}"
+        # What was replaced: the object, the name, what the object had of its own, and what it has now.
+        self._own: list[tuple[Any, str, Any, _Bound]] = []
+        self._replace()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the launch replaces the engine's code."""
+        return bool(self._own)
+
+    def __repr__(self) -> str:
+        return f"{type(self.backend).__name__}: one launch writes {self.refreshed}; the engine's own: {self.stays}"
+
+    # ------------------------------------------------------------------------------------------ attaching
+
+    def _attach_backend(self) -> None:
+        try:
+            self._attachment, self._owned = attach_backend(self._backend), True
+        except ArgumentError as error:
+            log.logger.info("attach %s", error)
+
+    def _serves_backend(self) -> bool:
+        """Whether the launch also writes what the backend refreshes before a replay."""
+        attachment = self._attachment
+        if attachment is None or not attachment.attached:
+            return False
+        place = attachment.place
+        assert place is not None
+        return self._kind.mode in place.modes and place.method in (OUT_GRAPH, LISTS_KERNEL)
+
+    def _of_backend(self) -> str:
+        if not self._whole or self._attachment is None:
+            return "everything" if self._attachment is None else repr(self._attachment)
+        return self._attachment.stays
+
+    def _bind(self, bs: int) -> Ready:
+        kind, runner = self._kind, self.backend
+        extends = kind.mode == "draft_extend"
+        declared = kind.declare(self._tokens)
+        written = {name: into(declared[name], self._view(name)) for name in self._buffers}
+        facts: dict[str, Any] = {
+            "inputs": {name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()},
+            "constants": {"draft_tokens": self._tokens},
+            "padding_len": int(runner.seq_len_fill_value) - (self._tokens if extends else 0),
+            "seq_lens_dtype": torch.int32 if extends else torch.int64,
+        }
+        if self._whole:
+            assert self._attachment is not None
+            return self._attachment.beside(
+                bs, kind.mode, {**declared, **written}, self._tokens if extends else 0, **facts
+            )
+        pool = runner.model_runner.req_to_token_pool.req_to_token
+        plan = bind([MetadataBuffers()], req_to_token=pool, declare=written, **facts)
+        return Ready(plan, [], [(runner.model_runner.req_to_token_pool, "req_to_token", pool)])
+
+    def _view(self, name: str) -> Tensor:
+        tensor = self._buffers[name]
+        # topk_p is copied by its bits; with one branch a column is all.
+        return tensor.view(-1).view(torch.int32) if tensor.is_floating_point() else tensor.view(-1)
+
+    def _replace(self) -> None:
+        kind, runner = self._kind, self.backend
+        self._set(runner, kind.method, self._around)
+        self._set(runner, _PAD, self._padded)
+        self._set(self._backend, OUT_GRAPH, self._out_graph)
+        if kind.registry:
+            self._set(getattr(runner, kind.registry), FILL, self._fill)
+        else:
+            _Hook.of(sys.modules[type(runner).__module__], COPIES).seams.append(self)
+        worker, drafter = sys.modules.get(_WORKER), getattr(runner, "eagle_worker", None)
+        if kind.mode == "decode" and worker is not None and hasattr(worker, _GATHER) and hasattr(drafter, "draft"):
+            _Hook.of(worker, _GATHER).seams.append(self)
+            self._set(runner, "can_run_graph", self._can_run_graph)
+            self._set(drafter, "draft", self._drafts)
+
+    def _set(self, owner: Any, name: str, mine: Any) -> None:
+        bound = _Bound(mine, getattr(owner, name))
+        self._own.append((owner, name, vars(owner).get(name), bound))
+        setattr(owner, name, bound)
+
+    def detach(self) -> None:
+        """Restores the engine's own code. A second call does nothing."""
+        for owner, name, own, mine in self._own:
+            if vars(owner).get(name) is not mine:
+                continue  # somebody else has replaced it since
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+        self._own = []
+        _Hook.remove(self)
+        if self._owned and self._attachment is not None:
+            self._attachment.detach()
+
+    # ------------------------------------------------------------------------------------------ what is replaced
+
+    def _around(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
+        """The runner's method: the launch is made in place of its copies."""
+        self._batch, self._size = batch, 0
+        try:
+            return original(batch, *arguments, **keywords)
+        finally:
+            self._batch = self._launched = None
+            if self._attachment is not None:
+                self._attachment.made = False
+            self._flush()
+
+    def _padded(self, original: Any, size: int, sizes: Sequence[int]) -> int:
+        self._size = original(size, sizes)
+        return self._size
+
+    def _out_graph(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
+        """The backend's refresh: what remains of it."""
+        ready, attachment = self._launched, self._attachment
+        place = None if attachment is None else attachment.place
+        if ready is None or not self._whole or place is None or place.method != OUT_GRAPH:
+            if ready is None:
+                for made in self._ready.values():
+                    made.plan.forget()
+            return original(batch, *arguments, **keywords)
+        assert attachment is not None
+        if place.after is not None:
+            place.after(ready.pairs, batch, self._kind.mode, attachment.schedules)
+        return None
+
+    def copies(self, original: Any, destinations: list[Tensor], sources: list[Tensor]) -> bool:
+        """The runner's copies of a batch into its buffers: whether the launch did them. What is left is copied."""
+        if self._batch is None or self.failed:
+            return False
+        named = {self._names.get(to.data_ptr(), ""): of for to, of in zip(destinations, sources, strict=True)}
+        if not self._done(named):
+            return False
+        left = [(to, of) for to, of in zip(destinations, sources, strict=True) if to.data_ptr() not in self._names]
+        if left:
+            original([to for to, _ in left], [of for _, of in left])
+        return True
+
+    def _fill(self, original: Any, batch: Any, **keywords: Any) -> None:
+        """The registry's copies: slots that the launch wrote are left out."""
+        registry = getattr(self.backend, self._kind.registry)
+        sources = {name: getattr(batch, name, None) for name in self._buffers}
+        self._size = keywords["padded_bs"]
+        staged = keywords.get("skip_slots")  # written already
+        if batch is not self._batch or self.failed or staged or not self._done(sources):
+            original(batch, **keywords)
+            return
+        slots = [registry.get_slot(name) for name in self._buffers]
+        for slot in slots:
+            slot.enabled = False
+        try:
+            original(batch, **keywords)
+        finally:
+            for slot in slots:
+                slot.enabled = True
+
+    def _done(self, sources: dict[str, Any]) -> bool:
+        """Whether the launch was made. If not, the engine's own code does it all."""
+        try:
+            done = self._launch(sources)
+        except Exception as error:
+            done = self._give_way(error)
+        if done:
+            self._waiting = None
+        else:
+            self._flush()
+        return done
+
+    def _launch(self, sources: dict[str, Any]) -> bool:
+        kind, batch, ready = self._kind, self._batch, self._ready.get(self._size)
+        given = all(isinstance(sources.get(name), Tensor) for name in self._buffers)
+        if ready is None or not given or not self._fits(batch):
+            return False
+        lengths = kind.lengths(sources, batch)
+        rows = sources["req_pool_indices"]
+        tokens = 1 if kind.mode == "decode" else self._tokens
+        if len(lengths) != len(rows) or len(sources["positions"]) != len(rows) * tokens:
+            return False
+        for owner, name, value in ready.held:
+            if getattr(owner, name, None) is not value:
+                raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
+        inputs: dict[str, Any] = {"captured_size": self._size, **kind.inputs(sources, self._tokens)}
+        ready.plan.run(lengths, rows, **inputs)
+        self.launches += 1
+        self._launched = ready
+        if self._whole and self._attachment is not None:
+            self._attachment.made = True
+        return True
+
+    def _fits(self, batch: Any) -> bool:
+        """Whether a batch is a chain of this seam's mode and number of tokens."""
+        spec_info = batch.spec_info
+        if batch_refusal(batch) or batch.forward_mode.is_idle() or getattr(spec_info, "num_front_tokens", 0):
+            return False
+        if self._kind.mode != "target_verify":
+            return True
+        chain = getattr(spec_info, "topk", 0) == 1 and getattr(spec_info, "draft_token_num", 0) == self._tokens
+        return bool(batch.forward_mode.is_target_verify()) and chain
+
+    def _give_way(self, error: Exception) -> bool:
+        """After an exception of any kind: the engine's own code runs. False."""
+        self.failed = f"{type(error).__name__}: {error}"
+        text = f"{type(self.backend).__name__} runs the engine's own code from now on. {self.failed}"
+        log.logger.warning(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        return False
+
+    # ------------------------------------------------------------------------------------------ the draft's gather
+
+    def waits(self, launch: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        """Whether the gather of a draft's write locations can wait for the launch, which makes them too."""
+        if not self._drafting or self.failed or arguments[5:7] != (1, self._tokens):
+            return False
+        self._waiting = functools.partial(launch, *arguments, **keywords)
+        return True
+
+    def _drafts(self, original: Any, *arguments: Any, **keywords: Any) -> Any:
+        """The worker's draft, with this runner unless adaptive speculation put another one in its place."""
+        worker = self.backend.eagle_worker
+        # What else reads the locations before the graph does.
+        others = worker.seed_dsa_topk_from_draft_extend or worker.draft_runner.canary_manager is not None
+        self._drafting = worker.cuda_graph_runner is self.backend and not others
+        try:
+            return original(*arguments, **keywords)
+        finally:
+            self._drafting = False
+            self._flush()
+
+    def _can_run_graph(self, original: Any, batch: Any) -> Any:
+        runs = original(batch)
+        if not runs:
+            self._flush()
+        return runs
+
+    def _flush(self) -> None:
+        """Launches the gather that waits: what comes reads it."""
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            waiting()
+
+
+class _Bound:
+    """A method of mine in place of an original one, which it gets first."""
+
+    def __init__(self, mine: Callable[..., Any], original: Any) -> None:
+        self.mine, self.original = mine, original
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.mine(self.original, *arguments, **keywords)
+
+
+class _Hook:
+    """A function of one of SGLang's modules that asks seams first. It is there while there are any."""
+
+    _made: ClassVar[dict[tuple[str, str], _Hook]] = {}
+
+    def __init__(self, module: ModuleType, name: str) -> None:
+        self.module, self.name, self.original = module, name, getattr(module, name)
+        self.seams: list[Seam] = []
+
+    @classmethod
+    def of(cls, module: ModuleType, name: str) -> _Hook:
+        """The hook of a function, which is put in its place if it isn't there."""
+        key = module.__name__, name
+        if key not in cls._made:
+            cls._made[key] = cls(module, name)
+            setattr(module, name, cls._made[key])
+        return cls._made[key]
+
+    @classmethod
+    def remove(cls, seam: Seam) -> None:
+        """A seam leaves all hooks, and hooks without seams go."""
+        for key, hook in list(cls._made.items()):
+            hook.seams = [other for other in hook.seams if other is not seam]
+            if not hook.seams:
+                setattr(hook.module, hook.name, hook.original)
+                del cls._made[key]
+
+    def __call__(self, destinations: list[Tensor], sources: list[Tensor]) -> None:
+        """COPIES."""
+        if not any(seam.copies(self.original, destinations, sources) for seam in self.seams):
+            self.original(destinations, sources)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        """A kernel's launcher."""
+
+        def launch(*arguments: Any, **keywords: Any) -> None:
+            if not any(seam.waits(self.original[grid], arguments, keywords) for seam in self.seams):
+                self.original[grid](*arguments, **keywords)
+
+        return launch
+
+
+def attach_runner(runner: Any) -> Seam:
+    """Attaches to a graph runner: see attach."""
+    kind = RUNNERS[type(runner).__name__]
+    backend = read("the runner", runner, (kind.backend,), VERSION)
+    for name in ("capture_bs", "seq_len_fill_value", _PAD, kind.method):
+        read("the runner", runner, (name,), VERSION)
+    if reason := refusal(backend):
+        raise ArgumentError(f"{type(runner).__name__} isn't served: {reason}. The engine's own code serves it.")
+    if getattr(runner, "_metadata_glue", None) is not None:
+        raise ArgumentError(
+            f"{type(runner).__name__} isn't served: _metadata_glue is set: what comes before a replay is recorded in a "
+            "graph. Unset SGLANG_ENABLE_METADATA_GLUE_GRAPH."
+        )
+    if isinstance(getattr(runner, kind.method), _Bound):
+        raise ArgumentError(f"{type(runner).__name__} is attached already. Call detach() of what attach() returned.")
+    if kind.mode == "decode" and (runner.topk or 1) > 1:
+        raise ArgumentError(f"the runner's topk is {runner.topk}; allowed: 1. A draft tree has rows for each branch.")
+    if kind.mode == "target_verify" and runner.captured_req_width < 2:
+        raise ArgumentError("the runner's captured_req_width is 1: it doesn't verify, it decodes. Attach its backend.")
+    return Seam(runner, kind)
+
+
+def attach(target: Any, *, leave: Collection[str] = (), schedules: bool = False, **facts: Any) -> Attachment | Seam:
+    """Replaces the code that refreshes metadata before a replay by one launch.
+
+    Call it for a backend before the engine captures its graphs: then plans are bound at capture, and nothing is built
+    while serving. Call it for a graph runner after it captured them. Only this object changes, and with a runner its
+    backend. If a launch fails, the engine's own code runs from then on, and one warning says why. With
+    ``ONELAUNCH_DISABLE=1`` nothing is attached.
+
+    Args:
+        target: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA or Triton backend;
+            or a graph runner: EAGLEDraftCudaGraphRunner, EAGLEDraftExtendCudaGraphRunner, or the DecodeCudaGraphRunner
+            that verifies. A runner's one launch also writes its input buffers, with padding, and its backend's tensors
+            where the backend is served; what the backend was attached with holds.
+        leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
+            where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
+            again after detach(). For a backend.
+        schedules: whether the launch makes DeepGEMM's schedules of DSA too. For a backend.
+        facts: arguments of onelaunch.bind, which override what the backend has. For a backend.
+
+    Returns:
+        The attachment. Its text says what is refreshed and what the engine still does.
+
+    Raises:
+        ArgumentError: the target or its configuration isn't served; the message names the attribute. Nothing changed.
+    """
+    if type(target).__name__ not in RUNNERS:
+        return attach_backend(target, leave=leave, schedules=schedules, **facts)
+    if leave or schedules or facts:
+        raise ArgumentError("leave, schedules and facts are a backend's: attach the runner's backend with them first.")
+    if DISABLE_VARIABLE.is_on():
+        return Attachment(target)
+    seam = attach_runner(target)
+    log.logger.info("attach %r", seam)
+    return seam

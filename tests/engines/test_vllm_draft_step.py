@@ -1,0 +1,326 @@
+"""A drafter's steps: vLLM's kernels and builders advance one set of buffers, one launch a step another set."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import results
+import torch
+import vllm_objects
+from onelaunch import ArgumentError, preset
+from onelaunch.integrations import vllm
+from onelaunch.integrations.vllm import DraftStep
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm_objects import MAX_REQUESTS, MAX_TOKENS, WIDTH, Runner
+
+POISON = -7
+LONGEST = 64 * WIDTH
+SIZES = (64, 16)  # of the KV-cache groups' blocks
+
+
+class Drafter:
+    """One set of buffers, and the metadata of a graph that was captured for some requests.
+
+    Args:
+        next_n: tokens that a verified request has; a draft step has one.
+        captured: requests.
+    """
+
+    def __init__(self, next_n: int, captured: int, sizes: tuple[int, ...] = SIZES, **tables: Any) -> None:
+        self.captured, self.runner = captured, Runner()
+        self.tables = vllm_objects.block_tables(sizes, **tables)
+        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
+        self.idx_mapping = torch.full((MAX_REQUESTS,), -1)
+        self.builder, self.sparse_builder = vllm_objects.builder(next_n), vllm_objects.sparse_builder(next_n)
+        self.begin((1,) * captured)
+        # vLLM's keeps the request of each token for all builders that ask; these two are asked apart.
+        self.metadata = self.builder.build(0, self.runner.metadata(captured, captured, 1))
+        self.sparse = self.sparse_builder.build(0, self.runner.metadata(captured, captured, 1))
+
+    def begin(self, lengths: tuple[int, ...], *, dummy: bool = False) -> None:
+        """The first draft step of requests with these lengths: request i is row 2 * i + 1 of the block tables.
+
+        Args:
+            dummy: as in a dummy run, where no request has a row.
+        """
+        requests = len(lengths)
+        self.runner.fill(lengths, (1,) * requests)
+        self.positions[:requests] = self.runner.seq_lens[:requests] - 1
+        self.idx_mapping.fill_(-1)
+        if not dummy:
+            self.idx_mapping[:requests] = (torch.arange(requests) * 2 + 1) % MAX_REQUESTS
+
+    def advance(self) -> None:
+        """What follows the sampled token, for all captured requests: _update_draft_inputs_kernel."""
+        for tensor, most in ((self.positions, LONGEST - 1), (self.runner.seq_lens, LONGEST)):
+            live = tensor[: self.captured]
+            live.copy_((live + 1).clamp(max=most))
+
+    def step(self) -> None:
+        """The engine's own launches before a step."""
+        n = self.captured
+        starts = self.runner.query_start_loc[: n + 1]
+        self.tables.compute_slot_mappings(self.idx_mapping[:n], starts, self.positions[:n], n)
+        self.builder.update_draft_decode_metadata(self.metadata)
+        self.sparse_builder.update_draft_decode_metadata(self.sparse)
+
+    def bind(self, **settings: Any) -> DraftStep:
+        return vllm.bind_draft_step(
+            self.builder,
+            self.metadata,
+            self.tables,
+            idx_mapping=self.idx_mapping,
+            positions=self.positions,
+            **{"sparse": [self.sparse], **settings},
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "slot_mappings", self.tables.slot_mappings
+        for label, owner in (("metadata", self.metadata), ("decode", self.metadata.decode), ("sparse", self.sparse)):
+            for field in dataclasses.fields(owner):
+                value = getattr(owner, field.name)
+                # The runner's slot mapping at the capture, which these two have as they are.
+                if isinstance(value, Tensor) and field.name != "slot_mapping":
+                    yield f"{label}.{field.name}", value
+
+    def destinations(self) -> dict[str, Tensor]:
+        """What a step writes: all but the runner's own memory."""
+        return {name: tensor for name, tensor in self.tensors() if not self.runner.owns(tensor)}
+
+
+def differences(engine: Drafter, mine: Drafter) -> list[str]:
+    """The tensors that differ."""
+    pairs = list(zip(engine.tensors(), mine.tensors(), strict=True))
+    assert all(name == other and a.shape == b.shape and a.dtype == b.dtype for (name, a), (other, b) in pairs)
+    return [name for (name, wanted), (_, got) in pairs if not torch.equal(wanted, got)]
+
+
+def poison(*drafters: Drafter) -> None:
+    for drafter in drafters:
+        for tensor in drafter.destinations().values():
+            tensor.fill_(POISON)
+
+
+def batches(captured: int) -> Iterator[dict[str, Any]]:
+    """As many requests as captured, fewer, a dummy run; lengths at block edges and at the model's longest."""
+    lengths = (1, 64, 65, LONGEST, 257, LONGEST - 1, 16, 300)
+    yield {"lengths": lengths[:captured]}
+    yield {"lengths": lengths[: max(captured - 3, 1)]}
+    yield {"lengths": (512,) * captured}
+    yield {"lengths": lengths[:captured], "dummy": True}
+
+
+# ------------------------------------------------------------------------------------------------ vLLM's own
+
+
+@pytest.mark.parametrize("captured", [1, 5, 8])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 8])
+def test_steps_of_a_batch(next_n: int, captured: int) -> None:
+    engine, mine = Drafter(next_n, captured), Drafter(next_n, captured)
+    step = mine.bind()
+    for batch in batches(captured):
+        poison(engine, mine)
+        for drafter in (engine, mine):
+            drafter.begin(**batch)
+        for number in range(1, 5):
+            engine.step()
+            step.run(tail=number == 1)
+            assert differences(engine, mine) == [], (batch, number)
+            for drafter in (engine, mine):
+                drafter.advance()
+    assert step.plan.launches == 16
+    results.record(type(mine.builder).__name__, *vllm_objects.INDEXER, "draft step", next_n=next_n)
+    results.record(type(mine.tables).__name__, "slot mappings of all groups", "the tables", "draft step")
+    results.record(type(mine.sparse_builder).__name__, "req_id_per_token", "all else", "draft step", next_n=next_n)
+
+
+@pytest.mark.parametrize(("captured", "next_n"), [(1, 2), (8, 3)])
+def test_a_wrong_entry_anywhere_is_found(captured: int, next_n: int) -> None:
+    """The control: each tensor that the launch writes, in its first and its last entry."""
+    engine, mine = Drafter(next_n, captured), Drafter(next_n, captured)
+    step = mine.bind()
+    for drafter in (engine, mine):
+        drafter.begin((300, 200, 100)[:captured])
+    engine.step()
+    written = mine.destinations()
+    # Slot mappings, lengths, two numbers of tokens, the schedule, the request of each token; a flattened table.
+    assert len(written) == 6 + (next_n == 3)
+    for name, tensor in written.items():
+        for at in ((0,) * tensor.dim(), (-1,) * tensor.dim()):
+            step.run()
+            assert differences(engine, mine) == []
+            tensor[at] += 1
+            assert differences(engine, mine) == [name]
+
+
+@pytest.mark.parametrize("next_n", [2, 3])
+def test_nothing_else_is_written(next_n: int) -> None:
+    """The runner's buffers, the block tables, and the builders' memory behind what the metadata has of it."""
+    drafter = Drafter(next_n, 3)
+    step = drafter.bind()
+    drafter.begin((300, 200))
+    owners = (drafter.builder, drafter.sparse_builder, drafter.runner, drafter)
+    buffers = [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
+    buffers = [tensor for tensor in buffers if not tensor.is_floating_point()]  # workspaces, which may hold NaN
+    buffers += [table.gpu for table in drafter.tables.block_tables] + drafter.tables.input_block_tables
+    poison(drafter)
+    before = [tensor.clone() for tensor in buffers]
+    step.run()
+    written = {tensor.data_ptr(): tensor for tensor in drafter.destinations().values()}
+    changed = [(t, old) for t, old in zip(buffers, before, strict=True) if not torch.equal(t, old)]
+    assert {tensor.data_ptr() for tensor, _ in changed} == written.keys() - {drafter.tables.slot_mappings.data_ptr()}
+    for tensor, old in changed:
+        behind = written[tensor.data_ptr()].numel()
+        assert torch.equal(tensor.view(-1)[behind:], old.view(-1)[behind:])
+
+
+def test_the_docstrings_lines() -> None:
+    engine, mine = Drafter(2, 3), Drafter(2, 3)
+    names = {
+        "indexer_builder": mine.builder,
+        "indexer_metadata": mine.metadata,
+        "sparse_metadata": mine.sparse,
+        "block_tables": mine.tables,
+        "idx_mapping": mine.idx_mapping,
+        "positions": mine.positions,
+    }
+    for drafter in (engine, mine):
+        drafter.begin((300, 200))
+    engine.step()
+    assert differences(engine, mine) != []
+    lines = str(vllm.__doc__).partition("::\n")[2].partition("\nOne launch")[0]
+    exec(textwrap.dedent(lines), names)
+    assert differences(engine, mine) == []
+
+
+def test_without_the_tail() -> None:
+    drafter = Drafter(2, 3)
+    step = drafter.bind()
+    drafter.begin((300, 200))
+    poison(drafter)
+    step.run(tail=False)
+    assert drafter.tables.slot_mappings[:, 2].tolist() == [-1, -1], "padding of the captured requests"
+    assert bool((drafter.tables.slot_mappings[:, 3:] == POISON).all())
+    step.run()
+    assert bool((drafter.tables.slot_mappings[:, 3:] == -1).all())
+
+
+def test_one_kernel_for_all_captured_sizes_is_the_preset() -> None:
+    steps = [Drafter(3, captured).bind() for captured in (1, 4, 8)]
+    assert {step.plan.config for step in steps} == {preset("vllm-draft-step").replace(target="cpu")}
+
+
+@pytest.mark.parametrize("sizes", [(64,), (64, 16, 48)])
+def test_other_numbers_of_groups(sizes: tuple[int, ...]) -> None:
+    engine, mine = Drafter(2, 4, sizes), Drafter(2, 4, sizes)
+    step = mine.bind()
+    for drafter in (engine, mine):
+        drafter.begin((1, 17, LONGEST))
+    engine.step()
+    step.run()
+    assert differences(engine, mine) == []
+
+
+def test_a_group_without_slot_mapping() -> None:
+    engine, mine = (Drafter(3, 4, slot_mapping_enabled=[True, False]) for _ in range(2))
+    step = mine.bind()
+    for drafter in (engine, mine):
+        drafter.begin((1, 17, 300, 64))
+    engine.step()
+    step.run()
+    assert differences(engine, mine) == []
+    assert bool((mine.tables.slot_mappings[1] == -1).all())
+    assert bool((mine.tables.slot_mappings[0, :4] >= 0).all())
+
+
+def test_without_schedule_and_sparse_metadata() -> None:
+    engine, mine = Drafter(3, 4), Drafter(3, 4)
+    step = mine.bind(schedule=False, sparse=())
+    poison(engine, mine)
+    for drafter in (engine, mine):
+        drafter.begin((1, 17, 300, 64))
+    engine.step()
+    step.run()
+    assert differences(engine, mine) == ["decode.schedule_metadata", "sparse.req_id_per_token"]
+
+
+@pytest.mark.parametrize("next_n", [2, 3])
+def test_how_many_launches_one_takes_the_place_of(next_n: int) -> None:
+    """On a GPU each operation of the indexer's hook that writes is a launch."""
+    drafter = Drafter(next_n, 5)
+    drafter.begin((300, 20, 64))
+    with Writes() as writes:
+        drafter.builder.update_draft_decode_metadata(drafter.metadata)
+    assert writes.names == ["aten::copy_", "aten::fill_.Scalar", "aten::copy_", "aten::fill_.Scalar", "aten::copy_"]
+    others = 3  # DeepGEMM's schedule, compute_slot_mappings and compute_token_to_req_indices
+    assert len(writes.names) + others == 8
+
+
+class Writes(TorchDispatchMode):
+    """The operations that write to memory, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------ SM100
+
+
+@pytest.fixture
+def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import cuda
+    from vllm.platforms.interface import DeviceCapability
+
+    answer = classmethod(lambda cls, device_id=0: DeviceCapability(10, 0))
+    monkeypatch.setattr(cuda.NonNvmlCudaPlatform, "get_device_capability", answer)
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_varlen() -> None:
+    """The hook writes the indices too, and DeepGEMM's schedule counts a split's cost; here with 64 heads."""
+    engine, mine = Drafter(4, 5), Drafter(4, 5)
+    with pytest.raises(ArgumentError, match=r"schedule_split_cost isn't given.*pass 2 \* q \+ 1"):
+        mine.bind()
+    step = mine.bind(schedule_split_cost=5)
+    assert mine.metadata.decode.indices is not None
+    for batch in batches(5):
+        poison(engine, mine)
+        for drafter in (engine, mine):
+            drafter.begin(**batch)
+        engine.step()
+        step.run()
+        assert differences(engine, mine) == [], batch
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_metadata_of_a_verified_batch_is_refused() -> None:
+    drafter = Drafter(3, 4)
+    drafter.runner.fill((300, 200), (3, 3))
+    drafter.metadata = drafter.builder.build(0, drafter.runner.metadata(2, 6, 3))
+    with pytest.raises(ArgumentError, match="metadata has 2 decodes with 6 tokens, and 0 prefills; in a draft step"):
+        drafter.bind()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [("tables", "cp_size", 2), ("builder", "dcp_world_size", 2), ("builder", "use_pcp", True)],
+)
+def test_parallel_contexts_are_refused(owner: str, name: str, value: Any) -> None:
+    """vLLM would ask for a process group, which one process hasn't."""
+    drafter = Drafter(3, 4)
+    setattr(getattr(drafter, owner), name, value)
+    with pytest.raises(ArgumentError, match=rf"\.{name} is {value}: .*Leave this batch to vLLM"):
+        drafter.bind()
