@@ -17,6 +17,8 @@ from onelaunch import ConfigError, KernelConfig, Map, MetadataBuffers, into, pac
 from onelaunch.errors import ArgumentError
 from onelaunch.inspect.traffic import traffic
 from onelaunch.load.prebuild import read_matrix
+from onelaunch.run.checks import check_declared
+from onelaunch.spec.fields import Field
 from onelaunch.spec.settings import parse_settings
 from onelaunch.spec.vectors import described
 from torch import Tensor
@@ -428,6 +430,18 @@ def test_padding_of_rows_ends_where_they_end() -> None:
     plan.run(LENGTHS, ROWS, captured_size=5)
     assert rows.tolist() == [2, 3, 0, 1, 8, 9, 0, 0, 0, 0, -7]
     assert starts.tolist() == [0, 2, 4, 6, 6, 6, *[-7] * 14]
+
+
+def test_pinned_memory_beside_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan on the host reads. On a GPU test_integrations.py runs one."""
+    field, host, gpu = Field("mine", vector("base_len", "request")), blank(4), torch.device("cuda", 0)
+    with pytest.raises(ArgumentError, match=r"host is on cpu; it must be on cuda:0, .* or in pinned memory"):
+        check_declared("host", host, field, gpu)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda self: True)
+    assert check_declared("host", host, field, gpu) is host
+    with pytest.raises(ArgumentError, match="host has dtype int64; allowed: int32"):
+        check_declared("host", host.long(), field, gpu)
+    assert check_declared("host", host, field, host.device) is host
 
 
 def test_groups_take_standard_fields_only() -> None:

@@ -395,3 +395,14 @@ def test_emitted_cpp_agrees_with_pytorch(tmp_path_factory: pytest.TempPathFactor
     inputs = [tuple(chance.choice([chance.randint(-(2**31), 2**31 - 1), *EDGES]) for _ in INPUTS) for _ in range(40)]
     formulas = [(random_formula(chance, dtype), dtype) for dtype in DTYPES * 60]
     compare(formulas, inputs, tmp_path_factory.mktemp("formulas"))
+
+
+def test_where_assignments_are_broken() -> None:
+    """As clang-format breaks them, which `make check` compares in generated/."""
+    assert emitted.assigned("x", "f(a, b)", 4) == "x = f(a, b);"
+    long = f"f({', '.join(['argument'] * 11)})"
+    assert emitted.assigned("const int value", long, 4) == f"const int value =\n        {long};"
+    longer = f"f(g({', '.join(['argument'] * 9)}, h{{1, 2}}), kSize)"
+    broken = emitted.assigned("const int value", longer, 12)
+    assert broken == f"const int value = f(\n{' ' * 16}{longer[2:-7]}\n{' ' * 16}kSize);"
+    assert all(len(line) <= 120 for line in broken.splitlines())

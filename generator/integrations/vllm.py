@@ -18,7 +18,9 @@ Held against vLLM 0.33.0's own classes and kernels (`make engines ENGINE=vllm`).
 One launch in place of eight on Hopper and of nine on SM100: the slot mappings of all KV-cache groups; of the indexer
 the block table, the lengths, two fills (and the indices on SM100), DeepGEMM's schedule and its copy; and the request of
 each token for sparse MLA. The launch is part of the drafter's graph, so it saves kernels on the device, and no work of
-the host. What that is worth wasn't measured. An unmodified vLLM doesn't call it: its loop, or the builder, has to.
+the host. What that is worth wasn't measured. An unmodified vLLM doesn't call it: its loop, or the builder, has to. A
+drafter with a builder that can't advance in place, such as FlashMLA's sparse one, builds its metadata anew in each step
+and has no use for it.
 
 It stays vLLM's to advance positions and lengths, which follows the sampled token; to set current_draft_step; to map
 block tables to a kernel's block size, once before the loop; and what hooks of other builders write (FA3's scheduler
