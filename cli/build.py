@@ -64,7 +64,7 @@ def build(
     Examples:
       onelaunch build nsa-decode-3 --arch 90a
       onelaunch build --set num_backends=5 --target cpu
-      onelaunch build nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4 --timeout 120
+      onelaunch build nsa-decode-3 --set page_size=16 --set page_size=64 --jobs 4
       onelaunch build --config kernels.toml --arch 90a,100a
       onelaunch build nsa-decode-3 --arch 90a --json
     """

@@ -55,7 +55,7 @@ def describe(
     \b
     Examples:
       onelaunch describe nsa-decode-3
-      onelaunch describe --set num_backends=7,page_size=16 --batch 128 --length 32768
+      onelaunch describe --set num_backends=7 --batch 128 --length 32768
       onelaunch describe nsa-decode-3 --batch 1 --length 4096 --json
     """
     found = kernel(config, settings, target, None)

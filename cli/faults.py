@@ -12,8 +12,10 @@ from onelaunch.errors import OnelaunchError
 EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    done, and the answer is no: kernels differ, a destination is wrong, nothing is built, something needs fixing
-  2    it can't be done: a wrong argument, a missing tool, a failed build; standard error says why in a sentence
+  1    done, and the answer is no: kernels differ, a destination is wrong,
+       nothing is built, something needs fixing
+  2    it can't be done: a wrong argument, a missing tool, a failed build;
+       standard error says why in a sentence
   70   a defect of onelaunch; --traceback shows where
   130  interrupted by Ctrl-C; nothing is left half-done
 """

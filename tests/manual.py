@@ -141,8 +141,8 @@ def variables() -> Iterator[str]:
 def exit_codes() -> Iterator[str]:
     yield "## Exit codes\n"
     yield "| code | meaning |\n|---|---|"
-    for code, meaning in re.findall(r"^  (\d+) +(.*)$", EXIT_CODES, re.M):
-        yield f"| {code} | {meaning} |"
+    for code, meaning in re.findall(r"^  (\d+) +(.*(?:\n {4,}.*)*)$", EXIT_CODES, re.M):
+        yield f"| {code} | {' '.join(meaning.split())} |"
     yield ""
 
 

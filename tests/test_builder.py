@@ -175,6 +175,7 @@ def test_a_virtual_environment_with_a_space(store: Store, tmp_path: Path) -> Non
     for path in packages.iterdir():
         if path.suffix != ".pth":
             (site / path.name).symlink_to(path)
+    (venv / "bin" / "ninja").symlink_to(toolchain.find_ninja())
     code = (
         "import sys; from pathlib import Path; import onelaunch; from onelaunch import KernelConfig;"
         "from onelaunch.load import loader; from onelaunch.cache.store import Store;"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,11 @@ WIDTH, POOL, BATCH = 332, 12, 5
 # A preset for each kind of parameter. Each compiles for ten seconds and more.
 NAMES = ["nsa-target-verify-3-schedule", "flashinfer-decode-3"]
 MORE = ["nsa-decode-3", "nsa-draft-extend-3-variable", "flashmla-dense-decode-3", "nsa-decode-3-kpool"]
+
+
+def with_ninja() -> dict[str, str]:
+    """TVM FFI builds with the ninja on PATH."""
+    return {**os.environ, "PATH": os.pathsep.join([str(toolchain.find_ninja().parent), os.environ["PATH"]])}
 
 
 def export(folder: Path, *words: str) -> Any:
@@ -81,7 +87,7 @@ try:
 except TypeError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=with_ninja(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "seq_lens must be of the dtype that the kernel is made for." in done.stdout
     reference.refresh(
@@ -159,7 +165,7 @@ new = lambda *shape: torch.zeros(shape, dtype=torch.int32)
 tables = [new(4, 332), new(4 * 332 + 1)[1:].view(4, 332)]
 two(torch.tensor([3]), torch.tensor([0]), new(2, 332), page_indices=tables)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=with_ninja(), capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert (
         "page_indices must have one alignment to 16 bytes; export the kernel with --set vector_bytes=4." in done.stderr

@@ -180,7 +180,7 @@ def test_variable_lengths_that_are_all_zero(device: torch.device) -> None:
 
 def test_one_row_of_the_last_request(device: torch.device) -> None:
     """The only row belongs to the last request: its 16-byte phase must not be looked for at that request's number."""
-    config = KernelConfig(fields=support.TABLES, vector_bytes=4, page_size=16, mode="draft_extend", extend="variable")
+    config = KernelConfig(fields=support.TABLES, page_size=16, mode="draft_extend", extend="variable")
     check(config, batch(4, 333, extends=(0, 0, 0, 1), spare_rows=0), device)
 
 

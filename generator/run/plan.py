@@ -545,10 +545,7 @@ def make_plan(
     max_len, every = facts.pop("max_len"), audit_every(facts.pop("audit_every"))
     for name in ("seq_lens_dtype", "req_pool_indices_dtype", "extend_seq_lens_dtype"):
         facts[name] = dtype_name(facts[name])
-    all_rows = facts["next_n"] > 1 or facts["extend"] == "variable"
-    vectorized = "page_indices" in destinations.fields and destinations.same_alignment(
-        "page_indices", all_rows=all_rows
-    )
+    vectorized = "page_indices" in destinations.fields and destinations.same_alignment("page_indices")
     config = KernelConfig.from_dict(
         {
             **facts,

@@ -7,7 +7,18 @@ import difflib
 from ..errors import ConfigError
 from .config import KernelConfig
 from .fields import vector
-from .seams import FLASHINFER, vllm_request_of_token, vllm_slot_mapping
+from .seams import (
+    DRAFT_BUFFERS,
+    DRAFT_EXTEND_BUFFERS,
+    FLASHINFER,
+    INPUTS,
+    VERIFY_BUFFERS,
+    draft_extend,
+    draft_step,
+    verify,
+    vllm_request_of_token,
+    vllm_slot_mapping,
+)
 
 _WITH_EXPANDED = (*KernelConfig().fields, "seqlens_expanded")
 
@@ -20,6 +31,12 @@ _VLLM_STEP = {
 }
 
 _FLASHINFER = ("page_indptr", "pages", "last_page_len", "qo_indptr")
+
+_FA3 = ("cache_seqlens", "cu_seqlens_k", "real_page_table")
+_CHAIN = ("positions", "out_cache_loc", "retrieve_index", "retrieve_next_token", "retrieve_next_sibling", "mask")
+_LAYOUT = ("prefix_lens", "extend_seq_lens", "seq_lens", "extend_start_loc", "positions")
+_TOKENS = 4
+
 
 PRESETS: dict[str, KernelConfig] = {
     "nsa-decode-1": KernelConfig(),
@@ -78,6 +95,38 @@ PRESETS: dict[str, KernelConfig] = {
         fields=("cache_seqlens", "real_page_table", "flashmla_metadata", "num_splits"),
         page_fill=-1,
     ),
+    "sglang-draft-3": KernelConfig(
+        num_backends=2,
+        fields=(*_FA3, *DRAFT_BUFFERS),
+        distinct=tuple((name, 1) for name in DRAFT_BUFFERS),
+        declare=draft_step(3),
+        inputs=INPUTS,
+        seqlen_offsets=(1, 2),
+        padding_len=1,
+    ),
+    "sglang-verify-4": KernelConfig(
+        fields=(*_FA3, *VERIFY_BUFFERS),
+        declare=verify(_TOKENS),
+        inputs=INPUTS,
+        constants={"draft_tokens": _TOKENS},
+        seqlen_offsets=(_TOKENS,),
+        padding_len=1,
+    ),
+    "sglang-verify-4-chain": KernelConfig(
+        fields=_CHAIN, declare=verify(_TOKENS), inputs=INPUTS, constants={"draft_tokens": _TOKENS}
+    ),
+    "sglang-draft-extend-4": KernelConfig(
+        fields=(*_FA3, "cu_seqlens_q", *DRAFT_EXTEND_BUFFERS),
+        declare=draft_extend(_TOKENS),
+        inputs=INPUTS,
+        constants={"draft_tokens": _TOKENS},
+        seq_lens_dtype="int32",
+        seqlen_offsets=(_TOKENS,),
+        padding_len=1 - _TOKENS,
+    ),
+    "sglang-draft-extend-4-layout": KernelConfig(
+        fields=_LAYOUT, declare=draft_extend(_TOKENS), inputs=INPUTS, constants={"draft_tokens": _TOKENS}
+    ),
     "vllm-draft-step": KernelConfig(
         fields=(
             *("cache_seqlens", "page_indices", "paged_mqa_schedule_metadata"),
@@ -134,6 +183,11 @@ PURPOSES: dict[str, str] = {
     "nsa-decode-3-schedule": "DSA with DeepGEMM's schedule in the same launch",
     "nsa-target-verify-3-schedule": "verification with DeepGEMM's schedule, one item per row",
     "flashmla-dense-decode-3": "dense FlashMLA with its schedule in the same launch",
+    "sglang-draft-3": "SGLang's draft step: a padded graph's input buffers and FA3's three draft steps",
+    "sglang-verify-4": "SGLang's verification of four tokens: a padded graph's input buffers and FA3's tensors",
+    "sglang-verify-4-chain": "SGLang's chain of four tokens: positions, write locations, retrieve indices, mask",
+    "sglang-draft-extend-4": "SGLang's draft extension by four tokens: a padded graph's buffers and FA3's tensors",
+    "sglang-draft-extend-4-layout": "SGLang's draft extension: prefix, extend, new lengths, starts and positions",
     "vllm-draft-step": "vLLM's drafter with two KV-cache groups: slot mappings, sparse indexer, schedule",
     "flashinfer-pages-3": "FlashInfer: what the plans of three wrappers read, pages of 16, on the host too",
     "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",

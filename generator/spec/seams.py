@@ -12,6 +12,16 @@ from __future__ import annotations
 from .expressions import Dtype
 from .fields import Declaration, RunningSum, Vector, packed, running_sum, vector
 
+# The input buffers of a graph, by the engine's names.
+REQUEST_BUFFERS = ("seq_lens", "req_pool_indices")
+TOKEN_BUFFERS = ("positions", "out_cache_loc", "input_ids")
+DRAFT_BUFFERS = (*REQUEST_BUFFERS, "positions", "out_cache_loc", "topk_index", "topk_p")
+VERIFY_BUFFERS = (*REQUEST_BUFFERS, *TOKEN_BUFFERS)
+DRAFT_EXTEND_BUFFERS = (
+    *REQUEST_BUFFERS,
+    *TOKEN_BUFFERS,
+    *("extend_seq_lens", "num_accept_tokens", "num_correct_drafts", "select_index"),
+)
 # How many tokens of a request are inputs, one each, so that the launch copies them too. With more the engine does.
 MAX_TOKEN_INPUTS = 8
 

@@ -29,7 +29,6 @@ OTHERS = (
     "cuda_graph_num_splits",
     "cuda_graph_num_kv_splits",
     "_sched_meta_buf",
-    "qo_indptr",
 )
 
 # The machine's and the pool's, which all backends share.
@@ -84,7 +83,7 @@ def poison(backend: Any) -> None:
             name = last_name(path)
             if name in LENGTHS or name in TABLES or name in OTHERS:
                 value.fill_(POISON)
-            elif name in (*CUMULATIVE, "mask_indptr"):
+            elif name in CUMULATIVE:
                 value[..., 1:] = POISON
 
 

@@ -228,7 +228,7 @@ CONTENDERS: dict[str, Implementation] = {
         Implementation(
             "onelaunch-verified",
             "onelaunch, verified writes",
-            "each request one token longer or shorter than in the call before",
+            "what changed is written, where each request is one token longer or shorter than in the call before",
             _verified(moved=False),
             builds=True,
         ),

@@ -75,7 +75,7 @@ def replay(json_to: str | None, **settings: Any) -> None:
     \b
     Examples:
       onelaunch replay trace.csv
-      onelaunch replay trace.csv --device cpu --max-batch 8 --max-steps 100 --verify every
+      onelaunch replay trace.csv --max-batch 8 --max-steps 100 --verify every
       onelaunch replay trace.csv --extent full --json -
     """
     need("numpy", "onelaunch replay")

@@ -51,7 +51,7 @@ class Runner:
     stays: str
 
 
-def _attributes(*names: str) -> Callable[[Any], dict[str, Tensor]]:
+def _attributes(names: tuple[str, ...]) -> Callable[[Any], dict[str, Tensor]]:
     """The attributes of runner.buffers that are there."""
 
     def found(runner: Any) -> dict[str, Tensor]:
@@ -63,8 +63,7 @@ def _attributes(*names: str) -> Callable[[Any], dict[str, Tensor]]:
 
 def _slots(runner: Any) -> dict[str, Tensor]:
     """The slots of the registry of a target model's runner."""
-    names = ("seq_lens", "req_pool_indices", "positions", "out_cache_loc", "input_ids")
-    return {name: runner.buffer_registry.get_slot(name).buffer for name in names}
+    return {name: runner.buffer_registry.get_slot(name).buffer for name in seams.VERIFY_BUFFERS}
 
 
 def _draft_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
@@ -96,7 +95,7 @@ RUNNERS = {
         mode="decode",
         declare=seams.draft_step,
         tokens=lambda runner: int(runner.speculative_num_steps),
-        buffers=_attributes("seq_lens", "req_pool_indices", "positions", "out_cache_loc", "topk_index", "topk_p"),
+        buffers=_attributes(seams.DRAFT_BUFFERS),
         lengths=lambda sources, batch: sources["seq_lens"],
         inputs=_draft_inputs,
         stays="hidden states, and the fills of a padded batch",
@@ -122,17 +121,7 @@ RUNNERS = {
         mode="draft_extend",
         declare=seams.draft_extend,
         tokens=lambda runner: int(runner.captured_req_width),
-        buffers=_attributes(
-            "seq_lens",
-            "req_pool_indices",
-            "positions",
-            "out_cache_loc",
-            "input_ids",
-            "extend_seq_lens",
-            "num_accept_tokens",
-            "num_correct_drafts",
-            "select_index",
-        ),
+        buffers=_attributes(seams.DRAFT_EXTEND_BUFFERS),
         lengths=lambda sources, batch: batch.extend_prefix_lens,
         inputs=_extend_inputs,
         stays="hidden states, and the fills of a padded batch",

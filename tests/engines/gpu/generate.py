@@ -4,7 +4,7 @@
 
 Greedy, with prompts of different lengths: 16 requests, one request, and 16 requests that end one after another, so that
 the batch shrinks through the captured sizes and is padded in between. Writes tokens' hashes and verify steps as JSON.
-With ROUNDS above 0 the batch of 16 is generated so often for the probe to time it, with onelaunch and without in turns.
+With ROUNDS above 0 the batch of 16 is generated so often in each of the probe's states, in turns, for it to be timed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ PACKAGES = (
     "numpy",
 )
 LENGTHS = (5, 40)  # of the prompts
+STATES = ("off", "backends", "on")  # of the probe
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -94,7 +95,7 @@ def main() -> None:
     for name, tokens in scenarios(int(longest)).items():
         marks = ["first"]  # which compiles what is left to compile
         if name == "batch 16" and int(rounds):
-            marks += ["timed", "timed detached"] * int(rounds) + ["profiled", "profiled detached"]
+            marks += [f"timed {state}" for state in STATES] * int(rounds) + [f"profiled {state}" for state in STATES]
         for mark in marks:
             phase.write_text(mark)
             sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in tokens]

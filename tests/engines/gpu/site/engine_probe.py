@@ -5,9 +5,10 @@ with and without onelaunch, counts what they and the steps around them launch in
 draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
-PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with "detached" behind it where onelaunch is
-    taken off meanwhile, in the same process, which is the fair comparison: the speed of identical processes differs by
-    up to 1.7 times. Read before each prefill.
+PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with a state behind it: "off" where onelaunch is
+    taken off meanwhile, "backends" where it is attached to the attention backends, "on", which is also where none is
+    named, where it is attached to the graph runners too. In the same process, which is the fair comparison: the speed
+    of identical processes differs by up to 1.7 times. Read before each prefill.
 PROBE_SPOIL: 1 zeroes the draft's table after each refresh.
 """
 
@@ -33,13 +34,9 @@ _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _METADATA = ("init_forward_metadata_out_graph", "init_forward_metadata")
-# The function that copies a batch into a graph's buffers, in the module of each kind of graph.
-_COPIES = "_grouped_foreach_copy_"
-_COPYING = {
-    "draft": "sglang.srt.speculative.eagle_draft_cuda_graph_runner",
-    "verify": "sglang.srt.model_executor.cuda_graph_buffer_registry",
-    "draft-extend": "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner",
-}
+_STATES = ("off", "backends", "on")
+# What copies a batch into a graph's buffers: a function of the runner's module, or a method of its registry.
+_COPIES, _FILL = "_grouped_foreach_copy_", "fill_from"
 
 
 class Probe:
@@ -48,15 +45,15 @@ class Probe:
     def __init__(self) -> None:
         self.phase, self.step = "", 0
         self.decoding = self.inside = self.full = False
-        self.times: dict[str, dict[str, list[float]]] = {
-            state: collections.defaultdict(list) for state in ("off", "on")
-        }
+        self.times: dict[str, dict[str, list[float]]] = {state: collections.defaultdict(list) for state in _STATES}
         self.started: float | None = None  # when the last decode step began
         self.addresses: list[tuple[int, int]] = []  # of seq_lens and req_pool_indices in the draft's refreshes
         self.lines: list[str] = []  # onelaunch's
         self.after_capture: int | None = None  # how many of them there were when the engine had captured
         self.watched_lines: int | None = None  # and how many when onelaunch was first taken off
-        self.attachments: list[Any] = []
+        self.attachments: list[Any] = []  # to backends
+        self.runners: dict[str, Any] = {}
+        self.attached_runners: list[Any] = []  # what attach() returned for them
         self.roles: list[tuple[str, Any]] = []
         self.unwatched: list[tuple[Any, str, Any]] = []  # an object, an attribute, and what the object had of its own
         self.profiler: Any = None
@@ -76,7 +73,13 @@ class Probe:
         ]
 
     def captured(self, result: Any, scheduler: Any) -> None:
-        """After SGLang captured its graphs, and after onelaunch attached to what replays them."""
+        """After SGLang captured its graphs."""
+        draft = scheduler.draft_worker.draft_worker
+        self.runners = {
+            "draft": draft.cuda_graph_runner,
+            "verify": scheduler.tp_worker.model_runner.decode_cuda_graph_runner,
+            "draft-extend": draft.cuda_graph_runner_for_draft_extend,
+        }
         self.after_capture = len(self.lines)
         self._watch()
 
@@ -84,7 +87,7 @@ class Probe:
         """Around each step of the scheduler: a prefill, or draft, verification and draft extension."""
         if not batch.forward_mode.is_decode():
             self.phase, self.step, self.started = Path(os.environ["PROBE_PHASE"]).read_text(), 0, None
-            self._attach(not self.phase.endswith("detached"))
+            self._attach()
             self.write()
             return original(worker, batch, *arguments, **keywords)
         now = time.perf_counter()
@@ -113,16 +116,20 @@ class Probe:
 
     @property
     def state(self) -> str:
-        return "on" if any(attachment.attached for attachment in self.attachments) else "off"
+        if self.attached_runners:
+            return "on"
+        return "backends" if any(attachment.attached for attachment in self.attachments) else "off"
 
     def _watch(self) -> None:
         for role, backend in self.roles:
             for name in _METADATA:
                 self._replace(backend, name, self._metadata(role, backend, getattr(backend, name)))
-        for role, name in _COPYING.items():
-            module = sys.modules.get(name)
-            if module is not None:
-                self._replace(module, _COPIES, self._timed(f"{role} copies", getattr(module, _COPIES)))
+        for role, runner in self.runners.items():
+            if runner is not None:
+                registry = getattr(runner, "buffer_registry", None)
+                module = sys.modules[type(runner).__module__]
+                owner, name = (module, _COPIES) if registry is None else (registry, _FILL)
+                self._replace(owner, name, self._timed(f"{role} copies", getattr(owner, name)))
 
     def _replace(self, owner: Any, name: str, mine: Any) -> None:
         self.unwatched.append((owner, name, vars(owner).get(name)))
@@ -136,23 +143,38 @@ class Probe:
                 setattr(owner, name, own)
         self.unwatched = []
 
-    def _attach(self, wanted: bool) -> None:
-        """Takes onelaunch off all that it is attached to, or puts it back."""
-        if not self.attachments or wanted == (self.state == "on"):
+    def _attach(self) -> None:
+        """Takes onelaunch off what it is attached to, or puts it back, for the state that the phase wants."""
+        named = self.phase.rpartition(" ")[2]
+        wanted = named if named in _STATES else "on"
+        if not self.attachments or wanted == self.state:
             return
         if self.watched_lines is None:
             self.watched_lines = len(self.lines)
         self._unwatch()
-        if wanted:
+        for attachment in self.attached_runners:
+            attachment.detach()
+        self.attached_runners = []
+        if wanted == "off":
+            for attachment in reversed(self.attachments):
+                attachment.detach()
+        elif self.state == "off":
             from onelaunch.integrations import sglang
 
             before, self.attachments[:] = list(self.attachments), []
             for attachment in before:
                 sglang.attach(attachment.backend)  # and install()'s hook keeps it
-        else:
-            for attachment in reversed(self.attachments):
-                attachment.detach()
+        if wanted == "on":
+            self._attach_runners()
         self._watch()
+
+    def _attach_runners(self) -> None:
+        from onelaunch.integrations import sglang
+
+        for runner in self.runners.values():
+            if runner is not None:
+                with contextlib.suppress(Exception):  # it wasn't served before, either
+                    sglang.attach(runner)
 
     def _timed(self, role: str, function: Any) -> Any:
         """The function, timed in decode steps unless it is called by another one of them."""
@@ -252,7 +274,7 @@ class Probe:
             else self.lines[self.after_capture : self.watched_lines],
             "attachments": [
                 {"backend": type(a.backend).__name__, "launches": a.launches, "failed": a.failed}
-                for a in self.attachments
+                for a in (*self.attachments, *self.attached_runners)
             ],
             "spoiled": self.spoiled,
         }
@@ -306,7 +328,8 @@ def install() -> None:
 
         def recorded(*arguments: Any, **keywords: Any) -> Any:
             attachment = attach(*arguments, **keywords)
-            probe.attachments.append(attachment)
+            kind = probe.attached_runners if hasattr(attachment.backend, "capture_bs") else probe.attachments
+            kind.append(attachment)
             return attachment
 
         sglang.attach = recorded
