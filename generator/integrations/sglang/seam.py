@@ -266,8 +266,10 @@ class Seam:
             if getattr(owner, name, None) is not value:
                 raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
         plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
-        # Plan.run is passed by: each call costs up to a microsecond amid the engine's other work.
-        plan._run(plan, lengths, rows, None, None, self._size, *[inputs[name] for name in plan._input_names])
+        if plan._audit_every:
+            plan.run(lengths, rows, captured_size=self._size, **inputs)
+        else:  # without Plan.run: each call costs up to a microsecond amid the engine's other work
+            plan._run(plan, lengths, rows, None, None, self._size, *[inputs[name] for name in plan._input_names])
         self.launches += 1
         self._launched = ready
         if self._whole and self._attachment is not None:
