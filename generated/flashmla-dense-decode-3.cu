@@ -98,14 +98,14 @@ __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.filled_width;
 }
 
-// A range of rows of the tables, and of the vectors that have one element per row.
-struct Rows {
-  std::int64_t first, stop;
-};
+// The number of rows of all requests, and the request of a row.
+__host__ __device__ __forceinline__ std::int64_t all_rows(const Params& p) {
+  return p.batch_size * kNextN;
+}
 
-// The rows of a request.
-__device__ __forceinline__ Rows rows_of(std::int64_t request) {
-  return {request * kNextN, (request + 1) * kNextN};
+template <typename Row>
+__device__ __forceinline__ Row request_of(Row row) {
+  return row / kNextN;
 }
 
 // Calls write(table, pages per column) for each table whose columns are pages, or pools of pages.
@@ -498,29 +498,27 @@ __device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
   return 0;
 }
 
-inline std::int64_t largest_offset(const Params&) {
+__host__ __device__ __forceinline__ std::int64_t largest_offset(const Params&) {
   return 0;
 }
 
 // Stores this lane's pages of a tile to one table.
 template <int kPages, int N>
 __device__ __forceinline__ void store_pages(
-    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kPages],
-    int first, Ends ends) {
+    const Params& p, const Table (&to)[N], int pages_per_column, std::int64_t row,
+    const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const int live = pages_of(end_of(to, ends, b));
     const std::int64_t stop = kFillsPages ? row_columns(p) : live;
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride;
+    std::int32_t* data = to[b].data + row * to[b].row_stride;
 #pragma unroll
-      for (int i = 0; i < kPages; ++i) {
-        const int page = first + lane + i * kWarpSize;
-        const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
-        if (page < stop && page % pages_per_column == 0) {
-          put(data + page / pages_per_column, dead ? kPageFill : floor_div(numbers[i], pages_per_column));
-        }
+    for (int i = 0; i < kPages; ++i) {
+      const int page = first + lane + i * kWarpSize;
+      const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
+      if (page < stop && page % pages_per_column == 0) {
+        put(data + page / pages_per_column, dead ? kPageFill : floor_div(numbers[i], pages_per_column));
       }
     }
   }
@@ -542,19 +540,20 @@ __device__ __forceinline__ void read_page_numbers(
 
 template <int kPages>
 __device__ __forceinline__ void write_page_numbers(
-    const Params& p, Rows rows, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
+    const Params& p, std::int64_t row, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
-    store_pages(p, table, pages_per_column, rows, numbers, first, ends);
+    store_pages(p, table, pages_per_column, row, numbers, first, ends);
   });
 }
 
 // ---- tables of pages alone, all of which is written --------------------------------------------------------------
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   static_assert(kTiles == 1);
   std::int32_t numbers[kTileColumns / kWarpSize];
   read_page_numbers(p, pool_row, numbers, first, ends);
-  write_page_numbers(p, rows, numbers, first, ends);
+  write_page_numbers(p, row, numbers, first, ends);
 }
 
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
@@ -586,14 +585,15 @@ __device__ void write_tables(const Params& p, const Split& split) {
   const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
   const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
   const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
-  if (row >= p.batch_size || column >= columns) return;
-  const std::int64_t pool_row = request_row(p, row);
+  if (row >= all_rows(p) || column >= columns) return;
+  const std::int64_t request = request_of(row);
+  const std::int64_t pool_row = request_row(p, request);
   if (pool_row < 0) return;
-  const Ends ends = ends_at(p, row_reach(p, row));
+  const Ends ends = ends_at(p, row_reach(p, request));
   if (tile_columns > kTileColumns) {
-    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
+    copy_tile<kWideTiles>(p, row, pool_row, column, ends);
   } else {
-    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+    copy_tile<1>(p, row, pool_row, column, ends);
   }
 }
 
@@ -601,11 +601,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
   // A warp takes several tiles at once if that leaves enough for all warps.
-  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const bool wide = all_rows(p) * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
   // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
-  std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+  std::uint32_t warps = all_rows(p) * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
       static_cast<std::uint32_t>(tiles),
@@ -617,7 +617,7 @@ Split split_of(const Params& p) {
 
 // Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
-  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t tiles = all_rows(p) * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
   return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
 }

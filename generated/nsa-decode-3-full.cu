@@ -97,14 +97,14 @@ __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.columns;
 }
 
-// A range of rows of the tables, and of the vectors that have one element per row.
-struct Rows {
-  std::int64_t first, stop;
-};
+// The number of rows of all requests, and the request of a row.
+__host__ __device__ __forceinline__ std::int64_t all_rows(const Params& p) {
+  return p.batch_size * kNextN;
+}
 
-// The rows of a request.
-__device__ __forceinline__ Rows rows_of(std::int64_t request) {
-  return {request * kNextN, (request + 1) * kNextN};
+template <typename Row>
+__device__ __forceinline__ Row request_of(Row row) {
+  return row / kNextN;
 }
 
 // The table whose columns are tokens.
@@ -239,7 +239,7 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
 }
 
 // ---- one tile of a table row -------------------------------------------------------------------------------------
-// A tile is kTileColumns columns of a request's rows. One warp reads it once and writes it to every destination.
+// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
 
 // Keeps one base address in a register. Otherwise the compiler computes an address for each load.
 template <typename T>
@@ -251,7 +251,8 @@ __device__ __forceinline__ const T* opaque(const T* address) {
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.
 template <int kTiles, typename T, int N, typename RowEnds>
-__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
+__device__ __forceinline__ void copy_words(
+    const Table (&to)[N], std::int64_t row, const T* source, int first, RowEnds ends) {
   constexpr int kWords = kTiles * kTileColumns / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = longest_end(ends);
@@ -267,12 +268,10 @@ __device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, cons
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
+    std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
-      }
+    for (int i = 0; i < kWords; ++i) {
+      if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
     }
   }
 }
@@ -324,7 +323,7 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 // row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends, const Then& then) {
   int4 words[kTiles * kUnroll];
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
@@ -366,11 +365,9 @@ __device__ __forceinline__ bool copy_vectors(
   }
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+    int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
-    }
+    for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
   }
   then(words);
   return true;
@@ -379,9 +376,9 @@ __device__ __forceinline__ bool copy_vectors(
 // Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
-  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
-    copy_words<kTiles>(to, rows, source, first, ends);
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, row, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, row, source, first, ends);
   }
 }
 
@@ -418,7 +415,7 @@ __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t ro
 }
 
 // An upper bound of the rows' alignment offsets: 0 if all rows begin at a boundary.
-inline std::int64_t largest_offset(const Params& p) {
+__host__ __device__ __forceinline__ std::int64_t largest_offset(const Params& p) {
   const Table& table = token_table(p)[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
   const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
@@ -429,29 +426,28 @@ inline std::int64_t largest_offset(const Params& p) {
 // Stores one page to a table that has one column per `pages_per_column` pages.
 template <int N>
 __device__ __forceinline__ void store_page(
-    const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {
+    const Table (&to)[N], int pages_per_column, std::int64_t row, int page, std::int32_t number, Ends ends) {
   if (page % pages_per_column != 0) return;
   const std::int32_t value = floor_div(number, pages_per_column);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     if (ends_differ(to, ends) && page >= pages_of(end_of(to, ends, b))) continue;
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      put(to[b].data + row * to[b].row_stride + page / pages_per_column, value);
-    }
+    put(to[b].data + row * to[b].row_stride + page / pages_per_column, value);
   }
 }
 
-__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token, Ends ends) {
+__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token, Ends ends) {
   const std::int32_t number = page_of(token);
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
-    store_page(table, pages_per_column, rows, page, number, ends);
+    store_page(table, pages_per_column, row, page, number, ends);
   });
 }
 
 // Writes the pages that begin in kTiles tiles. Their numbers come from req_to_token, never from a destination that
 // other threads are writing.
 template <int kTiles>
-__device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Token* source, int first, Ends ends) {
+__device__ __forceinline__ void read_pages(
+    const Params& p, std::int64_t row, const Token* source, int first, Ends ends) {
   constexpr int kColumns = kTiles * kTileColumns;
   const int end = longest_end(ends);
   const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
@@ -459,7 +455,7 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
   const unsigned stop_page = (stop - 1) / kPageSize + 1;
   unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
   for (; page < stop_page; page += kWarpSize) {
-    write_page(p, rows, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
+    write_page(p, row, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
     if constexpr (kColumns <= kWarpSize * kPageSize) break;  // a lane has one page at most
   }
 }
@@ -477,7 +473,7 @@ __device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
 // Writes the pages that begin in a tile inside the row. `words` holds the tile's tokens.
 template <int kAccesses>
 __device__ __forceinline__ void write_held_pages(
-    const Params& p, Rows rows, const int4 (&words)[kAccesses], int first, Ends ends) {
+    const Params& p, std::int64_t row, const int4 (&words)[kAccesses], int first, Ends ends) {
   constexpr int kGroup = kWarpSize * kVectorWords;  // columns that a warp holds in words[u]
   static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
   const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the previous page
@@ -490,19 +486,20 @@ __device__ __forceinline__ void write_held_pages(
     const std::int32_t found = __shfl_sync(0xffffffffu, word_of(words[u], before % kVectorWords), holder);
     if (column / kGroup == u) token = found;
   }
-  if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);
+  if (column < kAccesses * kGroup) write_page(p, row, (first + column) / kPageSize, token, ends);
 }
 
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int width = static_cast<int>(p.req_to_token_width);
-  if (copy_vectors<kTiles>(token_table(p), rows, source, width, first, ends, [&](const auto& words) {
-        write_held_pages(p, rows, words, first, ends);
+  if (copy_vectors<kTiles>(token_table(p), row, source, width, first, ends, [&](const auto& words) {
+        write_held_pages(p, row, words, first, ends);
       }))
     return;
-  copy_words<kTiles>(token_table(p), rows, source, first, ends);
-  read_pages<kTiles>(p, rows, source, first, ends);
+  copy_words<kTiles>(token_table(p), row, source, first, ends);
+  read_pages<kTiles>(p, row, source, first, ends);
 }
 
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
@@ -534,14 +531,15 @@ __device__ void write_tables(const Params& p, const Split& split) {
   const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
   const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
   const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
-  if (row >= p.batch_size || column >= columns) return;
-  const std::int64_t pool_row = request_row(p, row);
+  if (row >= all_rows(p) || column >= columns) return;
+  const std::int64_t request = request_of(row);
+  const std::int64_t pool_row = request_row(p, request);
   if (pool_row < 0) return;
-  const Ends ends = ends_at(p, row_reach(p, row));
+  const Ends ends = ends_at(p, row_reach(p, request));
   if (tile_columns > kTileColumns) {
-    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
+    copy_tile<kWideTiles>(p, row, pool_row, column, ends);
   } else {
-    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+    copy_tile<1>(p, row, pool_row, column, ends);
   }
 }
 
@@ -549,11 +547,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
   // A warp takes several tiles at once if that leaves enough for all warps.
-  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const bool wide = all_rows(p) * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
   // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
-  std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+  std::uint32_t warps = all_rows(p) * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
       static_cast<std::uint32_t>(tiles),
@@ -565,7 +563,7 @@ Split split_of(const Params& p) {
 
 // Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
-  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t tiles = all_rows(p) * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
   return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
 }

@@ -97,14 +97,14 @@ __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.columns;
 }
 
-// A range of rows of the tables, and of the vectors that have one element per row.
-struct Rows {
-  std::int64_t first, stop;
-};
+// The number of rows of all requests, and the request of a row.
+__host__ __device__ __forceinline__ std::int64_t all_rows(const Params& p) {
+  return p.batch_size * kNextN;
+}
 
-// The rows of a request.
-__device__ __forceinline__ Rows rows_of(std::int64_t request) {
-  return {request * kNextN, (request + 1) * kNextN};
+template <typename Row>
+__device__ __forceinline__ Row request_of(Row row) {
+  return row / kNextN;
 }
 
 // The table whose columns are tokens.
@@ -239,7 +239,7 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
 }
 
 // ---- one tile of a table row -------------------------------------------------------------------------------------
-// A tile is kTileColumns columns of a request's rows. One warp reads it once and writes it to every destination.
+// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
 
 // Keeps one base address in a register. Otherwise the compiler computes an address for each load.
 template <typename T>
@@ -251,7 +251,8 @@ __device__ __forceinline__ const T* opaque(const T* address) {
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.
 template <int kTiles, typename T, int N, typename RowEnds>
-__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
+__device__ __forceinline__ void copy_words(
+    const Table (&to)[N], std::int64_t row, const T* source, int first, RowEnds ends) {
   constexpr int kWords = kTiles * kTileColumns / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = longest_end(ends);
@@ -267,12 +268,10 @@ __device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, cons
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
+    std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
-      }
+    for (int i = 0; i < kWords; ++i) {
+      if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
     }
   }
 }
@@ -324,7 +323,7 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 // row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends, const Then& then) {
   int4 words[kTiles * kUnroll];
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
@@ -366,11 +365,9 @@ __device__ __forceinline__ bool copy_vectors(
   }
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+    int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
-    }
+    for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
   }
   then(words);
   return true;
@@ -379,9 +376,9 @@ __device__ __forceinline__ bool copy_vectors(
 // Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
-  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
-    copy_words<kTiles>(to, rows, source, first, ends);
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, row, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, row, source, first, ends);
   }
 }
 
@@ -425,7 +422,7 @@ __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t ro
 }
 
 // An upper bound of the rows' alignment offsets: 0 if all rows begin at a boundary.
-inline std::int64_t largest_offset(const Params& p) {
+__host__ __device__ __forceinline__ std::int64_t largest_offset(const Params& p) {
   const Table& table = token_table(p)[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
   const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
@@ -436,29 +433,28 @@ inline std::int64_t largest_offset(const Params& p) {
 // Stores one page to a table that has one column per `pages_per_column` pages.
 template <int N>
 __device__ __forceinline__ void store_page(
-    const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {
+    const Table (&to)[N], int pages_per_column, std::int64_t row, int page, std::int32_t number, Ends ends) {
   if (page % pages_per_column != 0) return;
   const std::int32_t value = floor_div(number, pages_per_column);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     if (ends_differ(to, ends) && page >= pages_of(end_of(to, ends, b))) continue;
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      put(to[b].data + row * to[b].row_stride + page / pages_per_column, value);
-    }
+    put(to[b].data + row * to[b].row_stride + page / pages_per_column, value);
   }
 }
 
-__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token, Ends ends) {
+__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token, Ends ends) {
   const std::int32_t number = page_of(token);
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
-    store_page(table, pages_per_column, rows, page, number, ends);
+    store_page(table, pages_per_column, row, page, number, ends);
   });
 }
 
 // Writes the pages that begin in kTiles tiles. Their numbers come from req_to_token, never from a destination that
 // other threads are writing.
 template <int kTiles>
-__device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Token* source, int first, Ends ends) {
+__device__ __forceinline__ void read_pages(
+    const Params& p, std::int64_t row, const Token* source, int first, Ends ends) {
   constexpr int kColumns = kTiles * kTileColumns;
   const int end = longest_end(ends);
   const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
@@ -466,7 +462,7 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
   const unsigned stop_page = (stop - 1) / kPageSize + 1;
   unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
   for (; page < stop_page; page += kWarpSize) {
-    write_page(p, rows, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
+    write_page(p, row, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
     if constexpr (kColumns <= kWarpSize * kPageSize) break;  // a lane has one page at most
   }
 }
@@ -474,10 +470,11 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
 // ---- tables of tokens and of pages -------------------------------------------------------------------------------
 // Copies a tile's tokens, and writes the pages that begin in it.
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns<kTiles>(token_table(p), rows, source, static_cast<int>(p.req_to_token_width), first, ends);
-  read_pages<kTiles>(p, rows, source, first, ends);
+  copy_columns<kTiles>(token_table(p), row, source, static_cast<int>(p.req_to_token_width), first, ends);
+  read_pages<kTiles>(p, row, source, first, ends);
 }
 
 // ---- which request a tile belongs to -----------------------------------------------------------------------------
@@ -524,26 +521,27 @@ __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t w
 }
 
 // ---- strategy: live columns --------------------------------------------------------------------------------------
-// Live columns: the first seq_len columns of a row. The cost follows them, not the tables' width. Each request has
-// warps of its own, which take its first tiles, one each: the own tiles. All further tiles of a long request are
-// remainder tiles, which the warps of other blocks take in turn.
+// Live columns: the first seq_len columns of a row. The cost follows them, not the tables' width. Each row has warps of
+// its own, which take its first tiles, one each: the own tiles. All further tiles of a long row are remainder tiles,
+// which the warps of other blocks take in turn. The rows of a request share nothing: each begins at an alignment of its
+// own, and what one reads, the others find in the L2 cache.
 //
 //   blocks  0 .. kFirstTableBlock - 1   then split.own_blocks          then the other blocks
 //          +---------------------------+-----------------------------+---------------------------+
 //          | vectors and schedules     | own tiles, one per warp     | remainder tiles, in turn  |
 //          +---------------------------+-----------------------------+---------------------------+
 //
-//   request 0  [  own tile  ][  own tile  ][ remainder  ][ remainder  ][ rem        a long request
-//   request 1  [  own tile  ][  ow                                                  a short request
-//   request 2  [  own tile  ][  own tile  ][ remai
-//              ^ column 0, less the alignment offset    ^ end of the live columns
+//   row 0  [  own tile  ][  own tile  ][ remainder  ][ remainder  ][ rem        a long row
+//   row 1  [  own tile  ][  ow                                                  a short row
+//   row 2  [  own tile  ][  own tile  ][ remai
+//          ^ column 0, less the alignment offset    ^ end of the live columns
 //
-// A warp with an own tile reads no other request's length: short requests need nothing else, and every instruction
-// before the first load costs time. Remainder tiles start at the same time, so a long request among short ones doesn't
-// wait for its own warps. Every block that takes remainder tiles counts all of them, so that no warp gets more than its
-// share, however uneven the requests are.
-constexpr int kSpreadRounds = 3;  // spread a request over more SMs if its own blocks finish within this many rounds
-constexpr int kManyBlocks = 8;  // from this many blocks per request, stripe remainder tiles over all blocks
+// A warp with an own tile reads no other request's length: short rows need nothing else, and every instruction before
+// the first load costs time. Remainder tiles start at the same time, so a long row among short ones doesn't wait for
+// its own warps. Every block that takes remainder tiles counts all of them, so that no warp gets more than its share,
+// however uneven the rows are.
+constexpr int kSpreadRounds = 3;  // spread a row over more SMs if its own blocks finish within this many rounds
+constexpr int kManyBlocks = 8;  // from this many blocks per row, stripe remainder tiles over all blocks
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that still take neighbouring tiles if spread
 
 // How a launch divides the work. Computed by the host: a thread would need dozens of dependent instructions to divide
@@ -551,30 +549,30 @@ constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that sti
 // load lies in one line of the constant cache.
 struct Split {
   std::uint32_t own_blocks;  // blocks whose warps have own tiles; the others take remainder tiles
-  std::uint32_t reciprocal;  // (2^32 - 1) / requests
-  std::uint32_t requests;  // in the batch
-  std::int32_t wide_from;  // beyond this many columns, a request's own warps take kWideTiles tiles at once
-  std::uint32_t own_tiles;  // per request: one for each of its own warps
+  std::uint32_t reciprocal;  // (2^32 - 1) / rows
+  std::uint32_t rows;  // of all requests
+  std::int32_t wide_from;  // beyond this many columns, a row's own warps take kWideTiles tiles at once
+  std::uint32_t own_tiles;  // per row: one for each of its own warps
   std::uint8_t all_own;  // whether own tiles reach the end of every row
-  std::uint8_t spread;  // whether a block's warps take distant tiles of a request
+  std::uint8_t spread;  // whether a block's warps take distant tiles of a row
   std::uint8_t spread_remainder;  // whether remainder tiles are striped over all blocks
-  std::uint8_t log2_warps_per_request;  // within a block
+  std::uint8_t log2_warps_per_row;  // within a block
 };
 
 __device__ __forceinline__ void copy_remainder(const Params& p, const Split& split) {
-  const int batch_size = static_cast<int>(p.batch_size);
+  const int row_count = static_cast<int>(all_rows(p));
   const int slot = static_cast<int>(threadIdx.x);
   const std::uint32_t warp = threadIdx.x / kWarpSize;
   const std::uint32_t blocks = gridDim.x - kFirstTableBlock - split.own_blocks;
   const std::uint32_t block = blockIdx.x - kFirstTableBlock - split.own_blocks;
   const std::uint32_t warps = blocks * kWarps;
   std::uint32_t tile = split.spread_remainder ? warp * blocks + block : block * kWarps + warp;
-  // Every block counts the remainder tiles of a window of requests; the warps of all blocks take them in turn.
+  // Every block counts the remainder tiles of a window of rows; the warps of all blocks take them in turn.
   __shared__ Window window;
-  __shared__ std::int32_t reaches[kThreads];  // how far a request is written
+  __shared__ std::int32_t reaches[kThreads];  // how far a row is written
   __shared__ std::int32_t begins[kThreads];  // the first column of its remainder
   __shared__ std::int64_t pool_rows[kThreads];
-  int first = -kThreads;  // the window's first request; there is no window yet
+  int first = -kThreads;  // the window's first row; there is no window yet
   std::uint32_t window_tiles = 0;  // the window's tiles, or wide tiles, that the warps take in turn
   std::uint32_t warp_end = 0;
   bool wide = false;  // whether a warp takes kWideTiles tiles at once
@@ -583,17 +581,18 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
     while (tile >= window_tiles) {
       tile -= window_tiles;  // the turn goes on with the next window's tiles, so that all warps get equally many
       first += kThreads;
-      if (first >= batch_size) return;
-      const int request = first + slot;
+      if (first >= row_count) return;
+      const int row = first + slot;
       int reach = 0;
       int begin = 0;
       std::uint32_t tiles = 0;
       std::int64_t pool_row = -1;
-      if (request < batch_size) {
+      if (row < row_count) {
+        const int request = request_of(row);
         pool_row = request_row(p, request);
         reach = row_reach(p, request);
         const int columns = written_columns(p, ends_at(p, reach));
-        const int offset = alignment_offset(p, request);
+        const int offset = alignment_offset(p, row);
         begin = (columns + offset > split.wide_from ? kWideTiles * own_columns : own_columns) - offset;
         if (columns > 0 && columns > begin && pool_row >= 0) {
           tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
@@ -610,15 +609,15 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
       }
     }
     const Place place = find_tile(window, warp_end, wide ? tile : tile / kWideTiles);
-    const Rows rows = rows_of(first + place.slot);
+    const int row = first + place.slot;
     const std::int64_t pool_row = pool_rows[place.slot];
     const Ends ends = ends_at(p, reaches[place.slot]);
     int column = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
     if (wide) {
-      copy_tile<kWideTiles>(p, rows, pool_row, column, ends);
+      copy_tile<kWideTiles>(p, row, pool_row, column, ends);
     } else {
       column += static_cast<int>(tile % kWideTiles) * kTileColumns;
-      if (kWideTiles == 1 || column < written_columns(p, ends)) copy_tile<1>(p, rows, pool_row, column, ends);
+      if (kWideTiles == 1 || column < written_columns(p, ends)) copy_tile<1>(p, row, pool_row, column, ends);
     }
     tile += warps;
   }
@@ -628,30 +627,31 @@ __device__ void write_tables(const Params& p, const Split& split) {
   const std::uint32_t block = blockIdx.x - kFirstTableBlock;
   if (block < split.own_blocks) {
     const std::uint32_t warp = threadIdx.x / kWarpSize;
-    const std::uint32_t place = (block * kWarps + warp) >> split.log2_warps_per_request;
-    const std::uint32_t round = __umulhi(place + 1, split.reciprocal);  // place / requests
-    const std::uint32_t request = place - round * split.requests;
+    const std::uint32_t place = (block * kWarps + warp) >> split.log2_warps_per_row;
+    const std::uint32_t round = __umulhi(place + 1, split.reciprocal);  // place / rows
+    const std::uint32_t row = place - round * split.rows;
+    const std::uint32_t request = request_of(row);
     const std::int64_t pool_row = request_row(p, request);
     const int reach = row_reach(p, request);
     const Ends ends = ends_at(p, reach);
     int columns = written_columns(p, ends);
-    std::uint32_t tile = (round << split.log2_warps_per_request) + (warp & ((1u << split.log2_warps_per_request) - 1));
-    // If a block took only neighbouring tiles, a few requests would keep only a few SMs busy.
+    std::uint32_t tile = (round << split.log2_warps_per_row) + (warp & ((1u << split.log2_warps_per_row) - 1));
+    // If a block took only neighbouring tiles, a few rows would keep only a few SMs busy.
     if (split.spread) {
       tile = warp / kNearWarps * (split.own_tiles / (kWarps / kNearWarps)) + round * kNearWarps + warp % kNearWarps;
     }
     if (pool_row < 0) columns = 0;  // tested here, so that the compiler loads the row beside the length, not after it
-    if (tile >= split.own_tiles) columns = 0;  // warps of the last block that have no request
-    const int offset = alignment_offset(p, request);
+    if (tile >= split.own_tiles) columns = 0;  // warps of the last block that have no row
+    const int offset = alignment_offset(p, row);
     if constexpr (kWideTiles > 1) {
       if (columns + offset > split.wide_from) {
         const int column = kWideTiles * static_cast<int>(tile) * kTileColumns - offset;
-        if (column < columns) copy_tile<kWideTiles>(p, rows_of(request), pool_row, column, ends);
+        if (column < columns) copy_tile<kWideTiles>(p, row, pool_row, column, ends);
         return;
       }
     }
     const int column = static_cast<int>(tile) * kTileColumns - offset;
-    if (column < columns && columns > 0) copy_tile<1>(p, rows_of(request), pool_row, column, ends);
+    if (column < columns && columns > 0) copy_tile<1>(p, row, pool_row, column, ends);
     return;
   }
   if (!split.all_own) copy_remainder(p, split);
@@ -660,7 +660,7 @@ __device__ void write_tables(const Params& p, const Split& split) {
 // ---- host side of the strategy
 // Blocks for the tables: enough for all tiles of rows of maximum length, up to a limit that follows from the device.
 std::int64_t table_blocks(const Params& p) {
-  const std::int64_t tiles = p.batch_size * ((row_columns(p) + largest_offset(p) - 1) / kTileColumns + 1);
+  const std::int64_t tiles = all_rows(p) * ((row_columns(p) + largest_offset(p) - 1) / kTileColumns + 1);
   std::int64_t blocks = (tiles + kWarps - 1) / kWarps;
   // With few tiles, only kNearWarps warps of a block have work, and more SMs take part.
   const std::int64_t spread = (tiles + kNearWarps - 1) / kNearWarps;
@@ -672,48 +672,48 @@ std::int64_t table_blocks(const Params& p) {
 
 Split split_of(const Params& p) {
   const std::int64_t blocks = table_blocks(p);
-  const std::int64_t requests = p.batch_size > 0 ? p.batch_size : 1;
+  const std::int64_t rows = all_rows(p) > 0 ? all_rows(p) : 1;
   const std::int64_t columns = row_columns(p);
-  std::int64_t share = blocks / requests;  // blocks per request
+  std::int64_t share = blocks / rows;  // blocks per row
   const bool all_own = columns <= share * kWarps * kWideTiles * kTileColumns - largest_offset(p);
   const bool spread = columns <= kSpreadRounds * share * kWarps * kTileColumns;
-  const bool many = blocks >= kManyBlocks * requests;
+  const bool many = blocks >= kManyBlocks * rows;
   // Unless all tiles are own tiles, half of the blocks get own tiles and the other half get remainder tiles.
   const std::int64_t half = blocks / 2;
-  if (!all_own) share = half / requests;
-  std::int64_t own_blocks = share * p.batch_size;
+  if (!all_own) share = half / rows;
+  std::int64_t own_blocks = share * all_rows(p);
   std::int64_t own_tiles = share * kWarps;
   std::uint8_t log2_warps = 0;
   while (1 << log2_warps < kWarps) ++log2_warps;
   if (share == 0) {
-    // Fewer blocks than requests: several requests share a block, and each gets fewer of its warps.
+    // Fewer blocks than rows: several rows share a block, and each gets fewer of its warps.
     own_tiles = kWarps;
-    for (own_blocks = requests; own_blocks > half && own_tiles > 1; own_blocks = (own_blocks + 1) / 2) {
+    for (own_blocks = rows; own_blocks > half && own_tiles > 1; own_blocks = (own_blocks + 1) / 2) {
       own_tiles /= 2;
       --log2_warps;
     }
-    // The kernel's division by the reciprocal is exact only up to 65,535 requests.
-    if (own_blocks > half || requests > 0xffff) own_blocks = own_tiles = 0;
+    // The kernel's division by the reciprocal is exact only up to 65,535 rows.
+    if (own_blocks > half || rows > 0xffff) own_blocks = own_tiles = 0;
   }
   Split split{};
   split.own_blocks = static_cast<std::uint32_t>(own_blocks);
-  split.reciprocal = static_cast<std::uint32_t>(std::int64_t{0xffffffff} / requests);
-  split.requests = static_cast<std::uint32_t>(p.batch_size);
-  // With few warps per request, switch to wide tiles at a shorter length.
+  split.reciprocal = static_cast<std::uint32_t>(std::int64_t{0xffffffff} / rows);
+  split.rows = static_cast<std::uint32_t>(all_rows(p));
+  // With few warps per row, switch to wide tiles at a shorter length.
   const std::int64_t rounds = all_own || share == 0 ? 1 : many ? 3 : 2;
   split.wide_from = static_cast<std::int32_t>(rounds * own_tiles * kTileColumns);
   split.own_tiles = static_cast<std::uint32_t>(own_tiles);
   split.all_own = all_own;
   split.spread = spread && share > 0;
   split.spread_remainder = many;
-  split.log2_warps_per_request = log2_warps;
+  split.log2_warps_per_row = log2_warps;
   return split;
 }
 
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t blocks = table_blocks(p);
-  // With few blocks per request the remainder may be long. More blocks than can be resident start when the blocks of
-  // short requests end.
+  // With few blocks per row the remainder may be long. More blocks than can be resident start when the blocks of
+  // short rows end.
   const bool more = !split.all_own && !split.spread_remainder;
   return static_cast<unsigned>(kFirstTableBlock + blocks + (more ? blocks / 2 : 0));
 }

@@ -248,7 +248,7 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
 }
 
 // ---- one tile of a table row -------------------------------------------------------------------------------------
-// A tile is kTileColumns columns of a request's rows. One warp reads it once and writes it to every destination.
+// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
 
 // Keeps one base address in a register. Otherwise the compiler computes an address for each load.
 template <typename T>
@@ -260,7 +260,8 @@ __device__ __forceinline__ const T* opaque(const T* address) {
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.
 template <int kTiles, typename T, int N, typename RowEnds>
-__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
+__device__ __forceinline__ void copy_words(
+    const Table (&to)[N], std::int64_t row, const T* source, int first, RowEnds ends) {
   constexpr int kWords = kTiles * kTileColumns / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = longest_end(ends);
@@ -276,12 +277,10 @@ __device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, cons
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
+    std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
-      }
+    for (int i = 0; i < kWords; ++i) {
+      if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
     }
   }
 }
@@ -333,7 +332,7 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 // row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends, const Then& then) {
   int4 words[kTiles * kUnroll];
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
@@ -375,11 +374,9 @@ __device__ __forceinline__ bool copy_vectors(
   }
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+    int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
-    }
+    for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
   }
   then(words);
   return true;
@@ -388,9 +385,9 @@ __device__ __forceinline__ bool copy_vectors(
 // Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
-  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
-    copy_words<kTiles>(to, rows, source, first, ends);
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, row, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, row, source, first, ends);
   }
 }
 
@@ -434,7 +431,7 @@ __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t ro
 }
 
 // An upper bound of the rows' alignment offsets: 0 if all rows begin at a boundary.
-inline std::int64_t largest_offset(const Params& p) {
+__host__ __device__ __forceinline__ std::int64_t largest_offset(const Params& p) {
   const Table& table = token_table(p)[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
   const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
@@ -445,29 +442,28 @@ inline std::int64_t largest_offset(const Params& p) {
 // Stores one page to a table that has one column per `pages_per_column` pages.
 template <int N>
 __device__ __forceinline__ void store_page(
-    const Table (&to)[N], int pages_per_column, Rows rows, int page, std::int32_t number, Ends ends) {
+    const Table (&to)[N], int pages_per_column, std::int64_t row, int page, std::int32_t number, Ends ends) {
   if (page % pages_per_column != 0) return;
   const std::int32_t value = floor_div(number, pages_per_column);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     if (ends_differ(to, ends) && page >= pages_of(end_of(to, ends, b))) continue;
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      put(to[b].data + row * to[b].row_stride + page / pages_per_column, value);
-    }
+    put(to[b].data + row * to[b].row_stride + page / pages_per_column, value);
   }
 }
 
-__device__ __forceinline__ void write_page(const Params& p, Rows rows, int page, Token token, Ends ends) {
+__device__ __forceinline__ void write_page(const Params& p, std::int64_t row, int page, Token token, Ends ends) {
   const std::int32_t number = page_of(token);
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
-    store_page(table, pages_per_column, rows, page, number, ends);
+    store_page(table, pages_per_column, row, page, number, ends);
   });
 }
 
 // Writes the pages that begin in kTiles tiles. Their numbers come from req_to_token, never from a destination that
 // other threads are writing.
 template <int kTiles>
-__device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Token* source, int first, Ends ends) {
+__device__ __forceinline__ void read_pages(
+    const Params& p, std::int64_t row, const Token* source, int first, Ends ends) {
   constexpr int kColumns = kTiles * kTileColumns;
   const int end = longest_end(ends);
   const unsigned begin = static_cast<unsigned>(first > 0 ? first : 0);
@@ -475,7 +471,7 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
   const unsigned stop_page = (stop - 1) / kPageSize + 1;
   unsigned page = (begin + kPageSize - 1) / kPageSize + threadIdx.x % kWarpSize;
   for (; page < stop_page; page += kWarpSize) {
-    write_page(p, rows, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
+    write_page(p, row, static_cast<int>(page), __ldg(source + static_cast<std::int64_t>(page) * kPageSize), ends);
     if constexpr (kColumns <= kWarpSize * kPageSize) break;  // a lane has one page at most
   }
 }
@@ -483,10 +479,11 @@ __device__ __forceinline__ void read_pages(const Params& p, Rows rows, const Tok
 // ---- tables of tokens and of pages -------------------------------------------------------------------------------
 // Copies a tile's tokens, and writes the pages that begin in it.
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns<kTiles>(token_table(p), rows, source, static_cast<int>(p.req_to_token_width), first, ends);
-  read_pages<kTiles>(p, rows, source, first, ends);
+  copy_columns<kTiles>(token_table(p), row, source, static_cast<int>(p.req_to_token_width), first, ends);
+  read_pages<kTiles>(p, row, source, first, ends);
 }
 
 // ---- which request a tile belongs to -----------------------------------------------------------------------------
@@ -535,7 +532,8 @@ __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t w
 // ---- strategy: requests with different numbers of rows -----------------------------------------------------------
 // The place of a request's rows depends on the numbers of rows of all requests before it. Every block sums these
 // itself, window by window, together with the tiles; the warps of all blocks take the tiles in turn. The cost follows
-// the live columns, not the table's width, and no warp gets more than its share, however uneven the requests are.
+// the live columns, not the table's width, and no warp gets more than its share, however uneven the requests are. The
+// tiles of a request are those of its first row, then those of the next one.
 //
 //   block   0 .. kFirstTableBlock   the other blocks
 //          +-----------------------+-----------------------------------------+
@@ -548,9 +546,9 @@ __device__ void write_tables(const Params& p) {
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the first column of its first tile
+  __shared__ std::uint32_t row_tiles[kThreads];  // tiles of each of its rows
   __shared__ std::int64_t pool_rows[kThreads];
-  __shared__ Rows window_rows[kThreads];
+  __shared__ std::int64_t first_rows[kThreads];
   int first = -kThreads;  // the window's first request; there is no window yet
   std::uint32_t window_tiles = 0;  // the window's tiles, which the warps take in turn
   std::uint32_t warp_end = 0;
@@ -565,29 +563,33 @@ __device__ void write_tables(const Params& p) {
       const std::int64_t stop_row = row_sum.add(static_cast<std::uint32_t>(count));
       const Rows rows = rows_within(p, request, {stop_row - count, stop_row});
       int reach = 0;
-      int begin = 0;
       std::uint32_t tiles = 0;
       std::int64_t pool_row = -1;
       if (rows.first < rows.stop) {
         reach = row_reach(p, request);
-        begin = -alignment_offset(p, request);
         const int columns = written_columns(p, ends_at(p, reach));
-        if (columns > 0) tiles = static_cast<std::uint32_t>(columns - begin - 1) / kTileColumns + 1;
+        const int reached = columns + static_cast<int>(largest_offset(p));
+        if (columns > 0) tiles = static_cast<std::uint32_t>(reached - 1) / kTileColumns + 1;
       }
       // The barrier below comes after the last look-up in the previous window.
       window_tiles = 0;
       if (!__syncthreads_or(tiles > 0)) continue;
       if (tiles > 0) pool_row = request_row(p, request);
       if (pool_row < 0) tiles = 0;
-      window_rows[slot] = rows;
+      first_rows[slot] = rows.first;
       pool_rows[slot] = pool_row;
       reaches[slot] = reach;
-      begins[slot] = begin;
+      row_tiles[slot] = tiles;
+      tiles *= static_cast<std::uint32_t>(rows.stop - rows.first);
       window_tiles = count_tiles(window, tiles, warp_end);
     }
     const Place place = find_tile(window, warp_end, tile);
-    const int column = begins[place.slot] + static_cast<int>(place.tile) * kTileColumns;
-    copy_tile<1>(p, window_rows[place.slot], pool_rows[place.slot], column, ends_at(p, reaches[place.slot]));
+    const std::uint32_t before = place.tile / row_tiles[place.slot];  // rows of the request
+    const std::int64_t row = first_rows[place.slot] + before;
+    const std::uint32_t in_row = place.tile - before * row_tiles[place.slot];
+    const int column = static_cast<int>(in_row) * kTileColumns - alignment_offset(p, row);
+    const Ends ends = ends_at(p, reaches[place.slot]);
+    if (column < written_columns(p, ends)) copy_tile<1>(p, row, pool_rows[place.slot], column, ends);
     tile += warps;
   }
 }

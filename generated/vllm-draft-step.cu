@@ -144,11 +144,6 @@ __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return p.columns;
 }
 
-// A range of rows of the tables, and of the vectors that have one element per row.
-struct Rows {
-  std::int64_t first, stop;
-};
-
 __device__ __forceinline__ std::int64_t user_idx_of(const Params& p, std::int64_t request) {
   return p.user_idx[request * p.user_idx_stride];
 }
@@ -164,9 +159,14 @@ __device__ __forceinline__ std::int64_t user_position_of(const Params& p, std::i
 // Unchecked: a look-up outside of its source isn't reported.
 __device__ __forceinline__ void check_look_up(const Params&, std::int64_t, std::int64_t, std::int64_t) {}
 
-// The rows of a request.
-__device__ __forceinline__ Rows rows_of(std::int64_t request) {
-  return {request * kNextN, (request + 1) * kNextN};
+// The number of rows of all requests, and the request of a row.
+__host__ __device__ __forceinline__ std::int64_t all_rows(const Params& p) {
+  return p.batch_size * kNextN;
+}
+
+template <typename Row>
+__device__ __forceinline__ Row request_of(Row row) {
+  return row / kNextN;
 }
 
 // The table whose columns are tokens.
@@ -307,21 +307,19 @@ __device__ __forceinline__ std::int32_t expanded_length(std::int32_t seq_len, in
 }
 
 // ---- DeepGEMM's schedule of paged MQA logits ---------------------------------------------------------------------
-// One block computes it from seq_lens, in chunks of kThreads items, so the batch has no limit. An item is a request, or
-// a row of one, with one split for every kSplit tokens (or pools). On sm_90 an item has a number of query atoms, each
-// with the item's splits, one unit of work each. On sm_100 the item's tokens share its splits, kSplitCost units each.
-// Every SM gets the same number of units; the remainder goes, one unit each, to the last or the first SMs. An SM begins
-// with the split that contains its first unit.
+// One block computes it from seq_lens, for any batch. An item is a request, or a row of one, with one split for every
+// kSplit tokens (or pools). On sm_90 an item has a number of query atoms, each with the item's splits, one unit of
+// work each. On sm_100 the item's tokens share its splits, kSplitCost units each. Every SM gets the same number of
+// units, and the last or the first SMs get one unit more. An SM begins with the split that contains its first unit.
 constexpr std::uint32_t kSplit = 256;  // tokens, or pools
 
 constexpr std::uint32_t kWorkOfSplit = kSplitCost > 0 ? kSplitCost : kAtoms;
 
 // The splits of an item, or of one of its atoms.
-__device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, std::int64_t item, int b) {
-  // 32 bits, because a 64-bit index adds 200 instructions to the loops over items.
-  const int request = static_cast<int>(kItemIsRow ? item / kNextN : item);
+__device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, int item, int b) {
+  const int request = kItemIsRow ? item / kNextN : item;
   std::int32_t length = wrap(bits(request_length(p, request)) + length_offset(b));
-  if constexpr (kItemIsRow) length = expanded_length(length, kNextN, static_cast<int>(item % kNextN));
+  if constexpr (kItemIsRow) length = expanded_length(length, kNextN, item % kNextN);
   if constexpr (kIndexKpool > 1) {
     const std::int32_t pools = floor_div(length, kIndexKpool);
     return ((pools > 1 ? static_cast<std::uint32_t>(pools) : 1u) - 1) / kSplit + 1;
@@ -329,83 +327,117 @@ __device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, std::int64_
   return length > 0 ? (static_cast<std::uint32_t>(length) - 1) / kSplit + 1 : 0;
 }
 
-// The splits of a chunk's items, in shared memory. The sums of a warp have 32 bits: a length has 2^23 splits at most.
-struct Splits {
-  std::uint32_t in_warp[kThreads];  // up to and including an item, within its warp
-  std::uint32_t of_warp[kWarps];
+// How the units of work are shared out.
+struct Shares {
+  std::uint64_t units;
+  std::uint64_t num_sms;
+  std::uint64_t share;
+  std::uint64_t more;  // SMs that get one unit more
+
+  __device__ __forceinline__ Shares(const Params& p, std::uint64_t splits)
+      : units(splits * kWorkOfSplit), num_sms(static_cast<std::uint64_t>(p.num_sms)) {
+    share = units / num_sms;
+    more = units - share * num_sms;
+  }
+
+  // The first unit of an SM.
+  __device__ __forceinline__ std::uint64_t start(std::uint64_t entry) const {
+    if constexpr (!kRemainderLast) return entry * share + (entry < more ? entry : more);
+    const std::uint64_t even = num_sms - more;  // the first SM that gets one more
+    return entry * share + (entry > even ? entry - even : 0);
+  }
 };
 
-__device__ void schedule_mqa(const Params& p, int b) {
-  const std::int64_t items = kItemIsRow ? p.batch_size * kNextN : p.batch_size;
-  const int slot = static_cast<int>(threadIdx.x);
-  const std::uint64_t num_sms = static_cast<std::uint64_t>(p.num_sms);
-  std::uint64_t total = 0;  // of all chunks; one chunk's is known when it is added up
-  if (items > kThreads) {
-    std::uint64_t splits = 0;
-    for (std::int64_t item = slot; item < items; item += kThreads) splits += mqa_splits(p, item, b);
-    block_running_sum(splits, total);
-  }
-  __shared__ Splits splits;
-  // Each thread writes its entries in order, each in the chunk that contains the entry's first unit.
-  std::uint64_t entry = static_cast<std::uint64_t>(slot);
-  std::uint64_t carry = 0;  // splits of the chunks before
-  for (std::int64_t first = 0; first < items; first += kThreads) {
-    const std::int64_t item = first + slot;
-    const std::uint32_t in_warp = warp_running_sum(item < items ? mqa_splits(p, item, b) : 0u);
-    if (first > 0) __syncthreads();  // no thread reads the previous chunk's any more
-    splits.in_warp[slot] = in_warp;
-    if (slot % kWarpSize == kWarpSize - 1) splits.of_warp[slot / kWarpSize] = in_warp;
-    __syncthreads();
-    std::uint64_t chunk = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) chunk += splits.of_warp[w];
-    if (items <= kThreads) total = chunk;
-    const std::uint64_t units = total * kWorkOfSplit;
-    const std::uint64_t share = units / num_sms;
-    const std::uint64_t more = units - share * num_sms;  // SMs that get one unit more
-    for (; entry < num_sms; entry += kThreads) {
-      std::uint64_t start = entry * share;
-      if constexpr (kRemainderLast) {
-        const std::uint64_t even = num_sms - more;  // the first SM that gets one more
-        start += entry > even ? entry - even : 0;
-      } else {
-        start += entry < more ? entry : more;
-      }
-      if (start >= (carry + chunk) * kWorkOfSplit) break;
-      // The item that contains the start: first its warp, then how many of the warp's items end at or before it.
-      std::uint64_t before = carry;
-      int found = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps - 1; ++w) {
-        if ((before + splits.of_warp[w]) * kWorkOfSplit > start || found < w * kWarpSize) continue;
-        before += splits.of_warp[w];
-        found += kWarpSize;
-      }
-      const std::uint32_t wanted = static_cast<std::uint32_t>(start / kWorkOfSplit - before);
-      const int begin = found;
-#pragma unroll
-      for (int step = kWarpSize / 2; step > 0; step /= 2) {
-        if (splits.in_warp[found + step - 1] <= wanted) found += step;
-      }
-      const std::uint32_t passed = found > begin ? splits.in_warp[found - 1] : 0;
-      std::uint64_t query = static_cast<std::uint64_t>(first + found) * kAtoms;
-      std::uint64_t split = start - (before + passed) * kWorkOfSplit;
-      if constexpr (kSplitCost > 0) {
-        split /= kWorkOfSplit;
-      } else if constexpr (kAtoms > 1) {
-        const std::uint32_t per_atom = splits.in_warp[found] - passed;
-        query += split / per_atom;
-        split %= per_atom;
-      }
-      store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(query));
-      store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, static_cast<std::int32_t>(split));
-    }
-    carry += chunk;
-  }
+// Writes an SM's entry: it begins in `item`, before which there are `passed` splits.
+__device__ __forceinline__ void write_entry(
+    const Params& p, int b, const Shares& shares, std::uint64_t entry, int items, int item, std::uint64_t passed) {
   // The last entry is the end, and so are entries without work.
-  for (; entry <= num_sms; entry += kThreads) {
-    store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(items * kAtoms));
-    store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, 0);
+  std::uint64_t query = static_cast<std::uint64_t>(items) * kAtoms;
+  std::uint64_t split = 0;
+  const std::uint64_t start = shares.start(entry);
+  if (start < shares.units) {
+    query = static_cast<std::uint64_t>(item) * kAtoms;
+    split = start - passed * kWorkOfSplit;
+    if constexpr (kSplitCost > 0) {
+      split /= kWorkOfSplit;
+    } else if constexpr (kAtoms > 1) {
+      const std::uint32_t per_atom = mqa_splits(p, item, b);
+      query += split / per_atom;
+      split %= per_atom;
+    }
+  }
+  store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(query));
+  store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, static_cast<std::int32_t>(split));
+}
+
+// No more items than a warp has lanes: each warp sums them for itself, without shared memory and a barrier, in as few
+// steps as there are items.
+__device__ __forceinline__ void schedule_few(const Params& p, int b, int items) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const std::uint32_t splits = lane < items ? mqa_splits(p, lane, b) : 0;
+  std::uint32_t end = splits;
+  int reach = 1;
+  for (; reach < items; reach *= 2) {
+    const std::uint32_t other = __shfl_up_sync(kFullMask, end, static_cast<unsigned>(reach));
+    if (lane >= reach) end += other;
+  }
+  const Shares shares(p, __shfl_sync(kFullMask, end, reach - 1));
+  // All lanes take part in a warp's look-ups.
+  for (std::uint64_t entry = threadIdx.x; entry - static_cast<unsigned>(lane) <= shares.num_sms; entry += kThreads) {
+    const std::uint64_t wanted = shares.start(entry) / kWorkOfSplit;
+    int item = 0;  // counts the items that end at or before it
+    for (int step = reach / 2; step > 0; step /= 2) {
+      if (__shfl_sync(kFullMask, end, item + step - 1) <= wanted) item += step;
+    }
+    const std::uint32_t passed = __shfl_sync(kFullMask, end - splits, item);
+    if (entry <= shares.num_sms) write_entry(p, b, shares, entry, items, item, passed);
+  }
+}
+
+__device__ void schedule_mqa(const Params& p, int b) {
+  const int items = static_cast<int>(kItemIsRow ? p.batch_size * kNextN : p.batch_size);
+  if (items <= kWarpSize) return schedule_few(p, b, items);
+  // Each thread sums consecutive items, and looks up in the sums of all threads.
+  const int slot = static_cast<int>(threadIdx.x);
+  const int thread_items = (items - 1) / kThreads + 1;
+  const auto splits_of = [&](int item) { return item < items ? mqa_splits(p, item, b) : 0; };
+  std::uint64_t splits = 0;
+  for (int i = 0; i < thread_items; ++i) splits += splits_of(slot * thread_items + i);
+  __shared__ std::uint64_t in_warp[kThreads];  // splits up to and including a thread's, within its warp
+  __shared__ std::uint64_t of_warp[kWarps];
+  const std::uint64_t end = warp_running_sum(splits);
+  in_warp[slot] = end;
+  if (slot % kWarpSize == kWarpSize - 1) of_warp[slot / kWarpSize] = end;
+  __syncthreads();
+  std::uint64_t total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += of_warp[w];
+  const Shares shares(p, total);
+  for (std::uint64_t entry = threadIdx.x; entry <= shares.num_sms; entry += kThreads) {
+    const std::uint64_t wanted = shares.start(entry) / kWorkOfSplit;
+    // The warp, the thread and the item that contain it: how many end at or before it.
+    std::uint64_t passed = 0;
+    int begin = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps - 1; ++w) {
+      if (begin < w * kWarpSize || passed + of_warp[w] > wanted) continue;
+      passed += of_warp[w];
+      begin += kWarpSize;
+    }
+    int found = begin;
+#pragma unroll
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+      if (passed + in_warp[found + step - 1] <= wanted) found += step;
+    }
+    if (found > begin) passed += in_warp[found - 1];
+    int item = found * thread_items;
+    for (int i = 1; i < thread_items; ++i) {
+      const std::uint64_t next = passed + splits_of(item);
+      if (next > wanted) break;
+      passed = next;
+      ++item;
+    }
+    write_entry(p, b, shares, entry, items, item, passed);
   }
 }
 
@@ -434,7 +466,7 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
 }
 
 // ---- one tile of a table row -------------------------------------------------------------------------------------
-// A tile is kTileColumns columns of a request's rows. One warp reads it once and writes it to every destination.
+// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
 
 // Keeps one base address in a register. Otherwise the compiler computes an address for each load.
 template <typename T>
@@ -446,7 +478,8 @@ __device__ __forceinline__ const T* opaque(const T* address) {
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.
 template <int kTiles, typename T, int N, typename RowEnds>
-__device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, const T* source, int first, RowEnds ends) {
+__device__ __forceinline__ void copy_words(
+    const Table (&to)[N], std::int64_t row, const T* source, int first, RowEnds ends) {
   constexpr int kWords = kTiles * kTileColumns / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int end = longest_end(ends);
@@ -462,12 +495,10 @@ __device__ __forceinline__ void copy_words(const Table (&to)[N], Rows rows, cons
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
+    std::int32_t* data = to[b].data + row * to[b].row_stride + (first + lane);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
-      }
+    for (int i = 0; i < kWords; ++i) {
+      if (column + i * kWarpSize < stop) put(data + i * kWarpSize, words[i]);
     }
   }
 }
@@ -519,7 +550,7 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 // row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends, const Then& then) {
   int4 words[kTiles * kUnroll];
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
@@ -561,11 +592,9 @@ __device__ __forceinline__ bool copy_vectors(
   }
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+    int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
-    }
+    for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
   }
   then(words);
   return true;
@@ -574,9 +603,9 @@ __device__ __forceinline__ bool copy_vectors(
 // Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
-  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
-    copy_words<kTiles>(to, rows, source, first, ends);
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, row, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, row, source, first, ends);
   }
 }
 
@@ -601,7 +630,7 @@ __device__ __forceinline__ int alignment_offset(const Params& p, std::int64_t ro
 }
 
 // An upper bound of the rows' alignment offsets: 0 if all rows begin at a boundary.
-inline std::int64_t largest_offset(const Params& p) {
+__host__ __device__ __forceinline__ std::int64_t largest_offset(const Params& p) {
   const Table& table = token_table(p)[0];
   const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(table.data) / sizeof(std::int32_t);
   const std::uint64_t stride = static_cast<std::uint64_t>(table.row_stride);
@@ -610,9 +639,10 @@ inline std::int64_t largest_offset(const Params& p) {
 
 // ---- tables of tokens --------------------------------------------------------------------------------------------
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns<kTiles>(token_table(p), rows, source, static_cast<int>(p.req_to_token_width), first, ends);
+  copy_columns<kTiles>(token_table(p), row, source, static_cast<int>(p.req_to_token_width), first, ends);
 }
 
 // ---- strategy: rows of equal length ------------------------------------------------------------------------------
@@ -644,14 +674,15 @@ __device__ void write_tables(const Params& p, const Split& split) {
   const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
   const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
   const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
-  if (row >= p.batch_size || column >= columns) return;
-  const std::int64_t pool_row = request_row(p, row);
+  if (row >= all_rows(p) || column >= columns) return;
+  const std::int64_t request = request_of(row);
+  const std::int64_t pool_row = request_row(p, request);
   if (pool_row < 0) return;
-  const Ends ends = ends_at(p, row_reach(p, row));
+  const Ends ends = ends_at(p, row_reach(p, request));
   if (tile_columns > kTileColumns) {
-    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
+    copy_tile<kWideTiles>(p, row, pool_row, column, ends);
   } else {
-    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+    copy_tile<1>(p, row, pool_row, column, ends);
   }
 }
 
@@ -659,11 +690,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
   // A warp takes several tiles at once if that leaves enough for all warps.
-  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const bool wide = all_rows(p) * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
   // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
-  std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+  std::uint32_t warps = all_rows(p) * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
       static_cast<std::uint32_t>(tiles),
@@ -675,7 +706,7 @@ Split split_of(const Params& p) {
 
 // Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
-  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t tiles = all_rows(p) * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
   return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
 }

@@ -329,7 +329,9 @@ CONFIGURATIONS = {
     "pages of rows": KernelConfig(
         mode="draft_extend", next_n=3, fields=("seqlens_expanded", "real_page_table"), page_size=3
     ),
-    "variable rows of words": KernelConfig(vector_bytes=4, extend_seq_lens_dtype="int32", fields=SEVEN, **VARIABLE),
+    "variable rows of words": KernelConfig(
+        num_backends=2, vector_bytes=4, extend_seq_lens_dtype="int32", fields=SEVEN, **VARIABLE
+    ),
     "variable rows, full": KernelConfig(num_backends=2, extent="full", **VARIABLE),
     "variable lengths": KernelConfig(fields=("seqlens_expanded",), **VARIABLE),
     "variable filled checked": KernelConfig(fields=("real_page_table",), page_fill=-1, checked=True, **VARIABLE),
@@ -495,8 +497,7 @@ def configuration(chosen: Mapping[str, Any]) -> KernelConfig:
 
 def bindable(config: KernelConfig) -> KernelConfig:
     """The same, with the 16-byte stores that bind() chooses where there is only one destination of one phase."""
-    one = config.destinations("page_indices") == 1 and config.next_n == 1 and config.extend == "uniform"
-    return config.replace(vector_bytes=16) if one else config
+    return config.replace(vector_bytes=16) if config.destinations("page_indices") == 1 else config
 
 
 def all_pairs(

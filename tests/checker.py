@@ -92,7 +92,6 @@ class Scene:
         self.rows = sum(max(0, n) for n in extends) if variable else bs * config.next_n
         if config.mode == "decode":
             self.rows = bs
-        self._several = not self.copies and (config.next_n > 1 or config.extend == "variable")
         self.page_size = COPIED_PAGE_SIZE if self.copies else config.page_size
         width = shape.width if shape.table_columns is None else shape.table_columns
         pages = -(-width // self.page_size)
@@ -217,9 +216,6 @@ class Scene:
                 # 16-byte stores need one phase in all destinations; with 4-byte stores each gets its own.
                 aligned = config.vector_bytes == 16 and (name == "page_indices" or self.copies)
                 stride = self.widths[name] + shape.table_pad + (4 * d if aligned else d)
-                if self._several:
-                    # Rows of a request have one phase only where the stride is a multiple of 16 bytes.
-                    stride = stride + -stride % 4 if aligned else stride | 1
                 phase = shape.table_phase if aligned else (shape.table_phase + 4 * d) % 16
                 poison = torch.full((height, self.widths[name]), POISON, dtype=torch.int32)
                 made.append(self._table(poison, stride - self.widths[name], phase))

@@ -600,7 +600,7 @@ def test_equal_rows_have_as_many_blocks_as_they_need(facts: dict[str, Any], limi
         ({"num_backends": 3}, 2),
         ({"num_backends": 4}, 1),
         ({"num_backends": 8, "distinct": (("page_indices", 1),)}, 2),
-        ({"num_backends": 2, "mode": "target_verify", "next_n": 2}, 1),
+        ({"num_backends": 2, "mode": "target_verify", "next_n": 2}, 2),
         ({"num_backends": 2, "seqlen_offsets": (1, 2)}, 1),
         ({"unroll": 4}, 1),
         ({"vector_bytes": 4}, 1),

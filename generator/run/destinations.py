@@ -203,19 +203,12 @@ class Destinations:
             columns, limited = min(columns, width * tokens), True
         return columns
 
-    def same_alignment(self, name: str, *, all_rows: bool = False) -> bool:
-        """Whether, for every r, row r has the same address modulo 16 in every tensor of a field.
-
-        Args:
-            all_rows: whether it must also be the same for all rows, because a tile is written to several of them.
-        """
+    def same_alignment(self, name: str) -> bool:
+        """Whether, for every r, row r has the same address modulo 16 in every tensor of a field."""
         tensors = self.tensors[name]
         first = tensors[0]
         if any((t.data_ptr() - first.data_ptr()) % 16 for t in tensors):
             return False
-        if all_rows:
-            # Also checked for a single row: the kernel computes every row's offset from the stride.
-            return all(t.stride(0) % 4 == 0 for t in tensors)
         return all((t.stride(0) - first.stride(0)) % 4 == 0 or t.shape[0] == first.shape[0] == 1 for t in tensors)
 
     def distinct(self) -> tuple[tuple[str, int], ...]:

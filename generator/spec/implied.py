@@ -304,7 +304,7 @@ class Implied:
         """
         if self.strategy not in ("live", "equal") or self.token_table is None:
             return 1
-        writes = self.destinations(self.token_table) * self.next_n
+        writes = self.destinations(self.token_table)
         few = self.equal_rows or (writes <= 3 and len(self.seqlen_offsets) <= 1)
         words = self.hashes_tiles and self.req_to_token_dtype == "int64"  # twice as many registers for the words
         return 2 if few and not words and self.vector_bytes == 16 and self.unroll <= 2 else 1

@@ -15,7 +15,7 @@ __device__ __forceinline__ int alignment_offset(const Table (&to)[N], std::int64
 // row.
 template <int kTiles, typename T, int N, typename RowEnds, typename Then>
 __device__ __forceinline__ bool copy_vectors(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends, const Then& then) {
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends, const Then& then) {
   int4 words[kTiles * kUnroll];
   constexpr int kAccesses = kTiles * kUnroll;
   constexpr int kColumns = kTiles * kTileColumns;
@@ -57,11 +57,9 @@ __device__ __forceinline__ bool copy_vectors(
   }
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
+    int4* data = reinterpret_cast<int4*>(to[b].data + row * to[b].row_stride + column);
 #pragma unroll
-      for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
-    }
+    for (int u = 0; u < kAccesses; ++u) data[u * kWarpSize] = words[u];
   }
   then(words);
   return true;
@@ -70,8 +68,8 @@ __device__ __forceinline__ bool copy_vectors(
 // Moves kTiles tiles: with 16-byte accesses inside the rows, with 4-byte accesses at their ends.
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int width, int first, RowEnds ends) {
-  if (!copy_vectors<kTiles>(to, rows, source, width, first, ends, [](const auto&) {})) {
-    copy_words<kTiles>(to, rows, source, first, ends);
+    const Table (&to)[N], std::int64_t row, const T* source, int width, int first, RowEnds ends) {
+  if (!copy_vectors<kTiles>(to, row, source, width, first, ends, [](const auto&) {})) {
+    copy_words<kTiles>(to, row, source, first, ends);
   }
 }

@@ -10,6 +10,6 @@ __device__ __forceinline__ void copy_table(
     const std::int64_t row = tile / tiles_per_row;
     const std::int32_t* source = from.data + row * from.row_stride;
     const int column = static_cast<int>(tile % tiles_per_row) * kTileColumns - alignment_offset(to, row);
-    if (column < columns) copy_columns<1>(to, {row, row + 1}, source, columns, column, SameEnd{columns});
+    if (column < columns) copy_columns<1>(to, row, source, columns, column, SameEnd{columns});
   }
 }

@@ -27,14 +27,15 @@ __device__ void write_tables(const Params& p, const Split& split) {
   const std::uint32_t in_row = tile - static_cast<std::uint32_t>(row) * split.tiles;
   const std::int32_t tile_columns = kWideTiles > 1 ? split.tile_columns : kTileColumns;
   const int column = static_cast<int>(in_row) * tile_columns - alignment_offset(p, row);
-  if (row >= p.batch_size || column >= columns) return;
-  const std::int64_t pool_row = request_row(p, row);
+  if (row >= all_rows(p) || column >= columns) return;
+  const std::int64_t request = request_of(row);
+  const std::int64_t pool_row = request_row(p, request);
   if (pool_row < 0) return;
-  const Ends ends = ends_at(p, row_reach(p, row));
+  const Ends ends = ends_at(p, row_reach(p, request));
   if (tile_columns > kTileColumns) {
-    copy_tile<kWideTiles>(p, rows_of(row), pool_row, column, ends);
+    copy_tile<kWideTiles>(p, row, pool_row, column, ends);
   } else {
-    copy_tile<1>(p, rows_of(row), pool_row, column, ends);
+    copy_tile<1>(p, row, pool_row, column, ends);
   }
 }
 
@@ -42,11 +43,11 @@ __device__ void write_tables(const Params& p, const Split& split) {
 Split split_of(const Params& p) {
   const std::int64_t columns = row_columns(p);
   // A warp takes several tiles at once if that leaves enough for all warps.
-  const bool wide = p.batch_size * columns >= p.sm_count * kWideFrom * kTileColumns;
+  const bool wide = all_rows(p) * columns >= p.sm_count * kWideFrom * kTileColumns;
   const std::int64_t tile_columns = wide ? kWideTiles * kTileColumns : kTileColumns;
   const std::int64_t tiles = (columns + largest_offset(p) - 1) / tile_columns + 1;
   // With few tiles, only half of a block's warps take them, so that twice as many blocks take part.
-  std::uint32_t warps = p.batch_size * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
+  std::uint32_t warps = all_rows(p) * tiles < p.sm_count * kSpreadTiles ? (kWarps + 1) / 2 : kWarps;
   if (columns == 0) warps = 0;
   return {
       static_cast<std::uint32_t>(tiles),
@@ -58,7 +59,7 @@ Split split_of(const Params& p) {
 
 // Enough blocks for all tiles.
 unsigned grid_blocks(const Params& p, const Split& split) {
-  const std::int64_t tiles = p.batch_size * std::int64_t{split.tiles};
+  const std::int64_t tiles = all_rows(p) * std::int64_t{split.tiles};
   const std::int64_t blocks = split.warps > 0 ? (tiles + split.warps - 1) / split.warps : 0;
   return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
 }

@@ -1,8 +1,9 @@
 // ---- tables of pages alone, all of which is written --------------------------------------------------------------
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   static_assert(kTiles == 1);
   std::int32_t numbers[kTileColumns / kWarpSize];
   read_page_numbers(p, pool_row, numbers, first, ends);
-  write_page_numbers(p, rows, numbers, first, ends);
+  write_page_numbers(p, row, numbers, first, ends);
 }

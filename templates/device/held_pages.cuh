@@ -11,7 +11,7 @@ __device__ __forceinline__ std::int32_t word_of(int4 words, int index) {
 // Writes the pages that begin in a tile inside the row. `words` holds the tile's tokens.
 template <int kAccesses>
 __device__ __forceinline__ void write_held_pages(
-    const Params& p, Rows rows, const int4 (&words)[kAccesses], int first, Ends ends) {
+    const Params& p, std::int64_t row, const int4 (&words)[kAccesses], int first, Ends ends) {
   constexpr int kGroup = kWarpSize * kVectorWords;  // columns that a warp holds in words[u]
   static_assert(kPageSize % kVectorWords == 0 && kAccesses * kGroup <= kWarpSize * kPageSize);
   const int before = -first & (kPageSize - 1);  // columns of the tile that belong to the previous page
@@ -24,17 +24,18 @@ __device__ __forceinline__ void write_held_pages(
     const std::int32_t found = __shfl_sync(0xffffffffu, word_of(words[u], before % kVectorWords), holder);
     if (column / kGroup == u) token = found;
   }
-  if (column < kAccesses * kGroup) write_page(p, rows, (first + column) / kPageSize, token, ends);
+  if (column < kAccesses * kGroup) write_page(p, row, (first + column) / kPageSize, token, ends);
 }
 
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
   const int width = static_cast<int>(p.req_to_token_width);
-  if (copy_vectors<kTiles>(token_table(p), rows, source, width, first, ends, [&](const auto& words) {
-        write_held_pages(p, rows, words, first, ends);
+  if (copy_vectors<kTiles>(token_table(p), row, source, width, first, ends, [&](const auto& words) {
+        write_held_pages(p, row, words, first, ends);
       }))
     return;
-  copy_words<kTiles>(token_table(p), rows, source, first, ends);
-  read_pages<kTiles>(p, rows, source, first, ends);
+  copy_words<kTiles>(token_table(p), row, source, first, ends);
+  read_pages<kTiles>(p, row, source, first, ends);
 }

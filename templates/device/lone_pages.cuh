@@ -8,29 +8,27 @@ __device__ __forceinline__ int alignment_offset(const Params&, std::int64_t) {
   return 0;
 }
 
-inline std::int64_t largest_offset(const Params&) {
+__host__ __device__ __forceinline__ std::int64_t largest_offset(const Params&) {
   return 0;
 }
 
 // Stores this lane's pages of a tile to one table.
 template <int kPages, int N>
 __device__ __forceinline__ void store_pages(
-    const Params& p, const Table (&to)[N], int pages_per_column, Rows rows, const std::int32_t (&numbers)[kPages],
-    int first, Ends ends) {
+    const Params& p, const Table (&to)[N], int pages_per_column, std::int64_t row,
+    const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const int live = pages_of(end_of(to, ends, b));
     const std::int64_t stop = kFillsPages ? row_columns(p) : live;
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride;
+    std::int32_t* data = to[b].data + row * to[b].row_stride;
 #pragma unroll
-      for (int i = 0; i < kPages; ++i) {
-        const int page = first + lane + i * kWarpSize;
-        const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
-        if (page < stop && page % pages_per_column == 0) {
-          put(data + page / pages_per_column, dead ? kPageFill : floor_div(numbers[i], pages_per_column));
-        }
+    for (int i = 0; i < kPages; ++i) {
+      const int page = first + lane + i * kWarpSize;
+      const bool dead = kFillsPages && ends_differ(to, ends) && page >= live;
+      if (page < stop && page % pages_per_column == 0) {
+        put(data + page / pages_per_column, dead ? kPageFill : floor_div(numbers[i], pages_per_column));
       }
     }
   }
@@ -52,8 +50,8 @@ __device__ __forceinline__ void read_page_numbers(
 
 template <int kPages>
 __device__ __forceinline__ void write_page_numbers(
-    const Params& p, Rows rows, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
+    const Params& p, std::int64_t row, const std::int32_t (&numbers)[kPages], int first, Ends ends) {
   for_each_page_table(p, [&](const auto& table, int pages_per_column) {
-    store_pages(p, table, pages_per_column, rows, numbers, first, ends);
+    store_pages(p, table, pages_per_column, row, numbers, first, ends);
   });
 }

@@ -52,27 +52,9 @@ __device__ __forceinline__ std::uint64_t* kept_hash(const Params& p, std::int64_
   return p.tile_hashes + row * p.tile_hashes_stride + (first + kTileColumns - 1) / kTileColumns;
 }
 
-// The kept hash of a tile; of several rows, this lane's.
-__device__ __forceinline__ std::uint64_t read_hash(const Params& p, Rows rows, int first) {
-  const std::int64_t row = rows.first + (kSeveralRows ? threadIdx.x % kWarpSize : 0);
-  return !kSeveralRows || row < rows.stop ? *kept_hash(p, row, first) : 0;
-}
-
-// Whether a tile must be written: its hash differs from what read_hash() found, in any of the rows.
-__device__ __forceinline__ bool hash_differs(
-    const Params& p, Rows rows, int first, std::uint64_t known, std::uint64_t hash) {
-  if constexpr (!kSeveralRows) return known != hash;
-  std::int64_t row = rows.first + threadIdx.x % kWarpSize;
-  bool differs = row < rows.stop && known != hash;
-  for (row += kWarpSize; row < rows.stop; row += kWarpSize) differs |= *kept_hash(p, row, first) != hash;
-  return __ballot_sync(0xffffffffu, differs) != 0;
-}
-
 // Keeps the hash of a tile that was written. After the barrier the warp's words are written and no lane reads the old
 // hash any more.
-__device__ __forceinline__ void keep_hash(const Params& p, Rows rows, int first, std::uint64_t hash) {
+__device__ __forceinline__ void keep_hash(const Params& p, std::int64_t row, int first, std::uint64_t hash) {
   __syncwarp();
-  for (std::int64_t row = rows.first + threadIdx.x % kWarpSize; row < rows.stop; row += kWarpSize) {
-    *kept_hash(p, row, first) = hash;
-  }
+  if (threadIdx.x % kWarpSize == 0) *kept_hash(p, row, first) = hash;
 }

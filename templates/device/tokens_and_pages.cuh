@@ -1,8 +1,9 @@
 // ---- tables of tokens and of pages -------------------------------------------------------------------------------
 // Copies a tile's tokens, and writes the pages that begin in it.
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_columns<kTiles>(token_table(p), rows, source, static_cast<int>(p.req_to_token_width), first, ends);
-  read_pages<kTiles>(p, rows, source, first, ends);
+  copy_columns<kTiles>(token_table(p), row, source, static_cast<int>(p.req_to_token_width), first, ends);
+  read_pages<kTiles>(p, row, source, first, ends);
 }

@@ -9,6 +9,6 @@ __device__ __forceinline__ int alignment_offset(const Table (&)[N], std::int64_t
 
 template <int kTiles, typename T, int N, typename RowEnds>
 __device__ __forceinline__ void copy_columns(
-    const Table (&to)[N], Rows rows, const T* source, int, int first, RowEnds ends) {
-  copy_words<kTiles>(to, rows, source, first, ends);
+    const Table (&to)[N], std::int64_t row, const T* source, int, int first, RowEnds ends) {
+  copy_words<kTiles>(to, row, source, first, ends);
 }

@@ -1,7 +1,8 @@
 // ---- strategy: requests with different numbers of rows -----------------------------------------------------------
 // The place of a request's rows depends on the numbers of rows of all requests before it. Every block sums these
 // itself, window by window, together with the tiles; the warps of all blocks take the tiles in turn. The cost follows
-// the live columns, not the table's width, and no warp gets more than its share, however uneven the requests are.
+// the live columns, not the table's width, and no warp gets more than its share, however uneven the requests are. The
+// tiles of a request are those of its first row, then those of the next one.
 //
 //   block   0 .. kFirstTableBlock   the other blocks
 //          +-----------------------+-----------------------------------------+
@@ -14,9 +15,9 @@ __device__ void write_tables(const Params& p) {
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written
-  __shared__ std::int32_t begins[kThreads];  // the first column of its first tile
+  __shared__ std::uint32_t row_tiles[kThreads];  // tiles of each of its rows
   __shared__ std::int64_t pool_rows[kThreads];
-  __shared__ Rows window_rows[kThreads];
+  __shared__ std::int64_t first_rows[kThreads];
   int first = -kThreads;  // the window's first request; there is no window yet
   std::uint32_t window_tiles = 0;  // the window's tiles, which the warps take in turn
   std::uint32_t warp_end = 0;
@@ -31,29 +32,33 @@ __device__ void write_tables(const Params& p) {
       const std::int64_t stop_row = row_sum.add(static_cast<std::uint32_t>(count));
       const Rows rows = rows_within(p, request, {stop_row - count, stop_row});
       int reach = 0;
-      int begin = 0;
       std::uint32_t tiles = 0;
       std::int64_t pool_row = -1;
       if (rows.first < rows.stop) {
         reach = row_reach(p, request);
-        begin = -alignment_offset(p, request);
         const int columns = written_columns(p, ends_at(p, reach));
-        if (columns > 0) tiles = static_cast<std::uint32_t>(columns - begin - 1) / kTileColumns + 1;
+        const int reached = columns + static_cast<int>(largest_offset(p));
+        if (columns > 0) tiles = static_cast<std::uint32_t>(reached - 1) / kTileColumns + 1;
       }
       // The barrier below comes after the last look-up in the previous window.
       window_tiles = 0;
       if (!__syncthreads_or(tiles > 0)) continue;
       if (tiles > 0) pool_row = request_row(p, request);
       if (pool_row < 0) tiles = 0;
-      window_rows[slot] = rows;
+      first_rows[slot] = rows.first;
       pool_rows[slot] = pool_row;
       reaches[slot] = reach;
-      begins[slot] = begin;
+      row_tiles[slot] = tiles;
+      tiles *= static_cast<std::uint32_t>(rows.stop - rows.first);
       window_tiles = count_tiles(window, tiles, warp_end);
     }
     const Place place = find_tile(window, warp_end, tile);
-    const int column = begins[place.slot] + static_cast<int>(place.tile) * kTileColumns;
-    copy_tile<1>(p, window_rows[place.slot], pool_rows[place.slot], column, ends_at(p, reaches[place.slot]));
+    const std::uint32_t before = place.tile / row_tiles[place.slot];  // rows of the request
+    const std::int64_t row = first_rows[place.slot] + before;
+    const std::uint32_t in_row = place.tile - before * row_tiles[place.slot];
+    const int column = static_cast<int>(in_row) * kTileColumns - alignment_offset(p, row);
+    const Ends ends = ends_at(p, reaches[place.slot]);
+    if (column < written_columns(p, ends)) copy_tile<1>(p, row, pool_rows[place.slot], column, ends);
     tile += warps;
   }
 }

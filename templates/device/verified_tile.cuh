@@ -58,27 +58,26 @@ __device__ __forceinline__ void read_words(T (&words)[kRead], const T* source, i
 
 // Stores this lane's words of the tile that begins at `first` to every destination. `words` begins with them.
 template <int N, typename T>
-__device__ __forceinline__ void store_words(const Table (&to)[N], Rows rows, const T* words, int first, Ends ends) {
+__device__ __forceinline__ void store_words(
+    const Table (&to)[N], std::int64_t row, const T* words, int first, Ends ends) {
   const int column = first + first_word();
   const bool inside = kVectorStores && first >= 0 && first + kTileColumns <= shortest_end(to, ends);
 #pragma unroll(unrolled(N))
   for (int b = 0; b < N; ++b) {
     const unsigned stop = static_cast<unsigned>(end_of(to, ends, b));
-    for (std::int64_t row = rows.first; row < rows.stop; ++row) {
-      std::int32_t* data = to[b].data + row * to[b].row_stride + column;
-      if (inside) {
+    std::int32_t* data = to[b].data + row * to[b].row_stride + column;
+    if (inside) {
 #pragma unroll
-        for (int i = 0; i < kTileWords; i += kVectorWords) {
-          *reinterpret_cast<int4*>(data + word_offset(i)) = int4{
-              static_cast<std::int32_t>(words[i]), static_cast<std::int32_t>(words[i + 1]),
-              static_cast<std::int32_t>(words[i + 2]), static_cast<std::int32_t>(words[i + 3])};
-        }
-      } else {
+      for (int i = 0; i < kTileWords; i += kVectorWords) {
+        *reinterpret_cast<int4*>(data + word_offset(i)) = int4{
+            static_cast<std::int32_t>(words[i]), static_cast<std::int32_t>(words[i + 1]),
+            static_cast<std::int32_t>(words[i + 2]), static_cast<std::int32_t>(words[i + 3])};
+      }
+    } else {
 #pragma unroll
-        for (int i = 0; i < kTileWords; ++i) {
-          if (static_cast<unsigned>(column + word_offset(i)) < stop) {
-            data[word_offset(i)] = static_cast<std::int32_t>(words[i]);
-          }
+      for (int i = 0; i < kTileWords; ++i) {
+        if (static_cast<unsigned>(column + word_offset(i)) < stop) {
+          data[word_offset(i)] = static_cast<std::int32_t>(words[i]);
         }
       }
     }
@@ -88,12 +87,12 @@ __device__ __forceinline__ void store_words(const Table (&to)[N], Rows rows, con
 // Writes those of kTiles tiles that changed, and calls then(first) for each before its hash is kept.
 template <int kTiles, typename Then>
 __device__ __forceinline__ void copy_changed(
-    const Params& p, Rows rows, const Token* source, int first, Ends ends, const Then& then) {
+    const Params& p, std::int64_t row, const Token* source, int first, Ends ends, const Then& then) {
   const int end = longest_end(ends);
   std::uint64_t known[kTiles];
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    known[t] = first + t * kTileColumns < end ? read_hash(p, rows, first + t * kTileColumns) : 0;
+    known[t] = first + t * kTileColumns < end ? *kept_hash(p, row, first + t * kTileColumns) : 0;
   }
   Token words[kTiles * kTileWords];
   read_words(words, source, static_cast<int>(p.req_to_token_width), first, end);
@@ -105,9 +104,9 @@ __device__ __forceinline__ void copy_changed(
 #pragma unroll
     for (int i = 0; i < kTileWords; ++i) lane.add(words[t * kTileWords + i]);
     const std::uint64_t hash = lane.of_tile();
-    if (!hash_differs(p, rows, begin, known[t], hash)) continue;
-    store_words(token_table(p), rows, words + t * kTileWords, begin, ends);
+    if (known[t] == hash) continue;
+    store_words(token_table(p), row, words + t * kTileWords, begin, ends);
     then(begin);
-    keep_hash(p, rows, begin, hash);
+    keep_hash(p, row, begin, hash);
   }
 }

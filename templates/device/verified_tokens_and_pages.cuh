@@ -1,7 +1,8 @@
 // ---- tables of tokens and of pages, verified ---------------------------------------------------------------------
 // With a tile's tokens come the pages that begin in it, which change only if a token does.
 template <int kTiles>
-__device__ __forceinline__ void copy_tile(const Params& p, Rows rows, std::int64_t pool_row, int first, Ends ends) {
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
   const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
-  copy_changed<kTiles>(p, rows, source, first, ends, [&](int begin) { read_pages<1>(p, rows, source, begin, ends); });
+  copy_changed<kTiles>(p, row, source, first, ends, [&](int begin) { read_pages<1>(p, row, source, begin, ends); });
 }

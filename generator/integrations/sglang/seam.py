@@ -58,6 +58,8 @@ class Seam:
             self._attach_backend()
         self._whole = self._serves_backend()
         self._ready = {bs: self._bind(bs) for bs in runner.capture_bs}
+        for ready in self._ready.values():
+            ready.plan.follow_addresses()
         self._batch: Any = None  # while the runner's method runs
         self._size = 0  # the captured size of that batch
         self._launched: Ready | None = None  # while the backend's refresh is still to come

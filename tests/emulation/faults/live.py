@@ -149,7 +149,7 @@ FAULTS = {
             "a request's first columns aren't written",
             WARPS,
             PACKED,
-            r"\(1u << split\.log2_warps_per_request\) - 1",
+            r"\(1u << split\.log2_warps_per_row\) - 1",
             "kWarps - 1",
         ),
         Fault(
@@ -253,6 +253,25 @@ FAULTS = {
             r" && pool_row >= 0",
             "",
             "address",
+        ),
+    ],
+    "accessors.cu.j2": [
+        Fault(
+            "take a row for a request",
+            "requests that aren't there are read",
+            VERIFY,
+            LONG,
+            r"return row / kNextN;",
+            "return row;",
+            "address",
+        ),
+        Fault(
+            "share out as many rows as there are requests",
+            "the last requests' rows keep what was there",
+            VERIFY,
+            LONG,
+            r"return p\.batch_size \* kNextN;",
+            "return p.batch_size;",
         ),
     ],
     "device/live_ends.cuh": [

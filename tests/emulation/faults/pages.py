@@ -67,7 +67,7 @@ FAULTS = {
             DECODE,
             LONG,
             r"page_of\(token\)",
-            "page_of(p.page_indices[0].data[rows.first * p.page_indices[0].row_stride + page * kPageSize])",
+            "page_of(p.page_indices[0].data[row * p.page_indices[0].row_stride + page * kPageSize])",
             "thread",
         ),
         Fault(
@@ -76,7 +76,7 @@ FAULTS = {
             DECODE,
             LONG,
             r"page_of\(token\)",
-            "page_of(__ldg(p.page_indices[0].data + rows.first * p.page_indices[0].row_stride + page * kPageSize))",
+            "page_of(__ldg(p.page_indices[0].data + row * p.page_indices[0].row_stride + page * kPageSize))",
             "emulation",
         ),
         Fault(

@@ -5,18 +5,51 @@ from __future__ import annotations
 from cases import Shape
 
 from .fault import Fault
-from .shown_by import MLA, MQA, SCHEDULED, WORK
+from .shown_by import FEW_SCHEDULED, MLA, MQA, SCHEDULED, WORK
 
 FAULTS = {
     "device/mqa_schedule.cuh": [
         Fault(
-            "read the ends of a chunk before all are there",
+            "read the sums of the other warps before all are there",
             "multiprocessors begin anywhere",
             MQA,
             SCHEDULED,
-            r"(splits\.of_warp\[slot / kWarpSize\] = in_warp;\n)    __syncthreads\(\);",
+            r"(of_warp\[slot / kWarpSize\] = end;\n)  __syncthreads\(\);",
             r"\1",
             "thread",
+        ),
+        Fault(
+            "forget the splits of the warps before",
+            "multiprocessors take splits that a request doesn't have",
+            MQA,
+            SCHEDULED,
+            r"passed \+= of_warp\[w\];",
+            "",
+        ),
+        Fault(
+            "leave out the items behind a thread's first",
+            "multiprocessors begin too early, in splits that a request doesn't have",
+            MQA,
+            SCHEDULED,
+            r"i = 1; i < thread_items",
+            "i = 2; i < thread_items",
+        ),
+        Fault(
+            "begin with the end of a request",
+            "multiprocessors take splits that a request doesn't have",
+            MQA,
+            FEW_SCHEDULED,
+            r"(item \+ step - 1\)) <= wanted",
+            r"\1 < wanted",
+        ),
+        Fault(
+            "let a lane without an entry leave a look-up",
+            "the lanes of the last entries wait for it, or get nothing from it",
+            MQA,
+            FEW_SCHEDULED,
+            r"entry - static_cast<unsigned>\(lane\) <= shares",
+            "entry <= shares",
+            "emulation",
         ),
         Fault(
             "give the remaining splits to the first multiprocessors",
@@ -30,9 +63,9 @@ FAULTS = {
             "begin behind the end where there is nothing to do",
             "multiprocessors take splits of a request that isn't there",
             MQA,
-            Shape("all zero", (0, 0, 0)),
-            r"\(items \* kAtoms\)",
-            "((items + (entry < num_sms)) * kAtoms)",
+            Shape("all zero", (0,) * 5),
+            r"start < shares\.units",
+            "start <= shares.units",
         ),
         Fault(
             "count units of work as splits",
@@ -55,8 +88,8 @@ FAULTS = {
             "the last multiprocessor has no end",
             MQA,
             SCHEDULED,
-            r"entry <= num_sms",
-            "entry < num_sms",
+            r"entry <= shares\.num_sms; ",
+            "entry < shares.num_sms; ",
         ),
     ],
     "device/flashmla_schedule.cuh": [

@@ -53,6 +53,8 @@ FEW_LONG = Shape("few and long", (2600, 0), width=2603, token_phase=4, table_pha
 UNEVEN = Shape("uneven", (3600, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
 # Just as long as a tile, so that with its alignment offset a row takes two.
 JUST_ONE = Shape("just one", (256, 100), width=3603, token_phase=4, table_phase=12, table_pad=2)
+# Nearly as long as a tile: of a request's two rows, one takes two tiles and the other one.
+JUST_TWO = Shape("just two", (496,) * 6, width=3603, token_phase=4, table_pad=2, extends=(2,))
 # A request fewer than the warps that belong to requests.
 LEFT_OVER = Shape("left over", (1400,) * 5, width=2603, sm_count=2, token_phase=4, table_phase=12, table_pad=2)
 # Four blocks of two warps leave so much that the other four take two tiles at once; or so little that they take one.
@@ -80,6 +82,8 @@ HUGE = Shape("huge", (2**31 - 1, 5), width=90)
 # Elements from 2^31 on, so that rows are more than 32 bits apart, in elements too.
 # Several chunks of requests, of one split or block up to many.
 SCHEDULED = Shape("scheduled", tuple((i * 977) % 5003 for i in range(150)), num_sms=40, num_sm_parts=11)
+# The same of a few, with entries for more than one warp.
+FEW_SCHEDULED = Shape("few scheduled", tuple((i * 977) % 5003 for i in range(20)), num_sms=40)
 # Too little room for the last requests' tokens.
 FULL_INDICES = Shape("full indices", (300, 0, 600, 31, 600), width=610, max_indices=1000)
 FAR = Shape("far", (600, 600, 600), width=600, pool_rows=3, sparse_stride=2**30 + 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cases import Shape
 
 from .fault import Fault
-from .shown_by import DECODE, EXACT, EXACT_ALIGNED, FAR, FULL, LONG, OFFSETS, SHORT, VERIFY
+from .shown_by import DECODE, EXACT, EXACT_ALIGNED, FAR, FULL, LONG, OFFSETS, SHORT
 
 FAULTS = {
     "device/tile.cuh": [
@@ -34,14 +34,6 @@ FAULTS = {
             r"column \+ i \* kWarpSize < (static_cast<unsigned>\(end\)|stop)",
             r"static_cast<int>(column + i * kWarpSize) < static_cast<int>(\1)",
             "address",
-        ),
-        Fault(
-            "write a request's columns to its first row only",
-            "the other rows keep what was there",
-            VERIFY,
-            LONG,
-            r"row < rows\.stop",
-            "row < rows.first + 1",
         ),
         Fault(
             "store single words up to the longest backend's end",

@@ -6,20 +6,15 @@ from cases import STEPS, Shape
 from onelaunch import KernelConfig
 
 from .fault import Fault
-from .shown_by import DECODE, FILLED, OFFSETS, VARIABLE
+from .shown_by import DECODE, FILLED, OFFSETS
 
 VERIFIED = DECODE.replace(num_backends=2, writes="verified")
-ROWS = VARIABLE.replace(writes="verified", unroll=2)
 ENDS = OFFSETS.replace(writes="verified", unroll=2)
 WORDS = VERIFIED.replace(vector_bytes=4)
 INT64 = KernelConfig(
     fields=("real_page_table",), page_size=2, req_to_token_dtype="int64", writes="verified", threads=64, unroll=2
 )
 FILLED_PAGES = FILLED.replace(writes="verified", page_size=4)
-# A request has more rows, of which the first one holds what it must.
-MORE_ROWS = Shape("rows", (600, 5, 300), width=610, pool_rows=8, rows=(0, 1, 2), extends=(1, 3, 2)).then(
-    "more rows", extends=(3, 1, 2)
-)
 
 FAULTS = {
     "device/tile_hash.cuh": [
@@ -38,22 +33,6 @@ FAULTS = {
             STEPS,
             r": value\(counts \* kMixFactor\)",
             ": value(0 * counts)",
-        ),
-        Fault(
-            "take any hash for the kept one",
-            "only what was never written is written",
-            VERIFIED,
-            STEPS,
-            r"return known != hash;",
-            "return known == 0;",
-        ),
-        Fault(
-            "look at the hash of a request's first row only",
-            "its other rows keep what another request left there",
-            ROWS,
-            MORE_ROWS,
-            r"return __ballot_sync\(0xffffffffu, differs\) != 0;",
-            "return (__ballot_sync(0xffffffffu, differs) & 1) != 0;",
         ),
         Fault(
             "keep one hash for the tiles of two rows",
@@ -76,11 +55,19 @@ FAULTS = {
     ],
     "device/verified_tile.cuh": [
         Fault(
+            "take any hash for the kept one",
+            "only what was never written is written",
+            VERIFIED,
+            STEPS,
+            r"known\[t\] == hash",
+            "known[t] != 0",
+        ),
+        Fault(
             "keep the hash of a tile that wasn't written",
             "the tile is never written",
             VERIFIED,
             STEPS,
-            r"    store_words\(token_table\(p\), rows, words \+ t \* kTileWords, begin, ends\);\n",
+            r"    store_words\(token_table\(p\), row, words \+ t \* kTileWords, begin, ends\);\n",
             "",
         ),
         Fault(
@@ -115,7 +102,7 @@ FAULTS = {
             "real_page_table keeps the old ones",
             VERIFIED,
             STEPS,
-            r"read_pages<1>\(p, rows, source, begin, ends\);",
+            r"read_pages<1>\(p, row, source, begin, ends\);",
             "",
         ),
     ],
