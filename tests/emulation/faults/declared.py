@@ -181,8 +181,8 @@ FAULTS = {
             "two threads write one address",
             PADDED,
             MANY,
-            r"if \(request < p\.requests\) (store_strided<true>\(p\.user_slots)",
-            r"\1",
+            r"row < 3 && request < p\.requests",
+            "row < 3",
             "thread",
         ),
         Fault(

@@ -1,24 +1,35 @@
 // Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
-//   onelaunch show sglang-verify-4
+//   onelaunch show sglang-draft-extend
 //
 // configuration
 //   operation               precompute_and_broadcast
 //   mode                    decode
 //   num_backends            1
-//   fields                  cache_seqlens, cu_seqlens_k, real_page_table, input_ids, out_cache_loc, positions,
-//                           req_pool_indices, seq_lens
+//   fields                  cache_seqlens, cu_seqlens_k, real_page_table, cu_seqlens_q, extend_seq_lens, input_ids,
+//                           num_accept_tokens, num_correct_drafts, out_cache_loc, positions, req_pool_indices,
+//                           select_index, seq_lens
 //   distinct                all
 //   target                  cuda
 //   checked                 False
-//   declare                 input_ids = vector('where(row == 0, token_0, where(row == 1, token_1, where(row == 2,
-//                           token_2, token_3)))', dtype='int64', rows=4); out_cache_loc = vector('token(base_len +
+//   declare                 cu_seqlens_q = running_sum('draft_tokens'); extend_seq_lens = vector('draft_tokens',
+//                           per='request'); from_1 = vector('where(row == 1, token_1, from_2)', dtype='int64',
+//                           rows=4); from_2 = vector('where(row == 2, token_2, token_3)', dtype='int64', rows=4);
+//                           input_ids = vector('where(row == 0, token_0, from_1)', dtype='int64', rows=4);
+//                           num_accept_tokens = vector('accepted', per='request', pad=4); num_correct_drafts =
+//                           vector('accepted - 1', per='request', pad=4); out_cache_loc = vector('token(base_len +
 //                           row)', dtype='int64', rows=4, pad=0); positions = vector('base_len + row', dtype='int64',
 //                           rows=4, pad=0); req_pool_indices = vector('pool_rows', per='request', dtype='int64');
-//                           seq_lens = vector('base_len', per='request', dtype='int64')
-//   inputs                  pool_rows: int64, token_0: int64, token_1: int64, token_2: int64, token_3: int64
+//                           select_index = vector('request * draft_tokens + selected - 1', per='request',
+//                           dtype='int64'); selected = vector('where(accepted > 0, accepted, draft_tokens)',
+//                           per='request', dtype='int64'); seq_lens = vector('base_len + draft_tokens', per='request',
+//                           dtype='int64')
+//   inputs                  accepted: int32, pool_rows: int64, token_0: int64, token_1: int64, token_2: int64,
+//                           token_3: int64
+//   constants               draft_tokens: 4
+//   seq_lens_dtype          int32
 //   seqlen_offsets          4
-//   padding_len             1
-// key e72d2a6435788d299b7dc6ad92c9ce2fde1ff2fc6818755becf6b3576390e6a5
+//   padding_len             -3
+// key cb50db49191a11aa31ef85d4a9305fb151f694bb842a224c6d7e11a3c7b22f00
 
 #include <cuda_runtime.h>
 
@@ -36,9 +47,9 @@ constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
 constexpr int kFirstTableBlock = kLengthSets;  // other blocks come first
-using SeqLen = std::int64_t;
+using SeqLen = std::int32_t;
 constexpr std::int32_t kLongestOffset = 4;  // largest offset that a backend adds to seq_lens
-constexpr std::int32_t kPaddingLen = 1;  // length of a padding request
+constexpr std::int32_t kPaddingLen = -3;  // length of a padding request
 constexpr int kNextN = 1;  // rows per request
 constexpr int kUnroll = 2;  // pages that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kUnroll;  // a tile: what one warp moves of a row
@@ -50,6 +61,7 @@ constexpr int kPageSize = 64;  // tokens
 constexpr int kPageShift = 6;  // log2(kPageSize), if kPageSize is a power of two
 constexpr bool kFillsPages = false;  // whether columns after the live ones are filled
 constexpr std::int32_t kPageFill = -1;
+constexpr std::int32_t user_draft_tokens = 4;  // declared
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 struct Table {
@@ -78,6 +90,8 @@ struct Params {
   std::int64_t seq_lens_stride;  // elements
   const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
   std::int64_t req_pool_indices_stride;  // elements
+  const std::int32_t* user_accepted;  // [batch_size], declared
+  std::int64_t user_accepted_stride;  // elements
   const std::int64_t* user_pool_rows;  // [batch_size], declared
   std::int64_t user_pool_rows_stride;  // elements
   const std::int64_t* user_token_0;  // [batch_size], declared
@@ -101,13 +115,18 @@ struct Params {
   std::int64_t pool_rows;  // rows of req_to_token
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
+  std::int32_t* user_cu_seqlens_q[kBackends];  // [bs + 1]
+  std::int32_t* user_extend_seq_lens[kBackends];  // [bs]
   std::int64_t* user_input_ids[kBackends];  // [bs * 4]
+  std::int32_t* user_num_accept_tokens[kBackends];  // [bs]
+  std::int32_t* user_num_correct_drafts[kBackends];  // [bs]
   std::int64_t* user_out_cache_loc[kBackends];  // [bs * 4]
   std::int64_t* user_positions[kBackends];  // [bs * 4]
   std::int64_t* user_req_pool_indices[kBackends];  // [bs]
+  std::int64_t* user_select_index[kBackends];  // [bs]
   std::int64_t* user_seq_lens[kBackends];  // [bs]
 };
-constexpr int kParamWords = 32;
+constexpr int kParamWords = 39;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
 // Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
@@ -132,6 +151,11 @@ __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_
 // The number of columns of each table row, at any request length: in pages.
 __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return (p.columns + kPageSize - 1) / kPageSize;
+}
+
+__device__ __forceinline__ std::int32_t user_accepted_of(const Params& p, std::int64_t request) {
+  if (request >= p.requests) return 0;
+  return p.user_accepted[request * p.user_accepted_stride];
 }
 
 __device__ __forceinline__ std::int64_t user_pool_rows_of(const Params& p, std::int64_t request) {
@@ -668,10 +692,13 @@ __device__ void refresh_vectors(const Params& p, int b) {
   const int batch_size = static_cast<int>(p.batch_size);
   RunningSum<std::uint32_t> cu_seqlens_k_sum;
   if (threadIdx.x == 0) store(p.cu_seqlens_k, b, 0, 0);
+  RunningSum<std::uint32_t> user_cu_seqlens_q_sum;
+  if (threadIdx.x == 0) store(p.user_cu_seqlens_q, b, 0, 0);
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
     const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t user_accepted = present ? user_accepted_of(p, request) : 0;
     [[maybe_unused]] const std::int64_t user_pool_rows_int64 = present ? user_pool_rows_of(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_pool_rows = static_cast<std::int32_t>(user_pool_rows_int64);
     [[maybe_unused]] const std::int64_t user_token_0_int64 = present ? user_token_0_of(p, request) : 0;
@@ -685,37 +712,53 @@ __device__ void refresh_vectors(const Params& p, int b) {
     [[maybe_unused]] const std::int64_t pool_row = present ? request_row(p, request) : -1;
     [[maybe_unused]] const std::int32_t offset = length_offset(b);
     [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
+    const std::int32_t user_num_correct_drafts = wrap(bits(user_accepted) - 1);
+    const std::int64_t user_selected =
+        (std::int64_t{user_accepted} > std::int64_t{0} ? std::int64_t{user_accepted} : std::int64_t{user_draft_tokens});
+    const std::int64_t user_select_index = wrap(bits(std::int64_t{request}) * user_draft_tokens + user_selected - 1);
+    const std::int64_t user_seq_lens = wrap(bits(std::int64_t{base_len}) + user_draft_tokens);
     const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(bits(seq_len));
+    const std::uint32_t user_cu_seqlens_q_end = user_cu_seqlens_q_sum.add(bits(user_draft_tokens));
     if (!present) continue;
     store(p.cache_seqlens, b, request, seq_len);
     store(p.cu_seqlens_k, b, request + 1, wrap(cu_seqlens_k_end));
+    store(p.user_cu_seqlens_q, b, request + 1, wrap(user_cu_seqlens_q_end));
+    store(p.user_extend_seq_lens, b, request, user_draft_tokens);
+    if (request < p.requests) store(p.user_num_accept_tokens, b, request, user_accepted);
+    if (request < p.requests) store(p.user_num_correct_drafts, b, request, user_num_correct_drafts);
     store(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
-    store(p.user_seq_lens, b, request, std::int64_t{base_len});
+    store(p.user_select_index, b, request, user_select_index);
+    store(p.user_seq_lens, b, request, user_seq_lens);
     for (int row = 0; row < 4; ++row) {
-      const std::int64_t user_input_ids = (
-          
-          std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} == std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
+      const std::int64_t user_from_2 =
+          (std::int64_t{row} == std::int64_t{2} ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64});
+      const std::int64_t user_from_1 =
+          (std::int64_t{row} == std::int64_t{1} ? std::int64_t{user_token_1_int64} : std::int64_t{user_from_2});
+      const std::int64_t user_input_ids =
+          (std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : std::int64_t{user_from_1});
       store(p.user_input_ids, b, std::int64_t{request} * 4 + row, user_input_ids);
     }
-    for (int row = 0; row < 4; ++row) {
+    for (int row = 0; row < 4 && request < p.requests; ++row) {
       const std::int64_t user_out_cache_loc =
           look_up(p, request, token_source(p), pool_row, wrap(bits(std::int64_t{base_len}) + row), std::int64_t{0});
-      if (request < p.requests) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
+      store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
     }
-    for (int row = 0; row < 4; ++row) {
+    for (int row = 0; row < 4 && request < p.requests; ++row) {
       const std::int64_t user_positions = wrap(bits(std::int64_t{base_len}) + row);
-      if (request < p.requests) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
+      store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
     }
   }
   // Padding, up to the captured size.
   for (std::int64_t request = p.requests + threadIdx.x; request < p.batch_size; request += kThreads) {
+    store(p.user_num_accept_tokens, b, request, 4);
+    store(p.user_num_correct_drafts, b, request, 4);
     for (int row = 0; row < 4; ++row) store(p.user_out_cache_loc, b, request * 4 + row, 0);
     for (int row = 0; row < 4; ++row) store(p.user_positions, b, request * 4 + row, 0);
   }
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_e72d2a6435788d29(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_cb50db49191a11aa(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);
@@ -741,7 +784,7 @@ cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_e72d2a6435788d29_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n1_cb50db49191a11aa_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -750,16 +793,16 @@ int onelaunch_broadcast_decode_n1_e72d2a6435788d29_launch(const std::int64_t* wo
     config.gridDim = dim3(grid_blocks(params, split), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_e72d2a6435788d29, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_cb50db49191a11aa, split, params);
   });
 }
 
 // Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
 // thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_e72d2a6435788d29_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n1_cb50db49191a11aa_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_e72d2a6435788d29);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_cb50db49191a11aa);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -767,7 +810,7 @@ int onelaunch_broadcast_decode_n1_e72d2a6435788d29_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n1_e72d2a6435788d29_error(int code) {
+const char* onelaunch_broadcast_decode_n1_cb50db49191a11aa_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
