@@ -10,17 +10,15 @@
 //   distinct                all
 //   target                  cuda
 //   checked                 False
-//   declare                 from_1 = vector('where(row == 1, token_1, from_2)', dtype='int64', rows=4); from_2 =
-//                           vector('where(row == 2, token_2, token_3)', dtype='int64', rows=4); input_ids =
-//                           vector('where(row == 0, token_0, from_1)', dtype='int64', rows=4); out_cache_loc =
-//                           vector('token(base_len + row)', dtype='int64', rows=4, pad=0); positions =
-//                           vector('base_len + row', dtype='int64', rows=4, pad=0); req_pool_indices =
-//                           vector('pool_rows', per='request', dtype='int64'); seq_lens = vector('base_len',
-//                           per='request', dtype='int64')
+//   declare                 input_ids = vector('where(row == 0, token_0, where(row == 1, token_1, where(row == 2,
+//                           token_2, token_3)))', dtype='int64', rows=4); out_cache_loc = vector('token(base_len +
+//                           row)', dtype='int64', rows=4, pad=0); positions = vector('base_len + row', dtype='int64',
+//                           rows=4, pad=0); req_pool_indices = vector('pool_rows', per='request', dtype='int64');
+//                           seq_lens = vector('base_len', per='request', dtype='int64')
 //   inputs                  pool_rows: int64, token_0: int64, token_1: int64, token_2: int64, token_3: int64
 //   seqlen_offsets          4
 //   padding_len             1
-// key e39952bf67c601c284dc554f88e091d846a84b836a0317a8d3ad35408d5bfa05
+// key e72d2a6435788d299b7dc6ad92c9ce2fde1ff2fc6818755becf6b3576390e6a5
 
 #include <cuda_runtime.h>
 
@@ -673,6 +671,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
+    [[maybe_unused]] const bool requested = request < p.requests;  // not a padding request
     const std::int32_t base_len = present ? request_length(p, request) : 0;
     [[maybe_unused]] const std::int64_t user_pool_rows_int64 = present ? user_pool_rows_of(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_pool_rows = static_cast<std::int32_t>(user_pool_rows_int64);
@@ -694,22 +693,22 @@ __device__ void refresh_vectors(const Params& p, int b) {
     store(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
     store(p.user_seq_lens, b, request, std::int64_t{base_len});
     for (int row = 0; row < 4; ++row) {
-      const std::int64_t user_from_2 =
-          (std::int64_t{row} == std::int64_t{2} ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64});
-      const std::int64_t user_from_1 =
-          (std::int64_t{row} == std::int64_t{1} ? std::int64_t{user_token_1_int64} : std::int64_t{user_from_2});
+      const std::int64_t user_input_ids_1_1 =
+          (row == 2 ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64});
+      const std::int64_t user_input_ids_1 =
+          (row == 1 ? std::int64_t{user_token_1_int64} : std::int64_t{user_input_ids_1_1});
       const std::int64_t user_input_ids =
-          (std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : std::int64_t{user_from_1});
+          (row == 0 ? std::int64_t{user_token_0_int64} : std::int64_t{user_input_ids_1});
       store(p.user_input_ids, b, std::int64_t{request} * 4 + row, user_input_ids);
     }
-    for (int row = 0; row < 4 && request < p.requests; ++row) {
+    for (int row = 0; row < 4; ++row) {
       const std::int64_t user_out_cache_loc =
           look_up(p, request, token_source(p), pool_row, wrap(bits(std::int64_t{base_len}) + row), std::int64_t{0});
-      store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
+      if (requested) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
     }
-    for (int row = 0; row < 4 && request < p.requests; ++row) {
+    for (int row = 0; row < 4; ++row) {
       const std::int64_t user_positions = wrap(bits(std::int64_t{base_len}) + row);
-      store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
+      if (requested) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
     }
   }
   // Padding, up to the captured size.
@@ -720,7 +719,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_e39952bf67c601c2(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_e72d2a6435788d29(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);
@@ -746,7 +745,7 @@ cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_e39952bf67c601c2_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n1_e72d2a6435788d29_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -755,16 +754,16 @@ int onelaunch_broadcast_decode_n1_e39952bf67c601c2_launch(const std::int64_t* wo
     config.gridDim = dim3(grid_blocks(params, split), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_e39952bf67c601c2, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_e72d2a6435788d29, split, params);
   });
 }
 
 // Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
 // thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_e39952bf67c601c2_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n1_e72d2a6435788d29_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_e39952bf67c601c2);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_e72d2a6435788d29);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -772,7 +771,7 @@ int onelaunch_broadcast_decode_n1_e39952bf67c601c2_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n1_e39952bf67c601c2_error(int code) {
+const char* onelaunch_broadcast_decode_n1_e72d2a6435788d29_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

@@ -47,16 +47,10 @@ def of_tokens(tokens: int) -> dict[str, Declaration]:
         "out_cache_loc": vector("token(base_len + row)", rows=tokens, dtype="int64", pad=0),
     }
     if tokens <= MAX_TOKEN_INPUTS:
-        # token_0 in row 0 and so on, by terms: a formula for each row.
         formula = token_input(tokens - 1)
         for number in reversed(range(tokens - 1)):
-            name = f"from_{number}" if number else "input_ids"
-            declared[name] = Vector(
-                f"where(row == {number}, {token_input(number)}, {formula})", rows=tokens, dtype="int64"
-            )
-            formula = name
-        if tokens == 1:
-            declared["input_ids"] = Vector(formula, rows=1, dtype="int64")
+            formula = f"where(row == {number}, {token_input(number)}, {formula})"
+        declared["input_ids"] = Vector(formula, rows=tokens, dtype="int64")
     return declared
 
 
@@ -112,9 +106,8 @@ def draft_extend(tokens: int) -> dict[str, Declaration]:
         "extend_start_loc": vector("request * draft_tokens", "request"),
         "num_accept_tokens": vector("accepted", "request", pad=tokens),
         "num_correct_drafts": vector("accepted - 1", "request", pad=tokens),
-        # Padding requests accept nothing: theirs is the last token.
-        "selected": vector("where(accepted > 0, accepted, draft_tokens)", "request", dtype="int64"),
-        "select_index": vector("request * draft_tokens + selected - 1", "request", dtype="int64"),
+        # Padding requests accept nothing: theirs is the last token, and -1 % n is n - 1.
+        "select_index": vector("request * draft_tokens + (accepted - 1) % draft_tokens", "request", dtype="int64"),
         "cu_seqlens_q": running_sum("draft_tokens"),
         "qo_indptr": running_sum("draft_tokens", dtype="int64"),
     }

@@ -264,7 +264,8 @@ class Seam:
         for owner, name, value in ready.held:
             if getattr(owner, name, None) is not value:
                 raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
-        plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
+        plan = ready.plan
+        inputs: dict[str, Any] = kind.inputs(sources, self._tokens)
         if plan._audit_every:
             named: dict[str, Any] = {**inputs, "captured_size": self._size}
             plan.run(lengths, rows, **named)

@@ -181,8 +181,8 @@ FAULTS = {
             "two threads write one address",
             PADDED,
             MANY,
-            r"row < 3 && request < p\.requests",
-            "row < 3",
+            r"if \(request < p\.requests\) (store_strided<true>\(p\.user_slots)",
+            r"\1",
             "thread",
         ),
         Fault(
