@@ -24,7 +24,7 @@ from ..refusals import batch_refusal, refusal
 from .attach import Attachment, attach_backend, attached_to
 from .captured import VERSION, mode_of
 from .places import LISTS_KERNEL, OUT_GRAPH
-from .refresher import Ready
+from .refresher import Ready, launch
 from .runners import COPIES, FILL, RUNNERS, Runner
 
 # The method with which a runner chooses the captured size of a batch.
@@ -266,8 +266,7 @@ class Seam:
             if getattr(owner, name, None) is not value:
                 raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
         plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
-        # Plan.run is passed by: each call costs up to a microsecond amid the engine's other work.
-        plan._run(plan, lengths, rows, None, None, self._size, *[inputs[name] for name in plan._input_names])
+        launch(plan, lengths, rows, [inputs[name] for name in plan._input_names], self._size)
         self.launches += 1
         self._launched = ready
         if self._whole and self._attachment is not None:
