@@ -205,16 +205,17 @@ class Seam:
         """The runner's copies of a batch into its buffers: whether the launch did them. What is left is copied."""
         if self._batch is None or self.failed:
             return False
-        named = {self._names.get(to.data_ptr(), ""): of for to, of in zip(destinations, sources, strict=True)}
+        names = [self._names.get(to.data_ptr(), "") for to in destinations]
+        named = dict(zip(names, sources, strict=True))
         for name, unfilled in self._unfilled.items():
             setattr(self.backend.buffers, name, unfilled.tensor)
         if not self._done(named):
             for unfilled in self._unfilled.values():
                 unfilled.fill()
             return False
-        left = [(to, of) for to, of in zip(destinations, sources, strict=True) if to.data_ptr() not in self._names]
-        if left:
-            original([to for to, _ in left], [of for _, of in left])
+        if "" in named:
+            left = [index for index, name in enumerate(names) if not name]
+            original([destinations[index] for index in left], [sources[index] for index in left])
         return True
 
     def _fill(self, original: Any, batch: Any, **keywords: Any) -> None:
