@@ -400,6 +400,10 @@ struct Checked {
 struct Plan {
   PyObject_HEAD std::int32_t device;  // run() launches on its current stream; negative on the CPU target
   Py_ssize_t next;                    // the entry that is replaced next
+  Py_ssize_t input_count;             // how many arguments follow() named; 0 without it
+  Py_ssize_t inputs[kMaxArguments];   // which: the call's words begin with an address and a stride of each
+  Py_ssize_t span_count;
+  std::int64_t* spans;  // first and last address of each region that the kernel writes
   Checked checked[kMaxChecked];
   std::int64_t words[kPlanWords];  // the kernel's parameters
 };
@@ -462,6 +466,61 @@ bool checked_before(Plan* plan, const std::int64_t* fingerprint, Py_ssize_t coun
   return false;
 }
 
+// The number of words of the argument whose words begin here.
+Py_ssize_t words_of_argument(std::int64_t first) {
+  switch (first & 0xff) {
+    case kTensor:
+      return 2 + 2 * (first >> 8 & 0xff);
+    case kInt:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+// Whether a tensor has memory that the kernel doesn't write. It has one dimension.
+bool apart(const Plan* plan, const std::int64_t* tensor) {
+  const std::int64_t start = tensor[1], elements = tensor[2], bytes = (tensor[0] >> 24 & 0xff) / 8;
+  if ((tensor[0] >> 8 & 0xff) != 1 || start == 0 || elements < 1) return false;
+  const std::int64_t end = start + ((elements - 1) * tensor[3] + 1) * bytes;
+  for (Py_ssize_t i = 0; i < plan->span_count; ++i) {
+    if (start < plan->spans[2 * i + 1] && plan->spans[2 * i] < end) return false;
+  }
+  return true;
+}
+
+// Whether arguments differ from an entry in the addresses of tensors alone, which are apart from what the kernel
+// writes. Then sets the words that the call sets.
+bool moved(Plan* plan, const Checked& entry, const std::int64_t* fingerprint, Py_ssize_t count) {
+  if (entry.count != count) return false;
+  std::int64_t addresses[kMaxArguments] = {};
+  Py_ssize_t argument = 0;
+  for (Py_ssize_t at = 0; at < count; ++argument) {
+    const Py_ssize_t more = words_of_argument(fingerprint[at]);
+    for (Py_ssize_t i = 0; i < more; ++i) {
+      const bool address = i == 1 && (fingerprint[at] & 0xff) == kTensor;
+      if (!address && entry.fingerprint[at + i] != fingerprint[at + i]) return false;
+    }
+    if ((fingerprint[at] & 0xff) == kTensor) {
+      if (!apart(plan, fingerprint + at)) return false;
+      addresses[argument] = fingerprint[at + 1];
+    }
+    at += more;
+  }
+  std::memcpy(plan->words, entry.words, kCallWords * sizeof(std::int64_t));
+  for (Py_ssize_t i = 0; i < plan->input_count; ++i) plan->words[2 * i] = addresses[plan->inputs[i]];
+  return true;
+}
+
+// Whether follow() was called, and the arguments are checked ones at other addresses.
+bool followed(Plan* plan, const std::int64_t* fingerprint, Py_ssize_t count) {
+  if (count == 0 || plan->input_count == 0) return false;
+  for (const Checked& entry : plan->checked) {
+    if (moved(plan, entry, fingerprint, count)) return true;
+  }
+  return false;
+}
+
 // Sets the words that a call sets to what owner._check(arguments...) returns. `fingerprint` is that of the arguments.
 bool update_arguments(
     Plan* plan, PyObject* const* args, Py_ssize_t count, const std::int64_t* fingerprint,
@@ -509,10 +568,50 @@ PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       break;
     }
   }
-  if (!checked_before(plan, now, now_count) && !update_arguments(plan, args, count, now, now_count)) return nullptr;
+  if (!checked_before(plan, now, now_count) && !followed(plan, now, now_count) &&
+      !update_arguments(plan, args, count, now, now_count)) {
+    return nullptr;
+  }
   void* stream = nullptr;
   if (plan->device >= 0 && exchange->current_stream(kCuda, plan->device, &stream) != 0) return nullptr;
   return launched(plan, stream);
+}
+
+// follow(inputs, spans): from now on run() calls owner._check only for arguments that differ from checked ones in more
+// than addresses, or overlap the spans.
+PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2)
+    return PyErr_Format(PyExc_TypeError, "follow takes two sequences of integers, got %zd arguments", count);
+  auto* plan = reinterpret_cast<Plan*>(self);
+  const Py_ssize_t inputs = PySequence_Size(args[0]), edges = PySequence_Size(args[1]);
+  if (inputs < 0 || edges < 0) return nullptr;
+  std::int64_t indices[kMaxArguments];
+  if (inputs > kMaxArguments || 2 * inputs > kCallWords || edges % 2 != 0) {
+    return PyErr_Format(PyExc_ValueError, "follow got %zd inputs and %zd edges of spans", inputs, edges);
+  }
+  if (!read_words(args[0], indices, inputs)) return nullptr;
+  for (Py_ssize_t i = 0; i < inputs; ++i) {
+    if (indices[i] < 0 || indices[i] >= kMaxArguments) {
+      return PyErr_Format(PyExc_ValueError, "run() has no argument %lld", static_cast<long long>(indices[i]));
+    }
+  }
+  auto* spans = static_cast<std::int64_t*>(PyMem_Calloc(static_cast<std::size_t>(edges) + 1, sizeof(std::int64_t)));
+  if (spans == nullptr) return PyErr_NoMemory();
+  if (!read_words(args[1], spans, edges)) {
+    PyMem_Free(spans);
+    return nullptr;
+  }
+  PyMem_Free(plan->spans);
+  plan->spans = spans;
+  plan->span_count = edges / 2;
+  for (Py_ssize_t i = 0; i < inputs; ++i) plan->inputs[i] = static_cast<Py_ssize_t>(indices[i]);
+  plan->input_count = inputs;
+  Py_RETURN_NONE;
+}
+
+void plan_dealloc(PyObject* self) {
+  PyMem_Free(reinterpret_cast<Plan*>(self)->spans);
+  release(self);
 }
 
 // bind(words after those that a call sets, device): a plan. Only run() uses the device.
@@ -551,13 +650,15 @@ PyCFunction method(Function* function) {
 
 PyMethodDef plan_methods[] = {
     {"run", method(plan_run), METH_FASTCALL, "run(owner, arguments...): one launch on the current stream."},
+    {"follow", method(plan_follow), METH_FASTCALL,
+     "follow(inputs, spans): run() accepts checked arguments at other addresses."},
     {"launch", method(plan_launch), METH_FASTCALL, "launch(" ONELAUNCH_CALL_NAMES "stream): one launch."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyType_Slot plan_slots[] = {
     {Py_tp_methods, plan_methods},
-    {Py_tp_dealloc, reinterpret_cast<void*>(release)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(plan_dealloc)},
     {0, nullptr},
 };
 

@@ -63,7 +63,7 @@ def light_package(folder: Path) -> Path:
     if not package.exists():
         package.mkdir(parents=True)
         for path in Path(str(onelaunch.__file__)).parent.iterdir():
-            if path.name != "__pycache__":
+            if path.name not in ("__pycache__", "templates"):  # the templates lie there only where it is installed
                 (package / path.name).symlink_to(path.resolve())
         (package / "templates").symlink_to(Path(str(templates.__file__)).parent.resolve())
     return package.parent

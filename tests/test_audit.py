@@ -165,6 +165,23 @@ def test_a_foreign_write_that_verified_writes_miss(device: torch.device) -> None
     plan.check()
 
 
+def test_a_collision_of_verified_writes(device: torch.device) -> None:
+    """A tile that changed, whose kept hash is that of what it changes to, isn't written."""
+    plan, _, inputs, pool = small(device, writes="verified", audit_every=0)
+    assert plan._hashes is not None
+    pool[1, 8] = 4711
+    plan.run(*inputs)
+    later = plan._hashes.words.clone()
+    pool[1, 8] = 38
+    plan.run(*inputs)
+    plan._hashes.words.copy_(later)
+    pool[1, 8] = 4711
+    plan.run(*inputs)
+    plan.audit(*inputs)
+    with pytest.raises(AuditError, match=r"page_indices\[0, 8\] is 38; .* writes 4711\."):
+        plan.check()
+
+
 def test_tokens_that_were_rewritten_without_a_refresh(device: torch.device) -> None:
     plan, _, inputs, pool = small(device, audit_every=0)
     plan.run(*inputs)
@@ -206,6 +223,25 @@ def test_the_inputs_of_an_audit_are_checked_like_those_of_a_run(device: torch.de
     rows[1] = 3
     plan.audit(lengths, rows)
     with pytest.raises(ArgumentError, match=r"req_pool_indices\[1\] is 3; allowed: rows of req_to_token, 0 to 3"):
+        plan.check()
+
+
+def test_an_audit_runs_between_two_graphs(device: torch.device) -> None:
+    plan, buffers, inputs, _ = small(device, audit_every=0)
+    assert buffers.page_indices is not None
+
+    @torch.compile(backend="eager")
+    def step(lengths: Tensor, rows: Tensor) -> Tensor:
+        plan.run(lengths + 1, rows)
+        plan.audit(lengths + 1, rows)
+        return lengths * 2
+
+    lengths, rows = inputs[0] - 1, inputs[1]
+    assert torch.equal(step(lengths, rows), lengths * 2)
+    plan.check()
+    buffers.page_indices[2, 1] = -5
+    torch.compile(plan.audit, backend="eager")(*inputs)
+    with pytest.raises(AuditError, match=r"page_indices\[2, 1\] is -5;"):
         plan.check()
 
 

@@ -10,7 +10,7 @@ import support
 import torch
 from cases import CONFIGURATIONS, SHAPES, batch
 from checker import check
-from onelaunch import KernelConfig, MetadataBuffers
+from onelaunch import ArgumentError, KernelConfig, MetadataBuffers
 from onelaunch.spec import reference
 from support import POISON, SIX_FIELDS, assert_same
 from torch import Tensor
@@ -196,3 +196,74 @@ def test_inputs_changed_in_place_are_read_again(device: torch.device) -> None:
         seq_lens += step + 1
         rows.copy_(rows.roll(1))
         pool[1:9] += 64
+
+
+# ------------------------------------------------------------------------------------------------ follow_addresses()
+
+
+def test_inputs_at_other_addresses_are_followed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = {name: torch.full((4,), POISON, dtype=torch.int32, device=device) for name in ("lengths", "sums")}
+    new["sums"] = torch.full((5,), POISON, dtype=torch.int32, device=device)
+    table = torch.full((4, 16), POISON, dtype=torch.int32, device=device)
+    pool = torch.arange(80, dtype=torch.int32, device=device).view(5, 16)
+    plan = onelaunch.bind(
+        [MetadataBuffers(cache_seqlens=new["lengths"], page_indices=table)],
+        req_to_token=pool,
+        declare={"sums": onelaunch.into(onelaunch.running_sum("extended"), new["sums"])},
+        inputs={"extended": torch.int32},
+    )
+    plan.follow_addresses()
+
+    def inputs(lengths: list[int], rows: list[int], extended: list[int]) -> list[Tensor]:
+        wide = [torch.tensor(lengths, device=device), torch.tensor(rows, device=device)]
+        return [*wide, torch.tensor(extended, dtype=torch.int32, device=device)]
+
+    kept = inputs([1, 2], [0, 1], [3, 4])
+    plan.run(kept[0], kept[1], extended=kept[2])
+    checks = []
+    check = plan._check
+    monkeypatch.setattr(plan, "_check", lambda *arguments: checks.append(arguments) or check(*arguments))
+    held = []
+    for shift in range(20):  # more than a plan remembers
+        lengths, rows, extended = inputs([3 + shift % 9, 2], [4, shift % 4], [shift, 2])
+        held += [lengths, rows, extended]  # so that the next ones have other addresses
+        plan.run(lengths, rows, extended=extended)
+        assert new["lengths"].tolist()[:2] == lengths.tolist()
+        assert new["sums"].tolist()[:3] == [0, shift, shift + 2]
+        for request in range(2):
+            live = int(lengths[request])
+            assert table[request, :live].equal(pool[rows[request], :live])
+    assert not checks, "what differs in addresses alone was checked again"
+    wide = torch.tensor([5, 6, 7, 8], device=device)
+    plan.run(wide[::2], kept[1], extended=kept[2])  # another stride
+    plan.run(wide, torch.arange(4, device=device), extended=torch.arange(4, dtype=torch.int32, device=device))
+    assert len(checks) == 2
+    assert new["sums"].tolist() == [0, 0, 1, 3, 6]
+    with pytest.raises(ArgumentError, match="seq_lens has dtype int32"):
+        plan.run(kept[0].int(), kept[1], extended=kept[2])
+    before = [tensor.clone() for tensor in (new["lengths"], new["sums"], table)]
+    with pytest.raises(ArgumentError, match="extended overlaps"):
+        plan.run(kept[0], kept[1], extended=new["sums"][3:])
+    assert all(now.equal(then) for now, then in zip((new["lengths"], new["sums"], table), before, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["decode", "draft_extend"])
+def test_addresses_of_inputs_that_no_field_reads_and_of_extend_lengths(device: torch.device, mode: str) -> None:
+    lengths = torch.full((3,), POISON, dtype=torch.int32, device=device)
+    expanded = torch.full((9,), POISON, dtype=torch.int32, device=device)
+    settings: dict[str, Any] = {"mode": mode}
+    buffers = MetadataBuffers(cache_seqlens=lengths)
+    if mode == "draft_extend":
+        settings["extend"] = "variable"
+        buffers.seqlens_expanded = expanded
+    plan = onelaunch.bind([buffers], req_to_token=torch.zeros((4, 8), dtype=torch.int32, device=device), **settings)
+    plan.follow_addresses()
+    held = []
+    for first in range(4):
+        seq_lens, rows = torch.tensor([first + 5, 9], device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        extends = torch.tensor([1, 2], device=device) if mode == "draft_extend" else None
+        held += [seq_lens, rows, extends]
+        plan.run(seq_lens, rows, extends)
+        assert lengths.tolist()[:2] == [first + 5, 9]
+        if extends is not None:
+            assert expanded.tolist()[:3] == [first + 5, 8, 9]

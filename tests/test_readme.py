@@ -98,7 +98,13 @@ def test_the_python_of_the_readme_refreshes_what_it_says() -> None:
         exec(audit, names)
     assert caught.value.expected == pool[pool_rows[3], 0]
     assert str(caught.value).split("; ")[0] in audit
-    assert [block for block in others if block not in (lists, indices, declared, audit)] == []
+    (seam,) = [block for block in others if "bind_seam" in block]
+    exec(seam, names)
+    chain = {name: tensor[: bs * 4].view(bs, 4) for name, tensor in names["chain"].items()}
+    assert torch.equal(chain["positions"], columns)
+    assert torch.equal(chain["out_cache_loc"], pool[pool_rows[:, None], columns].long())
+    assert chain["retrieve_next_token"].tolist() == [[1, 2, 3, -1]] * bs
+    assert [block for block in others if block not in (lists, indices, declared, audit, seam)] == []
 
 
 def test_the_arguments_that_the_guide_names_are_bind_s() -> None:

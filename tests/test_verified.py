@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import onelaunch
@@ -55,11 +58,11 @@ class World:
         }
 
         def tensor(name: str, phase: int) -> Tensor:
-            """Poison with a row stride of 16 bytes, so that rows of a request have one alignment."""
+            """Poison with an odd row stride: rows begin at any alignment."""
             shape = shapes.get(name, (LARGEST + 1,))
             if len(shape) == 1:
                 return torch.full(shape, POISON, dtype=torch.int32, device=device)
-            stride = shape[1] + -shape[1] % 4
+            stride = shape[1] | 1
             storage = torch.full((shape[0] * stride + 8,), POISON, dtype=torch.int32, device=device)
             return storage.as_strided(shape, (stride, 1), phase)
 
@@ -187,6 +190,41 @@ def test_a_refused_call_between_two_changes_nothing(world: World) -> None:
         world.plan(2).run(torch.zeros(3, dtype=torch.int64, device=world.device), None)  # type: ignore[arg-type]
     world.compare()
     world.step([901, 301], [1, 2])
+
+
+# A verified refresh of a table in a file, by a process that then waits to be killed.
+REFRESHES = """
+import sys, torch, onelaunch
+lengths, rows = ([int(n) for n in text.split(",")] for text in sys.argv[2:])
+table = torch.from_file(sys.argv[1], shared=True, size=3 * 1303, dtype=torch.int32).view(3, 1303)
+pool = torch.arange(9 * 1303, dtype=torch.int32).view(9, 1303)
+plan = onelaunch.bind([onelaunch.MetadataBuffers(page_indices=table)], req_to_token=pool, writes="verified")
+plan.run(torch.tensor(lengths), torch.tensor(rows))
+print("refreshed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_wrote_is_not_known_to_the_next(tmp_path: Path) -> None:
+    """Between two calls the process dies, and something else writes the memory before the next one goes on."""
+    file = tmp_path / "table"
+    table = torch.from_file(str(file), shared=True, size=3 * 1303, dtype=torch.int32).view(3, 1303)
+    table.fill_(POISON)
+    wanted = table.clone()
+    pool = torch.arange(9 * 1303, dtype=torch.int32).view(9, 1303)
+    for lengths, rows in (((900, 300, 5), (1, 2, 3)), ((901, 301, 6), (1, 2, 3))):
+        for row in (table, wanted):
+            row[:, 100:600] = 77
+        arguments = [str(file), *(",".join(map(str, numbers)) for numbers in (lengths, rows))]
+        with subprocess.Popen(
+            [sys.executable, "-c", REFRESHES, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "refreshed\n"
+            process.kill()
+        backends, inputs = [MetadataBuffers(page_indices=wanted)], (torch.tensor(lengths), torch.tensor(rows))
+        reference.refresh(backends, *inputs, pool, index_topk=2048, page_size=64, extent="live")
+        assert torch.equal(table, wanted)
 
 
 # ------------------------------------------------------------------------------------------------ and little is written

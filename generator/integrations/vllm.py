@@ -145,7 +145,7 @@ def bind_draft_step(
             or padding.
         schedule: whether to write DeepGEMM's schedule. On SM100 it needs schedule_split_cost: 2 * q + 1, where q is 128
             divided by the indexer's heads.
-        settings: further arguments of onelaunch.bind.
+        settings: further arguments of onelaunch.bind. With checked=True padding is reported, whose row is outside.
 
     Raises:
         ArgumentError: an attribute is missing; builder or block_tables have what isn't served; the metadata isn't a

@@ -46,6 +46,9 @@ class BoundKernel:
             None) differ from those of the last 8 different calls, it calls owner._check(arguments...), which raises or
             returns the words.
         launch: launch(words..., stream): the bare launch, for measurements.
+        follow: follow(inputs, spans): from now on run() calls owner._check only for arguments that differ from those of
+            the last calls in more than the addresses of tensors, or overlap the spans (first and last addresses). The
+            inputs are the indices of the arguments that the call's words begin with.
 
     Raises:
         LaunchError: the kernel can't run on the device, or can't read the tensors of this torch.
@@ -79,6 +82,7 @@ class BoundKernel:
         words = [word for m in layout.members(config) if not m.per_call for word in values[m.name]]
         self._plan = module.bind(words, ordinal if device.type == "cuda" else -1)
         self.run, self.launch = _with_nvtx(self._plan.run, config.symbol), self._plan.launch
+        self.follow = self._plan.follow
         outcome = "hit" if self.kernel.since < start else "miss"
         mark = "edited by hand" if self.kernel.edited else ""
         log.event("bind", config.symbol, self.kernel.key, outcome, time.perf_counter() - start, f"on {device}", mark)

@@ -212,6 +212,17 @@ class Plan:
             seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
         )
 
+    def follow_addresses(self) -> None:
+        """Checks inputs once for each dtype, shape and stride: for callers whose inputs are new tensors in each step.
+
+        From now on, inputs at other addresses than the last ones are only checked for overlap with what the plan
+        writes. The caller guarantees that no bound tensor and no input was resized (see bind).
+        """
+        reads = (self._reads_lengths, self._reads_rows, self._variable)
+        # In the order of layout.call_words; run() has its arguments in another one.
+        inputs = [index for index in (0, 2, 1) if reads[index]] + [5 + i for i in range(len(self._inputs))]
+        self._bound.follow(inputs, [edge for start, end, _ in self._spans for edge in (start, end)])
+
     def admit(
         self,
         seq_lens: Tensor,

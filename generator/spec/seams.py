@@ -5,6 +5,9 @@ SGLang's: each function declares a graph's input buffers by the names of the eng
 ``base_len``. Where a graph is padded, ``bind(padding_len=...)`` gives padding requests their length, and these fields
 have their own pads.
 Sources: sglang.srt.speculative, the EAGLE graph runners and workers, and sglang.kernels.ops.speculative.
+
+vLLM's: what vllm.v1.worker.gpu.block_table and the builders' update_draft_decode_metadata write before a draft step.
+FlashInfer's: what the plans of its wrappers read.
 """
 
 from __future__ import annotations

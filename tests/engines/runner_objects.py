@@ -416,7 +416,7 @@ class Request:
         )
         return made
 
-    def verify(self, runner: Any, tokens: int, *, cpu_lengths: bool = True) -> None:
+    def verify(self, runner: Any, tokens: int, *, cpu_lengths: bool = True) -> Any:
         """What comes before a verification's replay: write locations, copies, refresh."""
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -461,3 +461,4 @@ class Request:
             spec_info=spec_info,
         )
         runner.load_batch(batch)
+        return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,16 +241,41 @@ class _Counting:
         return _Counting(self._original[grid], self._names, self._name)
 
 
-def test_what_the_launch_does_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in ("draft", "extend"):
-        made = seam(kind)
-        with monkeypatch.context() as patch:
-            names = launched(made, patch)
-            made.prepare(made.mine, Request((7, 30), 1))
-            assert names == [], "neither gathered nor copied"
-            made.seam.failed = "of this test"
-            made.prepare(made.mine, Request((7, 30), 1))
-            assert "_grouped_foreach_copy_" in names
+@pytest.mark.parametrize("kind", ["draft", "extend"])
+@pytest.mark.parametrize("lengths", [(7, 30), (9, 2, 11)])
+def test_what_the_launch_does_is_not_done_again(
+    kind: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither gathered, filled nor copied; after a failure it is."""
+    made = seam(kind)
+    names = launched(made, monkeypatch)
+    buffers = {getattr(made.mine.buffers, name).data_ptr(): name for name in made.names}
+    for method in ("fill_", "zero_"):
+        original = getattr(Tensor, method)
+
+        def counted(tensor: Tensor, *value: Any, original: Any = original) -> Any:
+            names.append(f"fill {buffers.get(tensor.data_ptr(), '')}")
+            return original(tensor, *value)
+
+        monkeypatch.setattr(Tensor, method, counted)
+    made.prepare(made.mine, Request(lengths, 1))
+    # seq_lens_cpu is the host's.
+    assert set(names) <= {"fill hidden_states", "fill "}
+    assert made.seam.launches == 1
+    made.seam.failed = "of this test"
+    made.prepare(made.mine, Request(lengths, 1))
+    assert "_grouped_foreach_copy_" in names
+    assert ("fill seq_lens" in names) is (len(lengths) == 3)
+
+
+def test_a_verifications_second_copies_copy_nothing() -> None:
+    """load_batch copies input_ids and positions again; PyTorch copies nothing to where it already is."""
+    made = seam("verify")
+    batch = Request((7, 30, 2), 1).verify(made.mine, made.tokens)
+    for name in ("input_ids", "positions"):
+        slot = made.mine.buffer_registry.get_slot(name).buffer
+        assert getattr(batch, name).data_ptr() == slot.data_ptr()
+        assert len(getattr(batch, name)) == 3 * made.tokens
 
 
 def test_without_a_graph_the_draft_has_its_locations() -> None:
@@ -292,7 +318,8 @@ def test_another_runner_of_the_worker_is_the_engines() -> None:
 def test_batches_that_are_not_served_are_the_engines(kind: str) -> None:
     made = seam(kind)
     made.request = lambda lengths, seed: Request(lengths, seed, served=False)
-    made.replay((7, 30), 1)
+    for lengths in ((7, 30), (9, 2, 11)):
+        made.replay(lengths, 1)
     assert made.seam.launches == 0
     made.replays = 0
     made.request = Request
@@ -303,9 +330,10 @@ def test_batches_that_are_not_served_are_the_engines(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_a_failure_the_engines_own_code_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = seam(kind)
-    monkeypatch.setattr(
-        onelaunch.Plan, "run", lambda *a, **k: (_ for _ in ()).throw(onelaunch.LaunchError("CUDA said no"))
-    )
+    for ready in made.seam._ready.values():
+        monkeypatch.setattr(
+            ready.plan, "_run", lambda *a, **k: (_ for _ in ()).throw(onelaunch.LaunchError("CUDA said no"))
+        )
     with pytest.warns(RuntimeWarning, match=f"{type(made.mine).__name__} runs the engine's own code from now on"):
         made.replay((7, 30), 1)
     monkeypatch.undo()
@@ -382,3 +410,71 @@ def test_runners_that_are_refused() -> None:
     plain.captured_req_width = 1
     with pytest.raises(ArgumentError, match="it doesn't verify, it decodes"):
         sglang.attach(plain)
+
+
+@pytest.mark.parametrize("lengths", BATCHES)
+def test_the_chain_that_is_verified(lengths: tuple[int, ...]) -> None:
+    """Positions, write locations, retrieve indices and mask of a chain, against the engine's own kernels."""
+    pool, request, count = objects.token_pool(64, seed=64), Request(lengths, 1), len(lengths)
+    runner = SimpleNamespace(model_runner=SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=pool)))
+    wanted = {"out_cache_loc": request.window(runner, 4)}
+    kernels = import_module("sglang.kernels.ops.speculative.eagle")
+    names = ("mask", "positions", "retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
+    if hasattr(kernels, "build_chain_tree"):  # 0.5.17's is compiled for a GPU
+        drafts = request.tokens[: count * 3].view(count, 3)
+        made = kernels.build_chain_tree(request.accepted, drafts, torch.tensor(lengths), None, request.rows, pool)
+        wanted |= dict(zip(names, made, strict=False))
+        assert torch.equal(made[6], wanted["out_cache_loc"])
+    got = {
+        name: torch.full_like(t, True if t.dtype == torch.bool else compare.POISON).view(-1)
+        for name, t in wanted.items()
+    }
+    plan = sglang.bind_seam("target_verify", 4, got, pool)
+    plan.run(torch.tensor(lengths), request.rows)
+    assert plan.launches == 1
+    for name in got:
+        assert torch.equal(wanted[name].reshape(-1), got[name]), name
+    if hasattr(kernels, "build_chain_tree"):
+        assert plan.config == onelaunch.PRESETS["sglang-verify-4-chain"].replace(target="cpu")
+
+
+@pytest.mark.parametrize("lengths", BATCHES)
+def test_the_layout_of_a_draft_extension(lengths: tuple[int, ...]) -> None:
+    """Prefix, extend, new lengths, starts and positions, against the engine's own kernels."""
+    pool, rows, before = objects.token_pool(64, seed=64), torch.arange(len(lengths)) + 1, torch.tensor(lengths)
+    kernels = import_module("sglang.kernels.ops.speculative.eagle")
+    names = ("prefix_lens", "extend_seq_lens", "seq_lens")
+    if hasattr(kernels, "prepare_draft_extend_layout"):
+        *made, (positions, starts, _) = kernels.prepare_draft_extend_layout(before, 4, False)
+        wanted = dict(zip(names, made, strict=True))
+    else:
+        prefix, extends = before.int(), torch.full((len(lengths),), 4, dtype=torch.int32)
+        batches = import_module("sglang.srt.model_executor.forward_batch_info")
+        positions, starts = batches.compute_position("triton", prefix, extends, 4 * len(lengths))
+        wanted = dict(zip(names, (prefix, extends, before + 4), strict=True))
+    wanted |= {"positions": positions, "extend_start_loc": starts}
+    got = {name: torch.full_like(tensor, compare.POISON) for name, tensor in wanted.items()}
+    plan = sglang.bind_seam("draft_extend", 4, got, pool)
+    plan.run(before, rows)
+    assert plan.launches == 1
+    for name in got:
+        assert torch.equal(wanted[name], got[name]), name
+    assert plan.config == onelaunch.PRESETS["sglang-draft-extend-4-layout"].replace(target="cpu")
+
+
+def test_tensors_that_a_seam_does_not_declare() -> None:
+    with pytest.raises(ArgumentError, match="tensors has 'qo'; allowed: seq_lens, req_pool_indices, positions"):
+        sglang.bind_seam("decode", 3, {"qo": torch.zeros(3)}, objects.token_pool(1, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tokens"),
+    [("draft", "sglang-draft-3", 3), ("verify", "sglang-verify-4", 4), ("extend", "sglang-draft-extend-4", 4)],
+)
+def test_the_presets_are_what_is_attached(kind: str, name: str, tokens: int) -> None:
+    """So a build of the preset serves the engine."""
+    wanted = onelaunch.PRESETS[name].replace(target="cpu")
+    made = seam(kind, tokens=tokens)
+    if "select_index" in wanted.fields and not objects.HAS_TRANSLATOR:  # 0.5.17 has none in its graph
+        wanted = wanted.replace(fields=tuple(n for n in wanted.fields if n != "select_index"))
+    assert made.seam._ready[2].plan.config == wanted

@@ -60,6 +60,7 @@ class Extension:
             inputs={"extended": torch.int32},
             **facts,
         )
+        self.plan.follow_addresses()
 
     def run(self, batch: Any) -> bool:
         """Refreshes the metadata and gives it to the backend; False, and nothing is written, if that isn't served.

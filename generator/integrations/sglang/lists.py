@@ -72,6 +72,7 @@ class Lists:
             facts["inputs"] = {"extended": extend_seq_lens_dtype}
         plan = self._bind(source, mode, facts)
         plan.exact = bs
+        plan.follow_addresses()
         pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
         pool = getattr(backend, "req_to_token_pool", None)
         owner = pairs[0][0] if pool is None else pool

@@ -273,6 +273,7 @@ class Refresher:
         """
         bound = self._prepared((bs, mode, seq_lens_dtype, req_pool_indices_dtype, extend_seq_lens_dtype))
         bound.plan.exact = bs
+        bound.plan.follow_addresses()
         pools = zip(bound.captured, bound.pools, strict=True)
         return Ready(bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
 

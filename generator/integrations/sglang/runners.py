@@ -98,7 +98,7 @@ RUNNERS = {
         buffers=_attributes(seams.DRAFT_BUFFERS),
         lengths=lambda sources, batch: sources["seq_lens"],
         inputs=_draft_inputs,
-        stays="hidden states, and the fills of a padded batch",
+        stays="hidden states",
     ),
     "DecodeCudaGraphRunner": Runner(
         seam="verification",
@@ -111,7 +111,7 @@ RUNNERS = {
         buffers=_slots,
         lengths=lambda sources, batch: sources["seq_lens"],
         inputs=_token_inputs,
-        stays="the tree and its mask, and the fills of a padded batch",
+        stays="the tree and its mask",
     ),
     "EAGLEDraftExtendCudaGraphRunner": Runner(
         seam="draft extension",
@@ -124,6 +124,6 @@ RUNNERS = {
         buffers=_attributes(seams.DRAFT_EXTEND_BUFFERS),
         lengths=lambda sources, batch: batch.extend_prefix_lens,
         inputs=_extend_inputs,
-        stays="hidden states, and the fills of a padded batch",
+        stays="hidden states",
     ),
 }

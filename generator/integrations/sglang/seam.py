@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from types import ModuleType
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor
 from ... import log
 from ...errors import ArgumentError
 from ...run.declared import into
-from ...run.plan import bind
+from ...run.plan import Plan, bind
 from ...spec import seams
 from ...spec.fields import MetadataBuffers
 from ...variables import DISABLE_VARIABLE
 from ..attributes import read
 from ..refusals import batch_refusal, refusal
 from .attach import Attachment, attach_backend, attached_to
-from .captured import VERSION
+from .captured import VERSION, mode_of
 from .places import LISTS_KERNEL, OUT_GRAPH
 from .refresher import Ready
 from .runners import COPIES, FILL, RUNNERS, Runner
@@ -58,10 +58,13 @@ class Seam:
             self._attach_backend()
         self._whole = self._serves_backend()
         self._ready = {bs: self._bind(bs) for bs in runner.capture_bs}
+        for ready in self._ready.values():
+            ready.plan.follow_addresses()
         self._batch: Any = None  # while the runner's method runs
         self._size = 0  # the captured size of that batch
         self._launched: Ready | None = None  # while the backend's refresh is still to come
         self._drafting = False  # while the worker drafts with this runner
+        self._unfilled: dict[str, _Unfilled] = {}  # the buffers, until the batch is copied into them
         self._waiting: Callable[[], Any] | None = None  # the gather of the draft's write locations
         columns = ", ".join(self._buffers)
         self.refreshed = f"{kind.seam}'s {columns}"
@@ -167,9 +170,14 @@ class Seam:
     def _around(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
         """The runner's method: the launch is made in place of its copies."""
         self._batch, self._size = batch, 0
+        buffers = self.backend.buffers
+        if not self._kind.registry and not self.failed:
+            self._unfilled = {name: _Unfilled(getattr(buffers, name)) for name in self._buffers}
+            self.backend.buffers = SimpleNamespace(**{**vars(buffers), **self._unfilled})
         try:
             return original(batch, *arguments, **keywords)
         finally:
+            self.backend.buffers, self._unfilled = buffers, {}
             self._batch = self._launched = None
             if self._attachment is not None:
                 self._attachment.made = False
@@ -198,7 +206,11 @@ class Seam:
         if self._batch is None or self.failed:
             return False
         named = {self._names.get(to.data_ptr(), ""): of for to, of in zip(destinations, sources, strict=True)}
+        for name, unfilled in self._unfilled.items():
+            setattr(self.backend.buffers, name, unfilled.tensor)
         if not self._done(named):
+            for unfilled in self._unfilled.values():
+                unfilled.fill()
             return False
         left = [(to, of) for to, of in zip(destinations, sources, strict=True) if to.data_ptr() not in self._names]
         if left:
@@ -211,9 +223,14 @@ class Seam:
         sources = {name: getattr(batch, name, None) for name in self._buffers}
         self._size = keywords["padded_bs"]
         staged = keywords.get("skip_slots")  # written already
+        raw = keywords["raw_num_tokens"]
         if batch is not self._batch or self.failed or staged or not self._done(sources):
             original(batch, **keywords)
             return
+        # A verification copies these once more, unless they are where they belong.
+        for name in ("input_ids", "positions"):
+            if name in self._buffers:
+                setattr(batch, name, self._buffers[name][:raw])
         slots = [registry.get_slot(name) for name in self._buffers]
         for slot in slots:
             slot.enabled = False
@@ -248,8 +265,11 @@ class Seam:
         for owner, name, value in ready.held:
             if getattr(owner, name, None) is not value:
                 raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
-        inputs: dict[str, Any] = {"captured_size": self._size, **kind.inputs(sources, self._tokens)}
-        ready.plan.run(lengths, rows, **inputs)
+        plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
+        if plan._audit_every:
+            plan.run(lengths, rows, captured_size=self._size, **inputs)
+        else:  # without Plan.run: each call costs up to a microsecond amid the engine's other work
+            plan._run(plan, lengths, rows, None, None, self._size, *[inputs[name] for name in plan._input_names])
         self.launches += 1
         self._launched = ready
         if self._whole and self._attachment is not None:
@@ -308,6 +328,30 @@ class Seam:
             waiting()
 
 
+class _Unfilled:
+    """A buffer of a runner that the launch pads. What the engine fills it with waits, and is dropped after a launch."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._value: Any = None
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensor[index]
+
+    def fill_(self, value: Any) -> None:
+        """Tensor.fill_, later or never."""
+        self._value = value
+
+    def zero_(self) -> None:
+        """Tensor.zero_, later or never."""
+        self._value = 0
+
+    def fill(self) -> None:
+        """Fills it, if it was to be."""
+        if self._value is not None:
+            self.tensor.fill_(self._value)
+
+
 class _Bound:
     """A method of mine in place of an original one, which it gets first."""
 
@@ -358,6 +402,39 @@ class _Hook:
                 self.original[grid](*arguments, **keywords)
 
         return launch
+
+
+def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_token: Tensor, **facts: Any) -> Plan:
+    """Binds tensors of an engine of yours to a seam's declarations, for one launch without a runner.
+
+    Args:
+        mode: SGLang's ForwardMode or a name of bind()'s modes: the draft step (decode), verification (target_verify)
+            or draft extension (draft_extend).
+        tokens: of a request: the draft's steps, or the draft tokens.
+        tensors: by the names that ``onelaunch.spec.seams`` declares for that seam, such as positions (int64 [bs *
+            tokens]), retrieve_index (int64, likewise) or extend_start_loc (int32 [bs]).
+        req_to_token: int32 or int64 [pool rows, W].
+        facts: further arguments of onelaunch.bind, such as padding_len.
+
+    Returns:
+        A plan; run() takes the lengths without the tokens of the seam, each request's row of the pool, and the inputs
+        that the fields name: pool_rows for req_pool_indices, token_0 and so on for input_ids, accepted.
+
+    Raises:
+        ArgumentError: a name isn't declared; and see onelaunch.bind.
+    """
+    declared = {kind.mode: kind.declare for kind in RUNNERS.values()}[mode_of(mode)](tokens)
+    for name in tensors:
+        if name not in declared:
+            raise ArgumentError(f"tensors has {name!r}; allowed: {', '.join(declared)}.")
+    return bind(
+        [MetadataBuffers()],
+        req_to_token=req_to_token,
+        declare={**declared, **{name: into(declared[name], tensor) for name, tensor in tensors.items()}},
+        inputs={name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()},
+        constants={"draft_tokens": tokens},
+        **facts,
+    )
 
 
 def attach_runner(runner: Any) -> Seam:
