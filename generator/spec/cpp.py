@@ -115,7 +115,7 @@ class _Cpp:
     def _condition(self, node: Node) -> str:
         match node:
             case Operation(op, (left, right)) if op in COMPARISONS.values():
-                return f"{self.value(left)} {op} {self.value(right)}"
+                return f"{self._leaf(left)} {op} {self._leaf(right)}"  # C++ widens the narrower one
         return f"{self.value(node)} != 0"
 
     def _bits(self, node: Node) -> tuple[str, int]:
