@@ -695,6 +695,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
+    [[maybe_unused]] const bool own = request < p.requests;  // whether it isn't padding
     const std::int32_t base_len = present ? request_length(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_accepted = present ? user_accepted_of(p, request) : 0;
     [[maybe_unused]] const std::int64_t user_pool_rows_int64 = present ? user_pool_rows_of(p, request) : 0;
@@ -711,9 +712,11 @@ __device__ void refresh_vectors(const Params& p, int b) {
     [[maybe_unused]] const std::int32_t offset = length_offset(b);
     [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     const std::int32_t user_num_correct_drafts = wrap(bits(user_accepted) - 1);
-    const std::int64_t user_select_index = wrap(
-        
-        bits(std::int64_t{request}) * user_draft_tokens + (std::int64_t{user_accepted} > std::int64_t{0} ? std::int64_t{user_accepted} : std::int64_t{user_draft_tokens}) - 1);
+    // clang-format off
+    const std::int64_t user_select_index =
+        wrap(bits(std::int64_t{request}) * user_draft_tokens + (std::int64_t{user_accepted} > std::int64_t{0} ?
+        std::int64_t{user_accepted} : std::int64_t{user_draft_tokens}) - 1);
+    // clang-format on
     const std::int64_t user_seq_lens = wrap(bits(std::int64_t{base_len}) + user_draft_tokens);
     const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(bits(seq_len));
     const std::uint32_t user_cu_seqlens_q_end = user_cu_seqlens_q_sum.add(bits(user_draft_tokens));
@@ -722,25 +725,28 @@ __device__ void refresh_vectors(const Params& p, int b) {
     store(p.cu_seqlens_k, b, request + 1, wrap(cu_seqlens_k_end));
     store(p.user_cu_seqlens_q, b, request + 1, wrap(user_cu_seqlens_q_end));
     store(p.user_extend_seq_lens, b, request, user_draft_tokens);
-    if (request < p.requests) store(p.user_num_accept_tokens, b, request, user_accepted);
-    if (request < p.requests) store(p.user_num_correct_drafts, b, request, user_num_correct_drafts);
+    if (own) store(p.user_num_accept_tokens, b, request, user_accepted);
+    if (own) store(p.user_num_correct_drafts, b, request, user_num_correct_drafts);
     store(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
     store(p.user_select_index, b, request, user_select_index);
     store(p.user_seq_lens, b, request, user_seq_lens);
     for (int row = 0; row < 4; ++row) {
-      const std::int64_t user_input_ids = (
-          
-          std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} == std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
+      // clang-format off
+      const std::int64_t user_input_ids =
+          (std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} ==
+          std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ?
+          std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
+      // clang-format on
       store(p.user_input_ids, b, std::int64_t{request} * 4 + row, user_input_ids);
     }
     for (int row = 0; row < 4; ++row) {
       const std::int64_t user_out_cache_loc =
           look_up(p, request, token_source(p), pool_row, wrap(bits(std::int64_t{base_len}) + row), std::int64_t{0});
-      if (request < p.requests) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
+      if (own) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
     }
     for (int row = 0; row < 4; ++row) {
       const std::int64_t user_positions = wrap(bits(std::int64_t{base_len}) + row);
-      if (request < p.requests) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
+      if (own) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
     }
   }
   // Padding, up to the captured size.
