@@ -672,7 +672,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
-    [[maybe_unused]] const bool own = request < p.requests;  // whether it isn't padding
+    [[maybe_unused]] const bool requested = request < p.requests;  // not a padding request
     const std::int32_t base_len = present ? request_length(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_first_probability = present ? user_first_probability_of(p, request) : 0;
     [[maybe_unused]] const std::int64_t user_first_token_int64 = present ? user_first_token_of(p, request) : 0;
@@ -686,7 +686,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
     if (!present) continue;
     store(p.cache_seqlens, b, request, seq_len);
     store(p.cu_seqlens_k, b, request + 1, wrap(cu_seqlens_k_end));
-    if (own) store_once(p.user_positions, b, request, std::int64_t{base_len});
+    if (requested) store_once(p.user_positions, b, request, std::int64_t{base_len});
     store_once(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
     store_once(p.user_seq_lens, b, request, std::int64_t{base_len});
     store_once(p.user_topk_index, b, request, std::int64_t{user_first_token_int64});
@@ -694,7 +694,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
     for (int row = 0; row < 3; ++row) {
       const std::int64_t user_out_cache_loc =
           look_up(p, request, token_source(p), pool_row, wrap(bits(std::int64_t{base_len}) + row), std::int64_t{0});
-      if (own) store_once(p.user_out_cache_loc, b, std::int64_t{request} * 3 + row, user_out_cache_loc);
+      if (requested) store_once(p.user_out_cache_loc, b, std::int64_t{request} * 3 + row, user_out_cache_loc);
     }
   }
   // Padding, up to the captured size.

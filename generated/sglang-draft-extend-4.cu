@@ -18,16 +18,15 @@
 //                           per='request', pad=4); out_cache_loc = vector('token(base_len + row)', dtype='int64',
 //                           rows=4, pad=0); positions = vector('base_len + row', dtype='int64', rows=4, pad=0);
 //                           req_pool_indices = vector('pool_rows', per='request', dtype='int64'); select_index =
-//                           vector('request * draft_tokens + where(accepted > 0, accepted, draft_tokens) - 1',
-//                           per='request', dtype='int64'); seq_lens = vector('base_len + draft_tokens', per='request',
-//                           dtype='int64')
+//                           vector('request * draft_tokens + (accepted - 1) % draft_tokens', per='request',
+//                           dtype='int64'); seq_lens = vector('base_len + draft_tokens', per='request', dtype='int64')
 //   inputs                  accepted: int32, pool_rows: int64, token_0: int64, token_1: int64, token_2: int64,
 //                           token_3: int64
 //   constants               draft_tokens: 4
 //   seq_lens_dtype          int32
 //   seqlen_offsets          4
 //   padding_len             -3
-// key c7b0e94057ce13e0ff4780909741f2a0ad3aec174fadaf141a999a811fd90333
+// key ab0b8d9ffec0ce0de16b1cbd02640a9da687ea3e2e2d94660f224ed4d0d719e4
 
 #include <cuda_runtime.h>
 
@@ -286,6 +285,14 @@ __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t ind
 template <typename T>
 __device__ __forceinline__ T floor_div(T value, int divisor) {
   return value / divisor - (value % divisor < 0 ? 1 : 0);
+}
+
+// ---- remainder ---------------------------------------------------------------------------------------------------
+// The remainder of floor_div, as Python's %: 0 or more, and less than the divisor, which is positive.
+template <typename T>
+__device__ __forceinline__ T floor_mod(T value, int divisor) {
+  const T remainder = value % divisor;
+  return remainder < 0 ? remainder + divisor : remainder;
 }
 
 // ---- arithmetic that wraps ---------------------------------------------------------------------------------------
@@ -695,7 +702,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
-    [[maybe_unused]] const bool own = request < p.requests;  // whether it isn't padding
+    [[maybe_unused]] const bool requested = request < p.requests;  // not a padding request
     const std::int32_t base_len = present ? request_length(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_accepted = present ? user_accepted_of(p, request) : 0;
     [[maybe_unused]] const std::int64_t user_pool_rows_int64 = present ? user_pool_rows_of(p, request) : 0;
@@ -712,11 +719,8 @@ __device__ void refresh_vectors(const Params& p, int b) {
     [[maybe_unused]] const std::int32_t offset = length_offset(b);
     [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
     const std::int32_t user_num_correct_drafts = wrap(bits(user_accepted) - 1);
-    // clang-format off
-    const std::int64_t user_select_index =
-        wrap(bits(std::int64_t{request}) * user_draft_tokens + (std::int64_t{user_accepted} > std::int64_t{0} ?
-        std::int64_t{user_accepted} : std::int64_t{user_draft_tokens}) - 1);
-    // clang-format on
+    const std::int64_t user_select_index_1 = floor_mod(wrap(bits(std::int64_t{user_accepted}) - 1), user_draft_tokens);
+    const std::int64_t user_select_index = wrap(bits(std::int64_t{request}) * user_draft_tokens + user_select_index_1);
     const std::int64_t user_seq_lens = wrap(bits(std::int64_t{base_len}) + user_draft_tokens);
     const std::uint32_t cu_seqlens_k_end = cu_seqlens_k_sum.add(bits(seq_len));
     const std::uint32_t user_cu_seqlens_q_end = user_cu_seqlens_q_sum.add(bits(user_draft_tokens));
@@ -725,28 +729,28 @@ __device__ void refresh_vectors(const Params& p, int b) {
     store(p.cu_seqlens_k, b, request + 1, wrap(cu_seqlens_k_end));
     store(p.user_cu_seqlens_q, b, request + 1, wrap(user_cu_seqlens_q_end));
     store(p.user_extend_seq_lens, b, request, user_draft_tokens);
-    if (own) store(p.user_num_accept_tokens, b, request, user_accepted);
-    if (own) store(p.user_num_correct_drafts, b, request, user_num_correct_drafts);
+    if (requested) store(p.user_num_accept_tokens, b, request, user_accepted);
+    if (requested) store(p.user_num_correct_drafts, b, request, user_num_correct_drafts);
     store(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
     store(p.user_select_index, b, request, user_select_index);
     store(p.user_seq_lens, b, request, user_seq_lens);
     for (int row = 0; row < 4; ++row) {
-      // clang-format off
+      const std::int64_t user_input_ids_1_1 =
+          (row == 2 ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64});
+      const std::int64_t user_input_ids_1 =
+          (row == 1 ? std::int64_t{user_token_1_int64} : std::int64_t{user_input_ids_1_1});
       const std::int64_t user_input_ids =
-          (std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} ==
-          std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ?
-          std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
-      // clang-format on
+          (row == 0 ? std::int64_t{user_token_0_int64} : std::int64_t{user_input_ids_1});
       store(p.user_input_ids, b, std::int64_t{request} * 4 + row, user_input_ids);
     }
     for (int row = 0; row < 4; ++row) {
       const std::int64_t user_out_cache_loc =
           look_up(p, request, token_source(p), pool_row, wrap(bits(std::int64_t{base_len}) + row), std::int64_t{0});
-      if (own) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
+      if (requested) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
     }
     for (int row = 0; row < 4; ++row) {
       const std::int64_t user_positions = wrap(bits(std::int64_t{base_len}) + row);
-      if (own) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
+      if (requested) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
     }
   }
   // Padding, up to the captured size.
@@ -759,7 +763,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_c7b0e94057ce13e0(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_ab0b8d9ffec0ce0d(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);
@@ -785,7 +789,7 @@ cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_c7b0e94057ce13e0_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n1_ab0b8d9ffec0ce0d_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -794,16 +798,16 @@ int onelaunch_broadcast_decode_n1_c7b0e94057ce13e0_launch(const std::int64_t* wo
     config.gridDim = dim3(grid_blocks(params, split), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_c7b0e94057ce13e0, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_ab0b8d9ffec0ce0d, split, params);
   });
 }
 
 // Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
 // thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_c7b0e94057ce13e0_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n1_ab0b8d9ffec0ce0d_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_c7b0e94057ce13e0);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_ab0b8d9ffec0ce0d);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -811,7 +815,7 @@ int onelaunch_broadcast_decode_n1_c7b0e94057ce13e0_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n1_c7b0e94057ce13e0_error(int code) {
+const char* onelaunch_broadcast_decode_n1_ab0b8d9ffec0ce0d_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

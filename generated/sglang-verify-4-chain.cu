@@ -209,8 +209,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
       store(p.user_retrieve_next_sibling, b, std::int64_t{request} * 4 + row, std::int64_t{-1});
     }
     for (int row = 0; row < 4; ++row) {
-      const std::int64_t user_retrieve_next_token =
-          (std::int64_t{row} < std::int64_t{3} ? wrap(bits(std::int64_t{row}) + 1) : std::int64_t{-1});
+      const std::int64_t user_retrieve_next_token = (row < 3 ? wrap(bits(std::int64_t{row}) + 1) : std::int64_t{-1});
       store(p.user_retrieve_next_token, b, std::int64_t{request} * 4 + row, user_retrieve_next_token);
     }
   }

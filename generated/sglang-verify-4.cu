@@ -671,7 +671,7 @@ __device__ void refresh_vectors(const Params& p, int b) {
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + static_cast<int>(threadIdx.x);
     const bool present = request < batch_size;
-    [[maybe_unused]] const bool own = request < p.requests;  // whether it isn't padding
+    [[maybe_unused]] const bool requested = request < p.requests;  // not a padding request
     const std::int32_t base_len = present ? request_length(p, request) : 0;
     [[maybe_unused]] const std::int64_t user_pool_rows_int64 = present ? user_pool_rows_of(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_pool_rows = static_cast<std::int32_t>(user_pool_rows_int64);
@@ -693,22 +693,22 @@ __device__ void refresh_vectors(const Params& p, int b) {
     store(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
     store(p.user_seq_lens, b, request, std::int64_t{base_len});
     for (int row = 0; row < 4; ++row) {
-      // clang-format off
+      const std::int64_t user_input_ids_1_1 =
+          (row == 2 ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64});
+      const std::int64_t user_input_ids_1 =
+          (row == 1 ? std::int64_t{user_token_1_int64} : std::int64_t{user_input_ids_1_1});
       const std::int64_t user_input_ids =
-          (std::int64_t{row} == std::int64_t{0} ? std::int64_t{user_token_0_int64} : (std::int64_t{row} ==
-          std::int64_t{1} ? std::int64_t{user_token_1_int64} : (std::int64_t{row} == std::int64_t{2} ?
-          std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64})));
-      // clang-format on
+          (row == 0 ? std::int64_t{user_token_0_int64} : std::int64_t{user_input_ids_1});
       store(p.user_input_ids, b, std::int64_t{request} * 4 + row, user_input_ids);
     }
     for (int row = 0; row < 4; ++row) {
       const std::int64_t user_out_cache_loc =
           look_up(p, request, token_source(p), pool_row, wrap(bits(std::int64_t{base_len}) + row), std::int64_t{0});
-      if (own) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
+      if (requested) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
     }
     for (int row = 0; row < 4; ++row) {
       const std::int64_t user_positions = wrap(bits(std::int64_t{base_len}) + row);
-      if (own) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
+      if (requested) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
     }
   }
   // Padding, up to the captured size.

@@ -294,7 +294,7 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
         ("kIndexTopk", not copies and any(n.startswith("nsa_") for n in config.fields)),
         ("kPageSize", config.uses("page_size") and config.page_size > 1),
         ("kIndexKpool", config.names_pools),
-        ("extend_seq_lens", config.extend == "variable"),
+        ("p.extend_seq_lens", config.extend == "variable"),
         ("static constexpr std::int32_t offsets", config.needs_lengths and len(config.seqlen_offsets) > 1),
         ("atomicCAS", config.checked),
         ("iolation", config.checked),

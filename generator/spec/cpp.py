@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Collection
 
 from .arithmetic import known_value
@@ -43,11 +42,9 @@ def cpp_source(name: str) -> str:
 def assigned(target: str, value: str, indent: int) -> str:
     """``target = value;`` in lines of up to 120 columns, which are broken where clang-format breaks them.
 
-    Where that takes more than the arguments of a call, clang-format is told to leave the lines as they are.
-
     Args:
         target: what is declared or assigned.
-        value: an expression.
+        value: an expression. If it has to be broken itself, it must be a call.
         indent: the columns before the first line, which aren't in the result.
     """
     if indent + len(f"{target} = {value};") <= _COLUMNS:
@@ -63,11 +60,7 @@ def assigned(target: str, value: str, indent: int) -> str:
             lines.append(argument)
         else:
             lines[-1] = joined
-    if function.isidentifier() and all(lines) and all(len(margin) - 1 + len(line) <= _COLUMNS for line in lines):
-        return f"{target} = {function}({margin}{margin.join(lines)}"
-    broken = margin.join(textwrap.wrap(f"{value};", _COLUMNS - indent - 4, break_long_words=False))
-    begin = "\n" + " " * indent
-    return f"// clang-format off{begin}{target} ={margin}{broken}{begin}// clang-format on"
+    return f"{target} = {function}({margin}{margin.join(lines)}"
 
 
 def _arguments(text: str) -> list[str]:
@@ -122,7 +115,7 @@ class _Cpp:
     def _condition(self, node: Node) -> str:
         match node:
             case Operation(op, (left, right)) if op in COMPARISONS.values():
-                return f"{self.value(left)} {op} {self.value(right)}"
+                return f"{self._leaf(left)} {op} {self._leaf(right)}"  # C++ widens the narrower one
         return f"{self.value(node)} != 0"
 
     def _bits(self, node: Node) -> tuple[str, int]:

@@ -106,10 +106,8 @@ def draft_extend(tokens: int) -> dict[str, Declaration]:
         "extend_start_loc": vector("request * draft_tokens", "request"),
         "num_accept_tokens": vector("accepted", "request", pad=tokens),
         "num_correct_drafts": vector("accepted - 1", "request", pad=tokens),
-        # Padding requests accept nothing: theirs is the last token.
-        "select_index": vector(
-            "request * draft_tokens + where(accepted > 0, accepted, draft_tokens) - 1", "request", dtype="int64"
-        ),
+        # Padding requests accept nothing: theirs is the last token, and -1 % n is n - 1.
+        "select_index": vector("request * draft_tokens + (accepted - 1) % draft_tokens", "request", dtype="int64"),
         "cu_seqlens_q": running_sum("draft_tokens"),
         "qo_indptr": running_sum("draft_tokens", dtype="int64"),
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -147,9 +148,8 @@ def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
                 visit(other, dtype, own_rows)
         local = _local(config, name, dtype)
         if isinstance(node, Operation | LookUp):
-            kind = "std::int64_t" if dtype == "int64" else "std::int32_t"
-            written = cpp(node, dtype, dict(config.scope.maps))
-            found.setdefault(local, Local(local, kind, written, vectors[name].per))
+            for part in _parts(local, node, dtype, dict(config.scope.maps), vectors[name].per):
+                found.setdefault(part.name, part)
 
     for name in fields:
         visit(name, config.dtype(name), config.field(name).own_rows)
@@ -159,6 +159,30 @@ def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
             if not of_rows or local.per == "request":
                 found.pop(local.name, None)
     return list(found.values())
+
+
+# An expression of more columns than this is written with its largest operand as a local of its own.
+_MOST_COLUMNS = 100
+
+
+def _parts(name: str, node: Node, dtype: Dtype, maps: Collection[str], per: str) -> list[Local]:
+    """The locals of a value: one, after those of operands where it would be too long a line."""
+    kind = "std::int64_t" if dtype == "int64" else "std::int32_t"
+    found: list[Local] = []
+    written = cpp(node, dtype, maps)
+    while len(written) > _MOST_COLUMNS and isinstance(node, Operation):
+        # A comparison that is a value is 0 or 1, so that any operation can have a local.
+        sizes = [len(cpp(operand, dtype, maps)) if isinstance(operand, Operation) else 0 for operand in node.arguments]
+        if not any(sizes):
+            break
+        largest = sizes.index(max(sizes))
+        operand = f"{name}_{len(found) + 1}"
+        found += _parts(operand, node.arguments[largest], dtype, maps, per)
+        operands = list(node.arguments)
+        operands[largest] = Name(operand)
+        node = dataclasses.replace(node, arguments=tuple(operands))
+        written = cpp(node, dtype, maps)
+    return [*found, Local(name, kind, written, per)]
 
 
 def element(config: KernelConfig, name: str) -> str:

@@ -265,7 +265,8 @@ class Seam:
         for owner, name, value in ready.held:
             if getattr(owner, name, None) is not value:
                 raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
-        plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
+        plan = ready.plan
+        inputs: dict[str, Any] = kind.inputs(sources, self._tokens)
         if plan._audit_every:
             plan.run(lengths, rows, captured_size=self._size, **inputs)
         else:  # without Plan.run: each call costs up to a microsecond amid the engine's other work
