@@ -193,6 +193,26 @@ class _Bound(NamedTuple):
         )
 
 
+def launch(
+    plan: Plan, seq_lens: Tensor, req_pool_indices: Tensor, inputs: Collection[Tensor] = (), size: int | None = None
+) -> None:
+    """Plan.run() of a plan that doesn't audit, without what it does for other callers: cold, each line costs the host.
+
+    Args:
+        inputs: the declared inputs, in the plan's order.
+        size: run()'s captured_size.
+
+    Raises:
+        ArgumentError: see Plan.run; nothing was written.
+        RuntimeError: CUDA refused the launch.
+    """
+    if plan._audit_every:
+        named: dict[str, Any] = dict(zip(plan._input_names, inputs, strict=True))
+        plan.run(seq_lens, req_pool_indices, captured_size=size, **named)
+    else:
+        plan._run(plan, seq_lens, req_pool_indices, None, None, size, *inputs)
+
+
 class Ready(NamedTuple):
     """A plan for one captured batch size, and what it relies on.
 

@@ -25,7 +25,7 @@ from .attach import Attachment, attach_backend, attached_to
 from .captured import VERSION, mode_of
 from .hooks import Bound, Hook, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
-from .refresher import Ready
+from .refresher import Ready, launch
 from .runners import COPIES, FILL, RUNNERS, Runner
 
 # The method with which a runner chooses the captured size of a batch.
@@ -265,13 +265,8 @@ class Seam:
         for owner, name, value in ready.held:
             if getattr(owner, name, None) is not value:
                 raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
-        plan = ready.plan
-        inputs: dict[str, Any] = kind.inputs(sources, self._tokens)
-        if plan._audit_every:
-            named: dict[str, Any] = {**inputs, "captured_size": self._size}
-            plan.run(lengths, rows, **named)
-        else:  # without Plan.run: each call costs up to a microsecond amid the engine's other work
-            plan._run(plan, lengths, rows, None, None, self._size, *[inputs[name] for name in plan._input_names])
+        plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
+        launch(plan, lengths, rows, [inputs[name] for name in plan._input_names], self._size)
         self.launches += 1
         self._launched = ready
         if self._whole and self._attachment is not None:
