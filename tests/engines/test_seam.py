@@ -402,6 +402,11 @@ def test_runners_that_are_refused() -> None:
         made.__dict__.update(kept)
     with pytest.raises(ArgumentError, match="attach the runner's backend with them first"):
         sglang.attach(made, schedules=True)
+    made.capture_bs.append(7)
+    with pytest.raises(ArgumentError, match=r"bs is 7, and .* there is no decode graph of it"):
+        sglang.attach(made)
+    made.capture_bs.pop()
+    assert "init_forward_metadata_out_graph" not in vars(made.draft_attn_backend), "the backend isn't attached either"
     attached = sglang.attach(made)
     with pytest.raises(ArgumentError, match="attached already"):
         sglang.attach(made)

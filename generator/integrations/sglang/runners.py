@@ -69,8 +69,8 @@ def _slots(runner: Any) -> dict[str, Tensor]:
 def _draft_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
     return {
         "pool_rows": sources["req_pool_indices"],
-        "first_token": sources["topk_index"].view(-1),
-        "first_probability": sources["topk_p"].view(-1).view(torch.int32),
+        "first_token": sources["topk_index"][:, 0],
+        "first_probability": sources["topk_p"][:, 0].view(torch.int32),
     }
 
 

@@ -58,7 +58,12 @@ class Seam:
         if self._attachment is None:
             self._attach_backend()
         self._whole = self._serves_backend()
-        self._ready = {bs: self._bind(bs) for bs in runner.capture_bs}
+        try:
+            self._ready = {bs: self._bind(bs) for bs in runner.capture_bs}
+        except Exception:
+            if self._owned and self._attachment is not None:
+                self._attachment.detach()
+            raise
         for ready in self._ready.values():
             ready.plan.follow_addresses()
         self._batch: Any = None  # while the runner's method runs
@@ -304,8 +309,10 @@ class Seam:
         """The worker's draft, with this runner unless adaptive speculation put another one in its place."""
         worker = self.backend.eagle_worker
         # What else reads the locations before the graph does.
-        others = worker.seed_dsa_topk_from_draft_extend or worker.draft_runner.canary_manager is not None
-        self._drafting = worker.cuda_graph_runner is self.backend and not others
+        seeded = getattr(worker, "seed_dsa_topk_from_draft_extend", True)
+        watched = getattr(getattr(worker, "draft_runner", None), "canary_manager", None) is not None
+        mine = getattr(worker, "cuda_graph_runner", None) is self.backend
+        self._drafting = mine and not seeded and not watched
         try:
             return original(*arguments, **keywords)
         finally:
