@@ -45,6 +45,7 @@ class Audited:
 # ------------------------------------------------------------------------------------------------ nothing to report
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("name", REFRESHES)
 def test_what_a_refresh_left_is_right(device: torch.device, name: str) -> None:
     """No false alarm, whatever the lengths; and the audit writes nothing."""
@@ -65,6 +66,7 @@ def test_any_shape(device: torch.device, shape: Shape) -> None:
 # ------------------------------------------------------------------------------------------------ every element
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("name", REFRESHES)
 def test_an_element_of_each_field_is_named(device: torch.device, name: str) -> None:
     """A few elements of each destination in turn, the first and the last among them, get another value."""

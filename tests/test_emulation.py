@@ -27,6 +27,7 @@ LAUNCHES = {
 LIVE, FULL = (KernelConfig(num_backends=2, extent=extent, page_size=16) for extent in ("live", "full"))
 # Of a grid. GCC's ThreadSanitizer holds 8,128 threads, and makes 9 mappings for each, of which Linux allows 65,530.
 MAX_TSAN_THREADS = 7000
+RACED_AUDITS = ("live", "variable rows")
 SMALL_STRATEGIES = {name: config.replace(**SMALL) for name, config in STRATEGIES.items()}
 OTHERS = {
     **{name: config.replace(**SMALL) for name, config in CONFIGURATIONS.items() if name not in STRATEGIES},
@@ -119,8 +120,15 @@ def test_strategy_is_clean(name: str, sanitizer: str, builds: Path) -> None:
     check(config, sanitizer, shapes_for(config, sanitizer), builds, launches=((5, 64),))
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("name", AUDITS)
+@pytest.mark.parametrize(
+    ("name", "sanitizer"),
+    [
+        # But for the flag of audit.cuh, threads share what they share in a refresh. Two audits show a race there.
+        pytest.param(name, sanitizer, marks=[pytest.mark.long] * (sanitizer == "thread" and name not in RACED_AUDITS))
+        for name in AUDITS
+        for sanitizer in SANITIZERS
+    ],
+)
 def test_an_audit_is_clean_and_exact(name: str, sanitizer: str, builds: Path) -> None:
     """Nothing is written; what a refresh leaves isn't reported, and an element of each field that is wrong is."""
     config = AUDITS[name].replace(**SMALL)
@@ -174,18 +182,20 @@ def test_a_row_outside_the_pool_is_not_read(config: KernelConfig, builds: Path) 
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
-@functools.cache
-def sound(config: KernelConfig, sanitizer: str, shape: Shape, builds: Path) -> Outcome:
-    return launch(render(config), config, sanitizer, (shape,), builds)
-
-
 PLANTED = {fault.name: (template, fault) for template, faults in FAULTS.items() for fault in faults}
+
+
+@functools.cache
+def sound(config: KernelConfig, sanitizer: str, builds: Path) -> Outcome:
+    """The unchanged source, on the shapes of all faults in this configuration."""
+    alike = (fault for _, fault in PLANTED.values() if (fault.config, fault.sanitizer) == (config, sanitizer))
+    return launch(render(config), config, sanitizer, tuple(dict.fromkeys(fault.shape for fault in alike)), builds)
 
 
 @pytest.mark.parametrize("name", PLANTED, ids=lambda name: name.replace(" ", "-"))
 def test_fault_is_caught(name: str, builds: Path) -> None:
     template, fault = PLANTED[name]
-    before = sound(fault.config, fault.sanitizer, fault.shape, builds)
+    before = sound(fault.config, fault.sanitizer, builds)
     assert before.caught is None, f"the unchanged source is faulty: {before.text}"
     source = fault.apply(render(fault.config), template)
     after = launch(source, fault.config, fault.sanitizer, (fault.shape,), builds)

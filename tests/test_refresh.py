@@ -15,15 +15,25 @@ PAIRS = cases.any_two_settings()
 WITH_TABLES = [name for name, config in STRATEGIES.items() if config.tables and "kv_indices" not in config.fields]
 
 
-@pytest.mark.parametrize("name", [*CONFIGURATIONS, *PRESETS])
-def test_every_configuration(device: torch.device, name: str) -> None:
-    """What ships, and one of each strategy and field kind, on every shape."""
-    config = {**CONFIGURATIONS, **PRESETS}[name]
+quick_builds = pytest.mark.usefixtures("quick_builds")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset(device: torch.device, name: str) -> None:
+    """What ships, on every shape."""
     for shape in (*SHAPES, *BATCH_SHAPES):
-        check(config, shape, device)
+        check(PRESETS[name], shape, device)
 
 
-@pytest.mark.usefixtures("quick_builds")
+@quick_builds
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_configuration(device: torch.device, name: str) -> None:
+    """One of each strategy and field kind, and what took code of its own, on every shape."""
+    for shape in (*SHAPES, *BATCH_SHAPES):
+        check(CONFIGURATIONS[name], shape, device)
+
+
+@quick_builds
 @pytest.mark.parametrize("name", PAIRS, ids=[f"{n}-{config.symbol[10:-17]}" for n, (config, _) in PAIRS.items()])
 def test_any_two_settings_together(device: torch.device, name: str) -> None:
     """Any two values of any two settings meet in one of these."""
@@ -47,6 +57,7 @@ def test_the_table_holds_every_field_and_mode() -> None:
         assert {config.mode for config in configs} == {"decode", "target_verify", "draft_extend"}
 
 
+@quick_builds
 @pytest.mark.parametrize("bs", BATCHES)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_batch_size(device: torch.device, name: str, bs: int) -> None:
@@ -67,6 +78,7 @@ def test_65536_requests_of_64_backends(device: torch.device, extent: str) -> Non
     assert plan.capacity == 65_538
 
 
+@quick_builds
 @pytest.mark.parametrize(("destination", "source"), list(product(range(4), range(4))))
 @pytest.mark.parametrize("name", ["live", "equal rows", "variable rows", "copy"])
 def test_every_16_byte_phase(device: torch.device, name: str, destination: int, source: int) -> None:
@@ -76,6 +88,7 @@ def test_every_16_byte_phase(device: torch.device, name: str, destination: int, 
         check(STRATEGIES[name], shape, device)
 
 
+@quick_builds
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 511, 512, 513, 516, 520, 1030])
 @pytest.mark.parametrize("name", WITH_TABLES)
 def test_widths(device: torch.device, name: str, width: int) -> None:
@@ -86,6 +99,7 @@ def test_widths(device: torch.device, name: str, width: int) -> None:
     check(STRATEGIES[name], batch(13, width + 3, table_columns=width, table_phase=4), device)
 
 
+@quick_builds
 @pytest.mark.parametrize("max_len", [0, 1, 63, 64, 65, 500, 1100, 1101])
 @pytest.mark.parametrize("name", WITH_TABLES)
 def test_max_len(device: torch.device, name: str, max_len: int) -> None:
