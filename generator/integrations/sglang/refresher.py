@@ -304,7 +304,7 @@ class Refresher:
 
         Args:
             bs, mode: as in prepare().
-            declare: those of its fields that have tensors, and cu_seqlens_q, which gets the backend's.
+            declare: fields with tensors, and without them: terms, and cu_seqlens_q, which gets the backend's.
             added: how many tokens the backend's lengths have beyond those of run().
             facts: arguments of onelaunch.bind.
 
@@ -315,7 +315,7 @@ class Refresher:
         if added:
             facts["seqlen_offsets"] = [added] * len(captured)
         starts = getattr(captured[0].metadata, "cu_seqlens_q", None)
-        written = {name: each for name, each in declare.items() if isinstance(each, Written)}
+        written = dict(declare)
         # DSA's has an element a row, and never changes.
         if mode == "draft_extend" and isinstance(starts, Tensor) and family_of(captured[0].metadata) is MHA:
             written["cu_seqlens_q"] = Written(declare["cu_seqlens_q"], starts)  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ class Seam:
         kind, runner = self._kind, self.backend
         extends = kind.mode == "draft_extend"
         declared = kind.declare(self._tokens)
-        written = {name: into(declared[name], self._view(name)) for name in self._buffers}
+        written = {**declared, **{name: into(declared[name], self._view(name)) for name in self._buffers}}
         facts: dict[str, Any] = {
             "inputs": {name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()},
             "constants": {"draft_tokens": self._tokens},
@@ -119,9 +119,7 @@ class Seam:
         }
         if self._whole:
             assert self._attachment is not None
-            return self._attachment.beside(
-                bs, kind.mode, {**declared, **written}, self._tokens if extends else 0, **facts
-            )
+            return self._attachment.beside(bs, kind.mode, written, self._tokens if extends else 0, **facts)
         pool = runner.model_runner.req_to_token_pool.req_to_token
         plan = bind([MetadataBuffers()], req_to_token=pool, declare=written, **facts)
         return Ready(plan, [], [(runner.model_runner.req_to_token_pool, "req_to_token", pool)])
