@@ -667,7 +667,9 @@ def test_the_tables() -> None:
     assert row.endswith("5.00 (4.50–5.50)  2.50 (2.00–3.00)  3.00 (2.50–3.50)  2.00 (1.50–2.50)     1.25    1.00")
     assert "triton: failed: no such luck" in said
     assert any(line.startswith("NO") and "plan.run" in line for line in said.splitlines())
-    assert "The run was interrupted" in said
+    assert "The run was interrupted. These are" in said
+    cut = list(tables.lines(some_data() | {"not_begun": ["a case", "another"]}))
+    assert cut[1] == "Cases that weren't begun, for --seconds: 2. These are its results up to then."
 
 
 def test_a_brief_table_has_what_does_not_hold_and_no_rows() -> None:

@@ -249,7 +249,7 @@ def test_folding_knows_the_width() -> None:
         ("seq_len // page_size", "int64", "floor_div(std::int64_t{seq_len}, kPageSize)"),
         ("where(row > 0, seq_len % 5, 7)", "int32", "(row > 0 ? floor_mod(seq_len, 5) : 7)"),
         ("where(row, 1, 2)", "bool", "(row != 0 ? 1 : 2)"),
-        ("row == 2", "int64", "static_cast<std::int64_t>(std::int64_t{row} == std::int64_t{2})"),
+        ("row == 2", "int64", "static_cast<std::int64_t>(row == 2)"),
         ("-2147483648", "int32", "(-2147483647 - 1)"),
     ],
 )

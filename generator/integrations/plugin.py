@@ -1,8 +1,11 @@
-"""The entry point in ``sglang.srt.plugins``: an unmodified SGLang attaches onelaunch to its backends and runners.
+"""The entry point in ``sglang.srt.plugins``: an unmodified SGLang attaches onelaunch to the backends that it makes.
 
 If onelaunch is installed, SGLang calls ``install`` in each of its processes. It does nothing unless
 ``ONELAUNCH_SGLANG`` is 1 or ``SGLANG_PLUGINS`` contains the name onelaunch. It never raises. The log gets one line per
 backend and graph runner: what one launch refreshes and what the engine still does, or why it isn't served.
+
+With ``ONELAUNCH_SGLANG=runners`` it is attached to the graph runners of a speculative step too. That is fewer launches,
+but more work for the host (tests/engines/gpu/times.json), so it is for steps in which the device is the bottleneck.
 
 Unless it is requested, it imports only the standard library.
 """
@@ -18,6 +21,7 @@ from typing import Any
 from ..variables import SGLANG_VARIABLE
 
 NAME = "onelaunch"
+RUNNERS = "runners"
 SELECTED_VARIABLE = "SGLANG_PLUGINS"
 
 _logger = logging.getLogger("onelaunch")
@@ -47,12 +51,14 @@ def install() -> None:
     try:
         registry = pkgutil.resolve_name("sglang.srt.plugins.hook_registry:HookRegistry")
         after = pkgutil.resolve_name("sglang.srt.plugins.hook_registry:HookType").AFTER
-        for target, hook in (
+        hooks = [
             (f"{_FACTORY}.create_decode_backend", _made),
             (f"{_FACTORY}.create_draft_extend_backend", _made),
             (f"{_RUNNER}.init_attention_backends", _initialized),
-            (f"{_WORKER}.init_cuda_graphs", _captured),
-        ):
+        ]
+        if SGLANG_VARIABLE.read() == RUNNERS:
+            hooks.append((f"{_WORKER}.init_cuda_graphs", _captured))
+        for target, hook in hooks:
             registry.register(target, hook, after)
     except Exception as error:
         _logger.warning("onelaunch isn't attached: this SGLang has no hooks that it knows (%s).", error)

@@ -95,7 +95,7 @@ PRESETS: dict[str, KernelConfig] = {
         fields=("cache_seqlens", "real_page_table", "flashmla_metadata", "num_splits"),
         page_fill=-1,
     ),
-    "sglang-draft-3": KernelConfig(
+    "sglang-draft-2": KernelConfig(
         num_backends=2,
         fields=(*_FA3, *DRAFT_BUFFERS),
         distinct=tuple((name, 1) for name in DRAFT_BUFFERS),
@@ -104,7 +104,7 @@ PRESETS: dict[str, KernelConfig] = {
         seqlen_offsets=(1, 2),
         padding_len=1,
     ),
-    "sglang-verify-4": KernelConfig(
+    "sglang-verify": KernelConfig(
         fields=(*_FA3, *VERIFY_BUFFERS),
         declare=verify(_TOKENS),
         inputs=INPUTS,
@@ -112,10 +112,10 @@ PRESETS: dict[str, KernelConfig] = {
         seqlen_offsets=(_TOKENS,),
         padding_len=1,
     ),
-    "sglang-verify-4-chain": KernelConfig(
+    "sglang-verify-chain": KernelConfig(
         fields=_CHAIN, declare=verify(_TOKENS), inputs=INPUTS, constants={"draft_tokens": _TOKENS}
     ),
-    "sglang-draft-extend-4": KernelConfig(
+    "sglang-draft-extend": KernelConfig(
         fields=(*_FA3, "cu_seqlens_q", *DRAFT_EXTEND_BUFFERS),
         declare=draft_extend(_TOKENS),
         inputs=INPUTS,
@@ -124,7 +124,7 @@ PRESETS: dict[str, KernelConfig] = {
         seqlen_offsets=(_TOKENS,),
         padding_len=1 - _TOKENS,
     ),
-    "sglang-draft-extend-4-layout": KernelConfig(
+    "sglang-draft-extend-layout": KernelConfig(
         fields=_LAYOUT, declare=draft_extend(_TOKENS), inputs=INPUTS, constants={"draft_tokens": _TOKENS}
     ),
     "vllm-draft-step": KernelConfig(
@@ -183,11 +183,11 @@ PURPOSES: dict[str, str] = {
     "nsa-decode-3-schedule": "DSA with DeepGEMM's schedule in the same launch",
     "nsa-target-verify-3-schedule": "verification with DeepGEMM's schedule, one item per row",
     "flashmla-dense-decode-3": "dense FlashMLA with its schedule in the same launch",
-    "sglang-draft-3": "SGLang's draft step: a padded graph's input buffers and FA3's three draft steps",
-    "sglang-verify-4": "SGLang's verification of four tokens: a padded graph's input buffers and FA3's tensors",
-    "sglang-verify-4-chain": "SGLang's chain of four tokens: positions, write locations, retrieve indices, mask",
-    "sglang-draft-extend-4": "SGLang's draft extension by four tokens: a padded graph's buffers and FA3's tensors",
-    "sglang-draft-extend-4-layout": "SGLang's draft extension: prefix, extend, new lengths, starts and positions",
+    "sglang-draft-2": "SGLang's draft step: a padded graph's input buffers and FA3's two backends of three draft steps",
+    "sglang-verify": "SGLang's verification of four tokens: a padded graph's input buffers and FA3's tensors",
+    "sglang-verify-chain": "SGLang's chain of four tokens: positions, write locations, retrieve indices, mask",
+    "sglang-draft-extend": "SGLang's draft extension by four tokens: a padded graph's buffers and FA3's tensors",
+    "sglang-draft-extend-layout": "SGLang's draft extension: prefix, extend, new lengths, starts and positions",
     "vllm-draft-step": "vLLM's drafter with two KV-cache groups: slot mappings, sparse indexer, schedule",
     "flashinfer-pages-3": "FlashInfer: what the plans of three wrappers read, pages of 16, on the host too",
     "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",

@@ -280,6 +280,18 @@ def test_requests_that_are_extended_by_different_numbers_of_tokens(name: str) ->
     assert pair.attachment.launches == 1
 
 
+@pytest.mark.parametrize(("name", "mode"), [("fa3", "target_verify"), ("triton", "draft_extend")])
+def test_a_plan_that_audits_does_so_where_it_is_attached(name: str, mode: str) -> None:
+    pair = Pair(name, 64, mode=mode, audit_every=2)
+    for seed in range(5):
+        pair.replay((77, 300), 5, seed)
+        pair.check()
+    (plan,) = (plan for plan in plans_of(pair) if plan.launches)
+    assert plan._auditor is not None
+    assert (plan.launches, plan._auditor.launches) == (5, 2)
+    plan.check()
+
+
 @pytest.mark.skipif(objects.HAS_TRANSLATOR, reason="newer versions have a graph of it")
 @pytest.mark.parametrize("page", [1, 64])
 def test_a_draft_extension_without_a_graph(page: int) -> None:
@@ -488,6 +500,10 @@ def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pyt
     plugin.install()
     assert not hooks._hooks
     monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
+    plugin.install()
+    assert len(hooks._hooks) == 3
+    hooks.reset()
+    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "runners")
     plugin.install()
     assert len(hooks._hooks) == 4
     hooks.reset()

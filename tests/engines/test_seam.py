@@ -435,7 +435,7 @@ def test_the_chain_that_is_verified(lengths: tuple[int, ...]) -> None:
     for name in got:
         assert torch.equal(wanted[name].reshape(-1), got[name]), name
     if hasattr(kernels, "build_chain_tree"):
-        assert plan.config == onelaunch.PRESETS["sglang-verify-4-chain"].replace(target="cpu")
+        assert plan.config == onelaunch.PRESETS["sglang-verify-chain"].replace(target="cpu")
 
 
 @pytest.mark.parametrize("lengths", BATCHES)
@@ -459,7 +459,7 @@ def test_the_layout_of_a_draft_extension(lengths: tuple[int, ...]) -> None:
     assert plan.launches == 1
     for name in got:
         assert torch.equal(wanted[name], got[name]), name
-    assert plan.config == onelaunch.PRESETS["sglang-draft-extend-4-layout"].replace(target="cpu")
+    assert plan.config == onelaunch.PRESETS["sglang-draft-extend-layout"].replace(target="cpu")
 
 
 def test_tensors_that_a_seam_does_not_declare() -> None:
@@ -469,7 +469,7 @@ def test_tensors_that_a_seam_does_not_declare() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name", "tokens"),
-    [("draft", "sglang-draft-3", 3), ("verify", "sglang-verify-4", 4), ("extend", "sglang-draft-extend-4", 4)],
+    [("draft", "sglang-draft-2", 3), ("verify", "sglang-verify", 4), ("extend", "sglang-draft-extend", 4)],
 )
 def test_the_presets_are_what_is_attached(kind: str, name: str, tokens: int) -> None:
     """So a build of the preset serves the engine."""

@@ -17,7 +17,7 @@ def title(data: Mapping[str, Any]) -> str:
     return (
         f"µs to refresh the metadata of 3 backends on an {device}, medians of one run: on the device in a CUDA graph, "
         "with 96 MiB read and written before each call, as an engine's step does; on the device called eagerly; and on "
-        "the host."
+        "the host. 64 × 8k stands for 64 requests, the longest of 8k tokens."
     )
 
 

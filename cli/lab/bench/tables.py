@@ -21,7 +21,9 @@ def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
     if not brief:
         yield f"onelaunch {data['onelaunch']} on {', '.join(f'{k} {v}' for k, v in machine.items())}"
     if not data["complete"]:
-        yield "The run was interrupted: these are its results up to then."
+        left = len(data.get("not_begun", ()))
+        why = f"Cases that weren't begun, for --seconds: {left}." if left else "The run was interrupted."
+        yield f"{why} These are its results up to then."
     if table := summary(data):
         yield ""
         yield from textwrap.wrap(title(data), 80)
@@ -44,7 +46,7 @@ def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
 
 def _verdicts(shown: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     failed = sum(row["holds"] is False for row in every)
-    yield f"{len(every) - failed} of {len(every)} targets are met"
+    yield f"{len(every) - failed} of {len(every)} of onelaunch's own targets are met"
     if shown:
         words = {True: "yes", False: "NO"}
         table = [(words[row["holds"]], row["item"], row["of"], row["target"], row["measured"]) for row in shown]

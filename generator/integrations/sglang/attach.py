@@ -19,7 +19,7 @@ from .captured import VERSION, WIDE_TABLE, mode_of
 from .extension import EAGER, Extension, extends_without_a_graph
 from .lists import INDICES, Lists
 from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
-from .refresher import Ready, Refresher
+from .refresher import Ready, Refresher, launch
 
 # By backend.
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
@@ -209,7 +209,7 @@ class Attachment:
         """The launch, and the steps that stay the engine's.
 
         The engine's other work has displaced this code from the processor's caches, so that each call and each look-up
-        costs up to a microsecond: what is known since the capture isn't asked again, and Plan.run is passed by.
+        costs up to a microsecond: what is known since the capture isn't asked again.
         """
         known = self._ready.get((forward_batch.batch_size, forward_batch.forward_mode))
         if known is None:  # captured before attach()
@@ -226,13 +226,10 @@ class Attachment:
             if getattr(owner, name, None) is not value:  # the pool was exchanged
                 return self._prepare(forward_batch) and self._before_replay(forward_batch)
         place = self._place
-        if place.inputs is None:
-            plan._run(plan, forward_batch.seq_lens, forward_batch.req_pool_indices, None, None)
-        else:
-            inputs = place.inputs(self.backend, forward_batch, mode)
-            if inputs is None:
-                return False
-            plan._run(plan, forward_batch.seq_lens, forward_batch.req_pool_indices, None, None, None, *inputs)
+        inputs = () if place.inputs is None else place.inputs(self.backend, forward_batch, mode)
+        if inputs is None:
+            return False
+        launch(plan, forward_batch.seq_lens, forward_batch.req_pool_indices, inputs)
         self.launches += 1
         if self._in_graphs:
             self._note_recording()

@@ -94,7 +94,7 @@ class Lists:
         """
         backend = self._backend
         source = flashinfer.pool_of(backend)
-        written = {name: each for name, each in declare.items() if isinstance(each, Written)}
+        written = dict(declare)
         if not has(backend, STEPS):
             for name in ("qo_indptr", "mask_indptr"):
                 declaration: Any = declare.get(name)

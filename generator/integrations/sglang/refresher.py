@@ -194,6 +194,26 @@ class _Bound(NamedTuple):
         )
 
 
+def launch(
+    plan: Plan, seq_lens: Tensor, req_pool_indices: Tensor, inputs: Collection[Tensor] = (), size: int | None = None
+) -> None:
+    """Plan.run() of a plan that doesn't audit, without what it does for other callers: cold, each line costs the host.
+
+    Args:
+        inputs: the declared inputs, in the plan's order.
+        size: run()'s captured_size.
+
+    Raises:
+        ArgumentError: see Plan.run; nothing was written.
+        RuntimeError: CUDA refused the launch.
+    """
+    if plan._audit_every:
+        named: dict[str, Any] = dict(zip(plan._input_names, inputs, strict=True))
+        plan.run(seq_lens, req_pool_indices, captured_size=size, **named)
+    else:
+        plan._run(plan, seq_lens, req_pool_indices, None, None, size, *inputs)
+
+
 class Ready(NamedTuple):
     """A plan for one captured batch size, and what it relies on.
 
@@ -285,7 +305,7 @@ class Refresher:
 
         Args:
             bs, mode: as in prepare().
-            declare: those of its fields that have tensors, and cu_seqlens_q, which gets the backend's.
+            declare: fields with tensors, and without them: terms, and cu_seqlens_q, which gets the backend's.
             added: how many tokens the backend's lengths have beyond those of run().
             facts: arguments of onelaunch.bind.
 
@@ -296,7 +316,7 @@ class Refresher:
         if added:
             facts["seqlen_offsets"] = [added] * len(captured)
         starts = getattr(captured[0].metadata, "cu_seqlens_q", None)
-        written = {name: each for name, each in declare.items() if isinstance(each, Written)}
+        written = dict(declare)
         # DSA's has an element a row, and never changes.
         if mode == "draft_extend" and isinstance(starts, Tensor) and family_of(captured[0].metadata) is MHA:
             written["cu_seqlens_q"] = Written(declare["cu_seqlens_q"], starts)  # type: ignore[arg-type]

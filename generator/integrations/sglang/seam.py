@@ -25,7 +25,7 @@ from ..refusals import batch_refusal, refusal
 from .attach import Attachment, attach_backend, attached_to
 from .captured import VERSION, mode_of
 from .places import LISTS_KERNEL, OUT_GRAPH
-from .refresher import Ready
+from .refresher import Ready, launch
 from .runners import COPIES, FILL, RUNNERS, Runner
 
 # The method with which a runner chooses the captured size of a batch.
@@ -111,7 +111,7 @@ class Seam:
         kind, runner = self._kind, self.backend
         extends = kind.mode == "draft_extend"
         declared = kind.declare(self._tokens)
-        written = {name: into(declared[name], self._view(name)) for name in self._buffers}
+        written = {**declared, **{name: into(declared[name], self._view(name)) for name in self._buffers}}
         facts: dict[str, Any] = {
             "inputs": {name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()},
             "constants": {"draft_tokens": self._tokens},
@@ -120,9 +120,7 @@ class Seam:
         }
         if self._whole:
             assert self._attachment is not None
-            return self._attachment.beside(
-                bs, kind.mode, {**declared, **written}, self._tokens if extends else 0, **facts
-            )
+            return self._attachment.beside(bs, kind.mode, written, self._tokens if extends else 0, **facts)
         pool = runner.model_runner.req_to_token_pool.req_to_token
         plan = bind([MetadataBuffers()], req_to_token=pool, declare=written, **facts)
         return Ready(plan, [], [(runner.model_runner.req_to_token_pool, "req_to_token", pool)])
@@ -206,16 +204,17 @@ class Seam:
         """The runner's copies of a batch into its buffers: whether the launch did them. What is left is copied."""
         if self._batch is None or self.failed:
             return False
-        named = {self._names.get(to.data_ptr(), ""): of for to, of in zip(destinations, sources, strict=True)}
+        names = [self._names.get(to.data_ptr(), "") for to in destinations]
+        named = dict(zip(names, sources, strict=True))
         for name, unfilled in self._unfilled.items():
             setattr(self.backend.buffers, name, unfilled.tensor)
         if not self._done(named):
             for unfilled in self._unfilled.values():
                 unfilled.fill()
             return False
-        left = [(to, of) for to, of in zip(destinations, sources, strict=True) if to.data_ptr() not in self._names]
-        if left:
-            original([to for to, _ in left], [of for _, of in left])
+        if "" in named:
+            left = [index for index, name in enumerate(names) if not name]
+            original([destinations[index] for index in left], [sources[index] for index in left])
         return True
 
     def _fill(self, original: Any, batch: Any, **keywords: Any) -> None:
@@ -266,12 +265,8 @@ class Seam:
         for owner, name, value in ready.held:
             if getattr(owner, name, None) is not value:
                 raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
-        plan = ready.plan
-        inputs: dict[str, Any] = kind.inputs(sources, self._tokens)
-        if plan._audit_every:
-            plan.run(lengths, rows, captured_size=self._size, **inputs)
-        else:  # without Plan.run: each call costs up to a microsecond amid the engine's other work
-            plan._run(plan, lengths, rows, None, None, self._size, *[inputs[name] for name in plan._input_names])
+        plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
+        launch(plan, lengths, rows, [inputs[name] for name in plan._input_names], self._size)
         self.launches += 1
         self._launched = ready
         if self._whole and self._attachment is not None:

@@ -173,7 +173,7 @@ FAULTS = {
             "the padding is larger than the last request's element",
             PADDED,
             MANY,
-            r"request < p\.requests \? (bits\(user_sums\)) : 0",
+            r"requested \? (bits\(user_sums\)) : 0",
             r"\1",
         ),
         Fault(
@@ -181,7 +181,7 @@ FAULTS = {
             "two threads write one address",
             PADDED,
             MANY,
-            r"if \(request < p\.requests\) (store_strided<true>\(p\.user_slots)",
+            r"if \(requested\) (store_strided<true>\(p\.user_slots)",
             r"\1",
             "thread",
         ),

@@ -6,9 +6,9 @@ draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
 PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with a state behind it: "off" where onelaunch is
-    taken off meanwhile, "backends" where it is attached to the attention backends, "on", which is also where none is
-    named, where it is attached to the graph runners too. In the same process, which is the fair comparison: the speed
-    of identical processes differs by up to 1.7 times. Read before each prefill.
+    taken off meanwhile, "on", also where none is named, where it is attached to the attention backends, "runners" where
+    it is attached to the graph runners too. In the same process, which is the fair comparison: the speed of identical
+    processes differs by up to 1.7 times. Read before each prefill.
 PROBE_SPOIL: 1 zeroes the draft's table after each refresh.
 """
 
@@ -34,7 +34,7 @@ _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _METADATA = ("init_forward_metadata_out_graph", "init_forward_metadata")
-_STATES = ("off", "backends", "on")
+_STATES = ("off", "on", "runners")
 # What copies a batch into a graph's buffers: a function of the runner's module, or a method of its registry.
 _COPIES, _FILL = "_grouped_foreach_copy_", "fill_from"
 
@@ -117,8 +117,8 @@ class Probe:
     @property
     def state(self) -> str:
         if self.attached_runners:
-            return "on"
-        return "backends" if any(attachment.attached for attachment in self.attachments) else "off"
+            return "runners"
+        return "on" if any(attachment.attached for attachment in self.attachments) else "off"
 
     def _watch(self) -> None:
         for role, backend in self.roles:
@@ -164,7 +164,7 @@ class Probe:
             before, self.attachments[:] = list(self.attachments), []
             for attachment in before:
                 sglang.attach(attachment.backend)  # and install()'s hook keeps it
-        if wanted == "on":
+        if wanted == "runners":
             self._attach_runners()
         self._watch()
 
@@ -173,7 +173,7 @@ class Probe:
 
         for runner in self.runners.values():
             if runner is not None:
-                with contextlib.suppress(Exception):  # it wasn't served before, either
+                with contextlib.suppress(Exception):  # one that isn't served
                     sglang.attach(runner)
 
     def _timed(self, role: str, function: Any) -> Any:

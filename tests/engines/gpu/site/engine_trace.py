@@ -103,6 +103,7 @@ def _within(event: dict[str, Any], span: dict[str, Any]) -> bool:
 
 def _label(kernel: str, operators: list[dict[str, Any]]) -> str:
     """A kernel's or copy's name without its arguments, behind the operator that launched it."""
+    kernel = kernel.replace("(anonymous namespace)::", "")
     functor = _FUNCTOR.findall(kernel) if kernel.startswith("void at::native") else []
     short = functor[-1] if functor else re.split(r"[<(]", kernel.removeprefix("void "))[0].strip()
     outermost = min(operators, key=lambda operator: operator["ts"], default=None)

@@ -1,24 +1,24 @@
 // Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
-//   onelaunch show sglang-verify-4
+//   onelaunch show sglang-draft-2
 //
 // configuration
 //   operation               precompute_and_broadcast
 //   mode                    decode
-//   num_backends            1
-//   fields                  cache_seqlens, cu_seqlens_k, real_page_table, input_ids, out_cache_loc, positions,
-//                           req_pool_indices, seq_lens
-//   distinct                all
+//   num_backends            2
+//   fields                  cache_seqlens, cu_seqlens_k, real_page_table, out_cache_loc, positions, req_pool_indices,
+//                           seq_lens, topk_index, topk_p
+//   distinct                out_cache_loc: 1, positions: 1, req_pool_indices: 1, seq_lens: 1, topk_index: 1, topk_p: 1
 //   target                  cuda
 //   checked                 False
-//   declare                 input_ids = vector('where(row == 0, token_0, where(row == 1, token_1, where(row == 2,
-//                           token_2, token_3)))', dtype='int64', rows=4); out_cache_loc = vector('token(base_len +
-//                           row)', dtype='int64', rows=4, pad=0); positions = vector('base_len + row', dtype='int64',
-//                           rows=4, pad=0); req_pool_indices = vector('pool_rows', per='request', dtype='int64');
-//                           seq_lens = vector('base_len', per='request', dtype='int64')
-//   inputs                  pool_rows: int64, token_0: int64, token_1: int64, token_2: int64, token_3: int64
-//   seqlen_offsets          4
+//   declare                 out_cache_loc = vector('token(base_len + row)', dtype='int64', rows=3, pad=0); positions =
+//                           vector('base_len', per='request', dtype='int64', pad=0); req_pool_indices =
+//                           vector('pool_rows', per='request', dtype='int64'); seq_lens = vector('base_len',
+//                           per='request', dtype='int64'); topk_index = vector('first_token', per='request',
+//                           dtype='int64'); topk_p = vector('first_probability', per='request')
+//   inputs                  first_probability: int32, first_token: int64, pool_rows: int64
+//   seqlen_offsets          1, 2
 //   padding_len             1
-// key e72d2a6435788d299b7dc6ad92c9ce2fde1ff2fc6818755becf6b3576390e6a5
+// key a3a70972560ed58255b4d39bbfd37027653a784c690b5314b9498395e2a2ff72
 
 #include <cuda_runtime.h>
 
@@ -29,15 +29,16 @@
 namespace {
 
 // ---- settings ----------------------------------------------------------------------------------------------------
-constexpr int kBackends = 1;
+constexpr int kBackends = 2;
 constexpr int kThreads = 256;  // per block
 constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the registers per thread
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLengthSets = 1;  // lengths per request: one for all backends, or one per backend
+constexpr int kLengthSets = kBackends;  // lengths per request: one for all backends, or one per backend
 constexpr int kFirstTableBlock = kLengthSets;  // other blocks come first
 using SeqLen = std::int64_t;
-constexpr std::int32_t kLongestOffset = 4;  // largest offset that a backend adds to seq_lens
+constexpr std::int32_t kShortestOffset = 1;  // smallest offset that a backend adds to seq_lens
+constexpr std::int32_t kLongestOffset = 2;  // largest offset that a backend adds to seq_lens
 constexpr std::int32_t kPaddingLen = 1;  // length of a padding request
 constexpr int kNextN = 1;  // rows per request
 constexpr int kUnroll = 2;  // pages that a thread has in flight
@@ -78,16 +79,12 @@ struct Params {
   std::int64_t seq_lens_stride;  // elements
   const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
   std::int64_t req_pool_indices_stride;  // elements
+  const std::int32_t* user_first_probability;  // [batch_size], declared
+  std::int64_t user_first_probability_stride;  // elements
+  const std::int64_t* user_first_token;  // [batch_size], declared
+  std::int64_t user_first_token_stride;  // elements
   const std::int64_t* user_pool_rows;  // [batch_size], declared
   std::int64_t user_pool_rows_stride;  // elements
-  const std::int64_t* user_token_0;  // [batch_size], declared
-  std::int64_t user_token_0_stride;  // elements
-  const std::int64_t* user_token_1;  // [batch_size], declared
-  std::int64_t user_token_1_stride;  // elements
-  const std::int64_t* user_token_2;  // [batch_size], declared
-  std::int64_t user_token_2_stride;  // elements
-  const std::int64_t* user_token_3;  // [batch_size], declared
-  std::int64_t user_token_3_stride;  // elements
   std::int64_t batch_size;  // requests
   std::int64_t requests;  // those behind, up to batch_size, are padding
   std::int64_t columns;  // columns from here on are not written
@@ -101,13 +98,14 @@ struct Params {
   std::int64_t pool_rows;  // rows of req_to_token
   std::int32_t* cache_seqlens[kBackends];  // [bs]
   std::int32_t* cu_seqlens_k[kBackends];  // [bs + 1]
-  std::int64_t* user_input_ids[kBackends];  // [bs * 4]
-  std::int64_t* user_out_cache_loc[kBackends];  // [bs * 4]
-  std::int64_t* user_positions[kBackends];  // [bs * 4]
-  std::int64_t* user_req_pool_indices[kBackends];  // [bs]
-  std::int64_t* user_seq_lens[kBackends];  // [bs]
+  std::int64_t* user_out_cache_loc[1];  // [bs * 3]
+  std::int64_t* user_positions[1];  // [bs]
+  std::int64_t* user_req_pool_indices[1];  // [bs]
+  std::int64_t* user_seq_lens[1];  // [bs]
+  std::int64_t* user_topk_index[1];  // [bs]
+  std::int32_t* user_topk_p[1];  // [bs]
 };
-constexpr int kParamWords = 32;
+constexpr int kParamWords = 33;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
 // Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
@@ -117,9 +115,10 @@ __device__ __forceinline__ std::int32_t request_length(const Params& p, std::int
   return static_cast<std::int32_t>(length);
 }
 
-// The offset that every backend adds to seq_lens.
-__device__ __forceinline__ std::int32_t length_offset(int) {
-  return kLongestOffset;
+// The offset that backend b adds to seq_lens. The array is static, because a local one would be in local memory.
+__device__ __forceinline__ std::int32_t length_offset(int b) {
+  static constexpr std::int32_t offsets[kBackends] = {1, 2};
+  return offsets[b];
 }
 
 // A request's row of req_to_token. If it is negative, the request has none and nothing may be read.
@@ -134,29 +133,19 @@ __host__ __device__ __forceinline__ std::int64_t row_columns(const Params& p) {
   return (p.columns + kPageSize - 1) / kPageSize;
 }
 
+__device__ __forceinline__ std::int32_t user_first_probability_of(const Params& p, std::int64_t request) {
+  if (request >= p.requests) return 0;
+  return p.user_first_probability[request * p.user_first_probability_stride];
+}
+
+__device__ __forceinline__ std::int64_t user_first_token_of(const Params& p, std::int64_t request) {
+  if (request >= p.requests) return 0;
+  return p.user_first_token[request * p.user_first_token_stride];
+}
+
 __device__ __forceinline__ std::int64_t user_pool_rows_of(const Params& p, std::int64_t request) {
   if (request >= p.requests) return 0;
   return p.user_pool_rows[request * p.user_pool_rows_stride];
-}
-
-__device__ __forceinline__ std::int64_t user_token_0_of(const Params& p, std::int64_t request) {
-  if (request >= p.requests) return 0;
-  return p.user_token_0[request * p.user_token_0_stride];
-}
-
-__device__ __forceinline__ std::int64_t user_token_1_of(const Params& p, std::int64_t request) {
-  if (request >= p.requests) return 0;
-  return p.user_token_1[request * p.user_token_1_stride];
-}
-
-__device__ __forceinline__ std::int64_t user_token_2_of(const Params& p, std::int64_t request) {
-  if (request >= p.requests) return 0;
-  return p.user_token_2[request * p.user_token_2_stride];
-}
-
-__device__ __forceinline__ std::int64_t user_token_3_of(const Params& p, std::int64_t request) {
-  if (request >= p.requests) return 0;
-  return p.user_token_3[request * p.user_token_3_stride];
 }
 
 __device__ __forceinline__ Source<Token> token_source(const Params& p) {
@@ -259,6 +248,15 @@ __device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t ind
   }
 }
 
+// ---- storing an element that all backends have alike -------------------------------------------------------------
+// Where lengths differ each backend has a block, and the first one stores what doesn't depend on the backend.
+template <typename T, int N>
+__device__ __forceinline__ void store_once(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
+  if (b > 0) return;
+#pragma unroll(unrolled(N))
+  for (int i = 0; i < N; ++i) put(to[i] + index, value);
+}
+
 // ---- division ----------------------------------------------------------------------------------------------------
 // The quotient rounded down, as Python's //; the divisor is positive.
 template <typename T>
@@ -298,46 +296,49 @@ look_up(const Params& p, std::int64_t request, const Map<T>& map, std::int64_t i
   return static_cast<Value>(__ldg(map.data + index));
 }
 
-// ---- where rows end: at the same column in all destinations ------------------------------------------------------
-// The end is the first column that is not written.
-struct SameEnd {
-  int end;
+// ---- how far rows are written: to the request's length in each backend -------------------------------------------
+// Live columns: the first seq_len columns of a row, within the table. Each backend adds its own offset to seq_len.
+// `reach` represents all backends: it is the length in the backend with the largest offset, capped where even the
+// backend with the smallest one reaches the end of the table.
+struct Ends {
+  const Params& p;
+  int reach;
 };
-__device__ __forceinline__ int longest_end(SameEnd ends) {
-  return ends.end;
-}
-
-template <int N>
-__device__ __forceinline__ bool ends_differ(const Table (&)[N], SameEnd) {
-  return false;
-}
-
-template <int N>
-__device__ __forceinline__ int shortest_end(const Table (&)[N], SameEnd ends) {
-  return ends.end;
-}
-
-template <int N>
-__device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
-  return ends.end;
-}
-
-// ---- how far rows are written: to the request's length -----------------------------------------------------------
-// Live columns: the first seq_len columns of a row, within the table.
-using Ends = SameEnd;
 
 __device__ __forceinline__ int row_reach(const Params& p, std::int64_t request) {
-  if constexpr (kLongestOffset == 0) {
-    const std::int32_t length = request_length(p, request);
-    const int columns = static_cast<int>(p.columns);
-    return length < 0 ? 0 : length < columns ? length : columns;
-  }
   const std::int64_t length = std::int64_t{request_length(p, request)} + kLongestOffset;
-  return static_cast<int>(length < 0 ? 0 : length < p.columns ? length : p.columns);
+  const std::int64_t limit = p.columns + (kLongestOffset - kShortestOffset);
+  return static_cast<int>(length < 0 ? 0 : length < limit ? length : limit);
 }
 
-__device__ __forceinline__ Ends ends_at(const Params&, int reach) {
-  return {reach};
+__device__ __forceinline__ Ends ends_at(const Params& p, int reach) {
+  return {p, reach};
+}
+
+// The end in a backend that adds `offset`.
+__device__ __forceinline__ int end_with(Ends ends, std::int32_t offset) {
+  const int length = ends.reach - (kLongestOffset - offset);
+  return length < 0 ? 0 : length < ends.p.columns ? length : static_cast<int>(ends.p.columns);
+}
+
+__device__ __forceinline__ int longest_end(Ends ends) {
+  return end_with(ends, kLongestOffset);
+}
+
+// A table that all backends share is written up to the longest backend's end.
+template <int N>
+__device__ __forceinline__ bool ends_differ(const Table (&)[N], Ends) {
+  return N == kBackends;
+}
+
+template <int N>
+__device__ __forceinline__ int shortest_end(const Table (&)[N], Ends ends) {
+  return end_with(ends, N == kBackends ? kShortestOffset : kLongestOffset);
+}
+
+template <int N>
+__device__ __forceinline__ int end_of(const Table (&)[N], Ends ends, int b) {
+  return end_with(ends, N == kBackends ? length_offset(b) : kLongestOffset);
 }
 
 // ---- pages -------------------------------------------------------------------------------------------------------
@@ -673,16 +674,11 @@ __device__ void refresh_vectors(const Params& p, int b) {
     const bool present = request < batch_size;
     [[maybe_unused]] const bool requested = request < p.requests;  // not a padding request
     const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t user_first_probability = present ? user_first_probability_of(p, request) : 0;
+    [[maybe_unused]] const std::int64_t user_first_token_int64 = present ? user_first_token_of(p, request) : 0;
+    [[maybe_unused]] const std::int32_t user_first_token = static_cast<std::int32_t>(user_first_token_int64);
     [[maybe_unused]] const std::int64_t user_pool_rows_int64 = present ? user_pool_rows_of(p, request) : 0;
     [[maybe_unused]] const std::int32_t user_pool_rows = static_cast<std::int32_t>(user_pool_rows_int64);
-    [[maybe_unused]] const std::int64_t user_token_0_int64 = present ? user_token_0_of(p, request) : 0;
-    [[maybe_unused]] const std::int32_t user_token_0 = static_cast<std::int32_t>(user_token_0_int64);
-    [[maybe_unused]] const std::int64_t user_token_1_int64 = present ? user_token_1_of(p, request) : 0;
-    [[maybe_unused]] const std::int32_t user_token_1 = static_cast<std::int32_t>(user_token_1_int64);
-    [[maybe_unused]] const std::int64_t user_token_2_int64 = present ? user_token_2_of(p, request) : 0;
-    [[maybe_unused]] const std::int32_t user_token_2 = static_cast<std::int32_t>(user_token_2_int64);
-    [[maybe_unused]] const std::int64_t user_token_3_int64 = present ? user_token_3_of(p, request) : 0;
-    [[maybe_unused]] const std::int32_t user_token_3 = static_cast<std::int32_t>(user_token_3_int64);
     [[maybe_unused]] const std::int64_t pool_row = present ? request_row(p, request) : -1;
     [[maybe_unused]] const std::int32_t offset = length_offset(b);
     [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
@@ -690,36 +686,26 @@ __device__ void refresh_vectors(const Params& p, int b) {
     if (!present) continue;
     store(p.cache_seqlens, b, request, seq_len);
     store(p.cu_seqlens_k, b, request + 1, wrap(cu_seqlens_k_end));
-    store(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
-    store(p.user_seq_lens, b, request, std::int64_t{base_len});
-    for (int row = 0; row < 4; ++row) {
-      const std::int64_t user_input_ids_1_1 =
-          (row == 2 ? std::int64_t{user_token_2_int64} : std::int64_t{user_token_3_int64});
-      const std::int64_t user_input_ids_1 =
-          (row == 1 ? std::int64_t{user_token_1_int64} : std::int64_t{user_input_ids_1_1});
-      const std::int64_t user_input_ids =
-          (row == 0 ? std::int64_t{user_token_0_int64} : std::int64_t{user_input_ids_1});
-      store(p.user_input_ids, b, std::int64_t{request} * 4 + row, user_input_ids);
-    }
-    for (int row = 0; row < 4; ++row) {
+    if (requested) store_once(p.user_positions, b, request, std::int64_t{base_len});
+    store_once(p.user_req_pool_indices, b, request, std::int64_t{user_pool_rows_int64});
+    store_once(p.user_seq_lens, b, request, std::int64_t{base_len});
+    store_once(p.user_topk_index, b, request, std::int64_t{user_first_token_int64});
+    store_once(p.user_topk_p, b, request, user_first_probability);
+    for (int row = 0; row < 3; ++row) {
       const std::int64_t user_out_cache_loc =
           look_up(p, request, token_source(p), pool_row, wrap(bits(std::int64_t{base_len}) + row), std::int64_t{0});
-      if (requested) store(p.user_out_cache_loc, b, std::int64_t{request} * 4 + row, user_out_cache_loc);
-    }
-    for (int row = 0; row < 4; ++row) {
-      const std::int64_t user_positions = wrap(bits(std::int64_t{base_len}) + row);
-      if (requested) store(p.user_positions, b, std::int64_t{request} * 4 + row, user_positions);
+      if (requested) store_once(p.user_out_cache_loc, b, std::int64_t{request} * 3 + row, user_out_cache_loc);
     }
   }
   // Padding, up to the captured size.
   for (std::int64_t request = p.requests + threadIdx.x; request < p.batch_size; request += kThreads) {
-    for (int row = 0; row < 4; ++row) store(p.user_out_cache_loc, b, request * 4 + row, 0);
-    for (int row = 0; row < 4; ++row) store(p.user_positions, b, request * 4 + row, 0);
+    for (int row = 0; row < 3; ++row) store_once(p.user_out_cache_loc, b, request * 3 + row, 0);
+    store_once(p.user_positions, b, request, 0);
   }
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n1_e72d2a6435788d29(
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) onelaunch_broadcast_decode_n2_a3a70972560ed582(
     const __grid_constant__ Split split, const __grid_constant__ Params p) {
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);
@@ -745,7 +731,7 @@ cudaError_t on_device(std::int64_t device, const Call& call) {
 extern "C" {
 
 // Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_e72d2a6435788d29_launch(const std::int64_t* words, void* stream) {
+int onelaunch_broadcast_decode_n2_a3a70972560ed582_launch(const std::int64_t* words, void* stream) {
   Params params;
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
@@ -754,16 +740,16 @@ int onelaunch_broadcast_decode_n1_e72d2a6435788d29_launch(const std::int64_t* wo
     config.gridDim = dim3(grid_blocks(params, split), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
-    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n1_e72d2a6435788d29, split, params);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n2_a3a70972560ed582, split, params);
   });
 }
 
 // Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
 // thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
-int onelaunch_broadcast_decode_n1_e72d2a6435788d29_prepare(std::int64_t device, std::int64_t* resources) {
+int onelaunch_broadcast_decode_n2_a3a70972560ed582_prepare(std::int64_t device, std::int64_t* resources) {
   return on_device(device, [&] {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n1_e72d2a6435788d29);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n2_a3a70972560ed582);
     resources[0] = attributes.numRegs;
     resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
     resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
@@ -771,7 +757,7 @@ int onelaunch_broadcast_decode_n1_e72d2a6435788d29_prepare(std::int64_t device, 
   });
 }
 
-const char* onelaunch_broadcast_decode_n1_e72d2a6435788d29_error(int code) {
+const char* onelaunch_broadcast_decode_n2_a3a70972560ed582_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

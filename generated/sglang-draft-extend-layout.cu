@@ -1,5 +1,5 @@
 // Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
-//   onelaunch show sglang-draft-extend-4-layout
+//   onelaunch show sglang-draft-extend-layout
 //
 // configuration
 //   operation               precompute_and_broadcast

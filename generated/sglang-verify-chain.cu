@@ -1,5 +1,5 @@
 // Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
-//   onelaunch show sglang-verify-4-chain
+//   onelaunch show sglang-verify-chain
 //
 // configuration
 //   operation               precompute_and_broadcast
