@@ -45,9 +45,10 @@ if TYPE_CHECKING:
         precompute_draft_extend_metadata_cuda,
         precompute_target_verify_metadata_cuda,
     )
+    from .run.bind import bind
     from .run.declared import Map, into
     from .run.groups import Groups, bind_groups
-    from .run.plan import Plan, bind
+    from .run.plan import Plan
     from .run.schedules import paged_mqa_schedule, sparse_flashmla_metadata
     from .spec import reference
 
@@ -60,7 +61,7 @@ _LAZY = {
     "into": "run.declared",
     "Kernel": "load.loader",
     "Plan": "run.plan",
-    "bind": "run.plan",
+    "bind": "run.bind",
     "bind_groups": "run.groups",
     "distribute": "load.distribute",
     "freeze": "load.loader",

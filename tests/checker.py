@@ -18,9 +18,9 @@ import torch
 from cases import Shape
 from onelaunch import FIELDS, KernelConfig, MetadataBuffers
 from onelaunch.errors import ArgumentError
+from onelaunch.run.bind import make_plan
 from onelaunch.run.copy_plan import CopyPlan
 from onelaunch.run.destinations import Destinations, backend_field
-from onelaunch.run.plan import make_plan
 from onelaunch.spec import reference
 from onelaunch.spec.evaluation import evaluate_columns, evaluate_vectors
 from onelaunch.spec.fields import Packed, Table

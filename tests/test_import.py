@@ -87,7 +87,7 @@ def test_every_public_name_is_there_and_is_declared_once() -> None:
 def test_lazy_names_behave_like_any_others() -> None:
     from onelaunch import Plan, bind  # a `from` import
 
-    assert bind.__module__ == "onelaunch.run.plan"
+    assert bind.__module__ == "onelaunch.run.bind"
     assert pickle.loads(pickle.dumps((bind, Plan))) == (bind, Plan)
     assert bind.__doc__
     with pytest.raises(AttributeError, match="module 'onelaunch' has no attribute 'binds'"):

@@ -245,7 +245,7 @@ def test_inductor_writes_to_the_destinations_themselves(device: torch.device, mo
     with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
         compiled(case.lists(), *case.inputs, **case.numbers, max_len=130)
     assert_same(case.backends, case.expected("live", 130, more=1))
-    monkeypatch.setattr(refresh.plan, "make_plan", lambda *args, **kwargs: pytest.fail("it made another plan"))
+    monkeypatch.setattr(refresh.bind, "make_plan", lambda *args, **kwargs: pytest.fail("it made another plan"))
     broadcast(case.lists(), *case.inputs, **case.numbers, max_len=130)
 
 

@@ -131,7 +131,7 @@ def _trial(name: str, config: KernelConfig, device: str) -> Row:
     # Imported here for start-up time, as above.
     import torch
 
-    from ..run import plan
+    from ..run.bind import bind
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="onelaunch-doctor-") as folder:
@@ -146,7 +146,7 @@ def _trial(name: str, config: KernelConfig, device: str) -> Row:
     out = torch.full((3,), -1, dtype=torch.int32, device=device)
     pool = torch.zeros(1, 1, dtype=torch.int32, device=device)
     start = time.perf_counter()
-    run: Callable[..., object] = plan.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=pool).run
+    run: Callable[..., object] = bind([MetadataBuffers(cache_seqlens=out)], req_to_token=pool).run
     run(torch.tensor([5, 6], device=device), torch.tensor([0, 0], device=device))
     got = out.tolist()
     if got != [5, 6, -1]:

@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..run.bind import bind
 from ..run.declared import Written, into
-from ..run.plan import Plan, bind
+from ..run.plan import Plan
 from ..spec.fields import MetadataBuffers
 from ..spec.seams import FLASHINFER
 from .attributes import described, has, merged, read

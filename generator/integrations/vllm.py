@@ -67,8 +67,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..run.bind import bind
 from ..run.declared import Map, into
-from ..run.plan import Plan, bind
+from ..run.plan import Plan
 from ..spec.fields import MetadataBuffers, vector
 from ..spec.seams import vllm_request_of_token, vllm_slot_mapping
 from .attributes import merged, read

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..spec.fields import MetadataBuffers
+from .bind import ArgumentNames, make_plan
 from .destinations import backend_field, check_backends, check_offsets
 from .memory import check_disjoint
-from .plan import ArgumentNames, Plan, make_plan
+from .plan import Plan
 
 
 class Groups:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..spec.fields import MetadataBuffers
-from . import plan
+from . import bind
 from .checks import INT_DTYPES, check_tensor
 from .destinations import NameOf
 from .remembered import RememberedPlans
@@ -90,8 +90,8 @@ def refresh(
                 raise ArgumentError(f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' only.")
             settings |= {"extend": "variable", "extend_seq_lens_dtype": extend_seq_lens.dtype}
         backends, name_of = backends_of(destinations)
-        names = plan.ArgumentNames(name_of, index_topk="nsa_index_topk", page_size="real_page_size")
-        known = plan.make_plan(backends, req_to_token, settings, names, keep=False)
+        names = bind.ArgumentNames(name_of, index_topk="nsa_index_topk", page_size="real_page_size")
+        known = bind.make_plan(backends, req_to_token, settings, names, keep=False)
         plans.keep(known, *arguments)
     known.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 

@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from ..spec.fields import MetadataBuffers
 from ..spec.parts import MAX_NEXT_N, MAX_SM_PARTS, MAX_SPLIT_COST, FlashMLAOrder
 from ..spec.reference_schedules import flashmla_schedule
-from . import ops, plan
+from . import bind, ops
 from .checks import INT_DTYPES, MAX_BATCH, check_int
 from .remembered import RememberedPlans
 
@@ -77,9 +77,9 @@ def paged_mqa_schedule(
         }
         # The kernel gathers nothing: it has no table, and doesn't read the requests' rows.
         table = torch.empty((1, 1), dtype=torch.int32, device=lengths.device)
-        names = plan.ArgumentNames(lambda index, name: "out")
+        names = bind.ArgumentNames(lambda index, name: "out")
         buffers = MetadataBuffers(paged_mqa_schedule_metadata=out)
-        known = plan.make_plan([buffers], table, settings, names, keep=False)
+        known = bind.make_plan([buffers], table, settings, names, keep=False)
         mqa_plans.keep(known, lengths.dtype, n, num_sms, convention, split_cost, out)
     known.run(lengths, lengths)
     return out

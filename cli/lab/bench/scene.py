@@ -9,7 +9,7 @@ import onelaunch
 import torch
 from onelaunch import KernelConfig, MetadataBuffers
 from onelaunch.inspect.traffic import traffic
-from onelaunch.run.plan import make_plan
+from onelaunch.run.bind import make_plan
 from onelaunch.spec import reference
 from onelaunch.spec.fields import FIELDS
 from torch import Tensor

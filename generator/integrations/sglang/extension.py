@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ...run.bind import bind
 from ...run.declared import into
-from ...run.plan import bind
 from ...spec.fields import MetadataBuffers, running_sum
 from ..refusals import batch_refusal
 

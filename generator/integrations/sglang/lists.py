@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...run.bind import bind
 from ...run.declared import Written, into
-from ...run.plan import Plan, bind
+from ...run.plan import Plan
 from ...spec.expressions import Dtype
 from ...spec.fields import Declaration, MetadataBuffers, packed, running_sum
 from .. import flashinfer

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
+from ...run.bind import bind
 from ...run.declared import Written, into
-from ...run.plan import Plan, bind
+from ...run.plan import Plan
 from ...run.schedules import convention_of, paged_mqa_settings
 from ...spec.fields import Declaration, MetadataBuffers, running_sum
 from ..attributes import has, read

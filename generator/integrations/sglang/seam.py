@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ... import log
 from ...errors import ArgumentError
+from ...run.bind import bind
 from ...run.declared import into
-from ...run.plan import Plan, bind
+from ...run.plan import Plan
 from ...spec import seams
 from ...spec.fields import MetadataBuffers
 from ...variables import DISABLE_VARIABLE
