@@ -551,7 +551,8 @@ def test_presets() -> None:
         assert preset(name) is config
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
         number = re.search(r"-(\d+)(-|$)", name)
-        assert config.num_backends == (int(number[1]) if number else 1)
+        if not name.startswith("sglang-"):  # where it is the draft steps, or the tokens of a request
+            assert config.num_backends == (int(number[1]) if number else 1)
         assert config.target == "cuda"
     with pytest.raises(ConfigError, match="Did you mean 'nsa-decode-3'"):
         preset("nsa-decode3")

@@ -48,6 +48,11 @@ REGISTERS = {
     "vllm-draft-step": 42,
     "flashinfer-pages-3": 56,
     "flashinfer-decode-3": 64,
+    "sglang-draft-2": 48,
+    "sglang-verify": 60,
+    "sglang-verify-chain": 32,
+    "sglang-draft-extend": 60,
+    "sglang-draft-extend-layout": 32,
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from objects import FAMILIES
 from onelaunch import ArgumentError
 from onelaunch.integrations import plugin, sglang
-from onelaunch.integrations.sglang import seam as seam_module
+from onelaunch.integrations.sglang import hooks
 from onelaunch.integrations.sglang.runners import RUNNERS
 from onelaunch.spec.seams import MAX_TOKEN_INPUTS
 from runner_objects import CAPTURED, REQUESTS, TOKENS, Request
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("quick_builds")
 def _detached() -> Any:
     """No test leaves a hook in the engine's modules."""
     yield
-    for made in {id(made): made for hook in seam_module._Hook._made.values() for made in hook.seams}.values():
+    for made in {id(made): made for hook in hooks.Hook.made.values() for made in hook.seams}.values():
         made.detach()
-    assert not seam_module._Hook._made
+    assert not hooks.Hook.made
 
 
 BATCHES = ((7, 30), (64,), (1, 90, 33, 5, 570), (128, 3, 65))
@@ -222,7 +222,7 @@ def launched(made: Seam, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (type(made.mine).__module__, "_grouped_foreach_copy_"),
     ):
         owner = sys.modules[module]
-        if (hook := getattr(owner, name, None)) is not None and isinstance(hook, seam_module._Hook):
+        if (hook := getattr(owner, name, None)) is not None and isinstance(hook, hooks.Hook):
             monkeypatch.setattr(hook, "original", _Counting(hook.original, names, name))
     return names
 
@@ -351,7 +351,7 @@ def test_detached_it_is_the_engines(kind: str) -> None:
     made.seam.detach()
     for runner in (made.mine, made.mine.attn_backend, getattr(made.mine, "buffer_registry", None)):
         assert not any("onelaunch" in type(value).__module__ for value in vars(runner or SimpleNamespace()).values())
-    assert not seam_module._Hook._made
+    assert not hooks.Hook.made
     launches = made.seam.launches
     made.replay((9, 2), 2)
     assert made.seam.launches == launches

@@ -6,8 +6,8 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..attributes import read
 from ..refusals import batch_refusal, refusal
 from .attach import Attachment, attach_backend, attached_to
 from .captured import VERSION, mode_of
+from .hooks import Bound, Hook, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
 from .refresher import Ready, launch
 from .runners import COPIES, FILL, RUNNERS, Runner
@@ -65,7 +66,7 @@ class Seam:
         self._size = 0  # the captured size of that batch
         self._launched: Ready | None = None  # while the backend's refresh is still to come
         self._drafting = False  # while the worker drafts with this runner
-        self._unfilled: dict[str, _Unfilled] = {}  # the buffers, until the batch is copied into them
+        self._unfilled: dict[str, Unfilled] = {}  # the buffers, until the batch is copied into them
         self._waiting: Callable[[], Any] | None = None  # the gather of the draft's write locations
         columns = ", ".join(self._buffers)
         self.refreshed = f"{kind.seam}'s {columns}"
@@ -74,7 +75,7 @@ class Seam:
             self.refreshed += f"; {type(self._backend).__name__}'s {self._attachment.refreshed}"
         self.stays = f"{kind.stays}; of {type(self._backend).__name__}: {self._of_backend()}"
         # What was replaced: the object, the name, what the object had of its own, and what it has now.
-        self._own: list[tuple[Any, str, Any, _Bound]] = []
+        self._own: list[tuple[Any, str, Any, Bound]] = []
         self._replace()
 
     @property
@@ -138,15 +139,15 @@ class Seam:
         if kind.registry:
             self._set(getattr(runner, kind.registry), FILL, self._fill)
         else:
-            _Hook.of(sys.modules[type(runner).__module__], COPIES).seams.append(self)
+            Hook.of(sys.modules[type(runner).__module__], COPIES).seams.append(self)
         worker, drafter = sys.modules.get(_WORKER), getattr(runner, "eagle_worker", None)
         if kind.mode == "decode" and worker is not None and hasattr(worker, _GATHER) and hasattr(drafter, "draft"):
-            _Hook.of(worker, _GATHER).seams.append(self)
+            Hook.of(worker, _GATHER).seams.append(self)
             self._set(runner, "can_run_graph", self._can_run_graph)
             self._set(drafter, "draft", self._drafts)
 
     def _set(self, owner: Any, name: str, mine: Any) -> None:
-        bound = _Bound(mine, getattr(owner, name))
+        bound = Bound(mine, getattr(owner, name))
         self._own.append((owner, name, vars(owner).get(name), bound))
         setattr(owner, name, bound)
 
@@ -160,7 +161,7 @@ class Seam:
             else:
                 setattr(owner, name, own)
         self._own = []
-        _Hook.remove(self)
+        Hook.remove(self)
         if self._owned and self._attachment is not None:
             self._attachment.detach()
 
@@ -171,7 +172,7 @@ class Seam:
         self._batch, self._size = batch, 0
         buffers = self.backend.buffers
         if not self._kind.registry and not self.failed:
-            self._unfilled = {name: _Unfilled(getattr(buffers, name)) for name in self._buffers}
+            self._unfilled = {name: Unfilled(getattr(buffers, name)) for name in self._buffers}
             self.backend.buffers = SimpleNamespace(**{**vars(buffers), **self._unfilled})
         try:
             return original(batch, *arguments, **keywords)
@@ -325,82 +326,6 @@ class Seam:
             waiting()
 
 
-class _Unfilled:
-    """A buffer of a runner that the launch pads. What the engine fills it with waits, and is dropped after a launch."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self._value: Any = None
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.tensor[index]
-
-    def fill_(self, value: Any) -> None:
-        """Tensor.fill_, later or never."""
-        self._value = value
-
-    def zero_(self) -> None:
-        """Tensor.zero_, later or never."""
-        self._value = 0
-
-    def fill(self) -> None:
-        """Fills it, if it was to be."""
-        if self._value is not None:
-            self.tensor.fill_(self._value)
-
-
-class _Bound:
-    """A method of mine in place of an original one, which it gets first."""
-
-    def __init__(self, mine: Callable[..., Any], original: Any) -> None:
-        self.mine, self.original = mine, original
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.mine(self.original, *arguments, **keywords)
-
-
-class _Hook:
-    """A function of one of SGLang's modules that asks seams first. It is there while there are any."""
-
-    _made: ClassVar[dict[tuple[str, str], _Hook]] = {}
-
-    def __init__(self, module: ModuleType, name: str) -> None:
-        self.module, self.name, self.original = module, name, getattr(module, name)
-        self.seams: list[Seam] = []
-
-    @classmethod
-    def of(cls, module: ModuleType, name: str) -> _Hook:
-        """The hook of a function, which is put in its place if it isn't there."""
-        key = module.__name__, name
-        if key not in cls._made:
-            cls._made[key] = cls(module, name)
-            setattr(module, name, cls._made[key])
-        return cls._made[key]
-
-    @classmethod
-    def remove(cls, seam: Seam) -> None:
-        """A seam leaves all hooks, and hooks without seams go."""
-        for key, hook in list(cls._made.items()):
-            hook.seams = [other for other in hook.seams if other is not seam]
-            if not hook.seams:
-                setattr(hook.module, hook.name, hook.original)
-                del cls._made[key]
-
-    def __call__(self, destinations: list[Tensor], sources: list[Tensor]) -> None:
-        """COPIES."""
-        if not any(seam.copies(self.original, destinations, sources) for seam in self.seams):
-            self.original(destinations, sources)
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        """A kernel's launcher."""
-
-        def launch(*arguments: Any, **keywords: Any) -> None:
-            if not any(seam.waits(self.original[grid], arguments, keywords) for seam in self.seams):
-                self.original[grid](*arguments, **keywords)
-
-        return launch
-
-
 def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_token: Tensor, **facts: Any) -> Plan:
     """Binds tensors of an engine of yours to a seam's declarations, for one launch without a runner.
 
@@ -447,7 +372,7 @@ def attach_runner(runner: Any) -> Seam:
             f"{type(runner).__name__} isn't served: _metadata_glue is set: what comes before a replay is recorded in a "
             "graph. Unset SGLANG_ENABLE_METADATA_GLUE_GRAPH."
         )
-    if isinstance(getattr(runner, kind.method), _Bound):
+    if isinstance(getattr(runner, kind.method), Bound):
         raise ArgumentError(f"{type(runner).__name__} is attached already. Call detach() of what attach() returned.")
     if kind.mode == "decode" and (runner.topk or 1) > 1:
         raise ArgumentError(f"the runner's topk is {runner.topk}; allowed: 1. A draft tree has rows for each branch.")
