@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import onelaunch
+import pairs
 import pytest
 import support
 import torch
@@ -25,7 +25,7 @@ RUNS = settings(max_examples=150)
 field_sets = st.sets(st.sampled_from(sorted(FIELDS)), min_size=1).map(
     lambda names: tuple(n for n in FIELDS if n in names)
 )
-choices = {name: st.sampled_from(values) for name, values in cases.SETTINGS.items()}
+choices = {name: st.sampled_from(values) for name, values in pairs.SETTINGS.items()}
 refreshes = st.fixed_dictionaries({**choices, "fields": field_sets, "num_backends": st.integers(1, 9)})
 copies = st.fixed_dictionaries(
     {
@@ -52,7 +52,7 @@ def configurations(draw: st.DrawFn) -> KernelConfig:
         refused = [*refused, "page_indices", "pooled_real_page_table"]
     chosen["fields"] = tuple(n for n in chosen["fields"] if n not in refused) or ("cu_seqlens_k",)
     try:
-        return KernelConfig(**chosen) if "operation" in chosen else cases.configuration(chosen)
+        return KernelConfig(**chosen) if "operation" in chosen else pairs.configuration(chosen)
     except ConfigError:
         assume(False)
         raise

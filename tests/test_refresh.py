@@ -5,13 +5,14 @@ from __future__ import annotations
 from itertools import product
 
 import cases
+import pairs
 import pytest
 import torch
 from cases import BATCH_SHAPES, BATCHES, CONFIGURATIONS, SHAPES, STRATEGIES, Shape, batch
 from checker import check
 from onelaunch import PRESETS, KernelConfig
 
-PAIRS = cases.any_two_settings()
+PAIRS = pairs.any_two_settings()
 WITH_TABLES = [name for name, config in STRATEGIES.items() if config.tables and "kv_indices" not in config.fields]
 
 
@@ -43,8 +44,8 @@ def test_any_two_settings_together(device: torch.device, name: str) -> None:
 
 
 def test_the_table_holds_every_value_of_every_setting() -> None:
-    chosen = cases.all_pairs(cases.SETTINGS, cases.allowed)
-    for name, values in cases.SETTINGS.items():
+    chosen = pairs.all_pairs(pairs.SETTINGS, pairs.allowed)
+    for name, values in pairs.SETTINGS.items():
         assert {case[name] for case in chosen} == set(values), name
 
 
