@@ -306,6 +306,7 @@ AUDITS = {
         "indices",
         "declared rows",
         "declared offsets",
+        "padded rows",
     )
 }
 # Combinations of them that took code of their own.

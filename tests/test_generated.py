@@ -41,11 +41,11 @@ def test_the_readme_shows_the_evidence() -> None:
 
 
 def test_the_evidence_says_what_failed_and_what_was_not_run() -> None:
-    """Nothing found a fault of the product; what failed for another reason, or wasn't run, is named."""
+    """The sanitizers and the replays found nothing; what failed has a reason, what wasn't run is named."""
     evidence = json.loads(EVIDENCE.read_text(encoding="utf-8"))
     suite, not_run = evidence["tests"], evidence.get("not_run", {})
     assert len(suite["failures"]) == suite["failed"]
-    # What failed has passed since, on a GPU, with the same kernels; or the test itself was at fault.
+    # What failed has passed since, on a GPU, with the same kernels; or it has a reason, which may be an open question.
     assert {*suite["fixed"], *suite.get("reasons", {})} == {*suite["failures"]}
     assert suite["passed"] > 1000
     assert {"sanitizers", "replays"} - evidence.keys() == not_run.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def _first(buffers: MetadataBuffers, capacity: int) -> MetadataBuffers:
     indices = torch.full((capacity,), POISON, dtype=torch.int32, device=DEVICE)
     count = min(capacity, buffers.kv_indices.numel())
     indices[:count] = buffers.kv_indices[:count]
-    return MetadataBuffers(kv_indptr=buffers.kv_indptr, kv_indices=indices)
+    return dataclasses.replace(buffers, kv_indices=indices)
 
 
 def test_the_driver_names_the_architecture_that_torch_names() -> None:

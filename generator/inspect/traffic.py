@@ -128,9 +128,9 @@ def traffic(
         if field.own_rows is not None:
             count = requests * field.own_rows
         shape: tuple[float, ...]
+        # What backends of different lengths share is written as far as the longest reaches.
+        of_tensors = offsets if len(offsets) == tensors else (max(offsets),) * tensors
         if name in config.tables:
-            # What backends of different lengths share is written as far as the longest reaches.
-            of_tensors = offsets if len(offsets) == tensors else (max(offsets),) * tensors
             whole = not config.live or (name == "real_page_table" and config.page_fill is not None)
             repeats = per_request if field.kind == "table" else [1] * requests
             in_all = sum(n * words(name, r, offset, whole) for offset in of_tensors for r, n in enumerate(repeats))
@@ -138,9 +138,12 @@ def traffic(
             shape = (count, mean / count if count else 0) if field.kind == "table" else (mean,)
         elif name in config.computed:
             each = per_request if field.per == "row" else [1] * requests
-            of_requests = [live_columns(config, name, n, max(offsets) + verified) for n in lengths]
-            mean = float(sum(n * columns for n, columns in zip(each, of_requests, strict=True)))
-            in_all = int(mean) * tensors
+            in_all = sum(
+                n * live_columns(config, name, length, offset + verified)
+                for offset in of_tensors
+                for n, length in zip(each, lengths, strict=True)
+            )
+            mean = in_all / tensors
             shape = (count, mean / count if count else 0) if field.kind == "table" else (mean,)
         else:
             size = fixed.get(name, (count + field.extra,))

@@ -75,14 +75,14 @@ def audit_every(given: Any) -> int | None:
     return int(text) if text else None
 
 
-def record(device: torch.device, *, pinned: bool) -> Tensor:
-    """The record that kernels report to, int64 [4], empty: what was found, and three numbers about it.
-
-    Args:
-        pinned: in the host's memory, where the host reads it without waiting for the device.
-    """
+def record(device: torch.device) -> Tensor:
+    """The record that kernels report to, int64 [4], empty: what was found, and three numbers about it."""
     # Not an inference tensor: Plan.check writes to it.
     with torch.inference_mode(False):
-        if pinned and device.type == "cuda":  # pragma: gpu
-            return torch.zeros(4, dtype=torch.int64, pin_memory=True)
         return torch.zeros(4, dtype=torch.int64, device=device)
+
+
+def on_host(recorded: Tensor) -> Tensor:
+    """Where the host sees what a record held, without waiting for the device: pinned, to copy to; on a CPU itself."""
+    with torch.inference_mode(False):
+        return torch.zeros(4, dtype=torch.int64, pin_memory=True) if recorded.is_cuda else recorded

@@ -14,7 +14,7 @@ from ..load.loader import Kernel
 from ..spec.config import KernelConfig
 from ..spec.cpp import user_name
 from ..spec.violations import DIFFERS, VIOLATIONS
-from .audit import Places, record
+from .audit import Places, on_host, record
 from .bound import LOST, BoundKernel
 from .checks import INT_DTYPES, check_int, check_tensor
 from .declared import Declarations
@@ -73,7 +73,8 @@ class Plan:
         self._variable = config.extend == "variable"
         self._has_rows = config.mode != "draft_extend" or bool(config.row_fields or config.names_rows)
         # Of a checked plan kind, request, value and limit of the first violation; of an audit see audit.py.
-        self._violation = record(self.device, pinned=config.audits) if config.reports else None
+        self._violation = record(self.device) if config.reports else None
+        self._seen = None if self._violation is None or not config.audits else on_host(self._violation)
         self._places = Places(destinations) if config.audits else None
         self._audit_every, self._auditor = audit_every, None
         if audit_every is not None:
@@ -164,14 +165,18 @@ class Plan:
     def _canary(self, *tensors: Tensor | None, **named: Any) -> None:
         """Raises what the last audit found, or launches the next one. Waits only to raise."""
         assert self._auditor is not None
-        assert self._auditor._violation is not None
+        recorded, seen = self._auditor._violation, self._auditor._seen
+        assert recorded is not None
+        assert seen is not None
         if self.device.type == "cuda":  # pragma: gpu
             with torch.cuda.device(self.device):
                 if torch.cuda.is_current_stream_capturing():
                     return
-        if int(self._auditor._violation[0]):
+        if int(seen[0]):
             self.check()
         self.audit(*tensors, **named)  # type: ignore[arg-type]
+        if seen is not recorded:  # pragma: gpu
+            seen.copy_(recorded, non_blocking=True)
 
     def audit(
         self,
@@ -362,6 +367,8 @@ class Plan:
         if not kind:
             return
         recorded.zero_()
+        if self._seen is not None:
+            self._seen.zero_()
         if kind == DIFFERS.number:
             assert self._places is not None
             raise self._places.error(request, value, limit)

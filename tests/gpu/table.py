@@ -32,7 +32,7 @@ def _bench(bench: dict[str, Any]) -> list[str]:
         "",
         *markdown(bench),
         "",
-        f"{explained}. {_specialization(bench)}",
+        f"{explained}. {_specialization(bench)}" + (f" {bench['note']}" if "note" in bench else ""),
         "",
         "![µs of six ways, at four shapes, and of full and verified writes against length](tests/gpu/bench.png)",
     ]
@@ -51,7 +51,7 @@ def _specialization(bench: dict[str, Any]) -> str:
 def _run(evidence: dict[str, Any]) -> str:
     """What was run with these kernels, and what wasn't."""
     suite = evidence["tests"]
-    own = " for reasons outside the kernels and weren't rerun (tests/gpu/evidence.json)" if suite["failed"] else ""
+    own = ", for the reasons in tests/gpu/evidence.json, and not run again" if suite["failed"] else ""
     said = [f"{suite['passed']:,} GPU tests passed, {suite['failed']} failed{own}"]
     if "sanitizers" in evidence:
         errors = sum(run["errors"] for run in evidence["sanitizers"].values())
