@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onelaunch
@@ -64,6 +65,21 @@ def test_an_error_of_somebody_else_is_told_as_such(code: int, advice: str, monke
     built = advice or r" It was built for sm_90a\."
     with pytest.raises(LaunchError, match=rf"can't be loaded on cpu: CUDA error {code}: some words\.{built}$"):
         onelaunch.bind([buffers()], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("facts", "what"), [({"checked": True}, "record"), ({"writes": "verified"}, "hashes")])
+def test_memory_that_a_lost_context_refuses(facts: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*arguments: object, **named: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore of torch's")
+
+    bound = [MetadataBuffers(page_indices=torch.zeros((4, 8), dtype=torch.int32))]
+    table = torch.zeros((5, 8), dtype=torch.int32)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    said = (
+        rf"the {what} of .* can't be allocated on cpu: CUDA error: an illegal memory access was encountered\. A kernel "
+    )
+    with pytest.raises(LaunchError, match=said):
+        onelaunch.bind(bound, req_to_token=table, **facts)
 
 
 def test_a_kernel_that_cant_be_loaded_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, AuditError
 from ..variables import AUDIT_VARIABLE
+from .bound import allocating
 from .checks import check_int
 from .destinations import Destinations
 
@@ -78,7 +79,7 @@ def audit_every(given: Any) -> int | None:
 def record(device: torch.device) -> Tensor:
     """The record that kernels report to, int64 [4], empty: what was found, and three numbers about it."""
     # Not an inference tensor: Plan.check writes to it.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), allocating("the record of a plan", device):
         return torch.zeros(4, dtype=torch.int64, device=device)
 
 

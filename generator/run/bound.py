@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -92,6 +93,20 @@ class BoundKernel:
         return LaunchError(
             f"{self._config.symbol} wasn't launched on {self._device}: {error}. {_advice(error)}".rstrip()
         )
+
+
+@contextlib.contextmanager
+def allocating(what: str, device: torch.device) -> Iterator[None]:
+    """An allocation of torch's, whose error may be an earlier kernel's.
+
+    Raises:
+        LaunchError: CUDA's context is lost.
+    """
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        said = str(error).partition("\n")[0]
+        raise LaunchError(f"{what} can't be allocated on {device}: {said}. {LOST}") from error
 
 
 def _advice(error: RuntimeError) -> str:
