@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import torch
 from onelaunch.build import environment, toolchain
+from onelaunch.cache.store import Store
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
 from onelaunch.run import api, refresh, schedules
@@ -124,8 +125,9 @@ def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     these, too, where a GPU's machine has the cores for it.
     """
     if headers.QUICK_VARIABLE in os.environ and not torch.cuda.is_available():
+        store = Store(Path(os.environ[CACHE_VARIABLE]) / "quick")
         monkeypatch.setenv("CXX", os.environ[headers.QUICK_VARIABLE])
-        monkeypatch.setenv(CACHE_VARIABLE, os.path.join(os.environ[CACHE_VARIABLE], "quick"))
+        monkeypatch.setattr(loader, "default_store", lambda: store)  # which is otherwise found once in a process
 
 
 @pytest.fixture(autouse=True)
