@@ -9,14 +9,19 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from cases import SHAPES, STRATEGIES, Shape, batch
+from cases import AUDITS, SHAPES, STRATEGIES, Shape, batch
 from checker import Scene
 from onelaunch import ArgumentError, AuditError, KernelConfig, MetadataBuffers, Plan
 from onelaunch.errors import ConfigError
 from support import POISON, assert_same
 from torch import Tensor
 
-REFRESHES = [name for name, config in STRATEGIES.items() if config.operation != "copy"]
+# Of each strategy and each field kind one; the others take long, and rarely find anything.
+REFRESHES = [
+    pytest.param(name, marks=[pytest.mark.long] * (name not in AUDITS))
+    for name, config in STRATEGIES.items()
+    if config.operation != "copy"
+]
 SHAPE = Shape("audited", (7, 0, 290, 33, 512), width=640, spare_rows=2, extends=(2, 0, 1, 3), max_indices=9000)
 
 

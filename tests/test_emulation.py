@@ -28,6 +28,7 @@ LIVE, FULL = (KernelConfig(num_backends=2, extent=extent, page_size=16) for exte
 # Of a grid. GCC's ThreadSanitizer holds 8,128 threads, and makes 9 mappings for each, of which Linux allows 65,530.
 MAX_TSAN_THREADS = 7000
 RACED_AUDITS = ("live", "variable rows")
+LONG_UNDER_THREAD = ("declared offsets", "padded")
 SMALL_STRATEGIES = {name: config.replace(**SMALL) for name, config in STRATEGIES.items()}
 OTHERS = {
     **{name: config.replace(**SMALL) for name, config in CONFIGURATIONS.items() if name not in STRATEGIES},
@@ -109,8 +110,15 @@ def test_configuration_agrees_with_the_reference(name: str, builds: Path) -> Non
     check(config, "none", shapes_for(config, "none"), builds, launches=((1, 1), (2, 64)))
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("name", SMALL_STRATEGIES)
+@pytest.mark.parametrize(
+    ("name", "sanitizer"),
+    [
+        # Others have each of their parts, and take half as long.
+        pytest.param(name, sanitizer, marks=[pytest.mark.long] * (sanitizer == "thread" and name in LONG_UNDER_THREAD))
+        for name in SMALL_STRATEGIES
+        for sanitizer in SANITIZERS
+    ],
+)
 def test_strategy_is_clean(name: str, sanitizer: str, builds: Path) -> None:
     """One configuration of each strategy and each field kind under the sanitizers.
 
