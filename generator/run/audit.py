@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, AuditError
 from ..variables import AUDIT_VARIABLE
-from .bound import allocating
+from .bound import zeros
 from .checks import check_int
 from .destinations import Destinations
 
@@ -78,12 +78,9 @@ def audit_every(given: Any) -> int | None:
 
 def record(device: torch.device) -> Tensor:
     """The record that kernels report to, int64 [4], empty: what was found, and three numbers about it."""
-    # Not an inference tensor: Plan.check writes to it.
-    with torch.inference_mode(False), allocating("the record of a plan", device):
-        return torch.zeros(4, dtype=torch.int64, device=device)
+    return zeros("the record of a plan", (4,), device)
 
 
 def on_host(recorded: Tensor) -> Tensor:
     """Where the host sees what a record held, without waiting for the device: pinned, to copy to; on a CPU itself."""
-    with torch.inference_mode(False):
-        return torch.zeros(4, dtype=torch.int64, pin_memory=True) if recorded.is_cuda else recorded
+    return zeros("the record of a plan", (4,), recorded.device, pinned=True) if recorded.is_cuda else recorded

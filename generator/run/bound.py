@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,15 +94,19 @@ class BoundKernel:
         )
 
 
-@contextlib.contextmanager
-def allocating(what: str, device: torch.device) -> Iterator[None]:
-    """An allocation of torch's, whose error may be an earlier kernel's.
+def zeros(what: str, shape: tuple[int, ...], device: torch.device, *, pinned: bool = False) -> Tensor:
+    """int64 memory of a plan, which later calls write to: so it is no inference tensor.
+
+    Args:
+        what: what it is, in words.
+        pinned: in the host's memory, where the device can write.
 
     Raises:
         LaunchError: CUDA's context is lost.
     """
     try:
-        yield
+        with torch.inference_mode(False):
+            return torch.zeros(shape, dtype=torch.int64, device="cpu" if pinned else device, pin_memory=pinned)
     except torch.AcceleratorError as error:
         said = str(error).partition("\n")[0]
         raise LaunchError(f"{what} can't be allocated on {device}: {said}. {LOST}") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..spec.config import KernelConfig
-from .bound import allocating
+from .bound import zeros
 from .destinations import Destinations
 from .memory import Region
 
@@ -37,9 +37,7 @@ class TileHashes:
 
     def __init__(self, regions: list[Region], rows: int, tiles: int, device: torch.device) -> None:
         self.regions = regions
-        # Not an inference tensor: forget() writes to it.
-        with torch.inference_mode(False), allocating("the hashes of verified writes", device):
-            self.words = torch.zeros((rows, tiles), dtype=torch.int64, device=device)
+        self.words = zeros("the hashes of verified writes", (rows, tiles), device)
 
 
 _known: weakref.WeakValueDictionary[tuple[Any, ...], TileHashes] = weakref.WeakValueDictionary()

@@ -161,10 +161,7 @@ class Attachment:
         self._forget()
         self._refresh = None
         self._ready = {}
-        self.failed = f"{type(error).__name__}: {error}"
-        text = f"{type(self.backend).__name__} runs the engine's own code from now on. {self.failed}"
-        log.logger.warning(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        self.failed = warned(self.backend, error)
         return False
 
     def _forget(self) -> None:
@@ -251,6 +248,18 @@ class Attachment:
     def _note_recording(self) -> None:
         if self._place.method == IN_GRAPH or torch.cuda.is_current_stream_capturing():
             self._recorded = True
+
+
+def warned(target: Any, error: Exception) -> str:
+    """The error after which a backend or runner runs the engine's own code, in words, of which one warning is given.
+
+    Called by what the engine calls, two calls down.
+    """
+    failed = f"{type(error).__name__}: {error}"
+    text = f"{type(target).__name__} runs the engine's own code from now on. {failed}"
+    log.logger.warning(text)
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
+    return failed
 
 
 class _Kernel:

@@ -123,7 +123,7 @@ class Lists:
             LaunchError: CUDA refused the launch.
         """
         ready, known = self._ready.get((bs, "decode", seq_lens.dtype, req_pool_indices.dtype), (None, None))
-        if ready is None or (source is not None and source is not known) or not ready.current():
+        if ready is None or (source is not None and source is not known) or ready.exchanged():
             ready = self.ready(bs, "decode", seq_lens.dtype, req_pool_indices.dtype, source=source)
         ready.plan.run(seq_lens, req_pool_indices)
 

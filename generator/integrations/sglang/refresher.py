@@ -14,7 +14,7 @@ from ...run.declared import Written, into
 from ...run.plan import Plan
 from ...run.schedules import convention_of, paged_mqa_settings
 from ...spec.fields import Declaration, MetadataBuffers, running_sum
-from ..attributes import has, read
+from ..attributes import has, merged, read
 from ..refusals import refusal
 from .captured import (
     DSA,
@@ -118,11 +118,9 @@ def _bind(
         if given.get("extend") == "variable" and "cu_seqlens_q" not in leave:
             starts: list[Any] = [getattr(c.metadata, "cu_seqlens_q", None) for c in captured]
             if starts[0] is not None:
-                given["declare"] = {
-                    **(given.get("declare") or {}),
-                    "cu_seqlens_q": into(running_sum(_EXTENDED), starts),
-                }
-                given["inputs"] = {**(given.get("inputs") or {}), _EXTENDED: given["extend_seq_lens_dtype"]}
+                declare = {"cu_seqlens_q": into(running_sum(_EXTENDED), starts)}
+                inputs = {_EXTENDED: given["extend_seq_lens_dtype"]}
+                given |= merged(given, {"declare": declare, "inputs": inputs})
         _row_a_request(captured, buffers, names, several and names is MHA, mode, given)
     return bind(buffers, req_to_token=req_to_token, **given)
 
@@ -227,9 +225,9 @@ class Ready(NamedTuple):
     pairs: list[tuple[Any, Any]]
     held: list[tuple[Any, str, Any]]
 
-    def current(self) -> bool:
-        """Whether nothing that is bound was exchanged."""
-        return all(getattr(owner, name, None) is value for owner, name, value in self.held)
+    def exchanged(self) -> str:
+        """The first attribute that is bound and was exchanged; "" if none was."""
+        return next((name for owner, name, value in self.held if getattr(owner, name, None) is not value), "")
 
 
 class Refresher:

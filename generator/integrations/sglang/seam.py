@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from ...spec.fields import MetadataBuffers
 from ...variables import DISABLE_VARIABLE
 from ..attributes import read
 from ..refusals import batch_refusal, refusal
-from .attach import Attachment, attach_backend, attached_to
+from .attach import Attachment, attach_backend, attached_to, warned
 from .captured import VERSION, mode_of
 from .hooks import Bound, Hook, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
@@ -50,9 +49,8 @@ class Seam:
         self.backend, self._kind = runner, kind
         self.launches, self.failed = 0, ""
         self._tokens = kind.tokens(runner)
-        self._buffers = kind.buffers(runner)
-        declared = kind.declare(self._tokens)
-        self._buffers = {name: tensor for name, tensor in self._buffers.items() if name in declared}
+        self._declared = kind.declare(self._tokens)
+        self._buffers = {name: tensor for name, tensor in kind.buffers(runner).items() if name in self._declared}
         self._names = {tensor.data_ptr(): name for name, tensor in self._buffers.items()}
         self._backend = getattr(runner, kind.backend)
         self._attachment, self._owned = attached_to(self._backend), False
@@ -116,11 +114,9 @@ class Seam:
     def _bind(self, bs: int) -> Ready:
         kind, runner = self._kind, self.backend
         extends = kind.mode == "draft_extend"
-        declared = kind.declare(self._tokens)
-        written = {**declared, **{name: into(declared[name], self._view(name)) for name in self._buffers}}
+        written = {**self._declared, **{name: into(self._declared[name], self._view(name)) for name in self._buffers}}
         facts: dict[str, Any] = {
-            "inputs": {name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()},
-            "constants": {"draft_tokens": self._tokens},
+            **_named(self._tokens),
             "padding_len": int(runner.seq_len_fill_value) - (self._tokens if extends else 0),
             "seq_lens_dtype": torch.int32 if extends else torch.int64,
         }
@@ -268,9 +264,8 @@ class Seam:
         tokens = 1 if kind.mode == "decode" else self._tokens
         if len(lengths) != len(rows) or len(sources["positions"]) != len(rows) * tokens:
             return False
-        for owner, name, value in ready.held:
-            if getattr(owner, name, None) is not value:
-                raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
+        if name := ready.exchanged():
+            raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
         plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
         launch(plan, lengths, rows, [inputs[name] for name in plan._input_names], self._size)
         self.launches += 1
@@ -291,10 +286,7 @@ class Seam:
 
     def _give_way(self, error: Exception) -> bool:
         """After an exception of any kind: the engine's own code runs. False."""
-        self.failed = f"{type(error).__name__}: {error}"
-        text = f"{type(self.backend).__name__} runs the engine's own code from now on. {self.failed}"
-        log.logger.warning(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        self.failed = warned(self.backend, error)
         return False
 
     # ------------------------------------------------------------------------------------------ the draft's gather
@@ -333,6 +325,12 @@ class Seam:
             waiting()
 
 
+def _named(tokens: int) -> dict[str, Any]:
+    """The inputs and constants of bind() that the seams' formulas name."""
+    inputs = {name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()}
+    return {"inputs": inputs, "constants": {"draft_tokens": tokens}}
+
+
 def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_token: Tensor, **facts: Any) -> Plan:
     """Binds tensors of an engine of yours to a seam's declarations, for one launch without a runner.
 
@@ -360,8 +358,7 @@ def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_toke
         [MetadataBuffers()],
         req_to_token=req_to_token,
         declare={**declared, **{name: into(declared[name], tensor) for name, tensor in tensors.items()}},
-        inputs={name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()},
-        constants={"draft_tokens": tokens},
+        **_named(tokens),
         **facts,
     )
 
