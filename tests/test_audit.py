@@ -39,11 +39,10 @@ class Audited:
 
     def written(self, name: str, d: int) -> list[tuple[int, ...]]:
         """The elements of a destination that the refresh wrote."""
-        tensor = self.scene.destinations[name][d][0].cpu()
+        tensor, poison = self.scene.destinations[name][d][0], POISON
         if tensor.dtype == torch.bool:
+            # Before the copy to the CPU, which makes 1 of any byte of a bool that isn't 0 where there are strides.
             tensor, poison = tensor.view(torch.uint8), 0xA5
-        else:
-            poison = POISON
         return [tuple(index) for index in (tensor != poison).nonzero().tolist()]
 
 
