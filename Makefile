@@ -71,7 +71,7 @@ check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of t
 	MYPYPATH=build/typing $(BIN)/mypy -p onelaunch
 	# Likewise. The contracts are in pyproject.toml.
 	cd build/typing && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --no-logo $(CURDIR)/pyproject.toml
-	$(BIN)/clang-format --dry-run --Werror generated/*.cu $(wildcard templates/device/*.cuh templates/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror generated/*.cu $(wildcard templates/device/*.cuh templates/*.cpp templates/binding/*.h)
 	$(BIN)/onelaunch generate --check
 	rm -rf build/wheel
 	# Without isolation, which is quicker. make wheel and CI build in isolation, which shows that nothing else is needed.
