@@ -66,24 +66,29 @@ def _slots(runner: Any) -> dict[str, Tensor]:
     return {name: runner.buffer_registry.get_slot(name).buffer for name in seams.VERIFY_BUFFERS}
 
 
+_TOKENS = [seams.token_input(number) for number in range(seams.MAX_TOKEN_INPUTS)]
+
+
 def _draft_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
     return {
         "pool_rows": sources["req_pool_indices"],
-        "first_token": sources["topk_index"][:, 0],
-        "first_probability": sources["topk_p"][:, 0].view(torch.int32),
+        "first_token": sources["topk_index"].select(1, 0),
+        "first_probability": sources["topk_p"].select(1, 0).view(torch.int32),
     }
 
 
 def _token_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
-    inputs = {"pool_rows": sources["req_pool_indices"]}
+    inputs = {}
     if "input_ids" in sources:
-        each = sources["input_ids"].view(-1, tokens).unbind(1)
-        inputs |= {seams.token_input(number): column for number, column in enumerate(each)}
+        inputs = dict(zip(_TOKENS, sources["input_ids"].view(-1, tokens).unbind(1), strict=False))
+    inputs["pool_rows"] = sources["req_pool_indices"]
     return inputs
 
 
 def _extend_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
-    return _token_inputs(sources, tokens) | {"accepted": sources["num_accept_tokens"]}
+    inputs = _token_inputs(sources, tokens)
+    inputs["accepted"] = sources["num_accept_tokens"]
+    return inputs
 
 
 RUNNERS = {
