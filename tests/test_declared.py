@@ -194,6 +194,17 @@ def test_a_checked_plan_reports_a_look_up_outside_its_source() -> None:
         plan.check()
 
 
+def test_a_checked_plan_does_not_report_a_look_up_that_a_condition_excludes() -> None:
+    """However long its formula is: long ones are computed in several local constants."""
+    out = blank(3)
+    shift = " + ".join(["base_len * base_len"] * 6)
+    guarded = f"where(base_len < 5, token(base_len + 0 * ({shift})) + ({shift}), -1)"
+    plan = bound({"out": into(vector(guarded, "request"), out)}, checked=True)
+    plan.run(torch.tensor([2, 12, 3]), ROWS)
+    plan.check()
+    assert out.tolist() == [32 + 6 * 4, -1, 23 + 6 * 9]
+
+
 def test_a_plan_in_a_compiled_function() -> None:
     out = blank(3)
     plan = bound({"out": into(vector("base_len + accept", "request"), out)}, inputs={"accept": torch.int64})

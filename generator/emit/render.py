@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
 from ..spec.config import KernelConfig
-from ..spec.cpp import assigned, cpp, user_name
+from ..spec.cpp import cpp, user_name
 from ..spec.declarations import written
 from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
-from ..spec.vectors import element, expression, functions_of, locals_of
+from ..spec.vectors import element, functions_of, live_count, locals_of, value_locals
 from ..spec.violations import violations_of
 from .binding import render_plain_binding
 
@@ -104,8 +104,8 @@ def _environment() -> jinja2.Environment:
         "device": _device,
         "locals_of": locals_of,
         "element": element,
-        "expression": expression,
-        "assigned": assigned,
+        "value_locals": value_locals,
+        "live_count": live_count,
     }
     return environment
 
