@@ -637,8 +637,8 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"operation": "copy", "fields": ("flashmla_metadata", "num_splits")},
-        "fields has flashmla_metadata and operation is 'copy'; a copy can't write schedules, counts or kv_indices, which "
-        "each refresh computes. Leave them out of the destinations.",
+        "fields has flashmla_metadata and operation is 'copy'; a copy can't write schedules, counts or kv_indices, "
+        "which each refresh computes. Leave them out of the destinations.",
     ),
     (
         {"operation": "copy", "fields": ("cache_seqlens", "num_splits")},
@@ -652,8 +652,8 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"fields": ("num_kv_splits",), "num_head": 4},
-        "num_kv_head is 8 and num_head is 4; num_kv_splits needs a query head or more for each head of keys and values. "
-        "Set num_head.",
+        "num_kv_head is 8 and num_head is 4; num_kv_splits needs a query head or more for each head of keys and "
+        "values. Set num_head.",
     ),
     ({"fields": ("num_kv_splits",), "device_core_count": 0}, "device_core_count is 0; allowed: 1 to 65536."),
     ({"max_kv_splits": 65_537}, "max_kv_splits is 65537; allowed: 1 to 65536."),

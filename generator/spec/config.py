@@ -208,8 +208,8 @@ class KernelConfig(Implied):
             )
         if "num_kv_splits" in self.fields and self.num_kv_head > self.num_head:
             raise ConfigError(
-                f"num_kv_head is {self.num_kv_head} and num_head is {self.num_head}; num_kv_splits needs a query head or "
-                "more for each head of keys and values. Set num_head."
+                f"num_kv_head is {self.num_kv_head} and num_head is {self.num_head}; num_kv_splits needs a query head "
+                "or more for each head of keys and values. Set num_head."
             )
         if self.has_mqa_schedule and self.mode == "draft_extend" and self.extend == "variable":
             if self.schedule_per == "row":

@@ -198,7 +198,7 @@ PURPOSES: dict[str, str] = {
     "vllm-draft-step": "vLLM's drafter with two KV-cache groups: slot mappings, sparse indexer, schedule",
     "flashinfer-pages-3": "FlashInfer: what the plans of three wrappers read, pages of 16, on the host too",
     "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",
-    "triton-decode-3": "SGLang's Triton attention with three draft steps: the same, and the split counts that they share",
+    "triton-decode-3": "SGLang's Triton attention with three draft steps: the same, and the steps' split counts",
 }
 """The purpose of each preset, in one line."""
 

@@ -1,4 +1,4 @@
-"""The split counts of SGLang's Triton attention: made by the launch of the draft steps, and equal to the engine's own."""
+"""The split counts of SGLang's Triton attention: the launch of the draft steps makes them, as the engine does."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ FAULTS = {
             "take lengths that differ a little for different",
             "nearly equal requests are split as uneven ones",
             SPLITS,
-            Shape("nearly equal", (1000, 1100) * 20),
+            Shape("nearly equal", (1000, 1100) * 150),
             r"  if \(std::uint64_t\{longest\} \* 8 < [^\n]*\n",
             "",
         ),
