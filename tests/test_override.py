@@ -35,7 +35,7 @@ def edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store = Store(tmp_path / "cache")
     monkeypatch.setattr(loader, "default_store", lambda: store)
     monkeypatch.setattr(loader, "_loaded", {})
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
     return folder
 
 
