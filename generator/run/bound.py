@@ -45,9 +45,10 @@ class BoundKernel:
             None) differ from those of the last 8 different calls, it calls owner._check(arguments...), which raises or
             returns the words.
         launch: launch(words..., stream): the bare launch, for measurements.
-        follow: follow(inputs, spans): from now on run() calls owner._check only for arguments that differ from those of
-            the last calls in more than the addresses of tensors, or overlap the spans (first and last addresses). The
-            inputs are the indices of the arguments that the call's words begin with.
+        follow: follow(inputs, spans, arguments): from now on run() with so many arguments calls owner._check only for
+            those that differ from the last calls' in more than the addresses of tensors, or overlap the spans (first
+            and last addresses). The call's words begin with an address and a stride of each input, which is an
+            argument or a view of one: ``inputs`` has that argument's index.
 
     Raises:
         LaunchError: the kernel can't run on the device, or can't read the tensors of this torch.
