@@ -149,6 +149,13 @@ PRESETS: dict[str, KernelConfig] = {
         constants={"query_len": 1},
     ),
     "flashinfer-decode-3": KernelConfig(num_backends=3, fields=("kv_indptr", "kv_indices"), seqlen_offsets=(1, 2, 3)),
+    "triton-decode-3": KernelConfig(
+        num_backends=3,
+        fields=("kv_indptr", "kv_indices", "num_kv_splits"),
+        distinct=(("num_kv_splits", 1),),
+        dtypes=(("kv_indices", "int64"),),
+        seqlen_offsets=(1, 2, 3),
+    ),
 }
 """The shipped configurations. Their CUDA is in generated/, and the tests compile and run each of them."""
 
@@ -189,6 +196,7 @@ PURPOSES: dict[str, str] = {
     "vllm-draft-step": "vLLM's drafter with two KV-cache groups: slot mappings, sparse indexer, schedule",
     "flashinfer-pages-3": "FlashInfer: what the plans of three wrappers read, pages of 16, on the host too",
     "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",
+    "triton-decode-3": "SGLang's Triton attention with three draft steps: the same, and the steps' split counts",
 }
 """The purpose of each preset, in one line."""
 
