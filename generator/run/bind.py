@@ -143,8 +143,36 @@ def bind(
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
-    settings = dict(locals())  # all arguments: there are no other locals yet
-    return make_plan(settings.pop("backends"), settings.pop("req_to_token"), settings)
+    settings = {
+        "mode": mode,
+        "index_topk": index_topk,
+        "page_size": page_size,
+        "next_n": next_n,
+        "seqlen_offsets": seqlen_offsets,
+        "extent": extent,
+        "max_len": max_len,
+        "seq_lens_dtype": seq_lens_dtype,
+        "req_pool_indices_dtype": req_pool_indices_dtype,
+        "extend": extend,
+        "extend_seq_lens_dtype": extend_seq_lens_dtype,
+        "index_kpool": index_kpool,
+        "page_fill": page_fill,
+        "padding_len": padding_len,
+        "checked": checked,
+        "schedule_remainder": schedule_remainder,
+        "schedule_per": schedule_per,
+        "schedule_atoms": schedule_atoms,
+        "schedule_split_cost": schedule_split_cost,
+        "flashmla_order": flashmla_order,
+        "writes": writes,
+        "audit_every": audit_every,
+        "declare": declare,
+        "inputs": inputs,
+        "constants": constants,
+        "sources": sources,
+        "maps": maps,
+    }
+    return make_plan(backends, req_to_token, settings)
 
 
 def make_plan(

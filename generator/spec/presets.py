@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from .config import KernelConfig
 from .fields import vector
 from .seams import (
@@ -216,11 +214,7 @@ def preset(name: str) -> KernelConfig:
     if name in _GONE:
         raise ConfigError(f"The preset {name!r} is gone since 0.2: {_GONE[name]}.")
     if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}.{nearest(name)}\n`onelaunch list` prints all of them.")
+        raise ConfigError(
+            f"There is no preset {name!r}.{did_you_mean(name, PRESETS)}\n`onelaunch list` prints all of them."
+        )
     return PRESETS[name]
-
-
-def nearest(name: str) -> str:
-    """A sentence that suggests the preset with the nearest name; "" if none is near."""
-    found = difflib.get_close_matches(name, PRESETS, n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
