@@ -48,9 +48,10 @@ EVENTS = {
     "fails as it takes": ("taking", "last", "fails"),
     "late": ("before it", "last", "late"),
 }
-# What they build is in the leader's cache, so that only what is to be tested takes time.
+# What they build is in the leader's cache, from that case, so that only what is to be tested takes time.
+BUILDER = "slower than the time-out"
 BUILT = {"leader killed as it sends", "killed as it takes", "interrupted as it takes", "fails as it takes"}
-LATE_SECONDS, PATIENCE_SECONDS = 4, 5
+LATE_SECONDS, PATIENCE_SECONDS = 10, 5
 
 
 class Rank:
@@ -62,7 +63,7 @@ class Rank:
         self.builds = self.sent = 0
         if backend == "nccl":
             torch.cuda.set_device(rank)
-        timeout = datetime.timedelta(seconds=LATE_SECONDS) if how in ("killed before it", "late") else None
+        timeout = datetime.timedelta(seconds=LATE_SECONDS) if how in ("killed before it", "late", BUILDER) else None
         place = f"tcp://127.0.0.1:{port}" if how.startswith("the store's") else f"file://{self.folder}/meet"
         dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, timeout=timeout)
         if how in ("killed as they meet", "stopped", "the store's process stopped"):
@@ -85,7 +86,7 @@ class Rank:
         self._patch()
         store = Store(self.folder / f"cache-{self.rank}")
         if self.how in BUILT and self.rank == 0:
-            shutil.copytree(self.folder.parent / "all-well" / "cache-0", store.root)
+            shutil.copytree(self.folder.parent / BUILDER.replace(" ", "-") / "cache-0", store.root)
         group = dist.new_group(list(range(1, self.size))) if self.how == "a group without the first" else None
         archs = ("100a",) if self.how == "two architectures" and self.rank == self.size // 2 else ("90a",)
         if self.how == "all well" and self.backend == "nccl":
@@ -128,8 +129,8 @@ class Rank:
             this.at("building")
             if this.how in EVENTS:
                 time.sleep(600)
-            if this.how == "slower than the time-out":
-                time.sleep(3)
+            if this.how == BUILDER:
+                time.sleep(LATE_SECONDS + 1)
             return build(recipe, *args, **kwargs)
 
         def taking(*args: Any) -> Any:
