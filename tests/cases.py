@@ -304,7 +304,6 @@ AUDITS = {
         "offsets",
         "schedules of rows",
         "indices",
-        "declared rows",
         "declared offsets",
         "padded rows",
     )
