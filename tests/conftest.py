@@ -27,6 +27,8 @@ NO_DEVICE = "there is no CUDA device"
 
 # What takes long and rarely finds anything; runs where it is selected (make test-long), and by name.
 LONG_MARKER = "long: takes long and rarely finds anything; make test-long runs it"
+# pytest-cov's own, which isn't installed wherever tests run. Counting lines takes Python as long again.
+UNCOUNTED_MARKER = "no_cover: many cases that run the same lines, which other tests count"
 
 _own_folder = pytest.StashKey[Path]()
 
@@ -40,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.load_profile("tests")
     config.addinivalue_line("markers", LONG_MARKER)
+    config.addinivalue_line("markers", UNCOUNTED_MARKER)
     # The tests' tensors are small: with more threads than one, of this process or a child's, most of the time goes into
     # waiting for one another, which takes the cores from the other workers.
     torch.set_num_threads(1)

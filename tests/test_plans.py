@@ -27,6 +27,15 @@ def inputs_for(bs: int, width: int, device: torch.device, layout: str = "plain")
     return support.vector(support.lengths(bs, width, 16), torch.int64, device, layout), rows
 
 
+def test_bind_passes_every_argument_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[Any] = []
+    monkeypatch.setattr(onelaunch.run.bind, "make_plan", lambda *arguments: passed.extend(arguments))
+    settings = {name: object() for name in onelaunch.bind.__kwdefaults__}
+    backends, pool = object(), object()
+    onelaunch.bind(backends, req_to_token=pool, **settings)
+    assert passed == [backends, pool, settings]
+
+
 # ------------------------------------------------------------------------------------------------ shared tensors
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from onelaunch import CompileError, StoreError
 from onelaunch.cache import collect, failures, manifest, tiers
-from onelaunch.cache import store as stores
 from onelaunch.cache.manifest import Entry
 from onelaunch.cache.store import TAG, Store
 from onelaunch.load import pack
@@ -79,7 +78,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "_fallback", None)
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
 
 
 def publish(store: Store, key: str = KEY, **facts: object) -> Entry:

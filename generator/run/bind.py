@@ -59,6 +59,10 @@ def bind(
     schedule_atoms: int = 0,
     schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
+    num_head: int = 32,
+    num_kv_head: int = 8,
+    max_kv_splits: int = 8,
+    device_core_count: int = 132,
     writes: str = "all",
     audit_every: int | None = None,
     declare: Mapping[str, Declaration | Written] | None = None,
@@ -112,6 +116,8 @@ def bind(
         schedule_split_cost: units of work that a split of 256 tokens is in that schedule, whose entries then begin at a
             request's first token, as on sm_100: next_n in DeepGEMM of 2026-06. 0 for the schedule of sm_90.
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
+        num_head, num_kv_head, max_kv_splits, device_core_count: for num_kv_splits, as SGLang's Triton backend has them:
+            heads of queries, of keys and values, the most splits of a request, and multiprocessors; 1 to 65,536.
         writes: "all" writes every live column. "verified" reads as much, and writes only the tiles of the tables that
             differ from what this plan, or another one of the same tables, wrote last; kv_indices element by element.
             It holds as long as nobody else writes the tables (then call Plan.forget()) and all of these plans run on
@@ -137,8 +143,36 @@ def bind(
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
-    settings = dict(locals())  # all arguments: there are no other locals yet
-    return make_plan(settings.pop("backends"), settings.pop("req_to_token"), settings)
+    settings = {
+        "mode": mode,
+        "index_topk": index_topk,
+        "page_size": page_size,
+        "next_n": next_n,
+        "seqlen_offsets": seqlen_offsets,
+        "extent": extent,
+        "max_len": max_len,
+        "seq_lens_dtype": seq_lens_dtype,
+        "req_pool_indices_dtype": req_pool_indices_dtype,
+        "extend": extend,
+        "extend_seq_lens_dtype": extend_seq_lens_dtype,
+        "index_kpool": index_kpool,
+        "page_fill": page_fill,
+        "padding_len": padding_len,
+        "checked": checked,
+        "schedule_remainder": schedule_remainder,
+        "schedule_per": schedule_per,
+        "schedule_atoms": schedule_atoms,
+        "schedule_split_cost": schedule_split_cost,
+        "flashmla_order": flashmla_order,
+        "writes": writes,
+        "audit_every": audit_every,
+        "declare": declare,
+        "inputs": inputs,
+        "constants": constants,
+        "sources": sources,
+        "maps": maps,
+    }
+    return make_plan(backends, req_to_token, settings)
 
 
 def make_plan(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import log
 from ..build import toolchain
-from ..cache.store import warn_once
 from ..errors import LaunchError
 from ..load import loader
 from ..spec import layout
@@ -130,7 +129,7 @@ def _with_nvtx(run: Callable[..., None], name: str) -> Callable[..., None]:
         push(name)
         pop()
     except RuntimeError as error:
-        warn_once(f"{NVTX_VARIABLE} is set, but this torch has no NVTX ({error}); there are no ranges.")
+        log.warn_once(f"{NVTX_VARIABLE} is set, but this torch has no NVTX ({error}); there are no ranges.")
         return run
 
     def ranged(*arguments: Any) -> None:

@@ -88,8 +88,8 @@ class Implied:
 
     @property
     def schedules(self) -> tuple[str, ...]:
-        """The schedules that blocks of their own compute, by the field that they are named after."""
-        return tuple(name for name in self.fields if self.field(name).kind == "schedule")
+        """The schedules and counts that blocks of their own compute, by the field that they are named after."""
+        return tuple(name for name in self.fields if self.field(name).kind in ("schedule", "counts"))
 
     @property
     def row_fields(self) -> tuple[str, ...]:
@@ -282,8 +282,14 @@ class Implied:
         return self.num_backends if self.lengths_differ or steps else 1
 
     def once(self, field: str) -> bool:
-        """Whether a vector is the same for all backends, though others aren't: the first block writes it to all."""
-        return self.sets > 1 and field in (*self.vectors, *self.computed) and not varies(self, field)
+        """Whether a field is the same for all backends, though others aren't: the first block writes it to all."""
+        formula = field in (*self.vectors, *self.computed)
+        return self.sets > 1 and (not varies(self, field) if formula else self.field(field).kind == "counts")
+
+    @property
+    def split_blocks(self) -> int:
+        """The blocks that Triton's attention has for each request and split."""
+        return -int(-self.num_head // min(16, max(1, self.num_head // self.num_kv_head)))
 
     @property
     def resident_blocks(self) -> int:

@@ -35,6 +35,8 @@ MAX_SEQLEN_OFFSET = 2**15
 # More parts of FlashMLA's schedule than any GPU has SMs. One block holds an entry for each in shared memory.
 MAX_SM_PARTS = 512
 MAX_SPLIT_COST = 2**20
+# Of multiprocessors, heads and splits. With as many a count of 32 bits can't overflow.
+MAX_CORES = 2**16
 
 _INT_DTYPE = OneOf("int32", "int64")
 _DTYPE = OneOf("int32", "int64", "bool")
@@ -241,6 +243,22 @@ class FlashMLASchedule(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KVSplits(Part):
+    """SGLang's split counts of Triton's attention, num_kv_splits, by the names of the backend's attributes.
+
+    Attributes:
+        num_head, num_kv_head: heads of queries, and of keys and values, 1 to 65,536.
+        max_kv_splits: the most splits of a request, 1 to 65,536.
+        device_core_count: multiprocessors, 1 to 65,536.
+    """
+
+    num_head: int | None = setting(32, Whole(1, MAX_CORES), used=lambda c: "num_kv_splits" in c.fields)
+    num_kv_head: int | None = setting(8, Whole(1, MAX_CORES), used=lambda c: "num_kv_splits" in c.fields)
+    max_kv_splits: int | None = setting(8, Whole(1, MAX_CORES), used=lambda c: "num_kv_splits" in c.fields)
+    device_core_count: int | None = setting(132, Whole(1, MAX_CORES), used=lambda c: "num_kv_splits" in c.fields)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch(Part):
     """The shape of a launch.
 
@@ -277,5 +295,6 @@ PARTS: dict[str, type[Part]] = {
     "sparse": Sparse,
     "mqa_schedule": MqaSchedule,
     "flashmla_schedule": FlashMLASchedule,
+    "kv_splits": KVSplits,
     "launch": Launch,
 }
