@@ -45,8 +45,8 @@ PROMISES = {
         "test_faults.test_a_compiler_that_fails",
         "test_faults.test_what_is_a_verdict_on_the_source",
     ),
-    "A progress line never fails anything": ("test_builder.test_a_progress_line_never_fails_a_build",),
-    "What a process leaves that dies is swept by later ones": (
+    "A progress line that can't be printed fails nothing": ("test_builder.test_a_progress_line_never_fails_a_build",),
+    "What a process leaves when it dies, later ones remove": (
         "test_killed.test_what_killed_processes_leave_is_swept",
         "test_faults.test_the_process_is_killed_during_the_build",
         "test_processes.test_temporary_stores_of_dead_processes_are_swept",

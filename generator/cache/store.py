@@ -184,7 +184,7 @@ class Store:
     def is_marked(self) -> bool:
         """Whether the root has the cache's own CACHEDIR.TAG, without which nothing below it is removed.
 
-        Nor where another user could exchange the root.
+        False also if another user could exchange the root.
         """
         try:
             self.check()

@@ -124,13 +124,13 @@ def bind(
             one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
             probability of about 2^-63. "audit" is for tables that somebody else writes: run() writes nothing, and
             compares as Plan.audit() does.
-        audit_every: None for no audits, unless $ONELAUNCH_AUDIT_EVERY says how often. 0 builds the audit's kernel, too,
-            for Plan.audit(). k also audits after the refresh of every k-th run(), for use in production; before that
-            audit it raises what the last one found (AuditError), and waits for the device only then. An audit right
-            after a refresh finds what that didn't heal: a tile that verified writes took for unchanged, another stream
-            or plan that writes the same memory, a fault of the kernel. Who overwrites a table between refresh and use
-            leaves no trace in the next refresh, whose inputs are others: to find that, call Plan.audit() behind the
-            use. A run() that is captured doesn't audit; Plan.audit() itself can be captured.
+        audit_every: None for no audits, unless $ONELAUNCH_AUDIT_EVERY is set. 0 also builds the audit's kernel, for
+            Plan.audit(). k also audits after every k-th run(), for use in production; before an audit, run() raises
+            what the previous one found (AuditError), and waits for the device only then. An audit right
+            after a refresh finds what the refresh left wrong: a changed tile that verified writes took for unchanged,
+            another stream or plan that writes the same memory, a fault of the kernel. It doesn't find a table that was
+            overwritten between refresh and use, because the next refresh writes it again: for that, call Plan.audit()
+            after the use. A run() that is captured doesn't audit; Plan.audit() itself can be captured.
         declare: fields of your own by name, ``into(vector("base_len + row", dtype="int64"), positions)``; a declaration
             without tensors is for other formulas to name. See ``spec/fields.py`` for what a formula may name.
         inputs: by name the dtype of further inputs that formulas name: run() gets an int [bs] of each.
@@ -164,6 +164,10 @@ def bind(
         "schedule_atoms": schedule_atoms,
         "schedule_split_cost": schedule_split_cost,
         "flashmla_order": flashmla_order,
+        "num_head": num_head,
+        "num_kv_head": num_kv_head,
+        "max_kv_splits": max_kv_splits,
+        "device_core_count": device_core_count,
         "writes": writes,
         "audit_every": audit_every,
         "declare": declare,

@@ -193,13 +193,13 @@ class Plan:
     ) -> None:
         """Compares every element that run() would write with what is there: one launch and nothing else. Capturable.
 
-        It writes nothing. What it finds check() raises: the first difference that was reported since the last check();
-        where several elements differ, which of them that is isn't defined. Columns behind the live ones and rows behind
-        the batch aren't compared: a refresh leaves them alone.
+        It writes nothing. check() raises what it found: the first difference reported since the last check(). If
+        several elements differ, it isn't defined which one is reported. Columns after the live ones and rows after the
+        batch aren't compared, because a refresh leaves them alone.
 
         Args:
-            seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, inputs: see run(), of which they must
-                be those of the last one: launch it before they change.
+            seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, inputs: see run(). Pass those of the
+                last run, and launch the audit before they change.
 
         Raises:
             ArgumentError: a tensor doesn't fit, or the plan wasn't bound with ``audit_every``.

@@ -335,7 +335,7 @@ class MetadataBuffers:
     cache_seqlens: Tensor | None = field(vector("seq_len", "request"))
     cu_seqlens_k: Tensor | None = field(running_sum("cache_seqlens", "request"))
     page_indices: Tensor | None = field(table("token(column)", columns="seq_len"))
-    # Complete pools are clamped; the tokens behind the last one stay.
+    # Complete pools are clamped; the tokens after the last one stay.
     nsa_cache_seqlens: Tensor | None = field(vector("min(seqlens_expanded - pool_tail, index_topk) + pool_tail"))
     nsa_cu_seqlens_k: Tensor | None = field(running_sum("nsa_cache_seqlens", "row"))
     real_page_table: Tensor | None = field(
@@ -345,7 +345,7 @@ class MetadataBuffers:
             shape="[bs, ceil(W / page_size)]",
         )
     )
-    # Every row sees one token less than the row behind it. A padding request has fewer tokens than rows.
+    # Every row sees one token less than the next row. A padding request has fewer tokens than rows.
     seqlens_expanded: Tensor | None = field(Vector("max(seq_len - rows + row + 1, 0)", decode="seq_len"))
     pooled_cache_seqlens: Tensor | None = field(vector("cache_seqlens // index_kpool", "request"))
     pooled_real_page_table: Tensor | None = field(

@@ -45,7 +45,7 @@ def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implemen
 
     Returns:
         ``status`` "ok" with the figures, of each column the fastest variant's, and a ``reason`` where a variant failed;
-        else "wrong", "failed" or "left out", and the ``reason``.
+        otherwise "wrong", "failed" or "left out", with the ``reason``.
     """
 
     row: dict[str, Any] = {"implementation": implementation.name, "status": "ok"}
@@ -88,7 +88,7 @@ def _sentence(error: Exception) -> str:
 
 def _fault_in_graph(meter: Meter, scene: Scene, case: Case, implementation: Implementation, call: Call) -> str:
     """The first word that a call writes wrong in a graph, or ""."""
-    implementation.poison(scene)  # before the capture, too: calls that take turns begin again
+    implementation.poison(scene)  # before the capture, too: calls that take turns start again with the first
     replay = meter.capture([call])
     implementation.poison(scene)
     replay()
@@ -149,7 +149,7 @@ def run_bench(
     Args:
         traces: lengths of requests, by the name of the trace.
         host: measure host time too.
-        seconds: begin no case after that many.
+        seconds: start no case after this many seconds.
         say: called with lines of progress.
     """
 
