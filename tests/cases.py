@@ -315,7 +315,6 @@ AUDITS = {
         "offsets",
         "schedules of rows",
         "indices",
-        "declared rows",
         "declared offsets",
         "padded rows",
         "split counts",

@@ -167,6 +167,7 @@ def run_bench(
     if host:
         data["host"] = host_rows(meter)
     record.write()
+    left_out = set[tuple[str, str]]()
     for number, one in enumerate(selected):
         spent = time.monotonic() - began
         if seconds is not None and spent > seconds:
@@ -176,6 +177,10 @@ def run_bench(
 
         def report(row: Mapping[str, Any], place: str = f"[{number + 1}/{len(selected)}]") -> None:
             found = f"{row['cold_us']:.2f} us" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+            if row["status"] == "left out":
+                if (row["implementation"], found) in left_out:
+                    return
+                left_out.add((row["implementation"], found))
             say(f"{place} {time.monotonic() - began:.0f} s: {row['label']} {row['implementation']}: {found}")
 
         data["rows"] += measure_case(meter, one, (traces or {}).get(one.case.kind, ()), report)

@@ -157,7 +157,7 @@ def splits_are_served(backend: Any) -> bool:
     """Whether a launch makes the split counts that the steps of a multi-step Triton backend share."""
     child = getattr(backend, STEPS[0])[-1]
     known = all(hasattr(child, name) for name in (*_OF_SPLITS, *_HOW_SPLIT, "get_num_kv_splits"))
-    return known and (_same_for_all(child) or child.device_core_count > 0)
+    return known and bool(_same_for_all(child) or child.device_core_count > 0)
 
 
 def _same_for_all(child: Any) -> str:
