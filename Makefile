@@ -59,8 +59,7 @@ engines: $(ENGINES)/.installed  ## run the integrations on an engine's own class
 
 # A machine without a network gets what it lacks from BUNDLE, which tests/engines/gpu/bundle.py makes.
 engines-gpu:  ## SGLang 0.5.17 end to end on a GPU, with and without onelaunch, in $(PYTHON)'s own environment
-	$(PYTHON) tests/engines/gpu/run.py tokens $(if $(BUNDLE),--bundle $(BUNDLE))
-	$(PYTHON) tests/engines/gpu/run.py times $(if $(BUNDLE),--bundle $(BUNDLE))
+	$(PYTHON) tests/engines/gpu/run.py tokens times seams $(if $(BUNDLE),--bundle $(BUNDLE))
 
 check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates

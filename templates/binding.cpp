@@ -55,7 +55,7 @@ PyCFunction method(Function* function) {
 PyMethodDef plan_methods[] = {
     {"run", method(plan_run), METH_FASTCALL, "run(owner, arguments...): one launch on the current stream."},
     {"follow", method(plan_follow), METH_FASTCALL,
-     "follow(inputs, spans): run() accepts checked arguments at other addresses."},
+     "follow(inputs, spans, arguments): run() accepts so many checked arguments at other addresses."},
     {"launch", method(plan_launch), METH_FASTCALL, "launch(" ONELAUNCH_CALL_NAMES "stream): one launch."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -292,6 +292,17 @@ STRATEGIES |= {
     ),
     "padded rows": STRATEGIES["declared rows"].replace(padding_len=70, num_backends=2),
     "padded indices": KernelConfig(num_backends=2, seqlen_offsets=(2, 1), padding_len=1, fields=(*CSR, MQA)),
+    "split counts": KernelConfig(
+        num_backends=3,
+        seqlen_offsets=(1, 2, 3),
+        padding_len=1,
+        num_head=5,
+        num_kv_head=2,
+        max_kv_splits=60,
+        device_core_count=700,
+        fields=(*CSR, "num_kv_splits"),
+        distinct=(("num_kv_splits", 2),),
+    ),
 }
 # Audits: of each strategy and each field kind.
 AUDITS = {
@@ -306,6 +317,7 @@ AUDITS = {
         "indices",
         "declared offsets",
         "padded rows",
+        "split counts",
     )
 }
 # Combinations of them that took code of their own.

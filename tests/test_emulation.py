@@ -149,6 +149,23 @@ def test_an_audit_is_clean_and_exact(name: str, sanitizer: str, builds: Path) ->
     check(config, sanitizer, (RAGGED, *wrong), builds, launches=((5, 64),))
 
 
+@pytest.mark.parametrize("threads", [64, 256])
+def test_the_parts_of_flashmla_at_ends_and_between(threads: int, builds: Path) -> None:
+    """Chunks of many requests, which the CPU target hasn't: parts that begin at every end, at some, and at none."""
+    config = KernelConfig(num_backends=2, fields=("flashmla_metadata", "num_splits"), threads=threads)
+    shapes = [
+        Shape(
+            f"{batch} of {length} less {less}, {parts} parts",
+            tuple(length - i * 37 % less for i in range(batch)),
+            num_sm_parts=parts,
+        )
+        for batch in (1, 2, 33, 64, 65, 128, 256, 257, 600)
+        for length, less in ((64, 1), (2048, 1), (4096, 128), (32_768, 1024))
+        for parts in (1, 11, 132, 512)
+    ]
+    check(config, "none", tuple(shapes), builds, launches=((1, 1),))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("name", [*OTHERS, *PRESETS])

@@ -19,7 +19,6 @@ import pytest
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
 from onelaunch.cache import collect, files, tiers
-from onelaunch.cache import store as stores
 from onelaunch.cache.store import OWN_NAMES, TAG, Store
 from onelaunch.load import loader, pack
 
@@ -33,7 +32,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(tiers, "_fallback", None)
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
     monkeypatch.setattr(loader, "_loaded", {})
 
 

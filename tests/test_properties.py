@@ -48,7 +48,10 @@ def configurations(draw: st.DrawFn) -> KernelConfig:
     if "flashmla_metadata" not in chosen["fields"]:
         refused = [*refused, "num_splits"]
     if "operation" in chosen:
-        refused = [*refused, *(name for name in FIELDS if FIELDS[name].kind in ("schedule", "splits", "packed"))]
+        refused = [
+            *refused,
+            *(name for name in FIELDS if FIELDS[name].kind in ("schedule", "splits", "counts", "packed")),
+        ]
     elif chosen["page_fill"] is not None:
         refused = [*refused, "page_indices", "pooled_real_page_table"]
     chosen["fields"] = tuple(n for n in chosen["fields"] if n not in refused) or ("cu_seqlens_k",)

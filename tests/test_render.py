@@ -322,6 +322,7 @@ def test_files_of_kinds_and_strategies_that_are_not_there_are_left_out(config: K
         assert (text in source) == there, path.name
     assert ("mqa_schedule" in files) == ("paged_mqa_schedule_metadata" in config.fields)
     assert ("flashmla_schedule" in files) == ("flashmla_metadata" in config.fields)
+    assert ("kv_splits" in files) == ("num_kv_splits" in config.fields)
     assert ("pages" in files) == (config.operation != "copy" and bool(config.paged_tables))
 
 

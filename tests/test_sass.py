@@ -51,6 +51,7 @@ REGISTERS = {
     "vllm-draft-step": 42,
     "flashinfer-pages-3": 56,
     "flashinfer-decode-3": 64,
+    "triton-decode-3": 79,
     "sglang-draft-2": 48,
     "sglang-verify": 60,
     "sglang-verify-chain": 32,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from .declared import Declarations
 from .destinations import Destinations
 from .hashes import hashes_of
 from .memory import HeldStorages, Region
+
+# Those of a kernel's call before the declared inputs; see Plan._check.
+ARGUMENTS = 5
 
 
 class Plan:
@@ -149,8 +152,8 @@ class Plan:
                 msg="Plan.run can't be in a graph. fused_metadata_precompute_and_broadcast_cuda can, see onelaunch.ops."
             )
         try:
-            if captured_size is None and not inputs:
-                self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len)
+            if not inputs:
+                self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size)
             else:
                 values = self._values(inputs)
                 self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *values)
@@ -190,13 +193,13 @@ class Plan:
     ) -> None:
         """Compares every element that run() would write with what is there: one launch and nothing else. Capturable.
 
-        It writes nothing. What it finds check() raises: the first difference that was reported since the last check();
-        where several elements differ, which of them that is isn't defined. Columns behind the live ones and rows behind
-        the batch aren't compared: a refresh leaves them alone.
+        It writes nothing. check() raises what it found: the first difference reported since the last check(). If
+        several elements differ, it isn't defined which one is reported. Columns after the live ones and rows after the
+        batch aren't compared, because a refresh leaves them alone.
 
         Args:
-            seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, inputs: see run(), of which they must
-                be those of the last one: launch it before they change.
+            seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, inputs: see run(). Pass those of the
+                last run, and launch the audit before they change.
 
         Raises:
             ArgumentError: a tensor doesn't fit, or the plan wasn't bound with ``audit_every``.
@@ -209,16 +212,22 @@ class Plan:
             seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
         )
 
-    def follow_addresses(self) -> None:
+    def follow_addresses(self, views: Sequence[int] = ()) -> None:
         """Checks inputs once for each dtype, shape and stride: for callers whose inputs are new tensors in each step.
 
         From now on, inputs at other addresses than the last ones are only checked for overlap with what the plan
         writes. The caller guarantees that no bound tensor and no input was resized (see bind).
+
+        Args:
+            views: for a caller that is the owner of its calls (see BoundKernel.run) and passes tensors of which the
+                declared inputs are views: for each input the number of that argument, of which seq_lens is 0.
         """
         reads = (self._reads_lengths, self._reads_rows, self._variable)
+        declared = list(views) or [ARGUMENTS + i for i in range(len(self._inputs))]
         # In the order of layout.call_words; run() has its arguments in another one.
-        inputs = [index for index in (0, 2, 1) if reads[index]] + [5 + i for i in range(len(self._inputs))]
-        self._bound.follow(inputs, [edge for start, end, _ in self._spans for edge in (start, end)])
+        inputs = [index for index in (0, 2, 1) if reads[index]] + declared
+        edges = [edge for start, end, _ in self._spans for edge in (start, end)]
+        self._bound.follow(inputs, edges, max([ARGUMENTS, *(index + 1 for index in declared)]))
 
     def admit(
         self,

@@ -23,7 +23,7 @@ def cpp(node: Node, dtype: Dtype = "int32", maps: Collection[str] = ()) -> str:
 
 
 def user_name(name: str) -> str:
-    """How the emitted text spells what a user declared: no name of its own begins so."""
+    """How the emitted text spells what a user declared: with a prefix that none of its other names has."""
     return f"user_{name}"
 
 

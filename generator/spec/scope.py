@@ -16,19 +16,19 @@ from .values import check_one_of, check_whole
 
 # What every formula may name.
 INPUTS = ("base_len", "offset", "seq_len", "rows", "row", "request", "step")
-# Settings that formulas may name. Those from 1 on may divide.
+# Settings that formulas may name. Those that are 1 or more may be divisors.
 CONSTANTS = ("index_topk", "index_kpool", "page_size")
 # The source that every refresh has: req_to_token.
 TOKEN = "token"
 
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,62}")
-# Of a formula whose references are substituted.
+# The limit of a formula's nodes, once the formulas of the vectors that it names are substituted.
 MAX_NODES = 1_000
-# As many as a mode's rows.
+# The limit of rows of its own, as of a mode's rows.
 MAX_ROWS = 2**15
-# Declarations, constants and so on, of each.
+# The limit of declarations, of inputs, of constants and so on, each.
 MAX_NAMES = 256
-# The binding has room for so many arguments of a run, beside its own.
+# The binding has room for this many declared inputs of a run.
 MAX_INPUTS = 15
 
 
@@ -38,10 +38,10 @@ class Scope:
 
     Attributes:
         declare: a user's fields and terms by name.
-        inputs: by name the dtype of what each run is given an element a request of.
+        inputs: by name the dtype of an input of each run, one element per request.
         constants: by name a number.
         sources: by name the dtype of a table that look-ups read.
-        maps: by name the dtype of a one-dimensional table, and what lies outside of it.
+        maps: by name the dtype of a one-dimensional table, and the value outside of it.
     """
 
     declare: tuple[tuple[str, Declaration], ...] = ()
@@ -92,7 +92,7 @@ class Scope:
 
     @cached_property
     def vectors(self) -> Mapping[str, Field]:
-        """What has a formula of an element a request or row."""
+        """The fields and terms with one element per request or row that have a formula."""
         return {name: field for name, field in self.fields.items() if isinstance(field.declaration, Vector)}
 
     def declared(self, name: str) -> bool:

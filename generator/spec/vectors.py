@@ -46,7 +46,7 @@ class Local:
 
 
 def formulas_mode(config: Implied, own_rows: int | None) -> str:
-    """The mode whose formulas hold. With rows of its own a field has none for a single row."""
+    """The mode whose formulas a field has. With rows of its own it isn't decode, where a request has a single row."""
     return config.mode if own_rows is None else "target_verify"
 
 
@@ -111,7 +111,7 @@ def read_by(config: Implied, fields: Sequence[str]) -> list[LookUp]:
 
 
 def described(config: KernelConfig, name: str) -> str:
-    """What an element of a field holds in a configuration, for people: settings by name, what is constant computed."""
+    """What an element of a field holds in a configuration, for people: settings by name, constant parts computed."""
     field, declared = config.field(name), config.field(name).declaration
     if isinstance(declared, Special):
         return field.formula

@@ -14,7 +14,8 @@ struct Checked {
 struct Plan {
   PyObject_HEAD std::int32_t device;  // run() launches on its current stream; negative on the CPU target
   Py_ssize_t next;                    // the entry that is replaced next
-  Py_ssize_t input_count;             // how many arguments follow() named; 0 without it
+  Py_ssize_t argument_count;          // of the calls that follow() is for
+  Py_ssize_t input_count;             // how many inputs it named; 0 without it
   Py_ssize_t inputs[kMaxArguments];   // which: the call's words begin with an address and a stride of each
   Py_ssize_t span_count;
   std::int64_t* spans;  // first and last address of each region that the kernel writes
@@ -92,11 +93,16 @@ Py_ssize_t words_of_argument(std::int64_t first) {
   }
 }
 
-// Whether a tensor has memory that the kernel doesn't write. It has one dimension.
+// Whether a tensor has memory that the kernel doesn't write.
 bool apart(const Plan* plan, const std::int64_t* tensor) {
-  const std::int64_t start = tensor[1], elements = tensor[2], bytes = (tensor[0] >> 24 & 0xff) / 8;
-  if ((tensor[0] >> 8 & 0xff) != 1 || start == 0 || elements < 1) return false;
-  const std::int64_t end = start + ((elements - 1) * tensor[3] + 1) * bytes;
+  const std::int64_t dims = tensor[0] >> 8 & 0xff, bytes = (tensor[0] >> 24 & 0xff) / 8, start = tensor[1];
+  if (dims == 0 || start == 0) return false;
+  std::int64_t end = start + bytes;
+  for (std::int64_t dim = 0; dim < dims; ++dim) {
+    const std::int64_t elements = tensor[2 + 2 * dim];
+    if (elements < 1) return false;
+    end += (elements - 1) * tensor[3 + 2 * dim] * bytes;
+  }
   for (Py_ssize_t i = 0; i < plan->span_count; ++i) {
     if (start < plan->spans[2 * i + 1] && plan->spans[2 * i] < end) return false;
   }
@@ -104,10 +110,10 @@ bool apart(const Plan* plan, const std::int64_t* tensor) {
 }
 
 // Whether arguments differ from an entry in the addresses of tensors alone, which are apart from what the kernel
-// writes. Then sets the words that the call sets.
+// writes. Then sets the words that the call sets: an input, or a view of one, has moved as far as the argument.
 bool moved(Plan* plan, const Checked& entry, const std::int64_t* fingerprint, Py_ssize_t count) {
   if (entry.count != count) return false;
-  std::int64_t addresses[kMaxArguments] = {};
+  std::int64_t moves[kMaxArguments] = {};
   Py_ssize_t argument = 0;
   for (Py_ssize_t at = 0; at < count; ++argument) {
     const Py_ssize_t more = words_of_argument(fingerprint[at]);
@@ -117,12 +123,13 @@ bool moved(Plan* plan, const Checked& entry, const std::int64_t* fingerprint, Py
     }
     if ((fingerprint[at] & 0xff) == kTensor) {
       if (!apart(plan, fingerprint + at)) return false;
-      addresses[argument] = fingerprint[at + 1];
+      moves[argument] = fingerprint[at + 1] - entry.fingerprint[at + 1];
     }
     at += more;
   }
+  if (argument != plan->argument_count) return false;
   std::memcpy(plan->words, entry.words, kCallWords * sizeof(std::int64_t));
-  for (Py_ssize_t i = 0; i < plan->input_count; ++i) plan->words[2 * i] = addresses[plan->inputs[i]];
+  for (Py_ssize_t i = 0; i < plan->input_count; ++i) plan->words[2 * i] += moves[plan->inputs[i]];
   return true;
 }
 
@@ -191,12 +198,15 @@ PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return launched(plan, stream);
 }
 
-// follow(inputs, spans): from now on run() calls owner._check only for arguments that differ from checked ones in more
-// than addresses, or overlap the spans.
+// follow(inputs, spans, arguments): from now on run() with so many arguments calls owner._check only for those that
+// differ from checked ones in more than addresses, or overlap the spans.
 PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  if (count != 2)
-    return PyErr_Format(PyExc_TypeError, "follow takes two sequences of integers, got %zd arguments", count);
+  if (count != 3)
+    return PyErr_Format(
+        PyExc_TypeError, "follow takes two sequences of integers and an integer, got %zd arguments", count);
   auto* plan = reinterpret_cast<Plan*>(self);
+  const Py_ssize_t arguments = PyLong_AsSsize_t(args[2]);
+  if (arguments == -1 && PyErr_Occurred()) return nullptr;
   const Py_ssize_t inputs = PySequence_Size(args[0]), edges = PySequence_Size(args[1]);
   if (inputs < 0 || edges < 0) return nullptr;
   std::int64_t indices[kMaxArguments];
@@ -205,7 +215,7 @@ PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   }
   if (!read_words(args[0], indices, inputs)) return nullptr;
   for (Py_ssize_t i = 0; i < inputs; ++i) {
-    if (indices[i] < 0 || indices[i] >= kMaxArguments) {
+    if (indices[i] < 0 || indices[i] >= arguments || indices[i] >= kMaxArguments) {
       return PyErr_Format(PyExc_ValueError, "run() has no argument %lld", static_cast<long long>(indices[i]));
     }
   }
@@ -220,6 +230,7 @@ PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   plan->span_count = edges / 2;
   for (Py_ssize_t i = 0; i < inputs; ++i) plan->inputs[i] = static_cast<Py_ssize_t>(indices[i]);
   plan->input_count = inputs;
+  plan->argument_count = arguments;
   Py_RETURN_NONE;
 }
 

@@ -1,31 +1,43 @@
 // ---- FlashMLA's schedule -----------------------------------------------------------------------------------------
-// One block computes it from seq_lens, in chunks of kThreads requests, so the batch has no limit. The parts take the
-// requests' blocks in order, each as many as share + kMlaOverhead pay for: kMlaOverhead for each request that it ends,
-// and for the one that it cuts. In the cost of all blocks and requests before it, part p + 1 begins at
+// One block computes it from seq_lens, in chunks of requests, so the batch has no limit. The parts take the requests'
+// blocks in order, each as many as share + kMlaOverhead pay for: kMlaOverhead for each request that it ends, and for
+// the one that it cuts. In the cost of all blocks and requests before it, part p + 1 begins at
 //
 //   begin(p + 1) = y = begin(p) + share, or the end of a request in [y, y + kMlaOverhead] if there is one
 //
-// because an end that near is paid for, and what remains after it is too little to cut the next request. So between
-// two parts that begin with a request, all begins are known at once: the lanes of a warp test one part each. Where
-// ends follow one another in few parts, that is looked up: all threads search the next such end for one request each.
+// because an end that near is paid for, and what remains after it is too little to cut the next request. So from an end
+// that a part begins at, the next such end is the first at a distance that leaves at most kMlaOverhead when divided by
+// share, and the parts between begin at multiples of share. Every thread looks for the next end of one end: a hop. Hops
+// over 2, 4, 8 ... ends are joined of shorter ones, and every part takes those that lead to it, the longest first: no
+// part waits for the one before it.
 constexpr int kMlaBlock = 64;  // tokens
 constexpr int kMlaOverhead = 5;  // fixed cost of a request in a part, in blocks
-
-constexpr int kMlaAhead = 32;  // ends that the search for the next one covers
-constexpr int kMlaMaxHop = 256;  // parts up to the next end, if that search finds it
+constexpr int kMlaChunk = kThreads < 256 ? kThreads : 256;  // requests
+constexpr int kMlaLevels = 9;  // hops over 1, 2, 4 ... 256 ends
+constexpr int kMlaGroup = kThreads < 8 ? kThreads : 8;  // ends that a thread tests at once
+constexpr std::uint32_t kMlaHop = 1u << 16;  // a hop is the end that it leads to * kMlaHop + the parts until there
 
 // Where the parts begin, in shared memory.
 struct Parts {
-  std::int64_t begin[kMaxSmParts];  // in cost
   std::int32_t request[kMaxSmParts];
   std::int32_t block[kMaxSmParts];  // within that request
   std::int32_t cuts[kMaxSmParts];  // parts up to and including this one that begin within a request
 };
 
-// A chunk of requests, in shared memory.
+// The last part whose begin is known.
+struct LastPart {
+  std::uint64_t begin;  // in cost
+  std::int32_t part;
+  std::int32_t cuts;
+};
+
+// A chunk of requests, in shared memory. Hops begin at end 0, which is where the last part before the chunk begins, or
+// at the end of one of its requests, from 1 on.
 struct Chunk {
-  std::int64_t ends[kThreads + 1];  // the cost of all requests before the chunk, and up to and including each one
-  std::uint32_t next[kThreads];  // from an end: the next end that a part begins at, and how many parts later; or 0
+  std::uint64_t ends[kMlaChunk + 1];  // the cost of all requests up to and including each one
+  std::int64_t rests[kMlaChunk];  // what the distance of end i + 1 from end 0 leaves when divided by share
+  std::uint32_t hops[kMlaLevels][kMlaChunk];  // from each end over 2^level ends; 0 if the chunk has no such end
+  LastPart last;
 };
 
 __device__ __forceinline__ std::int32_t mla_blocks(const Params& p, int request, int b) {
@@ -38,140 +50,112 @@ __device__ __forceinline__ std::uint64_t mla_cost(const Params& p, int request, 
   return static_cast<std::uint64_t>(mla_blocks(p, request, b) + kMlaOverhead);
 }
 
-// The first lane of a vote; kWarpSize if there is none.
-__device__ __forceinline__ int first_lane(unsigned votes) {
-  return votes == 0 ? kWarpSize : __popc((votes & (0u - votes)) - 1u);
-}
-
-// The last of `count` + 1 ends that is at or before a cost.
-__device__ __forceinline__ int end_before(const Chunk& chunk, int count, std::int64_t cost) {
+// The last of ascending numbers 0 .. last that is at most `limit`, as number 0 is. `step` is a power of two above
+// last / 2.
+template <typename T>
+__device__ __forceinline__ int last_at_most(const T* numbers, int last, int step, T limit) {
   int found = 0;
-  for (int step = kThreads / 2; step > 0; step /= 2) {
-    if (found + step <= count && chunk.ends[found + step] <= cost) found += step;
+  for (; step > 0; step /= 2) {
+    if (found + step <= last && numbers[found + step] <= limit) found += step;
   }
   return found;
 }
 
-// What Chunk::next says of an end. Ends lie further apart than kMlaOverhead, so that at most one pays for a part.
-__device__ __forceinline__ std::uint32_t next_end(
-    const Chunk& chunk, int count, int end, std::int64_t share, std::uint64_t reciprocal) {
-  const std::int64_t from = chunk.ends[end];
-  const int stop = count < end + kMlaAhead ? count : end + kMlaAhead;
-  for (int next = end + 1; next < stop; ++next) {
-    const std::int64_t distance = chunk.ends[next] - from;
-    // The first part that the end isn't too far from: (distance - kMlaOverhead) / share, rounded up.
-    const std::int64_t before = distance - kMlaOverhead - 1;
-    std::int64_t parts = static_cast<std::int64_t>(__umul64hi(static_cast<std::uint64_t>(before), reciprocal)) + 1;
-    if (before - (parts - 1) * share >= share) ++parts;
-    if (parts > kMlaMaxHop) return 0;
-    if (parts * share <= distance) return static_cast<std::uint32_t>(next * (2 * kMlaMaxHop) + parts);
+// The hop from an end over one. Ends lie further apart than kMlaOverhead, so that at most one pays for a part.
+__device__ __forceinline__ std::uint32_t first_hop(
+    const Chunk& chunk, int count, int end, std::uint64_t share, int stop) {
+  const std::int64_t own_rest = end > 0 ? chunk.rests[end - 1] : 0;
+  for (int group = end / kMlaGroup * kMlaGroup; group < count; group += kMlaGroup) {
+    unsigned near = 0;  // a bit for each end of the group
+#pragma unroll
+    for (int i = 0; i < kMlaGroup; ++i) {
+      const std::int64_t rest = chunk.rests[group + i] - own_rest;
+      near |= (rest < 0 ? rest + static_cast<std::int64_t>(share) : rest) <= kMlaOverhead ? 1u << i : 0;
+    }
+    if (group < end) near &= ~0u << (end - group);
+    if (near == 0) continue;
+    const int next = group + __popc((near & (0u - near)) - 1u) + 1;
+    if (next > count) return 0;
+    // The first part that the end isn't too far from.
+    const std::uint64_t parts = (chunk.ends[next] - chunk.ends[end] - kMlaOverhead - 1) / share + 1;
+    return parts < static_cast<std::uint64_t>(stop) ? next * kMlaHop + static_cast<std::uint32_t>(parts) : 0;
   }
   return 0;
 }
 
-// One warp finds the begins of the parts after `part` that lie before the chunk's last end; returns the last such part.
-__device__ __forceinline__ int walk_chunk(
-    const Chunk& chunk, int count, std::int64_t share, int stop, int part, Parts& parts) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  std::int64_t begin = parts.begin[part];
-  int end = begin == chunk.ends[0] ? 0 : -1;  // the end that the part begins at; -1 within a request
-  while (part + 1 < stop) {
-    const std::uint32_t next = end >= 0 ? chunk.next[end] : 0;
-    if (next > 0) {
-      const int steps = static_cast<int>(next % (2 * kMlaMaxHop));
-      end = static_cast<int>(next / (2 * kMlaMaxHop));
-      const std::int64_t last = chunk.ends[end];
-      for (int i = lane + 1; i <= steps && part + i < stop; i += kWarpSize) {
-        parts.begin[part + i] = i < steps ? begin + i * share : last;
-      }
-      begin = last;
-      part += steps;
-      continue;
-    }
-    // A lane's part, as if no part before it began at an end.
-    std::int64_t mine = begin + (lane + 1) * share;
-    const bool inside = mine + kMlaOverhead < chunk.ends[count];
-    const int found = inside ? end_before(chunk, count, mine + kMlaOverhead) : 0;
-    const bool at_end = inside && chunk.ends[found] >= mine;
-    if (at_end) mine = chunk.ends[found];
-    const int outside = first_lane(__ballot_sync(kFullMask, !inside));
-    const int first_end = first_lane(__ballot_sync(kFullMask, at_end));
-    const int steps = first_end < outside ? first_end + 1 : outside;
-    if (lane < steps && part + 1 + lane < stop) parts.begin[part + 1 + lane] = mine;
-    if (steps == 0) break;
-    begin = __shfl_sync(kFullMask, mine, steps - 1);
-    end = first_end < outside ? __shfl_sync(kFullMask, found, steps - 1) : -1;
-    part += steps;
-    if (first_end >= outside && outside < kWarpSize) break;
-  }
-  return part < stop ? part : stop - 1;
+// The hop from an end over twice as many ends as on this level.
+__device__ __forceinline__ std::uint32_t double_hop(const Chunk& chunk, int level, int end, int stop) {
+  const std::uint32_t hop = chunk.hops[level][end];
+  if (hop == 0 || hop / kMlaHop == kMlaChunk) return 0;
+  const std::uint32_t next = chunk.hops[level][hop / kMlaHop];
+  const std::uint32_t parts = hop % kMlaHop + next % kMlaHop;
+  return next > 0 && parts < static_cast<std::uint32_t>(stop) ? next / kMlaHop * kMlaHop + parts : 0;
 }
 
-// Fills `parts`; ends with a barrier.
-__device__ __forceinline__ void find_parts(const Params& p, int b, Parts& parts) {
+// Fills `parts` and returns the share; ends with a barrier.
+__device__ __forceinline__ std::int64_t find_parts(const Params& p, int b, Parts& parts) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int stop = static_cast<int>(p.num_sm_parts);
   const int slot = static_cast<int>(threadIdx.x);
+  __shared__ Chunk chunk;
+  LastPart last{0, 0, 0};
+  if (slot == 0) chunk.last = last;
+  for (int i = slot; i < stop; i += kThreads) {
+    // Overwritten for the parts that have blocks.
+    parts.request[i] = i == 0 ? 0 : batch_size;
+    parts.block[i] = 0;
+    parts.cuts[i] = 0;
+  }
   std::uint64_t cost = 0;
   for (int request = slot; request < batch_size; request += kThreads) cost += mla_cost(p, request, b);
   std::uint64_t total;
   const std::uint64_t cost_end = block_running_sum(cost, total);
-  const std::int64_t share = static_cast<std::int64_t>((total + static_cast<std::uint64_t>(stop) - 1) / stop);
-  const std::uint64_t reciprocal = ~std::uint64_t{0} / static_cast<std::uint64_t>(share > 0 ? share : 1);
-  for (int i = slot; i < stop; i += kThreads) {
-    // Overwritten for the first part, and for the parts that have blocks.
-    parts.begin[i] = i == 0 ? 0 : static_cast<std::int64_t>(total);
-    parts.request[i] = i == 0 ? 0 : batch_size;
-    parts.block[i] = 0;
-  }
-  __shared__ Chunk chunk;
-  __shared__ int last_part;
-  int part = 0;  // the first whose request isn't known
+  const std::uint64_t share = (total + static_cast<std::uint64_t>(stop) - 1) / static_cast<std::uint64_t>(stop);
   RunningSum<std::uint64_t> cost_sum;
-  for (int first = 0; first < batch_size; first += kThreads) {
-    const int request = first + slot;
-    const int count = batch_size - first < kThreads ? batch_size - first : kThreads;
-    const std::uint64_t carry = cost_sum.carry;
-    std::uint64_t end = cost_end;  // a thread has one request: its sum is known
-    if (batch_size > kThreads) end = cost_sum.add(request < batch_size ? mla_cost(p, request, b) : 0);
-    __syncthreads();  // the last chunk's ends aren't read any more
-    chunk.ends[slot + 1] = static_cast<std::int64_t>(end);
-    if (slot == 0) chunk.ends[0] = static_cast<std::int64_t>(carry);
+  for (int first = 0; first < batch_size; first += kMlaChunk) {
+    const int count = batch_size - first < kMlaChunk ? batch_size - first : kMlaChunk;
+    const bool present = slot < count;
+    const std::uint64_t before = cost_sum.carry;
+    std::uint64_t end = cost_end;  // a thread has one request at most: its sum is known
+    // Its barriers also tell that the last chunk isn't read any more.
+    if (batch_size > kMlaChunk) end = cost_sum.add(present ? mla_cost(p, first + slot, b) : 0);
+    if (present) {
+      chunk.ends[slot + 1] = end;
+      chunk.rests[slot] = static_cast<std::int64_t>((end - last.begin) % share);
+    }
+    if (slot == 0) chunk.ends[0] = last.begin;
     __syncthreads();
-    chunk.next[slot] = slot < count ? next_end(chunk, count, slot, share, reciprocal) : 0;
-    __syncthreads();
-    const int known = part;
-    if (slot < kWarpSize) {
-      const int last = walk_chunk(chunk, count, share, stop, part > 0 ? part - 1 : 0, parts);
-      if (slot == 0) last_part = last;
+    if (slot < kMlaChunk) chunk.hops[0][slot] = present ? first_hop(chunk, count, slot, share, stop) : 0;
+    int levels = 1;
+    for (; (1 << levels) <= count && (1 << levels) < stop; ++levels) {
+      __syncthreads();
+      if (slot < kMlaChunk) chunk.hops[levels][slot] = double_hop(chunk, levels - 1, slot, stop);
     }
     __syncthreads();
-    part = last_part + 1;
-    for (int i = known + slot; i < part; i += kThreads) {
-      const int found = end_before(chunk, count, parts.begin[i]);
+    for (int i = last.part + 1 + slot; i < stop; i += kThreads) {
+      int hopped = 0;  // the end that the hops lead to
+      int part = last.part;  // which begins there
+      int at_ends = 0;  // parts after the last one, up to that one, that begin at an end
+      for (int level = levels - 1; level >= 0; --level) {
+        const std::uint32_t hop = hopped < kMlaChunk ? chunk.hops[level][hopped] : 0;
+        const int there = part + static_cast<int>(hop % kMlaHop);
+        if (hop == 0 || there > i) continue;
+        hopped = static_cast<int>(hop / kMlaHop);
+        part = there;
+        at_ends += 1 << level;
+      }
+      const std::uint64_t begin = chunk.ends[hopped] + static_cast<std::uint64_t>(i - part) * share;
+      if (begin > chunk.ends[count]) break;
+      const int found = last_at_most(chunk.ends, count, kMlaChunk, begin);
       parts.request[i] = first + found;
-      parts.block[i] = static_cast<std::int32_t>(parts.begin[i] - chunk.ends[found]);
+      parts.block[i] = static_cast<std::int32_t>(begin - (found > 0 ? chunk.ends[found] : before));
+      parts.cuts[i] = last.cuts + i - last.part - at_ends;
+      if (begin + share > chunk.ends[count]) chunk.last = {begin, i, parts.cuts[i]};
     }
+    __syncthreads();
+    last = chunk.last;
   }
-  __syncthreads();
-  RunningSum<std::uint32_t> cuts;
-  for (int first = 0; first < stop; first += kThreads) {
-    const int i = first + slot;
-    const std::uint32_t sum = cuts.add(i < stop && parts.block[i] > 0 ? 1 : 0);
-    if (i < stop) parts.cuts[i] = static_cast<std::int32_t>(sum);
-  }
-  __syncthreads();
-}
-
-// The splits that the request which a part begins within has in the parts before.
-__device__ __forceinline__ std::int32_t splits_before(const Parts& parts, int part) {
-  if (parts.block[part] == 0) return 0;
-  const std::int64_t begin = parts.begin[part] - parts.block[part];
-  int found = 0;  // the last part that begins at the request or before it
-  for (int step = kMaxSmParts / 2; step > 0; step /= 2) {
-    if (found + step <= part && parts.begin[found + step] <= begin) found += step;
-  }
-  return part - found;
+  return static_cast<std::int64_t>(share);
 }
 
 // A request has one split, and one more for each part that begins within it. A template, because Params has num_splits
@@ -179,22 +163,17 @@ __device__ __forceinline__ std::int32_t splits_before(const Parts& parts, int pa
 template <typename P>
 __device__ __forceinline__ void write_num_splits(const P& p, int b, const Parts& begin) {
   const int batch_size = static_cast<int>(p.batch_size);
-  const int parts = static_cast<int>(p.num_sm_parts);
+  const int last = static_cast<int>(p.num_sm_parts) - 1;
   for (int request = static_cast<int>(threadIdx.x) - 1; request < batch_size; request += kThreads) {
-    int found = 0;  // the last part that begins in this request or before it
-    if (request >= 0) {
-      for (int step = kMaxSmParts / 2; step > 0; step /= 2) {
-        const int part = found + step;
-        if (part < parts && begin.request[part] <= request) found = part;
-      }
-    }
-    store(p.num_splits, b, request + 1, request + 1 + (request >= 0 ? begin.cuts[found] : 0));
+    // The last part that begins in this request or before it.
+    const int part = request >= 0 ? last_at_most(begin.request, last, kMaxSmParts / 2, request) : 0;
+    store(p.num_splits, b, request + 1, request + 1 + begin.cuts[part]);
   }
 }
 
 __device__ void schedule_flashmla(const Params& p, int b) {
   __shared__ Parts begin;
-  find_parts(p, b, begin);
+  const std::int64_t share = find_parts(p, b, begin);
   const int batch_size = static_cast<int>(p.batch_size);
   const int parts = static_cast<int>(p.num_sm_parts);
   for (int i = static_cast<int>(threadIdx.x); i < parts; i += kThreads) {
@@ -204,7 +183,8 @@ __device__ void schedule_flashmla(const Params& p, int b) {
     const std::int32_t stop = ends_within ? begin.block[i + 1] : blocks_of_last;
     const std::int32_t request = begin.request[i];
     const std::int32_t block = begin.block[i];
-    const std::int32_t split = splits_before(begin, i);
+    // The parts that begin in a request before this one, and the one that it begins in: a share apart.
+    const std::int32_t split = block > 0 ? static_cast<std::int32_t>((block - 1) / share + 1) : 0;
     if constexpr (kFlashMlaOrder == 2026) {
       const bool first_is_split = block != 0;
       const bool last_is_split = stop != blocks_of_last;

@@ -25,11 +25,13 @@ from .attach import Attachment, attach_backend, attached_to, warned
 from .captured import VERSION, mode_of
 from .hooks import Bound, Hook, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
-from .refresher import Ready, launch
-from .runners import COPIES, FILL, RUNNERS, Runner
+from .refresher import Ready
+from .runners import COPIES, FILL, RUNNERS, Runner, Views
 
 # The method with which a runner chooses the captured size of a batch.
 _PAD = "_pad_to_bucket"
+# A verification copies these of its batch once more; PyTorch copies nothing to where it already is.
+_COPIED_AGAIN = ("input_ids", "positions")
 # SGLang 0.5.17's kernel that gathers the draft's write locations, in a module of its worker.
 _WORKER, _GATHER = "sglang.srt.speculative.eagle_worker_common", "assign_draft_cache_locs_contiguous"
 
@@ -55,6 +57,7 @@ class Seam:
         self._width = 1 if kind.mode == "decode" else self._tokens  # positions of a request
         registry = getattr(runner, kind.registry) if kind.registry else None
         self._slots = [] if registry is None else [registry.get_slot(name) for name in self._buffers]
+        self._heads: dict[int, dict[str, Tensor]] = {}  # by a batch's number of tokens, what _COPIED_AGAIN says
         self._backend = getattr(runner, kind.backend)
         self._attachment, self._owned = attached_to(self._backend), False
         if self._attachment is None:
@@ -66,8 +69,7 @@ class Seam:
             if self._owned and self._attachment is not None:
                 self._attachment.detach()
             raise
-        for ready in self._ready.values():
-            ready.plan.follow_addresses()
+        self._views = {bs: Views(ready.plan, kind, self._tokens) for bs, ready in self._ready.items()}
         self._batch: Any = None  # while the runner's method runs
         self._size = 0  # the captured size of that batch
         self._launched: Ready | None = None  # while the backend's refresh is still to come
@@ -138,11 +140,11 @@ class Seam:
     def _replace(self) -> None:
         kind, runner = self._kind, self.backend
         self._set(runner, kind.method, self._around)
-        self._set(runner, _PAD, self._padded)
         self._set(self._backend, OUT_GRAPH, self._out_graph)
         if kind.registry:
             self._set(getattr(runner, kind.registry), FILL, self._fill)
         else:
+            self._set(runner, _PAD, self._padded)
             Hook.of(sys.modules[type(runner).__module__], COPIES).seams.append(self)
         worker, drafter = sys.modules.get(_WORKER), getattr(runner, "eagle_worker", None)
         if kind.mode == "decode" and worker is not None and hasattr(worker, _GATHER) and hasattr(drafter, "draft"):
@@ -235,10 +237,10 @@ class Seam:
         if batch is not self._batch or self.failed or staged or not self._done(sources):
             original(batch, **keywords)
             return
-        # A verification copies these once more, unless they are where they belong.
-        for name in ("input_ids", "positions"):
-            if name in self._buffers:
-                setattr(batch, name, self._buffers[name][:raw])
+        if raw not in self._heads:
+            self._heads[raw] = {name: self._buffers[name][:raw] for name in _COPIED_AGAIN if name in self._buffers}
+        for name, head in self._heads[raw].items():
+            setattr(batch, name, head)
         for slot in self._slots:
             slot.enabled = False
         try:
@@ -277,8 +279,7 @@ class Seam:
         for owner, name, value in ready.held:
             if getattr(owner, name, None) is not value:
                 raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
-        plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
-        launch(plan, lengths, rows, [inputs[name] for name in plan._input_names], self._size)
+        self._views[self._size].run(lengths, rows, sources, self._size)
         self.launches += 1
         self._launched = ready
         if self._whole and self._attachment is not None:

@@ -1,11 +1,14 @@
-"""The schedules of DeepGEMM and FlashMLA."""
+"""The schedules of DeepGEMM and FlashMLA, and the split counts of SGLang's Triton attention."""
 
 from __future__ import annotations
 
 from cases import Shape
 
 from .fault import Fault
-from .shown_by import FEW_SCHEDULED, MLA, MQA, SCHEDULED, WORK
+from .shown_by import FEW_SCHEDULED, MLA, MQA, SCHEDULED, SPLITS, WORK
+
+# Most parts begin with a request, after two parts or four.
+SHARED_BY_TWO = Shape("shared by two", tuple(4096 - i * 7 % 128 for i in range(40)), num_sm_parts=90)
 
 FAULTS = {
     "device/mqa_schedule.cuh": [
@@ -92,55 +95,130 @@ FAULTS = {
             "entry < shares.num_sms; ",
         ),
     ],
+    "device/kv_splits.cuh": [
+        Fault(
+            "look at the first lengths only",
+            "a batch of more requests than a warp has lanes is split as if the others weren't there",
+            SPLITS,
+            SCHEDULED,
+            r"request \+= kWarpSize",
+            "request += p.batch_size",
+        ),
+        Fault(
+            "forget half of the lanes",
+            "the lanes don't agree on the longest length",
+            SPLITS,
+            FEW_SCHEDULED,
+            r"distance < kWarpSize; distance",
+            "distance < kWarpSize / 2; distance",
+        ),
+        Fault(
+            "take lengths that differ a little for different",
+            "nearly equal requests are split as uneven ones",
+            SPLITS,
+            Shape("nearly equal", (1000, 1100) * 150),
+            r"  if \(std::uint64_t\{longest\} \* 8 < [^\n]*\n",
+            "",
+        ),
+        Fault(
+            "let few multiprocessors do for long requests",
+            "long requests leave multiprocessors idle",
+            SPLITS,
+            Shape("long and equal", (5000,) * 3),
+            r"\(doublings > 1 \? doublings : 1\)",
+            "1",
+        ),
+        Fault(
+            "count half of the blocks",
+            "requests have twice the splits that fill the device",
+            SPLITS,
+            Shape("some", (5000,) * 9),
+            r"p\.batch_size\) \* kSplitBlocks",
+            "p.batch_size)",
+        ),
+        Fault(
+            "divide by a length of 0",
+            "a padding request's 0 is the shortest length: nothing is defined then",
+            SPLITS,
+            Shape("a zero", (500, 0, 600)),
+            r"length > 1 \? static_cast<std::uint32_t>\(length\) : 1",
+            "static_cast<std::uint32_t>(length)",
+            "undefined",
+        ),
+    ],
     "device/flashmla_schedule.cuh": [
         Fault(
             "take a whole request where only its blocks fit",
             "a part gets more than its share",
             MLA,
             SCHEDULED,
-            r"parts \* share <= distance",
-            "parts * share <= distance + 3",
+            r"<= kMlaOverhead \? 1u",
+            "<= kMlaOverhead + 3 ? 1u",
         ),
         Fault(
-            "look for the next end in one part more",
-            "the ends that a part begins at aren't those that are near",
+            "hop to an end in one part more",
+            "parts begin a share too early",
             MLA,
             Shape("equal", (64,) * 150, num_sm_parts=11),
-            r"\(next \* \(2 \* kMlaMaxHop\) \+ parts\)",
-            "(next * (2 * kMlaMaxHop) + parts + 1)",
+            r"/ share \+ 1;\n    return",
+            "/ share + 2;\n    return",
         ),
         Fault(
-            "begin all parts of a turn as if none began at an end",
+            "test the ends before an end, too",
+            "the end behind isn't found, and parts begin too early",
+            MLA,
+            SHARED_BY_TWO,
+            r"if \(group < end\) near &= [^;]*;",
+            "",
+        ),
+        Fault(
+            "join a hop with the ends of the next one, but not its parts",
+            "parts behind two ends begin too late",
+            MLA,
+            SHARED_BY_TWO,
+            r"hop % kMlaHop \+ next % kMlaHop",
+            "hop % kMlaHop",
+        ),
+        Fault(
+            "begin all parts as if none began at an end",
             "parts behind one that begins with a request begin too early",
             MLA,
             SCHEDULED,
-            r"first_end < outside \? first_end \+ 1 : outside;",
-            "outside;",
+            r"if \(hop == 0 \|\| there > i\) continue;",
+            "continue;",
         ),
         Fault(
-            "count a request's splits from its first part on, cut or not",
+            "forget the cuts of the requests before the chunk",
+            "a combining kernel reads another request's splits",
+            MLA,
+            SCHEDULED,
+            r"last\.cuts \+ i - last\.part",
+            "i - last.part",
+        ),
+        Fault(
+            "count one split too many where a request begins with a part",
             "a combining kernel reads another request's split",
             MLA,
             Shape("begins with a part", (2560, 8320), num_sm_parts=4),
-            r"parts\.begin\[found \+ step\] <= begin",
-            "parts.begin[found + step] < begin",
+            r"\(block - 1\) / share",
+            "(block) / share",
         ),
         Fault(
-            "derive the parts before the walk is done",
+            "join hops before the shorter ones are there",
             "parts begin where shared memory says by chance",
             MLA,
             SCHEDULED,
-            r"  __syncthreads\(\);\n    part = last_part",
-            "  part = last_part",
+            r"      __syncthreads\(\);\n(      if \(slot < kMlaChunk\) chunk\.hops\[levels\])",
+            r"\1",
             "thread",
         ),
         Fault(
-            "let every warp walk",
-            "all write where the parts begin",
+            "go on before the last part of the chunk is known",
+            "the next chunk's parts follow another one",
             MLA,
             SCHEDULED,
-            r"if \(slot < kWarpSize\) \{",
-            "if (slot >= 0) {",
+            r"    __syncthreads\(\);\n(    last = chunk\.last;)",
+            r"\1",
             "thread",
         ),
     ],
