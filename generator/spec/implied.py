@@ -302,6 +302,15 @@ class Implied:
         return 1024 // int(self.threads) if capped else 0
 
     @property
+    def table_blocks_per_sm(self) -> int:
+        """The limit of the blocks that write tables, per SM: half of the setting for pages alone and packed indices.
+
+        Their tiles are small or few: what fewer blocks save when they start is more than more of them have in flight.
+        """
+        small = self.pages_alone or self.strategy == "indices"
+        return max(1, int(self.blocks_per_sm) // 2) if small else int(self.blocks_per_sm)
+
+    @property
     def wide_tiles(self) -> int:
         """Tiles that a warp takes at once, in large tables and for long requests: 2, or 1 if it never takes more.
 
