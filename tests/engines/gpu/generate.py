@@ -4,8 +4,8 @@
 
 Greedy, with prompts of different lengths: 16 requests, one request, and 16 requests that end one after another, so that
 the batch shrinks through the captured sizes and is padded in between. Writes tokens' hashes and verify steps as JSON.
-With ROUNDS above 0 it waits for its turn, and only the batch of 16 is generated, so often in each of the probe's states,
-in turns, for it to be timed.
+With ROUNDS above 0 it waits for its turn, and only the batch of 16 is generated, so often in each of the probe's
+states, in turns, for it to be timed.
 """
 
 from __future__ import annotations
