@@ -44,7 +44,7 @@ test-long: $(VENV)/.installed  ## run the tests that take long and rarely find a
 matrix:  ## run the tests on the oldest and the newest Python and torch; says which interpreters there aren't
 	WORKERS=$(or $(WORKERS),2) $(PYTHON) tests/matrix.py $(PYTHONS:%=--python %) $(TESTS)
 
-$(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests/engines/*-imports.txt) $(VENV)/.installed
+$(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests/engines/*-imports.txt) | $(VENV)/.installed
 	rm -rf $(ENGINES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes \
 	  --target $(ENGINES) -r $<

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,8 @@ NO_DEVICE = "there is no CUDA device"
 
 # What takes long and rarely finds anything; runs where it is selected (make test-long), and by name.
 LONG_MARKER = "long: takes long and rarely finds anything; make test-long runs it"
-# pytest-cov's own, which isn't installed wherever tests run. Counting lines takes Python as long again.
-UNCOUNTED_MARKER = "no_cover: many cases that run the same lines, which other tests count"
+# Counting lines takes Python as long again.
+UNCOUNTED_MARKER = "uncounted: many cases that run the same lines, which other tests count for the coverage"
 
 _own_folder = pytest.StashKey[Path]()
 
@@ -88,6 +89,19 @@ def pytest_collection_finish() -> None:
     """Thousands of collected tests stay until the end: every full garbage collection would look at all of them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    # pytest-cov's marker no_cover starts coverage anew, which patches os.fork once more each time.
+    tracer = sys.gettrace()
+    if tracer is None or not item.get_closest_marker("uncounted"):
+        return (yield)
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

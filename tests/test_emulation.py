@@ -12,7 +12,7 @@ from emulation.faults import FAULTS
 from emulation.harness import CompileError, Outcome
 from onelaunch import PRESETS, KernelConfig, render
 
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.uncounted
 SANITIZERS = ("address+undefined", "thread")
 # Blocks of the shipped size take the sanitizers long, and what these see in them is what they see in small ones.
 SMALL = {"threads": 64, "blocks_per_sm": 2}

@@ -474,7 +474,7 @@ cache = store.Store(disk / "cache")
 loader.default_store = lambda: cache
 cache.root
 said = []
-for free_pages in (0, 1, 3, 5, 8, 10, 12, 14, 16, 20, 30, 40, 50, 60):
+for free_pages in (0, 3, 8, 12, 20, 40, 100):
     with open(disk / "ballast", "wb", buffering=0) as file:
         try:
             while True:

@@ -103,7 +103,7 @@ SITUATIONS: dict[str, tuple[KernelConfig | None, Callable[[Store, bytes], Any]]]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("count", [6, pytest.param(120, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [4, pytest.param(120, marks=pytest.mark.long)])
 def test_what_killed_processes_leave_is_swept(
     count: int, situation: str, made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

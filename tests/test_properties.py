@@ -17,7 +17,7 @@ from onelaunch import FIELDS, KernelConfig, render
 from onelaunch.errors import ArgumentError, ConfigError
 from support import POISON
 
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.uncounted
 # A new configuration builds a kernel, so an example can take a second.
 BUILDS = settings(max_examples=40)
 RUNS = settings(max_examples=60)

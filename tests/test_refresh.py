@@ -15,7 +15,7 @@ from onelaunch import PRESETS, KernelConfig
 PAIRS = pairs.any_two_settings()
 WITH_TABLES = [name for name, config in STRATEGIES.items() if config.tables and "kv_indices" not in config.fields]
 
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.uncounted
 quick_builds = pytest.mark.usefixtures("quick_builds")
 
 
