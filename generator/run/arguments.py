@@ -151,11 +151,11 @@ class Arguments:
                 "padding_len: leave it None."
             )
         # With padding_len every field is written up to it, else those that have a pad.
-        most, narrowest = self._padded, self._narrowest_padded
+        limit, narrowest = self._padded, self._narrowest_padded
         if self._has_padding:
-            most, narrowest = self.capacity, self._narrowest or "the destinations"
+            limit, narrowest = self.capacity, self._narrowest or "the destinations"
         why = f", from the batch to what {narrowest} has room for"
-        return check_int("captured_size", captured_size, batch_size, most, why)
+        return check_int("captured_size", captured_size, batch_size, limit, why)
 
     def followed(self, views: Sequence[int]) -> tuple[list[int], list[int], int]:
         """What BoundKernel.follow takes: the inputs' arguments, the first and last addresses of what is written, and

@@ -194,12 +194,6 @@ class Implied:
         return not self.copies and setting in self.scope.named(self.fields, "target_verify")
 
     @property
-    def names_pools(self) -> bool:
-        """Whether the emitted code names index_kpool. Formulas don't if it is 1, because that is folded away."""
-        named = self.has_mqa_schedule or bool(self.pooled_tables)
-        return self.uses("index_kpool") and (named or self.index_kpool > 1)
-
-    @property
     def has_mqa_schedule(self) -> bool:
         """Whether it computes DeepGEMM's schedule."""
         return "paged_mqa_schedule_metadata" in self.fields
