@@ -44,7 +44,7 @@ test-long: $(VENV)/.installed  ## run the tests that take long and rarely find a
 matrix:  ## run the tests on the oldest and the newest Python and torch; says which interpreters there aren't
 	WORKERS=$(or $(WORKERS),2) $(PYTHON) tests/matrix.py $(PYTHONS:%=--python %) $(TESTS)
 
-$(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests/engines/*-imports.txt) $(VENV)/.installed
+$(ENGINES)/.installed: tests/engines/requirements-$(ENGINE).txt $(wildcard tests/engines/*-imports.txt) | $(VENV)/.installed
 	rm -rf $(ENGINES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes \
 	  --target $(ENGINES) -r $<
@@ -59,8 +59,7 @@ engines: $(ENGINES)/.installed  ## run the integrations on an engine's own class
 
 # A machine without a network gets what it lacks from BUNDLE, which tests/engines/gpu/bundle.py makes.
 engines-gpu:  ## SGLang 0.5.17 end to end on a GPU, with and without onelaunch, in $(PYTHON)'s own environment
-	$(PYTHON) tests/engines/gpu/run.py tokens $(if $(BUNDLE),--bundle $(BUNDLE))
-	$(PYTHON) tests/engines/gpu/run.py times $(if $(BUNDLE),--bundle $(BUNDLE))
+	$(PYTHON) tests/engines/gpu/run.py tokens times seams $(if $(BUNDLE),--bundle $(BUNDLE))
 
 check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of the dependencies
 	$(BIN)/ruff check generator cli tests templates
@@ -71,7 +70,7 @@ check: $(VENV)/.installed  ## static checks, of the wheel too, and an audit of t
 	MYPYPATH=build/typing $(BIN)/mypy -p onelaunch
 	# Likewise. The contracts are in pyproject.toml.
 	cd build/typing && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --no-logo $(CURDIR)/pyproject.toml
-	$(BIN)/clang-format --dry-run --Werror generated/*.cu $(wildcard templates/device/*.cuh templates/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror generated/*.cu $(wildcard templates/device/*.cuh templates/*.cpp templates/binding/*.h)
 	$(BIN)/onelaunch generate --check
 	rm -rf build/wheel
 	# Without isolation, which is quicker. make wheel and CI build in isolation, which shows that nothing else is needed.

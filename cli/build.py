@@ -56,9 +56,9 @@ def build(
     CONFIGS are presets. --set without one changes the default configuration. Several are built at once, in child
     processes.
 
-    ONELAUNCH_JIT=error doesn't refuse this: it is for builds that a call would start. A build that takes too long is
-    ended and counts as failed; the next attempt compiles it again. With --json, standard output is one document at the
-    end, of every build in the order requested.
+    ONELAUNCH_JIT=error doesn't apply here: it refuses builds that a call starts. A build that takes longer than
+    --timeout is stopped and counts as failed; the next attempt compiles it again. With --json, standard output is one
+    document at the end, of every build in the order requested.
 
     \b
     Examples:

@@ -42,8 +42,8 @@ def show(
     CONFIG is a preset, the first digits of an entry's key, an entry's folder, or a file of emitted CUDA.
     Without it, the default configuration.
 
-    --html writes one page for a browser, which needs no network: source beside SASS beside PTX, where lines that
-    belong together are lit together.
+    --html writes one page for a browser, which needs no network: source beside SASS beside PTX, where the lines of one
+    source line are highlighted together.
 
     PTX is compiled in a temporary folder; SASS and resources too, if the kernel isn't in the cache. The cache doesn't
     change.

@@ -353,9 +353,9 @@ __device__ void compute_user_pages(const Params& p, int warp) {
             [[maybe_unused]] const std::int32_t column = static_cast<std::int32_t>(place);
             const std::int64_t at = begins[slot] + place;
             if (place >= counts[slot] || at < 0 || at >= p.user_pages_capacity) continue;
-            const std::int32_t value = floor_div(
-                look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0}),
-                kPageSize);
+            const std::int32_t value_1 =
+                look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0});
+            const std::int32_t value = floor_div(value_1, kPageSize);
             store(p.user_pages, b, at, value);
           }
         }

@@ -5,6 +5,8 @@ A message names the argument, its value, what is allowed and what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,10 @@ class AuditError(OnelaunchError, RuntimeError):
 
 class LaunchError(OnelaunchError, RuntimeError):
     """The CUDA runtime refused a launch. The message has its error code and text, and whose error it may be."""
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """A sentence, after a space, that suggests the nearest of some names; "" if none is near."""
+    # Below 0.7 "gpu" is near "cpu". Very long names would take difflib seconds.
+    found = difflib.get_close_matches(name[:40], names, n=1, cutoff=0.7) if isinstance(name, str) else []
+    return f" Did you mean {found[0]!r}?" if found else ""

@@ -1,4 +1,7 @@
-"""The logger "onelaunch": one line per build, load and bind. $ONELAUNCH_LOG shows them on standard error."""
+"""What people read while it runs: notices, warnings, and the logger "onelaunch" with a line per build, load and bind.
+
+$ONELAUNCH_LOG shows the logger's lines on standard error.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
 logger = logging.getLogger("onelaunch")
 logger.addHandler(logging.NullHandler())
+
+_warned: set[str] = set()
 
 
 def event(
@@ -43,6 +48,13 @@ def notice(text: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(f"onelaunch: {text}", file=sys.stderr, flush=True)
+
+
+def warn_once(text: str) -> None:
+    """Gives a warning once per process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=3)
 
 
 def _show(name: str) -> None:

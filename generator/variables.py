@@ -74,7 +74,7 @@ AUDIT_VARIABLE = Variable(
     "ONELAUNCH_AUDIT_EVERY",
     "a whole number",
     "off",
-    "Every plan that is bound without audit_every audits after every so many runs, and raises what it finds.",
+    "A plan that is bound without audit_every audits after every so many runs, and raises what it finds.",
 )
 NVTX_VARIABLE = Variable("ONELAUNCH_NVTX", "1", "off", "An NVTX range around each launch.")
 DISABLE_VARIABLE = Variable("ONELAUNCH_DISABLE", "1", "off", "attach() attaches nothing; the engine's own path runs.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ NO_DEVICE = "there is no CUDA device"
 
 # What takes long and rarely finds anything; runs where it is selected (make test-long), and by name.
 LONG_MARKER = "long: takes long and rarely finds anything; make test-long runs it"
+# Counting lines takes Python as long again.
+UNCOUNTED_MARKER = "uncounted: many cases that run the same lines, which other tests count for the coverage"
 
 _own_folder = pytest.StashKey[Path]()
 
@@ -40,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.load_profile("tests")
     config.addinivalue_line("markers", LONG_MARKER)
+    config.addinivalue_line("markers", UNCOUNTED_MARKER)
     # The tests' tensors are small: with more threads than one, of this process or a child's, most of the time goes into
     # waiting for one another, which takes the cores from the other workers.
     torch.set_num_threads(1)
@@ -85,6 +89,19 @@ def pytest_collection_finish() -> None:
     """Thousands of collected tests stay until the end: every full garbage collection would look at all of them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    # pytest-cov's marker no_cover starts coverage anew, which patches os.fork once more each time.
+    tracer = sys.gettrace()
+    if tracer is None or not item.get_closest_marker("uncounted"):
+        return (yield)
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

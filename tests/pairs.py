@@ -53,6 +53,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "schedule_atoms": (0, 3),
     "schedule_split_cost": (0, 5),
     "flashmla_order": ("2026", "2025"),
+    "max_kv_splits": (8, 1, 50),
     "writes": ("all", "verified"),
     "indices": ("int32", "int64"),
 }

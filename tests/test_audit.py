@@ -49,6 +49,7 @@ class Audited:
 # ------------------------------------------------------------------------------------------------ nothing to report
 
 
+@pytest.mark.uncounted
 @pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("name", REFRESHES)
 def test_what_a_refresh_left_is_right(device: torch.device, name: str) -> None:
@@ -70,6 +71,7 @@ def test_any_shape(device: torch.device, shape: Shape) -> None:
 # ------------------------------------------------------------------------------------------------ every element
 
 
+@pytest.mark.uncounted
 @pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("name", REFRESHES)
 def test_an_element_of_each_field_is_named(device: torch.device, name: str) -> None:

@@ -72,6 +72,10 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "schedule_atoms": {"fields": (MQA,), "schedule_atoms": 2},
     "schedule_split_cost": {"fields": (MQA,), "schedule_split_cost": 3},
     "flashmla_order": {"fields": ("flashmla_metadata",), "flashmla_order": "2025"},
+    "num_head": {"fields": ("num_kv_splits",), "num_head": 16},
+    "num_kv_head": {"fields": ("num_kv_splits",), "num_kv_head": 16},
+    "max_kv_splits": {"fields": ("num_kv_splits",), "max_kv_splits": 16},
+    "device_core_count": {"fields": ("num_kv_splits",), "device_core_count": 16},
     "copied rows": {"operation": "copy", "mode": "target_verify"},
 }
 
@@ -260,6 +264,7 @@ def test_a_huge_number_of_backends_is_refused_at_once() -> None:
         ({"schedule_atoms": 2}, {}),
         ({"schedule_split_cost": 2}, {}),
         ({"flashmla_order": "2025"}, {}),
+        ({"num_head": 4, "num_kv_head": 2, "max_kv_splits": 4, "device_core_count": 7}, {}),
         ({"mode": "target_verify", "schedule_per": "row"}, {"mode": "target_verify"}),
         ({"fields": (MQA,), "schedule_per": "row"}, {"fields": (MQA,)}),
         ({"fields": (MQA,), "schedule_atoms": 1}, {"fields": (MQA,)}),
@@ -345,6 +350,7 @@ def test_parts_that_are_not_needed_are_absent() -> None:
     assert present(operation="copy", mode="target_verify") == {"launch"}
     assert present(fields=(MQA,)) == {"lengths", "sparse", "mqa_schedule", "launch"}
     assert present(fields=("flashmla_metadata",)) == {"lengths", "flashmla_schedule", "launch"}
+    assert present(fields=("num_kv_splits",)) == {"lengths", "kv_splits", "launch"}
     assert present(fields=("cache_seqlens",), mode="target_verify") == {"lengths", "rows", "launch"}
     full = KernelConfig(extent="full").launch
     assert full is not None
@@ -626,19 +632,31 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"operation": "copy", "fields": ("cache_seqlens", "kv_indices")},
-        "fields has kv_indices and operation is 'copy'; a copy can't write schedules or kv_indices, which each refresh "
-        "computes. Leave them out of the destinations.",
+        "fields has kv_indices and operation is 'copy'; a copy can't write schedules, counts or kv_indices, which "
+        "each refresh computes. Leave them out of the destinations.",
     ),
     (
         {"operation": "copy", "fields": ("flashmla_metadata", "num_splits")},
-        "fields has flashmla_metadata and operation is 'copy'; a copy can't write schedules or kv_indices, which each "
-        "refresh computes. Leave them out of the destinations.",
+        "fields has flashmla_metadata and operation is 'copy'; a copy can't write schedules, counts or kv_indices, "
+        "which each refresh computes. Leave them out of the destinations.",
     ),
     (
         {"operation": "copy", "fields": ("cache_seqlens", "num_splits")},
-        "fields has num_splits and operation is 'copy'; a copy can't write schedules or kv_indices, which each refresh "
-        "computes. Leave them out of the destinations.",
+        "fields has num_splits and operation is 'copy'; a copy can't write schedules, counts or kv_indices, which "
+        "each refresh computes. Leave them out of the destinations.",
     ),
+    (
+        {"operation": "copy", "fields": ("num_kv_splits",)},
+        "fields has num_kv_splits and operation is 'copy'; a copy can't write schedules, counts or kv_indices, which "
+        "each refresh computes. Leave them out of the destinations.",
+    ),
+    (
+        {"fields": ("num_kv_splits",), "num_head": 4},
+        "num_kv_head is 8 and num_head is 4; num_kv_splits needs a query head or more for each head of keys and "
+        "values. Set num_head.",
+    ),
+    ({"fields": ("num_kv_splits",), "device_core_count": 0}, "device_core_count is 0; allowed: 1 to 65536."),
+    ({"max_kv_splits": 65_537}, "max_kv_splits is 65537; allowed: 1 to 65536."),
     (
         {"fields": ("real_page_table", "kv_indices")},
         "fields has kv_indices and real_page_table; a kernel writes either tables or kv_indices. Bind them to "

@@ -12,6 +12,7 @@ from emulation.faults import FAULTS
 from emulation.harness import CompileError, Outcome
 from onelaunch import PRESETS, KernelConfig, render
 
+pytestmark = pytest.mark.uncounted
 SANITIZERS = ("address+undefined", "thread")
 # Blocks of the shipped size take the sanitizers long, and what these see in them is what they see in small ones.
 SMALL = {"threads": 64, "blocks_per_sm": 2}
@@ -28,7 +29,11 @@ LIVE, FULL = (KernelConfig(num_backends=2, extent=extent, page_size=16) for exte
 # Of a grid. GCC's ThreadSanitizer holds 8,128 threads, and makes 9 mappings for each, of which Linux allows 65,530.
 MAX_TSAN_THREADS = 7000
 RACED_AUDITS = ("live", "variable rows")
-LONG_UNDER_THREAD = ("declared offsets", "padded")
+# Others have each of their parts; they take long.
+LONG_UNDER = {
+    "address+undefined": ("declared rows", "padded"),
+    "thread": ("declared rows", "declared offsets", "padded", "verified offsets"),
+}
 SMALL_STRATEGIES = {name: config.replace(**SMALL) for name, config in STRATEGIES.items()}
 OTHERS = {
     **{name: config.replace(**SMALL) for name, config in CONFIGURATIONS.items() if name not in STRATEGIES},
@@ -113,8 +118,7 @@ def test_configuration_agrees_with_the_reference(name: str, builds: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "sanitizer"),
     [
-        # Others have each of their parts, and take half as long.
-        pytest.param(name, sanitizer, marks=[pytest.mark.long] * (sanitizer == "thread" and name in LONG_UNDER_THREAD))
+        pytest.param(name, sanitizer, marks=[pytest.mark.long] * (name in LONG_UNDER[sanitizer]))
         for name in SMALL_STRATEGIES
         for sanitizer in SANITIZERS
     ],
@@ -208,6 +212,8 @@ def test_a_row_outside_the_pool_is_not_read(config: KernelConfig, builds: Path) 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
 PLANTED = {fault.name: (template, fault) for template, faults in FAULTS.items() for fault in faults}
+# Of each file and each check that catches its faults one; all of them in the long tests.
+_FIRST = {(template, fault.caught_by): name for name, (template, fault) in reversed(PLANTED.items())}
 
 
 @functools.cache
@@ -217,7 +223,10 @@ def sound(config: KernelConfig, sanitizer: str, builds: Path) -> Outcome:
     return launch(render(config), config, sanitizer, tuple(dict.fromkeys(fault.shape for fault in alike)), builds)
 
 
-@pytest.mark.parametrize("name", PLANTED, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] * (n not in _FIRST.values()), id=n.replace(" ", "-")) for n in PLANTED],
+)
 def test_fault_is_caught(name: str, builds: Path) -> None:
     template, fault = PLANTED[name]
     before = sound(fault.config, fault.sanitizer, builds)

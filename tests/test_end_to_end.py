@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,37 @@ def test_attached_backends_launch_a_fifth(run: Any, times: Any, backend: str) ->
     for role in run.ROLES:
         if role != others[backend]:
             assert 6 * host["on"][role] <= host["off"][role], role
+
+
+_TIMED = """
+import sys, time
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from turn import wait_for_turn
+folder = Path(sys.argv[2])
+wait_for_turn(folder)
+start = time.monotonic()
+time.sleep(0.2)
+(folder / "found.json").write_text(f"[{start}, {time.monotonic()}]")
+"""
+
+
+def test_engines_are_timed_in_turns(run: Any, tmp_path: Path) -> None:
+    engines = []
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", _TIMED, str(GPU), str(tmp_path / name)]
+        engines.append(run.Engine(tmp_path / name, command, dict(os.environ), 60))
+    command = [sys.executable, "-c", "import sys; sys.exit('CUDA said no')"]
+    (tmp_path / "failing").mkdir()
+    engines.insert(1, run.Engine(tmp_path / "failing", command, dict(os.environ), 60))
+    for engine in engines:
+        engine.up()
+    found = [engine.ended("found.json") for engine in run.in_turns(engines)]
+    assert (found[1]["error"], found[1]["log"]) == (1, "CUDA said no\n")
+    spans = [each["found"] for each in (found[0], *found[2:])]
+    for (_, end), (start, _) in itertools.pairwise(spans):
+        assert end <= start
 
 
 def _trace(*events: tuple[str, str, float, float, int]) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from onelaunch.spec.expressions import (
     substitute,
     text,
 )
+from onelaunch.spec.vectors import Local
 from torch import Tensor
 
 INPUTS = ("seq_len", "rows", "row")
@@ -130,9 +131,9 @@ def test_names_of_a_formula() -> None:
         ("seq_len + )", 11, "unmatched ')'"),
         ("seq_len / 2", 1, "BinOp isn't allowed"),
         ("seq_len ** 2", 1, "BinOp isn't allowed"),
-        ("seq_len + lengths", 11, "there is no 'lengths' here; allowed: index_kpool, index_topk, page_size"),
+        ("seq_len + lengths", 11, "there is no 'lengths' here. Allowed: index_kpool, index_topk, page_size"),
         ("  seq_len + lengths", 13, "there is no 'lengths' here"),
-        ("1 + abs(seq_len)", 5, "there is no function 'abs'; allowed: min, max, clamp, where, ceil_div"),
+        ("1 + abs(seq_len)", 5, "there is no function 'abs'. Allowed: min, max, clamp, where, ceil_div"),
         ("min(seq_len)", 1, "min takes 2 to 8 values"),
         ("clamp(seq_len, 0)", 1, "clamp takes 3 values"),
         ("min(seq_len, key=3)", 1, "min takes 2 to 8 values"),
@@ -397,12 +398,11 @@ def test_emitted_cpp_agrees_with_pytorch(tmp_path_factory: pytest.TempPathFactor
     compare(formulas, inputs, tmp_path_factory.mktemp("formulas"))
 
 
-def test_where_assignments_are_broken() -> None:
+def test_where_declarations_are_broken() -> None:
     """As clang-format breaks them, which `make check` compares in generated/."""
-    assert emitted.assigned("x", "f(a, b)", 4) == "x = f(a, b);"
-    long = f"f({', '.join(['argument'] * 11)})"
-    assert emitted.assigned("const int value", long, 4) == f"const int value =\n        {long};"
-    longer = f"f(g({', '.join(['argument'] * 9)}, h{{1, 2}}), kSize)"
-    broken = emitted.assigned("const int value", longer, 12)
-    assert broken == f"const int value = f(\n{' ' * 16}{longer[2:-7]}\n{' ' * 16}kSize);"
-    assert all(len(line) <= 120 for line in broken.splitlines())
+    value = f"f({', '.join(['argument'] * 8)})"
+    local = Local("value", "std::int32_t", value, "row")
+    line = f"const std::int32_t value = {value};"
+    assert len(line) == 109
+    assert local.declaration(11) == line
+    assert local.declaration(12) == f"const std::int32_t value =\n{' ' * 16}{value};"

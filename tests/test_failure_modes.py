@@ -74,7 +74,6 @@ from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
 from onelaunch.build.key import Recipe
 from onelaunch.cache import failures, lock, tiers, trust
-from onelaunch.cache import store as stores
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.load import find, loader
 from processes import Children, finish, light_package, mounted, read_only
@@ -109,7 +108,7 @@ def store(tmp_path: Path) -> Store:
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel, warning or temporary store of another test."""
     monkeypatch.setattr(loader, "_loaded", {})
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
     monkeypatch.setattr(tiers, "_fallback", None)
 
 

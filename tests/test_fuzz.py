@@ -179,7 +179,7 @@ def entry(tmp_path_factory: pytest.TempPathFactory) -> Entry:
 @pytest.fixture
 def target(request: pytest.FixtureRequest, entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
     monkeypatch.setattr(loader, "_loaded", {})
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
     return TARGETS[request.param](entry, tmp_path, monkeypatch)
 
 

@@ -225,26 +225,6 @@ def test_every_step_sees_the_tokens_of_the_steps_before_it(device: torch.device,
     assert_refreshed(forward, source, tensors, page_size=page_size, seqlen_offsets=(1, 2, 3))
 
 
-@pytest.mark.parametrize(("mode", "offset"), [("decode", 0), ("target_verify", 4), ("draft_extend", 0)])
-def test_a_single_backend_has_a_row_a_request_in_every_mode(mode: str, offset: int) -> None:
-    source = pool()
-    backend = stand_ins.MHABackend(source)
-    backend.init_cuda_graph_state(4, 4)
-    for other in ("decode", "target_verify", "draft_extend"):
-        backend.capture(4, other)
-    forward = stand_ins.batch(source, LENGTHS[4])
-    sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
-    graphs = {
-        "decode": backend.decode_cuda_graph_metadata,
-        "target_verify": backend.target_verify_metadata,
-        "draft_extend": backend.draft_extend_metadata,
-    }
-    assert_refreshed(forward, source, [mha_tensors(graphs[mode][4])], page_size=16, seqlen_offsets=(offset,))
-    for other, kept in graphs.items():
-        untouched = other == mode or bool((kept[4].page_table == POISON).all())
-        assert untouched, f"{other} was written"
-
-
 # ------------------------------------------------------------------------------------------------ FlashMLA, TRTLLM-MLA
 
 
@@ -262,22 +242,6 @@ def test_flashmla_block_tables_are_filled_up(device: torch.device) -> None:
         assert torch.equal(t["real_page_table"][:3].cpu(), want["real_page_table"])
         assert bool((t["real_page_table"][3:] == POISON).all())
         assert int(t["real_page_table"][0, -1]) == -1
-
-
-@pytest.mark.parametrize(("mode", "offset"), [("decode", 0), ("target_verify", 4), ("draft_extend", 0)])
-def test_trtllm_mla(mode: str, offset: int) -> None:
-    source = pool()
-    backend = stand_ins.TRTLLMMLABackend(source)
-    backend.init_cuda_graph_state(4, 4)
-    backend.capture(4, mode)
-    forward = stand_ins.batch(source, LENGTHS[4])
-    plan = sglang.bind_backends(backend, 4, mode=mode)
-    plan.run(forward.seq_lens, forward.req_pool_indices)
-    metadata = backend.decode_cuda_graph_metadata[4]
-    tensors = {"real_page_table": metadata.block_kv_indices}
-    if mode != "decode":
-        tensors["cache_seqlens"] = metadata.seq_lens_k
-    assert_refreshed(forward, source, [tensors], page_size=32, seqlen_offsets=(offset,), page_fill=-1)
 
 
 def test_what_is_given_goes_before_what_the_backend_says() -> None:
@@ -320,18 +284,6 @@ def test_one_plan_refreshes_all_steps_of_flashinfer_for_every_batch_size(device:
         assert bool((multi.kv_indptr[3] == POISON).all()), "no backend reads the last row"
         assert bool((multi.cuda_graph_kv_indices[3] == POISON).all())
     assert plan.capacity == 4
-
-
-@pytest.mark.parametrize("prefix", ["_paged", ""])
-def test_wrappers_of_flashinfer(prefix: str) -> None:
-    source = pool()
-    forward = stand_ins.batch(source, LENGTHS[4])
-    for offsets in ((0, 0), (1, 2)):
-        wrappers = [wrapper(4, 450, prefix) for _ in range(2)]
-        plan = flashinfer.bind_backends(wrappers, source, **({"seqlen_offsets": offsets} if any(offsets) else {}))
-        plan.run(forward.seq_lens, forward.req_pool_indices)
-        tensors = [dict(zip(("kv_indptr", "kv_indices"), vars(w).values(), strict=True)) for w in wrappers]
-        assert_refreshed(forward, source, tensors, seqlen_offsets=offsets)
 
 
 def test_pages_of_flashinfers_wrappers(device: torch.device) -> None:
@@ -681,16 +633,6 @@ def test_inputs_that_are_too_short_are_refused_and_nothing_is_written() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the lines shown
-
-
-def test_flashmla_drafts_fill_the_dead_columns() -> None:
-    source = pool()
-    multi = stand_ins.MultiStep([stand_ins.FlashMLABackend(source) for _ in range(3)], 3)
-    multi.init_cuda_graph_state(max_bs=4)
-    forward = stand_ins.batch(source, LENGTHS[4])
-    sglang.Refresher(multi).run(4, forward.seq_lens, forward.req_pool_indices)
-    tables = [{"real_page_table": child.cuda_graph_kv_indices} for child in multi.attn_backends]
-    assert_refreshed(forward, source, tables, page_fill=-1)
 
 
 def test_the_lines_for_flashinfer() -> None:

@@ -19,7 +19,6 @@ import pytest
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
 from onelaunch.cache import collect, files, tiers
-from onelaunch.cache import store as stores
 from onelaunch.cache.store import OWN_NAMES, TAG, Store
 from onelaunch.load import loader, pack
 
@@ -33,7 +32,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(tiers, "_fallback", None)
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
     monkeypatch.setattr(loader, "_loaded", {})
 
 
@@ -104,7 +103,7 @@ SITUATIONS: dict[str, tuple[KernelConfig | None, Callable[[Store, bytes], Any]]]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("count", [6, pytest.param(120, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [4, pytest.param(120, marks=pytest.mark.long)])
 def test_what_killed_processes_leave_is_swept(
     count: int, situation: str, made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

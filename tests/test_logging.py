@@ -14,7 +14,6 @@ import onelaunch
 import pytest
 import torch
 from onelaunch import KernelConfig, render
-from onelaunch.cache import store as stores
 from onelaunch.cache.store import Store
 from onelaunch.load import loader
 
@@ -110,7 +109,7 @@ def test_a_torch_without_nvtx_is_warned_of_once(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("NVTX functions not installed")
 
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", missing)
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
     monkeypatch.setenv("ONELAUNCH_NVTX", "1")
     with pytest.warns(UserWarning, match="ONELAUNCH_NVTX is set, but this torch has no NVTX"):
         bind()

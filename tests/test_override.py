@@ -12,8 +12,7 @@ import onelaunch
 import pytest
 import torch
 from click.testing import CliRunner
-from onelaunch import CompileError, KernelConfig, StoreError, render
-from onelaunch.cache import store as stores
+from onelaunch import CompileError, KernelConfig, StoreError, log, render
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.emit import override
@@ -35,7 +34,7 @@ def edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store = Store(tmp_path / "cache")
     monkeypatch.setattr(loader, "default_store", lambda: store)
     monkeypatch.setattr(loader, "_loaded", {})
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
     return folder
 
 
@@ -110,7 +109,7 @@ def test_the_cache_never_mixes_them(edits: Path, monkeypatch: pytest.MonkeyPatch
     # Another edit is another key; so is no difference to the emitted text the emitted one's.
     monkeypatch.setenv(OVERRIDE_VARIABLE, str(edits))
     path.write_text(path.read_text().replace("+ 100", "+ 200"))
-    stores._warned.clear()
+    log._warned.clear()
     with pytest.warns(UserWarning, match="edited by hand"):
         assert lengths_of(True)[0] == 205
     path.write_text(render(CPU), encoding="utf-8")
@@ -132,7 +131,7 @@ def test_the_reference_judges_an_edit(edits: Path) -> None:
     assert minimum in text
     for new, mismatches in (("min(kIndexTopk, seq_len)", False), (f"{minimum} + 1", True)):
         path.write_text(text.replace(minimum, new), encoding="utf-8")
-        stores._warned.clear()
+        log._warned.clear()
         with pytest.warns(UserWarning, match="edited by hand"):
             result = CliRunner().invoke(app, replay)
         assert result.exit_code == int(mismatches), result.output

@@ -27,6 +27,15 @@ def inputs_for(bs: int, width: int, device: torch.device, layout: str = "plain")
     return support.vector(support.lengths(bs, width, 16), torch.int64, device, layout), rows
 
 
+def test_bind_passes_every_argument_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[Any] = []
+    monkeypatch.setattr(onelaunch.run.bind, "make_plan", lambda *arguments: passed.extend(arguments))
+    settings = {name: object() for name in onelaunch.bind.__kwdefaults__}
+    backends, pool = object(), object()
+    onelaunch.bind(backends, req_to_token=pool, **settings)
+    assert passed == [backends, pool, settings]
+
+
 # ------------------------------------------------------------------------------------------------ shared tensors
 
 
@@ -245,6 +254,53 @@ def test_inputs_at_other_addresses_are_followed(device: torch.device, monkeypatc
     with pytest.raises(ArgumentError, match="extended overlaps"):
         plan.run(kept[0], kept[1], extended=new["sums"][3:])
     assert all(now.equal(then) for now, then in zip((new["lengths"], new["sums"], table), before, strict=True))
+
+
+class Columns:
+    """Owns calls whose arguments have the plan's inputs as columns."""
+
+    def __init__(self, plan: onelaunch.Plan) -> None:
+        self.plan, self.checks = plan, 0
+
+    def run(self, seq_lens: Tensor, rows: Tensor, tokens: Tensor) -> None:
+        self.plan._run(self, seq_lens, rows, None, None, None, tokens)
+
+    def _check(self, seq_lens: Tensor, rows: Tensor, extended: None, *numbers: Any) -> list[int]:
+        self.checks += 1
+        *numbers, tokens = numbers
+        inputs = {"pool_rows": rows, "first": tokens[:, 0], "second": tokens[:, 1]}
+        return self.plan._check(seq_lens, rows, extended, *numbers, *(inputs[name] for name in self.plan._input_names))
+
+
+def test_views_of_arguments_at_other_addresses_are_followed(device: torch.device) -> None:
+    sums = torch.full((3,), POISON, dtype=torch.int64, device=device)
+    formula = onelaunch.vector("first - second + 100 * pool_rows", "request", dtype="int64")
+    plan = onelaunch.bind(
+        [MetadataBuffers()],
+        req_to_token=torch.zeros((4, 8), dtype=torch.int32, device=device),
+        declare={"sums": onelaunch.into(formula, sums)},
+        inputs={"pool_rows": torch.int64, "first": torch.int64, "second": torch.int64},
+    )
+    columns = Columns(plan)
+    arguments = {"pool_rows": 1, "first": 5, "second": 5}
+    plan.follow_addresses([arguments[name] for name in plan._input_names])
+    held = []
+    for step in range(20):  # more than a plan remembers
+        tensors = [torch.tensor(values, device=device) for values in ([5, 6], [step, 1], [[step, 4], [7, step * step]])]
+        held.append(tensors)  # so that the next ones have other addresses
+        columns.run(*tensors)
+        assert sums.tolist()[:2] == [step - 4 + 100 * step, 7 - step * step + 100]
+    assert columns.checks == 1
+    lengths, rows, tokens = held[0]
+    columns.run(lengths, rows, torch.tensor([[9, 7], [4, 4]], device=device).t())  # another stride
+    assert (columns.checks, sums.tolist()[:2]) == (2, [9 - 4, 7 - 4 + 100])
+    # Calls with as many arguments as inputs aren't the ones that are followed.
+    for first in ([3, 4], [5, 6], [7, 8]):
+        held.append([torch.tensor(first, device=device)])
+        plan.run(lengths, rows, pool_rows=rows, first=held[-1][0], second=tokens[:, 0])
+        assert sums.tolist()[:2] == [first[0], first[1] - 7 + 100]
+    with pytest.raises(ArgumentError, match=r"overlaps declare\['sums'\]"):
+        columns.run(lengths[:1], rows[:1], sums[1:].view(1, 2))
 
 
 @pytest.mark.parametrize("mode", ["decode", "draft_extend"])

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from onelaunch import StoreError
 from onelaunch.cache import collect, files, lock, staging, tiers
-from onelaunch.cache import store as stores
 from onelaunch.cache.store import TAG, Store
 from processes import until
 
@@ -27,7 +26,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(tiers, "_fallback", None)
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from onelaunch import CompileError, StoreError
 from onelaunch.cache import collect, failures, manifest, tiers
-from onelaunch.cache import store as stores
 from onelaunch.cache.manifest import Entry
 from onelaunch.cache.store import TAG, Store
 from onelaunch.load import pack
@@ -46,8 +45,8 @@ PROMISES = {
         "test_faults.test_a_compiler_that_fails",
         "test_faults.test_what_is_a_verdict_on_the_source",
     ),
-    "A progress line never fails anything": ("test_builder.test_a_progress_line_never_fails_a_build",),
-    "What a process leaves that dies is swept by later ones": (
+    "A progress line that can't be printed fails nothing": ("test_builder.test_a_progress_line_never_fails_a_build",),
+    "What a process leaves when it dies, later ones remove": (
         "test_killed.test_what_killed_processes_leave_is_swept",
         "test_faults.test_the_process_is_killed_during_the_build",
         "test_processes.test_temporary_stores_of_dead_processes_are_swept",
@@ -79,7 +78,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "_fallback", None)
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
 
 
 def publish(store: Store, key: str = KEY, **facts: object) -> Entry:

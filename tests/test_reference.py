@@ -246,6 +246,7 @@ def test_every_field_has_a_case() -> None:
         "num_splits",
         "kv_indptr",
         "kv_indices",
+        "num_kv_splits",
     )
     assert {name: field.kind for name, field in FIELDS.items()} == {
         "cache_seqlens": "vector",
@@ -262,6 +263,7 @@ def test_every_field_has_a_case() -> None:
         "num_splits": "splits",
         "kv_indptr": "running_sum",
         "kv_indices": "packed",
+        "num_kv_splits": "counts",
     }
     assert [name for name, field in FIELDS.items() if field.per == "request"] == [
         "cache_seqlens",
@@ -272,6 +274,7 @@ def test_every_field_has_a_case() -> None:
         "num_splits",
         "kv_indptr",
         "kv_indices",
+        "num_kv_splits",
     ]
 
 

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ import pytest
 from click.testing import CliRunner
 from onelaunch import FIELDS, PRESETS, KernelConfig
 from onelaunch import render as render_anew
-from onelaunch.cli.generate import check_folder, emitted, write_folder
 from onelaunch.cli.main import app
 from onelaunch.emit.binding import render_binding
 from onelaunch.emit.render import device_files, render_baseline
@@ -30,7 +28,6 @@ from processes import light_package
 from support import ALL_FIELDS
 
 ROOT = Path(__file__).parent.parent
-GENERATED = ROOT / "generated"
 
 CONFIGS: dict[str, KernelConfig] = {
     **PRESETS,
@@ -140,12 +137,7 @@ TEXTS = CONFIGS | {f"{name}, cpu": CONFIGS[name].replace(target="cpu") for name 
 render = functools.cache(render_anew)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_of_another_run() -> None:
-    """Mutation testing runs this module in forks of a process that ran it before."""
-    render.cache_clear()
-
-
+pytestmark = pytest.mark.uncounted
 every_config = pytest.mark.parametrize("config", TEXTS.values(), ids=TEXTS)
 
 FACTS = "// ---- settings"
@@ -294,13 +286,15 @@ def test_no_trace_of_a_field_that_is_not_there(config: KernelConfig) -> None:
 def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
     code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
     copies = config.operation == "copy"
+    # Formulas don't name index_kpool if it is 1, because that is folded away.
+    names_pools = config.has_mqa_schedule or bool(config.pooled_tables) or config.index_kpool > 1
     for name, there in (
         ("seq_lens", config.needs_lengths),
         ("req_pool_indices", config.reads_rows),
         ("req_to_token", config.reads_tokens),
         ("kIndexTopk", not copies and any(n.startswith("nsa_") for n in config.fields)),
         ("kPageSize", config.uses("page_size") and config.page_size > 1),
-        ("kIndexKpool", config.names_pools),
+        ("kIndexKpool", config.uses("index_kpool") and names_pools),
         ("p.extend_seq_lens", config.extend == "variable"),
         ("static constexpr std::int32_t offsets", config.needs_lengths and len(config.seqlen_offsets) > 1),
         ("atomicCAS", config.checked),
@@ -327,6 +321,7 @@ def test_files_of_kinds_and_strategies_that_are_not_there_are_left_out(config: K
         assert (text in source) == there, path.name
     assert ("mqa_schedule" in files) == ("paged_mqa_schedule_metadata" in config.fields)
     assert ("flashmla_schedule" in files) == ("flashmla_metadata" in config.fields)
+    assert ("kv_splits" in files) == ("num_kv_splits" in config.fields)
     assert ("pages" in files) == (config.operation != "copy" and bool(config.paged_tables))
 
 
@@ -423,7 +418,7 @@ def test_the_preludes(config: KernelConfig) -> None:
     assert not re.search(r"torch|ATen|c10|pybind", cuda + cpu)
 
 
-# --------------------------------------------------------------------------------------------------- generated/
+# --------------------------------------------------------------------------------------------------- the templates
 
 
 def test_the_templates_have_few_conditions() -> None:
@@ -444,70 +439,6 @@ def test_the_templates_have_few_conditions() -> None:
         count += sum(loop.test is not None for loop in tree.find_all(jinja2.nodes.For))
         assert depth(tree) <= 2, path
     assert 0 < count <= 80
-
-
-def test_generated_is_what_the_templates_emit() -> None:
-    result = CliRunner().invoke(app, ["generate", "--check", "-o", str(GENERATED)])
-    assert result.exit_code == 0, f"{result.stdout}\nRun: onelaunch generate"
-    assert "up to date" in result.stdout
-    assert sorted(path.name for path in GENERATED.iterdir()) == sorted(f"{name}.cu" for name in PRESETS)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_shipped_text_of_a_preset(name: str) -> None:
-    assert render(PRESETS[name]) == (GENERATED / f"{name}.cu").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("damage", ["a changed line", "a missing file", "a file too many"])
-def test_generate_check_fails_with_the_difference_and_the_command(tmp_path: Path, damage: str) -> None:
-    folder = tmp_path / "generated"
-    shutil.copytree(GENERATED, folder)
-    target = folder / "nsa-decode-3.cu"
-    if damage == "a changed line":
-        target.write_text(target.read_text().replace("constexpr int kBackends = 3;", "constexpr int kBackends = 4;"))
-        wanted = ["-constexpr int kBackends = 4;", "+constexpr int kBackends = 3;", "nsa-decode-3.cu"]
-    elif damage == "a missing file":
-        target.unlink()
-        wanted = ["+constexpr int kBackends = 3;", "nsa-decode-3.cu"]
-    else:
-        (folder / "nsa-old.cu").write_text("// of a preset that is gone\n")
-        wanted = ["-// of a preset that is gone", "nsa-old.cu"]
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    result = CliRunner().invoke(app, ["generate", "--check", "-o", str(folder)])
-    assert result.exit_code == 1
-    for text in wanted:
-        assert text in result.stdout
-    assert "Run: onelaunch generate" in result.stderr
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}, "a check writes nothing"
-    repaired = CliRunner().invoke(app, ["generate", "-o", str(folder)])
-    assert repaired.exit_code == 0
-    assert check_folder(folder) == ""
-
-
-def test_generate_writes_only_what_changed(tmp_path: Path) -> None:
-    folder = tmp_path / "generated"
-    assert {path.name for path in write_folder(folder)} == set(emitted())
-    assert write_folder(folder) == []
-    (folder / "nsa-copy-1.cu").write_text("")
-    assert [path.name for path in write_folder(folder)] == ["nsa-copy-1.cu"]
-
-
-def test_show_writes_to_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "kernel.cu"
-    result = CliRunner().invoke(app, ["show", "nsa-decode-3", "--set", "page_size=16", "-o", str(file)])
-    assert result.exit_code == 0
-    assert file.read_text() == render(PRESETS["nsa-decode-3-page16"])
-
-
-def test_show_of_what_does_not_exist() -> None:
-    for arguments, text in (
-        (["show", "nsa-decode-4"], "There is no preset 'nsa-decode-4'"),
-        (["show", "--set", "page_size=0"], "page_size is 0"),
-    ):
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 2
-        assert text in result.stderr
-        assert "Traceback" not in result.output
 
 
 @every_config

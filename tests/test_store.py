@@ -23,7 +23,7 @@ from onelaunch.cache import files, lock, manifest, staging, tiers, trust
 from onelaunch.cache import store as stores
 from onelaunch.cache.manifest import MANIFEST, Entry, key_of
 from onelaunch.cache.store import CACHE_VARIABLE, KEPT_SUFFIXES, Store
-from processes import mounted, read_only
+from processes import read_only
 from users import ALICE, as_user
 
 KEY = "5" * 64
@@ -54,7 +54,7 @@ def _no_warning_unless_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(tiers, "_fallback", None)
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("onelaunch.log._warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -637,14 +637,3 @@ def test_a_part_that_others_could_have_written(part: str, how: str, store: Store
     with store.lock(KEY) as held:
         assert held.held == (part != "locks")
     assert published(store, "8" * 64).key == "8" * 64
-
-
-def test_what_a_full_disk_leaves(tmp_path: Path) -> None:
-    """A real one: the error names it, and neither an entry nor a staging folder is left."""
-    with mounted(tmp_path / "small", "size=64k") as folder:
-        store = Store(folder / "cache")
-        with pytest.raises(OSError, match="No space left"), store.staging() as stage:
-            fill(stage, {**FILES, "m.so": bytes(2**17)})
-        assert store.sweep() == []
-        assert [path.name for path in store.root.rglob("*") if path.is_file()] == [stores.TAG]
-        assert published(store).key == KEY

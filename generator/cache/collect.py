@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StoreError
+from ..log import warn_once
 from ..variables import MAX_SIZE_VARIABLE
 from . import files, lock
-from .store import TAG, Store, warn_once
+from .store import TAG, Store
 
 # A younger entry isn't removed to keep the default limit: a process may be about to load it.
 FRESH_SECONDS = 3600.0

@@ -51,8 +51,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from ..log import warn_once
 from ..variables import CACHE_VARIABLE
-from . import files, manifest, staging, trust
+from . import files, location, manifest, staging, trust
 from . import lock as locks
 from .manifest import KEY, MANIFEST, Entry
 
@@ -81,8 +82,6 @@ _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _UNREADABLE = (errno.EACCES, errno.EPERM)
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_warned: set[str] = set()
-
 
 class Store:
     """One cache folder. It is made on disk by the first build.
@@ -106,7 +105,7 @@ class Store:
         Raises:
             StoreError: the path can't be written as UTF-8, or nothing says where this user's home is.
         """
-        return usable_path(self.place, self._source) if self.place else _default_root()
+        return location.usable_path(self.place, self._source) if self.place else location.default_root()
 
     def find(self, key: str, expect: Mapping[str, Any] | None = None) -> Entry | None:
         """The verified entry of a key, or None. A damaged entry is set aside, with a warning.
@@ -185,7 +184,7 @@ class Store:
     def is_marked(self) -> bool:
         """Whether the root has the cache's own CACHEDIR.TAG, without which nothing below it is removed.
 
-        Nor where another user could exchange the root.
+        False also if another user could exchange the root.
         """
         try:
             self.check()
@@ -369,47 +368,6 @@ class Store:
             warnings.warn(text, stacklevel=3)
         with contextlib.suppress(OSError):
             path.rename(self.folder("damaged") / f"{path.name[:16]}.{uuid.uuid4().hex[:8]}")
-
-
-def usable_path(text: str, source: str = "") -> Path:
-    """An absolute path.
-
-    Args:
-        text: the path.
-        source: the variable that it comes from, in which ~ has been expanded; "" treats ~ as a name.
-
-    Raises:
-        StoreError: it can't be written as UTF-8, has a NUL in it, or begins with the ~ of an unknown user.
-    """
-    what = source or "The cache folder"
-    if source and text.startswith("~"):
-        raise StoreError(f"{what} is {text!r}, and no such user's home folder is known; write the whole path.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise StoreError(f"{what} is {text!a}, which can't be written as UTF-8; choose another folder.") from None
-    if "\0" in text:
-        raise StoreError(f"{what} is {text!a}, which has a NUL character in it; choose another folder.")
-    return Path(text).absolute()
-
-
-def warn_once(text: str) -> None:
-    """Gives a warning once per process."""
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, stacklevel=3)
-
-
-def _default_root() -> Path:
-    place = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(place):  # the standard says that others are ignored
-        place = os.path.expanduser("~/.cache")
-        if place.startswith("~"):
-            raise StoreError(
-                f"There is no folder for the kernel cache: HOME isn't set, and user {os.geteuid()} has no entry in the "
-                f"password database. Set {CACHE_VARIABLE} to a folder that this process may write."
-            )
-    return usable_path(place) / "onelaunch"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

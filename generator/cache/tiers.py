@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import StoreError
+from ..log import warn_once
 from ..variables import CACHE_VARIABLE, PREBUILT_VARIABLE
 from . import files, staging
+from .location import usable_path
 from .lock import Lock
-from .store import Store, usable_path, warn_once
+from .store import Store
 from .trust import private
 
 _PREFIX = "onelaunch-"
@@ -41,7 +43,7 @@ def prebuilt() -> list[Store]:
     """The folders of $ONELAUNCH_PREBUILT, in its order.
 
     Raises:
-        StoreError: a path in it can't be used, see store.usable_path.
+        StoreError: a path in it can't be used, see location.usable_path.
     """
     stores = []
     for name in filter(None, PREBUILT_VARIABLE.read().split(os.pathsep)):

@@ -1,8 +1,9 @@
-"""The C++ of a kernel's Python binding: a few macros, then templates/binding.cpp."""
+"""The C++ of a kernel's Python binding: a few macros, then templates/binding.cpp with the files that it includes."""
 
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,7 +13,13 @@ from ..spec.config import KernelConfig
 
 @cache
 def _text() -> str:
-    return importlib.resources.files("onelaunch.templates").joinpath("binding.cpp").read_text(encoding="utf-8")
+    folder = importlib.resources.files("onelaunch.templates")
+
+    def included(line: re.Match[str]) -> str:
+        return folder.joinpath("binding", line[1]).read_text(encoding="utf-8").rstrip("\n")
+
+    text = folder.joinpath("binding.cpp").read_text(encoding="utf-8")
+    return re.sub(r'^#include "binding/(\w+\.h)"$', included, text, flags=re.MULTILINE)
 
 
 def module_name(symbol: str) -> str:

@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from ..spec import layout
 from ..spec.config import KernelConfig
-from ..spec.cpp import assigned, cpp, user_name
+from ..spec.cpp import cpp, user_name
 from ..spec.declarations import written
 from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
-from ..spec.vectors import element, expression, functions_of, locals_of
+from ..spec.vectors import element, functions_of, live_count, locals_of, value_locals
 from ..spec.violations import violations_of
 from .binding import render_plain_binding
 
 if TYPE_CHECKING:
     import jinja2
 
-# By field, the function that computes a schedule in a block of its own.
-_SCHEDULERS = {"paged_mqa_schedule_metadata": "schedule_mqa", "flashmla_metadata": "schedule_flashmla"}
+# By field, the function that computes it in blocks of its own, and how many these are.
+_SCHEDULERS = {
+    "paged_mqa_schedule_metadata": ("schedule_mqa", "kLengthSets"),
+    "flashmla_metadata": ("schedule_flashmla", "kLengthSets"),
+    "num_kv_splits": ("count_kv_splits", "1"),
+}
 _TYPES = {"int32": "std::int32_t", "int64": "std::int64_t", "bool": "bool"}
 _MEMBER_TYPES = {
     "int64": "std::int64_t ",
@@ -104,8 +108,8 @@ def _environment() -> jinja2.Environment:
         "device": _device,
         "locals_of": locals_of,
         "element": element,
-        "expression": expression,
-        "assigned": assigned,
+        "value_locals": value_locals,
+        "live_count": live_count,
     }
     return environment
 
@@ -152,6 +156,7 @@ def device_files(config: KernelConfig) -> list[str]:
     counts = strategy in ("live", "variable", "indices")  # it counts the tiles of requests of different lengths
     computes = not copies and bool(config.vectors or config.schedules or config.computed)
     packs = any(config.field(name).kind == "packed" for name in config.computed)
+    splits = "num_kv_splits" in config.fields
     vectorized = config.vector_bytes == 16
     ends = "live_ends" if config.live else "full_ends"
     verified = config.hashes_tiles
@@ -163,7 +168,7 @@ def device_files(config: KernelConfig) -> list[str]:
         "destinations": True,
         "audit" if config.audits else "put": bool(config.vectors or config.schedules or config.computed or words),
         "store": bool(config.vectors or config.schedules or packs),
-        "store_once": any(config.once(name) for name in (*config.vectors, *config.computed)),
+        "store_once": splits or any(config.once(name) for name in (*config.vectors, *config.computed)),
         "strided": bool(config.strided or config.computed),
         "floor_div": pages or config.has_mqa_schedule or "floor_div" in functions_of(config),
         "floor_mod": "floor_mod" in functions_of(config),
@@ -173,10 +178,11 @@ def device_files(config: KernelConfig) -> list[str]:
         "expanded_length": config.has_mqa_schedule,
         "mqa_schedule": config.has_mqa_schedule,
         "flashmla_schedule": "flashmla_metadata" in config.fields,
+        "kv_splits": splits,
         "same_end": rows and not (config.live and config.lengths_differ),
         "tile": rows and tokens and not verified,
         "realign": rows and tokens and vectorized and config.req_to_token_dtype == "int32",
-        _tile_file(config): rows and tokens and not verified,
+        "aligned_tile" if vectorized else "unaligned_tile": rows and tokens and not verified,
         "backend_ends" if config.live and config.lengths_differ else ends: rows and not copies,
         "pages": pages,
         "tile_hash": verified,
@@ -191,11 +197,6 @@ def device_files(config: KernelConfig) -> list[str]:
         str(strategy): strategy not in (None, "copy"),
     }
     return [name for name, there in wanted.items() if there]
-
-
-def _tile_file(config: KernelConfig) -> str:
-    """The file with what a warp does with a tile of tokens."""
-    return "aligned_tile" if config.vector_bytes == 16 else "unaligned_tile"
 
 
 def _copy_tile_file(config: KernelConfig) -> str:
@@ -221,8 +222,8 @@ def _roles(config: KernelConfig) -> list[tuple[str, str]]:
     """The functions that the first blocks run, before those that write tables, and how many blocks run each."""
     if config.copies:
         return []
-    functions = [_SCHEDULERS[name] for name in config.schedules] + ["refresh_vectors"] * bool(config.vectors)
-    roles = [(function, "kLengthSets") for function in functions]
+    roles = [_SCHEDULERS[name] for name in config.schedules]
+    roles += [("refresh_vectors", "kLengthSets")] * bool(config.vectors)
     return roles + [("write_computed", "kComputedBlocks")] * bool(config.computed)
 
 

@@ -77,8 +77,8 @@ def traffic(
     Args:
         config: the kernel.
         lengths: s of each request.
-        width: columns of page_indices and of req_to_token, in tokens; None is the longest request's, offsets and the
-            tokens to verify among them.
+        width: columns of page_indices and of req_to_token, in tokens; None is the longest request's, with offsets and
+            the tokens to verify.
         rows: rows of each request where the configuration doesn't say how many, in a draft_extend of variable extend
             lengths and in a copy of several rows; None is one each.
         page_size, index_kpool: of the tables that a copy copies; a copy's configuration doesn't say.
@@ -115,7 +115,7 @@ def traffic(
     }
 
     def words(name: str, request: int, offset: int, whole: bool = not config.live) -> int:
-        """A request's, in a row of a table or in kv_indices, for a backend whose lengths have so many more."""
+        """The words that a request has in a row of a table, or in kv_indices, of a backend with this offset."""
         columns = width if whole else min(lengths[request] + offset + verified, width)
         return -(-columns // tokens_a_word.get(name, 1))
 

@@ -138,6 +138,7 @@ def bind_backends(
     *,
     query_len: int | None = None,
     host: Sequence[PlanInputs] | None = None,
+    num_kv_splits: Tensor | None = None,
     **settings: Any,
 ) -> Plan:
     """Binds the steps of one of SGLang's multi-step draft backends, or a list of wrappers.
@@ -154,6 +155,8 @@ def bind_backends(
             wrappers.
         host: for each wrapper tensors that get the same numbers, in pinned memory if the wrappers are on a GPU: see
             on_host(). qo_indptr is among them only with query_len. Only for wrappers.
+        num_kv_splits: int32 [max_bs], to be written too: the split counts that all steps of a Triton backend read. They
+            depend on num_head, num_kv_head, max_kv_splits and device_core_count. Only for a multi-step backend.
         settings: arguments of onelaunch.bind, such as seq_lens_dtype. Unless given, seqlen_offsets are 1, 2, ... for a
             multi-step backend, and none for wrappers. page_size is 1 unless given; more only for wrappers.
 
@@ -172,7 +175,7 @@ def bind_backends(
                 f"page_size is {page_size}, query_len is {query_len} and host is a {type(host).__name__}; with a "
                 "multi-step backend, whose pages have one token, allowed: 1, None and None. Give a list of wrappers."
             )
-        buffers = _steps(backend)
+        buffers = _steps(backend, num_kv_splits)
         if req_to_token is None:
             req_to_token = pool_of(backend)
         given.setdefault("seqlen_offsets", range(1, len(buffers) + 1))
@@ -242,7 +245,7 @@ def _declared(inputs: Sequence[PlanInputs], prefix: str, unwritten: set[str]) ->
     return declare
 
 
-def _steps(backend: Any) -> list[MetadataBuffers]:
+def _steps(backend: Any, num_kv_splits: Tensor | None) -> list[MetadataBuffers]:
     if reason := refusal(backend, partly=True):
         raise ArgumentError(f"{type(backend).__name__} isn't served: {reason}. The engine's own code serves it.")
     children = read("backend", backend, ("attn_backends",), _ADVICE)
@@ -265,7 +268,8 @@ def _steps(backend: Any) -> list[MetadataBuffers]:
                 f"for each step. {_ADVICE}"
             )
         rows[field] = tensor
-    return [MetadataBuffers(**{field: tensor[step] for field, tensor in rows.items()}) for step in range(count)]
+    lists = [{field: tensor[step] for field, tensor in rows.items()} for step in range(count)]
+    return [MetadataBuffers(**of_step, num_kv_splits=num_kv_splits) for of_step in lists]
 
 
 def pool_of(backend: Any) -> Tensor:

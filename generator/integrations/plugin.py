@@ -99,7 +99,8 @@ def _attach_all(made: Iterable[Any]) -> None:
 
 def _parts(backend: Any) -> Iterator[Any]:
     """The backend, or those that it only chooses between, as HybridAttnBackend does."""
-    found = [part for name in _CHOICES if (part := getattr(backend, name, None)) is not None]
+    # FlashInfer's backend calls what its kernels come from by one of these names: a str.
+    found = [part for name in _CHOICES if not isinstance(part := getattr(backend, name, None), str | None)]
     for part in found:
         yield from _parts(part)
     if backend is not None and not found:

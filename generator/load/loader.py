@@ -21,7 +21,7 @@ from ..build import toolchain
 from ..build.programs import save_answers
 from ..cache.manifest import Entry
 from ..cache.module import EntryChanged, import_entry
-from ..cache.store import Store, warn_once
+from ..cache.store import Store
 from ..emit import override
 from ..emit import render as emission
 from ..errors import JitPolicyError, ToolchainError
@@ -246,7 +246,7 @@ def _report(kernel: Kernel, start: float, edit: override.Edited | None) -> None:
     mark = "edited by hand" if edit else ""
     log.event("load", kernel.config.symbol, kernel.key, outcome, seconds, *kernel.archs, origin, mark, level=level)
     if edit:
-        warn_once(f"{kernel.config.symbol} is edited by hand: {edit.path} runs in place of what onelaunch emits.")
+        log.warn_once(f"{kernel.config.symbol} is edited by hand: {edit.path} runs in place of what onelaunch emits.")
 
 
 def is_edited(manifest: Mapping[str, Any]) -> bool:

@@ -1,8 +1,8 @@
 """Audits: what a plan's destinations hold, compared with what a refresh would write, by a kernel that writes nothing.
 
-It is the plan's own kernel with ``writes="audit"``: the same text, in which each store is a comparison. So it covers
-what a run covers, and no more: not the columns behind the live ones, nor the rows behind the batch, which a refresh
-leaves as they are.
+It is the plan's own kernel with ``writes="audit"``: the same text, in which each store is a comparison. So it compares
+what a run writes, and no more: columns after the live ones and rows after the batch, which a refresh leaves as they
+are, aren't compared.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Places:
 
 
 def audit_every(given: Any) -> int | None:
-    """How often a plan's run() audits, 0 for only when asked: as bind() is given, else as the variable says.
+    """The number of runs from audit to audit: bind()'s argument, else the variable's. 0: only Plan.audit(). None: none.
 
     Raises:
         ArgumentError: it is no whole number, or below 0.
@@ -82,5 +82,5 @@ def record(device: torch.device) -> Tensor:
 
 
 def on_host(recorded: Tensor) -> Tensor:
-    """Where the host sees what a record held, without waiting for the device: pinned, to copy to; on a CPU itself."""
+    """Host memory for a copy of a record, to read without waiting: pinned for a GPU; the record itself on a CPU."""
     return zeros("the record of a plan", (4,), recorded.device, pinned=True) if recorded.is_cuda else recorded

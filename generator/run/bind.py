@@ -59,6 +59,10 @@ def bind(
     schedule_atoms: int = 0,
     schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
+    num_head: int = 32,
+    num_kv_head: int = 8,
+    max_kv_splits: int = 8,
+    device_core_count: int = 132,
     writes: str = "all",
     audit_every: int | None = None,
     declare: Mapping[str, Declaration | Written] | None = None,
@@ -112,19 +116,21 @@ def bind(
         schedule_split_cost: units of work that a split of 256 tokens is in that schedule, whose entries then begin at a
             request's first token, as on sm_100: next_n in DeepGEMM of 2026-06. 0 for the schedule of sm_90.
         flashmla_order: "2026" or "2025", the order of a row of flashmla_metadata (see reference.flashmla_schedule).
+        num_head, num_kv_head, max_kv_splits, device_core_count: for num_kv_splits, as SGLang's Triton backend has them:
+            heads of queries, of keys and values, the most splits of a request, and multiprocessors; 1 to 65,536.
         writes: "all" writes every live column. "verified" reads as much, and writes only the tiles of the tables that
             differ from what this plan, or another one of the same tables, wrote last; kv_indices element by element.
             It holds as long as nobody else writes the tables (then call Plan.forget()) and all of these plans run on
             one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
             probability of about 2^-63. "audit" is for tables that somebody else writes: run() writes nothing, and
             compares as Plan.audit() does.
-        audit_every: None for no audits, unless $ONELAUNCH_AUDIT_EVERY says how often. 0 builds the audit's kernel, too,
-            for Plan.audit(). k also audits after the refresh of every k-th run(), for use in production; before that
-            audit it raises what the last one found (AuditError), and waits for the device only then. An audit right
-            after a refresh finds what that didn't heal: a tile that verified writes took for unchanged, another stream
-            or plan that writes the same memory, a fault of the kernel. Who overwrites a table between refresh and use
-            leaves no trace in the next refresh, whose inputs are others: to find that, call Plan.audit() behind the
-            use. A run() that is captured doesn't audit; Plan.audit() itself can be captured.
+        audit_every: None for no audits, unless $ONELAUNCH_AUDIT_EVERY is set. 0 also builds the audit's kernel, for
+            Plan.audit(). k also audits after every k-th run(), for use in production; before an audit, run() raises
+            what the previous one found (AuditError), and waits for the device only then. An audit right
+            after a refresh finds what the refresh left wrong: a changed tile that verified writes took for unchanged,
+            another stream or plan that writes the same memory, a fault of the kernel. It doesn't find a table that was
+            overwritten between refresh and use, because the next refresh writes it again: for that, call Plan.audit()
+            after the use. A run() that is captured doesn't audit; Plan.audit() itself can be captured.
         declare: fields of your own by name, ``into(vector("base_len + row", dtype="int64"), positions)``; a declaration
             without tensors is for other formulas to name. See ``spec/fields.py`` for what a formula may name.
         inputs: by name the dtype of further inputs that formulas name: run() gets an int [bs] of each.
@@ -137,8 +143,40 @@ def bind(
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written or built.
         ToolchainError, CompileError, JitPolicyError, StoreError: see loader.load.
     """
-    settings = dict(locals())  # all arguments: there are no other locals yet
-    return make_plan(settings.pop("backends"), settings.pop("req_to_token"), settings)
+    settings = {
+        "mode": mode,
+        "index_topk": index_topk,
+        "page_size": page_size,
+        "next_n": next_n,
+        "seqlen_offsets": seqlen_offsets,
+        "extent": extent,
+        "max_len": max_len,
+        "seq_lens_dtype": seq_lens_dtype,
+        "req_pool_indices_dtype": req_pool_indices_dtype,
+        "extend": extend,
+        "extend_seq_lens_dtype": extend_seq_lens_dtype,
+        "index_kpool": index_kpool,
+        "page_fill": page_fill,
+        "padding_len": padding_len,
+        "checked": checked,
+        "schedule_remainder": schedule_remainder,
+        "schedule_per": schedule_per,
+        "schedule_atoms": schedule_atoms,
+        "schedule_split_cost": schedule_split_cost,
+        "flashmla_order": flashmla_order,
+        "num_head": num_head,
+        "num_kv_head": num_kv_head,
+        "max_kv_splits": max_kv_splits,
+        "device_core_count": device_core_count,
+        "writes": writes,
+        "audit_every": audit_every,
+        "declare": declare,
+        "inputs": inputs,
+        "constants": constants,
+        "sources": sources,
+        "maps": maps,
+    }
+    return make_plan(backends, req_to_token, settings)
 
 
 def make_plan(

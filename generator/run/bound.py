@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import log
 from ..build import toolchain
-from ..cache.store import warn_once
 from ..errors import LaunchError
 from ..load import loader
 from ..spec import layout
@@ -46,9 +45,10 @@ class BoundKernel:
             None) differ from those of the last 8 different calls, it calls owner._check(arguments...), which raises or
             returns the words.
         launch: launch(words..., stream): the bare launch, for measurements.
-        follow: follow(inputs, spans): from now on run() calls owner._check only for arguments that differ from those of
-            the last calls in more than the addresses of tensors, or overlap the spans (first and last addresses). The
-            inputs are the indices of the arguments that the call's words begin with.
+        follow: follow(inputs, spans, arguments): from now on run() with so many arguments calls owner._check only for
+            those that differ from the last calls' in more than the addresses of tensors, or overlap the spans (first
+            and last addresses). The call's words begin with an address and a stride of each input, which is an
+            argument or a view of one: ``inputs`` has that argument's index.
 
     Raises:
         LaunchError: the kernel can't run on the device, or can't read the tensors of this torch.
@@ -129,7 +129,7 @@ def _with_nvtx(run: Callable[..., None], name: str) -> Callable[..., None]:
         push(name)
         pop()
     except RuntimeError as error:
-        warn_once(f"{NVTX_VARIABLE} is set, but this torch has no NVTX ({error}); there are no ranges.")
+        log.warn_once(f"{NVTX_VARIABLE} is set, but this torch has no NVTX ({error}); there are no ranges.")
         return run
 
     def ranged(*arguments: Any) -> None:

@@ -99,7 +99,7 @@ def check_destination(
 def check_declared(name: str, value: Any, field: Field, device: torch.device | None) -> Tensor:
     """Checks a declared field's destination: a vector or table may have any strides, a vector of own rows be [bs, W].
 
-    Beside tensors on a GPU it may be in pinned host memory, whose address is the device's too.
+    If the other tensors are on a GPU, it may also be in pinned host memory, which has the same address on the device.
 
     Raises:
         ArgumentError: it can't be written to.

@@ -245,8 +245,8 @@ class Destinations:
         checked = check_offsets(offsets, self.count)
         if len(set(checked)) > 1:
             for name, different in self._different.items():
-                if name not in FIELDS:
-                    continue  # whether its formula gives backends the same, the configuration finds out
+                if name not in FIELDS or FIELDS[name].kind == "counts":
+                    continue  # whether backends get the same, the configuration finds out
                 if len(different) < self.count and (FIELDS[name].kind != "table" or len(different) > 1):
                     raise ArgumentError(
                         f"{different[0].name} is shared (tensors: {len(different)}, backends: {self.count}), and "

@@ -48,8 +48,8 @@ def hashes_of(destinations: Destinations, config: KernelConfig) -> TileHashes:
     """The hashes of a verified plan's tables: those of the plans that write the same tables, or new ones.
 
     Raises:
-        ArgumentError: a plan that lives writes a part of the tables, verified, together with others, or in other tiles:
-            neither would know what the other wrote.
+        ArgumentError: another plan with verified writes writes some of these tables, together with other tables or in
+            other tiles: neither would know what the other wrote.
     """
     tables = {name: destinations.tensors[name] for name in config.tables}
     tiling = (config.tile_columns, config.vector_bytes, config.page_size, config.index_kpool, config.page_fill)
@@ -81,7 +81,7 @@ def _row_stride(table: Tensor) -> int:
 
 
 def _rows(table: Tensor) -> int:
-    """How many rows of the table its memory has room for, those of the tensor and those behind it."""
+    """How many rows the table's memory has room for: the tensor's own, and those after them."""
     elements = table.untyped_storage().nbytes() // table.element_size() - table.storage_offset()
     return int(max(table.shape[0], -(-elements // _row_stride(table))))
 

@@ -22,6 +22,7 @@ from .parts import (
     Declared,
     FlashMLASchedule,
     Gather,
+    KVSplits,
     Launch,
     Lengths,
     MqaSchedule,
@@ -72,8 +73,8 @@ class KernelConfig(Implied):
             shared tensor is written once.
         target: "cuda", or "cpu" for the same kernel built by the host compiler.
         checked: the kernel checks what it reads (rows of the pool, lengths) and records the first violation.
-        declared, lengths, rows, gather, pages, sparse, mqa_schedule, flashmla_schedule, launch: the other settings, by
-            part (see parts.py); None where a configuration uses none of a part's settings.
+        declared, lengths, rows, gather, pages, sparse, mqa_schedule, flashmla_schedule, kv_splits, launch: the other
+            settings, by part (see parts.py); None where a configuration uses none of a part's settings.
 
     Raises:
         ConfigError: a setting is unknown, or its value isn't allowed.
@@ -96,6 +97,7 @@ class KernelConfig(Implied):
     sparse: Sparse | None
     mqa_schedule: MqaSchedule | None
     flashmla_schedule: FlashMLASchedule | None
+    kv_splits: KVSplits | None
     launch: Launch | None
 
     def __init__(self, **settings: Any) -> None:
@@ -168,7 +170,7 @@ class KernelConfig(Implied):
                 f"threads is {self.threads}; on the cuda target it must be a power of two from 32 to 1024, "
                 "because a block consists of whole warps."
             )
-        derived = [name for name in self.fields if self.field(name).kind in ("schedule", "splits", "packed")]
+        derived = [name for name in self.fields if self.field(name).kind in ("schedule", "splits", "counts", "packed")]
         if self.copies and (self.declare or self.strided):
             raise ConfigError(
                 f"fields has {self.declare[0][0]}, which is declared, and operation is 'copy'; only standard fields "
@@ -176,8 +178,8 @@ class KernelConfig(Implied):
             )
         if self.copies and derived:
             raise ConfigError(
-                f"fields has {derived[0]} and operation is 'copy'; a copy can't write schedules or kv_indices, "
-                "which each refresh computes. Leave them out of the destinations."
+                f"fields has {derived[0]} and operation is 'copy'; a copy can't write schedules, counts or "
+                "kv_indices, which each refresh computes. Leave them out of the destinations."
             )
         if self.variable_rows and (padded := [n for n in self.row_vectors if self.field(n).pad is not None]):
             raise ConfigError(
@@ -203,6 +205,11 @@ class KernelConfig(Implied):
         if "num_splits" in self.fields and "flashmla_metadata" not in self.fields:
             raise ConfigError(
                 "fields has num_splits without flashmla_metadata, whose rows give the number of parts. Request both."
+            )
+        if "num_kv_splits" in self.fields and self.num_kv_head > self.num_head:
+            raise ConfigError(
+                f"num_kv_head is {self.num_kv_head} and num_head is {self.num_head}; num_kv_splits needs a query head "
+                "or more for each head of keys and values. Set num_head."
             )
         if self.has_mqa_schedule and self.mode == "draft_extend" and self.extend == "variable":
             if self.schedule_per == "row":

@@ -7,8 +7,6 @@ from collections.abc import Collection
 from .arithmetic import known_value
 from .expressions import COMPARISONS, PRECEDENCE, Constant, Dtype, LookUp, Name, Node, Number, Operation, limits
 
-_COLUMNS = 120
-
 
 def cpp(node: Node, dtype: Dtype = "int32", maps: Collection[str] = ()) -> str:
     """A folded formula as a C++ expression of type std::int32_t, or std::int64_t for int64.
@@ -25,7 +23,7 @@ def cpp(node: Node, dtype: Dtype = "int32", maps: Collection[str] = ()) -> str:
 
 
 def user_name(name: str) -> str:
-    """How the emitted text spells what a user declared: no name of its own begins so."""
+    """How the emitted text spells what a user declared: with a prefix that none of its other names has."""
     return f"user_{name}"
 
 
@@ -37,41 +35,6 @@ def cpp_constant(name: str) -> str:
 def cpp_source(name: str) -> str:
     """How the emitted text spells a source or a map."""
     return "token_source(p)" if name == "token" else f"p.{user_name(name)}"
-
-
-def assigned(target: str, value: str, indent: int) -> str:
-    """``target = value;`` in lines of up to 120 columns, which are broken where clang-format breaks them.
-
-    Args:
-        target: what is declared or assigned.
-        value: an expression. If it has to be broken itself, it must be a call.
-        indent: the columns before the first line, which aren't in the result.
-    """
-    if indent + len(f"{target} = {value};") <= _COLUMNS:
-        return f"{target} = {value};"
-    margin = "\n" + " " * (indent + 4)
-    if len(margin) - 1 + len(value) + 1 <= _COLUMNS:
-        return f"{target} ={margin}{value};"
-    function, _, rest = value.partition("(")
-    lines = [""]
-    for argument in _arguments(f"{rest[:-1]});"):
-        joined = f"{lines[-1]} {argument}".lstrip()
-        if len(margin) - 1 + len(joined) > _COLUMNS:
-            lines.append(argument)
-        else:
-            lines[-1] = joined
-    return f"{target} = {function}({margin}{margin.join(lines)}"
-
-
-def _arguments(text: str) -> list[str]:
-    """The arguments of a call, with their commas."""
-    found, depth = [""], 0
-    for character in text:
-        depth += (character in "({") - (character in ")}")
-        found[-1] += character
-        if character == "," and depth == 0:
-            found.append("")
-    return [argument.strip() for argument in found]
 
 
 class _Cpp:

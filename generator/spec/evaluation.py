@@ -1,4 +1,4 @@
-"""The values of formulas in one configuration, computed with PyTorch: what emitted code is held against."""
+"""The values of formulas in one configuration, computed with PyTorch: tests compare emitted code with them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Given:
         return values, self.pool_row.repeat_interleave(repeats)
 
     def evaluate(self, field: Field, columns: bool = False, column: Tensor | None = None) -> Tensor:
-        """The values of a field's formula, or of its columns; for every column in a dimension behind, if given."""
+        """The values of a field's formula, or of its columns; with ``column`` at each of these, in a last dimension."""
         config, (values, rows) = self.config, self.of(field)
         node = config.scope.substituted(field.name, formulas_mode(config, field.own_rows), columns)
         known = {n: Constant(n, value) for n, value in config.scope.constants}

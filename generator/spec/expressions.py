@@ -11,12 +11,11 @@ arithmetic.py folds and evaluates a formula's tree, cpp.py emits it.
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 Dtype = Literal["int32", "int64", "bool"]
 
@@ -211,13 +210,13 @@ class _Parser:
     def _name(self, node: ast.expr, name: str) -> Name:
         if name not in self._names and name not in self._constants:
             allowed = ", ".join(sorted({*self._names, *self._constants}))
-            self._at(node, f"there is no {name[:40]!r} here{_near(name, self._names)}; allowed: {allowed}")
+            self._at(node, f"there is no {name[:40]!r} here.{did_you_mean(name, self._names)} Allowed: {allowed}")
         return Name(name)
 
     def _call(self, node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Node:
         if name not in FUNCTIONS and name not in self._look_ups:
             allowed = ", ".join([*FUNCTIONS, *self._look_ups])
-            self._at(node, f"there is no function {name[:40]!r}{_near(name, FUNCTIONS)}; allowed: {allowed}")
+            self._at(node, f"there is no function {name[:40]!r}.{did_you_mean(name, FUNCTIONS)} Allowed: {allowed}")
         low, high = FUNCTIONS[name] if name in FUNCTIONS else self._look_ups[name][:2]
         if keywords or any(isinstance(arg, ast.Starred) for arg in args) or not low <= len(args) <= high:
             count = str(low) if low == high else f"{low} to {high}"
@@ -234,11 +233,6 @@ class _Parser:
 
 
 # -------------------------------------------------------------------------------------------------------------- tree
-
-
-def _near(name: str, known: Collection[str]) -> str:
-    found = difflib.get_close_matches(name[:40], known, n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def limits(dtype: Dtype) -> tuple[int, int]:

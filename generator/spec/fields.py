@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     # For annotations only: emitting and loading kernels needs no torch.
     from torch import Tensor
 
-Kind = Literal["vector", "running_sum", "table", "packed", "schedule", "splits"]
+Kind = Literal["vector", "running_sum", "table", "packed", "schedule", "splits", "counts"]
 Per = Literal["request", "row"]
 
 
@@ -145,7 +145,8 @@ class Special:
     """A field with its own code in templates/device.
 
     Attributes:
-        kind: "schedule" is contiguous, and its size is a number of SMs; "splits" is a running sum that belongs to one.
+        kind: "schedule" is contiguous, and its size is a number of SMs; "splits" is a running sum that belongs to one;
+            "counts" has a number for each request, which depends on all requests and on no backend's offset.
         shape: the shape for people, in decode, with bs requests.
         meaning: what an element holds, for people.
         per: whether there is one element, or table row, per request or per row.
@@ -334,7 +335,7 @@ class MetadataBuffers:
     cache_seqlens: Tensor | None = field(vector("seq_len", "request"))
     cu_seqlens_k: Tensor | None = field(running_sum("cache_seqlens", "request"))
     page_indices: Tensor | None = field(table("token(column)", columns="seq_len"))
-    # Complete pools are clamped; the tokens behind the last one stay.
+    # Complete pools are clamped; the tokens after the last one stay.
     nsa_cache_seqlens: Tensor | None = field(vector("min(seqlens_expanded - pool_tail, index_topk) + pool_tail"))
     nsa_cu_seqlens_k: Tensor | None = field(running_sum("nsa_cache_seqlens", "row"))
     real_page_table: Tensor | None = field(
@@ -344,7 +345,7 @@ class MetadataBuffers:
             shape="[bs, ceil(W / page_size)]",
         )
     )
-    # Every row sees one token less than the row behind it. A padding request has fewer tokens than rows.
+    # Every row sees one token less than the next row. A padding request has fewer tokens than rows.
     seqlens_expanded: Tensor | None = field(Vector("max(seq_len - rows + row + 1, 0)", decode="seq_len"))
     pooled_cache_seqlens: Tensor | None = field(vector("cache_seqlens // index_kpool", "request"))
     pooled_real_page_table: Tensor | None = field(
@@ -370,6 +371,7 @@ class MetadataBuffers:
     # A length below zero counts as no tokens, so that requests never overlap.
     kv_indptr: Tensor | None = field(running_sum("max(base_len, 0) + offset", "request"))
     kv_indices: Tensor | None = field(Packed("token(column)", "kv_indptr", other_dtypes=("int64",)))
+    num_kv_splits: Tensor | None = special("counts", "[bs]", "into how many parts attention splits it", "request")
 
     def items(self) -> Iterator[tuple[Field, Tensor]]:
         """The fields that are present, with their tensors, in the order of FIELDS."""

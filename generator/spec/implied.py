@@ -88,19 +88,19 @@ class Implied:
 
     @property
     def schedules(self) -> tuple[str, ...]:
-        """The schedules that blocks of their own compute, by the field that they are named after."""
-        return tuple(name for name in self.fields if self.field(name).kind == "schedule")
+        """The schedules and counts that blocks of their own compute, by the field that they are named after."""
+        return tuple(name for name in self.fields if self.field(name).kind in ("schedule", "counts"))
 
     @property
     def row_fields(self) -> tuple[str, ...]:
-        """The fields whose rows are not requests but the rows that a request has several of."""
+        """The fields with one element, or table row, for each of a request's rows."""
         if self.mode == "decode":
             return ()
         return tuple(n for n in self.fields if self.field(n).per == "row" and self.field(n).own_rows is None)
 
     @property
     def own_row_vectors(self) -> tuple[str, ...]:
-        """The vectors of which a request has a number of rows of their own."""
+        """The vectors with a number of rows per request of their own."""
         return tuple(name for name in self.vectors if self.field(name).own_rows is not None)
 
     @property
@@ -110,7 +110,7 @@ class Implied:
         return not self.copies and self.mode != "decode" and "rows" in named
 
     def names(self, name: str) -> bool:
-        """Whether a formula that is emitted has a name."""
+        """Whether an emitted formula names something."""
         return name in self.scope.named((*self.vectors, *self.computed), self.mode)
 
     @property
@@ -179,7 +179,7 @@ class Implied:
 
     @property
     def equal_rows(self) -> bool:
-        """Whether a kernel that gathers writes every row of every table up to the same column, at any length."""
+        """Whether the kernel writes every row of every table up to the same column, whatever the lengths."""
         if not self.gathers or self.packed is not None or self.variable_rows:
             return False
         return self.extent == "full" or self.page_fill is not None
@@ -192,12 +192,6 @@ class Implied:
     def uses(self, setting: str) -> bool:
         """Whether one of the fields depends on a setting that formulas may name."""
         return not self.copies and setting in self.scope.named(self.fields, "target_verify")
-
-    @property
-    def names_pools(self) -> bool:
-        """Whether the emitted code names index_kpool. Formulas don't if it is 1, because that is folded away."""
-        named = self.has_mqa_schedule or bool(self.pooled_tables)
-        return self.uses("index_kpool") and (named or self.index_kpool > 1)
 
     @property
     def has_mqa_schedule(self) -> bool:
@@ -277,13 +271,19 @@ class Implied:
 
     @property
     def sets(self) -> int:
-        """For how many backends vectors and schedules are computed anew: for each, or for one that stands for all."""
+        """How often vectors and schedules are computed: for each backend, or once for all."""
         steps = self.needs_lengths and self.names("step")
         return self.num_backends if self.lengths_differ or steps else 1
 
     def once(self, field: str) -> bool:
-        """Whether a vector is the same for all backends, though others aren't: the first block writes it to all."""
-        return self.sets > 1 and field in (*self.vectors, *self.computed) and not varies(self, field)
+        """Whether a field is the same for all backends, though others aren't: the first block writes it to all."""
+        formula = field in (*self.vectors, *self.computed)
+        return self.sets > 1 and (not varies(self, field) if formula else self.field(field).kind == "counts")
+
+    @property
+    def split_blocks(self) -> int:
+        """The blocks that Triton's attention has for each request and split."""
+        return -int(-self.num_head // min(16, max(1, self.num_head // self.num_kv_head)))
 
     @property
     def resident_blocks(self) -> int:

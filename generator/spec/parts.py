@@ -35,6 +35,8 @@ MAX_SEQLEN_OFFSET = 2**15
 # More parts of FlashMLA's schedule than any GPU has SMs. One block holds an entry for each in shared memory.
 MAX_SM_PARTS = 512
 MAX_SPLIT_COST = 2**20
+# The limit of multiprocessors, heads and splits. Below it 32-bit counts can't overflow.
+MAX_CORES = 2**16
 
 _INT_DTYPE = OneOf("int32", "int64")
 _DTYPE = OneOf("int32", "int64", "bool")
@@ -86,17 +88,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Declared(Part):
-    """What a user declares, and what the fields hold where that isn't as their declarations have it.
+    """What a user declares, and the dtypes and strides of fields that differ from their declarations.
 
     Of what is declared, a configuration keeps what its fields need.
 
     Attributes:
         declare: fields and terms by name: onelaunch.vector(...) and so on, or tables with kind, formula and the other
             arguments of those functions.
-        inputs: by name the dtype of what each run is given an element a request of, "int32" or "int64".
+        inputs: by name the dtype of an input of each run, one element per request, "int32" or "int64".
         constants: by name a number that formulas name.
         sources: by name the dtype of a table that formulas look up.
-        maps: by name (dtype, what lies outside) of a one-dimensional table that formulas look up.
+        maps: by name (dtype, value outside of it) of a one-dimensional table that formulas look up.
         dtypes: (field, dtype) for each field whose destinations have another dtype than it is declared with.
         strided: the vectors whose destinations have strides of their own.
     """
@@ -126,7 +128,7 @@ class Lengths(Part):
         seq_lens_dtype: "int32" or "int64".
         seqlen_offsets: the number that each backend adds to every length, one per backend, 0 to 32768. Equal offsets
             become a single one, and () if that is 0.
-        padding_len: the length of the padding requests that a call may have behind its own, up to the captured size;
+        padding_len: the length of the padding requests that may follow a call's own requests, up to the captured size;
             their row of req_to_token is 0, and so are declared inputs. None if there are none.
     """
 
@@ -241,6 +243,22 @@ class FlashMLASchedule(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KVSplits(Part):
+    """SGLang's split counts of Triton's attention, num_kv_splits, by the names of the backend's attributes.
+
+    Attributes:
+        num_head, num_kv_head: heads of queries, and of keys and values, 1 to 65,536.
+        max_kv_splits: the most splits of a request, 1 to 65,536.
+        device_core_count: multiprocessors, 1 to 65,536.
+    """
+
+    num_head: int | None = setting(32, Whole(1, MAX_CORES), used=lambda c: "num_kv_splits" in c.fields)
+    num_kv_head: int | None = setting(8, Whole(1, MAX_CORES), used=lambda c: "num_kv_splits" in c.fields)
+    max_kv_splits: int | None = setting(8, Whole(1, MAX_CORES), used=lambda c: "num_kv_splits" in c.fields)
+    device_core_count: int | None = setting(132, Whole(1, MAX_CORES), used=lambda c: "num_kv_splits" in c.fields)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch(Part):
     """The shape of a launch.
 
@@ -278,5 +296,6 @@ PARTS: dict[str, type[Part]] = {
     "sparse": Sparse,
     "mqa_schedule": MqaSchedule,
     "flashmla_schedule": FlashMLASchedule,
+    "kv_splits": KVSplits,
     "launch": Launch,
 }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from .config import KernelConfig
 from .fields import vector
 from .seams import (
@@ -151,6 +149,13 @@ PRESETS: dict[str, KernelConfig] = {
         constants={"query_len": 1},
     ),
     "flashinfer-decode-3": KernelConfig(num_backends=3, fields=("kv_indptr", "kv_indices"), seqlen_offsets=(1, 2, 3)),
+    "triton-decode-3": KernelConfig(
+        num_backends=3,
+        fields=("kv_indptr", "kv_indices", "num_kv_splits"),
+        distinct=(("num_kv_splits", 1),),
+        dtypes=(("kv_indices", "int64"),),
+        seqlen_offsets=(1, 2, 3),
+    ),
 }
 """The shipped configurations. Their CUDA is in generated/, and the tests compile and run each of them."""
 
@@ -191,6 +196,7 @@ PURPOSES: dict[str, str] = {
     "vllm-draft-step": "vLLM's drafter with two KV-cache groups: slot mappings, sparse indexer, schedule",
     "flashinfer-pages-3": "FlashInfer: what the plans of three wrappers read, pages of 16, on the host too",
     "flashinfer-decode-3": "FlashInfer: flattened indices of three draft steps",
+    "triton-decode-3": "SGLang's Triton attention with three draft steps: the same, and the steps' split counts",
 }
 """The purpose of each preset, in one line."""
 
@@ -208,11 +214,7 @@ def preset(name: str) -> KernelConfig:
     if name in _GONE:
         raise ConfigError(f"The preset {name!r} is gone since 0.2: {_GONE[name]}.")
     if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}.{nearest(name)}\n`onelaunch list` prints all of them.")
+        raise ConfigError(
+            f"There is no preset {name!r}.{did_you_mean(name, PRESETS)}\n`onelaunch list` prints all of them."
+        )
     return PRESETS[name]
-
-
-def nearest(name: str) -> str:
-    """A sentence that suggests the preset with the nearest name; "" if none is near."""
-    found = difflib.get_close_matches(name, PRESETS, n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""

@@ -139,6 +139,43 @@ def kv_lengths(seq_lens: Tensor, added: int) -> Tensor:
     return seq_lens.to(torch.int32).clamp(min=0).to(torch.int64) + added
 
 
+def kv_splits(lengths: Tensor, num_head: int, num_kv_head: int, max_kv_splits: int, device_core_count: int) -> Tensor:
+    """int [..., bs] -> int32 [..., bs]: into how many splits Triton's attention cuts the tokens of each request.
+
+    With M and m the longest and the shortest length, and m = M where they differ by less than a quarter of m, splits
+    are so short that M has min(ceil(M / m), max_kv_splits) of them, and also min(ceil(cores / blocks), max_kv_splits).
+    Here cores is device_core_count * max(log2(M / 64), 1) in float32, truncated, and blocks are those of the attention
+    without splits: one for each request and query head, or for up to 16 heads with the same keys.
+
+    Source: SGLang 0.5.23's get_num_kv_splits_triton (kernels/ops/attention/metadata.py), with a row a request. It
+    divides by the shortest length; here a length below 1 counts as 1.
+
+    Args:
+        lengths: of a batch; of several, one a row.
+        num_head, num_kv_head: heads of queries, and of keys and values.
+        max_kv_splits: bounds the splits that have equal lengths.
+        device_core_count: multiprocessors.
+    """
+    if lengths.shape[-1] == 0:
+        return lengths.to(torch.int32)
+    tokens = lengths.to(torch.int64).clamp(min=1)
+    longest, shortest = tokens.amax(-1, keepdim=True), tokens.amin(-1, keepdim=True)
+    shortest = torch.where(longest * 8 < shortest * 10, longest, shortest)
+    even = ceil_div(longest, shortest).clamp(max=max_kv_splits)
+    doublings = torch.log2(longest.to(torch.float32) / 64).clamp(min=1)
+    cores = (doublings * device_core_count).to(torch.int64)
+    heads_a_block = min(16, num_head // num_kv_head)
+    blocks = tokens.shape[-1] * -(-num_head // heads_a_block)
+    filling = ceil_div(cores, torch.full_like(cores, blocks)).clamp(max=max_kv_splits)
+    splits = torch.maximum(ceil_div(tokens, ceil_div(longest, even)), ceil_div(tokens, ceil_div(longest, filling)))
+    return splits.to(torch.int32)
+
+
+def ceil_div(value: Tensor, divisor: Tensor) -> Tensor:
+    """int [...], int [...] above 0 -> int [...]: the quotient, rounded up."""
+    return -torch.div(-value, divisor, rounding_mode="floor")
+
+
 def refresh(
     backends: Sequence[MetadataBuffers],
     seq_lens: Tensor,
@@ -160,6 +197,10 @@ def refresh(
     schedule_atoms: int = 0,
     schedule_split_cost: int = 0,
     flashmla_order: str = "2026",
+    num_head: int = 32,
+    num_kv_head: int = 8,
+    max_kv_splits: int = 8,
+    device_core_count: int = 132,
 ) -> None:
     """Refreshes the backends in place, and writes exactly the elements that a kernel must write.
 
@@ -178,6 +219,8 @@ def refresh(
             or if that is 0 ceil(next_n / 2), with a split cost next_n; with "row" the rows' seqlens_expanded, of one.
             With pools of k tokens lengths are in pools, max(floor(length / k), 1).
         flashmla_order: of flashmla_metadata, which schedules the requests' cache_seqlens.
+        num_head, num_kv_head, max_kv_splits, device_core_count: of num_kv_splits, see kv_splits. Its lengths are
+            seq_lens without offsets.
 
     Raises:
         ValueError: an unknown mode, extent, remainder or order.
@@ -210,6 +253,10 @@ def refresh(
             flashmla_order,
             index_kpool,
         )
+        if buffers.num_kv_splits is not None:
+            buffers.num_kv_splits[: seq_lens.numel()] = kv_splits(
+                seq_lens.to(torch.int32), num_head, num_kv_head, max_kv_splits, device_core_count
+            )
         added = offset + (next_n if mode == "target_verify" else 0)
         _csr(buffers, kv_lengths(seq_lens, added), req_pool_indices, req_to_token, max_len)
         columns = _columns(buffers, req_to_token, page_size, index_kpool, max_len)

@@ -15,7 +15,7 @@ def paged_mqa_schedule(
     An item of length l is ceil(l / 256) splits for each of its atoms, atom after atom, and the items follow one
     another. Multiprocessors get equal numbers of splits; some get one more, the last ones (DeepGEMM from 2026-06 on, on
     sm_90 and sm_120) or the first ones (before). An entry is the atom, counted over all items, and the split in it; the
-    last entry is the end, (items * atoms, 0). A multiprocessor behind all splits begins at the end, too.
+    last entry is the end, (items * atoms, 0). A multiprocessor that gets no split begins at the end, too.
 
     With a split_cost, as on sm_100, a split is that many units of work, and the units are what multiprocessors get. An
     entry is an item's first query token, of which each item has ``atoms``, and the split that the first unit is of.

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from ..errors import ConfigError
@@ -16,19 +16,19 @@ from .values import check_one_of, check_whole
 
 # What every formula may name.
 INPUTS = ("base_len", "offset", "seq_len", "rows", "row", "request", "step")
-# Settings that formulas may name. Those from 1 on may divide.
+# Settings that formulas may name. Those that are 1 or more may be divisors.
 CONSTANTS = ("index_topk", "index_kpool", "page_size")
 # The source that every refresh has: req_to_token.
 TOKEN = "token"
 
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,62}")
-# Of a formula whose references are substituted.
+# The limit of a formula's nodes, once the formulas of the vectors that it names are substituted.
 MAX_NODES = 1_000
-# As many as a mode's rows.
+# The limit of rows of its own, as of a mode's rows.
 MAX_ROWS = 2**15
-# Declarations, constants and so on, of each.
+# The limit of declarations, of inputs, of constants and so on, each.
 MAX_NAMES = 256
-# The binding has room for so many arguments of a run, beside its own.
+# The binding has room for this many declared inputs of a run.
 MAX_INPUTS = 15
 
 
@@ -38,10 +38,10 @@ class Scope:
 
     Attributes:
         declare: a user's fields and terms by name.
-        inputs: by name the dtype of what each run is given an element a request of.
+        inputs: by name the dtype of an input of each run, one element per request.
         constants: by name a number.
         sources: by name the dtype of a table that look-ups read.
-        maps: by name the dtype of a one-dimensional table, and what lies outside of it.
+        maps: by name the dtype of a one-dimensional table, and the value outside of it.
     """
 
     declare: tuple[tuple[str, Declaration], ...] = ()
@@ -82,12 +82,18 @@ class Scope:
 
     def field(self, name: str) -> Field:
         """A standard field, a term or a declared field."""
-        return _fields(self)[name]
+        return self.fields[name]
 
-    @property
+    # Looked up very often: a cache by the scope itself would take the hash of all declarations each time.
+    @cached_property
+    def fields(self) -> Mapping[str, Field]:
+        """The standard fields, the terms and the declared fields, by name."""
+        return FIELDS | TERMS | {name: Field(name, declaration) for name, declaration in self.declare}
+
+    @cached_property
     def vectors(self) -> Mapping[str, Field]:
-        """What has a formula of an element a request or row."""
-        return _vectors(self)
+        """The fields and terms with one element per request or row that have a formula."""
+        return {name: field for name, field in self.fields.items() if isinstance(field.declaration, Vector)}
 
     def declared(self, name: str) -> bool:
         """Whether a user declared the field."""
@@ -149,16 +155,6 @@ def _name(pair: tuple[str, Any]) -> str:
     return pair[0]
 
 
-@cache
-def _fields(scope: Scope) -> dict[str, Field]:
-    return FIELDS | TERMS | {name: Field(name, declaration) for name, declaration in scope.declare}
-
-
-@cache
-def _vectors(scope: Scope) -> dict[str, Field]:
-    return {name: field for name, field in _fields(scope).items() if isinstance(field.declaration, Vector)}
-
-
 def check_declaration(name: str, declaration: Declaration) -> None:
     """Checks all of a declaration but its formulas.
 
@@ -186,7 +182,7 @@ def check_declaration(name: str, declaration: Declaration) -> None:
 
 @cache
 def _formula(scope: Scope, name: str, mode: str) -> Node:
-    declared = _fields(scope)[name].declaration
+    declared = scope.fields[name].declaration
     assert not isinstance(declared, Special)
     written = declared.formula
     if mode == "decode" and isinstance(declared, Vector) and declared.decode is not None:
@@ -196,20 +192,20 @@ def _formula(scope: Scope, name: str, mode: str) -> Node:
 
 @cache
 def _columns(scope: Scope, name: str, mode: str) -> Node:
-    declared = _fields(scope)[name].declaration
+    declared = scope.fields[name].declaration
     if isinstance(declared, Table):
         return _parsed(scope, name, declared.columns, (), "request")
     assert isinstance(declared, Packed)
-    sums = [n for n, field in _vectors(scope).items() if field.kind == "running_sum" and field.per == "request"]
+    sums = [n for n, field in scope.vectors.items() if field.kind == "running_sum" and field.per == "request"]
     check_one_of(f"the at of {name}", declared.at, tuple(sums))
     return _formula(scope, declared.at, mode)
 
 
 def _parsed(scope: Scope, name: str, written: str, more: tuple[str, ...], per: Per) -> Node:
     """The parsed formula of a field, or of its columns, that may also have the names in ``more``."""
-    declared = _fields(scope)[name].declaration
+    declared = scope.fields[name].declaration
     assert not isinstance(declared, Special)
-    vectors = [n for n, other in _vectors(scope).items() if type(other.declaration) is Vector and n != name]
+    vectors = [n for n, other in scope.vectors.items() if type(other.declaration) is Vector and n != name]
     allowed = (*INPUTS, *vectors, *dict(scope.inputs), *more)
     read = {TOKEN: (1, 2, declared.missing)}
     read |= {source: (1, 2, declared.missing) for source, _ in scope.sources}
@@ -224,7 +220,7 @@ def _parsed(scope: Scope, name: str, written: str, more: tuple[str, ...], per: P
             )
     if per == "request":
         for named in names(node):
-            if named == "row" or (named in vectors and _fields(scope)[named].per == "row"):
+            if named == "row" or (named in vectors and scope.fields[named].per == "row"):
                 raise ConfigError(
                     f"the formula of {name}, {written!r}, names {named}, which is per row; {name} has one element "
                     "per request. Declare it with per='row', or name per-request inputs only."
@@ -239,7 +235,7 @@ def _substituted(scope: Scope, name: str, mode: str, columns: bool) -> Node:
             circle = " names ".join((*path[path.index(name) :], name))
             raise ConfigError(f"formulas name each other: {circle}. Write one of them without the others.")
         node = (_columns if columns and not path else _formula)(scope, name, mode)
-        inner = {named: visit(named, (*path, name)) for named in names(node) if named in _vectors(scope)}
+        inner = {named: visit(named, (*path, name)) for named in names(node) if named in scope.vectors}
         node = substitute(node, inner)
         if size(node) > MAX_NODES:
             raise ConfigError(
@@ -253,7 +249,7 @@ def _substituted(scope: Scope, name: str, mode: str, columns: bool) -> Node:
 
 @cache
 def _named(scope: Scope, name: str, mode: str) -> frozenset[str]:
-    declared = _fields(scope)[name].declaration
+    declared = scope.fields[name].declaration
     if isinstance(declared, Special):
         return frozenset(declared.settings)
     nodes = [_formula(scope, name, mode)]
@@ -263,4 +259,4 @@ def _named(scope: Scope, name: str, mode: str) -> frozenset[str]:
         at = {declared.at} if isinstance(declared, Packed) else set()
     named = {n for node in nodes for n in names(node)}
     found = {*named, *at, *(found.source for node in nodes for found in look_ups(node))}
-    return frozenset(found).union(*(_named(scope, n, mode) for n in named if n in _vectors(scope)))
+    return frozenset(found).union(*(_named(scope, n, mode) for n in named if n in scope.vectors))

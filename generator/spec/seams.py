@@ -1,7 +1,7 @@
 """Declarations of what engines compute between the replays of a speculative step's graphs.
 
 SGLang's: each function declares a graph's input buffers by the names of the engine's attributes, for one draft chain
-(topk 1). Formulas name tokens by the request's row of req_to_token: the write locations of the tokens behind
+(topk 1). Formulas name tokens by the request's row of req_to_token: the write locations of the tokens after
 ``base_len``. Where a graph is padded, ``bind(padding_len=...)`` gives padding requests their length, and these fields
 have their own pads.
 Sources: sglang.srt.speculative, the EAGLE graph runners and workers, and sglang.kernels.ops.speculative.
@@ -38,7 +38,7 @@ def of_requests() -> dict[str, Declaration]:
 
 
 def of_tokens(tokens: int) -> dict[str, Declaration]:
-    """positions, out_cache_loc and input_ids of ``tokens`` tokens a request, the ones behind its length.
+    """positions, out_cache_loc and input_ids of the next ``tokens`` tokens of each request.
 
     Without ``input_ids`` where that would take more than MAX_TOKEN_INPUTS inputs.
     """
@@ -128,8 +128,8 @@ INPUTS: dict[str, Dtype] = {
 def vllm_slot_mapping(group: int, *, enabled: bool = True) -> dict[str, Vector]:
     """The slot mapping of a KV-cache group, slots_0 of group 0, with the terms that it names.
 
-    They name the inputs ``idx`` and ``position``, the source table_0 and the constant size_0, of its blocks. -1 takes
-    the place of what is outside of the block table, also where idx is -1; behind the requests it is padding.
+    They name the inputs ``idx`` and ``position``, the source table_0 and the constant size_0, of its blocks. A slot
+    outside of the block table is -1, also where idx is -1; so is the padding after the requests.
 
     Args:
         enabled: whether the group has slots; all of them are -1 otherwise.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 
 class Value(Protocol):
@@ -194,7 +193,7 @@ def check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     """
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return
-    hint = _near(value, [choice for choice in choices if isinstance(choice, str)])
+    hint = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
     raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.{hint}")
 
 
@@ -205,13 +204,9 @@ def check_setting(name: str, settings: Iterable[str]) -> None:
         ConfigError: there is no such setting.
     """
     if name not in settings:
-        raise ConfigError(f"There is no setting {name!r}.{_near(name, settings)}\nAllowed: {', '.join(settings)}.")
-
-
-def _near(value: object, names: Iterable[str]) -> str:
-    # Below 0.7 "gpu" is near "cpu".
-    found = difflib.get_close_matches(value, names, n=1, cutoff=0.7) if isinstance(value, str) else []
-    return f" Did you mean {found[0]!r}?" if found else ""
+        raise ConfigError(
+            f"There is no setting {name!r}.{did_you_mean(name, settings)}\nAllowed: {', '.join(settings)}."
+        )
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None) -> int:

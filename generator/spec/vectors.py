@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .arithmetic import fold, known_value
-from .cpp import assigned, cpp, user_name
+from .cpp import cpp, user_name
 from .expressions import Constant, Dtype, LookUp, Name, Node, Number, Operation, look_ups, names, substitute, text
 from .fields import TERMS, Packed, Special, Table
 from .scope import CONSTANTS
 
 if TYPE_CHECKING:
     # Only for annotations: configurations ask this module which settings their fields use.
-
     from .config import KernelConfig
     from .implied import Implied
+
+# Of a line of emitted text; and of an expression, beyond which its largest operand gets a local of its own.
+_LINE_COLUMNS = 120
+_VALUE_COLUMNS = 100
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,13 @@ class Local:
     per: str
 
     def declaration(self, indent: int) -> str:
-        """The lines that declare it."""
-        return assigned(f"const {self.type} {self.name}", self.cpp, indent)
+        """The line that declares it, or two, broken where clang-format breaks it. Without the first line's indent."""
+        line = f"const {self.type} {self.name} = {self.cpp};"
+        return line if indent + len(line) <= _LINE_COLUMNS else line.replace(" = ", " =\n" + " " * (indent + 4), 1)
 
 
 def formulas_mode(config: Implied, own_rows: int | None) -> str:
-    """The mode whose formulas hold. With rows of its own a field has none for a single row."""
+    """The mode whose formulas a field has. With rows of its own it isn't decode, where a request has a single row."""
     return config.mode if own_rows is None else "target_verify"
 
 
@@ -107,7 +111,7 @@ def read_by(config: Implied, fields: Sequence[str]) -> list[LookUp]:
 
 
 def described(config: KernelConfig, name: str) -> str:
-    """What an element of a field holds in a configuration, for people: settings by name, what is constant computed."""
+    """What an element of a field holds in a configuration, for people: settings by name, constant parts computed."""
     field, declared = config.field(name), config.field(name).declaration
     if isinstance(declared, Special):
         return field.formula
@@ -161,24 +165,27 @@ def locals_of(config: KernelConfig, fields: Sequence[str]) -> list[Local]:
     return list(found.values())
 
 
-# An expression of more columns than this is written with its largest operand as a local of its own.
-_MOST_COLUMNS = 100
-
-
 def _parts(name: str, node: Node, dtype: Dtype, maps: Collection[str], per: str) -> list[Local]:
-    """The locals of a value: one, after those of operands where it would be too long a line."""
+    """The locals of a value: one, after those of operands where its expression would be too long.
+
+    A look-up in a branch of ``where`` stays there: a checked kernel reports those that are evaluated.
+    """
     kind = "std::int64_t" if dtype == "int64" else "std::int32_t"
     found: list[Local] = []
     written = cpp(node, dtype, maps)
-    while len(written) > _MOST_COLUMNS and isinstance(node, Operation):
+    while len(written) > _VALUE_COLUMNS and isinstance(node, Operation):
         # A comparison that is a value is 0 or 1, so that any operation can have a local.
-        sizes = [len(cpp(operand, dtype, maps)) if isinstance(operand, Operation) else 0 for operand in node.arguments]
+        operands = list(node.arguments)
+        fixed = [node.operator == "where" and i > 0 and bool(look_ups(each)) for i, each in enumerate(operands)]
+        sizes = [
+            0 if stays or not isinstance(each, Operation | LookUp) else len(cpp(each, dtype, maps))
+            for stays, each in zip(fixed, operands, strict=True)
+        ]
         if not any(sizes):
             break
         largest = sizes.index(max(sizes))
         operand = f"{name}_{len(found) + 1}"
-        found += _parts(operand, node.arguments[largest], dtype, maps, per)
-        operands = list(node.arguments)
+        found += _parts(operand, operands[largest], dtype, maps, per)
         operands[largest] = Name(operand)
         node = dataclasses.replace(node, arguments=tuple(operands))
         written = cpp(node, dtype, maps)
@@ -207,20 +214,28 @@ def live_columns(config: KernelConfig, name: str, base_len: int, offset: int) ->
     return max(count or 0, 0)
 
 
-def expression(config: KernelConfig, name: str, columns: bool = False) -> str:
-    """The C++ of an element of a declared table or packed field, or of how many columns a row has."""
-    declared = config.field(name).declaration
+def value_locals(config: KernelConfig, name: str) -> list[Local]:
+    """The local constants from which emitted code computes an element of a declared table or packed field.
+
+    The last one is ``value``, the element.
+    """
     dtype = config.dtype(name)
-    if columns:
-        dtype = config.dtype(declared.at) if isinstance(declared, Packed) else "int32"
+    return _parts("value", _computed(config, name, dtype, False), dtype, dict(config.scope.maps), "row")
+
+
+def live_count(config: KernelConfig, name: str) -> str:
+    """The C++ of how many live columns a declared table's row has, or how many elements a request has when packed."""
+    declared = config.field(name).declaration
+    dtype = config.dtype(declared.at) if isinstance(declared, Packed) else "int32"
+    return cpp(_computed(config, name, dtype, True), dtype, dict(config.scope.maps))
+
+
+def _computed(config: KernelConfig, name: str, dtype: Dtype, columns: bool) -> Node:
+    """The formula of a declared table or packed field, or of its columns, as emitted code computes it in a dtype."""
     known = known_names(config) | _inputs(config, dtype)
     if name in config.row_fields:
         known.pop("row", None)
-    return cpp(
-        fold(substitute(config.scope.substituted(name, config.mode, columns), known), dtype),
-        dtype,
-        dict(config.scope.maps),
-    )
+    return fold(substitute(config.scope.substituted(name, config.mode, columns), known), dtype)
 
 
 def _inputs(config: Implied, dtype: Dtype) -> dict[str, Node]:
@@ -235,7 +250,8 @@ def functions_of(config: KernelConfig) -> frozenset[str]:
     if config.copies:
         return frozenset()
     written = [local.cpp for name in config.vectors for local in locals_of(config, [name])]
-    written += [expression(config, name, columns) for name in config.computed for columns in (False, True)]
+    written += [local.cpp for name in config.computed for local in value_locals(config, name)]
+    written += [live_count(config, name) for name in config.computed]
     return frozenset(
         function
         for function in ("floor_div", "floor_mod", "ceil_div", "look_up")

@@ -1,5 +1,6 @@
 // ---- CPU target: the CUDA names that the code below uses. A block is one thread; blocks run one after another ----
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 

@@ -133,7 +133,7 @@ def _prelude(directory: Path, flags: list[str]) -> Path:
 
 def _digest(*parts: str) -> str:
     content = hashlib.sha256(_compiler_version().encode())
-    for path in (HERE / "include" / "cuda_runtime.h", HERE / "driver.cpp"):
+    for path in sorted((*HERE.glob("include/*.h"), *HERE.glob("*.h"), *HERE.glob("*.cpp"))):
         content.update(path.read_bytes())
     for part in parts:
         content.update(part.encode() + b"\0")

@@ -18,6 +18,7 @@ LENGTHS = (
     "seq_lens_k",
     "global_seq_lens_k",
     "cuda_graph_draft_extend_seq_lens_k",
+    "cuda_graph_num_kv_splits",
 )
 CUMULATIVE = ("cu_seqlens_k", "dsa_cu_seqlens_k", "kv_indptr", "qo_indptr", "mask_indptr")
 TABLES = ("page_table_1", "real_page_table", "page_table", "block_kv_indices", "cuda_graph_kv_indices")
@@ -27,7 +28,6 @@ OTHERS = (
     "topk_v2_plan",
     "cuda_graph_mla_metadata",
     "cuda_graph_num_splits",
-    "cuda_graph_num_kv_splits",
     "_sched_meta_buf",
 )
 

@@ -1,5 +1,7 @@
 """SGLang's own attention backends on a CPU, and what they need around them: a model runner, a pool of tokens, a batch.
 
+They are made on PyTorch's default device, which gpu/seams.py changes.
+
 Only plain facts are made up here. Whatever has behaviour (backends, ForwardMode, translators, kernels) is SGLang's.
 """
 
@@ -29,6 +31,11 @@ HAS_TRANSLATOR = find_spec("sglang.srt.mem_cache.kv_index_translator") is not No
 
 _settings: Any = None
 _alone = ExitStack()
+
+
+def device() -> str:
+    """Where tensors are made."""
+    return torch.get_default_device().type
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def settings(**fields: Any) -> None:
 
 def token_pool(page: int, seed: int) -> Tensor:
     """req_to_token, int32 [POOL_ROWS + 1, WIDTH], with whole pages in any order. Row 0 is padding's: all 0."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device()).manual_seed(seed)
     pages = -(-WIDTH // page)
     order = torch.randperm((POOL_ROWS + 1) * pages, generator=generator).view(POOL_ROWS + 1, pages) + 1
     tokens = (order[:, :, None] * page + torch.arange(page)).reshape(POOL_ROWS + 1, -1)[:, :WIDTH]
@@ -169,7 +176,7 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
     )
     allocator = SimpleNamespace(get_kvcache=lambda: pool, page_size=page)
     runner = SimpleNamespace(
-        device="cpu",
+        device=device(),
         gpu_id=0,
         page_size=page,
         model_config=model_config,
@@ -201,7 +208,7 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
             token_to_kv_pool_allocator=allocator,
             token_to_kv_pool=pool,
             page_size=page,
-            device="cpu",
+            device=device(),
             is_draft_worker=draft,
         )
     return runner
@@ -273,7 +280,7 @@ class Batch:
         }
         bs, real = self.captured, len(self.lengths)
         extended = torch.full((bs,), self.tokens, dtype=torch.int32)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(device()).manual_seed(self.seed)
         seq_lens = torch.tensor([*self.lengths, *[FILL] * (bs - real)], dtype=torch.int64)
         rows = torch.randperm(POOL_ROWS, generator=generator)[:bs] + 1
         rows[real:] = 0
@@ -298,7 +305,7 @@ class Batch:
             forward_mode=modes[self.mode],
             actual_forward_mode=None,
             seq_lens=seq_lens,
-            seq_lens_cpu=seq_lens.clone() if cpu_lengths else None,
+            seq_lens_cpu=seq_lens.clone().cpu() if cpu_lengths else None,
             seq_lens_sum=int(seq_lens.sum()) if cpu_lengths else None,
             req_pool_indices=rows,
             positions=positions.to(torch.int64),

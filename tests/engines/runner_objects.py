@@ -50,7 +50,7 @@ def _model_runner(pool: Tensor, backend: Any) -> Any:
         canary_manager=None,
         req_to_token_pool=SimpleNamespace(req_to_token=pool),
         attn_backend=backend,
-        device="cpu",
+        device=objects.device(),
         hisparse_coordinator=None,
         lora_manager=None,
         is_draft_worker=True,
@@ -114,7 +114,7 @@ def draft_runner(name: str, pool: Tensor, page: int, steps: int) -> Any:
         positions=torch.zeros(count, dtype=torch.int64),
         mrope_positions=torch.zeros((3, count), dtype=torch.int64),
         seq_lens=torch.ones(count, dtype=torch.int64),
-        seq_lens_cpu=torch.ones(count, dtype=torch.int64),
+        seq_lens_cpu=torch.ones(count, dtype=torch.int64, device="cpu"),
         extend_seq_lens=torch.ones(count, dtype=torch.int32),
         topk_p=torch.zeros((count, 1)),
         topk_index=torch.zeros((count, 1), dtype=torch.int64),
@@ -146,7 +146,7 @@ def draft_runner(name: str, pool: Tensor, page: int, steps: int) -> Any:
         speculative_num_draft_tokens=steps + 1,
         seed_dsa_topk_from_draft_extend=False,
         tree_mask_mode=None,
-        device="cpu",
+        device=objects.device(),
         target_worker=SimpleNamespace(model_runner=SimpleNamespace(kv_index_translator=None)),
     )
     return made
@@ -169,7 +169,7 @@ def extend_runner(name: str, pool: Tensor, page: int, tokens: int) -> Any:
         mrope_positions=torch.zeros((3, count * tokens), dtype=torch.int64),
         hidden_states=torch.zeros((count * tokens, HIDDEN)),
         seq_lens=torch.ones(count, dtype=torch.int64),
-        seq_lens_cpu=torch.ones(count, dtype=torch.int64),
+        seq_lens_cpu=torch.ones(count, dtype=torch.int64, device="cpu"),
         extend_seq_lens=torch.full((count,), tokens, dtype=torch.int32),
         num_correct_drafts=torch.full((count,), tokens, dtype=torch.int32),
         num_accept_tokens=torch.full((count,), tokens, dtype=torch.int32),
@@ -201,7 +201,7 @@ def verify_runner(name: str, pool: Tensor, page: int, tokens: int) -> Any:
     _captured(backend, "target_verify", tokens)
     count = max(CAPTURED)
     registry = registries.build_decode_registry(
-        device=torch.device("cpu"),
+        device=torch.device(objects.device()),
         max_bs=count,
         max_num_token=count * tokens,
         seq_len_fill_value=objects.FILL,
@@ -249,7 +249,7 @@ class Request:
     served: bool = True
 
     def __post_init__(self) -> None:
-        random = torch.Generator().manual_seed(self.seed)
+        random = torch.Generator(objects.device()).manual_seed(self.seed)
         count = len(self.lengths)
         self.rows = torch.randperm(objects.POOL_ROWS, generator=random)[:count] + 1
         self.topk_p = torch.rand((count, 1), generator=random)
@@ -281,11 +281,11 @@ class Request:
         )
         batch = SimpleNamespace(
             seq_lens=lengths,
-            seq_lens_cpu=lengths.clone() if cpu_lengths else None,
+            seq_lens_cpu=lengths.clone().cpu() if cpu_lengths else None,
             req_pool_indices=self.rows.clone(),
             forward_mode=ForwardMode.DECODE,
             token_to_kv_pool_allocator=SimpleNamespace(page_size=page),
-            device="cpu",
+            device=objects.device(),
             multimodal_inputs=[None] * len(lengths),
             spec_info=spec_info,
         )
@@ -297,7 +297,7 @@ class Request:
                 actual_forward_mode=None,
                 seq_lens=batch.seq_lens,
                 seq_lens_cpu=batch.seq_lens_cpu,
-                seq_lens_sum=int(lengths.sum()) if cpu_lengths else None,
+                seq_lens_sum=sum(self.lengths) if cpu_lengths else None,
                 req_pool_indices=batch.req_pool_indices,
                 out_cache_loc=batch.out_cache_loc,
                 out_cache_loc_virtual=None,
@@ -348,7 +348,7 @@ class Request:
         )
         batch = SimpleNamespace(
             seq_lens=lengths,
-            seq_lens_cpu=lengths.clone() if cpu_lengths else None,
+            seq_lens_cpu=lengths.clone().cpu() if cpu_lengths else None,
             req_pool_indices=self.rows.clone(),
             out_cache_loc=self.window(runner, tokens),
             forward_mode=batches.ForwardMode.DECODE,
@@ -412,7 +412,7 @@ class Request:
             start_offset=torch.tensor(self.lengths),
             batch_size=len(self.lengths),
             draft_token_num=tokens,
-            device="cpu",
+            device=objects.device(),
         )
         return made
 
@@ -444,8 +444,8 @@ class Request:
             out_cache_loc=self.window(runner, tokens),
             out_cache_loc_virtual=None,
             seq_lens=lengths,
-            seq_lens_cpu=lengths.clone() if cpu_lengths else None,
-            seq_lens_sum=int(lengths.sum()) if cpu_lengths else None,
+            seq_lens_cpu=lengths.clone().cpu() if cpu_lengths else None,
+            seq_lens_sum=sum(self.lengths) if cpu_lengths else None,
             req_pool_indices=self.rows.clone(),
             max_seq_len_host=None,
             max_seq_len_override=None,

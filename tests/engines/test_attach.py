@@ -554,6 +554,15 @@ def test_backends_that_only_choose_between_others_have_these_attached() -> None:
     assert "init_forward_metadata_out_graph" in vars(linear.full_attn_backend)
 
 
+def test_the_plugin_names_the_backend_that_is_not_served(caplog: pytest.LogCaptureFixture) -> None:
+    single = backend("flashinfer").attn_backends[0]
+    assert isinstance(single.decode_backend, str), "no backend to look into"
+    with caplog.at_level(logging.INFO, "onelaunch"):
+        plugin._made(single)
+    (said,) = caplog.messages
+    assert said.startswith("attach backend is a FlashInferAttnBackend; allowed: Deepseek")
+
+
 def test_the_plugin_never_raises_and_imports_no_torch() -> None:
     code = (
         "import sys; from onelaunch.integrations import plugin; plugin.install(); "

@@ -268,6 +268,25 @@ def test_what_the_launch_does_is_not_done_again(
     assert ("fill seq_lens" in names) is (len(lengths) == 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_at_other_addresses_is_not_checked_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No view of its tensors is made either; another dtype or stride is checked."""
+    made = seam(kind)
+    kept = []
+    made.request = lambda lengths, seed: kept.append(Request(lengths, seed)) or kept[-1]
+    made.replay((7, 30), 0)
+    checked = []
+    for views in made.seam._views.values():
+        monkeypatch.setattr(views, "_inputs", lambda *tensors: checked.append(tensors))
+    for seed in range(1, 12):  # more than a plan remembers
+        made.replay((7 + seed, 30 - seed), seed)
+        made.check()
+    assert not checked
+    monkeypatch.undo()
+    made.replay((7, 30, 5), 1)
+    made.check()
+
+
 def test_a_verifications_second_copies_copy_nothing() -> None:
     """load_batch copies input_ids and positions again; PyTorch copies nothing to where it already is."""
     made = seam("verify")

@@ -1,4 +1,4 @@
-"""The kernels of ours that a refresh is compared with: floors, and the same refresh made less specific.
+"""Our own kernels to compare a refresh with: lower bounds, and the same refresh less specialized.
 
 They are built as onelaunch's own kernels are.
 """

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="Also draw lengths from this trace; may be repeated.",
 )
-@click.option("--quick", is_flag=True, help="Four shapes, the ways that matter, and a table of these alone.")
+@click.option("--quick", is_flag=True, help="Four shapes and the main contenders; print only the summary.")
 @click.option("--all", "everything", is_flag=True, help="Every shape, N, page size, width and extent.")
 @click.option("--series", is_flag=True, help="Time against length too, for --plot.")
 @click.option("--host", is_flag=True, help="Host time alone, and its parts.")

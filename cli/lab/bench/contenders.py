@@ -1,4 +1,4 @@
-"""Everything that the bench measures, by name: the engine's own way, ours, Triton, PyTorch, and floors.
+"""Everything that the bench measures, by name: the engine's own way, ours, Triton, PyTorch, and lower bounds.
 
 Each is implemented as well as possible, and declares what it writes, so that it is checked against the reference before
 it is timed.
@@ -36,7 +36,7 @@ def _onelaunch(scene: Scene, case: Case) -> list[Call]:
 
 
 def _verified(moved: bool) -> Callable[[Scene, Case], list[Call]]:
-    """Verified writes, where the calls refresh two states in turn, as in a server something changes between two steps.
+    """Verified writes. The calls refresh two states in turn, because in a server something changes between two steps.
 
     Args:
         moved: the other state has each request in another's place, so that every tile differs; otherwise it has one
@@ -45,7 +45,7 @@ def _verified(moved: bool) -> Callable[[Scene, Case], list[Call]]:
 
     def variants(scene: Scene, case: Case) -> list[Call]:
         if moved and case.batch == 1:
-            raise Unsupported("one request has no other's place to move to")
+            raise Unsupported("a single request can't take another one's place")
         seq_lens, rows, _ = scene.inputs
         other = (seq_lens, rows.roll(1)) if moved else ((seq_lens - 1).clamp(min=0), rows)
         plan = scene.plan(case.extent, writes="verified")
@@ -228,28 +228,28 @@ CONTENDERS: dict[str, Implementation] = {
         Implementation(
             "onelaunch-verified",
             "onelaunch, verified writes",
-            "what changed is written, where each request is one token longer or shorter than in the call before",
+            "writes what changed; each request is one token longer or shorter than in the previous call",
             _verified(moved=False),
             builds=True,
         ),
         Implementation(
             "onelaunch-moved",
             "onelaunch, verified writes, all changed",
-            "every request has another's tokens than in the call before",
+            "each request has other tokens than in the previous call",
             _verified(moved=True),
             builds=True,
         ),
         Implementation(
             "onelaunch-declared",
             "onelaunch, two fields declared",
-            "cache_seqlens and nsa_cache_seqlens by formulas of the user's",
+            "cache_seqlens and nsa_cache_seqlens declared by formulas",
             _declared,
             builds=True,
         ),
         Implementation(
             "onelaunch-20-more",
             "onelaunch, 20 vectors more",
-            "with 20 declared vectors more, of one destination each",
+            "with 20 more declared vectors, of one destination each",
             _twenty_more,
             builds=True,
         ),
@@ -264,7 +264,7 @@ CONTENDERS: dict[str, Implementation] = {
         Implementation(
             "sglang-best",
             "SGLang, its best form",
-            "the fastest of its kernels, launched for each backend, and of what it runs, but up to the longest length",
+            "the faster of two: its best kernel, launched for each backend; and what it runs, up to the longest length",
             _sglang_best,
             spares=False,
             first_sums=False,

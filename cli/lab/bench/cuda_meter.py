@@ -95,7 +95,7 @@ class CudaMeter:
         return [(took - flush) / count for took, flush in zip(with_call, without, strict=True)]
 
     def eager_us(self, call: Call) -> tuple[list[float], list[float]]:
-        """A call after another on the stream: time on the device, and on the host."""
+        """Calls one after the other on a stream, without a graph: time on the device, and on the host."""
         count = self._count(call, _EAGER_CALLS)
         device: list[float] = []
         host: list[float] = []

@@ -16,7 +16,7 @@ from .summary import name_of, number, usual
 # A colour for each contender, distinguishable with colour blindness too (after Okabe and Ito).
 _COLOURS = dict(zip(QUICK_NAMES, ("#999999", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#009E73"), strict=True))
 _TEXT = 15  # points; the figure is read at half its size
-_CUT = 1.25  # the longest bar is drawn at most so many times as long as the second
+_CUT = 1.25  # the longest bar is drawn at most this many times as long as the second
 
 
 def need_matplotlib() -> None:
@@ -97,7 +97,7 @@ def _draw_bars(axes: Any, names: list[str], took: Mapping[str, float]) -> None:
 
 
 def _draw_curves(axes: Any, rows: list[Mapping[str, Any]], data: Mapping[str, Any]) -> None:
-    """Time against the longest request's length, a line for each way, named at its end."""
+    """Time against the longest request's length, a line for each contender, named at its end."""
     lengths = sorted({row["case"]["length"] for row in rows})
     for name in SERIES_NAMES:
         points = {row["case"]["length"]: row["cold_us"] for row in rows if row["implementation"] == name}

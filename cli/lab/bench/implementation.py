@@ -1,4 +1,4 @@
-"""What the bench knows of one way to do a refresh, and the check of what it wrote."""
+"""One way to do a refresh as the bench describes it, and the check of what it wrote."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Implementation:
         live: whether it writes the live columns only. Otherwise it writes every column below the longest request's
             length or, with ``whole``, every column of the table.
         whole: see ``live``.
-        spares: whether the columns that it doesn't have to write keep what they had. Otherwise they aren't compared.
+        spares: whether it leaves the columns alone that it needn't write. Otherwise they aren't compared.
         first_sums: whether it writes the first 0 of the running sums; the engines' tensor code expects it to be there.
         checked: whether it does a refresh, which can be checked.
         writes: the fields that it writes; fewer than all if it does only a part of the refresh.

@@ -45,7 +45,7 @@ def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implemen
 
     Returns:
         ``status`` "ok" with the figures, of each column the fastest variant's, and a ``reason`` where a variant failed;
-        else "wrong", "failed" or "left out", and the ``reason``.
+        otherwise "wrong", "failed" or "left out", with the ``reason``.
     """
 
     row: dict[str, Any] = {"implementation": implementation.name, "status": "ok"}
@@ -88,7 +88,7 @@ def _sentence(error: Exception) -> str:
 
 def _fault_in_graph(meter: Meter, scene: Scene, case: Case, implementation: Implementation, call: Call) -> str:
     """The first word that a call writes wrong in a graph, or ""."""
-    implementation.poison(scene)  # before the capture, too: calls that take turns begin again
+    implementation.poison(scene)  # before the capture, too: calls that take turns start again with the first
     replay = meter.capture([call])
     implementation.poison(scene)
     replay()
@@ -149,7 +149,7 @@ def run_bench(
     Args:
         traces: lengths of requests, by the name of the trace.
         host: measure host time too.
-        seconds: begin no case after that many.
+        seconds: start no case after this many seconds.
         say: called with lines of progress.
     """
 
@@ -167,6 +167,7 @@ def run_bench(
     if host:
         data["host"] = host_rows(meter)
     record.write()
+    left_out = set[tuple[str, str]]()
     for number, one in enumerate(selected):
         spent = time.monotonic() - began
         if seconds is not None and spent > seconds:
@@ -176,6 +177,10 @@ def run_bench(
 
         def report(row: Mapping[str, Any], place: str = f"[{number + 1}/{len(selected)}]") -> None:
             found = f"{row['cold_us']:.2f} us" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+            if row["status"] == "left out":
+                if (row["implementation"], found) in left_out:
+                    return
+                left_out.add((row["implementation"], found))
             say(f"{place} {time.monotonic() - began:.0f} s: {row['label']} {row['implementation']}: {found}")
 
         data["rows"] += measure_case(meter, one, (traces or {}).get(one.case.kind, ()), report)

@@ -126,7 +126,7 @@ class Scene:
         Args:
             extent, max_len: as in reference.refresh.
             fields: names of the fields that were written; the others must still be poisoned.
-            dead: whether columns behind a request's length are compared too.
+            dead: whether columns after the live ones are compared too.
 
         Returns:
             The first wrong word, in words; "" if there is none.

@@ -198,7 +198,7 @@ def refresh(
         )  # fmt: skip
 
 
-# The order of the fields in the copies' arguments, FlashMLA's two behind them, which aren't used here.
+# The order of the fields in the copies' arguments. FlashMLA's two follow; they aren't used here.
 _COPIED = (
     "cache_seqlens",
     "cu_seqlens_k",

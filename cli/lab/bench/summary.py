@@ -1,4 +1,4 @@
-"""The one table that says in ten seconds whether it helps: a line for each way, from one run on one GPU."""
+"""The summary: one table with a line for each contender, from one run on one GPU."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def name_of(implementation: str, data: Mapping[str, Any]) -> str:
 def summary(data: Mapping[str, Any]) -> list[list[str]]:
     """The table, its headings first: a line for each contender, time on the device, called eagerly, and on the host.
 
-    A contender that couldn't be measured has the reason in the second column, and nothing behind it. Empty where none
-    of the shapes was measured.
+    A contender that couldn't be measured has the reason in the second column, and no more. Empty if none of the shapes
+    was measured.
     """
     rows = [row for row in data["rows"] if usual(row)]
     shapes = [shape for shape in QUICK_SHAPES if any(row["shape"] == shape for row in rows)]
@@ -80,7 +80,7 @@ def _us(rows: Mapping[str, Row], shape: str, column: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Microseconds with three digits that say something: 1.86, 17.2, 101."""
+    """Microseconds with three significant digits: 1.86, 17.2, 101."""
     if value is None:
         return "–"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -15,7 +15,7 @@ def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
     """The run as lines of any length: in a narrow terminal they wrap, and nothing is cut.
 
     Args:
-        brief: the summary and the verdicts that don't hold; every row is in the JSON.
+        brief: the summary alone; the rest is in the JSON.
     """
     machine = data.get("machine", {})
     if not brief:
@@ -30,11 +30,11 @@ def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
         for part in narrow(table):
             yield ""
             yield from columns(part, right=range(1, len(part[0])))
-    if data["verdicts"]:
-        yield ""
-        yield from _verdicts([v for v in data["verdicts"] if not brief or v["holds"] is False], data["verdicts"])
     if brief:
         return
+    if data["verdicts"]:
+        yield ""
+        yield from _verdicts(data["verdicts"])
     if data["rows"]:
         yield ""
         yield from _rows(data["rows"])
@@ -44,13 +44,12 @@ def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
         yield from columns([("host us", "part", "what"), *host], right=(0,))
 
 
-def _verdicts(shown: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    failed = sum(row["holds"] is False for row in every)
-    yield f"{len(every) - failed} of {len(every)} of onelaunch's own targets are met"
-    if shown:
-        words = {True: "yes", False: "NO"}
-        table = [(words[row["holds"]], row["item"], row["of"], row["target"], row["measured"]) for row in shown]
-        yield from columns([("met", "item", "case", "target", "measured"), *table])
+def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    failed = sum(row["holds"] is False for row in verdicts)
+    yield f"{len(verdicts) - failed} of {len(verdicts)} of onelaunch's own targets are met"
+    words = {True: "yes", False: "NO"}
+    table = [(words[row["holds"]], row["item"], row["of"], row["target"], row["measured"]) for row in verdicts]
+    yield from columns([("met", "item", "case", "target", "measured"), *table])
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -98,7 +98,7 @@ def refresh(
         seq_lens, req_pool_indices: int [bs], contiguous.
         req_to_token: int32 [pool rows, W].
         page_size: a power of two up to ``block``; with 1 there is no real_page_table.
-        live_only: whether columns behind a request's length stay as they are.
+        live_only: whether columns after the live ones stay as they are.
         block, warps: see CHOICES.
     """
     wide, real = backend.page_indices, backend.real_page_table

@@ -123,7 +123,7 @@ def refresh(
         seq_lens, req_pool_indices: int [bs], contiguous.
         req_to_token: int32 [pool rows, W].
         page_size: a power of two up to ``block``; with 1 there is no real_page_table.
-        live_only: whether columns behind a request's length stay as they are.
+        live_only: whether columns after the live ones stay as they are.
         block, warps, aligned: see CHOICES.
         programs: about how many there are; each request has at least one.
     """

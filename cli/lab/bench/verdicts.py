@@ -9,18 +9,18 @@ from .cases import WIDE
 
 Row = Mapping[str, Any]
 
-# Nobody who does the whole refresh may be faster by more than both of these.
+# No contender that does the whole refresh may be faster by more than both of these.
 _SHARE, _US = 0.02, 0.05
-# Floors and parts; everything of ours isn't a rival either.
+# Lower bounds and parts of a refresh aren't rivals. Nor is anything of ours.
 _NO_RIVALS = ("ideal", "listed", "empty", "runtime")
-# Verified writes beside the full refresh, caches cold, at most.
+# The largest allowed ratio of verified writes to the full refresh, with cold caches.
 _VERIFIED = {"128x32k": 0.45, "64x130k": 0.35, "16x130k": 0.5, "64x8k": 0.85, "256x4k": 0.85}
 _VERIFIED_ELSEWHERE, _MOVED = 1.05, 1.3
 # The full refresh of whole tables has at least this share of the ideal's bandwidth.
 _FULL_SHARE = 0.85
 # What 20 declared vectors may add at 64x8k.
 _TWENTY_US = 0.3
-# plan.run beside a raw launch, and what the functions that take lists may take more.
+# The ratio of plan.run to a raw launch, and what the functions that take lists may add to plan.run.
 _RUN_RATIO, _LISTS_US = 1.3, 3.0
 
 
@@ -49,7 +49,7 @@ def _of_case(case: Mapping[str, Row]) -> Iterator[tuple[str, str, str, bool]]:
         theirs = fastest[f"{caches}_us"]
         yield (
             f"fastest, {caches}",
-            f"nobody faster by over {100 * _SHARE:.0f} % and {_US} us",
+            f"no rival faster by over {100 * _SHARE:.0f} % and {_US} us",
             f"{took:.2f} us; {fastest['implementation']} {theirs:.2f}, {theirs / took:.2f} of ours",
             took <= max(theirs * (1 + _SHARE), theirs + _US),
         )

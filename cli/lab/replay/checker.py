@@ -36,8 +36,8 @@ class Checker:
     Before a checked step the destinations are filled with a value that no refresh writes, and so are shadow
     buffers, which the reference then refreshes: one backend's, as all backends get the same. Filled anew each
     time, because tables change little from step to step: an element that the plan didn't write would otherwise
-    often hold the right value. Where a plan verifies what it wrote last, nothing may be poisoned: the shadow is
-    refreshed in each step, and holds what all steps so far left, as the destinations must.
+    often hold the right value. With verified writes nothing may be poisoned: the shadow is refreshed in each step, and
+    holds what all steps so far have left, as the destinations must.
 
     Attributes:
         steps, elements: what was checked.

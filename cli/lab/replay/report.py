@@ -72,6 +72,9 @@ def _times(summary: ReplaySummary) -> list[tuple[str, str]]:
     if summary.device == "cpu":
         return [("time", "not shown: times on a CPU say nothing about a GPU")]
     return [
-        ("refresh, a step", f"{summary.refresh_us:,.1f} us (median of {summary.timed_steps:,})"),
+        (
+            "refresh, a step",
+            f"{summary.refresh_us:,.1f} us until the device is done (median of {summary.timed_steps:,})",
+        ),
         ("PyTorch, a step", f"{summary.torch_us:,.1f} us ({summary.torch_us / summary.refresh_us:.1f} times)"),
     ]

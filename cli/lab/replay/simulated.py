@@ -196,7 +196,7 @@ def run_replay(options: ReplayOptions, on_step: OnStep | None = None) -> ReplayS
             max_len=step.max_len if full else None,
         )
 
-    # The shadow says which tiles change, checked or not.
+    # The shadow shows which tiles change, in steps that aren't checked, too.
     checker = None if options.verify is Verify.none and not verified else Checker(ours, run_reference, verified)
     counter = TileCounter(checker.table) if checker and verified else None
     check_every = 1 if options.verify is Verify.every else SAMPLE_EVERY

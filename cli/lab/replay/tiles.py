@@ -6,7 +6,8 @@ import torch
 from onelaunch import KernelConfig
 from torch import Tensor
 
-# A GPU's tiles, whatever device replays: a kernel's differ from these by the few columns that rows begin past 16 bytes.
+# The tiles of a GPU, on any device. A kernel's tiles begin at 16-byte boundaries, so they may begin up to three columns
+# earlier.
 TILE_COLUMNS = KernelConfig().tile_columns
 
 

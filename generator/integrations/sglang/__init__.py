@@ -22,7 +22,7 @@ copied there (input_ids, topk_index, topk_p, extend_seq_lens, num_accept_tokens,
 engine's copies and fills of them are left out, and so is the draft's gather of write locations, but for 0.5.23's, whose
 window verification and draft extension write too. The engine's own are: hidden states; positions of a draft by
 repeat_interleave (0.5.17); the verified tree, its mask and its write locations; the tensors from which a draft
-extension's batch is made; the top-k plan, the numbers of splits, FlashInfer's plans on the host; draft trees.
+extension's batch is made; the top-k plan, FlashInfer's plans on the host; draft trees.
 ``bind_seam`` makes the chain that is verified and the layout of a draft extension with tensors of a caller's own.
 
 With ``ONELAUNCH_SGLANG=1`` an unmodified engine attaches it itself: see ``onelaunch.integrations.plugin``. With

@@ -17,8 +17,8 @@ from ...variables import DISABLE_VARIABLE
 from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
 from .extension import EAGER, Extension, extends_without_a_graph
-from .lists import INDICES, Lists
-from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, Place
+from .lists import INDICES, Lists, splits_are_served
+from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, WITHOUT_SPLITS, Place
 from .refresher import Ready, Refresher, launch
 
 # By backend.
@@ -352,6 +352,8 @@ def _place_of(backend: Any) -> Place:
     for method in place.methods:
         if not hasattr(backend, method):
             raise ArgumentError(f"{name} isn't served: it has no {method}. {VERSION}")
+    if name == "TritonMultiStepDraftBackend" and not splits_are_served(backend):
+        return WITHOUT_SPLITS
     return place
 
 

@@ -15,6 +15,7 @@ from ...run.bind import bind
 from ...run.declared import into
 from ...spec.fields import MetadataBuffers, running_sum
 from ..refusals import batch_refusal
+from .refresher import launch
 
 EAGER = "init_forward_metadata"
 # Larger batches than this has room for run the engine's own code.
@@ -41,6 +42,9 @@ class Extension:
 
     def __init__(self, backend: Any, **facts: Any) -> None:
         self._backend = backend
+        self._metadata = sys.modules[type(backend).__module__].FlashAttentionMetadata
+        # By batch size: views of the lengths and sums.
+        self._heads: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._pool, page_size = backend.req_to_token, backend.page_size
         pages = -(-self._pool.shape[1] // page_size)
         self.capacity = max(1, min(self._pool.shape[0], _MAX_TABLE_BYTES // (4 * pages)))
@@ -69,7 +73,7 @@ class Extension:
             batch: SGLang's ForwardBatch, with seq_lens and req_pool_indices int64 [bs], extend_seq_lens int32 [bs].
 
         Raises:
-            ArgumentError, LaunchError: see Plan.run; nothing was written.
+            ArgumentError, RuntimeError: see refresher.launch; nothing was written.
         """
         bs, extended, backend = batch.batch_size, batch.extend_seq_lens, self._backend
         if (
@@ -80,14 +84,15 @@ class Extension:
             or backend.req_to_token is not self._pool
         ):
             return False
-        self.plan.run(batch.seq_lens, batch.req_pool_indices, extended=extended)
-        metadata = sys.modules[type(backend).__module__].FlashAttentionMetadata()
+        launch(self.plan, batch.seq_lens, batch.req_pool_indices, (extended,))
+        if bs not in self._heads:
+            self._heads[bs] = self._lengths[:bs], self._sums[: bs + 1], self._starts[: bs + 1]
+        metadata = self._metadata()
         longest, widths = batch.seq_lens_cpu, batch.extend_seq_lens_cpu
-        metadata.max_seq_len_k = backend.max_context_len if longest is None else longest.max().item()
+        # Of a few numbers Python's max() is quicker.
+        metadata.max_seq_len_k = backend.max_context_len if longest is None else max(longest.tolist())
         metadata.max_seq_len_q = backend.speculative_num_draft_tokens if widths is None else max(widths)
-        metadata.cache_seqlens_int32 = self._lengths[:bs]
-        metadata.cu_seqlens_k = self._sums[: bs + 1]
-        metadata.cu_seqlens_q = self._starts[: bs + 1]
+        metadata.cache_seqlens_int32, metadata.cu_seqlens_k, metadata.cu_seqlens_q = self._heads[bs]
         metadata.page_table = self._table[:bs, : -(-metadata.max_seq_len_k // backend.page_size)]
         backend.forward_metadata = metadata
         return True

@@ -73,14 +73,18 @@ class Hook:
 
     def __call__(self, destinations: list[Tensor], sources: list[Tensor]) -> None:
         """COPIES."""
-        if not any(seam.copies(self.original, destinations, sources) for seam in self.seams):
-            self.original(destinations, sources)
+        for seam in self.seams:
+            if seam.copies(self.original, destinations, sources):
+                return
+        self.original(destinations, sources)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         """A kernel's launcher."""
 
         def launch(*arguments: Any, **keywords: Any) -> None:
-            if not any(seam.waits(self.original[grid], arguments, keywords) for seam in self.seams):
-                self.original[grid](*arguments, **keywords)
+            for seam in self.seams:
+                if seam.waits(self.original[grid], arguments, keywords):
+                    return
+            self.original[grid](*arguments, **keywords)
 
         return launch

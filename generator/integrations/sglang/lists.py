@@ -1,6 +1,7 @@
 """kv_indptr and kv_indices of a backend, which keeps them in two tensors for all captured batch sizes.
 
-A single Triton backend has sums beside them: ``qo_indptr``, and in target_verify ``mask_indptr``.
+A single Triton backend has sums beside them: ``qo_indptr``, and in target_verify ``mask_indptr``. A multi-step one has
+split counts, which all steps share.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from ...run.bind import bind
 from ...run.declared import Written, into
 from ...run.plan import Plan
 from ...spec.expressions import Dtype
-from ...spec.fields import Declaration, MetadataBuffers, packed, running_sum
+from ...spec.fields import Declaration, MetadataBuffers, packed, running_sum, vector
 from .. import flashinfer
-from ..attributes import has
+from ..attributes import has, merged
 from .captured import STEPS
 from .refresher import Ready
 
 INDICES = "cuda_graph_kv_indices"
+SPLITS = "cuda_graph_num_kv_splits"
+# What SGLang's get_num_kv_splits reads.
+_OF_SPLITS = ("num_head", "num_kv_head", "max_kv_splits", "device_core_count")
+_HOW_SPLIT = ("static_kv_splits", "enable_deterministic", "split_tile_size")
 
 
 class Lists:
@@ -130,7 +135,7 @@ class Lists:
     def _bind(self, source: Tensor, mode: str, facts: dict[str, Any]) -> Plan:
         backend = self._backend
         if has(backend, STEPS):
-            return flashinfer.bind_backends(backend, source, **facts)
+            return flashinfer.bind_backends(backend, source, **merged(_split_facts(backend), facts))
         lists = MetadataBuffers(kv_indptr=backend.kv_indptr, kv_indices=getattr(backend, INDICES))
         if mode == "decode":
             return bind([lists], req_to_token=source, **facts)
@@ -146,6 +151,33 @@ class Lists:
         prefix = packed("token(column)", at="prefix_indptr", dtype=_dtype(indices))
         declare["prefix_indices"] = into(prefix, indices)
         return bind([MetadataBuffers()], req_to_token=source, declare=declare, **facts)
+
+
+def splits_are_served(backend: Any) -> bool:
+    """Whether a launch makes the split counts that the steps of a multi-step Triton backend share."""
+    child = getattr(backend, STEPS[0])[-1]
+    known = all(hasattr(child, name) for name in (*_OF_SPLITS, *_HOW_SPLIT, "get_num_kv_splits"))
+    return known and bool(_same_for_all(child) or child.device_core_count > 0)
+
+
+def _same_for_all(child: Any) -> str:
+    """The formula of split counts of which none depends on other requests; "" where they do."""
+    if child.enable_deterministic and child.split_tile_size is not None:
+        return "ceil_div(base_len, split_tile_size)"
+    static = child.static_kv_splits or child.device_core_count <= 0
+    return "max_kv_splits" if static and not child.enable_deterministic else ""
+
+
+def _split_facts(backend: Any) -> dict[str, Any]:
+    """Arguments of flashinfer.bind_backends for the split counts, as SGLang's get_num_kv_splits makes them."""
+    child = getattr(backend, STEPS[0])[-1]
+    if not hasattr(child, SPLITS) or not splits_are_served(backend):
+        return {}
+    counts = getattr(child, SPLITS)
+    if formula := _same_for_all(child):
+        constants = {"split_tile_size": child.split_tile_size or 1, "max_kv_splits": child.max_kv_splits}
+        return {"declare": {"kv_splits": into(vector(formula, "request"), counts)}, "constants": constants}
+    return {"num_kv_splits": counts, **{name: getattr(child, name) for name in _OF_SPLITS}}
 
 
 def _sum(formula: str, destination: Tensor) -> Written:

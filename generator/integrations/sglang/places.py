@@ -125,7 +125,7 @@ def _extended(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | None:
 
 
 def _triton_steps(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
-    """The numbers of splits, which all children share."""
+    """The split counts, which all children share."""
     bs, child = batch.batch_size, pairs[-1][0]
     child.get_num_kv_splits(child.cuda_graph_num_kv_splits[:bs], batch.seq_lens[:bs])
 
@@ -138,7 +138,7 @@ def _triton_inputs(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | 
 
 
 def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
-    """The numbers of splits in decode, and the mask of a verification."""
+    """The split counts in decode, and the mask of a verification."""
     ((child, _),) = pairs
     if mode == "target_verify":
         mask = batch.spec_info.custom_mask
@@ -193,11 +193,13 @@ PLACES = {
     "FlashMLABackend": Place("tables and lengths", "FlashMLA's schedule", _EVERY_MODE, _flashmla),
     "TRTLLMMLAMultiStepDraftBackend": Place("tables and lengths", "nothing", ("decode",)),
     "TRTLLMMLABackend": Place("tables and lengths", "nothing", _EVERY_MODE),
-    "TritonMultiStepDraftBackend": Place(_LISTS, "the numbers of splits", ("decode",), _triton_steps, lists=True),
+    "TritonMultiStepDraftBackend": Place("kv_indptr, kv_indices and split counts", "nothing", ("decode",), lists=True),
     "TritonAttnBackend": Place(
-        "kv_indptr, kv_indices, qo_indptr and mask_indptr", "masks and the numbers of splits", _EVERY_MODE, _triton,
+        "kv_indptr, kv_indices, qo_indptr and mask_indptr", "masks and split counts", _EVERY_MODE, _triton,
         lists=True, inputs=_triton_inputs,
     ),
     "FlashInferMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), method=LISTS_KERNEL, lists=True),
     "FlashInferMLAMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), method=LISTS_KERNEL, lists=True),
 }  # fmt: skip
+# A multi-step Triton backend whose split counts are the engine's own.
+WITHOUT_SPLITS = Place(_LISTS, "split counts", ("decode",), _triton_steps, lists=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...run.arguments import FIRST_INPUT
+from ...run.plan import Plan
 from ...spec import seams
 from ...spec.fields import Declaration
 
@@ -66,24 +68,85 @@ def _slots(runner: Any) -> dict[str, Tensor]:
     return {name: runner.buffer_registry.get_slot(name).buffer for name in seams.VERIFY_BUFFERS}
 
 
+_TOKENS = [seams.token_input(number) for number in range(seams.MAX_TOKEN_INPUTS)]
+_ROWS = "req_pool_indices"
+# The source that each declared input is a view of.
+_VIEWED = {
+    "pool_rows": _ROWS,
+    "first_token": "topk_index",
+    "first_probability": "topk_p",
+    "accepted": "num_accept_tokens",
+    **dict.fromkeys(_TOKENS, "input_ids"),
+}
+
+
 def _draft_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
     return {
         "pool_rows": sources["req_pool_indices"],
-        "first_token": sources["topk_index"][:, 0],
-        "first_probability": sources["topk_p"][:, 0].view(torch.int32),
+        "first_token": sources["topk_index"].select(1, 0),
+        "first_probability": sources["topk_p"].select(1, 0).view(torch.int32),
     }
 
 
 def _token_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
-    inputs = {"pool_rows": sources["req_pool_indices"]}
+    inputs = {}
     if "input_ids" in sources:
-        each = sources["input_ids"].view(-1, tokens).unbind(1)
-        inputs |= {seams.token_input(number): column for number, column in enumerate(each)}
+        inputs = dict(zip(_TOKENS, sources["input_ids"].view(-1, tokens).unbind(1), strict=False))
+    inputs["pool_rows"] = sources["req_pool_indices"]
     return inputs
 
 
 def _extend_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
-    return _token_inputs(sources, tokens) | {"accepted": sources["num_accept_tokens"]}
+    inputs = _token_inputs(sources, tokens)
+    inputs["accepted"] = sources["num_accept_tokens"]
+    return inputs
+
+
+class Views:
+    """Calls a seam's plan with a batch's own tensors, of which its inputs are views.
+
+    A view costs more than all else in a call, so they are made once for tensors of some shapes; the same tensors at
+    other addresses are followed (see Plan.follow_addresses).
+
+    Args:
+        plan: the plan.
+        kind: the runner's class.
+        tokens: of a request.
+    """
+
+    def __init__(self, plan: Plan, kind: Runner, tokens: int) -> None:
+        self._plan, self._kind, self._tokens = plan, kind, tokens
+        viewed = [_VIEWED[name] for name in plan._input_names]
+        self._names = [name for name in dict.fromkeys(viewed) if name != _ROWS]
+        if plan._audit_every:  # Plan.run() has arguments of its own
+            plan.follow_addresses()
+        else:
+            places = {_ROWS: 1, **{name: FIRST_INPUT + index for index, name in enumerate(self._names)}}
+            plan.follow_addresses([places[name] for name in viewed])
+
+    def run(self, lengths: Tensor, rows: Tensor, sources: Sources, size: int) -> None:
+        """Plan.run() for a captured size.
+
+        Raises:
+            ArgumentError: see Plan.run; nothing was written.
+            RuntimeError: CUDA refused the launch.
+        """
+        plan, tensors = self._plan, [sources[name] for name in self._names]
+        if plan._audit_every:
+            inputs = dict(zip(plan._input_names, self._inputs(rows, tensors), strict=True))
+            plan.run(lengths, rows, captured_size=size, **inputs)
+        else:
+            plan._run(self, lengths, rows, None, None, size, *tensors)
+
+    def _check(
+        self, lengths: Tensor, rows: Tensor, extended: None, max_len: None, size: int, *tensors: Tensor
+    ) -> list[int]:
+        """Plan._check() of the views."""
+        return self._plan._check(lengths, rows, extended, max_len, size, *self._inputs(rows, tensors))
+
+    def _inputs(self, rows: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        inputs = self._kind.inputs({**dict(zip(self._names, tensors, strict=True)), _ROWS: rows}, self._tokens)
+        return [inputs[name] for name in self._plan._input_names]
 
 
 RUNNERS = {

@@ -25,11 +25,13 @@ from .attach import Attachment, attach_backend, attached_to, warned
 from .captured import VERSION, mode_of
 from .hooks import Bound, Hook, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
-from .refresher import Ready, launch
-from .runners import COPIES, FILL, RUNNERS, Runner
+from .refresher import Ready
+from .runners import COPIES, FILL, RUNNERS, Runner, Views
 
 # The method with which a runner chooses the captured size of a batch.
 _PAD = "_pad_to_bucket"
+# A verification copies these of its batch once more; PyTorch copies nothing to where it already is.
+_COPIED_AGAIN = ("input_ids", "positions")
 # SGLang 0.5.17's kernel that gathers the draft's write locations, in a module of its worker.
 _WORKER, _GATHER = "sglang.srt.speculative.eagle_worker_common", "assign_draft_cache_locs_contiguous"
 
@@ -52,6 +54,10 @@ class Seam:
         self._declared = kind.declare(self._tokens)
         self._buffers = {name: tensor for name, tensor in kind.buffers(runner).items() if name in self._declared}
         self._names = {tensor.data_ptr(): name for name, tensor in self._buffers.items()}
+        self._width = 1 if kind.mode == "decode" else self._tokens  # positions of a request
+        registry = getattr(runner, kind.registry) if kind.registry else None
+        self._slots = [] if registry is None else [registry.get_slot(name) for name in self._buffers]
+        self._heads: dict[int, dict[str, Tensor]] = {}  # by a batch's number of tokens, what _COPIED_AGAIN says
         self._backend = getattr(runner, kind.backend)
         self._attachment, self._owned = attached_to(self._backend), False
         if self._attachment is None:
@@ -63,8 +69,7 @@ class Seam:
             if self._owned and self._attachment is not None:
                 self._attachment.detach()
             raise
-        for ready in self._ready.values():
-            ready.plan.follow_addresses()
+        self._views = {bs: Views(ready.plan, kind, self._tokens) for bs, ready in self._ready.items()}
         self._batch: Any = None  # while the runner's method runs
         self._size = 0  # the captured size of that batch
         self._launched: Ready | None = None  # while the backend's refresh is still to come
@@ -135,11 +140,11 @@ class Seam:
     def _replace(self) -> None:
         kind, runner = self._kind, self.backend
         self._set(runner, kind.method, self._around)
-        self._set(runner, _PAD, self._padded)
         self._set(self._backend, OUT_GRAPH, self._out_graph)
         if kind.registry:
             self._set(getattr(runner, kind.registry), FILL, self._fill)
         else:
+            self._set(runner, _PAD, self._padded)
             Hook.of(sys.modules[type(runner).__module__], COPIES).seams.append(self)
         worker, drafter = sys.modules.get(_WORKER), getattr(runner, "eagle_worker", None)
         if kind.mode == "decode" and worker is not None and hasattr(worker, _GATHER) and hasattr(drafter, "draft"):
@@ -171,14 +176,17 @@ class Seam:
     def _around(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
         """The runner's method: the launch is made in place of its copies."""
         self._batch, self._size = batch, 0
+        # A batch of a captured size isn't padded, so nothing is filled.
+        padded = not self._kind.registry and batch.batch_size not in self._ready and not self.failed
         buffers = self.backend.buffers
-        if not self._kind.registry and not self.failed:
+        if padded:
             self._unfilled = {name: Unfilled(getattr(buffers, name)) for name in self._buffers}
             self.backend.buffers = SimpleNamespace(**{**vars(buffers), **self._unfilled})
         try:
             return original(batch, *arguments, **keywords)
         finally:
-            self.backend.buffers, self._unfilled = buffers, {}
+            if padded:
+                self.backend.buffers, self._unfilled = buffers, {}
             self._batch = self._launched = None
             if self._attachment is not None:
                 self._attachment.made = False
@@ -206,7 +214,8 @@ class Seam:
         """The runner's copies of a batch into its buffers: whether the launch did them. What is left is copied."""
         if self._batch is None or self.failed:
             return False
-        names = [self._names.get(to.data_ptr(), "") for to in destinations]
+        known = self._names
+        names = [known.get(to.data_ptr(), "") for to in destinations]
         named = dict(zip(names, sources, strict=True))
         for name, unfilled in self._unfilled.items():
             setattr(self.backend.buffers, name, unfilled.tensor)
@@ -221,7 +230,6 @@ class Seam:
 
     def _fill(self, original: Any, batch: Any, **keywords: Any) -> None:
         """The registry's copies: slots that the launch wrote are left out."""
-        registry = getattr(self.backend, self._kind.registry)
         sources = {name: getattr(batch, name, None) for name in self._buffers}
         self._size = keywords["padded_bs"]
         staged = keywords.get("skip_slots")  # written already
@@ -229,17 +237,16 @@ class Seam:
         if batch is not self._batch or self.failed or staged or not self._done(sources):
             original(batch, **keywords)
             return
-        # A verification copies these once more, unless they are where they belong.
-        for name in ("input_ids", "positions"):
-            if name in self._buffers:
-                setattr(batch, name, self._buffers[name][:raw])
-        slots = [registry.get_slot(name) for name in self._buffers]
-        for slot in slots:
+        if raw not in self._heads:
+            self._heads[raw] = {name: self._buffers[name][:raw] for name in _COPIED_AGAIN if name in self._buffers}
+        for name, head in self._heads[raw].items():
+            setattr(batch, name, head)
+        for slot in self._slots:
             slot.enabled = False
         try:
             original(batch, **keywords)
         finally:
-            for slot in slots:
+            for slot in self._slots:
                 slot.enabled = True
 
     def _done(self, sources: dict[str, Any]) -> bool:
@@ -255,19 +262,24 @@ class Seam:
         return done
 
     def _launch(self, sources: dict[str, Any]) -> bool:
+        """The launch, unless a source is missing or the batch isn't served.
+
+        As in Attachment._before_replay, each line is paid for: this code is cold when the engine comes here.
+        """
         kind, batch, ready = self._kind, self._batch, self._ready.get(self._size)
-        given = all(isinstance(sources.get(name), Tensor) for name in self._buffers)
-        if ready is None or not given or not self._fits(batch):
+        if ready is None or not self._fits(batch):
             return False
-        lengths = kind.lengths(sources, batch)
-        rows = sources["req_pool_indices"]
-        tokens = 1 if kind.mode == "decode" else self._tokens
-        if len(lengths) != len(rows) or len(sources["positions"]) != len(rows) * tokens:
+        for name in self._buffers:
+            if sources.get(name) is None:
+                return False
+        lengths, rows = kind.lengths(sources, batch), sources["req_pool_indices"]
+        requests = rows.numel()
+        if lengths.numel() != requests or sources["positions"].numel() != requests * self._width:
             return False
-        if name := ready.exchanged():
-            raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
-        plan, inputs = ready.plan, kind.inputs(sources, self._tokens)
-        launch(plan, lengths, rows, [inputs[name] for name in plan._input_names], self._size)
+        for owner, name, value in ready.held:
+            if getattr(owner, name, None) is not value:
+                raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
+        self._views[self._size].run(lengths, rows, sources, self._size)
         self.launches += 1
         self._launched = ready
         if self._whole and self._attachment is not None:

@@ -1,11 +1,11 @@
-"""The schedules of DeepGEMM and FlashMLA."""
+"""The schedules of DeepGEMM and FlashMLA, and the split counts of SGLang's Triton attention."""
 
 from __future__ import annotations
 
 from cases import Shape
 
 from .fault import Fault
-from .shown_by import FEW_SCHEDULED, MLA, MQA, SCHEDULED, WORK
+from .shown_by import FEW_SCHEDULED, MLA, MQA, SCHEDULED, SPLITS, WORK
 
 # Most parts begin with a request, after two parts or four.
 SHARED_BY_TWO = Shape("shared by two", tuple(4096 - i * 7 % 128 for i in range(40)), num_sm_parts=90)
@@ -93,6 +93,57 @@ FAULTS = {
             SCHEDULED,
             r"entry <= shares\.num_sms; ",
             "entry < shares.num_sms; ",
+        ),
+    ],
+    "device/kv_splits.cuh": [
+        Fault(
+            "look at the first lengths only",
+            "a batch of more requests than a warp has lanes is split as if the others weren't there",
+            SPLITS,
+            SCHEDULED,
+            r"request \+= kWarpSize",
+            "request += p.batch_size",
+        ),
+        Fault(
+            "forget half of the lanes",
+            "the lanes don't agree on the longest length",
+            SPLITS,
+            FEW_SCHEDULED,
+            r"distance < kWarpSize; distance",
+            "distance < kWarpSize / 2; distance",
+        ),
+        Fault(
+            "take lengths that differ a little for different",
+            "nearly equal requests are split as uneven ones",
+            SPLITS,
+            Shape("nearly equal", (1000, 1100) * 150),
+            r"  if \(std::uint64_t\{longest\} \* 8 < [^\n]*\n",
+            "",
+        ),
+        Fault(
+            "let few multiprocessors do for long requests",
+            "long requests leave multiprocessors idle",
+            SPLITS,
+            Shape("long and equal", (5000,) * 3),
+            r"\(doublings > 1 \? doublings : 1\)",
+            "1",
+        ),
+        Fault(
+            "count half of the blocks",
+            "requests have twice the splits that fill the device",
+            SPLITS,
+            Shape("some", (5000,) * 9),
+            r"p\.batch_size\) \* kSplitBlocks",
+            "p.batch_size)",
+        ),
+        Fault(
+            "divide by a length of 0",
+            "a padding request's 0 is the shortest length: nothing is defined then",
+            SPLITS,
+            Shape("a zero", (500, 0, 600)),
+            r"length > 1 \? static_cast<std::uint32_t>\(length\) : 1",
+            "static_cast<std::uint32_t>(length)",
+            "undefined",
         ),
     ],
     "device/flashmla_schedule.cuh": [

@@ -38,6 +38,9 @@ WORK = KernelConfig(
     threads=64,
 )
 MLA = KernelConfig(num_backends=2, fields=("flashmla_metadata", "num_splits"), threads=64)
+SPLITS = KernelConfig(
+    num_backends=2, fields=("num_kv_splits",), max_kv_splits=64, num_head=6, num_kv_head=3, threads=64
+)
 INDICES = preset("flashinfer-decode-3").replace(**_SMALL)
 CHECKED_INDICES = INDICES.replace(checked=True)
 

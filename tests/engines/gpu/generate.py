@@ -4,7 +4,8 @@
 
 Greedy, with prompts of different lengths: 16 requests, one request, and 16 requests that end one after another, so that
 the batch shrinks through the captured sizes and is padded in between. Writes tokens' hashes and verify steps as JSON.
-With ROUNDS above 0 the batch of 16 is generated so often in each of the probe's states, in turns, for it to be timed.
+With ROUNDS above 0 it waits for its turn, and the batch of 16 is generated so often in each of the probe's states, in
+turns, for it to be timed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from turn import wait_for_turn
 
 PACKAGES = (
     "sglang",
@@ -79,7 +81,7 @@ def main() -> None:
         "disable_custom_all_reduce": True,
         "random_seed": 1,
         "log_level": "info",
-        "watchdog_timeout": 100,
+        "watchdog_timeout": 300,
     }
     for argument in sys.argv[5:]:
         name, _, value = argument.partition("=")
@@ -91,6 +93,8 @@ def main() -> None:
     start = time.time()
     engine = sglang.Engine(**arguments)
     found: dict[str, Any] = {"up": round(time.time() - start, 1), "scenarios": {}}
+    if int(rounds):
+        wait_for_turn(Path(result).parent)
     phase = Path(os.environ["PROBE_PHASE"])
     for name, tokens in scenarios(int(longest)).items():
         marks = ["first"]  # which compiles what is left to compile

@@ -1,4 +1,4 @@
-"""SGLang end to end on a GPU, with and without onelaunch: python run.py tokens|times [--bundle FOLDER] [--out FOLDER]
+"""SGLang end to end on a GPU, with and without onelaunch: python run.py tokens times seams [--bundle FOLDER] ...
 
 An unmodified engine generates with EAGLE and CUDA graphs; ONELAUNCH_SGLANG=1 is the only difference between off and on.
 
@@ -6,6 +6,10 @@ tokens: all configurations beside one another. The tokens' hash and the number o
 on, and a spoiled draft table must change them. Writes tokens.json.
 times: one engine after another, alone on the machine: launches of the metadata methods, their time on the host, and the
 time of a step, with onelaunch attached and detached in turns in the same process. Writes times.json.
+seams: the engine's own sequence before each graph and ours, alone: see seams.py. Writes seams.json.
+
+All of them start beside one another, which takes most of the time. What is timed waits until all are up and the tokens
+are there, and then for its turn, while all others are stopped.
 
 Needs SGLang 0.5.17 with what it imports, FlashInfer and onelaunch in this environment, or a bundle (see bundle.py) with
 what is missing in it.
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -27,7 +32,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +82,46 @@ def token_runs() -> list[Run]:
 
 
 def time_runs() -> list[Run]:
-    return [Run(*shape, plugin=True) for shape in [("fa3", 3), ("triton", 3), ("flashinfer", 3), ("fa3", 5)]]
+    return [Run(backend, plugin=True) for backend in BACKENDS]
+
+
+class Engine:
+    """A process in a folder, in a session of its own, since a failing scheduler kills its parent.
+
+    Args:
+        folder: of its files: "log"; "up" and "turn" of what is timed (see turn.py).
+        command, environment: of the process.
+        limit: the seconds in which it must be up, or end, and from its turn on end.
+    """
+
+    def __init__(self, folder: Path, command: list[str], environment: dict[str, str], limit: float) -> None:
+        self.folder, self._limit, self._latest = folder, limit, time.monotonic() + limit
+        with (folder / "log").open("w") as log:
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def up(self) -> None:
+        """Returns when it waits for its turn, or has ended."""
+        up = self.folder / "up"
+        while self._process.poll() is None and not up.exists() and time.monotonic() < self._latest:
+            time.sleep(0.05)
+
+    def ended(self, *files: str) -> dict[str, Any]:
+        """What it wrote, by file; "error" if it failed."""
+        try:
+            code: Any = self._process.wait(timeout=self._limit)
+        except subprocess.TimeoutExpired:
+            code = "timeout"
+        finally:
+            self.signal(signal.SIGKILL)
+        print(f"{time.strftime('%T')} {self.folder.name}: {code}", flush=True)
+        places = [self.folder / file for file in files]
+        if not all(place.exists() for place in places):
+            return {"error": code, "log": (self.folder / "log").read_text()[-6000:]}
+        return {place.stem: json.loads(place.read_text()) for place in places}
 
 
 class Machine:
@@ -86,12 +130,11 @@ class Machine:
     Args:
         work: a folder for models, caches and results.
         bundle: a folder with site.tar.xz and a wheel of onelaunch, or None.
+        limit: see Engine.
     """
 
-    def __init__(self, work: Path, bundle: Path | None) -> None:
-        self.work, self.bundle = work, bundle
-        # How many tokens the longest request generates, how often off and on are timed, and SGLang's arguments.
-        self.tokens, self.rounds, self.arguments = 64, 0, []
+    def __init__(self, work: Path, bundle: Path | None, limit: float) -> None:
+        self.work, self.bundle, self._limit = work, bundle, limit
         self.paths = [str(HERE / "site")]
         self.environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         work.mkdir(exist_ok=True)
@@ -117,22 +160,44 @@ class Machine:
             "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
 
-    def generate(self, run: Run, port: int) -> dict[str, Any]:
-        """One engine's result and what the probe saw in it; "error" if it failed."""
-        folder = self.work / run.name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        environment = self.environment | {"PROBE_RESULT": str(folder / "probe.json")}
-        environment["PROBE_PHASE"] = str(folder / "phase")
+    def generate(self, run: Run, port: int, rounds: int = 0) -> Engine:
+        """An engine that generates, and in which the probe looks.
+
+        Args:
+            run: what is asked of it.
+            port: the first of 100.
+            rounds: how often each of the probe's states is timed, once it is its turn; 0 for the tokens alone.
+        """
+        folder = self._folder(f"{'timed-' if rounds else ''}{run.name}")
+        environment = self._environment(folder, run.backend)
+        environment |= {"PROBE_RESULT": str(folder / "probe.json"), "PROBE_PHASE": str(folder / "phase")}
         (folder / "phase").write_text("")
-        environment["ONELAUNCH_CACHE_DIR"] = str(
-            folder / "cache"
-        )  # a cold one: it must be built before the capture ends
         environment["ONELAUNCH_SGLANG"] = "1" if run.plugin else "0"
         environment["PROBE_SPOIL"] = "1" if run.spoil else "0"
+        command = [sys.executable, str(HERE / "generate.py"), str(self.work / "models"), str(folder / "result.json")]
+        command += [str(256 if rounds else 64), str(rounds)]
+        command += [f"attention_backend={run.backend}", f"speculative_num_steps={run.steps}", f"page_size={run.page}"]
+        command += [f"port={port}", f"nccl_port={port + 50}"]
+        return Engine(folder, command + ["cuda_graph_bs_decode=[4, 16]"] * bool(rounds), environment, self._limit)
+
+    def seams(self) -> Engine:
+        """The process of seams.py. FA3's backend is there, of which the kernel isn't run."""
+        folder = self._folder("seams")
+        command = [sys.executable, str(HERE / "seams.py"), str(folder / "seams.json")]
+        return Engine(folder, command, self._environment(folder, "fa3"), self._limit)
+
+    def _folder(self, name: str) -> Path:
+        folder = self.work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def _environment(self, folder: Path, backend: str) -> dict[str, str]:
+        # A cold cache: what is needed must be built before the capture ends.
+        environment = self.environment | {"ONELAUNCH_CACHE_DIR": str(folder / "cache")}
         paths = list(self.paths)
         if self.bundle is not None:
-            flashinfer = run.backend == "flashinfer"
+            flashinfer = backend == "flashinfer"
             environment["SGLANG_IS_FLASHINFER_AVAILABLE"] = "true" if flashinfer else "false"
             if flashinfer:
                 environment["ENGINES_GPU_FLASHINFER"] = "1"
@@ -140,34 +205,20 @@ class Machine:
                 environment["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a"
                 environment["FLASHINFER_USE_CUDA_NORM"] = "1"
                 paths.append(str(self.work / "flashinfer"))
-            if run.backend == "fa3":
+            if backend == "fa3":
                 environment["ENGINES_GPU_STAND_IN"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        command = [
-            sys.executable,
-            str(HERE / "generate.py"),
-            str(self.work / "models"),
-            str(folder / "result.json"),
-            str(self.tokens),
-            str(self.rounds),
-        ]
-        command += [f"attention_backend={run.backend}", f"speculative_num_steps={run.steps}", f"page_size={run.page}"]
-        command += [f"port={port}", f"nccl_port={port + 50}", *self.arguments]
-        with (folder / "log").open("w") as log:
-            # A failing scheduler kills its parent, so each engine has a session of its own.
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            try:
-                code: Any = process.wait(timeout=240)
-            except subprocess.TimeoutExpired:
-                code = "timeout"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        print(f"{time.strftime('%T')} {run.name}: {code}", flush=True)
-        if not (folder / "result.json").exists() or not (folder / "probe.json").exists():
-            return {"error": code, "log": (folder / "log").read_text()[-6000:]}
-        found = json.loads((folder / "result.json").read_text())
-        return found | {"probe": json.loads((folder / "probe.json").read_text())}
+        return environment
+
+
+def in_turns(engines: Sequence[Engine]) -> Iterator[Engine]:
+    """Each engine when it is its turn, while all others are stopped. They are up."""
+    for engine in engines:
+        for other in engines:
+            other.signal(signal.SIGSTOP)
+        engine.signal(signal.SIGCONT)
+        (engine.folder / "turn").touch()
+        yield engine
 
 
 def differences(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -242,39 +293,92 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def seam_table(found: dict[str, Any]) -> str:
+    """The engine's own sequence of each seam and ours, side by side; medians in µs."""
+    lines = [
+        "| seam | | launches | host | device | in a graph: host | device |",
+        "|---" * 7 + "|",
+    ]
+    for name, sides in found["seams"].items():
+        for side in ("engine", "onelaunch"):
+            numbers = sides.get(side)
+            if numbers is None:
+                lines.append(f"| {name} | {side} | failed |")
+                continue
+            graph = [
+                numbers.get(key, {}).get("median", "not capturable") for key in ("graph_host_us", "graph_device_us")
+            ]
+            cells = [
+                numbers.get("launches"),
+                numbers["eager_host_us"]["median"],
+                numbers.get("eager_device_us"),
+                *graph,
+            ]
+            lines.append(f"| {name} | {side} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tokens", "times"))
+    parser.add_argument("what", nargs="+", choices=("tokens", "times", "seams"))
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--jobs", type=int, default=17, help="engines beside one another, for tokens")
-    parser.add_argument("--match", default="", help="only runs with this regular expression in their name")
+    parser.add_argument("--match", default="", help="only engines with this regular expression in their name")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each state is timed, for times")
+    parser.add_argument("--limit", type=float, default=240, help="seconds that an engine may take, and once more timed")
     given = parser.parse_args(arguments)
-    runs = token_runs() if given.what == "tokens" else time_runs()
-    runs = [run for run in runs if re.search(given.match, run.name)]
+    runs, timed = (
+        [run for run in each() if name in given.what and re.search(given.match, run.name)]
+        for name, each in (("tokens", token_runs), ("times", time_runs))
+    )
     # One place, which compiled kernels know: they stay for the next run.
     work = Path(tempfile.gettempdir()) / "onelaunch-engines-gpu"
-    machine = Machine(work, given.bundle)
-    if given.what == "times":
-        machine.tokens, machine.rounds, machine.arguments = 256, 3, ["cuda_graph_bs_decode=[4, 16]"]
+    machine = Machine(work, given.bundle, given.limit)
     print(f"{time.strftime('%T')} unpacked", flush=True)
-    found: dict[str, dict[str, Any]] = {run.configuration: {} for run in runs}
+    ports = itertools.count(FIRST_PORT, 100)
+    waiting = [machine.generate(run, next(ports), given.rounds) for run in timed]
+    if "seams" in given.what:
+        waiting.append(machine.seams())
     written = threading.Lock()
+    tokens: dict[str, dict[str, Any]] = {run.configuration: {} for run in runs}
+    times: dict[str, dict[str, Any]] = {run.configuration: {} for run in timed}
 
-    def one(number: int) -> None:
-        run = runs[number]
-        result = machine.generate(run, FIRST_PORT + 100 * number)
+    def write(name: str, found: dict[str, Any]) -> None:
+        (given.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    def generated(run: Run, port: int) -> None:
+        found = result(machine.generate(run, port))
         with written:
-            found[run.configuration][run.kind] = result
-            done = {configuration: kinds for configuration, kinds in found.items() if kinds}
-            (given.out / f"{given.what}.json").write_text(json.dumps(done, indent=1) + "\n")
+            tokens[run.configuration][run.kind] = found
+            write("tokens", tokens)
 
-    with ThreadPoolExecutor(given.jobs if given.what == "tokens" else 1) as threads:
-        list(threads.map(one, range(len(runs))))
-    wrong = {configuration: lines for configuration, kinds in found.items() if (lines := differences(kinds))}
-    print(table(found) if given.what == "times" else json.dumps({c: sorted(k) for c, k in found.items()}))
+    with ThreadPoolExecutor(given.jobs) as threads:
+        list(threads.map(generated, runs, [next(ports) for _ in runs]))
+    for engine in waiting:
+        engine.up()
+    print(f"{time.strftime('%T')} up", flush=True)
+    seams: dict[str, Any] = {}
+    for engine, run in zip(in_turns(waiting), [*timed, None], strict=False):
+        if run is None:
+            ended = engine.ended("seams.json")
+            seams = ended.get("seams", {"seams": {"all": ended}})
+            write("seams", seams)
+        else:
+            times[run.configuration][run.kind] = result(engine)
+            write("times", times)
+    wrong = {c: lines for found in (tokens, times) for c, kinds in found.items() if (lines := differences(kinds))}
+    wrong |= {name: [str(each)] for name, each in seams.get("seams", {}).items() if each.get("different") != []}
+    for each in (table(times) if times else "", seam_table(seams) if seams else ""):
+        print(each)
     print(json.dumps(wrong, indent=1) if wrong else "All as it must be.")
     return bool(wrong)
+
+
+def result(engine: Engine) -> dict[str, Any]:
+    """An engine's result and what the probe saw in it; "error" if it failed."""
+    found = engine.ended("result.json", "probe.json")
+    return found if "error" in found else found["result"] | {"probe": found["probe"]}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,558 @@
+// Emitted by onelaunch from templates/kernel.cu.j2. Do not edit: change the templates, then regenerate with
+//   onelaunch show triton-decode-3
+//
+// configuration
+//   operation               precompute_and_broadcast
+//   mode                    decode
+//   num_backends            3
+//   fields                  kv_indptr, kv_indices, num_kv_splits
+//   distinct                num_kv_splits: 1
+//   target                  cuda
+//   checked                 False
+//   dtypes                  kv_indices: int64
+//   seqlen_offsets          1, 2, 3
+// key 65273acdf20a2b8ae3e41f7259ca2a2ec9b5f2e407c5b7e77aca497dd31ba677
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+// ---- settings ----------------------------------------------------------------------------------------------------
+constexpr int kBackends = 3;
+constexpr int kThreads = 256;  // per block
+constexpr int kWarpSize = 32;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kLengthSets = kBackends;  // lengths per request: one for all backends, or one per backend
+constexpr int kFirstTableBlock = 1 + kLengthSets;  // other blocks come first
+using SeqLen = std::int64_t;
+constexpr std::int32_t kLongestOffset = 3;  // largest offset that a backend adds to seq_lens
+constexpr std::uint32_t kSplitBlocks = 8;  // of attention, for each request and split
+constexpr std::uint32_t kMaxKvSplits = 8;
+constexpr float kCores = 132;  // multiprocessors
+constexpr int kVectorWords = 4;  // a 16-byte access
+constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
+constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
+constexpr int kBlocksPerSm = 2;  // limits the blocks for the tables
+using PoolIndex = std::int64_t;
+using Token = std::int32_t;
+constexpr bool kChecked = false;  // whether violations are recorded
+constexpr bool kVerified = false;  // whether only what differs is written
+
+// ---- arguments ---------------------------------------------------------------------------------------------------
+// Every member is 64 bits wide, so that the host can fill the block as an array of words. It is passed by value, which
+// needs no pointer table in device memory and no copy before a launch.
+struct Params {
+  // set at each call
+  const SeqLen* seq_lens;  // [batch_size]
+  std::int64_t seq_lens_stride;  // elements
+  const PoolIndex* req_pool_indices;  // [batch_size], rows of req_to_token
+  std::int64_t req_pool_indices_stride;  // elements
+  std::int64_t batch_size;  // requests
+  std::int64_t columns;  // columns from here on are not written
+  // set when a plan is bound
+  const Token* req_to_token;  // [pool rows, req_to_token_width]
+  std::int64_t req_to_token_stride;  // elements from row to row
+  std::int64_t req_to_token_width;  // elements of a row that may be read
+  std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // SMs of the device
+  std::int64_t packed_capacity;  // elements
+  std::int32_t* kv_indptr[kBackends];  // [bs + 1]
+  std::int64_t* kv_indices[kBackends];  // [capacity]
+  std::int32_t* num_kv_splits[1];  // [bs]
+};
+constexpr int kParamWords = 19;
+static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
+
+// Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
+__device__ __forceinline__ std::int32_t request_length(const Params& p, std::int64_t request) {
+  const SeqLen length = p.seq_lens[request * p.seq_lens_stride];
+  return static_cast<std::int32_t>(length);
+}
+
+// The offset that backend b adds to seq_lens. The array is static, because a local one would be in local memory.
+__device__ __forceinline__ std::int32_t length_offset(int b) {
+  static constexpr std::int32_t offsets[kBackends] = {1, 2, 3};
+  return offsets[b];
+}
+
+// A request's row of req_to_token. If it is negative, the request has none and nothing may be read.
+__device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_t request) {
+  const std::int64_t row = p.req_pool_indices[request * p.req_pool_indices_stride];
+  return row;
+}
+
+using Index = std::int64_t;
+constexpr int kIndexDestinations = 3;
+
+// Where the tokens of all requests go, one after the other.
+__device__ __forceinline__ const auto& indices(const Params& p) {
+  return p.kv_indices;
+}
+
+// Unchecked: tokens beyond the capacity are dropped without a report.
+__device__ __forceinline__ void check_capacity(const Params&, std::int64_t, std::int64_t) {}
+
+// ---- running sums ------------------------------------------------------------------------------------------------
+// T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
+// may not wrap has 64 bits.
+constexpr unsigned kFullMask = 0xffffffffu;  // all lanes of a warp
+
+// The inclusive running sum of `value` over the lanes of a warp.
+template <typename T>
+__device__ __forceinline__ T warp_running_sum(T value) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const T other = __shfl_up_sync(kFullMask, value, static_cast<unsigned>(distance));
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+// The inclusive running sum over the threads of the block; `total` gets the block's sum. All threads must call it.
+template <typename T>
+__device__ __forceinline__ T block_running_sum(T value, T& total) {
+  __shared__ T warp_totals[kWarps];
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
+  const T in_warp = warp_running_sum(value);
+  if (static_cast<int>(threadIdx.x % kWarpSize) == kWarpSize - 1) warp_totals[warp] = in_warp;
+  __syncthreads();
+  T sum = 0;
+  T before = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = sum;
+    sum += warp_totals[w];
+  }
+  __syncthreads();  // the next sum writes warp_totals again
+  total = sum;
+  return before + in_warp;
+}
+
+// A running sum over more values than a block has threads: one chunk of kThreads after another.
+template <typename T>
+struct RunningSum {
+  T carry = 0;  // the sum of all chunks so far
+
+  // The inclusive sum up to this thread's value of the next chunk. All threads must call it.
+  __device__ __forceinline__ T add(T value) {
+    T chunk;
+    const T sum = carry + block_running_sum(value, chunk);
+    carry += chunk;
+    return sum;
+  }
+};
+
+// ---- destinations ------------------------------------------------------------------------------------------------
+// The unroll factor of a loop over destinations: a few are unrolled fully, many not at all, to keep the code short.
+[[maybe_unused]] __host__ __device__ constexpr int unrolled(int destinations) {
+  return destinations <= 8 ? destinations : 1;
+}
+
+// ---- writing an element ------------------------------------------------------------------------------------------
+// What writes 16 bytes at once stores them itself.
+template <typename T>
+__device__ __forceinline__ void put(T* address, std::common_type_t<T> value) {
+  *address = value;
+}
+
+// ---- storing an element ------------------------------------------------------------------------------------------
+// Stores one element of a vector or a schedule to every backend; where the backends' lengths differ, to backend b.
+// The destinations decide the type: to a bool goes whether the value isn't 0.
+template <typename T, int N>
+__device__ __forceinline__ void store(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
+  if constexpr (kLengthSets > 1) {
+    put(to[b] + index, value);
+  } else {
+#pragma unroll(unrolled(N))
+    for (int i = 0; i < N; ++i) put(to[i] + index, value);
+  }
+}
+
+// ---- storing an element that all backends have alike -------------------------------------------------------------
+// Where lengths differ each backend has a block, and the first one stores what doesn't depend on the backend.
+template <typename T, int N>
+__device__ __forceinline__ void store_once(T* const (&to)[N], int b, std::int64_t index, std::common_type_t<T> value) {
+  if (b > 0) return;
+#pragma unroll(unrolled(N))
+  for (int i = 0; i < N; ++i) put(to[i] + index, value);
+}
+
+// ---- arithmetic that wraps ---------------------------------------------------------------------------------------
+// wrap(bits(a) + b) is a sum that wraps at 2^32, as PyTorch's int32 does; signed overflow is undefined in C++.
+template <typename T>
+__device__ __forceinline__ std::make_unsigned_t<T> bits(T value) {
+  return static_cast<std::make_unsigned_t<T>>(value);
+}
+
+template <typename T>
+__device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
+  return static_cast<std::make_signed_t<T>>(value);
+}
+
+// ---- SGLang's split counts of Triton's attention -----------------------------------------------------------------
+// One block computes them from seq_lens, for any batch and all backends. The longest and the shortest length count, so
+// each warp looks at all lengths for itself, without shared memory and a barrier.
+//
+// The float arithmetic is to the bit that of SGLang's Triton kernel on NVIDIA GPUs. There tl.log2 is libdevice's
+// __nv_log2f, and so is CUDA's log2f: the same instructions with the same constants, each rounded to nearest. Triton's
+// flush subnormal numbers, which don't occur with lengths of 1 or more. The quotient by 64 is exact however it is made,
+// and the compiler can't contract the product, because nothing is added to it.
+__device__ __forceinline__ std::uint32_t split_length(const Params& p, std::int64_t request) {
+  const std::int32_t length = request_length(p, request);
+  return length > 1 ? static_cast<std::uint32_t>(length) : 1;
+}
+
+// A quotient of numbers above 0, rounded up.
+__device__ __forceinline__ std::uint32_t parts_of(std::uint32_t value, std::uint32_t divisor) {
+  return (value - 1) / divisor + 1;
+}
+
+__device__ void count_kv_splits(const Params& p, int) {
+  if (p.batch_size == 0) return;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  std::uint32_t longest = 1;
+  std::uint32_t shortest = 0xffffffffu;
+  for (std::int64_t request = lane; request < p.batch_size; request += kWarpSize) {
+    const std::uint32_t length = split_length(p, request);
+    longest = max(longest, length);
+    shortest = min(shortest, length);
+  }
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    longest = max(longest, __shfl_sync(kFullMask, longest, lane ^ distance));
+    shortest = min(shortest, __shfl_sync(kFullMask, shortest, lane ^ distance));
+  }
+  // Lengths that differ by less than a quarter count as equal.
+  if (std::uint64_t{longest} * 8 < std::uint64_t{shortest} * 10) shortest = longest;
+  const std::uint32_t even = min(parts_of(longest, shortest), kMaxKvSplits);
+  const float doublings = log2f(static_cast<float>(longest) / 64);
+  const auto cores = static_cast<std::uint32_t>(kCores * (doublings > 1 ? doublings : 1));
+  const std::uint64_t blocks = min(static_cast<std::uint64_t>(p.batch_size) * kSplitBlocks, std::uint64_t{cores});
+  const std::uint32_t filling = min(parts_of(cores, static_cast<std::uint32_t>(blocks)), kMaxKvSplits);
+  const std::uint32_t even_tokens = parts_of(longest, even);
+  const std::uint32_t filling_tokens = parts_of(longest, filling);
+  for (std::int64_t request = threadIdx.x; request < p.batch_size; request += kThreads) {
+    const std::uint32_t length = split_length(p, request);
+    const std::uint32_t splits = max(parts_of(length, even_tokens), parts_of(length, filling_tokens));
+    store_once(p.num_kv_splits, 0, request, static_cast<std::int32_t>(splits));
+  }
+}
+
+// ---- which request a tile belongs to -----------------------------------------------------------------------------
+// A window: the tile counts of up to kThreads requests, in shared memory. Each thread adds one request's; then every
+// warp can look up a tile's request.
+struct Window {
+  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, among its group of kWarpSize requests
+  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a group
+};
+
+struct Place {
+  int slot;  // of the request in the window
+  std::uint32_t tile;  // among the request's tiles
+};
+
+// Sums the tiles of the window's requests; `tiles` is the number of this thread's request. Returns the total; in lane
+// w, `warp_end` becomes the sum up to and including group w. All threads must call it, after a barrier that follows the
+// last look-up. It contains a barrier: what a thread wrote to shared memory before the call can be read after it.
+__device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
+  static_assert(kWarps <= kWarpSize, "each warp needs a lane");
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const std::uint32_t in_warp = warp_running_sum(tiles);
+  window.tile_end[threadIdx.x] = in_warp;
+  if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
+  __syncthreads();
+  std::uint32_t sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    sum += window.warp_tiles[w];
+    if (w <= lane) warp_end = sum;  // the lanes after the last warp hold the window's sum
+  }
+  return sum;
+}
+
+// Finds a tile's request: counts the groups that end at or before the tile, then the next group's requests that do.
+__device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t warp_end, std::uint32_t tile) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int warp = __popc(__ballot_sync(kFullMask, warp_end <= tile));
+  const std::uint32_t before = __shfl_sync(kFullMask, warp_end, warp > 0 ? warp - 1 : 0);
+  const std::uint32_t in_warp = tile - (warp > 0 ? before : 0);
+  const int passed = __popc(__ballot_sync(kFullMask, window.tile_end[warp * kWarpSize + lane] <= in_warp));
+  const int slot = warp * kWarpSize + passed;
+  return {slot, in_warp - (passed > 0 ? window.tile_end[slot - 1] : 0)};
+}
+
+// ---- strategy: the tokens of all requests, one after the other ---------------------------------------------------
+// The place of a request's tokens depends on the lengths of all requests before it. Every block sums the lengths
+// itself, window by window, together with the tiles, so no block waits for another. The sum has 64 bits. The warps of
+// all blocks take the tiles in turn. Nothing is written beyond the destinations' capacity.
+//
+//   block   0 .. kFirstTableBlock   the other blocks
+//          +-----------------------+-----------------------------------------+
+//          | vectors, schedules    | tile, tile + warps, ...                 |
+//          +-----------------------+-----------------------------------------+
+//
+//   destination  | tokens of request 0 | request 1 | tokens of request 2 ...
+//                ^ 0                   ^ the sum up to request 1
+
+constexpr int kTileWords = kTileColumns / kWarpSize;  // of a lane
+constexpr int kHalves = kTileWords % 2 == 0 ? 2 : 1;  // that a tile is cut into where there are few
+
+// The number of tokens of a request, without a backend's offset.
+__device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
+  const std::int32_t length = request_length(p, request);
+  return length > 0 ? length : 0;
+}
+
+// The number of tokens of a request that are read for a backend with this offset.
+__device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t offset) {
+  const std::int64_t length = std::int64_t{tokens} + offset;
+  return static_cast<int>(length < p.columns ? length : p.columns);
+}
+
+// Moves kMoved words a lane, a tile of a request or half of one, to every backend. `before` is the number of tokens of
+// the requests before it, without the backends' offsets.
+template <int kMoved>
+__device__ __forceinline__ void copy_tile(
+    const Params& p, std::int64_t request, std::int64_t pool_row, std::int64_t before, std::int32_t tokens, int first) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+  const int end = read_columns(p, tokens, kLongestOffset);
+  Index words[kMoved];
+#pragma unroll
+  for (int i = 0; i < kMoved; ++i) {
+    const int column = first + lane + i * kWarpSize;
+    words[i] = column < end ? static_cast<Index>(__ldg(source + column)) : 0;
+  }
+#pragma unroll(unrolled(kIndexDestinations))
+  for (int b = 0; b < kIndexDestinations; ++b) {
+    const int stop = read_columns(p, tokens, length_offset(b));
+    const std::int64_t begin = before + request * length_offset(b);
+    // All of the old words are read before the first is written, or each read would wait for a write.
+    [[maybe_unused]] Index old[kMoved];
+    if constexpr (kVerified) {
+#pragma unroll
+      for (int i = 0; i < kMoved; ++i) {
+        const int column = first + lane + i * kWarpSize;
+        const std::int64_t at = begin + column;
+        old[i] = column < stop && at < p.packed_capacity ? indices(p)[b][at] : words[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kMoved; ++i) {
+      const int column = first + lane + i * kWarpSize;
+      const std::int64_t at = begin + column;
+      if (column >= stop || at >= p.packed_capacity) continue;
+      if (!kVerified || old[i] != words[i]) put(indices(p)[b] + at, words[i]);
+    }
+  }
+}
+
+// The sum of the values of the lanes before one. A warp adds 32 bits at once: half of them for each lane can't wrap.
+__device__ __forceinline__ std::int64_t sum_up_to(std::uint32_t value, int stop) {
+  const std::uint32_t counted = static_cast<int>(threadIdx.x % kWarpSize) < stop ? value : 0;
+  const std::int64_t high = __reduce_add_sync(kFullMask, counted >> 16);
+  return (high << 16) + __reduce_add_sync(kFullMask, counted & 0xffff);
+}
+
+// No more requests than a warp has lanes: each warp adds up for itself, without shared memory and barriers. Short
+// batches have little else to do, and a warp without a tile ends before it looks for one.
+__device__ __forceinline__ void write_few(const Params& p) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  std::uint32_t tokens = 0;
+  std::uint32_t tiles = 0;
+  std::int64_t pool_row = 0;
+  if (lane < batch_size) {
+    tokens = static_cast<std::uint32_t>(request_tokens(p, lane));
+    pool_row = request_row(p, lane);
+    const int columns = read_columns(p, static_cast<std::int32_t>(tokens), kLongestOffset);
+    if (columns > 0 && pool_row >= 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
+  }
+  if constexpr (kChecked) {
+    const std::int64_t end = static_cast<std::int64_t>(warp_running_sum(std::uint64_t{tokens}));
+    if (lane < batch_size) check_capacity(p, lane, end + (std::int64_t{lane} + 1) * kLongestOffset);
+  }
+  const std::uint32_t all_tiles = __reduce_add_sync(kFullMask, tiles);
+  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  const std::uint32_t warp = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
+  // With a warp for each half of a tile, all halves are moved at once.
+  const std::uint32_t parts = kHalves > 1 && all_tiles <= warps / kHalves ? kHalves : 1;
+  if (warp >= all_tiles * parts) return;
+  std::uint32_t tiles_end = tiles;
+  for (int distance = 1; distance < batch_size; distance *= 2) {
+    const std::uint32_t other_tiles = __shfl_up_sync(kFullMask, tiles_end, static_cast<unsigned>(distance));
+    if (lane >= distance) tiles_end += other_tiles;
+  }
+  const std::uint32_t tiles_before = tiles_end - tiles;
+  if (lane >= batch_size) tiles_end = all_tiles;
+  for (std::uint32_t part = warp; part < all_tiles * parts; part += warps) {
+    const std::uint32_t tile = part / parts;
+    const int found = __popc(__ballot_sync(kFullMask, tiles_end <= tile));  // requests whose tiles end before it
+    const int column = static_cast<int>(tile - __shfl_sync(kFullMask, tiles_before, found)) * kTileColumns;
+    const std::int64_t row = __shfl_sync(kFullMask, pool_row, found);
+    const std::int64_t before = sum_up_to(tokens, found);
+    const std::int32_t count = static_cast<std::int32_t>(__shfl_sync(kFullMask, tokens, found));
+    if (parts > 1) {
+      const int half = column + static_cast<int>(part % parts) * (kTileColumns / kHalves);
+      copy_tile<kTileWords / kHalves>(p, found, row, before, count, half);
+    } else {
+      copy_tile<kTileWords>(p, found, row, before, count, column);
+    }
+  }
+}
+
+__device__ void write_tables(const Params& p) {
+  if (p.batch_size <= kWarpSize) {
+    if (p.batch_size > 0) write_few(p);
+    return;
+  }
+  const int batch_size = static_cast<int>(p.batch_size);
+  const int slot = static_cast<int>(threadIdx.x);
+  const int lane = slot % kWarpSize;
+  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
+  __shared__ Window window;
+  __shared__ std::int32_t window_tokens[kThreads];
+  __shared__ std::uint64_t tokens_before[kThreads];  // of the requests before, within a warp
+  __shared__ std::uint64_t warp_tokens[kWarps];
+  __shared__ std::int64_t pool_rows[kThreads];
+  std::uint64_t carry = 0;  // tokens of the windows before
+  std::uint32_t warp_end = 0;
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + slot;
+    std::int32_t tokens = 0;
+    std::uint32_t tiles = 0;
+    std::int64_t pool_row = 0;
+    if (request < batch_size) {
+      tokens = request_tokens(p, request);
+      const int columns = read_columns(p, tokens, kLongestOffset);
+      if (columns > 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
+      pool_row = request_row(p, request);
+      if (pool_row < 0) tiles = 0;
+    }
+    const std::uint64_t in_warp = warp_running_sum(static_cast<std::uint64_t>(tokens));
+    if (first > 0) __syncthreads();  // no warp looks tiles up in the last window any more
+    pool_rows[slot] = pool_row;
+    window_tokens[slot] = tokens;
+    tokens_before[slot] = in_warp - static_cast<std::uint64_t>(tokens);
+    if (lane == kWarpSize - 1) warp_tokens[slot / kWarpSize] = in_warp;
+    const std::uint32_t window_tiles = count_tiles(window, tiles, warp_end);
+    // The tokens before the requests of warp w, in lane w.
+    std::uint64_t before_warp = carry;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      before_warp += w < lane ? warp_tokens[w] : 0;
+      carry += warp_tokens[w];
+    }
+    const std::uint64_t before_own = __shfl_sync(kFullMask, before_warp, slot / kWarpSize);
+    if (request < batch_size) {
+      const std::int64_t end = static_cast<std::int64_t>(before_own + in_warp);
+      check_capacity(p, request, end + (std::int64_t{request} + 1) * kLongestOffset);
+    }
+    for (; tile < window_tiles; tile += warps) {
+      const Place place = find_tile(window, warp_end, tile);
+      const std::uint64_t before =
+          __shfl_sync(kFullMask, before_warp, place.slot / kWarpSize) + tokens_before[place.slot];
+      const int column = static_cast<int>(place.tile) * kTileColumns;
+      const std::int32_t count = window_tokens[place.slot];
+      copy_tile<kTileWords>(
+          p, first + place.slot, pool_rows[place.slot], static_cast<std::int64_t>(before), count, column);
+    }
+    tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
+  }
+}
+
+// ---- host side of the strategy
+// Enough blocks for all tiles of rows of maximum length, up to a limit that follows from the device.
+unsigned grid_blocks(const Params& p) {
+  const std::int64_t tiles = p.batch_size * ((p.columns - 1) / (kTileColumns / kHalves) + 1);
+  const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
+  const std::int64_t limit = p.sm_count * kBlocksPerSm;
+  const std::int64_t blocks = wanted < limit ? wanted : limit;
+  return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------------
+// One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk, so the batch has no
+// limit. Where the backends' lengths differ, block b writes the vectors of backend b.
+__device__ void refresh_vectors(const Params& p, int b) {
+  const int batch_size = static_cast<int>(p.batch_size);
+  RunningSum<std::uint32_t> kv_indptr_sum;
+  if (threadIdx.x == 0) store(p.kv_indptr, b, 0, 0);
+  for (int first = 0; first < batch_size; first += kThreads) {
+    const int request = first + static_cast<int>(threadIdx.x);
+    const bool present = request < batch_size;
+    const std::int32_t base_len = present ? request_length(p, request) : 0;
+    [[maybe_unused]] const std::int32_t offset = length_offset(b);
+    [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
+    const std::int32_t kv_indptr = wrap(bits(max(base_len, 0)) + offset);
+    const std::uint32_t kv_indptr_end = kv_indptr_sum.add(bits(kv_indptr));
+    if (!present) continue;
+    store(p.kv_indptr, b, request + 1, wrap(kv_indptr_end));
+  }
+}
+
+// ---- kernel ------------------------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kThreads)
+    onelaunch_broadcast_decode_n3_65273acdf20a2b8a(const __grid_constant__ Params p) {
+  int block = blockIdx.x;
+  if (block < 1) return count_kv_splits(p, block);
+  block -= 1;
+  if (block < kLengthSets) return refresh_vectors(p, block);
+  write_tables(p);
+}
+
+// ---- host side ---------------------------------------------------------------------------------------------------
+// Runs `call` while `device` is the current device.
+template <typename Call>
+cudaError_t on_device(std::int64_t device, const Call& call) {
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess || current == device) return error != cudaSuccess ? error : call();
+  error = cudaSetDevice(static_cast<int>(device));
+  if (error != cudaSuccess) return error;
+  error = call();
+  const cudaError_t restored = cudaSetDevice(current);
+  return error != cudaSuccess ? error : restored;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Launches the kernel once on `stream` with the parameter block in `words`; returns a cudaError_t.
+int onelaunch_broadcast_decode_n3_65273acdf20a2b8a_launch(const std::int64_t* words, void* stream) {
+  Params params;
+  std::memcpy(&params, words, sizeof(Params));
+  return on_device(params.device, [&] {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid_blocks(params), 1, 1);
+    config.blockDim = dim3(kThreads, 1, 1);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_65273acdf20a2b8a, params);
+  });
+}
+
+// Loads the kernel on a device, so that the first launch doesn't have to, and reads its resources: registers per
+// thread, bytes of shared memory per block, bytes of local memory per thread. Returns a cudaError_t.
+int onelaunch_broadcast_decode_n3_65273acdf20a2b8a_prepare(std::int64_t device, std::int64_t* resources) {
+  return on_device(device, [&] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, onelaunch_broadcast_decode_n3_65273acdf20a2b8a);
+    resources[0] = attributes.numRegs;
+    resources[1] = static_cast<std::int64_t>(attributes.sharedSizeBytes);
+    resources[2] = static_cast<std::int64_t>(attributes.localSizeBytes);
+    return error;
+  });
+}
+
+const char* onelaunch_broadcast_decode_n3_65273acdf20a2b8a_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+}  // extern "C"

@@ -1,0 +1,366 @@
+"""SGLang's seams alone: the engine's own sequence before each graph of a speculative step, and ours in its place.
+
+    python seams.py RESULT [--dry]
+
+The engine's own backends, graph runners and worker, with the objects of runner_objects.py around them, and without
+models: what comes before a replay is all that there is. For each seam, of the engine and with onelaunch attached to the
+runner: kernels and copies by name, their time on the device, the host's time of a call, and both in a CUDA graph with
+the same launches in it. Writes JSON. With --dry it runs on a CPU and only shows that it would run.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DRY = "--dry" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+if DRY:
+    import fakes
+
+    fakes.install()
+
+import objects  # noqa: E402
+import runner_objects  # noqa: E402
+from onelaunch.integrations import sglang  # noqa: E402
+from turn import wait_for_turn  # noqa: E402
+
+DEVICE = "cpu" if DRY else "cuda"
+REQUESTS, STEPS, TOKENS, PAGE = (2, 3, 4, 1) if DRY else (16, 3, 4, 1)
+# The shortest and the longest request, and the tables' width.
+SHORTEST, LONGEST, CONTEXT = (10, 20, 640) if DRY else (1024, 4096, 8192)
+LENGTHS = tuple(SHORTEST + (LONGEST - SHORTEST) * i // REQUESTS for i in range(REQUESTS))
+
+
+class Counts(NamedTuple):
+    """How often what is done: calls that are timed and profiled, calls in a graph, and replays of graphs."""
+
+    calls: int = 300
+    profiled: int = 5
+    in_a_graph: int = 20
+    replays: int = 100
+
+
+once = counts = Counts(1, 1, 1, 1)
+
+
+def runner_of(seam: str, backend: str, pool: torch.Tensor) -> Any:
+    if seam == "draft":
+        return runner_objects.draft_runner(backend, pool, PAGE, STEPS)
+    make = runner_objects.verify_runner if seam == "verify" else runner_objects.extend_runner
+    return make(backend, pool, PAGE, TOKENS)
+
+
+def with_call(seam: str, runner: Any, measure: Callable[[Callable[[Any], Any], Any], Any]) -> Any:
+    """What measure(call, batch) returns for the engine's call of the seam, call(batch)."""
+    request = runner_objects.Request(LENGTHS, seed=1)
+    owner, name = {
+        "draft": (getattr(runner, "eagle_worker", None), "draft"),
+        "verify": (runner, "load_batch"),
+        "draft-extend": (runner, "execute"),
+    }[seam]
+    call, own = getattr(owner, name), vars(owner).get(name)
+    found = []
+
+    def instead(batch: Any, *arguments: Any) -> None:
+        # A default device costs each call of PyTorch something.
+        torch.set_default_device(None)
+        try:
+            found.append(measure(lambda batch: call(batch, *arguments), batch))
+        finally:
+            torch.set_default_device(DEVICE)
+
+    setattr(owner, name, instead)
+    try:
+        if seam == "draft":
+            request.draft(runner, PAGE)
+        elif seam == "verify":
+            request.verify(runner, TOKENS)
+        else:
+            request.extend(runner, TOKENS, cpu_lengths=True)
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+    return found[0]
+
+
+def measured(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
+    """Each call gets a copy of the batch, which it changes."""
+    for _ in range(3):
+        call(copy.copy(batch))
+    synchronize()
+    batches = [copy.copy(batch) for _ in range(counts.calls)]
+    host = []
+    for each in batches:
+        synchronize()
+        start = time.perf_counter()
+        call(each)
+        host.append(time.perf_counter() - start)
+    found: dict[str, Any] = {"eager_host_us": spread(host)}
+    if not DRY:
+        found |= profiled(call, batch) | in_a_graph(call, batch)
+    return found
+
+
+def synchronize() -> None:
+    if not DRY:
+        torch.cuda.synchronize()
+
+
+def profiled(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
+    """Kernels and copies of a call by name, and their time."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+        for _ in range(counts.profiled):
+            call(copy.copy(batch))
+        synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    names = collections.Counter(short(e["name"]) for e in device)
+    return {
+        "launches": sum(names.values()) / counts.profiled,
+        "names": {name: count / counts.profiled for name, count in sorted(names.items())},
+        "eager_device_us": round(sum(e["dur"] for e in device) / counts.profiled, 2),
+    }
+
+
+def short(kernel: str) -> str:
+    return kernel.replace("(anonymous namespace)::", "").removeprefix("void ").partition("(")[0][:90]
+
+
+def in_a_graph(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
+    """The device's time of a call in a graph of many, and the host's time of replaying a graph of one."""
+    try:
+        many, one = captured(call, batch, counts.in_a_graph), captured(call, batch, 1)
+    except RuntimeError as error:
+        return {"graph_error": str(error).splitlines()[0]}
+    device, host = [], []
+    for _ in range(counts.replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        many.replay()
+        end.record()
+        end.synchronize()
+        device.append(begin.elapsed_time(end) / 1e3 / counts.in_a_graph)
+        start = time.perf_counter()
+        one.replay()
+        host.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return {"graph_device_us": spread(device), "graph_host_us": spread(host)}
+
+
+def captured(call: Callable[[Any], Any], batch: Any, times: int) -> Any:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    batches = [copy.copy(batch) for _ in range(times)]
+    with torch.cuda.graph(graph):
+        for each in batches:
+            call(each)
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {
+        name: round(ordered[int(part * (len(ordered) - 1))] * 1e6, 2)
+        for name, part in (("min", 0.0), ("median", 0.5), ("p90", 0.9))
+    }
+
+
+def attached(target: Any) -> Any:
+    torch.set_default_device(None)
+    try:
+        return sglang.attach(target)
+    finally:
+        torch.set_default_device(DEVICE)
+
+
+def written(runner: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in vars(runner.buffers).items() if isinstance(value, torch.Tensor)}
+
+
+def both(seam: str, backend: str) -> dict[str, Any]:
+    pool = objects.token_pool(PAGE, seed=PAGE)
+    runner = runner_of(seam, backend, pool)
+    found: dict[str, Any] = {"engine": with_call(seam, runner, measured)}
+    wanted = written(runner)
+    attachment = attached(runner)
+    try:
+        found["onelaunch"] = with_call(seam, runner, measured)
+        got = written(runner)
+        found["different"] = different(wanted, got)
+        found["failed"], found["stays"] = attachment.failed, attachment.stays
+    finally:
+        attachment.detach()
+    return found
+
+
+def extension(backend: str) -> dict[str, Any]:
+    """FA3's draft extension, of which 0.5.17 has no graph."""
+    pool = objects.token_pool(PAGE, seed=PAGE)
+    made = objects.backend(backend, pool, page=PAGE, draft=True, draft_tokens=TOKENS)
+    batch = objects.Batch(LENGTHS, REQUESTS, "draft_extend", TOKENS).make()
+    batch.extend_seq_lens_cpu = [TOKENS] * REQUESTS
+    names = ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q")
+
+    def refreshed() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        torch.set_default_device(None)
+        try:
+            numbers = measured(lambda batch: made.init_forward_metadata(batch), batch)
+            made.init_forward_metadata(batch)
+        finally:
+            torch.set_default_device(DEVICE)
+        metadata = made.forward_metadata
+        tensors = {name: getattr(metadata, name).clone() for name in names}
+        live = torch.arange(metadata.page_table.shape[1]) < batch.seq_lens[:, None]
+        return numbers, {**tensors, "page_table": torch.where(live, metadata.page_table, 0)}
+
+    engine, wanted = refreshed()
+    attachment = attached(made)
+    try:
+        mine, got = refreshed()
+    finally:
+        attachment.detach()
+    return {"engine": engine, "onelaunch": mine, "different": different(wanted, got), "failed": attachment.failed}
+
+
+def chain() -> dict[str, Any]:
+    """The chain that is verified: its write locations, positions, retrieve indices and the draft tokens' mask."""
+    from sglang.kernels.ops.speculative.cache_locs import assign_extend_cache_locs_uniform_func
+    from sglang.srt.speculative.eagle_utils import TreeMaskMode, build_tree_kernel_efficient
+
+    pool, request, lengths = (
+        objects.token_pool(PAGE, seed=PAGE),
+        runner_objects.Request(LENGTHS, 1),
+        torch.tensor(LENGTHS),
+    )
+    drafts = request.tokens[: REQUESTS * STEPS].view(REQUESTS, STEPS)
+    parents, scores = (torch.arange(STEPS).repeat(REQUESTS, 1) - first for first in (1, 0))
+    bonus = request.topk_index.flatten()
+
+    def engine(batch: Any) -> dict[str, torch.Tensor]:
+        mask, positions, *retrieve, _ = build_tree_kernel_efficient(
+            bonus, parents, scores, drafts, lengths, 0, 1, STEPS, TOKENS, TreeMaskMode.QLEN_ONLY
+        )
+        locations = assign_extend_cache_locs_uniform_func(
+            req_pool_indices=request.rows, req_to_token=pool, start_offset=lengths,
+            batch_size=REQUESTS, draft_token_num=TOKENS, device=DEVICE,
+        )  # fmt: skip
+        names = ("retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
+        return dict(zip(names, retrieve, strict=True)) | {
+            "mask": mask, "positions": positions, "out_cache_loc": locations
+        }  # fmt: skip
+
+    return alone("target_verify", pool, engine, lengths, request.rows)
+
+
+def layout() -> dict[str, Any]:
+    """The tensors from which a draft extension's batch is made."""
+    from sglang.srt.model_executor.forward_batch_info import compute_position
+
+    pool, request, lengths = (
+        objects.token_pool(PAGE, seed=PAGE),
+        runner_objects.Request(LENGTHS, 1),
+        torch.tensor(LENGTHS),
+    )
+
+    def engine(batch: Any) -> dict[str, torch.Tensor]:
+        prefix = lengths.to(torch.int32)
+        extends = torch.full((REQUESTS,), TOKENS, dtype=torch.int32, device=DEVICE)
+        positions, starts = compute_position("triton", prefix, extends, REQUESTS * TOKENS)
+        return {"prefix_lens": prefix, "extend_seq_lens": extends, "seq_lens": lengths + TOKENS,
+                "positions": positions, "extend_start_loc": starts}  # fmt: skip
+
+    return alone("draft_extend", pool, engine, lengths, request.rows)
+
+
+def alone(
+    mode: str,
+    pool: torch.Tensor,
+    engine: Callable[[Any], dict[str, torch.Tensor]],
+    lengths: torch.Tensor,
+    rows: torch.Tensor,
+) -> dict[str, Any]:
+    """bind_seam's plan of what an engine's sequence makes."""
+    torch.set_default_device(None)
+    try:
+        wanted = engine(None)
+        got = {name: torch.zeros_like(tensor).view(-1) for name, tensor in wanted.items()}
+        plan = sglang.bind_seam(mode, TOKENS, got, pool)
+        found = {
+            "engine": measured(engine, None),
+            "onelaunch": measured(lambda batch: plan.run(lengths, rows), None),
+        }
+    finally:
+        torch.set_default_device(DEVICE)
+    return {**found, "different": different({name: tensor.reshape(-1) for name, tensor in wanted.items()}, got)}
+
+
+def different(wanted: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in wanted if not torch.equal(wanted[name], got[name])]
+
+
+# The chain and the layout don't depend on the backend.
+MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
+    "fa3, draft": lambda: both("draft", "fa3"),
+    "fa3, verify": lambda: both("verify", "fa3"),
+    "fa3, draft-extend": lambda: extension("fa3"),
+    "triton, draft": lambda: both("draft", "triton"),
+    "triton, verify": lambda: both("verify", "triton"),
+    "triton, draft-extend": lambda: both("draft-extend", "triton"),
+    "the verified chain": chain,
+    "a draft extension's layout": layout,
+}
+
+
+def main() -> None:
+    global counts
+    result = Path(sys.argv[1])
+    torch.set_default_device(DEVICE)
+    objects.POOL_ROWS, objects.CONTEXT, objects.WIDTH = 2 * REQUESTS + 8, CONTEXT, CONTEXT + 60
+    runner_objects.CAPTURED = (REQUESTS,)
+    found: dict[str, Any] = {
+        "shape": {"requests": REQUESTS, "steps": STEPS, "tokens": TOKENS, "page": PAGE, "longest": LONGEST},
+        "torch": torch.__version__,
+        "gpu": None if DRY else torch.cuda.get_device_name(),
+        "seams": {},
+    }
+    for counts in (once, Counts()):  # the first time what there is gets imported and compiled
+        if not DRY and counts is not once:
+            wait_for_turn(result.parent)
+        for name, measure in MEASURED.items():
+            try:
+                made = measure()
+            except Exception:
+                made = {"error": traceback.format_exc()[-3000:]}
+            found["seams"][name] = made
+            print(time.strftime("%T"), name, json.dumps(made)[:300], flush=True)
+            if DRY or counts is not once:
+                result.write_text(json.dumps(found, indent=1) + "\n")
+        if DRY:
+            break
+
+
+if __name__ == "__main__":
+    main()

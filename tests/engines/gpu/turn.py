@@ -1,0 +1,13 @@
+"""Processes that start beside one another and are timed one after the other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+def wait_for_turn(folder: Path) -> None:
+    """Says that this process is up, and waits until run.py has stopped all others."""
+    (folder / "up").touch()
+    while not (folder / "turn").exists():
+        time.sleep(0.02)

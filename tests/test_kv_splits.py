@@ -1,0 +1,86 @@
+"""num_kv_splits: by hand, in the kernel, and on a GPU with the float arithmetic of Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from onelaunch import MetadataBuffers, bind
+from onelaunch.spec.reference import kv_splits
+
+NUMBERS = {"num_head": 32, "num_kv_head": 8, "max_kv_splits": 8, "device_core_count": 132}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "splits"),
+    [
+        # Heads that share keys have a block, so 8 a request. The device is full with 132 * log2(640 / 64) = 438.
+        ([640], {}, [8]),
+        ([640], {"max_kv_splits": 200}, [54]),  # ceil(438 / 8) = 55, so splits of 12
+        # The log2 is 1 at least. With 600 * 8 blocks the device is full, and these lengths count as equal.
+        ([100] * 599 + [81], {}, [1] * 600),
+        # These don't: splits are as long as the shortest request.
+        ([100] * 599 + [80], {}, [2] * 599 + [2]),
+        ([100] * 599 + [25], {}, [4] * 599 + [1]),
+        # ceil(132 * 6 / (3 * 64)) = 5.
+        ([4096] * 3, {"num_head": 64, "num_kv_head": 64, "max_kv_splits": 100}, [5] * 3),
+        # A block has 16 heads at most: ceil(132 * 6 / (3 * 4)) = 66, so splits of 63.
+        ([4096] * 3, {"num_head": 64, "num_kv_head": 1, "max_kv_splits": 100}, [66] * 3),
+        # A length below 1 counts as 1.
+        ([0, -5, 3], {}, [1, 1, 3]),
+        ([], {}, []),
+    ],
+)
+def test_by_hand(lengths: list[int], changes: dict[str, int], splits: list[int], device: torch.device) -> None:
+    numbers = {**NUMBERS, **changes}
+    given = torch.tensor(lengths, dtype=torch.int64, device=device)
+    assert kv_splits(given, **numbers).tolist() == splits
+    counts = torch.full((len(lengths) + 2,), -7, dtype=torch.int32, device=device)
+    pool = torch.zeros((1, 1), dtype=torch.int32, device=device)
+    bind([MetadataBuffers(num_kv_splits=counts)], req_to_token=pool, **numbers).run(given, torch.zeros_like(given))
+    assert counts.tolist() == [*splits, -7, -7]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _multiprocessors(lengths: Any, out: Any, count: Any, device_core_count: Any, SIZE: tl.constexpr) -> None:
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    longest = tl.load(lengths + place, mask=place < count, other=1)
+    doublings = tl.maximum(tl.log2(tl.cast(longest, tl.float32) / 64.0), 1.0)
+    tl.store(out + place, tl.cast(device_core_count * doublings, tl.int32), mask=place < count)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_core_count", [78, 132, 148])
+def test_float_arithmetic_is_that_of_triton(device_core_count: int) -> None:
+    """PyTorch's, which is the reference's, for every length up to 2^20 and the powers of two around it."""
+    lengths = torch.arange(1, 2**20 + 1, device="cuda")
+    more = torch.tensor([2**k + d for k in range(20, 31) for d in (-1, 0, 1)], device="cuda")
+    lengths = torch.cat((lengths, more))
+    got = torch.empty_like(lengths, dtype=torch.int32)
+    _multiprocessors[(-(-len(lengths) // 1024),)](lengths, got, len(lengths), device_core_count, SIZE=1024)
+    doublings = torch.log2(lengths.to(torch.float32) / 64).clamp(min=1)
+    assert torch.equal(got, (doublings * device_core_count).to(torch.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+def test_every_length_up_to_16384(batch_size: int) -> None:
+    """The kernel against the reference: of each longest length, a batch of many splits, with the others at random."""
+    numbers = {"num_head": 2, "num_kv_head": 1, "max_kv_splits": 4096, "device_core_count": 132}
+    longest = torch.arange(1, 2**14 + 1, device="cuda")
+    lengths = (torch.rand((len(longest), batch_size), device="cuda") * longest[:, None]).long() + 1
+    lengths = torch.minimum(lengths, longest[:, None])
+    lengths[:, 0] = longest
+    lengths[::2] = torch.maximum(lengths[::2], longest[::2, None] * 4 // 5)  # on both sides of nearly equal
+    counts = torch.empty(batch_size, dtype=torch.int32, device="cuda")
+    got = torch.empty_like(lengths, dtype=torch.int32)
+    pool = torch.zeros((1, 1), dtype=torch.int32, device="cuda")
+    plan = bind([MetadataBuffers(num_kv_splits=counts)], req_to_token=pool, **numbers)
+    rows = torch.zeros(batch_size, dtype=torch.int64, device="cuda")
+    for index, batch in enumerate(lengths):
+        plan.run(batch, rows)
+        got[index] = counts
+    assert torch.equal(got, kv_splits(lengths, **numbers))
