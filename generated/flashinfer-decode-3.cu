@@ -32,9 +32,10 @@ constexpr std::int32_t kLongestOffset = 3;  // largest offset that a backend add
 constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
-constexpr int kBlocksPerSm = 4;  // limits the blocks for the tables
+constexpr int kBlocksPerSm = 2;  // limits the blocks for the tables
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
+constexpr bool kChecked = false;  // whether violations are recorded
 constexpr bool kVerified = false;  // whether only what differs is written
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
@@ -288,48 +289,51 @@ __device__ __forceinline__ void copy_tile(
   }
 }
 
+// The sum of the values of the lanes before one. A warp adds 32 bits at once: half of them for each lane can't wrap.
+__device__ __forceinline__ std::int64_t sum_up_to(std::uint32_t value, int stop) {
+  const std::uint32_t counted = static_cast<int>(threadIdx.x % kWarpSize) < stop ? value : 0;
+  const std::int64_t high = __reduce_add_sync(kFullMask, counted >> 16);
+  return (high << 16) + __reduce_add_sync(kFullMask, counted & 0xffff);
+}
+
 // No more requests than a warp has lanes: each warp adds up for itself, without shared memory and barriers. Short
-// batches have little else to do.
+// batches have little else to do, and a warp without a tile ends before it looks for one.
 __device__ __forceinline__ void write_few(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  std::int32_t tokens = 0;
+  std::uint32_t tokens = 0;
   std::uint32_t tiles = 0;
   std::int64_t pool_row = 0;
   if (lane < batch_size) {
-    tokens = request_tokens(p, lane);
+    tokens = static_cast<std::uint32_t>(request_tokens(p, lane));
     pool_row = request_row(p, lane);
-    const int columns = read_columns(p, tokens, kLongestOffset);
+    const int columns = read_columns(p, static_cast<std::int32_t>(tokens), kLongestOffset);
     if (columns > 0 && pool_row >= 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
   }
-  std::uint64_t tokens_end = static_cast<std::uint64_t>(tokens);
-  std::uint32_t tiles_end = tiles;
-  for (int distance = 1; distance < batch_size; distance *= 2) {
-    const std::uint64_t other_tokens = __shfl_up_sync(kFullMask, tokens_end, static_cast<unsigned>(distance));
-    const std::uint32_t other_tiles = __shfl_up_sync(kFullMask, tiles_end, static_cast<unsigned>(distance));
-    if (lane >= distance) {
-      tokens_end += other_tokens;
-      tiles_end += other_tiles;
-    }
+  if constexpr (kChecked) {
+    const std::int64_t end = static_cast<std::int64_t>(warp_running_sum(std::uint64_t{tokens}));
+    if (lane < batch_size) check_capacity(p, lane, end + (std::int64_t{lane} + 1) * kLongestOffset);
   }
-  if (lane < batch_size) {
-    check_capacity(p, lane, static_cast<std::int64_t>(tokens_end) + (std::int64_t{lane} + 1) * kLongestOffset);
-  }
-  const std::uint64_t tokens_before = tokens_end - static_cast<std::uint64_t>(tokens);
-  const std::uint32_t tiles_before = tiles_end - tiles;
-  const std::uint32_t all_tiles = __shfl_sync(kFullMask, tiles_end, batch_size - 1);
-  if (lane >= batch_size) tiles_end = all_tiles;
+  const std::uint32_t all_tiles = __reduce_add_sync(kFullMask, tiles);
   const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
   const std::uint32_t warp = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   // With a warp for each half of a tile, all halves are moved at once.
   const std::uint32_t parts = kHalves > 1 && all_tiles <= warps / kHalves ? kHalves : 1;
+  if (warp >= all_tiles * parts) return;
+  std::uint32_t tiles_end = tiles;
+  for (int distance = 1; distance < batch_size; distance *= 2) {
+    const std::uint32_t other_tiles = __shfl_up_sync(kFullMask, tiles_end, static_cast<unsigned>(distance));
+    if (lane >= distance) tiles_end += other_tiles;
+  }
+  const std::uint32_t tiles_before = tiles_end - tiles;
+  if (lane >= batch_size) tiles_end = all_tiles;
   for (std::uint32_t part = warp; part < all_tiles * parts; part += warps) {
     const std::uint32_t tile = part / parts;
     const int found = __popc(__ballot_sync(kFullMask, tiles_end <= tile));  // requests whose tiles end before it
     const int column = static_cast<int>(tile - __shfl_sync(kFullMask, tiles_before, found)) * kTileColumns;
     const std::int64_t row = __shfl_sync(kFullMask, pool_row, found);
-    const std::int64_t before = static_cast<std::int64_t>(__shfl_sync(kFullMask, tokens_before, found));
-    const std::int32_t count = __shfl_sync(kFullMask, tokens, found);
+    const std::int64_t before = sum_up_to(tokens, found);
+    const std::int32_t count = static_cast<std::int32_t>(__shfl_sync(kFullMask, tokens, found));
     if (parts > 1) {
       const int half = column + static_cast<int>(part % parts) * (kTileColumns / kHalves);
       copy_tile<kTileWords / kHalves>(p, found, row, before, count, half);

@@ -247,7 +247,8 @@ struct LastPart {
 // at the end of one of its requests, from 1 on.
 struct Chunk {
   std::uint64_t ends[kMlaChunk + 1];  // the cost of all requests up to and including each one
-  std::int64_t rests[kMlaChunk];  // what the distance of end i + 1 from end 0 leaves when divided by share
+  std::uint32_t
+      rests[kMlaChunk];  // what the distance of end i + 1 from end 0 leaves when divided by share; modulo 2^32
   std::uint32_t hops[kMlaLevels][kMlaChunk];  // from each end over 2^level ends; 0 if the chunk has no such end
   LastPart last;
 };
@@ -276,21 +277,24 @@ __device__ __forceinline__ int last_at_most(const T* numbers, int last, int step
 // The hop from an end over one. Ends lie further apart than kMlaOverhead, so that at most one pays for a part.
 __device__ __forceinline__ std::uint32_t first_hop(
     const Chunk& chunk, int count, int end, std::uint64_t share, int stop) {
-  const std::int64_t own_rest = end > 0 ? chunk.rests[end - 1] : 0;
+  const std::uint32_t own_rest = end > 0 ? chunk.rests[end - 1] : 0;
   for (int group = end / kMlaGroup * kMlaGroup; group < count; group += kMlaGroup) {
     unsigned near = 0;  // a bit for each end of the group
 #pragma unroll
     for (int i = 0; i < kMlaGroup; ++i) {
-      const std::int64_t rest = chunk.rests[group + i] - own_rest;
-      near |= (rest < 0 ? rest + static_cast<std::int64_t>(share) : rest) <= kMlaOverhead ? 1u << i : 0;
+      const std::uint32_t rest = chunk.rests[group + i] - own_rest;  // or, if that is negative, share more
+      near |= min(rest, rest + static_cast<std::uint32_t>(share)) <= kMlaOverhead ? 1u << i : 0;
     }
     if (group < end) near &= ~0u << (end - group);
-    if (near == 0) continue;
-    const int next = group + __popc((near & (0u - near)) - 1u) + 1;
-    if (next > count) return 0;
-    // The first part that the end isn't too far from.
-    const std::uint64_t parts = (chunk.ends[next] - chunk.ends[end] - kMlaOverhead - 1) / share + 1;
-    return parts < static_cast<std::uint64_t>(stop) ? next * kMlaHop + static_cast<std::uint32_t>(parts) : 0;
+    for (; near != 0; near &= near - 1) {
+      const int next = group + __popc((near & (0u - near)) - 1u) + 1;
+      if (next > count) return 0;
+      const std::uint64_t distance = chunk.ends[next] - chunk.ends[end];
+      // The first part that the end isn't too far from.
+      const std::uint64_t parts = (distance - kMlaOverhead - 1) / share + 1;
+      if (parts * share > distance) continue;  // near modulo 2^32 only
+      return parts < static_cast<std::uint64_t>(stop) ? next * kMlaHop + static_cast<std::uint32_t>(parts) : 0;
+    }
   }
   return 0;
 }
@@ -333,7 +337,7 @@ __device__ __forceinline__ std::int64_t find_parts(const Params& p, int b, Parts
     if (batch_size > kMlaChunk) end = cost_sum.add(present ? mla_cost(p, first + slot, b) : 0);
     if (present) {
       chunk.ends[slot + 1] = end;
-      chunk.rests[slot] = static_cast<std::int64_t>((end - last.begin) % share);
+      chunk.rests[slot] = static_cast<std::uint32_t>((end - last.begin) % share);
     }
     if (slot == 0) chunk.ends[0] = last.begin;
     __syncthreads();

@@ -49,7 +49,7 @@ def architectures(device: int | None = None) -> tuple[str, ...]:
 def current_architectures() -> tuple[str, ...]:
     """architectures() for the current CUDA device, or for None if no GPU is visible. Initialises CUDA.
 
-    Where torch isn't imported yet the driver is asked, since importing it takes seconds.
+    Queries the driver if torch isn't imported yet, because importing it takes seconds.
 
     Raises:
         ToolchainError: see architectures().

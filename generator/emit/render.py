@@ -182,7 +182,7 @@ def device_files(config: KernelConfig) -> list[str]:
         "same_end": rows and not (config.live and config.lengths_differ),
         "tile": rows and tokens and not verified,
         "realign": rows and tokens and vectorized and config.req_to_token_dtype == "int32",
-        _tile_file(config): rows and tokens and not verified,
+        "aligned_tile" if vectorized else "unaligned_tile": rows and tokens and not verified,
         "backend_ends" if config.live and config.lengths_differ else ends: rows and not copies,
         "pages": pages,
         "tile_hash": verified,
@@ -197,11 +197,6 @@ def device_files(config: KernelConfig) -> list[str]:
         str(strategy): strategy not in (None, "copy"),
     }
     return [name for name, there in wanted.items() if there]
-
-
-def _tile_file(config: KernelConfig) -> str:
-    """The file with what a warp does with a tile of tokens."""
-    return "aligned_tile" if config.vector_bytes == 16 else "unaligned_tile"
 
 
 def _copy_tile_file(config: KernelConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,13 @@ from ..load.loader import Kernel
 from ..spec.config import KernelConfig
 from ..spec.cpp import user_name
 from ..spec.violations import DIFFERS, VIOLATIONS
+from .arguments import Arguments
 from .audit import Places, on_host, record
 from .bound import LOST, BoundKernel
-from .checks import INT_DTYPES, check_int, check_tensor
 from .declared import Declarations
 from .destinations import Destinations
 from .hashes import hashes_of
-from .memory import HeldStorages, Region
-
-# Those of a kernel's call before the declared inputs; see Plan._check.
-ARGUMENTS = 5
+from .memory import HeldStorages
 
 
 class Plan:
@@ -56,25 +53,11 @@ class Plan:
         self.config = config
         self.device = destinations.device
         self.regions = destinations.regions
-        self._spans = [(region.start, region.end, region) for region in self.regions]  # for a quick test in _check
         self.launches = 0
         self.exact = 0
-        (self.capacity, self._narrowest), self.row_capacity = destinations.requests, destinations.rows.capacity
-        if self.row_capacity // config.next_n < self.capacity and config.extend == "uniform":
-            self.capacity, self._narrowest = self.row_capacity // config.next_n, destinations.rows.name
-        self._padded, self._narrowest_padded = destinations.padded(config.next_n)
-        # The columns that fit, and those that a call without max_len writes.
-        self._columns, self._max_len = columns, columns if max_len is None else max_len
-        self._seq_lens_dtype = getattr(torch, config.seq_lens_dtype)
-        self._pool_dtype = getattr(torch, config.req_pool_indices_dtype)
-        self._extend_dtype = getattr(torch, config.extend_seq_lens_dtype)
-        self._reads_lengths = config.needs_lengths
-        self._reads_rows, self._gathers = config.reads_rows, bool(config.tables)
-        self._inputs = [(name, getattr(torch, dtype)) for name, dtype in config.inputs]
-        self._input_names = tuple(name for name, _ in self._inputs)
-        self._pads, self._has_padding = config.pads, config.padding_len is not None
-        self._variable = config.extend == "variable"
-        self._has_rows = config.mode != "draft_extend" or bool(config.row_fields or config.names_rows)
+        self._arguments = Arguments(destinations, config, columns, max_len)
+        self._input_names = self._arguments.input_names
+        self.capacity, self.row_capacity = self._arguments.capacity, destinations.rows.capacity
         # Of a checked plan kind, request, value and limit of the first violation; of an audit see audit.py.
         self._violation = record(self.device) if config.reports else None
         self._seen = None if self._violation is None or not config.audits else on_host(self._violation)
@@ -155,7 +138,7 @@ class Plan:
             if not inputs:
                 self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size)
             else:
-                values = self._values(inputs)
+                values = self._arguments.values(inputs)
                 self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *values)
         except RuntimeError as error:
             raise self._bound.launch_error(error) from error
@@ -222,12 +205,7 @@ class Plan:
             views: for a caller that is the owner of its calls (see BoundKernel.run) and passes tensors of which the
                 declared inputs are views: for each input the number of that argument, of which seq_lens is 0.
         """
-        reads = (self._reads_lengths, self._reads_rows, self._variable)
-        declared = list(views) or [ARGUMENTS + i for i in range(len(self._inputs))]
-        # In the order of layout.call_words; run() has its arguments in another one.
-        inputs = [index for index in (0, 2, 1) if reads[index]] + declared
-        edges = [edge for start, end, _ in self._spans for edge in (start, end)]
-        self._bound.follow(inputs, edges, max([ARGUMENTS, *(index + 1 for index in declared)]))
+        self._bound.follow(*self._arguments.followed(views))
 
     def admit(
         self,
@@ -244,105 +222,15 @@ class Plan:
         Raises:
             ArgumentError: as run().
         """
-        self._check(seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *self._values(inputs))
+        self._check(
+            seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *self._arguments.values(inputs)
+        )
 
-    def _values(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The declared inputs in the order of the kernel's parameters."""
-        for name in inputs:
-            if name not in self._input_names:
-                raise ArgumentError(
-                    f"run() got {name!r}, which no formula of the plan reads; the declared inputs that are read are "
-                    f"{', '.join(self._input_names) or 'none'}."
-                )
-        return [inputs[name] for name in self._input_names if name in inputs]
-
-    def _check(
-        self,
-        seq_lens: Tensor,
-        req_pool_indices: Tensor,
-        extend_seq_lens: Tensor | None,
-        max_len: int | None,
-        captured_size: int | None = None,
-        *values: Tensor,
-    ) -> list[int]:
+    def _check(self, *arguments: Any) -> list[int]:
         """The words of a call. The binding calls it when the arguments differ from those of the last calls."""
-        inputs = [("seq_lens", seq_lens, self._seq_lens_dtype, self._reads_lengths)]
-        if extend_seq_lens is not None:
-            if not self._variable and self._has_rows:
-                raise ArgumentError(
-                    f"extend_seq_lens is a {type(extend_seq_lens).__name__}; the plan's requests have "
-                    f"{self.config.next_n} rows each in {self.config.mode}, so it must be None. Bind with "
-                    "mode='draft_extend' and extend='variable'."
-                )
-            inputs.append(("extend_seq_lens", extend_seq_lens, self._extend_dtype, self._variable))
-        elif self._variable:
-            raise ArgumentError(
-                "extend_seq_lens is None; a plan with variable extend lengths needs one element per request. "
-                "Bind with extend='uniform' for next_n rows per request."
-            )
-        inputs.append(("req_pool_indices", req_pool_indices, self._pool_dtype, self._reads_rows))
-        if len(values) != len(self._inputs):
-            raise ArgumentError(
-                f"run() got {len(values)} declared inputs and needs {len(self._inputs)}: "
-                f"{', '.join(self._input_names)}. Pass each by its name."
-            )
-        inputs += [(name, value, dtype, True) for (name, dtype), value in zip(self._inputs, values, strict=True)]
-        for name, tensor, dtype, read in inputs:
-            dtypes = (dtype,) if read else INT_DTYPES
-            check_tensor(name, tensor, dim=1, dtypes=dtypes, device=self.device, remedy=_rebind(name, tensor, dtype))
-            region = Region.of(name, tensor)
-            start, end = region.start, region.end
-            for first, last, destination in self._spans:
-                if start < last and first < end and region.overlaps(destination):
-                    raise ArgumentError(
-                        f"{name} overlaps {destination.name} in memory; the kernel would read memory that it writes. "
-                        "Pass a copy (.to(torch.int32) returns the same tensor if it is int32 already)."
-                    )
-        batch_size = self.exact or seq_lens.numel()
-        for name, tensor, _, _ in inputs:
-            if self.exact and tensor.numel() < self.exact:
-                raise ArgumentError(
-                    f"{name} has {tensor.numel()} elements; the plan is for {self.exact} requests. Pass as many or "
-                    "more, of which the first ones count."
-                )
-            if not self.exact and tensor.numel() != batch_size:
-                raise ArgumentError(
-                    f"{name} has {tensor.numel()} elements and seq_lens has {batch_size}; "
-                    "they must have the same number."
-                )
-        if batch_size > self.capacity:
-            rows = f" of {self.config.next_n} rows each" if self.config.next_n > 1 else ""
-            raise ArgumentError(
-                f"seq_lens has {batch_size} requests{rows}; {self._narrowest} has room for {self.capacity}. "
-                "Bind larger buffers."
-            )
-        columns = self._max_len
-        if max_len is not None:
-            columns = check_int("max_len", max_len, 0, self._columns, ", the width of the narrowest table")
+        words = self._arguments.words(self.exact, *arguments)
         self._storages.check()
-        # In the order of layout.call_words.
-        words = [word for _, tensor, _, read in inputs if read for word in (tensor.data_ptr(), tensor.stride(0))]
-        size = batch_size if captured_size is None else self._captured(captured_size, batch_size)
-        if self._has_padding:
-            words += [size, batch_size]
-        elif self._pads:
-            words += [batch_size, size]
-        else:
-            words.append(batch_size)
-        return [*words, columns] if self._gathers else words
-
-    def _captured(self, captured_size: int, batch_size: int) -> int:
-        if not self._pads and not self._has_padding:
-            raise ArgumentError(
-                f"captured_size is {captured_size!r}; no field of the plan has a pad, and it wasn't bound with "
-                "padding_len: leave it None."
-            )
-        # With padding_len every field is written up to it, else those that have a pad.
-        most, narrowest = self._padded, self._narrowest_padded
-        if self._has_padding:
-            most, narrowest = self.capacity, self._narrowest or "the destinations"
-        why = f", from the batch to what {narrowest} has room for"
-        return check_int("captured_size", captured_size, batch_size, most, why)
+        return words
 
     def check(self) -> None:
         """Raises what a checked plan's kernel or an audit recorded, and clears it. Waits for the device.
@@ -405,13 +293,3 @@ def _bounds(destinations: Destinations, config: KernelConfig) -> dict[str, list[
         held = destinations.width(name) if is_table else destinations.length(name)
         bounds[f"{config.member(name)}_{'width' if is_table else 'capacity'}"] = [held or 0]
     return bounds
-
-
-def _rebind(name: str, tensor: Any, dtype: torch.dtype) -> str:
-    """What to do about an input of another dtype than was bound: the argument of bind() to set, or a conversion."""
-    convert = f"{name}.to({dtype})"
-    if not isinstance(tensor, Tensor) or tensor.dtype not in INT_DTYPES:
-        return f"Pass {convert}."
-    own = name in ("seq_lens", "req_pool_indices", "extend_seq_lens")
-    setting = f"{name}_dtype={tensor.dtype}" if own else f"inputs={{{name!r}: {tensor.dtype}}}"
-    return f"Bind with {setting}, or pass {convert}."

@@ -194,12 +194,6 @@ class Implied:
         return not self.copies and setting in self.scope.named(self.fields, "target_verify")
 
     @property
-    def names_pools(self) -> bool:
-        """Whether the emitted code names index_kpool. Formulas don't if it is 1, because that is folded away."""
-        named = self.has_mqa_schedule or bool(self.pooled_tables)
-        return self.uses("index_kpool") and (named or self.index_kpool > 1)
-
-    @property
     def has_mqa_schedule(self) -> bool:
         """Whether it computes DeepGEMM's schedule."""
         return "paged_mqa_schedule_metadata" in self.fields
@@ -300,6 +294,15 @@ class Implied:
         alone = self.strategy is None and self.computed
         capped = alone or self.strategy in ("live", "equal", "variable")
         return 1024 // int(self.threads) if capped else 0
+
+    @property
+    def table_blocks_per_sm(self) -> int:
+        """The limit of the blocks that write tables, per SM: half of the setting for pages alone and packed indices.
+
+        Their tiles are small or few: what fewer blocks save when they start is more than more of them have in flight.
+        """
+        small = self.pages_alone or self.strategy == "indices"
+        return max(1, int(self.blocks_per_sm) // 2) if small else int(self.blocks_per_sm)
 
     @property
     def wide_tiles(self) -> int:

@@ -48,6 +48,10 @@ inline int __syncthreads_or(int predicate) {
 
 inline void __syncwarp() {}
 
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  return value;
+}
+
 inline unsigned __reduce_xor_sync(unsigned, unsigned value) {
   return value;
 }

@@ -1,4 +1,4 @@
-// Fibers: contexts of execution that a thread switches between. The sanitizers are told of each switch.
+// Fibers: contexts of execution that a thread switches between. Each switch is reported to the sanitizers.
 #pragma once
 
 #include <cuda_runtime.h>

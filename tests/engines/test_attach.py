@@ -25,6 +25,7 @@ from objects import FAMILIES, Batch
 from onelaunch import ArgumentError, LaunchError
 from onelaunch.integrations import plugin, sglang
 from onelaunch.integrations.sglang import refresher
+from onelaunch.integrations.sglang.hooks import Bound
 from pairs import Pair
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
@@ -40,6 +41,16 @@ def plans_of(pair: Pair) -> list[onelaunch.Plan]:
     plans = list(pair.attachment._refresh.plans.values())
     assert plans
     return plans
+
+
+def replace_the_engines_own(pair: Pair, code: Any) -> None:
+    """Replaces what runs where onelaunch gives way."""
+    for name in pair.attachment.place.methods:
+        attached = getattr(pair.mine, name)
+        if isinstance(attached, Bound):
+            setattr(pair.mine, name, Bound(attached.func, code))
+        else:  # a Triton kernel
+            attached._original = defaultdict(lambda: code)
 
 
 def children(made: Any) -> Any:
@@ -236,7 +247,7 @@ def test_verified_writes_forget_what_they_know_when_the_engine_wrote(name: str, 
     batch = Batch((64, 9), 5, mode, 4, seed=3).make()
     batch.encoder_lens = None
     batch.spec_info.ragged_verify_layout = object()  # not served: the engine's own code writes other tables
-    pair.attachment._originals["init_forward_metadata_out_graph"] = lambda *a, **k: compare.poison(pair.mine)
+    replace_the_engines_own(pair, lambda *a, **k: compare.poison(pair.mine))
     pair.mine.init_forward_metadata_out_graph(batch)
     compare.poison(pair.engine)
     batch = Batch((300, 200, 77), 5, mode, 4, 0, pair.drafting).make()
@@ -374,8 +385,7 @@ def test_pages_that_are_not_tested_are_refused_by_the_engine(name: str) -> None:
 def test_a_batch_that_a_launch_would_get_wrong_runs_the_engines_own_code(name: str, mode: str) -> None:
     pair = Pair(name, 64, mode=mode)
     calls: list[Any] = []
-    for method in tuple(pair.attachment._originals):
-        pair.attachment._originals[method] = lambda *a, **k: calls.append(a)
+    replace_the_engines_own(pair, lambda *a, **k: calls.append(a))
     launches = pair.attachment.launches
     for change in (
         lambda batch: setattr(batch.spec_info, "ragged_verify_layout", object()),
@@ -590,9 +600,7 @@ def test_inputs_of_another_length(name: str) -> None:
     pair.check()
     assert pair.attachment.launches == launches + 1
     batch.seq_lens, batch.req_pool_indices = batch.seq_lens[:1], batch.req_pool_indices[:1]
-    for method in tuple(pair.attachment._originals):
-        kernel = defaultdict(lambda: lambda *a, **k: None)
-        pair.attachment._originals[method] = kernel if name == "flashinfer" else lambda *a, **k: None
+    replace_the_engines_own(pair, lambda *a, **k: None)
     with pytest.warns(RuntimeWarning, match="seq_lens has 1 elements; the plan is for 2 requests"):
         pair.mine.init_forward_metadata_out_graph(batch)
     assert pair.attachment.launches == launches + 1

@@ -9,9 +9,9 @@ import compare
 import objects
 import pytest
 import torch
-from onelaunch import MetadataBuffers, bind
+from onelaunch import MetadataBuffers, bind, preset
 from onelaunch.integrations import sglang
-from pairs import Pair
+from pairs import CAPTURED, Pair
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
@@ -67,6 +67,13 @@ def test_the_launch_makes_them_in_each_of_the_engines_ways(way: str, monkeypatch
     assert int(counts[0]) > 0, "poisoned before, and written"
     counts[0] += 1
     assert any("cuda_graph_num_kv_splits" in text for text in compare.differences(pair.engine, pair.mine))
+
+
+def test_the_preset_is_what_is_bound() -> None:
+    pair = Pair("triton", 1, mode="decode", steps=4)
+    plans = pair.attachment._refresh.plans.values()  # type: ignore[union-attr]
+    shipped = preset("triton-decode-3").replace(target="cpu", num_head=objects.HEADS, num_kv_head=4)
+    assert [plan.config for plan in plans] == [shipped] * len(CAPTURED)
 
 
 def test_a_backend_that_counts_otherwise_keeps_its_own_call() -> None:

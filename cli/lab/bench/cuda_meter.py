@@ -128,10 +128,10 @@ class CudaMeter:
     def _flush(self) -> None:
         self._flushed.add_(1)
 
-    def _count(self, call: Call, most: int) -> int:
+    def _count(self, call: Call, max_calls: int) -> int:
         """An even number of calls, as many as take up to _GRAPH_US."""
         took = min(self._eager([call] * 2)[1] for _ in range(2))
-        return max(2, min(most, int(_GRAPH_US / took)) // 2 * 2)
+        return max(2, min(max_calls, int(_GRAPH_US / took)) // 2 * 2)
 
     def _samples(self, replays: Sequence[Callable[[], None]], seconds: float) -> list[list[float]]:
         """Microseconds of GPU time of the replays, in turn so that all see the same clocks: a list for each."""

@@ -17,6 +17,7 @@ from ...variables import DISABLE_VARIABLE
 from ..refusals import batch_refusal, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
 from .extension import EAGER, Extension, extends_without_a_graph
+from .hooks import Bound, Replaced
 from .lists import INDICES, Lists, splits_are_served
 from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, WITHOUT_SPLITS, Place
 from .refresher import Ready, Refresher, launch
@@ -60,41 +61,33 @@ class Attachment:
         # By captured batch size and the engine's forward mode: onelaunch's name of the mode, and the plan.
         self._ready: dict[tuple[int, Any], tuple[str, Ready]] = {}
         self._recorded = False
-        self._originals: dict[str, Any] = {}
-        self._shadowed: set[str] = set()
+        self._replaced = Replaced()
         if place is None:
             return
         self._place = place
         _ATTACHED[backend] = self
         self._in_graphs = place.method == IN_GRAPH or bool(os.environ.get(_GLUE_VARIABLE))
-        mine = {
+        mine: dict[str, Callable[..., None]] = {
             OUT_GRAPH: self._out_graph,
             IN_GRAPH: self._in_graph,
-            LISTS_KERNEL: _Kernel(self),
             EAGER: self._without_graph,
         }
         for name in place.methods if extension is None else (*place.methods, EAGER):
-            if name in vars(backend):
-                self._shadowed.add(name)
-            self._originals[name] = getattr(backend, name)
-            setattr(backend, name, mine[name])
+            original = getattr(backend, name)
+            replacement = _Kernel(self, original) if name == LISTS_KERNEL else Bound(mine[name], original)
+            self._replaced.put(backend, name, replacement)
 
     @property
     def attached(self) -> bool:
         """Whether the launch replaces the engine's code."""
-        return bool(self._originals)
+        return bool(self._replaced)
 
     def detach(self) -> None:
         """Restores the engine's own code. A second call does nothing.
 
         Captured graphs keep the recorded launch; then a warning says that they must be captured again.
         """
-        for name in self._originals:
-            if name in self._shadowed:
-                setattr(self.backend, name, self._originals[name])
-            else:
-                delattr(self.backend, name)
-        self._originals = {}
+        self._replaced.restore()
         _ATTACHED.pop(self.backend, None)
         self._forget()
         if self._recorded:
@@ -117,10 +110,10 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------------ what is replaced
 
-    def _out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+    def _out_graph(self, original: Any, forward_batch: Any, in_capture: bool = False) -> None:
         """init_forward_metadata_out_graph: before a capture, and before each replay."""
         if in_capture or self._place.method == IN_GRAPH:
-            self._originals[OUT_GRAPH](forward_batch, in_capture=in_capture)
+            original(forward_batch, in_capture=in_capture)
             if in_capture and self._guarded(self._prepare, forward_batch):
                 self._forget()
             return
@@ -129,18 +122,18 @@ class Attachment:
         except Exception as error:
             served = self._give_way(error)
         if not served:
-            self._originals[OUT_GRAPH](forward_batch, in_capture=in_capture)
+            original(forward_batch, in_capture=in_capture)
             self._forget()
 
-    def _in_graph(self, forward_batch: Any) -> None:
+    def _in_graph(self, original: Any, forward_batch: Any) -> None:
         """init_forward_metadata_in_graph: recorded while the engine captures."""
         if not self._guarded(self._before_replay, forward_batch):
-            self._originals[IN_GRAPH](forward_batch)
+            original(forward_batch)
 
-    def _without_graph(self, forward_batch: Any) -> None:
+    def _without_graph(self, original: Any, forward_batch: Any) -> None:
         """init_forward_metadata, of which a draft extension is served."""
         if not self._guarded(self._extend, forward_batch):
-            self._originals[EAGER](forward_batch)
+            original(forward_batch)
 
     def _extend(self, forward_batch: Any) -> bool:
         assert self._extension is not None
@@ -265,8 +258,8 @@ def warned(target: Any, error: Exception) -> str:
 class _Kernel:
     """Replaces a backend's Triton kernel: kernel[grid](arguments)."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
+    def __init__(self, attachment: Attachment, original: Any) -> None:
+        self._attachment, self._original = attachment, original
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **keywords: Any) -> None:
@@ -275,7 +268,7 @@ class _Kernel:
             # Without a graph the engine fills lists of its own, and of a unified pool it translates the tokens.
             for_a_graph = destination is getattr(attachment.backend, INDICES, None) and not keywords.get("TRANSLATE")
             if not (for_a_graph and attachment._guarded(attachment._fill_lists, grid[1], seq_lens, rows, source)):
-                attachment._originals[LISTS_KERNEL][grid](*arguments, **keywords)
+                self._original[grid](*arguments, **keywords)
 
         return launch
 
@@ -358,4 +351,4 @@ def _place_of(backend: Any) -> Place:
 
 
 def _is_mine(method: Any) -> bool:
-    return isinstance(method, _Kernel) or isinstance(getattr(method, "__self__", None), Attachment)
+    return isinstance(method, _Kernel | Bound)

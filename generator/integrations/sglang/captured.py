@@ -40,6 +40,8 @@ MLA: Names = {"cache_seqlens?": ("seq_lens_k",), "real_page_table": ("block_kv_i
 WIDE_TABLE = "page_table_1"
 SCHEDULE = "paged_mqa_schedule_metadata"
 STEPS = ("attn_backends",)
+# A plan's input: the tokens that draft_extend extends each request by.
+EXTENDED = "extended"
 VERSION = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
 # onelaunch has no such fields. Without a refusal these tensors would silently become stale.

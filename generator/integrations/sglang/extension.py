@@ -15,6 +15,7 @@ from ...run.bind import bind
 from ...run.declared import into
 from ...spec.fields import MetadataBuffers, running_sum
 from ..refusals import batch_refusal
+from .captured import EXTENDED
 from .refresher import launch
 
 EAGER = "init_forward_metadata"
@@ -60,8 +61,8 @@ class Extension:
             [MetadataBuffers(**lengths, **table)],
             req_to_token=self._pool,
             page_size=page_size,
-            declare={"cu_seqlens_q": into(running_sum("extended"), self._starts)},
-            inputs={"extended": torch.int32},
+            declare={"cu_seqlens_q": into(running_sum(EXTENDED), self._starts)},
+            inputs={EXTENDED: torch.int32},
             **facts,
         )
         self.plan.follow_addresses()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
@@ -33,14 +34,35 @@ class Unfilled:
             self.tensor.fill_(self._value)
 
 
-class Bound:
+class Bound(functools.partial[Any]):
     """A method of mine in place of an original one, which it gets first."""
 
-    def __init__(self, mine: Callable[..., Any], original: Any) -> None:
-        self.mine, self.original = mine, original
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.mine(self.original, *arguments, **keywords)
+class Replaced:
+    """Attributes of an engine's objects that something of mine stands in the place of."""
+
+    def __init__(self) -> None:
+        # The object, the name, what the object had of its own, and what it has now.
+        self._all: list[tuple[Any, str, Any, Any]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def put(self, owner: Any, name: str, mine: Any) -> None:
+        """Puts mine in the place of an attribute."""
+        self._all.append((owner, name, vars(owner).get(name), mine))
+        setattr(owner, name, mine)
+
+    def restore(self) -> None:
+        """Puts everything back, unless somebody else has replaced it since."""
+        for owner, name, own, mine in self._all:
+            if vars(owner).get(name) is not mine:
+                continue
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+        self._all = []
 
 
 class Hook:

@@ -19,7 +19,7 @@ from ...spec.expressions import Dtype
 from ...spec.fields import Declaration, MetadataBuffers, packed, running_sum, vector
 from .. import flashinfer
 from ..attributes import has, merged
-from .captured import STEPS
+from .captured import EXTENDED, STEPS
 from .refresher import Ready
 
 INDICES = "cuda_graph_kv_indices"
@@ -75,7 +75,7 @@ class Lists:
             source = flashinfer.pool_of(backend)
         facts = {"seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": req_pool_indices_dtype, **self._facts}
         if extend_seq_lens_dtype is not None:
-            facts["inputs"] = {"extended": extend_seq_lens_dtype}
+            facts["inputs"] = {EXTENDED: extend_seq_lens_dtype}
         plan = self._bind(source, mode, facts)
         plan.exact = bs
         plan.follow_addresses()
@@ -145,9 +145,9 @@ class Lists:
             # The lists have the prefix, and the mask has the draft tokens too.
             declare["mask_indptr"] = _sum("draft_tokens * (base_len + draft_tokens)", backend.mask_indptr)
             return bind([lists], req_to_token=source, declare=declare, **facts)
-        # The lists have what lies before the tokens that run()'s ``extended`` counts.
+        # The lists have what lies before the tokens that a request is extended by.
         indices = getattr(backend, INDICES)
-        declare["prefix_indptr"] = _sum("max(base_len - extended, 0)", backend.kv_indptr)
+        declare["prefix_indptr"] = _sum(f"max(base_len - {EXTENDED}, 0)", backend.kv_indptr)
         prefix = packed("token(column)", at="prefix_indptr", dtype=_dtype(indices))
         declare["prefix_indices"] = into(prefix, indices)
         return bind([MetadataBuffers()], req_to_token=source, declare=declare, **facts)

@@ -193,7 +193,7 @@ PLACES = {
     "FlashMLABackend": Place("tables and lengths", "FlashMLA's schedule", _EVERY_MODE, _flashmla),
     "TRTLLMMLAMultiStepDraftBackend": Place("tables and lengths", "nothing", ("decode",)),
     "TRTLLMMLABackend": Place("tables and lengths", "nothing", _EVERY_MODE),
-    "TritonMultiStepDraftBackend": Place(f"{_LISTS} and split counts", "nothing", ("decode",), lists=True),
+    "TritonMultiStepDraftBackend": Place("kv_indptr, kv_indices and split counts", "nothing", ("decode",), lists=True),
     "TritonAttnBackend": Place(
         "kv_indptr, kv_indices, qo_indptr and mask_indptr", "masks and split counts", _EVERY_MODE, _triton,
         lists=True, inputs=_triton_inputs,

@@ -18,6 +18,7 @@ from ..attributes import has, merged, read
 from ..refusals import refusal
 from .captured import (
     DSA,
+    EXTENDED,
     MHA,
     MLA,
     SCHEDULE,
@@ -118,8 +119,8 @@ def _bind(
         if given.get("extend") == "variable" and "cu_seqlens_q" not in leave:
             starts: list[Any] = [getattr(c.metadata, "cu_seqlens_q", None) for c in captured]
             if starts[0] is not None:
-                declare = {"cu_seqlens_q": into(running_sum(_EXTENDED), starts)}
-                inputs = {_EXTENDED: given["extend_seq_lens_dtype"]}
+                declare = {"cu_seqlens_q": into(running_sum(EXTENDED), starts)}
+                inputs = {EXTENDED: given["extend_seq_lens_dtype"]}
                 given |= merged(given, {"declare": declare, "inputs": inputs})
         _row_a_request(captured, buffers, names, several and names is MHA, mode, given)
     return bind(buffers, req_to_token=req_to_token, **given)
@@ -172,10 +173,6 @@ def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
     given["schedule_per"] = "row" if lengths.shape[1] == 1 else "request"
     if lengths.shape[1] > 1:
         given.update({**paged_mqa_settings(convention_of(device), lengths.shape[1]), **given})
-
-
-# The input of a plan with cu_seqlens_q: what draft_extend extends each request by.
-_EXTENDED = "extended"
 
 
 class _Bound(NamedTuple):
@@ -366,7 +363,7 @@ class Refresher:
         config = bound.plan.config
         extended = None if extend_seq_lens is None else extend_seq_lens[:bs]
         inputs: dict[str, Any] = (
-            {_EXTENDED: extended} if extended is not None and _EXTENDED in dict(config.inputs) else {}
+            {EXTENDED: extended} if extended is not None and EXTENDED in dict(config.inputs) else {}
         )
         bound.plan.run(
             seq_lens if len(seq_lens) == bs else seq_lens[:bs],

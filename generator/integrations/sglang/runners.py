@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...run.plan import ARGUMENTS, Plan
+from ...run.arguments import FIRST_INPUT
+from ...run.plan import Plan
 from ...spec import seams
 from ...spec.fields import Declaration
 
@@ -120,7 +121,7 @@ class Views:
         if plan._audit_every:  # Plan.run() has arguments of its own
             plan.follow_addresses()
         else:
-            places = {_ROWS: 1, **{name: ARGUMENTS + index for index, name in enumerate(self._names)}}
+            places = {_ROWS: 1, **{name: FIRST_INPUT + index for index, name in enumerate(self._names)}}
             plan.follow_addresses([places[name] for name in viewed])
 
     def run(self, lengths: Tensor, rows: Tensor, sources: Sources, size: int) -> None:

@@ -23,7 +23,7 @@ from ..attributes import read
 from ..refusals import batch_refusal, refusal
 from .attach import Attachment, attach_backend, attached_to, warned
 from .captured import VERSION, mode_of
-from .hooks import Bound, Hook, Unfilled
+from .hooks import Bound, Hook, Replaced, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
 from .refresher import Ready
 from .runners import COPIES, FILL, RUNNERS, Runner, Views
@@ -82,14 +82,13 @@ class Seam:
             assert self._attachment is not None
             self.refreshed += f"; {type(self._backend).__name__}'s {self._attachment.refreshed}"
         self.stays = f"{kind.stays}; of {type(self._backend).__name__}: {self._of_backend()}"
-        # What was replaced: the object, the name, what the object had of its own, and what it has now.
-        self._own: list[tuple[Any, str, Any, Bound]] = []
+        self._replaced = Replaced()
         self._replace()
 
     @property
     def attached(self) -> bool:
         """Whether the launch replaces the engine's code."""
-        return bool(self._own)
+        return bool(self._replaced)
 
     def __repr__(self) -> str:
         return f"{type(self.backend).__name__}: one launch writes {self.refreshed}; the engine's own: {self.stays}"
@@ -153,20 +152,11 @@ class Seam:
             self._set(drafter, "draft", self._drafts)
 
     def _set(self, owner: Any, name: str, mine: Any) -> None:
-        bound = Bound(mine, getattr(owner, name))
-        self._own.append((owner, name, vars(owner).get(name), bound))
-        setattr(owner, name, bound)
+        self._replaced.put(owner, name, Bound(mine, getattr(owner, name)))
 
     def detach(self) -> None:
         """Restores the engine's own code. A second call does nothing."""
-        for owner, name, own, mine in self._own:
-            if vars(owner).get(name) is not mine:
-                continue  # somebody else has replaced it since
-            if own is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, own)
-        self._own = []
+        self._replaced.restore()
         Hook.remove(self)
         if self._owned and self._attachment is not None:
             self._attachment.detach()

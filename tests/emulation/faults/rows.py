@@ -169,8 +169,8 @@ FAULTS = {
             "a sum that wrapped overwrites the first requests' tokens",
             INDICES,
             Shape("wrapped", (2**31 - 1, 2**31 - 1, 5, 70), width=90),
-            r"static_cast<std::int64_t>\(__shfl_sync\(kFullMask, tokens_before, found\)\)",
-            "static_cast<std::int32_t>(__shfl_sync(kFullMask, tokens_before, found))",
+            r"= sum_up_to\(tokens, found\)",
+            "= static_cast<std::int32_t>(sum_up_to(tokens, found))",
         ),
         Fault(
             "leave out the second halves of tiles",

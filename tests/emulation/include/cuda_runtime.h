@@ -152,6 +152,13 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, int line = __bu
   return all;
 }
 
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+  const emulation::Lanes lanes = emulation::exchange("__reduce_add_sync", line, mask, value, false);
+  unsigned all = 0;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) all += static_cast<unsigned>(lanes.value[lane]);
+  return all;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline unsigned __umulhi(unsigned a, unsigned b) {

@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DRY = "--dry" in sys.argv
 if DRY:
@@ -44,7 +44,18 @@ REQUESTS, STEPS, TOKENS, PAGE = (2, 3, 4, 1) if DRY else (16, 3, 4, 1)
 # The shortest and the longest request, and the tables' width.
 SHORTEST, LONGEST, CONTEXT = (10, 20, 640) if DRY else (1024, 4096, 8192)
 LENGTHS = tuple(SHORTEST + (LONGEST - SHORTEST) * i // REQUESTS for i in range(REQUESTS))
-CALLS, PROFILED, IN_A_GRAPH, REPLAYS = (3, 1, 1, 1) if DRY else (300, 5, 20, 100)
+
+
+class Counts(NamedTuple):
+    """How often what is done: calls that are timed and profiled, calls in a graph, and replays of graphs."""
+
+    calls: int = 300
+    profiled: int = 5
+    in_a_graph: int = 20
+    replays: int = 100
+
+
+once = counts = Counts(1, 1, 1, 1)
 
 
 def runner_of(seam: str, backend: str, pool: torch.Tensor) -> Any:
@@ -94,7 +105,7 @@ def measured(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
     for _ in range(3):
         call(copy.copy(batch))
     synchronize()
-    batches = [copy.copy(batch) for _ in range(CALLS)]
+    batches = [copy.copy(batch) for _ in range(counts.calls)]
     host = []
     for each in batches:
         synchronize()
@@ -116,7 +127,7 @@ def profiled(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
     """Kernels and copies of a call by name, and their time."""
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
-        for _ in range(PROFILED):
+        for _ in range(counts.profiled):
             call(copy.copy(batch))
         synchronize()
     with tempfile.TemporaryDirectory() as folder:
@@ -126,9 +137,9 @@ def profiled(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
     device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     names = collections.Counter(short(e["name"]) for e in device)
     return {
-        "launches": sum(names.values()) / PROFILED,
-        "names": {name: count / PROFILED for name, count in sorted(names.items())},
-        "eager_device_us": round(sum(e["dur"] for e in device) / PROFILED, 2),
+        "launches": sum(names.values()) / counts.profiled,
+        "names": {name: count / counts.profiled for name, count in sorted(names.items())},
+        "eager_device_us": round(sum(e["dur"] for e in device) / counts.profiled, 2),
     }
 
 
@@ -139,17 +150,17 @@ def short(kernel: str) -> str:
 def in_a_graph(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
     """The device's time of a call in a graph of many, and the host's time of replaying a graph of one."""
     try:
-        many, one = captured(call, batch, IN_A_GRAPH), captured(call, batch, 1)
+        many, one = captured(call, batch, counts.in_a_graph), captured(call, batch, 1)
     except RuntimeError as error:
         return {"graph_error": str(error).splitlines()[0]}
     device, host = [], []
-    for _ in range(REPLAYS):
+    for _ in range(counts.replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         many.replay()
         end.record()
         end.synchronize()
-        device.append(begin.elapsed_time(end) / 1e3 / IN_A_GRAPH)
+        device.append(begin.elapsed_time(end) / 1e3 / counts.in_a_graph)
         start = time.perf_counter()
         one.replay()
         host.append(time.perf_counter() - start)
@@ -177,6 +188,14 @@ def spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
+def attached(target: Any) -> Any:
+    torch.set_default_device(None)
+    try:
+        return sglang.attach(target)
+    finally:
+        torch.set_default_device(DEVICE)
+
+
 def written(runner: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in vars(runner.buffers).items() if isinstance(value, torch.Tensor)}
 
@@ -186,7 +205,7 @@ def both(seam: str, backend: str) -> dict[str, Any]:
     runner = runner_of(seam, backend, pool)
     found: dict[str, Any] = {"engine": with_call(seam, runner, measured)}
     wanted = written(runner)
-    attachment = sglang.attach(runner)
+    attachment = attached(runner)
     try:
         found["onelaunch"] = with_call(seam, runner, measured)
         got = written(runner)
@@ -218,7 +237,7 @@ def extension(backend: str) -> dict[str, Any]:
         return numbers, {**tensors, "page_table": torch.where(live, metadata.page_table, 0)}
 
     engine, wanted = refreshed()
-    attachment = sglang.attach(made)
+    attachment = attached(made)
     try:
         mine, got = refreshed()
     finally:
@@ -316,6 +335,7 @@ MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
+    global counts
     result = Path(sys.argv[1])
     torch.set_default_device(DEVICE)
     objects.POOL_ROWS, objects.CONTEXT, objects.WIDTH = 2 * REQUESTS + 8, CONTEXT, CONTEXT + 60
@@ -326,17 +346,20 @@ def main() -> None:
         "gpu": None if DRY else torch.cuda.get_device_name(),
         "seams": {},
     }
-    if not DRY:
-        both("draft", "fa3")  # which imports and compiles what there is
-        wait_for_turn(result.parent)
-    for name, measure in MEASURED.items():
-        try:
-            made = measure()
-        except Exception:
-            made = {"error": traceback.format_exc()[-3000:]}
-        found["seams"][name] = made
-        result.write_text(json.dumps(found, indent=1) + "\n")
-        print(name, json.dumps(made)[:300], flush=True)
+    for counts in (once, Counts()):  # the first time what there is gets imported and compiled
+        if not DRY and counts is not once:
+            wait_for_turn(result.parent)
+        for name, measure in MEASURED.items():
+            try:
+                made = measure()
+            except Exception:
+                made = {"error": traceback.format_exc()[-3000:]}
+            found["seams"][name] = made
+            print(time.strftime("%T"), name, json.dumps(made)[:300], flush=True)
+            if DRY or counts is not once:
+                result.write_text(json.dumps(found, indent=1) + "\n")
+        if DRY:
+            break
 
 
 if __name__ == "__main__":
