@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -50,16 +49,17 @@ def test_graph_replays_follow_the_inputs(name: str) -> None:
             plan.forget()  # for the destinations were written by this test
         graph.replay()
         if "kv_indices" in scene.config.fields:  # as long as the first lengths needed
-            other.expected = [_first(buffers, scene.capacity) for buffers in other.expected]
+            for buffers in other.expected:
+                buffers.kv_indices = _first(buffers.kv_indices, scene.capacity)
         assert_same(scene.backends, other.expected)
 
 
-def _first(buffers: MetadataBuffers, capacity: int) -> MetadataBuffers:
-    assert buffers.kv_indices is not None
-    indices = torch.full((capacity,), POISON, dtype=torch.int32, device=DEVICE)
-    count = min(capacity, buffers.kv_indices.numel())
-    indices[:count] = buffers.kv_indices[:count]
-    return dataclasses.replace(buffers, kv_indices=indices)
+def _first(indices: torch.Tensor | None, capacity: int) -> torch.Tensor:
+    assert indices is not None
+    first = torch.full((capacity,), POISON, dtype=indices.dtype, device=DEVICE)
+    count = min(capacity, indices.numel())
+    first[:count] = indices[:count]
+    return first
 
 
 def test_the_driver_names_the_architecture_that_torch_names() -> None:
@@ -124,7 +124,7 @@ def test_a_checked_plan_is_captured_and_reports_after_the_replay() -> None:
 
 
 def test_an_audit_is_captured_and_reports_after_the_replay() -> None:
-    """Behind the refresh in its graph, and alone; the record is in the host's memory, and read without a wait."""
+    """Behind the refresh in its graph, and alone."""
     scene = Scene(LIVE, batch(300, 517).within(517), DEVICE)
     plan: Any = scene.bind(audit_every=1)
     graph = captured(lambda: scene.run(plan))
@@ -139,7 +139,6 @@ def test_an_audit_is_captured_and_reports_after_the_replay() -> None:
     table[request, 5] = right ^ 1
     audit.replay()
     torch.cuda.synchronize()
-    assert not plan._auditor._violation.is_cuda
     assert int(plan._auditor._violation[0]) > 0
     with pytest.raises(onelaunch.AuditError) as caught:
         plan.check()

@@ -1,13 +1,9 @@
-"""num_kv_splits: by hand, in the kernel, and on a GPU with the float arithmetic of Triton."""
+"""num_kv_splits: by hand, and in the kernel. The float arithmetic beside Triton's: test_kv_splits_triton.py."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import triton
-import triton.language as tl
 from onelaunch import MetadataBuffers, bind
 from onelaunch.spec.reference import kv_splits
 
@@ -42,27 +38,6 @@ def test_by_hand(lengths: list[int], changes: dict[str, int], splits: list[int],
     pool = torch.zeros((1, 1), dtype=torch.int32, device=device)
     bind([MetadataBuffers(num_kv_splits=counts)], req_to_token=pool, **numbers).run(given, torch.zeros_like(given))
     assert counts.tolist() == [*splits, -7, -7]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _multiprocessors(lengths: Any, out: Any, count: Any, device_core_count: Any, SIZE: tl.constexpr) -> None:
-    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    longest = tl.load(lengths + place, mask=place < count, other=1)
-    doublings = tl.maximum(tl.log2(tl.cast(longest, tl.float32) / 64.0), 1.0)
-    tl.store(out + place, tl.cast(device_core_count * doublings, tl.int32), mask=place < count)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("device_core_count", [78, 132, 148])
-def test_float_arithmetic_is_that_of_triton(device_core_count: int) -> None:
-    """PyTorch's, which is the reference's, for every length up to 2^20 and the powers of two around it."""
-    lengths = torch.arange(1, 2**20 + 1, device="cuda")
-    more = torch.tensor([2**k + d for k in range(20, 31) for d in (-1, 0, 1)], device="cuda")
-    lengths = torch.cat((lengths, more))
-    got = torch.empty_like(lengths, dtype=torch.int32)
-    _multiprocessors[(-(-len(lengths) // 1024),)](lengths, got, len(lengths), device_core_count, SIZE=1024)
-    doublings = torch.log2(lengths.to(torch.float32) / 64).clamp(min=1)
-    assert torch.equal(got, (doublings * device_core_count).to(torch.int32))
 
 
 @pytest.mark.gpu
