@@ -136,7 +136,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that run hundreds of different kernels; in a store of their own.
+    """For tests that run many different kernels and look at their results alone; in a store of their own.
 
     All other tests have the optimizer that users have, those of presets and of any configuration drawn among them; and
     these, too, where a GPU's machine has the cores for it.

@@ -14,6 +14,8 @@ from checker import Scene, check
 from support import POISON, Poisoned, assert_same
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 POOL_ROWS, WIDTH = 6, 90
 SEVEN = support.SEVEN_FIELDS
 

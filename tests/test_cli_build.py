@@ -181,7 +181,7 @@ def test_build_is_a_wish_that_no_policy_refuses(store: Store) -> None:
     (entry,) = store.entries()
     assert result.stdout.split()[-1] == str(entry.module_path)
     assert loader.POLICY_VARIABLE not in os.environ
-    assert "ONELAUNCH_JIT=error doesn't refuse this" in invoke("--help", COLUMNS="200").stdout
+    assert "ONELAUNCH_JIT=error doesn't apply here" in invoke("--help", COLUMNS="200").stdout
 
 
 def test_a_cache_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:

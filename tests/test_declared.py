@@ -23,6 +23,8 @@ from onelaunch.spec.settings import parse_settings
 from onelaunch.spec.vectors import described
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 POOL = torch.arange(40, dtype=torch.int32).view(4, 10)
 LENGTHS, ROWS = torch.tensor([2, 0, 8]), torch.tensor([3, 1, 2])
 

@@ -15,6 +15,8 @@ from onelaunch.spec import reference
 from onelaunch.spec.settings import parse_settings
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 BATCHES = (0, 1, 2, 31, 32, 33, 64, 65, 257)
 CONVENTIONS = ("sm90", "sm100")
 

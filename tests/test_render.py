@@ -530,6 +530,22 @@ def test_equal_rows_have_as_many_blocks_as_they_need(facts: dict[str, Any], limi
 
 
 @pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        (("page_indices",), 6),
+        (("page_indices", "real_page_table"), 6),
+        (("real_page_table",), 3),
+        (("kv_indptr", "kv_indices"), 3),
+    ],
+)
+def test_the_limit_of_the_blocks_of_small_tiles_is_half(fields: tuple[str, ...], limit: int) -> None:
+    config = KernelConfig(fields=fields, blocks_per_sm=6, page_size=1 if "kv_indices" in fields else 64)
+    assert config.table_blocks_per_sm == limit
+    assert config.replace(blocks_per_sm=1).table_blocks_per_sm == 1
+    assert f"kBlocksPerSm = {limit};" in render(config)
+
+
+@pytest.mark.parametrize(
     ("facts", "tiles"),
     [
         ({"num_backends": 3}, 2),

@@ -18,6 +18,8 @@ from onelaunch.errors import ArgumentError, ConfigError
 from onelaunch.spec import reference
 from support import assert_untouched
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 MQA = "paged_mqa_schedule_metadata"
 BATCHES = (0, 1, 2, 3, 7, 31, 255, 256, 257, 600)
 WIDTH = 130

@@ -35,6 +35,7 @@ the attribute names of any version of SGLang, and refreshes them.
 from .attach import Attachment
 from .captured import buffers_from, mode_of
 from .refresher import Refresher, bind_backends
-from .seam import Seam, attach, bind_seam
+from .runners import bind_seam
+from .seam import Seam, attach
 
 __all__ = ["Attachment", "Refresher", "Seam", "attach", "bind_backends", "bind_seam", "buffers_from", "mode_of"]

@@ -1,4 +1,7 @@
-"""SGLang's graph runners of a speculative step: the input buffers of their graphs, and the sources of a call."""
+"""SGLang's graph runners of a speculative step: the input buffers of their graphs, and the sources of a call.
+
+``bind_seam`` binds what they have without one of them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import ArgumentError
 from ...run.arguments import FIRST_INPUT
+from ...run.bind import bind
+from ...run.declared import into
 from ...run.plan import Plan
 from ...spec import seams
-from ...spec.fields import Declaration
+from ...spec.fields import Declaration, MetadataBuffers
+from .captured import mode_of
 
 # The function through which a runner copies a batch into its buffers: copies(destinations, sources).
 COPIES = "_grouped_foreach_copy_"
@@ -190,3 +197,41 @@ RUNNERS = {
         stays="hidden states",
     ),
 }
+
+
+def named(tokens: int) -> dict[str, Any]:
+    """The inputs and constants of bind() that the seams' formulas name."""
+    inputs = {name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()}
+    return {"inputs": inputs, "constants": {"draft_tokens": tokens}}
+
+
+def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_token: Tensor, **facts: Any) -> Plan:
+    """Binds tensors of an engine of yours to a seam's declarations, for one launch without a runner.
+
+    Args:
+        mode: SGLang's ForwardMode or a name of bind()'s modes: the draft step (decode), verification (target_verify)
+            or draft extension (draft_extend).
+        tokens: of a request: the draft's steps, or the draft tokens.
+        tensors: by the names that ``onelaunch.spec.seams`` declares for that seam, such as positions (int64 [bs *
+            tokens]), retrieve_index (int64, likewise) or extend_start_loc (int32 [bs]).
+        req_to_token: int32 or int64 [pool rows, W].
+        facts: further arguments of onelaunch.bind, such as padding_len.
+
+    Returns:
+        A plan; run() takes the lengths without the tokens of the seam, each request's row of the pool, and the inputs
+        that the fields name: pool_rows for req_pool_indices, token_0 and so on for input_ids, accepted.
+
+    Raises:
+        ArgumentError: a name isn't declared; and see onelaunch.bind.
+    """
+    declared = {kind.mode: kind.declare for kind in RUNNERS.values()}[mode_of(mode)](tokens)
+    for name in tensors:
+        if name not in declared:
+            raise ArgumentError(f"tensors has {name!r}; allowed: {', '.join(declared)}.")
+    return bind(
+        [MetadataBuffers()],
+        req_to_token=req_to_token,
+        declare={**declared, **{name: into(declared[name], tensor) for name, tensor in tensors.items()}},
+        **named(tokens),
+        **facts,
+    )

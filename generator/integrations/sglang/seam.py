@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,18 +15,16 @@ from ... import log
 from ...errors import ArgumentError
 from ...run.bind import bind
 from ...run.declared import into
-from ...run.plan import Plan
-from ...spec import seams
 from ...spec.fields import MetadataBuffers
 from ...variables import DISABLE_VARIABLE
 from ..attributes import read
 from ..refusals import batch_refusal, refusal
 from .attach import Attachment, attach_backend, attached_to, warned
-from .captured import VERSION, mode_of
+from .captured import VERSION
 from .hooks import Bound, Hook, Replaced, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
 from .refresher import Ready
-from .runners import COPIES, FILL, RUNNERS, Runner, Views
+from .runners import COPIES, FILL, RUNNERS, Runner, Views, named
 
 # The method with which a runner chooses the captured size of a batch.
 _PAD = "_pad_to_bucket"
@@ -120,7 +118,7 @@ class Seam:
         extends = kind.mode == "draft_extend"
         written = {**self._declared, **{name: into(self._declared[name], self._view(name)) for name in self._buffers}}
         facts: dict[str, Any] = {
-            **_named(self._tokens),
+            **named(self._tokens),
             "padding_len": int(runner.seq_len_fill_value) - (self._tokens if extends else 0),
             "seq_lens_dtype": torch.int32 if extends else torch.int64,
         }
@@ -325,44 +323,6 @@ class Seam:
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             waiting()
-
-
-def _named(tokens: int) -> dict[str, Any]:
-    """The inputs and constants of bind() that the seams' formulas name."""
-    inputs = {name: getattr(torch, dtype) for name, dtype in seams.INPUTS.items()}
-    return {"inputs": inputs, "constants": {"draft_tokens": tokens}}
-
-
-def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_token: Tensor, **facts: Any) -> Plan:
-    """Binds tensors of an engine of yours to a seam's declarations, for one launch without a runner.
-
-    Args:
-        mode: SGLang's ForwardMode or a name of bind()'s modes: the draft step (decode), verification (target_verify)
-            or draft extension (draft_extend).
-        tokens: of a request: the draft's steps, or the draft tokens.
-        tensors: by the names that ``onelaunch.spec.seams`` declares for that seam, such as positions (int64 [bs *
-            tokens]), retrieve_index (int64, likewise) or extend_start_loc (int32 [bs]).
-        req_to_token: int32 or int64 [pool rows, W].
-        facts: further arguments of onelaunch.bind, such as padding_len.
-
-    Returns:
-        A plan; run() takes the lengths without the tokens of the seam, each request's row of the pool, and the inputs
-        that the fields name: pool_rows for req_pool_indices, token_0 and so on for input_ids, accepted.
-
-    Raises:
-        ArgumentError: a name isn't declared; and see onelaunch.bind.
-    """
-    declared = {kind.mode: kind.declare for kind in RUNNERS.values()}[mode_of(mode)](tokens)
-    for name in tensors:
-        if name not in declared:
-            raise ArgumentError(f"tensors has {name!r}; allowed: {', '.join(declared)}.")
-    return bind(
-        [MetadataBuffers()],
-        req_to_token=req_to_token,
-        declare={**declared, **{name: into(declared[name], tensor) for name, tensor in tensors.items()}},
-        **_named(tokens),
-        **facts,
-    )
 
 
 def attach_runner(runner: Any) -> Seam:
