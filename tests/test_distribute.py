@@ -27,16 +27,16 @@ INTERRUPTED = tuple(how for how, (_, _, event) in EVENTS.items() if event == "in
 SOON_SECONDS = 120
 
 GONE = (
-    "Rank {rank} ended, or didn't answer in time, while all were in onelaunch.distribute(). Look at what was said "
-    "there last, and start the job again."
+    "Rank {rank} ended, or didn't answer in time, while all were in onelaunch.distribute(). Look at the last "
+    "output there, and start the job again."
 )
 NEVER_CAME = (
     f"Rank {{rank}} didn't call onelaunch.distribute() within {LATE_SECONDS} s of the others, the time-out given to "
-    "init_process_group. Look at what was said there last."
+    "init_process_group. Look at the last output there."
 )
 NO_STORE = (
     "The store of torch.distributed doesn't answer: what holds it, rank 0 or torchrun, ended or stopped during "
-    "onelaunch.distribute(). Look at what was said there last, and start the job again."
+    "onelaunch.distribute(). Look at the last output there, and start the job again."
 )
 
 Results = dict[str, list[dict[str, Any]]]

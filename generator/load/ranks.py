@@ -65,8 +65,8 @@ class _LostError(Exception):
 class Ranks:
     """The ranks of a group, with connections of their own, which end on every rank as soon as one of them is gone.
 
-    What they say of themselves is in torch.distributed's store: "here/RANK", "left/RANK" and "heard/RANK", and how many
-    have said it below "here", "left" and "heard". "reason" is why it failed, which the first one says that knows.
+    A rank's state is in torch.distributed's store: the keys "here/RANK", "left/RANK" and "heard/RANK", with counters of
+    them under "here", "left" and "heard". "reason" is the error that all raise, set by the first rank that knows one.
 
     Args:
         dist: torch.distributed.
@@ -81,7 +81,7 @@ class Ranks:
         self._gloo: Any = None
 
     def named(self, ranks: Sequence[int]) -> str:
-        """These ranks as a sentence begins with them."""
+        """These ranks, as the beginning of a sentence."""
         numbers = ", ".join(str(self.numbers[rank]) for rank in ranks)
         return f"Rank{'s' * (len(ranks) > 1)} {numbers}"
 
@@ -105,7 +105,7 @@ class Ranks:
             if missing:
                 raise StoreError(
                     f"{self.named(missing)} didn't call onelaunch.distribute() within {seconds:.0f} s of the others, "
-                    "the time-out given to init_process_group. Look at what was said there last."
+                    "the time-out given to init_process_group. Look at the last output there."
                 )
             patience = datetime.timedelta(seconds=_PATIENCE_SECONDS)
             return self._dist.ProcessGroupGloo(self._store, self.rank, len(self.numbers), patience)
@@ -143,7 +143,7 @@ class Ranks:
         return bytes(content)
 
     def close(self) -> None:
-        """Leaves when all is done, but not before the others have heard that it is."""
+        """Leaves when all is done, but not before the others know that it is."""
         with contextlib.suppress(RuntimeError):
             self._gloo.barrier().wait()
         self._gloo = None
@@ -151,7 +151,7 @@ class Ranks:
     def leave(self, error: BaseException) -> OnelaunchError:
         """Leaves because of an error, and returns the one that all ranks raise.
 
-        It is what the first rank said that failed; or, where none has said anything, that of those who don't leave.
+        It is the error of the first rank that failed. If none has set a reason, it names the ranks that didn't leave.
         """
 
         def agree() -> OnelaunchError:
@@ -166,7 +166,7 @@ class Ranks:
             gone = self._say_and_wait("left", len(self.numbers), _FAREWELL_SECONDS)
             what = (
                 f"{self.named(gone)} ended, or didn't answer in time, while all were in onelaunch.distribute(). "
-                "Look at what was said there last, and start the job again."
+                "Look at the last output there, and start the job again."
                 if gone
                 else "A connection between ranks broke in onelaunch.distribute(). Start the job again."
             )
@@ -183,13 +183,13 @@ class Ranks:
         except _LostError:
             agreed = StoreError(
                 "The store of torch.distributed doesn't answer: what holds it, rank 0 or torchrun, ended or stopped "
-                "during onelaunch.distribute(). Look at what was said there last, and start the job again."
+                "during onelaunch.distribute(). Look at the last output there, and start the job again."
             )
         self._gloo = None
         return agreed
 
     def _ask(self, call: Callable[[], Any], seconds: float) -> Any:
-        """A call that talks to the store. It never ends if the store's process has stopped: so it has a thread."""
+        """Runs a call that talks to the store, in a thread: if the store's process has stopped, the call never ends."""
         work = Work(call, in_thread=True)
         if not work.ended(seconds) or (
             isinstance(work.error, RuntimeError) and not isinstance(work.error, OnelaunchError)
@@ -203,7 +203,7 @@ class Ranks:
         self._store.compare_set("reason", "", pickle.dumps((error, gone)))  # the first one counts
 
     def _say_and_wait(self, what: str, number: int, seconds: float) -> list[int]:
-        """Says it and waits until so many ranks have, or all know why it failed; returns those that haven't said it."""
+        """Sets this rank's key; waits for this many ranks, or for a reason. Returns the ranks that haven't set it."""
         self._store.set(f"{what}/{self.rank}", "")
         said, until = self._store.add(what, 1), time.monotonic() + seconds
         for pause in _pauses():
