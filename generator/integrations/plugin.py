@@ -4,8 +4,8 @@ If onelaunch is installed, SGLang calls ``install`` in each of its processes. It
 ``ONELAUNCH_SGLANG`` is 1 or ``SGLANG_PLUGINS`` contains the name onelaunch. It never raises. The log gets one line per
 backend and graph runner: what one launch refreshes and what the engine still does, or why it isn't served.
 
-With ``ONELAUNCH_SGLANG=runners`` it is attached to the graph runners of a speculative step too. That is fewer launches,
-but more work for the host (tests/engines/gpu/times.json), so it is for steps in which the device is the bottleneck.
+With ``ONELAUNCH_SGLANG=runners`` it is attached to the graph runners of a speculative step too: fewer launches, less
+work for the host (tests/engines/gpu/times.json).
 
 Unless it is requested, it imports only the standard library.
 """
