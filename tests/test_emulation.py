@@ -69,7 +69,8 @@ def builds(shared: Path) -> Path:
 
 def own_blocks(config: KernelConfig) -> int:
     """A block for the lengths and one for each schedule, or one for each backend where they differ."""
-    return (1 + len(config.schedules)) * max(1, len(config.seqlen_offsets))
+    sets = max(1, len(config.seqlen_offsets))
+    return sets + sum(1 if config.once(name) else sets for name in config.schedules)
 
 
 def launch(
