@@ -69,8 +69,7 @@ def builds(shared: Path) -> Path:
 
 def own_blocks(config: KernelConfig) -> int:
     """A block for the lengths and one for each schedule, or one for each backend where they differ."""
-    sets = max(1, len(config.seqlen_offsets))
-    return sets + sum(1 if config.once(name) else sets for name in config.schedules)
+    return config.sets + sum(1 if config.once(name) else config.sets for name in config.schedules)
 
 
 def launch(
