@@ -82,7 +82,7 @@ SGLANG_VARIABLE = Variable(
     "ONELAUNCH_SGLANG",
     "1, backends or 0",
     "off",
-    "Attaches in an unmodified SGLang to all that can be served, with backends to attention backends alone; 0 overrides "
+    "Attaches in an unmodified SGLang to all that is served, with backends to attention backends alone; 0 overrides "
     "SGLANG_PLUGINS.",
 )
 
