@@ -1,4 +1,4 @@
-"""What the README promises of the cache, and the tests that hold it."""
+"""What the guide promises of the cache, and the tests that hold it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ PROMISES = {
         "test_promises.test_a_cache_that_was_there_is_adopted_by_its_names",
     ),
 }
-README = Path(__file__).parent.parent / "README.md"
+GUIDE = Path(__file__).parent.parent / "GUIDE.md"
 KEY = "5" * 64
 FACTS = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
 
@@ -88,8 +88,8 @@ def publish(store: Store, key: str = KEY, **facts: object) -> Entry:
         return store.publish(stage, key, {**FACTS, **facts})
 
 
-def test_the_readme_makes_these_promises_and_these_tests_are_there() -> None:
-    text = " ".join(README.read_text(encoding="utf-8").split())
+def test_the_guide_makes_these_promises_and_these_tests_are_there() -> None:
+    text = " ".join(GUIDE.read_text(encoding="utf-8").split())
     assert [promise for promise in PROMISES if promise not in text] == []
     for test in (test for tests in PROMISES.values() for test in tests):
         module, _, name = test.partition(".")
