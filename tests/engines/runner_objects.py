@@ -97,7 +97,7 @@ def _captured(backend: Any, mode: str, tokens: int) -> None:
     rows = 1 if mode == "decode" else tokens
     backend.init_cuda_graph_state(max(CAPTURED), max(CAPTURED) * rows)
     for bs in CAPTURED:
-        batch = Batch((objects.FILL,) * bs, bs, mode, tokens).make()
+        batch = Batch((objects.FILL,) * bs, bs, mode, tokens, masked="FlashInfer" in type(backend).__name__).make()
         backend.init_forward_metadata_out_graph(batch, in_capture=True)
         backend.init_forward_metadata_in_graph(batch)
 
@@ -394,23 +394,15 @@ class Request:
         """What the engine's worker does in a draft extension, from the verification's results."""
         worker, batches = import_module(WORKER), import_module(BATCHES)
         lengths = torch.tensor(self.lengths)
-        spec_info = SimpleNamespace(
+        spec_info = objects.extend_input(
+            len(lengths),
+            tokens,
             hidden_states=self.hidden[: len(lengths) * tokens],
             num_correct_drafts=self.accepted - 1,
             num_accept_tokens=self.accepted,
-            num_tokens_per_req=tokens,
             num_tokens_for_logprob_per_req=tokens,
-            num_front_tokens=0,
-            positions=None,
-            ragged_verify_layout=None if self.served else SimpleNamespace(),
-            custom_mask=None,
-            is_draft_input=lambda: True,
-            is_verify_input=lambda: False,
-            extend_seq_lens_tensor=None,
-            extend_seq_lens_cpu=None,
-            kv_indptr=None,
-            kv_indices=None,
         )
+        spec_info.ragged_verify_layout = None if self.served else SimpleNamespace()
         batch = SimpleNamespace(
             seq_lens=lengths,
             seq_lens_cpu=lengths.clone().cpu() if cpu_lengths else None,
@@ -456,19 +448,8 @@ class Request:
 
         lengths = torch.tensor(self.lengths)
         count = len(lengths) * tokens
-        spec_info = SimpleNamespace(
-            topk=1 if self.served else 2,
-            draft_token_num=tokens,
-            num_tokens_per_req=tokens,
-            ragged_verify_layout=None,
-            custom_mask=None,
-            is_draft_input=lambda: False,
-            is_verify_input=lambda: True,
-            extend_seq_lens_tensor=None,
-            extend_seq_lens_cpu=None,
-            kv_indptr=None,
-            kv_indices=None,
-        )
+        masked = "FlashInfer" in type(runner.attn_backend).__name__
+        spec_info = objects.verify_input(lengths, tokens, topk=1 if self.served else 2, masked=masked, seed=self.seed)
         batch = SimpleNamespace(
             needs_forward_metadata_init=lambda: True,
             batch_size=len(lengths),

@@ -144,7 +144,8 @@ class Extend(Seam):
         return runner_objects.extend_runner(self.name, pool, self.page, self.tokens)
 
     def prepare(self, runner: Any, request: Request) -> None:
-        request.extend(runner, self.tokens, cpu_lengths=self.replays % 2 == 0)
+        # FlashInfer's plan needs them.
+        request.extend(runner, self.tokens, cpu_lengths=self.name == "flashinfer" or self.replays % 2 == 0)
 
 
 SINGLE = [name for name, family in FAMILIES.items() if family.single]

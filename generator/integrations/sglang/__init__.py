@@ -10,10 +10,10 @@ One line attaches it to a backend, before the engine captures its graphs, and on
     attachment.detach()
 
 Served are the multi-step draft backends of DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA, Triton, FlashInfer and
-FlashInfer-MLA, and the single backends of the first six, in decode, target_verify and draft_extend. The README's table
-says which classes of which versions were held against the engine's own code. Whatever isn't served is refused in one
-sentence that names the attribute. Where a batch isn't served (ragged verification, an encoder) the engine's own code
-runs, as it does in all other modes.
+FlashInfer-MLA, and the single backends of the first seven, in decode, target_verify and draft_extend. The README's
+table says which classes of which versions were held against the engine's own code. Whatever isn't served is refused in
+one sentence that names the attribute. Where a batch isn't served (ragged verification, an encoder) the engine's own
+code runs, as it does in all other modes.
 
 **Seams.** The graph runners of a speculative step are attached likewise, after they captured:
 EAGLEDraftCudaGraphRunner, EAGLEDraftExtendCudaGraphRunner and the DecodeCudaGraphRunner that verifies. Then one launch

@@ -21,6 +21,7 @@ from .hooks import Bound, Replaced
 from .lists import INDICES, Lists, splits_are_served
 from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, WITHOUT_SPLITS, Place
 from .refresher import Ready, Refresher, launch
+from .wrappers import wrappers_refusal
 
 # By backend.
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
@@ -339,7 +340,7 @@ def _place_of(backend: Any) -> Place:
         raise ArgumentError(f"backend is a {name}; allowed: {', '.join(PLACES)}.")
     if any(_is_mine(getattr(backend, method, None)) for method in place.methods):
         raise ArgumentError(f"{name} is attached already. Call detach() of what attach() returned first.")
-    if reason := refusal(backend):
+    if reason := refusal(backend) or (wrappers_refusal(backend) if place.lists else ""):
         raise ArgumentError(f"{name} isn't served: {reason}. The engine's own code serves it.")
     for method in place.methods:
         if not hasattr(backend, method):

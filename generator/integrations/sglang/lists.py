@@ -1,7 +1,7 @@
 """kv_indptr and kv_indices of a backend, which keeps them in two tensors for all captured batch sizes.
 
-A single Triton backend has sums beside them: ``qo_indptr``, and in target_verify ``mask_indptr``. A multi-step one has
-split counts, which all steps share.
+A single backend has sums beside them: ``qo_indptr``, and in target_verify ``mask_indptr``. A multi-step one of Triton
+has split counts, which all steps share. FlashInfer's have wrappers, see wrappers.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .. import flashinfer
 from ..attributes import has, merged
 from .captured import EXTENDED, STEPS
 from .refresher import Ready
+from .wrappers import Wrapper, has_wrappers
 
 INDICES = "cuda_graph_kv_indices"
 SPLITS = "cuda_graph_num_kv_splits"
@@ -30,7 +31,7 @@ _HOW_SPLIT = ("static_kv_splits", "enable_deterministic", "split_tile_size")
 
 
 class Lists:
-    """Refreshes the lists of a multi-step draft backend, all steps by one launch, or of a single Triton backend.
+    """Refreshes the lists of a multi-step draft backend, all steps by one launch, or of a single one.
 
     Each captured batch size has a plan. A pool or lists that were exchanged get a new one.
 
@@ -74,12 +75,12 @@ class Lists:
         if source is None:
             source = flashinfer.pool_of(backend)
         facts = {"seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": req_pool_indices_dtype, **self._facts}
-        if extend_seq_lens_dtype is not None:
+        pairs = self._pairs(bs, mode)
+        if extend_seq_lens_dtype is not None and pairs[0][1] is None:
             facts["inputs"] = {EXTENDED: extend_seq_lens_dtype}
-        plan = self._bind(source, mode, facts)
+        plan = self._bind(source, mode, facts, pairs)
         plan.exact = bs
         plan.follow_addresses()
-        pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
         pool = getattr(backend, "req_to_token_pool", None)
         owner = pairs[0][0] if pool is None else pool
         held = [(backend, INDICES, getattr(backend, INDICES))]
@@ -94,20 +95,20 @@ class Lists:
     ) -> Ready:
         """A plan of its own for a batch size that also writes what is declared; see Refresher.beside.
 
-        The lists have a request's tokens without those that are added. Of ``declare``, a single backend's qo_indptr and
-        mask_indptr get the backend's own tensors.
+        Triton's lists have a request's tokens without those that are added. Of ``declare``, a single backend's
+        qo_indptr and mask_indptr get the backend's own tensors.
         """
         backend = self._backend
         source = flashinfer.pool_of(backend)
-        written = dict(declare)
-        if not has(backend, STEPS):
+        pairs, written = self._pairs(bs, mode), dict(declare)
+        if not has(backend, STEPS) and pairs[0][1] is None:
             for name in ("qo_indptr", "mask_indptr"):
                 declaration: Any = declare.get(name)
                 own = getattr(backend, name, None)
                 if declaration is not None and own is not None:
                     written[name] = _sum(declaration.formula, own)
-        plan = self._bind(source, "decode", {**self._facts, **facts, "declare": written})
-        pairs = [(child, None) for child in getattr(backend, STEPS[0], [backend])]
+        lists = "decode" if pairs[0][1] is None else mode
+        plan = self._bind(source, lists, {**self._facts, **facts, "declare": written}, pairs, added)
         return Ready(plan, pairs, [(backend, INDICES, getattr(backend, INDICES))])
 
     def forget(self) -> None:
@@ -132,10 +133,22 @@ class Lists:
             ready = self.ready(bs, "decode", seq_lens.dtype, req_pool_indices.dtype, source=source)
         ready.plan.run(seq_lens, req_pool_indices)
 
-    def _bind(self, source: Tensor, mode: str, facts: dict[str, Any]) -> Plan:
+    def _pairs(self, bs: int, mode: str) -> list[tuple[Any, Wrapper | None]]:
+        """The children, each with FlashInfer's wrapper of it, if it is a FlashInferAttnBackend."""
+        backend, several = self._backend, has(self._backend, STEPS)
+        children = enumerate(getattr(backend, STEPS[0], [backend]))
+        if not has_wrappers(backend):
+            return [(child, None) for _, child in children]
+        return [(child, Wrapper(child, bs, mode, step if several else None)) for step, child in children]
+
+    def _bind(
+        self, source: Tensor, mode: str, facts: dict[str, Any], pairs: list[tuple[Any, Wrapper | None]], added: int = 0
+    ) -> Plan:
         backend = self._backend
         if has(backend, STEPS):
             return flashinfer.bind_backends(backend, source, **merged(_split_facts(backend), facts))
+        if (wrapper := pairs[0][1]) is not None:
+            return wrapper.bind(source, added, facts)
         lists = MetadataBuffers(kv_indptr=backend.kv_indptr, kv_indices=getattr(backend, INDICES))
         if mode == "decode":
             return bind([lists], req_to_token=source, **facts)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .captured import SCHEDULE
+from .wrappers import host_lengths, plan_on_the_host
 
 # The children with their metadata, as Refresher.run returns them, the forward batch, its mode, and whether the launch
 # made DeepGEMM's schedules.
@@ -199,7 +200,13 @@ PLACES = {
         "kv_indptr, kv_indices, qo_indptr and mask_indptr", "masks and split counts", _EVERY_MODE, _triton,
         lists=True, inputs=_triton_inputs,
     ),
-    "FlashInferMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), method=LISTS_KERNEL, lists=True),
+    "FlashInferMultiStepDraftBackend": Place(
+        _LISTS, _PLANS, ("decode",), plan_on_the_host, lists=True, inputs=host_lengths
+    ),
+    "FlashInferAttnBackend": Place(
+        "kv_indptr, kv_indices, qo_indptr and mask_indptr", f"masks, their packing and {_PLANS}", _EVERY_MODE,
+        plan_on_the_host, lists=True, inputs=host_lengths,
+    ),
     "FlashInferMLAMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), method=LISTS_KERNEL, lists=True),
 }  # fmt: skip
 # A multi-step Triton backend whose split counts are the engine's own.

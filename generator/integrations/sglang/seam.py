@@ -191,17 +191,30 @@ class Seam:
 
     def _out_graph(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
         """The backend's refresh: what remains of it."""
+        if self._remaining(batch):
+            return None
+        if self._launched is None:
+            for made in self._ready.values():
+                made.plan.forget()
+        return original(batch, *arguments, **keywords)
+
+    def _remaining(self, batch: Any) -> bool:
+        """The steps that stay the engine's, after a launch; False if its own code must refresh everything."""
         ready, attachment = self._launched, self._attachment
         place = None if attachment is None else attachment.place
         if ready is None or not self._whole or place is None or place.method != OUT_GRAPH:
-            if ready is None:
-                for made in self._ready.values():
-                    made.plan.forget()
-            return original(batch, *arguments, **keywords)
+            return False
         assert attachment is not None
-        if place.after is not None:
-            place.after(ready.pairs, batch, self._kind.mode, attachment.schedules)
-        return None
+        try:
+            if place.inputs is not None and place.inputs(self._backend, batch, self._kind.mode) is None:
+                self._launched = None
+                return False
+            if place.after is not None:
+                place.after(ready.pairs, batch, self._kind.mode, attachment.schedules)
+        except Exception as error:
+            self._launched = None
+            return self._give_way(error)
+        return True
 
     def _copies(self, original: Any, destinations: list[Tensor], sources: list[Tensor]) -> Any:
         """The runner's copies of a batch into its buffers. What the launch doesn't write is copied."""
@@ -363,11 +376,11 @@ def attach(
     says why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
 
     Args:
-        target: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA or Triton backend;
-            or a graph runner: EAGLEDraftCudaGraphRunner, EAGLEDraftExtendCudaGraphRunner, or the DecodeCudaGraphRunner
-            that verifies. A runner's one launch also writes its input buffers, with padding, and its backend's tensors
-            where the backend is served; what the backend was attached with holds. Or an EagleDraftWorker: one launch
-            makes the chain that is verified, and one the layout of a draft extension.
+        target: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA, Triton or FlashInfer
+            backend; or a graph runner: EAGLEDraftCudaGraphRunner, EAGLEDraftExtendCudaGraphRunner, or the
+            DecodeCudaGraphRunner that verifies. A runner's one launch also writes its input buffers, with padding, and
+            its backend's tensors where the backend is served; what the backend was attached with holds. Or an
+            EagleDraftWorker: one launch makes the chain that is verified, and one the layout of a draft extension.
         leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
             where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
             again after detach(). For a backend.
