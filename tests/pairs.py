@@ -149,7 +149,10 @@ def any_two_settings() -> dict[str, tuple[KernelConfig, tuple[Shape, ...]]]:
         except ConfigError:
             continue
         shapes = BATCH_SHAPES[index % 5], BATCH_SHAPES[(index + 2) % 5], RAGGED
-        # 64 backends of a large batch take long, and no path of the kernel depends on both.
-        few = tuple(s for s in shapes if config.num_backends < 64 or len(s.lengths) < 50)
-        table[f"{index}"] = config, few
+        table[f"{index}"] = config, affordable(config, shapes)
     return table
+
+
+def affordable(config: KernelConfig, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """Without large batches of 64 backends, which take long; and no path of the kernel depends on both."""
+    return tuple(shape for shape in shapes if config.num_backends < 64 or len(shape.lengths) < 50)

@@ -32,6 +32,7 @@ from bad_input import (
 from onelaunch import ArgumentError, ConfigError, MetadataBuffers
 from support import assert_untouched
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
 BIND: list[Case] = [
     case(attribute("backends", lambda s: s.backends[0]), "backends is a MetadataBuffers", "list of"),
     case(attribute("backends", lambda s: None), "backends is a NoneType", "list of MetadataBuffers"),

@@ -38,6 +38,9 @@ from onelaunch import ArgumentError, ConfigError, MetadataBuffers
 from support import ALL_FIELDS, SIX_FIELDS, assert_untouched
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
+
 # ------------------------------------------------------------------------------------- precompute and broadcast
 
 

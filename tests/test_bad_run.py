@@ -14,6 +14,8 @@ from onelaunch import ArgumentError, MetadataBuffers
 from support import assert_untouched
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 
 def test_a_dtype_error_says_what_to_bind_with(device: torch.device) -> None:
     """Whoever binds with the argument that the message names can then pass the tensor."""

@@ -15,6 +15,7 @@ from onelaunch.spec import reference
 from support import POISON, SIX_FIELDS, assert_same
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
 POOL_ROWS = 61
 SETTINGS: dict[str, Any] = {"index_topk": 50, "page_size": 16}
 
