@@ -507,6 +507,7 @@ def test_what_cannot_be_told(module: ModuleType, device: torch.device) -> None:
         assert memo.find(good, [bad]) is None
 
 
+@pytest.mark.uncounted
 def test_references_of_a_memo(module: ModuleType, device: torch.device) -> None:
     good = torch.zeros(8, dtype=torch.int32, device=device)
     buffers, named, kept, memo = MetadataBuffers(good), Named(good), object(), module.memo(2)
@@ -581,6 +582,7 @@ def check_references(things: list[Any], call: Callable[[], object]) -> None:
     assert sys.getallocatedblocks() - blocks < 500
 
 
+@pytest.mark.uncounted
 def test_references_of_the_functions_that_take_lists(device: torch.device) -> None:
     new = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=device)  # noqa: E731
     pool, table = new(8, 64), new(8, 64)
@@ -598,6 +600,7 @@ def test_references_of_the_functions_that_take_lists(device: torch.device) -> No
     check_references([*tensors, *lists, buffers, target, numbers, Tensor], call)
 
 
+@pytest.mark.uncounted
 def test_references_of_calls(asked: Asked, device: torch.device) -> None:
     lengths, rows = inputs(device, 30_000, 40_000)  # numbers that are objects of their own
     number = 2**40

@@ -19,7 +19,7 @@ from support import POISON
 
 pytestmark = pytest.mark.uncounted
 # A new configuration builds a kernel, so an example can take a second.
-BUILDS = settings(max_examples=40)
+BUILDS = settings(max_examples=25)
 RUNS = settings(max_examples=60)
 
 # Any set of fields, and any value that the table of cases has for each other setting.
