@@ -24,7 +24,7 @@
  F10   nvcc, gcc and torch don't fit                       test_toolchain.test_pair_follows_the_toolkits_own_header;
                                                            static cudart makes torch's CUDA irrelevant
  F11   ninja or toolkit not found                          test_toolchain.test_ninja_of_the_package_then_beside_...,
-                                                           test_toolchain.test_nothing_found_lists_every_place_...
+                                                           test_toolkit.test_nothing_found_lists_every_place_...
  F12   read-only HOME, writes at import                    test_a_named_folder_that_cant_be_written,
                                                            test_a_named_folder_whose_place_is_taken,
                                                            test_import.test_the_import_does_nothing
