@@ -1,11 +1,11 @@
-"""The entry point in ``sglang.srt.plugins``: an unmodified SGLang attaches onelaunch to the backends that it makes.
+"""The entry point in ``sglang.srt.plugins``: an unmodified SGLang attaches onelaunch wherever it can be served.
 
 If onelaunch is installed, SGLang calls ``install`` in each of its processes. It does nothing unless
 ``ONELAUNCH_SGLANG`` is 1 or ``SGLANG_PLUGINS`` contains the name onelaunch. It never raises. The log gets one line per
-backend and graph runner: what one launch refreshes and what the engine still does, or why it isn't served.
+attention backend, graph runner of a speculative step and draft worker: what one launch makes and what the engine still
+does, or why it isn't served.
 
-With ``ONELAUNCH_SGLANG=runners`` it is attached to the graph runners of a speculative step too: fewer launches, less
-work for the host (tests/engines/gpu/times.json).
+With ``ONELAUNCH_SGLANG=backends`` it is attached to the attention backends alone.
 
 Unless it is requested, it imports only the standard library.
 """
@@ -21,7 +21,7 @@ from typing import Any
 from ..variables import SGLANG_VARIABLE
 
 NAME = "onelaunch"
-RUNNERS = "runners"
+BACKENDS = "backends"
 SELECTED_VARIABLE = "SGLANG_PLUGINS"
 
 _logger = logging.getLogger("onelaunch")
@@ -29,11 +29,12 @@ _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _CHOICES = ("decode_backend", "prefill_backend", "full_attn_backend")
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _WORKER = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
-# The graph runners of a speculative step, by their paths from the worker.
-_GRAPHS = (
+# The graph runners of a speculative step and the draft worker, by their paths from the worker.
+_MADE = (
     "_draft_worker.cuda_graph_runner",
     "_target_worker.model_runner.decode_cuda_graph_runner",
     "_draft_worker.cuda_graph_runner_for_draft_extend",
+    "_draft_worker",
 )
 
 
@@ -45,7 +46,7 @@ def asked() -> bool:
 
 
 def install() -> None:
-    """Registers hooks where SGLang makes backends, if the environment requests it."""
+    """Registers hooks where SGLang makes backends and captures graphs, if the environment requests it."""
     if not asked():
         return
     try:
@@ -56,7 +57,7 @@ def install() -> None:
             (f"{_FACTORY}.create_draft_extend_backend", _made),
             (f"{_RUNNER}.init_attention_backends", _initialized),
         ]
-        if SGLANG_VARIABLE.read() == RUNNERS:
+        if SGLANG_VARIABLE.read() != BACKENDS:
             hooks.append((f"{_WORKER}.init_cuda_graphs", _captured))
         for target, hook in hooks:
             registry.register(target, hook, after)
@@ -77,7 +78,7 @@ def _initialized(result: Any, runner: Any, *arguments: Any, **keywords: Any) -> 
 def _captured(result: Any, worker: Any, *arguments: Any, **keywords: Any) -> None:
     """After a worker captured its graphs, and the target model's runner its own."""
     runners = []
-    for path in _GRAPHS:
+    for path in _MADE:
         runner = worker
         for name in path.split("."):
             runner = getattr(runner, name, None)
@@ -86,7 +87,7 @@ def _captured(result: Any, worker: Any, *arguments: Any, **keywords: Any) -> Non
 
 
 def _attach_all(made: Iterable[Any]) -> None:
-    """Attaches each backend or runner once. None is none."""
+    """Attaches each backend, runner or worker once. None is none."""
     for backend in {id(part): part for one in made for part in _parts(one)}.values():
         try:
             # Not at the top of the file: without a request no torch is imported.

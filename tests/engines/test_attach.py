@@ -513,11 +513,15 @@ def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pyt
     assert not hooks._hooks
     monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
     plugin.install()
-    assert len(hooks._hooks) == 3
+    assert len(hooks._hooks) == 4
     hooks.reset()
-    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "runners")
+    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "1")
     plugin.install()
     assert len(hooks._hooks) == 4
+    hooks.reset()
+    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "backends")
+    plugin.install()
+    assert len(hooks._hooks) == 3
     hooks.reset()
     monkeypatch.setenv(plugin.SGLANG_VARIABLE, "0")
     plugin.install()

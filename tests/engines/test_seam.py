@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_builds")
 def _detached() -> Any:
     """No test leaves a hook in the engine's modules."""
     yield
-    for made in {id(made): made for hook in hooks.Hook.made.values() for made in hook.seams}.values():
+    for made in {id(made): made for hook in hooks.Hook.made.values() for made, _ in hook.seams}.values():
         made.detach()
     assert not hooks.Hook.made
 

@@ -20,10 +20,11 @@ EAGLEDraftCudaGraphRunner, EAGLEDraftExtendCudaGraphRunner and the DecodeCudaGra
 also writes the graph's input buffers, with padding: seq_lens, req_pool_indices, positions, out_cache_loc, and what is
 copied there (input_ids, topk_index, topk_p, extend_seq_lens, num_accept_tokens, num_correct_drafts, select_index). The
 engine's copies and fills of them are left out, and so is the draft's gather of write locations, but for 0.5.23's, whose
-window verification and draft extension write too. The engine's own are: hidden states; positions of a draft by
-repeat_interleave (0.5.17); the verified tree, its mask and its write locations; the tensors from which a draft
-extension's batch is made; the top-k plan, FlashInfer's plans on the host; draft trees.
-``bind_seam`` makes the chain that is verified and the layout of a draft extension with tensors of a caller's own.
+window verification and draft extension write too. Then the EagleDraftWorker is attached. One launch makes the chain
+that is verified, with its mask and write locations, and one what a draft extension's batch is made of; 0.5.23's own
+single launches of these two stay. The engine's own are: hidden states; positions of a draft by repeat_interleave
+(0.5.17); a mask that isn't its backend's, such as FlashInfer's; the top-k plan, FlashInfer's plans on the host; draft
+trees. ``bind_seam`` makes the same with tensors of a caller's own.
 
 With ``ONELAUNCH_SGLANG=1`` an unmodified engine attaches it itself: see ``onelaunch.integrations.plugin``. With
 ``ONELAUNCH_DISABLE=1`` nothing is attached.

@@ -133,15 +133,14 @@ class Attachment:
 
     def _without_graph(self, original: Any, forward_batch: Any) -> None:
         """init_forward_metadata, of which a draft extension is served."""
-        if not self._guarded(self._extend, forward_batch):
+        try:
+            served = self._extension is not None and self._refresh is not None and self._extension.run(forward_batch)
+        except Exception as error:
+            served = self._give_way(error)
+        if served:
+            self.launches += 1
+        else:
             original(forward_batch)
-
-    def _extend(self, forward_batch: Any) -> bool:
-        assert self._extension is not None
-        if not self._extension.run(forward_batch):
-            return False
-        self.launches += 1
-        return True
 
     def _guarded(self, step: Callable[..., bool], *arguments: Any) -> bool:
         """Whether the step did what the engine's own code would do. After an exception nothing does any more."""

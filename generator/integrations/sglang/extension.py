@@ -43,10 +43,12 @@ class Extension:
 
     def __init__(self, backend: Any, **facts: Any) -> None:
         self._backend = backend
-        self._metadata = sys.modules[type(backend).__module__].FlashAttentionMetadata
-        # By batch size: views of the lengths and sums.
-        self._heads: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        engine = sys.modules[type(backend).__module__]
+        self._metadata, self._mode = engine.FlashAttentionMetadata, engine.ForwardMode.DRAFT_EXTEND_V2
+        # By batch size: views of the lengths, the sums and the widest table.
+        self._heads: dict[int, tuple[torch.Tensor, ...]] = {}
         self._pool, page_size = backend.req_to_token, backend.page_size
+        self._widest = -(-backend.max_context_len // page_size)
         pages = -(-self._pool.shape[1] // page_size)
         self.capacity = max(1, min(self._pool.shape[0], _MAX_TABLE_BYTES // (4 * pages)))
 
@@ -78,7 +80,7 @@ class Extension:
         """
         bs, extended, backend = batch.batch_size, batch.extend_seq_lens, self._backend
         if (
-            not batch.forward_mode.is_draft_extend_v2()
+            batch.forward_mode is not self._mode
             or not 0 < bs <= self.capacity
             or extended is None
             or batch_refusal(batch)
@@ -87,13 +89,21 @@ class Extension:
             return False
         launch(self.plan, batch.seq_lens, batch.req_pool_indices, (extended,))
         if bs not in self._heads:
-            self._heads[bs] = self._lengths[:bs], self._sums[: bs + 1], self._starts[: bs + 1]
-        metadata = self._metadata()
+            tensors = self._lengths[:bs], self._sums[: bs + 1], self._starts[: bs + 1]
+            self._heads[bs] = *tensors, self._table[:bs, : self._widest]
+        lengths, sums, starts, table = self._heads[bs]
         longest, widths = batch.seq_lens_cpu, batch.extend_seq_lens_cpu
-        # Of a few numbers Python's max() is quicker.
-        metadata.max_seq_len_k = backend.max_context_len if longest is None else max(longest.tolist())
-        metadata.max_seq_len_q = backend.speculative_num_draft_tokens if widths is None else max(widths)
-        metadata.cache_seqlens_int32, metadata.cu_seqlens_k, metadata.cu_seqlens_q = self._heads[bs]
-        metadata.page_table = self._table[:bs, : -(-metadata.max_seq_len_k // backend.page_size)]
-        backend.forward_metadata = metadata
+        columns = backend.max_context_len
+        if longest is not None:
+            # Of a few numbers Python's max() is quicker.
+            columns = max(longest.tolist())
+            table = self._table[:bs, : -(-columns // backend.page_size)]
+        backend.forward_metadata = self._metadata(
+            cache_seqlens_int32=lengths,
+            max_seq_len_q=backend.speculative_num_draft_tokens if widths is None else max(widths),
+            max_seq_len_k=columns,
+            cu_seqlens_q=starts,
+            cu_seqlens_k=sums,
+            page_table=table,
+        )
         return True

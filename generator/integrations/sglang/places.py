@@ -143,7 +143,8 @@ def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool
     ((child, _),) = pairs
     if mode == "target_verify":
         mask = batch.spec_info.custom_mask
-        if mask is not None:
+        # SGLang's worker writes it where it belongs.
+        if mask is not None and mask is not child.verify_mask.buffer:
             child.verify_mask.buffer[: mask.shape[0]] = mask
     elif mode == "decode":
         bs = batch.batch_size

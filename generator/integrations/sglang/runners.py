@@ -78,7 +78,7 @@ def _slots(runner: Any) -> dict[str, Tensor]:
 _TOKENS = [seams.token_input(number) for number in range(seams.MAX_TOKEN_INPUTS)]
 _ROWS = "req_pool_indices"
 # The source that each declared input is a view of.
-_VIEWED = {
+VIEWED = {
     "pool_rows": _ROWS,
     "first_token": "topk_index",
     "first_probability": "topk_p",
@@ -117,21 +117,23 @@ class Views:
 
     Args:
         plan: the plan.
-        kind: the runner's class.
-        tokens: of a request.
+        inputs: the declared inputs of a call, from its sources.
+        viewed: the source that each declared input is a view of.
     """
 
-    def __init__(self, plan: Plan, kind: Runner, tokens: int) -> None:
-        self._plan, self._kind, self._tokens = plan, kind, tokens
-        viewed = [_VIEWED[name] for name in plan._input_names]
-        self._names = [name for name in dict.fromkeys(viewed) if name != _ROWS]
+    def __init__(
+        self, plan: Plan, inputs: Callable[[Sources], dict[str, Tensor]], viewed: Mapping[str, str] = VIEWED
+    ) -> None:
+        self._plan, self._made = plan, inputs
+        viewed_by = [viewed[name] for name in plan._input_names]
+        self._names = [name for name in dict.fromkeys(viewed_by) if name != _ROWS]
         if plan._audit_every:  # Plan.run() has arguments of its own
             plan.follow_addresses()
         else:
             places = {_ROWS: 1, **{name: FIRST_INPUT + index for index, name in enumerate(self._names)}}
-            plan.follow_addresses([places[name] for name in viewed])
+            plan.follow_addresses([places[name] for name in viewed_by])
 
-    def run(self, lengths: Tensor, rows: Tensor, sources: Sources, size: int) -> None:
+    def run(self, lengths: Tensor, rows: Tensor, sources: Sources, size: int | None = None) -> None:
         """Plan.run() for a captured size.
 
         Raises:
@@ -146,13 +148,13 @@ class Views:
             plan._run(self, lengths, rows, None, None, size, *tensors)
 
     def _check(
-        self, lengths: Tensor, rows: Tensor, extended: None, max_len: None, size: int, *tensors: Tensor
+        self, lengths: Tensor, rows: Tensor, extended: None, max_len: None, size: int | None, *tensors: Tensor
     ) -> list[int]:
         """Plan._check() of the views."""
         return self._plan._check(lengths, rows, extended, max_len, size, *self._inputs(rows, tensors))
 
     def _inputs(self, rows: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        inputs = self._kind.inputs({**dict(zip(self._names, tensors, strict=True)), _ROWS: rows}, self._tokens)
+        inputs = self._made({**dict(zip(self._names, tensors, strict=True)), _ROWS: rows})
         return [inputs[name] for name in self._plan._input_names]
 
 

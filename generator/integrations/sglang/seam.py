@@ -24,7 +24,9 @@ from .captured import VERSION
 from .hooks import Bound, Hook, Replaced, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
 from .refresher import Ready
-from .runners import COPIES, FILL, RUNNERS, Runner, Views, named
+from .runners import COPIES, FILL, RUNNERS, Runner, Sources, Views, named
+from .worker import WORKER as DRAFT_WORKER
+from .worker import Producers, attach_worker
 
 # The method with which a runner chooses the captured size of a batch.
 _PAD = "_pad_to_bucket"
@@ -67,7 +69,7 @@ class Seam:
             if self._owned and self._attachment is not None:
                 self._attachment.detach()
             raise
-        self._views = {bs: Views(ready.plan, kind, self._tokens) for bs, ready in self._ready.items()}
+        self._views = {bs: Views(ready.plan, self._inputs) for bs, ready in self._ready.items()}
         self._batch: Any = None  # while the runner's method runs
         self._size = 0  # the captured size of that batch
         self._launched: Ready | None = None  # while the backend's refresh is still to come
@@ -129,6 +131,9 @@ class Seam:
         plan = bind([MetadataBuffers()], req_to_token=pool, declare=written, **facts)
         return Ready(plan, [], [(runner.model_runner.req_to_token_pool, "req_to_token", pool)])
 
+    def _inputs(self, sources: Sources) -> dict[str, Tensor]:
+        return self._kind.inputs(sources, self._tokens)
+
     def _view(self, name: str) -> Tensor:
         tensor = self._buffers[name]
         # topk_p is copied by its bits; with one branch a column is all.
@@ -142,10 +147,10 @@ class Seam:
             self._set(getattr(runner, kind.registry), FILL, self._fill)
         else:
             self._set(runner, _PAD, self._padded)
-            Hook.of(sys.modules[type(runner).__module__], COPIES).seams.append(self)
+            Hook.put(self, sys.modules[type(runner).__module__], COPIES, self._copies)
         worker, drafter = sys.modules.get(_WORKER), getattr(runner, "eagle_worker", None)
         if kind.mode == "decode" and worker is not None and hasattr(worker, _GATHER) and hasattr(drafter, "draft"):
-            Hook.of(worker, _GATHER).seams.append(self)
+            Hook.put(self, worker, _GATHER, self._gathers)
             self._set(runner, "can_run_graph", self._can_run_graph)
             self._set(drafter, "draft", self._drafts)
 
@@ -211,10 +216,10 @@ class Seam:
             return self._give_way(error)
         return True
 
-    def copies(self, original: Any, destinations: list[Tensor], sources: list[Tensor]) -> bool:
-        """The runner's copies of a batch into its buffers: whether the launch did them. What is left is copied."""
+    def _copies(self, original: Any, destinations: list[Tensor], sources: list[Tensor]) -> Any:
+        """The runner's copies of a batch into its buffers. What the launch doesn't write is copied."""
         if self._batch is None or self.failed:
-            return False
+            return NotImplemented
         known = self._names
         names = [known.get(to.data_ptr(), "") for to in destinations]
         named = dict(zip(names, sources, strict=True))
@@ -223,11 +228,11 @@ class Seam:
         if not self._done(named):
             for unfilled in self._unfilled.values():
                 unfilled.fill()
-            return False
+            return NotImplemented
         if "" in named:
             left = [index for index, name in enumerate(names) if not name]
             original([destinations[index] for index in left], [sources[index] for index in left])
-        return True
+        return None
 
     def _fill(self, original: Any, batch: Any, **keywords: Any) -> None:
         """The registry's copies: slots that the launch wrote are left out."""
@@ -304,12 +309,12 @@ class Seam:
 
     # ------------------------------------------------------------------------------------------ the draft's gather
 
-    def waits(self, launch: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-        """Whether the gather of a draft's write locations can wait for the launch, which makes them too."""
+    def _gathers(self, launch: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """The gather of a draft's write locations, which waits for the launch that makes them too."""
         if not self._drafting or self.failed or arguments[5:7] != (1, self._tokens):
-            return False
+            return NotImplemented
         self._waiting = functools.partial(launch, *arguments, **keywords)
-        return True
+        return None
 
     def _drafts(self, original: Any, *arguments: Any, **keywords: Any) -> Any:
         """The worker's draft, with this runner unless adaptive speculation put another one in its place."""
@@ -360,19 +365,22 @@ def attach_runner(runner: Any) -> Seam:
     return Seam(runner, kind)
 
 
-def attach(target: Any, *, leave: Collection[str] = (), schedules: bool = False, **facts: Any) -> Attachment | Seam:
+def attach(
+    target: Any, *, leave: Collection[str] = (), schedules: bool = False, **facts: Any
+) -> Attachment | Seam | Producers:
     """Replaces the code that refreshes metadata before a replay by one launch.
 
     Call it for a backend before the engine captures its graphs: then plans are bound at capture, and nothing is built
-    while serving. Call it for a graph runner after it captured them. Only this object changes, and with a runner its
-    backend. If a launch fails, the engine's own code runs from then on, and one warning says why. With
-    ``ONELAUNCH_DISABLE=1`` nothing is attached.
+    while serving. Call it for a graph runner, and then for the draft worker, after it captured them. Only this object
+    changes, and with a runner its backend. If a launch fails, the engine's own code runs from then on, and one warning
+    says why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
 
     Args:
         target: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA, Triton or FlashInfer
             backend; or a graph runner: EAGLEDraftCudaGraphRunner, EAGLEDraftExtendCudaGraphRunner, or the
             DecodeCudaGraphRunner that verifies. A runner's one launch also writes its input buffers, with padding, and
-            its backend's tensors where the backend is served; what the backend was attached with holds.
+            its backend's tensors where the backend is served; what the backend was attached with holds. Or an
+            EagleDraftWorker: one launch makes the chain that is verified, and one the layout of a draft extension.
         leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
             where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
             again after detach(). For a backend.
@@ -385,12 +393,13 @@ def attach(target: Any, *, leave: Collection[str] = (), schedules: bool = False,
     Raises:
         ArgumentError: the target or its configuration isn't served; the message names the attribute. Nothing changed.
     """
-    if type(target).__name__ not in RUNNERS:
+    name = type(target).__name__
+    if name not in RUNNERS and name != DRAFT_WORKER:
         return attach_backend(target, leave=leave, schedules=schedules, **facts)
     if leave or schedules or facts:
         raise ArgumentError("leave, schedules and facts are a backend's: attach the runner's backend with them first.")
     if DISABLE_VARIABLE.is_on():
         return Attachment(target)
-    seam = attach_runner(target)
-    log.logger.info("attach %r", seam)
-    return seam
+    made = attach_runner(target) if name in RUNNERS else attach_worker(target)
+    log.logger.info("attach %r", made)
+    return made

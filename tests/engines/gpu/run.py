@@ -260,8 +260,8 @@ def _host(times: dict[str, Any], role: str) -> float:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Off, on, and attached to the graph runners too, side by side: launches and copies of the metadata and of the
-    copies into a graph's buffers, their host time and the step's, in µs.
+    """Off, attached to the backends alone, and on, side by side: launches and copies of the metadata and of the copies
+    into a graph's buffers, their host time and the step's, in µs.
 
     The last column has all launches and copies before the step's graphs, the engine's preparation included.
     """
@@ -277,7 +277,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             continue
         probe = result["probe"]
         times, launches = probe["host_us"], probe["launches"]
-        for state in ("off", "on", "runners"):
+        for state in ("off", "backends", "on"):
             if state not in times:
                 continue
             cells = []
