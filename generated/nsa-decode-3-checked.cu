@@ -37,6 +37,7 @@ constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
 constexpr int kBlocksPerSm = 4;  // limits the blocks for the tables
 constexpr int kWideTiles = 2;  // tiles that a warp takes at once where every warp has work
+constexpr bool kPagesAlone = false;  // whether there is no table of tokens
 constexpr bool kEqualRows = false;  // whether all rows are written up to the same column
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
@@ -266,15 +267,16 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
   return ends.end;
 }
 
-// ---- one tile of a table row -------------------------------------------------------------------------------------
-// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
-
+// ---- addresses that the compiler keeps as they are ---------------------------------------------------------------
 // Keeps one base address in a register. Otherwise the compiler computes an address for each load.
 template <typename T>
 __device__ __forceinline__ const T* opaque(const T* address) {
   if constexpr (kWarpSize > 1) asm("" : "+l"(address));
   return address;
 }
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
 
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.
@@ -658,7 +660,13 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
           tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
-      if (first > 0) __syncthreads();  // all warps are done with the previous window
+      // All warps are done with the previous window. Rows of pages alone seldom have a remainder.
+      window_tiles = 0;
+      if (kPagesAlone && row_count > kThreads) {
+        if (!__syncthreads_or(tiles > 0)) continue;
+      } else if (first > 0) {
+        __syncthreads();
+      }
       pool_rows[slot] = pool_row;
       reaches[slot] = reach;
       begins[slot] = begin;
