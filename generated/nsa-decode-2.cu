@@ -37,7 +37,6 @@ constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
 constexpr int kBlocksPerSm = 4;  // limits the blocks for the tables
 constexpr int kWideTiles = 2;  // tiles that a warp takes at once where every warp has work
-constexpr bool kPagesAlone = false;  // whether there is no table of tokens
 constexpr bool kEqualRows = false;  // whether all rows are written up to the same column
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
@@ -632,13 +631,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
           tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
-      // All warps are done with the previous window. Rows of pages alone seldom have a remainder.
-      window_tiles = 0;
-      if (kPagesAlone && row_count > kThreads) {
-        if (!__syncthreads_or(tiles > 0)) continue;
-      } else if (first > 0) {
-        __syncthreads();
-      }
+      if (first > 0) __syncthreads();  // all warps are done with the previous window
       pool_rows[slot] = pool_row;
       reaches[slot] = reach;
       begins[slot] = begin;

@@ -76,13 +76,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
           tiles = static_cast<std::uint32_t>(columns - begin - 1) / (kWideTiles * kTileColumns) + 1;
         }
       }
-      // All warps are done with the previous window. Rows of pages alone seldom have a remainder.
-      window_tiles = 0;
-      if (kPagesAlone && row_count > kThreads) {
-        if (!__syncthreads_or(tiles > 0)) continue;
-      } else if (first > 0) {
-        __syncthreads();
-      }
+      if (first > 0) __syncthreads();  // all warps are done with the previous window
       pool_rows[slot] = pool_row;
       reaches[slot] = reach;
       begins[slot] = begin;

@@ -75,7 +75,6 @@ EXACT = Shape("exact", (1024, 1024), width=1024, token_phase=4, pool_rows=2)
 EXACT_ALIGNED = Shape("exact and aligned", (1024, 1024), width=1024, pool_rows=2)
 # More requests than threads: several windows, several chunks of the running sums.
 MANY = Shape("many", tuple(range(170)), width=170, token_pad=1)
-MANY_LONG = Shape("many long", (1400,) * 170, width=1403)
 # A row that isn't in the pool, for few requests and for many.
 BAD_ROW = Shape("bad row", (600, 30, 600), width=610, bad_pool_row=4)
 BAD_ROW_OF_MANY = Shape("bad row of many", (600, 30, 600) * 40, width=610, bad_pool_row=-1)
