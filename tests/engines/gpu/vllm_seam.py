@@ -93,7 +93,7 @@ def main() -> None:
     result = Path(sys.argv[1])
     vllm_fakes.install(gpu=not CPU)
     measure.DRY = CPU
-    vllm_objects.DEVICE = "cpu" if CPU else "cuda"
+    vllm_objects.DEVICE = "cpu" if CPU else "cuda:0"
     vllm_objects.WIDTH, vllm_objects.MAX_REQUESTS, vllm_objects.MAX_TOKENS = LONGEST // 64, MAX_REQUESTS, MAX_TOKENS
     found: dict[str, Any] = {
         "shape": {
