@@ -80,10 +80,10 @@ NVTX_VARIABLE = Variable("ONELAUNCH_NVTX", "1", "off", "An NVTX range around eac
 DISABLE_VARIABLE = Variable("ONELAUNCH_DISABLE", "1", "off", "attach() attaches nothing; the engine's own path runs.")
 SGLANG_VARIABLE = Variable(
     "ONELAUNCH_SGLANG",
-    "1, runners or 0",
+    "1, backends or 0",
     "off",
-    "Attaches in an unmodified SGLang to every backend that can be served, with runners to its graph runners too; 0 "
-    "overrides SGLANG_PLUGINS.",
+    "Attaches in an unmodified SGLang to all that is served, with backends to attention backends alone; 0 overrides "
+    "SGLANG_PLUGINS.",
 )
 
 VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))

@@ -528,6 +528,20 @@ def test_pages_one_behind_the_other() -> None:
     assert last.tolist() == [2, 0, 4]
 
 
+def test_a_packed_mask_of_bools() -> None:
+    """Of each request's token which of the others it sees: a row of 3 for each of two tokens, and so on."""
+    mask = torch.full((40,), 7, dtype=torch.uint8)
+    bound(
+        {
+            "starts": running_sum("2 * max(seq_len, 0)"),
+            "mask": into(packed("column % 3 - 1", at="starts", dtype="bool"), mask.view(torch.bool)),
+        }
+    ).run(LENGTHS, ROWS)
+    counts = [2 * max(length, 0) for length in LENGTHS.tolist()]
+    wanted = [int(column % 3 != 1) for count in counts for column in range(count)]
+    assert mask.tolist() == [*wanted, *[7] * (40 - len(wanted))]
+
+
 def test_tables_that_are_refused() -> None:
     for declare, message in (
         ({"mine": table("column", columns="row")}, "names row, which is per row"),

@@ -164,7 +164,7 @@ def check_declaration(name: str, declaration: Declaration) -> None:
     assert not isinstance(declaration, Special)
     check_one_of(f"the per of {name}", declaration.per, ("request", "row"))
     summed = isinstance(declaration, RunningSum)
-    dtypes = ("int32", "int64", "bool") if type(declaration) is Vector else ("int32", "int64")
+    dtypes = ("int32", "int64", "bool") if type(declaration) in (Vector, Packed) else ("int32", "int64")
     check_one_of(f"the dtype of {name}", declaration.dtype, dtypes)
     low, high = limits(declaration.dtype)
     check_whole(f"the missing of {name}", declaration.missing, low, high)

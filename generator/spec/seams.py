@@ -89,7 +89,17 @@ def verify(tokens: int) -> dict[str, Declaration]:
         # Triton's: the queries, and the full mask's bytes of each request.
         "qo_indptr": running_sum("draft_tokens", dtype="int64"),
         "mask_indptr": RunningSum("draft_tokens * (base_len + draft_tokens)", dtype="int64"),
+        "full_mask": packed(_full_mask(tokens), at="mask_indptr", dtype="bool"),
     }
+
+
+def _full_mask(tokens: int) -> str:
+    """Triton's mask: for each draft token a row of the request's tokens, of which it sees those up to itself."""
+    seen = "column <= base_len"
+    for row in range(1, tokens):
+        first = f"{row} * (base_len + draft_tokens)"
+        seen = f"where(column >= {first}, column - {first} <= base_len + {row}, {seen})"
+    return seen
 
 
 def draft_extend(tokens: int) -> dict[str, Declaration]:
@@ -108,6 +118,8 @@ def draft_extend(tokens: int) -> dict[str, Declaration]:
         "num_correct_drafts": vector("accepted - 1", "request", pad=tokens),
         # Padding requests accept nothing: theirs is the last token, and -1 % n is n - 1.
         "select_index": vector("request * draft_tokens + (accepted - 1) % draft_tokens", "request", dtype="int64"),
+        # The same + 1, which the engine has in between.
+        "select_end": vector("request * draft_tokens + accepted", "request", dtype="int64"),
         "cu_seqlens_q": running_sum("draft_tokens"),
         "qo_indptr": running_sum("draft_tokens", dtype="int64"),
     }

@@ -20,8 +20,23 @@ LENGTHS = (
     "cuda_graph_draft_extend_seq_lens_k",
     "cuda_graph_num_kv_splits",
 )
-CUMULATIVE = ("cu_seqlens_k", "dsa_cu_seqlens_k", "kv_indptr", "qo_indptr", "mask_indptr")
-TABLES = ("page_table_1", "real_page_table", "page_table", "block_kv_indices", "cuda_graph_kv_indices")
+CUMULATIVE = (
+    "cu_seqlens_k",
+    "dsa_cu_seqlens_k",
+    "kv_indptr",
+    "qo_indptr",
+    "mask_indptr",
+    "cuda_graph_qo_indptr",
+    "cuda_graph_qk_indptr",
+)
+TABLES = (
+    "page_table_1",
+    "real_page_table",
+    "page_table",
+    "block_kv_indices",
+    "cuda_graph_kv_indices",
+    "cuda_graph_custom_mask",
+)
 # Made by the engine's own steps, which must still be called. Poisoned too.
 OTHERS = (
     "paged_mqa_schedule_metadata",
@@ -82,7 +97,7 @@ def poison(backend: Any) -> None:
         if isinstance(value, Tensor):
             name = last_name(path)
             if name in LENGTHS or name in TABLES or name in OTHERS:
-                value.fill_(POISON)
+                value.fill_(POISON if value.is_signed() else 256 + POISON)
             elif name in CUMULATIVE:
                 value[..., 1:] = POISON
 

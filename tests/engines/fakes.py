@@ -28,7 +28,6 @@ BINARY = (
     "deep_gemm",
     "fastapi",
     "flash_mla",
-    "flashinfer",
     "gguf",
     "httpcore2",
     "httpx2",
@@ -134,6 +133,7 @@ def _on_the_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def install() -> None:
     """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch."""
+    importlib.import_module("flashinfer_fakes").install()  # before cutlass seems to be there, which it looks for
     sys.meta_path.append(EmptyModules(BINARY))
     ask = importlib.metadata.version
 

@@ -7,6 +7,7 @@ Only plain facts are made up here. Whatever has behaviour (backends, ForwardMode
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -70,7 +71,9 @@ FAMILIES = {
     "flashmla": Family("flashmla_backend", "FlashMLAMultiStepDraftBackend", "FlashMLABackend", True, (64,)),
     "trtllm_mla": Family("trtllm_mla_backend", "TRTLLMMLAMultiStepDraftBackend", "TRTLLMMLABackend", True, (64, 32)),
     "triton": Family("triton_backend", "TritonMultiStepDraftBackend", "TritonAttnBackend", False, (1, 16, 32, 64)),
-    "flashinfer": Family("flashinfer_backend", "FlashInferMultiStepDraftBackend", "", False, (1, 16, 32, 64)),
+    "flashinfer": Family(
+        "flashinfer_backend", "FlashInferMultiStepDraftBackend", "FlashInferAttnBackend", False, (1, 16, 32, 64)
+    ),
     "flashinfer_mla": Family("flashinfer_mla_backend", "FlashInferMLAMultiStepDraftBackend", "", True, (1, 16, 32, 64)),
 }
 
@@ -250,6 +253,42 @@ class _DraftInput(SimpleNamespace):
         return False
 
 
+def verify_input(lengths: Tensor, tokens: int, *, topk: int = 1, masked: bool = False, seed: int = 0) -> Any:
+    """SGLang's input of a verification.
+
+    Args:
+        lengths: of the real requests, without the draft's tokens.
+        masked: whether it has the mask that FlashInfer's attention reads, here of no tree that there is: any token may
+            see any other one.
+    """
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    mask = None
+    if masked:
+        random = torch.Generator(device()).manual_seed(seed)
+        seen = [torch.ones((tokens, length + tokens), dtype=torch.bool) for length in lengths.tolist()]
+        for each in seen:
+            each[:, -tokens:] = torch.rand((tokens, tokens), generator=random) < 0.5
+        mask = torch.cat([each.flatten() for each in seen])
+    empty: dict[str, Any] = {field.name: None for field in dataclasses.fields(EagleVerifyInput)}
+    return EagleVerifyInput(
+        **{**empty, "topk": topk, "draft_token_num": tokens, "num_tokens_per_req": tokens, "custom_mask": mask}
+    )
+
+
+def extend_input(count: int, tokens: int, **fields: Any) -> Any:
+    """SGLang's input of a draft extension of so many requests, padding included. They accept one token each."""
+    from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
+
+    accepted = fields.pop("num_accept_tokens", None)
+    accepted = torch.ones(count, dtype=torch.int32) if accepted is None else accepted
+    made = EagleDraftExtendInput(
+        num_correct_drafts=accepted - 1, num_accept_tokens=accepted, num_tokens_per_req=tokens, **fields
+    )
+    made.custom_mask = None
+    return made
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a forward batch is made from, so that two can be made alike.
@@ -260,6 +299,7 @@ class Batch:
         mode: onelaunch's name of the forward mode.
         tokens: draft tokens of a request.
         drafting: whether the batch has a spec_info; a target model's plain decode has none.
+        masked: whether a verification has a mask.
     """
 
     lengths: tuple[int, ...]
@@ -268,6 +308,7 @@ class Batch:
     tokens: int
     seed: int = 0
     drafting: bool = True
+    masked: bool = False
 
     def make(self, *, cpu_lengths: bool = True) -> Any:
         """A forward batch as a graph's runner hands it to a backend: its own buffers, with padding."""
@@ -287,19 +328,12 @@ class Batch:
         tokens = bs * (1 if self.mode == "decode" else self.tokens)
         # Padded requests of a draft graph have position 0 although their length is 1.
         positions = torch.where(torch.arange(bs) < real, seq_lens, 0) if self.mode == "decode" else torch.zeros(tokens)
-        spec_info = _DraftInput(
-            num_tokens_per_req=self.tokens,
-            draft_token_num=self.tokens,
-            ragged_verify_layout=None,
-            extend_seq_lens_tensor=extended if self.mode == "draft_extend" else None,
-            extend_seq_lens_cpu=extended.tolist() if self.mode == "draft_extend" else None,
-            num_accept_tokens=None,
-            custom_mask=None,
-            kv_indptr=None,
-            kv_indices=None,
-            window_kv_indptr=None,
-            window_kv_indices=None,
-        )
+        spec_info = self._spec_info(extended)
+        spec_info.ragged_verify_layout = None
+        spec_info.extend_seq_lens_tensor = extended if self.mode == "draft_extend" else None
+        spec_info.extend_seq_lens_cpu = extended.tolist() if self.mode == "draft_extend" else None
+        for name in ("kv_indptr", "kv_indices", "window_kv_indptr", "window_kv_indices"):
+            setattr(spec_info, name, None)
         return SimpleNamespace(
             batch_size=bs,
             forward_mode=modes[self.mode],
@@ -319,3 +353,11 @@ class Batch:
             kv_loc_cols=None,
             spec_info=spec_info if self.drafting else None,
         )
+
+    def _spec_info(self, extended: Tensor) -> Any:
+        if self.mode == "target_verify":
+            lengths = torch.tensor(self.lengths)
+            return verify_input(lengths, self.tokens, masked=self.masked, seed=self.seed)
+        if self.mode == "draft_extend":
+            return extend_input(self.captured, self.tokens)
+        return _DraftInput(num_tokens_per_req=self.tokens, num_accept_tokens=None, custom_mask=None)

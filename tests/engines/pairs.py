@@ -32,9 +32,14 @@ class Pair:
         self.drafting = bool(steps) or mode != "decode"
         for bs in CAPTURED:
             for backend in self.backends:
-                batch = Batch((objects.FILL,) * bs, bs, mode, draft_tokens, drafting=self.drafting).make()
+                batch = self.batch((objects.FILL,) * bs, bs, 0)
                 backend.init_forward_metadata_out_graph(batch, in_capture=True)
                 backend.init_forward_metadata_in_graph(batch)
+
+    def batch(self, lengths: tuple[int, ...], bs: int, seed: int) -> Any:
+        """A batch of this pair's mode."""
+        masked = self.name == "flashinfer"
+        return Batch(lengths, bs, self.mode, self.draft_tokens, seed, self.drafting, masked).make()
 
     @property
     def backends(self) -> tuple[Any, Any]:
@@ -53,7 +58,7 @@ class Pair:
         self.replays += 1
         for backend in self.backends:
             compare.poison(backend)
-            batch = Batch(lengths, bs, self.mode, self.draft_tokens, seed, self.drafting).make()
+            batch = self.batch(lengths, bs, seed)
             backend.init_forward_metadata_out_graph(batch)
             backend.init_forward_metadata_in_graph(batch)
             self.blank(backend, batch)

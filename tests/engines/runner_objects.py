@@ -19,6 +19,8 @@ from torch import Tensor
 CAPTURED = (2, 5)
 WORKER = "sglang.srt.speculative.eagle_worker_common"
 DRAFTER = "sglang.srt.speculative.eagle_worker_v2"
+BATCHES = "sglang.srt.model_executor.forward_batch_info"
+LOCATIONS, LOCATE = "sglang.kernels.ops.speculative.cache_locs", "assign_extend_cache_locs_uniform_func"
 HIDDEN = 8
 # What a graph has of each token, and of each request.
 TOKENS = ("input_ids", "positions", "out_cache_loc")
@@ -95,7 +97,7 @@ def _captured(backend: Any, mode: str, tokens: int) -> None:
     rows = 1 if mode == "decode" else tokens
     backend.init_cuda_graph_state(max(CAPTURED), max(CAPTURED) * rows)
     for bs in CAPTURED:
-        batch = Batch((objects.FILL,) * bs, bs, mode, tokens).make()
+        batch = Batch((objects.FILL,) * bs, bs, mode, tokens, masked="FlashInfer" in type(backend).__name__).make()
         backend.init_forward_metadata_out_graph(batch, in_capture=True)
         backend.init_forward_metadata_in_graph(batch)
 
@@ -235,6 +237,69 @@ def verify_runner(name: str, pool: Tensor, page: int, tokens: int) -> Any:
     return made
 
 
+def draft_worker(name: str, pool: Tensor, page: int, tokens: int) -> Any:
+    """EagleDraftWorker without a graph of the extension, whose target's backend is a family's single one."""
+    target = verify_runner(name, pool, page, tokens)
+    worker = object.__new__(import_module(DRAFTER).EagleDraftWorker)
+    count, steps = max(CAPTURED), tokens - 1
+    draft = _model_runner(pool, SimpleNamespace(init_forward_metadata=lambda batch: None))
+    worker.__dict__.update(
+        target_worker=SimpleNamespace(model_runner=target.model_runner),
+        draft_runner=draft,
+        req_to_token_pool=draft.req_to_token_pool,
+        topk=1,
+        speculative_num_steps=steps,
+        speculative_num_draft_tokens=tokens,
+        seed_dsa_topk_from_draft_extend=False,
+        cuda_graph_runner_for_draft_extend=None,
+        plan_stream=None,
+        plan_stream_ctx=contextlib.nullcontext(),
+        tree_mask_mode=import_module("sglang.srt.speculative.eagle_utils").default_tree_mask_mode(),
+        device=objects.device(),
+        _topk1_parents_prealloc=torch.arange(-1, steps - 1).repeat(count, 1),
+        _topk1_score_indices_prealloc=torch.arange(steps).repeat(count, 1),
+    )
+    target.model_runner.decode_cuda_graph_runner = target
+    draft.forward = lambda batch: SimpleNamespace(
+        logits_output=SimpleNamespace(next_token_logits=torch.eye(64), hidden_states=torch.arange(64)[:, None])
+    )
+    return worker
+
+
+def extension_batch(batch: Any, *arguments: Any, extend_position_info: Any = None, **keywords: Any) -> Any:
+    """ForwardBatch.init_new of a draft extension, as far as what comes before it reads it."""
+    batches = import_module(BATCHES)
+    prefix, extends = (
+        torch.tensor(each, dtype=torch.int32) if isinstance(each, list) else each
+        for each in (batch.prefix_lens, batch.extend_lens)
+    )
+    if extend_position_info is None:
+        extend_position_info = batches.compute_position("triton", prefix, extends, batch.extend_num_tokens)
+    return SimpleNamespace(
+        batch_size=len(batch.seq_lens),
+        forward_mode=batch.forward_mode,
+        input_ids=batch.input_ids,
+        seq_lens=batch.seq_lens,
+        seq_lens_cpu=batch.seq_lens_cpu,
+        seq_lens_sum=None,
+        req_pool_indices=batch.req_pool_indices,
+        out_cache_loc=batch.out_cache_loc,
+        out_cache_loc_virtual=None,
+        positions=extend_position_info[0],
+        extend_start_loc=extend_position_info[1],
+        extend_prefix_lens=prefix,
+        extend_seq_lens=extends,
+        extend_seq_lens_cpu=batch.extend_lens if isinstance(batch.extend_lens, list) else None,
+        mrope_positions=None,
+        mamba_track_indices=None,
+        encoder_lens=None,
+        kv_loc_plan=None,
+        kv_loc_cols=None,
+        mark_forward_metadata_ready=lambda: None,
+        spec_info=batch.spec_info,
+    )
+
+
 @dataclasses.dataclass
 class Request:
     """A batch of real requests, and the numbers that models would have made.
@@ -327,25 +392,16 @@ class Request:
 
     def extend(self, runner: Any, tokens: int, *, cpu_lengths: bool) -> Any:
         """What the engine's worker does in a draft extension, from the verification's results."""
-        worker, batches = import_module(WORKER), import_module("sglang.srt.model_executor.forward_batch_info")
+        worker, batches = import_module(WORKER), import_module(BATCHES)
         lengths = torch.tensor(self.lengths)
-        spec_info = SimpleNamespace(
+        spec_info = objects.extend_input(
+            len(lengths),
+            tokens,
             hidden_states=self.hidden[: len(lengths) * tokens],
-            num_correct_drafts=self.accepted - 1,
             num_accept_tokens=self.accepted,
-            num_tokens_per_req=tokens,
             num_tokens_for_logprob_per_req=tokens,
-            num_front_tokens=0,
-            positions=None,
-            ragged_verify_layout=None if self.served else SimpleNamespace(),
-            custom_mask=None,
-            is_draft_input=lambda: True,
-            is_verify_input=lambda: False,
-            extend_seq_lens_tensor=None,
-            extend_seq_lens_cpu=None,
-            kv_indptr=None,
-            kv_indices=None,
         )
+        spec_info.ragged_verify_layout = None if self.served else SimpleNamespace()
         batch = SimpleNamespace(
             seq_lens=lengths,
             seq_lens_cpu=lengths.clone().cpu() if cpu_lengths else None,
@@ -356,37 +412,7 @@ class Request:
             multimodal_inputs=[None] * len(lengths),
         )
 
-        def init_new(batch: Any, *arguments: Any, extend_position_info: Any = None, **keywords: Any) -> Any:
-            prefix, extends = (
-                torch.tensor(each, dtype=torch.int32) if isinstance(each, list) else each
-                for each in (batch.prefix_lens, batch.extend_lens)
-            )
-            if extend_position_info is None:
-                extend_position_info = batches.compute_position("triton", prefix, extends, batch.extend_num_tokens)
-            return SimpleNamespace(
-                batch_size=len(batch.seq_lens),
-                forward_mode=batch.forward_mode,
-                input_ids=batch.input_ids,
-                seq_lens=batch.seq_lens,
-                seq_lens_cpu=batch.seq_lens_cpu,
-                seq_lens_sum=None,
-                req_pool_indices=batch.req_pool_indices,
-                out_cache_loc=batch.out_cache_loc,
-                out_cache_loc_virtual=None,
-                positions=extend_position_info[0],
-                extend_start_loc=extend_position_info[1],
-                extend_prefix_lens=prefix,
-                extend_seq_lens=extends,
-                extend_seq_lens_cpu=batch.extend_lens if isinstance(batch.extend_lens, list) else None,
-                mrope_positions=None,
-                mamba_track_indices=None,
-                encoder_lens=None,
-                kv_loc_plan=None,
-                kv_loc_cols=None,
-                spec_info=batch.spec_info,
-            )
-
-        kept, worker.ForwardBatch = worker.ForwardBatch, SimpleNamespace(init_new=init_new)
+        kept, worker.ForwardBatch = worker.ForwardBatch, SimpleNamespace(init_new=extension_batch)
         try:
             made = worker.prepare_for_draft_extend(
                 spec_info,
@@ -405,8 +431,7 @@ class Request:
 
     def window(self, runner: Any, tokens: int) -> Tensor:
         """The write locations of a verification, by the engine's own kernel."""
-        locations = import_module("sglang.kernels.ops.speculative.cache_locs")
-        made: Tensor = locations.assign_extend_cache_locs_uniform_func(
+        made: Tensor = getattr(import_module(LOCATIONS), LOCATE)(
             req_pool_indices=self.rows,
             req_to_token=runner.model_runner.req_to_token_pool.req_to_token,
             start_offset=torch.tensor(self.lengths),
@@ -422,19 +447,8 @@ class Request:
 
         lengths = torch.tensor(self.lengths)
         count = len(lengths) * tokens
-        spec_info = SimpleNamespace(
-            topk=1 if self.served else 2,
-            draft_token_num=tokens,
-            num_tokens_per_req=tokens,
-            ragged_verify_layout=None,
-            custom_mask=None,
-            is_draft_input=lambda: False,
-            is_verify_input=lambda: True,
-            extend_seq_lens_tensor=None,
-            extend_seq_lens_cpu=None,
-            kv_indptr=None,
-            kv_indices=None,
-        )
+        masked = "FlashInfer" in type(runner.attn_backend).__name__
+        spec_info = objects.verify_input(lengths, tokens, topk=1 if self.served else 2, masked=masked, seed=self.seed)
         batch = SimpleNamespace(
             needs_forward_metadata_init=lambda: True,
             batch_size=len(lengths),

@@ -100,6 +100,8 @@ REFUSED = [
     ("dsa", 3, set_of_child("hisparse_coordinator", object()), "HiSparse"),
     ("triton", 0, set_of_child("window_kv_indptr", object()), "window_kv_indptr is set: layers with a sliding window"),
     ("triton", 3, set_of_child("dcp_size", 2), "dcp_size is set: decode context parallelism"),
+    ("flashinfer", 0, set_of_child("dispatch_reason", object()), "dispatch_reason is set: sliding windows"),
+    ("flashinfer", 0, set_of_child("prefill_backend", "fa3"), "prefill_backend is 'fa3': fast_prefill_plan is fa2's"),
 ]
 if objects.HAS_TRANSLATOR:
     REFUSED += [
@@ -146,8 +148,8 @@ def test_decode_context_parallelism_is_found_in_the_engines_context(monkeypatch:
 
 
 def test_another_class_is_refused_by_name() -> None:
-    with pytest.raises(ArgumentError, match="backend is a FlashInferAttnBackend; allowed: Deepseek"):
-        sglang.attach(backend("flashinfer").attn_backends[0])
+    with pytest.raises(ArgumentError, match="backend is a FlashInferMLAAttnBackend; allowed: Deepseek"):
+        sglang.attach(backend("flashinfer_mla").attn_backends[0])
 
 
 def test_a_backend_is_attached_once() -> None:
@@ -223,7 +225,7 @@ def test_after_a_failure_the_engines_own_code_runs_and_one_warning_is_given(
     assert not different, "\n".join(different)
 
 
-@pytest.mark.parametrize("name", ["dsa", "fa3", "flashmla", "triton"])
+@pytest.mark.parametrize("name", ["dsa", "fa3", "flashmla", "triton", "flashinfer"])
 def test_a_failure_behind_the_launch_leaves_nothing_half_written(name: str) -> None:
     """The engine's own code then writes everything again."""
     pair = Pair(name, 64, mode="decode", steps=3)
@@ -511,11 +513,15 @@ def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pyt
     assert not hooks._hooks
     monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
     plugin.install()
-    assert len(hooks._hooks) == 3
+    assert len(hooks._hooks) == 4
     hooks.reset()
-    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "runners")
+    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "1")
     plugin.install()
     assert len(hooks._hooks) == 4
+    hooks.reset()
+    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "backends")
+    plugin.install()
+    assert len(hooks._hooks) == 3
     hooks.reset()
     monkeypatch.setenv(plugin.SGLANG_VARIABLE, "0")
     plugin.install()
@@ -565,12 +571,15 @@ def test_backends_that_only_choose_between_others_have_these_attached() -> None:
 
 
 def test_the_plugin_names_the_backend_that_is_not_served(caplog: pytest.LogCaptureFixture) -> None:
-    single = backend("flashinfer").attn_backends[0]
+    single = backend("flashinfer", 0)
     assert isinstance(single.decode_backend, str), "no backend to look into"
+    plugin._made(single)
+    assert "init_forward_metadata_out_graph" in vars(single)
+    single = backend("flashinfer_mla").attn_backends[0]
     with caplog.at_level(logging.INFO, "onelaunch"):
         plugin._made(single)
     (said,) = caplog.messages
-    assert said.startswith("attach backend is a FlashInferAttnBackend; allowed: Deepseek")
+    assert said.startswith("attach backend is a FlashInferMLAAttnBackend; allowed: Deepseek")
 
 
 def test_the_plugin_never_raises_and_imports_no_torch() -> None:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_builds")
 def _detached() -> Any:
     """No test leaves a hook in the engine's modules."""
     yield
-    for made in {id(made): made for hook in hooks.Hook.made.values() for made in hook.seams}.values():
+    for made in {id(made): made for hook in hooks.Hook.made.values() for made, _ in hook.seams}.values():
         made.detach()
     assert not hooks.Hook.made
 
@@ -144,7 +144,8 @@ class Extend(Seam):
         return runner_objects.extend_runner(self.name, pool, self.page, self.tokens)
 
     def prepare(self, runner: Any, request: Request) -> None:
-        request.extend(runner, self.tokens, cpu_lengths=self.replays % 2 == 0)
+        # FlashInfer's plan needs them.
+        request.extend(runner, self.tokens, cpu_lengths=self.name == "flashinfer" or self.replays % 2 == 0)
 
 
 SINGLE = [name for name, family in FAMILIES.items() if family.single]
@@ -419,7 +420,7 @@ def test_runners_that_are_refused() -> None:
         with pytest.raises(ArgumentError, match=message):
             sglang.attach(made)
         made.__dict__.update(kept)
-    with pytest.raises(ArgumentError, match="attach the runner's backend with them first"):
+    with pytest.raises(ArgumentError, match="Attach the runner's backend with them first"):
         sglang.attach(made, schedules=True)
     made.capture_bs.append(7)
     with pytest.raises(ArgumentError, match=r"bs is 7, and .* there is no decode graph of it"):

@@ -1,6 +1,6 @@
-"""FA3's draft extension in an SGLang that captures no graph of it, such as 0.5.17.
+"""FA3's draft extension in versions of SGLang that capture no graph of it, such as 0.5.17.
 
-There the engine makes new tensors for each step, by eleven kernels and copies. Here they are kept, and one launch
+The engine makes new tensors in each step, with eleven kernels and copies. Here the tensors are kept, and one launch
 refreshes them.
 """
 
@@ -19,12 +19,12 @@ from .captured import EXTENDED
 from .refresher import launch
 
 EAGER = "init_forward_metadata"
-# Larger batches than this has room for run the engine's own code.
+# Bounds the kept table. Larger batches run the engine's own code.
 _MAX_TABLE_BYTES = 2**26
 
 
 def extends_without_a_graph(backend: Any) -> bool:
-    """Whether FA3 backends of this version have no graph of the draft extension, and this one does extend."""
+    """Whether this version has no graph of FA3's draft extension, and this backend runs draft extensions."""
     return (
         not hasattr(backend, "stage_draft_extend_metadata")
         and bool(getattr(backend, "is_draft_runner", False))
@@ -34,19 +34,21 @@ def extends_without_a_graph(backend: Any) -> bool:
 
 
 class Extension:
-    """Refreshes what FA3 reads in a draft extension without a graph: one launch for batches of any size that fits.
+    """Refreshes by one launch what FA3 reads in a draft extension without a graph. One plan serves all batch sizes.
 
     Args:
         backend: a FlashAttentionBackend.
-        facts: arguments of onelaunch.bind.
+        settings: arguments of onelaunch.bind.
     """
 
-    def __init__(self, backend: Any, **facts: Any) -> None:
+    def __init__(self, backend: Any, **settings: Any) -> None:
         self._backend = backend
-        self._metadata = sys.modules[type(backend).__module__].FlashAttentionMetadata
-        # By batch size: views of the lengths and sums.
-        self._heads: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        engine = sys.modules[type(backend).__module__]
+        self._metadata, self._mode = engine.FlashAttentionMetadata, engine.ForwardMode.DRAFT_EXTEND_V2
+        # By batch size: views of the lengths, the sums, the starts and the widest table.
+        self._heads: dict[int, tuple[torch.Tensor, ...]] = {}
         self._pool, page_size = backend.req_to_token, backend.page_size
+        self._widest = -(-backend.max_context_len // page_size)
         pages = -(-self._pool.shape[1] // page_size)
         self.capacity = max(1, min(self._pool.shape[0], _MAX_TABLE_BYTES // (4 * pages)))
 
@@ -63,12 +65,12 @@ class Extension:
             page_size=page_size,
             declare={"cu_seqlens_q": into(running_sum(EXTENDED), self._starts)},
             inputs={EXTENDED: torch.int32},
-            **facts,
+            **settings,
         )
         self.plan.follow_addresses()
 
     def run(self, batch: Any) -> bool:
-        """Refreshes the metadata and gives it to the backend; False, and nothing is written, if that isn't served.
+        """Refreshes the metadata and gives it to the backend. Returns False and writes nothing if it can't serve.
 
         Args:
             batch: SGLang's ForwardBatch, with seq_lens and req_pool_indices int64 [bs], extend_seq_lens int32 [bs].
@@ -78,7 +80,7 @@ class Extension:
         """
         bs, extended, backend = batch.batch_size, batch.extend_seq_lens, self._backend
         if (
-            not batch.forward_mode.is_draft_extend_v2()
+            batch.forward_mode is not self._mode
             or not 0 < bs <= self.capacity
             or extended is None
             or batch_refusal(batch)
@@ -87,13 +89,21 @@ class Extension:
             return False
         launch(self.plan, batch.seq_lens, batch.req_pool_indices, (extended,))
         if bs not in self._heads:
-            self._heads[bs] = self._lengths[:bs], self._sums[: bs + 1], self._starts[: bs + 1]
-        metadata = self._metadata()
+            tensors = self._lengths[:bs], self._sums[: bs + 1], self._starts[: bs + 1]
+            self._heads[bs] = *tensors, self._table[:bs, : self._widest]
+        lengths, sums, starts, table = self._heads[bs]
         longest, widths = batch.seq_lens_cpu, batch.extend_seq_lens_cpu
-        # Of a few numbers Python's max() is quicker.
-        metadata.max_seq_len_k = backend.max_context_len if longest is None else max(longest.tolist())
-        metadata.max_seq_len_q = backend.speculative_num_draft_tokens if widths is None else max(widths)
-        metadata.cache_seqlens_int32, metadata.cu_seqlens_k, metadata.cu_seqlens_q = self._heads[bs]
-        metadata.page_table = self._table[:bs, : -(-metadata.max_seq_len_k // backend.page_size)]
-        backend.forward_metadata = metadata
+        columns = backend.max_context_len
+        if longest is not None:
+            # For a few numbers Python's max() is faster than PyTorch's.
+            columns = max(longest.tolist())
+            table = self._table[:bs, : -(-columns // backend.page_size)]
+        backend.forward_metadata = self._metadata(
+            cache_seqlens_int32=lengths,
+            max_seq_len_q=backend.speculative_num_draft_tokens if widths is None else max(widths),
+            max_seq_len_k=columns,
+            cu_seqlens_q=starts,
+            cu_seqlens_k=sums,
+            page_table=table,
+        )
         return True

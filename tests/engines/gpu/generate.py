@@ -35,7 +35,7 @@ PACKAGES = (
     "numpy",
 )
 LENGTHS = (5, 40)  # of the prompts
-STATES = ("off", "on", "runners")  # of the probe
+STATES = ("off", "backends", "on")  # of the probe
 
 
 def prompts(count: int) -> list[list[int]]:

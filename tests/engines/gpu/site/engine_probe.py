@@ -6,9 +6,9 @@ draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
 PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with a state behind it: "off" where onelaunch is
-    taken off meanwhile, "on", also where none is named, where it is attached to the attention backends, "runners" where
-    it is attached to the graph runners too. In the same process, which is the fair comparison: the speed of identical
-    processes differs by up to 1.7 times. Read before each prefill.
+    taken off meanwhile, "backends" where it is attached to the attention backends alone, "on", also where none is
+    named, where it is attached to the graph runners and the draft worker too. In the same process, which is the fair
+    comparison: the speed of identical processes differs by up to 1.7 times. Read before each prefill.
 PROBE_SPOIL: 1 zeroes the draft's table after each refresh.
 """
 
@@ -31,12 +31,12 @@ import engine_trace
 BATCH = 16  # the batch size whose steps are timed and profiled
 PROFILED_STEPS = range(4, 7)
 _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
-_DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _METADATA = ("init_forward_metadata_out_graph", "init_forward_metadata")
-_STATES = ("off", "on", "runners")
+_STATES = ("off", "backends", "on")
 # What copies a batch into a graph's buffers: a function of the runner's module, or a method of its registry.
 _COPIES, _FILL = "_grouped_foreach_copy_", "fill_from"
+_EXTENSION = "_draft_extend_for_decode"  # the worker's draft extension, its preparation included
 
 
 class Probe:
@@ -53,7 +53,8 @@ class Probe:
         self.watched_lines: int | None = None  # and how many when onelaunch was first taken off
         self.attachments: list[Any] = []  # to backends
         self.runners: dict[str, Any] = {}
-        self.attached_runners: list[Any] = []  # what attach() returned for them
+        self.worker: Any = None  # that drafts
+        self.others: list[Any] = []  # what attach() returned for the runners and the worker
         self.roles: list[tuple[str, Any]] = []
         self.unwatched: list[tuple[Any, str, Any]] = []  # an object, an attribute, and what the object had of its own
         self.profiler: Any = None
@@ -80,6 +81,7 @@ class Probe:
             "verify": scheduler.tp_worker.model_runner.decode_cuda_graph_runner,
             "draft-extend": draft.cuda_graph_runner_for_draft_extend,
         }
+        self.worker = draft
         self.after_capture = len(self.lines)
         self._watch()
 
@@ -107,18 +109,13 @@ class Probe:
             if self.profiler is not None and self.step == PROFILED_STEPS.stop - 1:
                 self._end_profile()
 
-    def extension(self, original: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Around the draft extension of a step, its preparation included."""
-        with self._span("extend"):
-            return original(*arguments, **keywords)
-
     # ------------------------------------------------------------------------------------------ watching
 
     @property
     def state(self) -> str:
-        if self.attached_runners:
-            return "runners"
-        return "on" if any(attachment.attached for attachment in self.attachments) else "off"
+        if self.others:
+            return "on"
+        return "backends" if any(attachment.attached for attachment in self.attachments) else "off"
 
     def _watch(self) -> None:
         for role, backend in self.roles:
@@ -130,6 +127,13 @@ class Probe:
                 module = sys.modules[type(runner).__module__]
                 owner, name = (module, _COPIES) if registry is None else (registry, _FILL)
                 self._replace(owner, name, self._timed(f"{role} copies", getattr(owner, name)))
+        extend = getattr(self.worker, _EXTENSION)
+
+        def extension(*arguments: Any, **keywords: Any) -> Any:
+            with self._span("extend"):
+                return extend(*arguments, **keywords)
+
+        self._replace(self.worker, _EXTENSION, extension)
 
     def _replace(self, owner: Any, name: str, mine: Any) -> None:
         self.unwatched.append((owner, name, vars(owner).get(name)))
@@ -152,9 +156,9 @@ class Probe:
         if self.watched_lines is None:
             self.watched_lines = len(self.lines)
         self._unwatch()
-        for attachment in self.attached_runners:
+        for attachment in reversed(self.others):
             attachment.detach()
-        self.attached_runners = []
+        self.others = []
         if wanted == "off":
             for attachment in reversed(self.attachments):
                 attachment.detach()
@@ -164,17 +168,17 @@ class Probe:
             before, self.attachments[:] = list(self.attachments), []
             for attachment in before:
                 sglang.attach(attachment.backend)  # and install()'s hook keeps it
-        if wanted == "runners":
-            self._attach_runners()
+        if wanted == "on":
+            self._attach_others()
         self._watch()
 
-    def _attach_runners(self) -> None:
+    def _attach_others(self) -> None:
         from onelaunch.integrations import sglang
 
-        for runner in self.runners.values():
-            if runner is not None:
+        for target in (*self.runners.values(), self.worker):
+            if target is not None:
                 with contextlib.suppress(Exception):  # one that isn't served
-                    sglang.attach(runner)
+                    sglang.attach(target)
 
     def _timed(self, role: str, function: Any) -> Any:
         """The function, timed in decode steps unless it is called by another one of them."""
@@ -274,7 +278,7 @@ class Probe:
             else self.lines[self.after_capture : self.watched_lines],
             "attachments": [
                 {"backend": type(a.backend).__name__, "launches": a.launches, "failed": a.failed}
-                for a in (*self.attachments, *self.attached_runners)
+                for a in (*self.attachments, *self.others)
             ],
             "spoiled": self.spoiled,
         }
@@ -320,7 +324,6 @@ def install() -> None:
     HookRegistry.register(f"{_SCHEDULER}.init_all_attention_backends", probe.made, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.init_all_cuda_graphs", probe.captured, HookType.AFTER)
     HookRegistry.register(f"{_EAGLE}.forward_batch_generation", probe.generation, HookType.AROUND)
-    HookRegistry.register(f"{_DRAFT}._draft_extend_for_decode", probe.extension, HookType.AROUND)
     if os.environ.get("ONELAUNCH_SGLANG") == "1":
         from onelaunch.integrations import sglang
 
@@ -328,7 +331,7 @@ def install() -> None:
 
         def recorded(*arguments: Any, **keywords: Any) -> Any:
             attachment = attach(*arguments, **keywords)
-            kind = probe.attached_runners if hasattr(attachment.backend, "capture_bs") else probe.attachments
+            kind = probe.attachments if hasattr(attachment.backend, _METADATA[0]) else probe.others
             kind.append(attachment)
             return attachment
 
