@@ -1,8 +1,8 @@
 """FlashInfer: one launch refreshes what the plans of several wrappers or draft steps read.
 
-In SGLang, attach a multi-step draft backend of FlashInfer, FlashInfer-MLA or Triton with
-``onelaunch.integrations.sglang.attach``. SGLang's pages have one token, so kv_indices are rows of the KV cache. Both
-lists are in two tensors with a row for each step, for all captured batch sizes, so one plan serves them all.
+In SGLang, attach a backend with ``onelaunch.integrations.sglang.attach``: a multi-step draft backend of FlashInfer,
+FlashInfer-MLA or Triton, or FlashInfer's single one. SGLang's pages have one token, so kv_indices are rows of the KV
+cache. Both lists are in two tensors with a row for each step, for all captured batch sizes: one plan serves them all.
 
 Without SGLang, bind wrappers that were made with ``use_cuda_graph=True``. Here they are draft steps, each of which sees
 one more token; for other wrappers omit seqlen_offsets::

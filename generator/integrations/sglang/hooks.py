@@ -128,9 +128,10 @@ class Answers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation's result."""
         keywords = kwargs or {}
-        if func.__name__ in self._names:
+        name = getattr(func, "__name__", "")
+        if name in self._names:
             try:
-                result = self._known.get(asked(func.__name__, *args, **keywords))
+                result = self._known.get(asked(name, *args, **keywords))
             except TypeError:  # an argument that isn't hashable
                 result = None
             if result is not None:

@@ -104,7 +104,7 @@ class Wrapper:
         self.tokens = 1 if decode else read("the wrapper", self._wrapper, ("_max_total_num_rows",), VERSION) // bs
         # A request's tokens beyond those of seq_lens_cpu.
         self._added = self.tokens if mode == "target_verify" else 0 if step is None else step + 1
-        self._packed = None if decode else self._wrapper._custom_mask_buf
+        self._packed: Any = None if decode else self._wrapper._custom_mask_buf
         if decode:
             self._settings |= {"data_type": updater.data_type, "disable_split_kv": child.disable_cuda_graph_kv_split}
             if getattr(getattr(self._wrapper.begin_forward, "func", None), "__name__", "") != _DECODE_PLAN:
@@ -168,9 +168,18 @@ class Wrapper:
 
         Args:
             batch: SGLang's ForwardBatch, as backends get it before a replay.
+
+        Raises:
+            ArgumentError: its tokens, or its mask, don't fit.
         """
         lengths = torch.add(batch.seq_lens_cpu[: self._bs], self._added, out=self._lengths)
         torch.cumsum(lengths, 0, dtype=torch.int32, out=self._sums)
+        values = lengths.tolist()
+        total = sum(values)
+        if total > len(self.lists.kv_indices):
+            raise ArgumentError(
+                f"the batch has {total} tokens, and kv_indices has room for {len(self.lists.kv_indices)}."
+            )
         if self._copied is not None and not self._copied.query():  # pragma: gpu
             self._copied.synchronize()
         lists = self._wrapper._paged_kv_indptr_buf, self.lists.kv_indices, self._wrapper._paged_kv_last_page_len_buf
@@ -178,7 +187,7 @@ class Wrapper:
             self._wrapper.begin_forward(*lists, *self._shape, global_override_indptr_cpu=self._indptr, **self._settings)
         else:
             if self._packed is not None:
-                self._pack(batch.spec_info.custom_mask)
+                self._pack(batch.spec_info.custom_mask, self.tokens * total)
             self._plan(
                 self._wrapper,
                 self.lists.qo_indptr,
@@ -188,15 +197,19 @@ class Wrapper:
                 kv_indptr_host=self._indptr,
                 kv_lens_host=lengths,
                 max_q_len=self.tokens,
-                max_kv_len=max(lengths.tolist()),
+                max_kv_len=max(values),
                 **self._settings,
             )
         if self._copied is not None:  # pragma: gpu
             self._copied.record()
 
-    def _pack(self, mask: Tensor) -> None:
-        """Packs a mask: bool, the requests' [tokens, length] concatenated. Padding requests see everything."""
-        missing = self.tokens * int(self._indptr[-1]) - mask.numel()
-        if missing > 0:
-            mask = torch.cat([mask, mask.new_ones(missing)])
+    def _pack(self, mask: Tensor, size: int) -> None:
+        """Packs a mask: bool, the requests' [tokens, length] concatenated. Padding requests see everything.
+
+        ``size`` is its number of elements with padding.
+        """
+        if size // 8 + self._bs > self._packed.numel():
+            raise ArgumentError(f"the mask has {size} bits, and its buffer has {self._packed.numel()} bytes.")
+        if size > mask.numel():
+            mask = torch.cat([mask, mask.new_ones(size - mask.numel())])
         self._segments(mask, self._bits, self._wrapper._mask_indptr_buf, "little", self._packed)
