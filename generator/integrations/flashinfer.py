@@ -33,12 +33,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, missing
 from ..run.bind import bind
 from ..run.declared import Written, into
 from ..run.plan import Plan
@@ -284,3 +284,9 @@ def pool_of(backend: Any) -> Tensor:
     if found is None:
         raise ArgumentError("the backend's req_to_token is None. Pass req_to_token=.")
     return found
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        raise missing(__name__, name, {"buffers_from": "use plan_inputs()"})

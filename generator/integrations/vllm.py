@@ -62,12 +62,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, missing
 from ..run.bind import bind
 from ..run.declared import Map, into
 from ..run.plan import Plan
@@ -360,3 +360,9 @@ def _flat(rows: Tensor) -> Tensor:
             "contiguous."
         )
     return rows.view(-1)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        raise missing(__name__, name, {"buffers_from": "use bind_draft_step() or bind_backends()"})
