@@ -346,8 +346,8 @@ def main() -> None:
         "gpu": None if DRY else torch.cuda.get_device_name(),
         "seams": {},
     }
-    # The first time what there is gets imported and compiled. The second time, after the stop, is for the processor: what
-    # was timed first took the host 1.7 times as long as the same calls did later.
+    # The first time what there is gets imported and compiled. The second time, after the stop, is for the processor:
+    # what was timed first took the host 1.7 times as long as the same calls did later.
     for run, counts in enumerate((once, once, Counts())):
         if not DRY and run == 1:
             wait_for_turn(result.parent)
