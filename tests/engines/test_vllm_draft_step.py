@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -13,97 +12,11 @@ import torch
 import vllm_objects
 from onelaunch import ArgumentError, preset
 from onelaunch.integrations import vllm
-from onelaunch.integrations.vllm import DraftStep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm_objects import MAX_REQUESTS, MAX_TOKENS, WIDTH, Runner
+from vllm_objects import POISON, WIDTH, Drafter, differences, poison
 
-POISON = -7
 LONGEST = 64 * WIDTH
-SIZES = (64, 16)  # of the KV-cache groups' blocks
-
-
-class Drafter:
-    """One set of buffers, and the metadata of a graph that was captured for some requests.
-
-    Args:
-        next_n: tokens that a verified request has; a draft step has one.
-        captured: requests.
-    """
-
-    def __init__(self, next_n: int, captured: int, sizes: tuple[int, ...] = SIZES, **tables: Any) -> None:
-        self.captured, self.runner = captured, Runner()
-        self.tables = vllm_objects.block_tables(sizes, **tables)
-        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
-        self.idx_mapping = torch.full((MAX_REQUESTS,), -1)
-        self.builder, self.sparse_builder = vllm_objects.builder(next_n), vllm_objects.sparse_builder(next_n)
-        self.begin((1,) * captured)
-        # vLLM's keeps the request of each token for all builders that ask; these two are asked apart.
-        self.metadata = self.builder.build(0, self.runner.metadata(captured, captured, 1))
-        self.sparse = self.sparse_builder.build(0, self.runner.metadata(captured, captured, 1))
-
-    def begin(self, lengths: tuple[int, ...], *, dummy: bool = False) -> None:
-        """The first draft step of requests with these lengths: request i is row 2 * i + 1 of the block tables.
-
-        Args:
-            dummy: as in a dummy run, where no request has a row.
-        """
-        requests = len(lengths)
-        self.runner.fill(lengths, (1,) * requests)
-        self.positions[:requests] = self.runner.seq_lens[:requests] - 1
-        self.idx_mapping.fill_(-1)
-        if not dummy:
-            self.idx_mapping[:requests] = (torch.arange(requests) * 2 + 1) % MAX_REQUESTS
-
-    def advance(self) -> None:
-        """What follows the sampled token, for all captured requests: _update_draft_inputs_kernel."""
-        for tensor, most in ((self.positions, LONGEST - 1), (self.runner.seq_lens, LONGEST)):
-            live = tensor[: self.captured]
-            live.copy_((live + 1).clamp(max=most))
-
-    def step(self) -> None:
-        """The engine's own launches before a step."""
-        n = self.captured
-        starts = self.runner.query_start_loc[: n + 1]
-        self.tables.compute_slot_mappings(self.idx_mapping[:n], starts, self.positions[:n], n)
-        self.builder.update_draft_decode_metadata(self.metadata)
-        self.sparse_builder.update_draft_decode_metadata(self.sparse)
-
-    def bind(self, **settings: Any) -> DraftStep:
-        return vllm.bind_draft_step(
-            self.builder,
-            self.metadata,
-            self.tables,
-            idx_mapping=self.idx_mapping,
-            positions=self.positions,
-            **{"sparse": [self.sparse], **settings},
-        )
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield "slot_mappings", self.tables.slot_mappings
-        for label, owner in (("metadata", self.metadata), ("decode", self.metadata.decode), ("sparse", self.sparse)):
-            for field in dataclasses.fields(owner):
-                value = getattr(owner, field.name)
-                # The runner's slot mapping at the capture, which these two have as they are.
-                if isinstance(value, Tensor) and field.name != "slot_mapping":
-                    yield f"{label}.{field.name}", value
-
-    def destinations(self) -> dict[str, Tensor]:
-        """What a step writes: all but the runner's own memory."""
-        return {name: tensor for name, tensor in self.tensors() if not self.runner.owns(tensor)}
-
-
-def differences(engine: Drafter, mine: Drafter) -> list[str]:
-    """The tensors that differ."""
-    pairs = list(zip(engine.tensors(), mine.tensors(), strict=True))
-    assert all(name == other and a.shape == b.shape and a.dtype == b.dtype for (name, a), (other, b) in pairs)
-    return [name for (name, wanted), (_, got) in pairs if not torch.equal(wanted, got)]
-
-
-def poison(*drafters: Drafter) -> None:
-    for drafter in drafters:
-        for tensor in drafter.destinations().values():
-            tensor.fill_(POISON)
 
 
 def batches(captured: int) -> Iterator[dict[str, Any]]:
