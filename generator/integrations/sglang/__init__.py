@@ -38,5 +38,16 @@ from .captured import buffers_from, mode_of
 from .refresher import Refresher, bind_backends
 from .runners import bind_seam
 from .seam import Seam, attach
+from .worker import Producers
 
-__all__ = ["Attachment", "Refresher", "Seam", "attach", "bind_backends", "bind_seam", "buffers_from", "mode_of"]
+__all__ = [
+    "Attachment",
+    "Producers",
+    "Refresher",
+    "Seam",
+    "attach",
+    "bind_backends",
+    "bind_seam",
+    "buffers_from",
+    "mode_of",
+]
