@@ -1,8 +1,8 @@
 """FlashInfer: what the plans of several wrappers or draft steps read, refreshed by one launch.
 
 In SGLang, attach a backend with ``onelaunch.integrations.sglang.attach``: a multi-step draft backend of FlashInfer,
-FlashInfer-MLA or Triton, or FlashInfer's single one. SGLang has pages of one token, whose kv_indices are rows of the KV cache, and
-keeps both lists for all captured batch sizes in two tensors with a row for each step, so one plan serves them all.
+FlashInfer-MLA or Triton, or FlashInfer's single one. SGLang has pages of one token, whose kv_indices are rows of the KV
+cache, and keeps the lists for all captured batch sizes in two tensors, those of draft steps with a row for each.
 
 Without SGLang, for wrappers that were made with ``use_cuda_graph=True``. The lengths of draft steps differ; for other
 wrappers omit seqlen_offsets::
