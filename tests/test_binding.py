@@ -568,13 +568,13 @@ def check_references(things: list[Any], call: Callable[[], object]) -> None:
     """After many calls every reference count is what it was, and so is the number of blocks of memory.
 
     But for a few: names of fields are everybody's strings, which other threads of the test run hold and let go. What
-    loses or keeps one reference a call is thousands off.
+    loses or keeps one reference a call is a thousand off.
     """
     for _ in range(10):
         call()
     gc.collect()
     before, blocks = refcounts(things), sys.getallocatedblocks()
-    for _ in range(3_000):
+    for _ in range(1_000):
         call()
     gc.collect()
     assert [now - was for now, was in zip(refcounts(things), before, strict=True) if abs(now - was) > 50] == []
