@@ -34,6 +34,7 @@ _LOCATIONS, _BATCHES = "sglang.kernels.ops.speculative.cache_locs", "sglang.srt.
 _EXTENDS = "_draft_extend_for_decode"
 # Versions with this function make the layout of a draft extension by one launch of their own.
 _LAYOUT = "prepare_draft_extend_layout"
+CHAIN, LAYOUT = "the chain that is verified", "the layout of a draft extension"
 _CHAIN = ("input_ids", "positions", "out_cache_loc", "retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
 _TREE = _CHAIN[3:]
 _EXTENSION = (
@@ -115,23 +116,26 @@ class Producers:
         self._mask: Any = getattr(self._target.attn_backend, "verify_mask", None)
         graphs = getattr(self._target, "decode_cuda_graph_runner", None)
         self._sizes = sorted(getattr(graphs, "capture_bs", ()))
-        self._capacity = max(len(worker._topk1_parents_prealloc), *self._sizes[-1:])
+        self._capacity = max([len(worker._topk1_parents_prealloc), *self._sizes[-1:]])
         self._chain: Kept | None = None
         self._extension: Kept | None = None
-        made, stays = [], ["the draft's positions by repeat_interleave"]
-        if self._mask is None or self._mask.mode.name not in ("FULL_MASK", "QLEN_ONLY"):
-            stays.append("the chain that is verified, whose mask isn't the target's backend's")
-        else:
+        made, stays = [], []
+        newer = hasattr(import_module(_COMMON), _LAYOUT)
+        mode = None if self._mask is None else self._mask.mode.name
+        if mode == "FULL_MASK" or (mode == "QLEN_ONLY" and not newer):
             self._chain = self._bind_chain(getattr(graphs, "seq_len_fill_value", 1))
-            made.append("the chain that is verified")
-        if hasattr(import_module(_COMMON), _LAYOUT):
-            stays = ["the layout of a draft extension"]
+            made.append(CHAIN)
+        else:
+            stays.append(f"{CHAIN}, {'by one launch' if mode == 'QLEN_ONLY' else 'with a mask of its own'}")
+        if newer:
+            stays.append(f"{LAYOUT}, by one launch")
         else:
             self._extension = self._bind_extension()
-            made.append("the layout of a draft extension")
+            made.append(LAYOUT)
+            stays.append("the draft's positions by repeat_interleave")
             self._starts = torch.arange(self._capacity, device=self._pool.device) * self._tokens
         if not made:
-            raise ArgumentError(f"{type(worker).__name__} isn't served: verify_mask is {self._mask}. {VERSION}")
+            raise ArgumentError(f"{type(worker).__name__} isn't served: SGLang itself makes {'; '.join(stays)}.")
         self.refreshed, self.stays = " and ".join(made), "; ".join(stays)
         self._batch: Any = None  # while its verification's input is made
         self._located: tuple[Tensor, Tensor, Tensor] | None = None  # lengths and rows, and the locations made for them
