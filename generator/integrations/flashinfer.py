@@ -2,7 +2,7 @@
 
 In SGLang, attach a backend with ``onelaunch.integrations.sglang.attach``: a multi-step draft backend of FlashInfer,
 FlashInfer-MLA or Triton, or FlashInfer's single one. SGLang's pages have one token, so kv_indices are rows of the KV
-cache. Both lists are in two tensors with a row for each step, for all captured batch sizes: one plan serves them all.
+cache. The lists for all captured batch sizes are in two tensors, those of draft steps with a row for each.
 
 Without SGLang, bind wrappers that were made with ``use_cuda_graph=True``. Here they are draft steps, each of which sees
 one more token; for other wrappers omit seqlen_offsets::
@@ -33,12 +33,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, missing
 from ..run.bind import bind
 from ..run.declared import Written, into
 from ..run.plan import Plan
@@ -284,3 +284,9 @@ def pool_of(backend: Any) -> Tensor:
     if found is None:
         raise ArgumentError("the backend's req_to_token is None. Pass req_to_token=.")
     return found
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        raise missing(__name__, name, {"buffers_from": "use plan_inputs()"})
