@@ -324,7 +324,7 @@ def ptxas_reports(
         by symbol and architecture registers, and bytes of stack, spill_stores, spill_loads and local memory; and the
         object file. All is made once for all that have the folder ``shared``.
     """
-    source = _together([render(config) for config in configs])
+    source = together([render(config) for config in configs])
     folder = shared / f"ptxas-{hashlib.sha256(source.encode()).hexdigest()[:16]}-{'-'.join(archs)}"
     saved, module = folder / "report.json", folder / "kernels.o"
     with FileLock(f"{folder}.lock"):
@@ -336,7 +336,8 @@ def ptxas_reports(
         return json.loads(saved.read_text(encoding="utf-8")), module
 
 
-def _together(sources: Sequence[str]) -> str:
+def together(sources: Sequence[str]) -> str:
+    """One source of several, each in a namespace, below the headers of all."""
     includes = dict.fromkeys(line for source in sources for line in re.findall(r"^#include .*\n", source, re.MULTILINE))
     bodies = [re.sub(r"^#include .*\n", "", source, flags=re.MULTILINE) for source in sources]
     return "".join(includes) + "".join(f"namespace kernel_{i} {{\n{body}}}\n" for i, body in enumerate(bodies))

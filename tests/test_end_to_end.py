@@ -143,6 +143,31 @@ def test_each_seam_alone_is_the_same_by_fewer_launches_in_less_time(run: Any) ->
     assert len(lines) == 2 + 2 * len(found["seams"])
 
 
+def test_vllms_draft_step_alone_is_the_same_by_one_launch_in_less_time() -> None:
+    found = json.loads((GPU / "vllm_seam.json").read_text())
+    assert found["gpu"]
+    assert found["vllm"] == "0.33.0"
+    for sides, launches in zip(found["seams"].values(), (8, 7), strict=True):
+        assert sides["different"] == sides["control"] == []
+        assert set(sides["before ours ran"]) == set(sides["written"]) < set(sides["compared"])
+        engine, mine = sides["engine"], sides["onelaunch"]
+        assert any("paged_mqa_logits_metadata" in kernel for kernel in engine["names"])
+        assert (engine["launches"], mine["launches"]) == (launches, 1)
+        assert 3 * mine["eager_device_us"] <= engine["eager_device_us"]
+        for time in ("eager_host_us", "graph_device_us"):
+            assert 3 * mine[time]["median"] <= engine[time]["median"], time
+
+
+@pytest.mark.parametrize("name", ["seams", "vllm_seam"])
+def test_the_guide_has_each_seams_row(name: str) -> None:
+    rows = _module("engines_gpu_measure", GPU / "measure.py").guide_rows(
+        json.loads((GPU / f"{name}.json").read_text())["seams"]
+    )
+    guide = (GPU.parents[2] / "GUIDE.md").read_text().splitlines()
+    for row in rows.splitlines():
+        assert row in guide, "measure.guide_rows makes the guide's rows"
+
+
 _TIMED = """
 import sys, time
 from pathlib import Path

@@ -162,27 +162,34 @@ def test_without_schedule_and_sparse_metadata() -> None:
     assert differences(engine, mine) == ["decode.schedule_metadata", "sparse.req_id_per_token"]
 
 
-@pytest.mark.parametrize("next_n", [2, 3])
-def test_how_many_launches_one_takes_the_place_of(next_n: int) -> None:
-    """On a GPU each operation of the indexer's hook that writes is a launch."""
+@pytest.mark.parametrize(("next_n", "launches"), [(1, 6), (2, 7), (3, 8), (4, 7)])
+def test_how_many_launches_one_takes_the_place_of(next_n: int, launches: int) -> None:
+    """As counted on a GPU for 3 and 4 (gpu/vllm_seam.json): what isn't flattened has the runner's own block table."""
+    assert _launches(next_n) == launches
+
+
+def _launches(next_n: int) -> int:
     drafter = Drafter(next_n, 5)
     drafter.begin((300, 20, 64))
     with Writes() as writes:
         drafter.builder.update_draft_decode_metadata(drafter.metadata)
-    assert writes.names == ["aten::copy_", "aten::fill_.Scalar", "aten::copy_", "aten::fill_.Scalar", "aten::copy_"]
     others = 3  # DeepGEMM's schedule, compute_slot_mappings and compute_token_to_req_indices
-    assert len(writes.names) + others == 8
+    return len(writes.names) + others
 
 
 class Writes(TorchDispatchMode):
-    """The operations that write to memory, by name."""
+    """The operations that write to memory, by name; on a GPU each of them is a launch.
+
+    A copy of a tensor onto itself isn't: PyTorch returns at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
+        copied = func is torch.ops.aten.copy_.default and args[0].data_ptr() == args[1].data_ptr()
+        if func._schema.is_mutable and not copied:
             self.names.append(func.name())
         return func(*args, **(kwargs or {}))
 
@@ -214,6 +221,7 @@ def test_varlen() -> None:
         engine.step()
         step.run()
         assert differences(engine, mine) == [], batch
+    assert _launches(4) == 9
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -7,7 +7,7 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,3 +115,15 @@ def spread(seconds: list[float]) -> dict[str, float]:
         name: round(ordered[int(part * (len(ordered) - 1))] * 1e6, 2)
         for name, part in (("min", 0.0), ("median", 0.5), ("p90", 0.9))
     }
+
+
+def guide_rows(seams: dict[str, Any]) -> str:
+    """GUIDE.md's rows of what seams.py or vllm_seam.py found: the engine's own sequence → ours; medians in µs."""
+    return "\n".join(f"| {name} | {' | '.join(_cells(sides))} |" for name, sides in seams.items())
+
+
+def _cells(sides: dict[str, Any]) -> Iterator[str]:
+    places = {"launches": 0, "eager_host_us": 0, "eager_device_us": 1, "graph_device_us": 1, "graph_host_us": 0}
+    for key, digits in places.items():
+        found = [sides[side][key] for side in ("engine", "onelaunch")]
+        yield " → ".join(f"{each['median'] if isinstance(each, dict) else each:.{digits}f}" for each in found)

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 import vllm_fakes  # noqa: E402
 import vllm_objects  # noqa: E402
-from measure import measured  # noqa: E402
+from measure import guide_rows, measured  # noqa: E402
 from vllm_objects import SIZES, Drafter, differences, poison  # noqa: E402
 
 REQUESTS = 16
@@ -93,7 +93,7 @@ def main() -> None:
     result = Path(sys.argv[1])
     vllm_fakes.install(gpu=not CPU)
     measure.DRY = CPU
-    vllm_objects.DEVICE = "cpu" if CPU else "cuda"
+    vllm_objects.DEVICE = "cpu" if CPU else "cuda:0"
     vllm_objects.WIDTH, vllm_objects.MAX_REQUESTS, vllm_objects.MAX_TOKENS = LONGEST // 64, MAX_REQUESTS, MAX_TOKENS
     found: dict[str, Any] = {
         "shape": {
@@ -116,6 +116,8 @@ def main() -> None:
             found["seams"][f"vLLM, draft step after {next_n} tokens"] = made
             print(time.strftime("%T"), next_n, json.dumps(made)[:1500], flush=True)
             result.write_text(json.dumps(found, indent=1) + "\n")
+    if not CPU and all("error" not in each for each in found["seams"].values()):
+        print(guide_rows(found["seams"]))
 
 
 if __name__ == "__main__":
