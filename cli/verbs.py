@@ -29,8 +29,13 @@ VERBS = {
 }
 
 
-# Removed commands. For one release their error message gives the reason.
-GONE = {"tune": "the default launch shape was within 4.4 % of the best of 36 wherever it was measured"}
+_COMPLETION = 'put eval "$(_ONELAUNCH_COMPLETE=bash_source onelaunch)" into your shell\'s start-up file'
+# Removed commands and options of the command itself. For one release their error message says what to do instead.
+GONE = {
+    "tune": "the default launch shape was within 4.4 % of the best of 36 wherever it was measured",
+    "--install-completion": _COMPLETION,
+    "--show-completion": _COMPLETION,
+}
 
 
 class Verb(click.Command):
@@ -71,14 +76,6 @@ class Verbs(click.Group):
         """The verbs in the order of VERBS."""
         return list(VERBS)
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The verb that the first argument names."""
-        if args[0] in GONE:
-            raise click.UsageError(f"`onelaunch {args[0]}` is gone since 0.2: {GONE[args[0]]}.", ctx)
-        return super().resolve_command(ctx, args)
-
     def main(self, *args: Any, **settings: Any) -> Any:
         """Runs the command, also if standard output is closed or fails."""
         if sys.stdout is None:  # it was closed before the start
@@ -97,8 +94,11 @@ class Verbs(click.Group):
             raise SystemExit(2) from None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Removes --traceback, wherever it is among a verb's arguments."""
-        return super().parse_args(ctx, take_traceback(args))
+        """Removes --traceback, wherever it is among a verb's arguments, and refuses what is gone."""
+        args = take_traceback(args)
+        if args and args[0] in GONE:
+            raise click.UsageError(f"`onelaunch {args[0]}` is gone since 0.2: {GONE[args[0]]}.", ctx)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the verb."""

@@ -508,7 +508,7 @@ __device__ __forceinline__ void store_pages(
   }
 }
 
-// Reads the numbers of this lane's pages of a tile; those behind the longest backend's are kPageFill.
+// Reads the numbers of this lane's pages of a tile; those beyond the longest backend's end are kPageFill.
 template <int kPages>
 __device__ __forceinline__ void read_page_numbers(
     const Params& p, std::int64_t pool_row, std::int32_t (&numbers)[kPages], int first, Ends ends) {

@@ -35,6 +35,7 @@ constexpr int kUnroll = 2;  // pages that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kUnroll;  // a tile: what one warp moves of a row
 constexpr int kBlocksPerSm = 2;  // limits the blocks for the tables
 constexpr int kWideTiles = 1;  // tiles that a warp takes at once where every warp has work
+constexpr bool kPagesAlone = true;  // whether the tables hold pages only, not tokens
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kPageSize = 64;  // tokens
@@ -297,7 +298,7 @@ __device__ __forceinline__ void store_pages(
   }
 }
 
-// Reads the numbers of this lane's pages of a tile; those behind the longest backend's are kPageFill.
+// Reads the numbers of this lane's pages of a tile; those beyond the longest backend's end are kPageFill.
 template <int kPages>
 __device__ __forceinline__ void read_page_numbers(
     const Params& p, std::int64_t pool_row, std::int32_t (&numbers)[kPages], int first, Ends ends) {
@@ -348,7 +349,9 @@ struct Place {
 __device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
   static_assert(kWarps <= kWarpSize, "each warp needs a lane");
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(tiles);
+  // Few rows of pages have a remainder. Where no lane's has one, there is nothing to sum.
+  const bool any = !kPagesAlone || __ballot_sync(kFullMask, tiles > 0) != 0;
+  const std::uint32_t in_warp = any ? warp_running_sum(tiles) : 0;
   window.tile_end[threadIdx.x] = in_warp;
   if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
   __syncthreads();

@@ -44,6 +44,7 @@ constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
 constexpr int kBlocksPerSm = 4;  // limits the blocks for the tables
 constexpr int kWideTiles = 2;  // tiles that a warp takes at once where every warp has work
+constexpr bool kPagesAlone = false;  // whether the tables hold pages only, not tokens
 constexpr bool kEqualRows = false;  // whether all rows are written up to the same column
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
@@ -401,15 +402,16 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
   return ends.end;
 }
 
-// ---- one tile of a table row -------------------------------------------------------------------------------------
-// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
-
+// ---- addresses that the compiler keeps as they are ---------------------------------------------------------------
 // Keeps one base address in a register. Otherwise the compiler computes an address for each load.
 template <typename T>
 __device__ __forceinline__ const T* opaque(const T* address) {
   if constexpr (kWarpSize > 1) asm("" : "+l"(address));
   return address;
 }
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
 
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.
@@ -691,7 +693,9 @@ struct Place {
 __device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
   static_assert(kWarps <= kWarpSize, "each warp needs a lane");
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(tiles);
+  // Few rows of pages have a remainder. Where no lane's has one, there is nothing to sum.
+  const bool any = !kPagesAlone || __ballot_sync(kFullMask, tiles > 0) != 0;
+  const std::uint32_t in_warp = any ? warp_running_sum(tiles) : 0;
   window.tile_end[threadIdx.x] = in_warp;
   if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
   __syncthreads();

@@ -37,6 +37,7 @@ constexpr int kVectorWords = 4;  // a 16-byte access
 constexpr int kUnroll = 2;  // 16-byte accesses that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kVectorWords * kUnroll;  // a tile: what one warp moves of a row
 constexpr int kBlocksPerSm = 2;  // limits the blocks for the tables
+constexpr bool kPagesAlone = false;  // whether the tables hold pages only, not tokens
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr bool kChecked = false;  // whether violations are recorded
@@ -182,6 +183,13 @@ __device__ __forceinline__ void store_once(T* const (&to)[N], int b, std::int64_
   for (int i = 0; i < N; ++i) put(to[i] + index, value);
 }
 
+// ---- division, rounded up ----------------------------------------------------------------------------------------
+// The quotient rounded up; the divisor is positive.
+template <typename T>
+__device__ __forceinline__ T ceil_div(T value, std::common_type_t<T> divisor) {
+  return value / divisor + (value % divisor > 0 ? 1 : 0);
+}
+
 // ---- arithmetic that wraps ---------------------------------------------------------------------------------------
 // wrap(bits(a) + b) is a sum that wraps at 2^32, as PyTorch's int32 does; signed overflow is undefined in C++.
 template <typename T>
@@ -207,11 +215,6 @@ __device__ __forceinline__ std::uint32_t split_length(const Params& p, std::int6
   return length > 1 ? static_cast<std::uint32_t>(length) : 1;
 }
 
-// A quotient of numbers above 0, rounded up.
-__device__ __forceinline__ std::uint32_t parts_of(std::uint32_t value, std::uint32_t divisor) {
-  return (value - 1) / divisor + 1;
-}
-
 __device__ void count_kv_splits(const Params& p, int) {
   if (p.batch_size == 0) return;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
@@ -222,25 +225,30 @@ __device__ void count_kv_splits(const Params& p, int) {
     longest = max(longest, length);
     shortest = min(shortest, length);
   }
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    longest = max(longest, __shfl_sync(kFullMask, longest, lane ^ distance));
-    shortest = min(shortest, __shfl_sync(kFullMask, shortest, lane ^ distance));
-  }
+  longest = __reduce_max_sync(kFullMask, longest);
+  shortest = __reduce_min_sync(kFullMask, shortest);
   // Lengths that differ by less than a quarter count as equal.
   if (std::uint64_t{longest} * 8 < std::uint64_t{shortest} * 10) shortest = longest;
-  const std::uint32_t even = min(parts_of(longest, shortest), kMaxKvSplits);
+  const std::uint32_t even = min(ceil_div(longest, shortest), kMaxKvSplits);
   const float doublings = log2f(static_cast<float>(longest) / 64);
   const auto cores = static_cast<std::uint32_t>(kCores * (doublings > 1 ? doublings : 1));
   const std::uint64_t blocks = min(static_cast<std::uint64_t>(p.batch_size) * kSplitBlocks, std::uint64_t{cores});
-  const std::uint32_t filling = min(parts_of(cores, static_cast<std::uint32_t>(blocks)), kMaxKvSplits);
-  const std::uint32_t even_tokens = parts_of(longest, even);
-  const std::uint32_t filling_tokens = parts_of(longest, filling);
+  const std::uint32_t filling = min(ceil_div(cores, static_cast<std::uint32_t>(blocks)), kMaxKvSplits);
+  const std::uint32_t even_tokens = ceil_div(longest, even);
+  const std::uint32_t filling_tokens = ceil_div(longest, filling);
   for (std::int64_t request = threadIdx.x; request < p.batch_size; request += kThreads) {
     const std::uint32_t length = split_length(p, request);
-    const std::uint32_t splits = max(parts_of(length, even_tokens), parts_of(length, filling_tokens));
+    const std::uint32_t splits = max(ceil_div(length, even_tokens), ceil_div(length, filling_tokens));
     store_once(p.num_kv_splits, 0, request, static_cast<std::int32_t>(splits));
   }
+}
+
+// ---- addresses that the compiler keeps as they are ---------------------------------------------------------------
+// Keeps one base address in a register. Otherwise the compiler computes an address for each load.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* address) {
+  if constexpr (kWarpSize > 1) asm("" : "+l"(address));
+  return address;
 }
 
 // ---- which request a tile belongs to -----------------------------------------------------------------------------
@@ -262,7 +270,9 @@ struct Place {
 __device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
   static_assert(kWarps <= kWarpSize, "each warp needs a lane");
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(tiles);
+  // Few rows of pages have a remainder. Where no lane's has one, there is nothing to sum.
+  const bool any = !kPagesAlone || __ballot_sync(kFullMask, tiles > 0) != 0;
+  const std::uint32_t in_warp = any ? warp_running_sum(tiles) : 0;
   window.tile_end[threadIdx.x] = in_warp;
   if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
   __syncthreads();
@@ -300,63 +310,69 @@ __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t w
 //                ^ 0                   ^ the sum up to request 1
 
 constexpr int kTileWords = kTileColumns / kWarpSize;  // of a lane
-constexpr int kHalves = kTileWords % 2 == 0 ? 2 : 1;  // that a tile is cut into where there are few
+constexpr int kTileParts = 4;  // that a tile is cut into where there are few
 
 // The number of tokens of a request, without a backend's offset.
-__device__ __forceinline__ std::int32_t request_tokens(const Params& p, int request) {
+__device__ __forceinline__ std::uint32_t request_tokens(const Params& p, int request) {
   const std::int32_t length = request_length(p, request);
-  return length > 0 ? length : 0;
+  return length > 0 ? static_cast<std::uint32_t>(length) : 0;
 }
 
 // The number of tokens of a request that are read for a backend with this offset.
-__device__ __forceinline__ int read_columns(const Params& p, std::int32_t tokens, std::int32_t offset) {
-  const std::int64_t length = std::int64_t{tokens} + offset;
-  return static_cast<int>(length < p.columns ? length : p.columns);
+__device__ __forceinline__ int read_columns(const Params& p, std::uint32_t tokens, std::int32_t offset) {
+  const std::uint32_t length = tokens + static_cast<std::uint32_t>(offset);
+  const std::uint32_t columns = static_cast<std::uint32_t>(p.columns);
+  return static_cast<int>(length < columns ? length : columns);
 }
 
-// Moves kMoved words a lane, a tile of a request or half of one, to every backend. `before` is the number of tokens of
-// the requests before it, without the backends' offsets.
-template <int kMoved>
+// The number of tiles of a request.
+__device__ __forceinline__ std::uint32_t request_tiles(const Params& p, std::uint32_t tokens, std::int64_t pool_row) {
+  const auto columns = static_cast<std::uint32_t>(read_columns(p, tokens, kLongestOffset));
+  return pool_row < 0 ? 0 : (columns + (kTileColumns - 1)) / kTileColumns;
+}
+
+// Moves kMoved words a lane, a tile of a request or a part of one, to every backend. tokens_before() is the number of
+// tokens of the requests before it, without the backends' offsets. It is asked while the words are on their way.
+template <int kMoved, typename Before>
 __device__ __forceinline__ void copy_tile(
-    const Params& p, std::int64_t request, std::int64_t pool_row, std::int64_t before, std::int32_t tokens, int first) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const Token* source = p.req_to_token + pool_row * p.req_to_token_stride;
+    const Params& p, std::int64_t request, std::int64_t pool_row, std::uint32_t tokens, int first,
+    const Before& tokens_before) {
+  const int column = first + static_cast<int>(threadIdx.x % kWarpSize);
+  const Token* from = opaque(p.req_to_token + pool_row * p.req_to_token_stride + column);
   const int end = read_columns(p, tokens, kLongestOffset);
   Index words[kMoved];
 #pragma unroll
   for (int i = 0; i < kMoved; ++i) {
-    const int column = first + lane + i * kWarpSize;
-    words[i] = column < end ? static_cast<Index>(__ldg(source + column)) : 0;
+    words[i] = column + i * kWarpSize < end ? static_cast<Index>(__ldg(from + i * kWarpSize)) : 0;
   }
+  const std::int64_t before = tokens_before();
 #pragma unroll(unrolled(kIndexDestinations))
   for (int b = 0; b < kIndexDestinations; ++b) {
-    const int stop = read_columns(p, tokens, length_offset(b));
     const std::int64_t begin = before + request * length_offset(b);
+    const std::int64_t room = p.packed_capacity - begin;
+    int stop = read_columns(p, tokens, length_offset(b));
+    if (room < stop) stop = room > 0 ? static_cast<int>(room) : 0;
+    Index* to = indices(p)[b] + begin + column;
     // All of the old words are read before the first is written, or each read would wait for a write.
     [[maybe_unused]] Index old[kMoved];
     if constexpr (kVerified) {
 #pragma unroll
-      for (int i = 0; i < kMoved; ++i) {
-        const int column = first + lane + i * kWarpSize;
-        const std::int64_t at = begin + column;
-        old[i] = column < stop && at < p.packed_capacity ? indices(p)[b][at] : words[i];
-      }
+      for (int i = 0; i < kMoved; ++i) old[i] = column + i * kWarpSize < stop ? to[i * kWarpSize] : words[i];
     }
 #pragma unroll
     for (int i = 0; i < kMoved; ++i) {
-      const int column = first + lane + i * kWarpSize;
-      const std::int64_t at = begin + column;
-      if (column >= stop || at >= p.packed_capacity) continue;
-      if (!kVerified || old[i] != words[i]) put(indices(p)[b] + at, words[i]);
+      if (column + i * kWarpSize >= stop) continue;
+      if (!kVerified || old[i] != words[i]) put(to + i * kWarpSize, words[i]);
     }
   }
 }
 
-// The sum of the values of the lanes before one. A warp adds 32 bits at once: half of them for each lane can't wrap.
-__device__ __forceinline__ std::int64_t sum_up_to(std::uint32_t value, int stop) {
-  const std::uint32_t counted = static_cast<int>(threadIdx.x % kWarpSize) < stop ? value : 0;
-  const std::int64_t high = __reduce_add_sync(kFullMask, counted >> 16);
-  return (high << 16) + __reduce_add_sync(kFullMask, counted & 0xffff);
+// The sum of numbers of up to 58 bits over the lanes of a warp, which adds up 32 bits at once: 26 of them can't wrap.
+__device__ __forceinline__ std::int64_t warp_sum(std::uint64_t value) {
+  constexpr int kLowBits = 26;
+  const std::uint32_t low = static_cast<std::uint32_t>(value) & ((1u << kLowBits) - 1);
+  const std::int64_t high = __reduce_add_sync(kFullMask, static_cast<std::uint32_t>(value >> kLowBits));
+  return (high << kLowBits) + __reduce_add_sync(kFullMask, low);
 }
 
 // No more requests than a warp has lanes: each warp adds up for itself, without shared memory and barriers. Short
@@ -368,10 +384,9 @@ __device__ __forceinline__ void write_few(const Params& p) {
   std::uint32_t tiles = 0;
   std::int64_t pool_row = 0;
   if (lane < batch_size) {
-    tokens = static_cast<std::uint32_t>(request_tokens(p, lane));
+    tokens = request_tokens(p, lane);
     pool_row = request_row(p, lane);
-    const int columns = read_columns(p, static_cast<std::int32_t>(tokens), kLongestOffset);
-    if (columns > 0 && pool_row >= 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
+    tiles = request_tiles(p, tokens, pool_row);
   }
   if constexpr (kChecked) {
     const std::int64_t end = static_cast<std::int64_t>(warp_running_sum(std::uint64_t{tokens}));
@@ -380,8 +395,8 @@ __device__ __forceinline__ void write_few(const Params& p) {
   const std::uint32_t all_tiles = __reduce_add_sync(kFullMask, tiles);
   const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
   const std::uint32_t warp = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
-  // With a warp for each half of a tile, all halves are moved at once.
-  const std::uint32_t parts = kHalves > 1 && all_tiles <= warps / kHalves ? kHalves : 1;
+  // With a warp for each part of a tile, all parts are moved at once.
+  const std::uint32_t parts = all_tiles <= warps / kTileParts ? kTileParts : 1;
   if (warp >= all_tiles * parts) return;
   std::uint32_t tiles_end = tiles;
   for (int distance = 1; distance < batch_size; distance *= 2) {
@@ -395,13 +410,13 @@ __device__ __forceinline__ void write_few(const Params& p) {
     const int found = __popc(__ballot_sync(kFullMask, tiles_end <= tile));  // requests whose tiles end before it
     const int column = static_cast<int>(tile - __shfl_sync(kFullMask, tiles_before, found)) * kTileColumns;
     const std::int64_t row = __shfl_sync(kFullMask, pool_row, found);
-    const std::int64_t before = sum_up_to(tokens, found);
-    const std::int32_t count = static_cast<std::int32_t>(__shfl_sync(kFullMask, tokens, found));
+    const std::uint32_t count = __shfl_sync(kFullMask, tokens, found);
+    const auto before = [&] { return warp_sum(lane < found ? tokens : 0); };
     if (parts > 1) {
-      const int half = column + static_cast<int>(part % parts) * (kTileColumns / kHalves);
-      copy_tile<kTileWords / kHalves>(p, found, row, before, count, half);
+      const int first = column + static_cast<int>(part % parts) * (kTileColumns / kTileParts);
+      copy_tile<kTileWords / kTileParts>(p, found, row, count, first, before);
     } else {
-      copy_tile<kTileWords>(p, found, row, before, count, column);
+      copy_tile<kTileWords>(p, found, row, count, column, before);
     }
   }
 }
@@ -417,52 +432,45 @@ __device__ void write_tables(const Params& p) {
   const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
-  __shared__ std::int32_t window_tokens[kThreads];
-  __shared__ std::uint64_t tokens_before[kThreads];  // of the requests before, within a warp
+  __shared__ std::uint32_t window_tokens[kThreads];
   __shared__ std::uint64_t warp_tokens[kWarps];
   __shared__ std::int64_t pool_rows[kThreads];
-  std::uint64_t carry = 0;  // tokens of the windows before
+  std::int64_t carry = 0;  // tokens of the windows before
   std::uint32_t warp_end = 0;
   for (int first = 0; first < batch_size; first += kThreads) {
     const int request = first + slot;
-    std::int32_t tokens = 0;
+    std::uint32_t tokens = 0;
     std::uint32_t tiles = 0;
     std::int64_t pool_row = 0;
     if (request < batch_size) {
       tokens = request_tokens(p, request);
-      const int columns = read_columns(p, tokens, kLongestOffset);
-      if (columns > 0) tiles = static_cast<std::uint32_t>((columns - 1) / kTileColumns + 1);
       pool_row = request_row(p, request);
-      if (pool_row < 0) tiles = 0;
+      tiles = request_tiles(p, tokens, pool_row);
     }
-    const std::uint64_t in_warp = warp_running_sum(static_cast<std::uint64_t>(tokens));
+    const auto in_warp = static_cast<std::uint64_t>(warp_sum(tokens));
     if (first > 0) __syncthreads();  // no warp looks tiles up in the last window any more
     pool_rows[slot] = pool_row;
     window_tokens[slot] = tokens;
-    tokens_before[slot] = in_warp - static_cast<std::uint64_t>(tokens);
-    if (lane == kWarpSize - 1) warp_tokens[slot / kWarpSize] = in_warp;
+    if (lane == 0) warp_tokens[slot / kWarpSize] = in_warp;
     const std::uint32_t window_tiles = count_tiles(window, tiles, warp_end);
-    // The tokens before the requests of warp w, in lane w.
-    std::uint64_t before_warp = carry;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      before_warp += w < lane ? warp_tokens[w] : 0;
-      carry += warp_tokens[w];
-    }
-    const std::uint64_t before_own = __shfl_sync(kFullMask, before_warp, slot / kWarpSize);
-    if (request < batch_size) {
-      const std::int64_t end = static_cast<std::int64_t>(before_own + in_warp);
-      check_capacity(p, request, end + (std::int64_t{request} + 1) * kLongestOffset);
+    if constexpr (kChecked) {
+      const std::int64_t before_warp = warp_sum(lane < slot / kWarpSize ? warp_tokens[lane] : 0);
+      const std::int64_t end = carry + before_warp + static_cast<std::int64_t>(warp_running_sum(std::uint64_t{tokens}));
+      if (request < batch_size) check_capacity(p, request, end + (std::int64_t{request} + 1) * kLongestOffset);
     }
     for (; tile < window_tiles; tile += warps) {
       const Place place = find_tile(window, warp_end, tile);
-      const std::uint64_t before =
-          __shfl_sync(kFullMask, before_warp, place.slot / kWarpSize) + tokens_before[place.slot];
       const int column = static_cast<int>(place.tile) * kTileColumns;
-      const std::int32_t count = window_tokens[place.slot];
-      copy_tile<kTileWords>(
-          p, first + place.slot, pool_rows[place.slot], static_cast<std::int64_t>(before), count, column);
+      const std::uint32_t count = window_tokens[place.slot];
+      copy_tile<kTileWords>(p, first + place.slot, pool_rows[place.slot], count, column, [&] {
+        const int full = place.slot / kWarpSize;  // warps of requests before the request's
+        const std::uint64_t of_warp = lane < full ? warp_tokens[lane] : 0;
+        const std::uint32_t of_request = lane < place.slot % kWarpSize ? window_tokens[full * kWarpSize + lane] : 0;
+        return carry + warp_sum(of_warp + of_request);
+      });
     }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) carry += static_cast<std::int64_t>(warp_tokens[w]);
     tile -= window_tiles;  // the tiles of the next window follow on, so that no warp gets ahead
   }
 }
@@ -470,7 +478,7 @@ __device__ void write_tables(const Params& p) {
 // ---- host side of the strategy
 // Enough blocks for all tiles of rows of maximum length, up to a limit that follows from the device.
 unsigned grid_blocks(const Params& p) {
-  const std::int64_t tiles = p.batch_size * ((p.columns - 1) / (kTileColumns / kHalves) + 1);
+  const std::int64_t tiles = p.batch_size * ((p.columns - 1) / (kTileColumns / kTileParts) + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
   const std::int64_t limit = p.sm_count * kBlocksPerSm;
   const std::int64_t blocks = wanted < limit ? wanted : limit;

@@ -465,15 +465,16 @@ __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
   return ends.end;
 }
 
-// ---- one tile of a table row -------------------------------------------------------------------------------------
-// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
-
+// ---- addresses that the compiler keeps as they are ---------------------------------------------------------------
 // Keeps one base address in a register. Otherwise the compiler computes an address for each load.
 template <typename T>
 __device__ __forceinline__ const T* opaque(const T* address) {
   if constexpr (kWarpSize > 1) asm("" : "+l"(address));
   return address;
 }
+
+// ---- one tile of a table row -------------------------------------------------------------------------------------
+// A tile is kTileColumns columns of a row. One warp reads it once and writes it to every destination.
 
 // Moves kTiles tiles with 4-byte accesses, column by column: any alignment, any end. Columns before 0 (a tile may begin
 // at a boundary before the row) and from the row's end on are skipped.

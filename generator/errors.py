@@ -6,7 +6,7 @@ A message names the argument, its value, what is allowed and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,12 @@ class AuditError(OnelaunchError, RuntimeError):
 
 class LaunchError(OnelaunchError, RuntimeError):
     """The CUDA runtime refused a launch. The message has its error code and text, and whose error it may be."""
+
+
+def missing(owner: str, name: str, instead: Mapping[str, str]) -> AttributeError:
+    """The error of a __getattr__. For one release it says what took the place of a removed name."""
+    text = f"{owner} has no attribute {name!r}"
+    return AttributeError(f"{text}: it is gone since 0.2; {instead[name]}." if name in instead else text)
 
 
 def did_you_mean(name: object, names: Iterable[str]) -> str:

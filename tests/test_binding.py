@@ -377,6 +377,29 @@ def test_buffers_are_compared_by_their_fields(count_as_equal: Alike, device: tor
         assert not count_as_equal([other], [buffers])
 
 
+def test_of_inputs_the_dtype_counts(module: ModuleType, device: torch.device) -> None:
+    memo = module.memo(1, 2)
+    small, large = (
+        torch.zeros(8, dtype=torch.int32, device=device),
+        torch.zeros((4, 9), dtype=torch.int32, device=device),
+    )
+    memo.keep("kept", small, None, small)
+    assert memo.find(large[1:, ::2], None, small) == "kept"
+    for other in (
+        (small.long(), None, small),
+        (small.float(), None, small),
+        (None, None, small),
+        (0, None, small),
+        (small, small, small),
+        (small, None, large),
+        (small, None, small[1:]),
+        (small.to_sparse(), None, small),
+        (small,),
+        (),
+    ):
+        assert memo.find(*other) is None
+
+
 @pytest.mark.parametrize(
     "change", [moved_alone, lambda t: t.resize_(1, 4), lambda t: t.squeeze_(0).resize_(8), lambda t: t.t_()]
 )

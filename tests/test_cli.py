@@ -97,6 +97,7 @@ def test_short_options_and_names_that_are_gone() -> None:
     assert invoke("-V").stdout == invoke("--version").stdout
     for words, text in (
         (["tune"], "`onelaunch tune` is gone since 0.2: the default launch shape was within 4.4 % of the best"),
+        (["--install-completion"], 'put eval "$(_ONELAUNCH_COMPLETE=bash_source onelaunch)" into'),
         (["shwo"], "No such command 'shwo'. Did you mean 'show'?"),
         (["generate", "--folder", "x"], "--folder is gone since 0.2; use --output."),
     ):

@@ -76,6 +76,7 @@ def times() -> Any:
 def test_the_table_has_all_states_side_by_side(run: Any, times: Any) -> None:
     lines = run.table(times).splitlines()
     assert len(lines) == 2 + 3 * len(times)
+    assert run.guide_rows(times) in (GPU.parents[2] / "GUIDE.md").read_text(), "run.py prints the guide's rows"
     for configuration, kinds in times.items():
         assert run.differences(kinds) == [], configuration  # the tokens are the same in all states
         launches = kinds["on"]["probe"]["launches"]
@@ -96,10 +97,9 @@ def test_attached_backends_launch_a_fifth_in_a_fifth_of_the_hosts_time(run: Any,
     states = ("off", "backends")
     host = {state: {role: probe["host_us"][state][role]["median"] for role in run.ROLES} for state in states}
     assert 5 * sum(host["backends"].values()) <= sum(host["off"].values())
-    # A sixth, but for FA3's extension, which makes an object for each step, and Triton's draft, which was little.
-    others = {"fa3": "draft-extend", "triton": "draft"}
+    # A sixth, but for Triton's draft, which was little.
     for role in run.ROLES:
-        assert (4 if role == others[backend] else 6) * host["backends"][role] <= host["off"][role], role
+        assert (4 if (backend, role) == ("triton", "draft") else 6) * host["backends"][role] <= host["off"][role], role
 
 
 @pytest.mark.parametrize("backend", ["fa3", "triton"])
@@ -107,8 +107,19 @@ def test_all_attached_takes_less_of_the_host_than_attached_backends(run: Any, ti
     probe = times[f"{backend}, 3 steps, page 1"]["on"]["probe"]
     host = {state: sum(run._host(probe["host_us"][state], role) for role in run.ROLES) for state in probe["host_us"]}
     assert host["on"] < host["backends"] < host["off"]
+    assert 4 * host["on"] <= host["off"]
     step = {state: probe["host_us"][state]["step"]["median"] for state in host}
     assert step["on"] < step["backends"] < step["off"]
+
+
+@pytest.mark.parametrize("backend", ["fa3", "triton"])
+def test_all_attached_leaves_a_fifth_of_what_comes_before_the_graphs(times: Any, backend: str) -> None:
+    """The engine's producers among them: by name, one launch of ours in each seam, and one more for what it is of."""
+    seams = times[f"{backend}, 3 steps, page 1"]["on"]["probe"]["seams"]
+    before, after = ({role: sum(names.values()) for role, names in seams[state].items()} for state in ("off", "on"))
+    assert 5 * sum(after.values()) <= sum(before.values()), after
+    mine = {role: sum("onelaunch" in name for name in names) for role, names in seams["on"].items()}
+    assert mine == {"draft": 1, "verify": 2, "draft-extend": 2}
 
 
 def test_each_seam_alone_is_the_same_by_fewer_launches_in_less_time(run: Any) -> None:
@@ -130,6 +141,31 @@ def test_each_seam_alone_is_the_same_by_fewer_launches_in_less_time(run: Any) ->
             assert 2 * mine[time]["median"] <= engine[time]["median"], (name, time)
     lines = run.seam_table(found).splitlines()
     assert len(lines) == 2 + 2 * len(found["seams"])
+
+
+def test_vllms_draft_step_alone_is_the_same_by_one_launch_in_less_time() -> None:
+    found = json.loads((GPU / "vllm_seam.json").read_text())
+    assert found["gpu"]
+    assert found["vllm"] == "0.33.0"
+    for sides, launches in zip(found["seams"].values(), (8, 7), strict=True):
+        assert sides["different"] == sides["control"] == []
+        assert set(sides["before ours ran"]) == set(sides["written"]) < set(sides["compared"])
+        engine, mine = sides["engine"], sides["onelaunch"]
+        assert any("paged_mqa_logits_metadata" in kernel for kernel in engine["names"])
+        assert (engine["launches"], mine["launches"]) == (launches, 1)
+        assert 3 * mine["eager_device_us"] <= engine["eager_device_us"]
+        for time in ("eager_host_us", "graph_device_us"):
+            assert 3 * mine[time]["median"] <= engine[time]["median"], time
+
+
+@pytest.mark.parametrize("name", ["seams", "vllm_seam"])
+def test_the_guide_has_each_seams_row(name: str) -> None:
+    rows = _module("engines_gpu_measure", GPU / "measure.py").guide_rows(
+        json.loads((GPU / f"{name}.json").read_text())["seams"]
+    )
+    guide = (GPU.parents[2] / "GUIDE.md").read_text().splitlines()
+    for row in rows.splitlines():
+        assert row in guide, "measure.guide_rows makes the guide's rows"
 
 
 _TIMED = """

@@ -16,10 +16,11 @@ import pytest
 import stand_ins
 import support
 import torch
-from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, preset
-from onelaunch.integrations import flashinfer, sglang
+from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, bind, preset
+from onelaunch.integrations import flashinfer, sglang, vllm
 from onelaunch.integrations.sglang.places import PLACES
 from onelaunch.integrations.sglang.runners import RUNNERS
+from onelaunch.integrations.sglang.worker import WORKER
 from onelaunch.spec import reference
 from support import POISON
 from torch import Tensor
@@ -674,4 +675,18 @@ def test_the_tables_of_engines_are_made_from_the_results_of_make_engines() -> No
     for path, text in results.written(made).items():
         assert path.read_text(encoding="utf-8") == text, "run make engines WRITE=1"
     served = {name for result in made if result["engine"] == "SGLang" for name in result["classes"]}
-    assert served == PLACES.keys() | RUNNERS.keys(), "a class that is served and that no test holds against the engine"
+    assert served == {*PLACES, *RUNNERS, WORKER}, "a class that is served and that no test holds against the engine"
+
+
+def test_names_that_are_gone_say_what_took_their_place() -> None:
+    pool = torch.zeros((2, 8), dtype=torch.int32)
+    plan = bind([MetadataBuffers(cache_seqlens=torch.zeros(2, dtype=torch.int32))], req_to_token=pool)
+    for owner, name, instead in (
+        (plan, "limit_columns", "pass max_len to run()."),
+        (flashinfer, "buffers_from", "use plan_inputs()."),
+        (vllm, "buffers_from", "use bind_draft_step() or bind_backends()."),
+    ):
+        with pytest.raises(AttributeError, match=f"'{name}': it is gone since 0.2; {re.escape(instead)}"):
+            getattr(owner, name)
+        with pytest.raises(AttributeError, match=r"has no attribute 'anything'$"):
+            _ = owner.anything

@@ -17,7 +17,7 @@ def has(owner: Any, names: Sequence[str]) -> bool:
 
 
 def read(label: str, owner: Any, names: Sequence[str], advice: str, default: Any = REQUIRED) -> Any:
-    """The first of the attributes that isn't None; None if all that exist are None.
+    """The value of the first attribute that isn't None; None if all that exist are None.
 
     Args:
         label: the object's name in messages.
@@ -45,10 +45,10 @@ def described(owner: Any) -> str:
     return f"a {kind} with {', '.join(names[:_MAX_LISTED])}{more}" if names else f"a {kind} without attributes"
 
 
-def merged(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An integration's arguments of bind() and a caller's, which come before them; declarations are those of both."""
-    both = {**facts, **settings}
-    for name in facts.keys() & settings.keys():
-        if isinstance(facts[name], Mapping) and isinstance(settings[name], Mapping):
-            both[name] = {**facts[name], **settings[name]}
+def merged(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """An integration's own arguments of bind() and a caller's, which override them. Mappings are merged by key."""
+    both = {**own, **given}
+    for name in own.keys() & given.keys():
+        if isinstance(own[name], Mapping) and isinstance(given[name], Mapping):
+            both[name] = {**own[name], **given[name]}
     return both

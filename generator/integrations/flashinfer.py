@@ -1,11 +1,11 @@
-"""FlashInfer: what the plans of several wrappers or draft steps read, refreshed by one launch.
+"""FlashInfer: one launch refreshes what the plans of several wrappers or draft steps read.
 
-In SGLang, attach a multi-step draft backend of FlashInfer, FlashInfer-MLA or Triton with
-``onelaunch.integrations.sglang.attach``. SGLang has pages of one token, whose kv_indices are rows of the KV cache, and
-keeps both lists for all captured batch sizes in two tensors with a row for each step, so one plan serves them all.
+In SGLang, attach a backend with ``onelaunch.integrations.sglang.attach``: a multi-step draft backend of FlashInfer,
+FlashInfer-MLA or Triton, or FlashInfer's single one. SGLang's pages have one token, so kv_indices are rows of the KV
+cache. The lists for all captured batch sizes are in two tensors, those of draft steps with a row for each.
 
-Without SGLang, for wrappers that were made with ``use_cuda_graph=True``. The lengths of draft steps differ; for other
-wrappers omit seqlen_offsets::
+Without SGLang, bind wrappers that were made with ``use_cuda_graph=True``. Here they are draft steps, each of which sees
+one more token; for other wrappers omit seqlen_offsets::
 
     from onelaunch.integrations import flashinfer
 
@@ -18,14 +18,14 @@ wrappers omit seqlen_offsets::
     # each round, before the replay
     plan.run(seq_lens, req_pool_indices)
 
-FlashInfer's planning on the host must still be called: ``plan``, or ``fast_decode_plan``, which copies nothing on the
-device. It reads kv_indptr and last_page_len, or kv_len_arr, on the host. Given the wrapper's own tensors it copies each
-of them there and waits for it. Given those in ``host`` it has them already: one launch wrote them too, into pinned
-memory. Wait for that launch first (an event, or the stream), and let all plans of a round read before the next run.
+Still call FlashInfer's planning on the host: ``plan``, or ``fast_decode_plan``, which copies nothing on the device. It
+reads kv_indptr and last_page_len (or kv_len_arr) on the host. From the wrapper's own tensors it copies each one to the
+host and waits. Pass the tensors in ``host`` instead: the same launch wrote them too, into pinned memory. Wait for that
+launch first (by an event or the stream), and finish all plans of a round before the next run.
 
-It stays FlashInfer's to plan, to choose a backend, and to pack masks; the dense block tables and lengths of trtllm-gen,
-cuDNN and cute-DSL, which plan makes of these lists on the host, aren't refreshed. Draft trees (a topk above 1), which
-have a list of tokens for each branch, are refused.
+FlashInfer still plans, chooses a backend and packs masks. Not refreshed are the dense block tables and lengths of
+trtllm-gen, cuDNN and cute-DSL, which ``plan`` makes from these lists on the host. Draft trees (topk above 1) are
+refused, because each branch has a list of tokens.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, missing
 from ..run.bind import bind
 from ..run.declared import Written, into
 from ..run.plan import Plan
@@ -60,13 +60,13 @@ _QUERIES = ("_qo_indptr_buf",)
 
 @dataclass(eq=False)
 class PlanInputs:
-    """What FlashInfer's plan of one wrapper reads, all int32. What is None isn't written.
+    """What FlashInfer's plan of one wrapper reads, all int32. A tensor that is None isn't written.
 
     Attributes:
         kv_indptr: [bs + 1], where each request's pages begin.
         kv_indices: [capacity], the pages.
-        last_page_len: [bs], the tokens in a request's last page, 1 to page_size; 0 without pages.
-        kv_len_arr: [bs], the tokens of a request; MLA's, in place of last_page_len.
+        last_page_len: [bs], the tokens in each request's last page, 1 to page_size; 0 for a request without pages.
+        kv_len_arr: [bs], the tokens of each request; the MLA wrapper has it in place of last_page_len.
         qo_indptr: [bs + 1], where each request's query tokens begin.
     """
 
@@ -100,9 +100,9 @@ def plan_inputs(wrapper: Any) -> PlanInputs:
 
 
 def on_host(inputs: PlanInputs) -> PlanInputs:
-    """New tensors in host memory for what a plan wants there: all but kv_indices. Pinned, if the inputs are on a GPU.
+    """New host tensors for all that a plan reads on the host: everything but kv_indices.
 
-    The number of requests is that of kv_indptr.
+    They are pinned if the inputs are on a GPU. kv_indptr determines the number of requests.
     """
     assert inputs.kv_indptr is not None
     requests = len(inputs.kv_indptr) - 1
@@ -120,10 +120,10 @@ def on_host(inputs: PlanInputs) -> PlanInputs:
 
 
 def _page_size(wrapper: Any) -> int:
-    """The page size that a wrapper was planned with, or the least that it can be; 1 before it was planned.
+    """The page size that a wrapper was planned with, or a lower bound of it; 1 before it was planned.
 
-    The MLA wrapper and two of the decode wrapper's implementations keep it. In the others a last page with several
-    tokens shows it; they may all have one by chance.
+    The MLA wrapper and two of the decode wrapper's implementations store it. For the others the longest last page is a
+    lower bound, which is 1 if every last page happens to have one token.
     """
     kept = getattr(wrapper, "_page_size", None)
     last = getattr(wrapper, "_paged_kv_last_page_len_buf", None)
@@ -143,26 +143,25 @@ def bind_backends(
 ) -> Plan:
     """Binds the steps of one of SGLang's multi-step draft backends, or a list of wrappers.
 
-    Of wrappers kv_indptr and kv_indices are written, with pages of several tokens last_page_len too, and kv_len_arr of
-    MLA's. With pages of one token last_page_len is 1 and never changes.
+    For wrappers the launch writes kv_indptr, kv_indices, MLA's kv_len_arr, and last_page_len if pages have several
+    tokens (with pages of one token it is always 1).
 
     Args:
         backend: a multi-step backend with attn_backends, kv_indptr [steps, max_bs + 1] and cuda_graph_kv_indices
             [steps, capacity], whose first len(attn_backends) rows are refreshed; or a list of wrappers.
-        req_to_token: int32 or int64 [pool rows, W]; None is the multi-step backend's own. With pages of P tokens, token
-            column * P is the first one of a page.
-        query_len: the query tokens of each request, for qo_indptr to be written too; None leaves it alone. Only for
-            wrappers.
-        host: for each wrapper tensors that get the same numbers, in pinned memory if the wrappers are on a GPU: see
-            on_host(). qo_indptr is among them only with query_len. Only for wrappers.
-        num_kv_splits: int32 [max_bs], to be written too: the split counts that all steps of a Triton backend read. They
-            depend on num_head, num_kv_head, max_kv_splits and device_core_count. Only for a multi-step backend.
-        settings: arguments of onelaunch.bind, such as seq_lens_dtype. Unless given, seqlen_offsets are 1, 2, ... for a
-            multi-step backend, and none for wrappers. page_size is 1 unless given; more only for wrappers.
+        req_to_token: int32 or int64 [pool rows, W]; None is the multi-step backend's own. With pages of P tokens, every
+            P-th column is the first token of a page.
+        query_len: the query tokens of each request, to write qo_indptr too; None leaves it alone. Only for wrappers.
+        host: for each wrapper the tensors that get the same values on the host, pinned if the wrappers are on a GPU:
+            see on_host(). Their qo_indptr is written only with query_len. Only for wrappers.
+        num_kv_splits: int32 [max_bs], also written: the split counts that all steps of a Triton backend read, by
+            num_head, num_kv_head, max_kv_splits and device_core_count. Only for a multi-step backend.
+        settings: arguments of onelaunch.bind, such as seq_lens_dtype. seqlen_offsets default to 1, 2, ... for a
+            multi-step backend, and to none for wrappers. page_size defaults to 1; only wrappers may have more.
 
     Returns:
-        A plan; run() takes the lengths without the draft tokens, and each request's row of the pool. Tokens or pages
-        beyond the capacity aren't written.
+        A plan; run() takes the lengths without the draft tokens, and each request's row of the pool. Entries beyond the
+        capacity of kv_indices aren't written.
 
     Raises:
         ArgumentError: an attribute is missing or doesn't fit; see onelaunch.bind.
@@ -197,7 +196,7 @@ def bind_backends(
 def _wrappers(
     wrappers: Sequence[Any], page_size: int, query_len: int | None, host: Sequence[PlanInputs] | None
 ) -> tuple[list[MetadataBuffers], dict[str, Any]]:
-    """The standard fields of wrappers, and the declared ones."""
+    """The standard fields of wrappers, and their declared fields."""
     for wrapper in wrappers:
         if (tokens := _page_size(wrapper)) > page_size:
             raise ArgumentError(
@@ -219,17 +218,17 @@ def _wrappers(
         declare |= _declared(host, "host_", unwritten)
     if query_len is not None and "qo_indptr" not in declare:
         raise ArgumentError(
-            f"query_len is {query_len} and the wrappers have no _qo_indptr_buf, as without tensor cores. Pass None."
+            f"query_len is {query_len} and the wrappers have no _qo_indptr_buf (made without tensor cores). Pass None."
         )
     return buffers, {name: FLASHINFER[name] for name in ("kv_len", "page_indptr")} | declare
 
 
-# What FLASHINFER calls the lists, which count pages.
+# The names in FLASHINFER of the lists, which count pages there.
 _NAMES = {"kv_indptr": "page_indptr", "kv_indices": "pages"}
 
 
 def _declared(inputs: Sequence[PlanInputs], prefix: str, unwritten: set[str]) -> dict[str, Written]:
-    """The declared fields of what is there."""
+    """The declared fields of the tensors that aren't None."""
     declare = {}
     for field in dataclasses.fields(PlanInputs):
         tensors = [getattr(one, field.name) for one in inputs]
@@ -273,10 +272,10 @@ def _steps(backend: Any, num_kv_splits: Tensor | None) -> list[MetadataBuffers]:
 
 
 def pool_of(backend: Any) -> Tensor:
-    """req_to_token of an SGLang backend's pool, of its first child, or its own.
+    """req_to_token of an SGLang backend: of its pool, else of its first child, else its own.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: it has none.
     """
     owner = getattr(backend, "req_to_token_pool", None)
     if owner is None:
@@ -285,3 +284,9 @@ def pool_of(backend: Any) -> Tensor:
     if found is None:
         raise ArgumentError("the backend's req_to_token is None. Pass req_to_token=.")
     return found
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        raise missing(__name__, name, {"buffers_from": "use plan_inputs()"})

@@ -1,13 +1,13 @@
-"""The entry point in ``sglang.srt.plugins``: an unmodified SGLang attaches onelaunch wherever it can be served.
+"""The entry point ``sglang.srt.plugins``: attaches onelaunch in an unmodified SGLang, wherever it is served.
 
-If onelaunch is installed, SGLang calls ``install`` in each of its processes. It does nothing unless
-``ONELAUNCH_SGLANG`` is 1 or ``SGLANG_PLUGINS`` contains the name onelaunch. It never raises. The log gets one line per
-attention backend, graph runner of a speculative step and draft worker: what one launch makes and what the engine still
-does, or why it isn't served.
+If onelaunch is installed, SGLang calls ``install`` in each of its processes. ``install`` does nothing unless
+``ONELAUNCH_SGLANG`` is 1 or ``SGLANG_PLUGINS`` contains the name onelaunch, and it never raises. It logs one line for
+each attention backend, each graph runner of a speculative step and each draft worker: what one launch makes and what
+the engine still does, or why it isn't served.
 
-With ``ONELAUNCH_SGLANG=backends`` it is attached to the attention backends alone.
+``ONELAUNCH_SGLANG=backends`` attaches to attention backends only.
 
-Unless it is requested, it imports only the standard library.
+Until onelaunch is requested, this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _CHOICES = ("decode_backend", "prefill_backend", "full_attn_backend")
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _WORKER = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
-# The graph runners of a speculative step and the draft worker, by their paths from the worker.
-_MADE = (
+# Paths from the worker to the graph runners of a speculative step and to the draft worker.
+_AFTER_CAPTURE = (
     "_draft_worker.cuda_graph_runner",
     "_target_worker.model_runner.decode_cuda_graph_runner",
     "_draft_worker.cuda_graph_runner_for_draft_extend",
@@ -38,8 +38,8 @@ _MADE = (
 )
 
 
-def asked() -> bool:
-    """Whether the environment requests it. ``ONELAUNCH_SGLANG=0`` overrides ``SGLANG_PLUGINS``."""
+def requested() -> bool:
+    """Whether the environment requests onelaunch. ``ONELAUNCH_SGLANG=0`` overrides ``SGLANG_PLUGINS``."""
     if SGLANG_VARIABLE.read():
         return SGLANG_VARIABLE.is_on()
     return NAME in [name.strip() for name in os.environ.get(SELECTED_VARIABLE, "").split(",")]
@@ -47,7 +47,7 @@ def asked() -> bool:
 
 def install() -> None:
     """Registers hooks where SGLang makes backends and captures graphs, if the environment requests it."""
-    if not asked():
+    if not requested():
         return
     try:
         registry = pkgutil.resolve_name("sglang.srt.plugins.hook_registry:HookRegistry")
@@ -76,9 +76,9 @@ def _initialized(result: Any, runner: Any, *arguments: Any, **keywords: Any) -> 
 
 
 def _captured(result: Any, worker: Any, *arguments: Any, **keywords: Any) -> None:
-    """After a worker captured its graphs, and the target model's runner its own."""
+    """After the worker and the target model's runner captured their graphs."""
     runners = []
-    for path in _MADE:
+    for path in _AFTER_CAPTURE:
         runner = worker
         for name in path.split("."):
             runner = getattr(runner, name, None)
@@ -87,10 +87,10 @@ def _captured(result: Any, worker: Any, *arguments: Any, **keywords: Any) -> Non
 
 
 def _attach_all(made: Iterable[Any]) -> None:
-    """Attaches each backend, runner or worker once. None is none."""
+    """Attaches to each backend, runner or worker once, and skips None."""
     for backend in {id(part): part for one in made for part in _parts(one)}.values():
         try:
-            # Not at the top of the file: without a request no torch is imported.
+            # Imported here because it imports torch, which must not happen unless onelaunch is requested.
             from .sglang import attach
 
             attach(backend)  # logs what it did
@@ -100,7 +100,7 @@ def _attach_all(made: Iterable[Any]) -> None:
 
 def _parts(backend: Any) -> Iterator[Any]:
     """The backend, or those that it only chooses between, as HybridAttnBackend does."""
-    # FlashInfer's backend calls what its kernels come from by one of these names: a str.
+    # On FlashInfer's backend one of these names is a str, which names its kernels.
     found = [part for name in _CHOICES if not isinstance(part := getattr(backend, name, None), str | None)]
     for part in found:
         yield from _parts(part)

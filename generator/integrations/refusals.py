@@ -1,4 +1,7 @@
-"""Configurations that onelaunch doesn't serve, by the attribute that shows them: a gather would be silently wrong."""
+"""Configurations that onelaunch doesn't serve, and the attribute that reveals each.
+
+Their tensors follow other rules, so a refresh would write wrong values without an error.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ def _above_one(value: Any) -> bool:
 
 
 _UNIFIED = "the pool is unified: req_to_token holds virtual ids"
-_PART_OF_TOKENS = "decode context parallelism: a rank has some of the tokens only"
+_PART_OF_TOKENS = "decode context parallelism: a rank has only some of the tokens"
 _SWA = "a sliding-window pool has a second table and write locations"
 
-# The attribute, how its value shows, what it means, and whether even the tensors that onelaunch does refresh would be
-# wrong. The attribute is looked for in the backend and in each of its children; those of SGLang 0.5.17 alone are so
-# marked.
+# The attribute, the test of its value, what it means, and whether even the tensors that onelaunch does refresh would be
+# wrong. The attribute is looked up in the backend and in each of its children. "0.5.17" marks attributes that only
+# SGLang 0.5.17 has.
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, bool], ...] = (
     ("kv_index_translator.is_translating", _is_set, _UNIFIED, True),
     ("kv_index_translator.reads_are_translated", _is_set, _UNIFIED, True),
@@ -57,14 +60,14 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, bool], ...] = (
 
 
 def _value(owner: Any, path: str) -> Any:
-    """An attribute, or an attribute of one; None where there is none."""
+    """The attribute at a dotted path; None if there is none."""
     for name in path.split("."):
         owner = getattr(owner, name, None)
     return owner
 
 
 def _context_parallel(backend: Any) -> bool:
-    """Whether the process decodes with context parallelism; TRTLLM-MLA asks SGLang's context and has no attribute."""
+    """Whether the process decodes with context parallelism. TRTLLM-MLA reads that from SGLang's context."""
     context = sys.modules.get(_CONTEXT)
     if context is None or not type(backend).__module__.startswith("sglang."):
         return False
@@ -72,7 +75,7 @@ def _context_parallel(backend: Any) -> bool:
 
 
 def refusal(backend: Any, *, partly: bool = False) -> str:
-    """The reason why a backend isn't served: the attribute and its meaning; "" if it is served.
+    """Why a backend isn't served: the attribute and its meaning; "" if it is served.
 
     Args:
         backend: a multi-step backend with ``attn_backends``, or a single backend.
@@ -86,7 +89,7 @@ def refusal(backend: Any, *, partly: bool = False) -> str:
 
 
 def batch_refusal(forward_batch: Any) -> str:
-    """The reason why a batch isn't served although its backend is; "" if it is."""
+    """Why a batch isn't served although its backend is; "" if it is served."""
     if getattr(forward_batch, "encoder_lens", None) is not None:
         return "forward_batch.encoder_lens is set: encoder tokens lie before a request's own"
     spec_info = getattr(forward_batch, "spec_info", None)
@@ -96,10 +99,10 @@ def batch_refusal(forward_batch: Any) -> str:
 
 
 def wide_table_refusal(backend: Any) -> str:
-    """The reason why DSA's page_table_1 must be refreshed: what reads it; "" if no attribute shows a reader.
+    """Why DSA's page_table_1 must be refreshed: what reads it; "" if no attribute shows a reader.
 
-    The conditions are those under which SGLang itself, without speculation, has no such table: then attention reads the
-    indices of the fused top-k, and top-k and indexer read real_page_table.
+    Without speculation SGLang itself omits the table under the same conditions. Attention then reads the indices of
+    the fused top-k, and the top-k and the indexer read real_page_table.
     """
     for child in getattr(backend, "attn_backends", None) or [backend]:
         topk = getattr(child, "dsa_index_topk", None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..errors import ArgumentError, LaunchError
+from ..errors import ArgumentError, LaunchError, missing
 from ..load.loader import Kernel
 from ..spec.config import KernelConfig
 from ..spec.cpp import user_name
@@ -283,6 +283,11 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.config.symbol}, device={self.device}, capacity={self.capacity})"
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing("Plan", name, {"limit_columns": "pass max_len to run()"})
 
 
 def _bounds(destinations: Destinations, config: KernelConfig) -> dict[str, list[int]]:

@@ -96,7 +96,7 @@ def members(config: KernelConfig) -> list[Member]:
         add(f"{user_name(name)}_stride", "int64", "elements", per_call=True)
     add("batch_size", "int64", "requests", per_call=True)
     if config.padding_len is not None:
-        add("requests", "int64", "those behind, up to batch_size, are padding", per_call=True)
+        add("requests", "int64", "the batch's own; those from here up to batch_size are padding", per_call=True)
     elif config.pads:
         add("captured_size", "int64", "requests, padding included", per_call=True)
     if copies and config.row_fields:

@@ -52,6 +52,14 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   return value;
 }
 
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return value;
+}
+
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  return value;
+}
+
 inline unsigned __reduce_xor_sync(unsigned, unsigned value) {
   return value;
 }

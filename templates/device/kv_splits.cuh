@@ -11,11 +11,6 @@ __device__ __forceinline__ std::uint32_t split_length(const Params& p, std::int6
   return length > 1 ? static_cast<std::uint32_t>(length) : 1;
 }
 
-// A quotient of numbers above 0, rounded up.
-__device__ __forceinline__ std::uint32_t parts_of(std::uint32_t value, std::uint32_t divisor) {
-  return (value - 1) / divisor + 1;
-}
-
 __device__ void count_kv_splits(const Params& p, int) {
   if (p.batch_size == 0) return;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
@@ -26,23 +21,20 @@ __device__ void count_kv_splits(const Params& p, int) {
     longest = max(longest, length);
     shortest = min(shortest, length);
   }
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    longest = max(longest, __shfl_sync(kFullMask, longest, lane ^ distance));
-    shortest = min(shortest, __shfl_sync(kFullMask, shortest, lane ^ distance));
-  }
+  longest = __reduce_max_sync(kFullMask, longest);
+  shortest = __reduce_min_sync(kFullMask, shortest);
   // Lengths that differ by less than a quarter count as equal.
   if (std::uint64_t{longest} * 8 < std::uint64_t{shortest} * 10) shortest = longest;
-  const std::uint32_t even = min(parts_of(longest, shortest), kMaxKvSplits);
+  const std::uint32_t even = min(ceil_div(longest, shortest), kMaxKvSplits);
   const float doublings = log2f(static_cast<float>(longest) / 64);
   const auto cores = static_cast<std::uint32_t>(kCores * (doublings > 1 ? doublings : 1));
   const std::uint64_t blocks = min(static_cast<std::uint64_t>(p.batch_size) * kSplitBlocks, std::uint64_t{cores});
-  const std::uint32_t filling = min(parts_of(cores, static_cast<std::uint32_t>(blocks)), kMaxKvSplits);
-  const std::uint32_t even_tokens = parts_of(longest, even);
-  const std::uint32_t filling_tokens = parts_of(longest, filling);
+  const std::uint32_t filling = min(ceil_div(cores, static_cast<std::uint32_t>(blocks)), kMaxKvSplits);
+  const std::uint32_t even_tokens = ceil_div(longest, even);
+  const std::uint32_t filling_tokens = ceil_div(longest, filling);
   for (std::int64_t request = threadIdx.x; request < p.batch_size; request += kThreads) {
     const std::uint32_t length = split_length(p, request);
-    const std::uint32_t splits = max(parts_of(length, even_tokens), parts_of(length, filling_tokens));
+    const std::uint32_t splits = max(ceil_div(length, even_tokens), ceil_div(length, filling_tokens));
     store_once(p.num_kv_splits, 0, request, static_cast<std::int32_t>(splits));
   }
 }

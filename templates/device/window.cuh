@@ -17,7 +17,9 @@ struct Place {
 __device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
   static_assert(kWarps <= kWarpSize, "each warp needs a lane");
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t in_warp = warp_running_sum(tiles);
+  // Few rows of pages have a remainder. Where no lane's has one, there is nothing to sum.
+  const bool any = !kPagesAlone || __ballot_sync(kFullMask, tiles > 0) != 0;
+  const std::uint32_t in_warp = any ? warp_running_sum(tiles) : 0;
   window.tile_end[threadIdx.x] = in_warp;
   if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
   __syncthreads();

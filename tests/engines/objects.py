@@ -263,24 +263,28 @@ def verify_input(lengths: Tensor, tokens: int, *, topk: int = 1, masked: bool = 
     """
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-    random = torch.Generator().manual_seed(seed)
-    seen = [torch.ones((tokens, int(length) + tokens), dtype=torch.bool) for length in lengths]
-    for each in seen:
-        each[:, -tokens:] = torch.rand((tokens, tokens), generator=random) < 0.5
+    mask = None
+    if masked:
+        random = torch.Generator(device()).manual_seed(seed)
+        seen = [torch.ones((tokens, length + tokens), dtype=torch.bool) for length in lengths.tolist()]
+        for each in seen:
+            each[:, -tokens:] = torch.rand((tokens, tokens), generator=random) < 0.5
+        mask = torch.cat([each.flatten() for each in seen])
     empty: dict[str, Any] = {field.name: None for field in dataclasses.fields(EagleVerifyInput)}
-    mask = torch.cat([each.flatten() for each in seen]) if masked else None
     return EagleVerifyInput(
         **{**empty, "topk": topk, "draft_token_num": tokens, "num_tokens_per_req": tokens, "custom_mask": mask}
     )
 
 
 def extend_input(count: int, tokens: int, **fields: Any) -> Any:
-    """SGLang's input of a draft extension of so many requests, padding included."""
+    """SGLang's input of a draft extension of so many requests, padding included. They accept one token each."""
     from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 
-    accepted = torch.ones(count, dtype=torch.int32)
-    numbers = {"num_correct_drafts": accepted - 1, "num_accept_tokens": accepted, "num_tokens_per_req": tokens}
-    made = EagleDraftExtendInput(**{**numbers, **fields})
+    accepted = fields.pop("num_accept_tokens", None)
+    accepted = torch.ones(count, dtype=torch.int32) if accepted is None else accepted
+    made = EagleDraftExtendInput(
+        num_correct_drafts=accepted - 1, num_accept_tokens=accepted, num_tokens_per_req=tokens, **fields
+    )
     made.custom_mask = None
     return made
 

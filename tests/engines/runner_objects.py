@@ -398,7 +398,6 @@ class Request:
             len(lengths),
             tokens,
             hidden_states=self.hidden[: len(lengths) * tokens],
-            num_correct_drafts=self.accepted - 1,
             num_accept_tokens=self.accepted,
             num_tokens_for_logprob_per_req=tokens,
         )

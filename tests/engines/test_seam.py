@@ -420,7 +420,7 @@ def test_runners_that_are_refused() -> None:
         with pytest.raises(ArgumentError, match=message):
             sglang.attach(made)
         made.__dict__.update(kept)
-    with pytest.raises(ArgumentError, match="attach the runner's backend with them first"):
+    with pytest.raises(ArgumentError, match="Attach the runner's backend with them first"):
         sglang.attach(made, schedules=True)
     made.capture_bs.append(7)
     with pytest.raises(ArgumentError, match=r"bs is 7, and .* there is no decode graph of it"):

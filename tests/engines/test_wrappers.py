@@ -198,3 +198,44 @@ def test_a_plan_that_fails_leaves_it_to_the_engine(mode: str, monkeypatch: pytes
     with pytest.warns(RuntimeWarning, match="runs the engine's own code from now on. RuntimeError: FlashInfer said no"):
         pair.replay((7, 300), 5, seed=0)
     assert not compare.differences(pair.engine, pair.mine)
+
+
+@pytest.mark.parametrize(("mode", "short"), [("decode", "kv_indices"), ("target_verify", "mask")])
+def test_what_does_not_fit_is_left_to_the_engine_to_refuse(mode: str, short: str) -> None:
+    pair = Pair("flashinfer", 1, mode=mode, steps=3 if mode == "decode" else 0)
+    for _, ready in pair.attachment._ready.values():
+        for _, wrapper in ready.pairs:
+            if short == "mask":
+                wrapper._packed = wrapper._packed[:30]
+            else:
+                wrapper.lists.kv_indices = wrapper.lists.kv_indices[:300]
+    with pytest.warns(RuntimeWarning, match="the mask has 1540 bits, and its buffer has 30 bytes|has 379 tokens, and"):
+        pair.replay((77, 300), 2, seed=0)
+    assert not compare.differences(pair.engine, pair.mine)
+
+
+@pytest.mark.parametrize("mode", ["target_verify", "draft_extend", "decode"])
+def test_detached_it_is_the_engines(mode: str) -> None:
+    pair = Pair("flashinfer", 1, mode=mode)
+    pair.replay((77, 300), 2, seed=0)
+    pair.check()
+    pair.attachment.detach()
+    assert vars(pair.mine).keys() == vars(pair.engine).keys()
+    pair.replay((5, 80), 5, seed=1)
+    pair.check()
+    assert pair.attachment.launches == 1
+
+
+def test_a_mask_that_is_longer_than_the_batch() -> None:
+    """As the draft worker's launch makes it: in a buffer, also for padding."""
+    pair = Pair("flashinfer", 1, mode="target_verify")
+    make = pair.batch
+    for lengths, size in (((77, 300), 2), ((7, 30, 9), 5)):
+        for made in pair.backends:
+            compare.poison(made)
+            batch = make(lengths, size, 0)
+            more = torch.arange(9_000) % 3 == 0
+            batch.spec_info.custom_mask = torch.cat([batch.spec_info.custom_mask, more])
+            made.init_forward_metadata_out_graph(batch)
+        pair.check()
+    assert pair.attachment.launches == 2

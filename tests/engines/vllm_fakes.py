@@ -2,7 +2,7 @@
 
 ``install()`` must run before vllm is imported. Of vLLM's own only the compiled modules of operators are replaced: its
 classes, its Triton kernels (under Triton's interpreter) and its PyTorch code run as they are. DeepGEMM's schedule comes
-from DeepGEMM's own kernel (deep_gemm_host.py).
+from DeepGEMM's own kernel (deep_gemm_host.py), and on a GPU from DeepGEMM itself.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ _OWN = ("deep_gemm",)
 _OPERATORS = ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa2_C")
 
 
-def install() -> None:
-    """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch and vLLM."""
+def install(*, gpu: bool = False) -> None:
+    """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch and vLLM.
+
+    Args:
+        gpu: whether there is a real one, and nothing is pretended.
+    """
     names = [name for name in (*fakes.BINARY, *_SERVER) if name not in _OWN]
     sys.meta_path.append(EmptyModules(names))
     ask = importlib.metadata.version
@@ -41,21 +45,26 @@ def install() -> None:
             raise
 
     importlib.metadata.version = version
-    fakes.pretend_cuda()
+    if not gpu:
+        fakes.pretend_cuda()
     for operators in _OPERATORS:
         sys.modules[operators] = types.ModuleType(operators)
     import vllm.platforms
     from vllm.platforms import cuda
 
     vllm.platforms._current_platform = cuda.NonNvmlCudaPlatform()
-    import vllm.utils.deep_gemm
-
-    vllm.utils.deep_gemm._lazy_init = lambda: None
-    vllm.utils.deep_gemm._get_paged_mqa_logits_metadata_impl = _schedule
     import vllm.v1.worker.gpu.buffer_utils
 
-    # Where the host is the device, its memory is what the device sees of it.
-    vllm.v1.worker.gpu.buffer_utils.get_accelerator_view_from_cpu_tensor = lambda tensor: tensor
+    # An operator of vLLM's makes it. Where the host is the device, its memory is what the device sees of it; on a GPU
+    # what is measured doesn't read it, so a copy will do.
+    vllm.v1.worker.gpu.buffer_utils.get_accelerator_view_from_cpu_tensor = lambda tensor: (
+        tensor.cuda() if gpu else tensor
+    )
+    if not gpu:
+        import vllm.utils.deep_gemm
+
+        vllm.utils.deep_gemm._lazy_init = lambda: None
+        vllm.utils.deep_gemm._get_paged_mqa_logits_metadata_impl = _schedule
 
 
 def _schedule(context_lens: Tensor, block_size: int, num_slots: int, indices: Any = None) -> Tensor:

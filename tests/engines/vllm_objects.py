@@ -1,16 +1,24 @@
-"""vLLM's metadata builders and block tables on a CPU, and the runner's buffers that they read."""
+"""vLLM's metadata builders and block tables, and the runner's and the drafter's buffers that they read."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from onelaunch.integrations import vllm
+from onelaunch.integrations.vllm import DraftStep
 from torch import Tensor
 
+POISON = -7
+# vllm_seam.py sets these before it makes anything.
+DEVICE = "cpu"
 WIDTH = 9  # blocks of a request
 MAX_REQUESTS = 16
 MAX_TOKENS = 128
+SIZES = (64, 16)  # of the KV-cache groups' blocks
 # What one launch refreshes of the indexer's metadata, and what stays vLLM's, for the table of results.
 INDEXER = (
     "decode: lengths, block table, numbers of tokens, DeepGEMM's schedule",
@@ -48,7 +56,7 @@ def builder(next_n: int, *, adaptive: bool = False, tokens_per_state: int = 1) -
         dtype=torch.uint8,
         tokens_per_state=tokens_per_state,
     )
-    return DeepseekV32IndexerMetadataBuilder(spec, ["layer"], config, torch.device("cpu"), block_table_width=WIDTH)
+    return DeepseekV32IndexerMetadataBuilder(spec, ["layer"], config, torch.device(DEVICE), block_table_width=WIDTH)
 
 
 def sparse_builder(next_n: int) -> Any:
@@ -72,7 +80,7 @@ def sparse_builder(next_n: int) -> Any:
         compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(prefill_backend=None)}),
     )
     spec = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
-    return FlashAttnMLASparseMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+    return FlashAttnMLASparseMetadataBuilder(spec, ["layer"], config, torch.device(DEVICE))
 
 
 def _config(next_n: int, **more: Any) -> Any:
@@ -95,9 +103,9 @@ def block_tables(sizes: tuple[int, ...], **settings: Any) -> Any:
     from vllm.v1.worker.gpu.block_table import BlockTables
 
     widths = [64 * WIDTH // size for size in sizes]
-    tables = BlockTables(list(sizes), MAX_REQUESTS, MAX_TOKENS, widths, torch.device("cpu"), **settings)
+    tables = BlockTables(list(sizes), MAX_REQUESTS, MAX_TOKENS, widths, torch.device(DEVICE), **settings)
     for group, table in enumerate(tables.block_tables):
-        blocks = torch.arange(table.gpu.numel(), dtype=torch.int32).view(table.gpu.shape)
+        blocks = torch.arange(table.gpu.numel(), dtype=torch.int32, device=DEVICE).view(table.gpu.shape)
         table.gpu.copy_(1 + (blocks * 7919 + group) % 10_007)
     return tables
 
@@ -106,18 +114,18 @@ class Runner:
     """The buffers that a model runner keeps for all batches, and what it hands to a builder."""
 
     def __init__(self) -> None:
-        self.seq_lens = torch.zeros(MAX_REQUESTS, dtype=torch.int32)
-        self.block_table = torch.zeros((MAX_REQUESTS, WIDTH), dtype=torch.int32)
-        self.query_start_loc = torch.zeros(MAX_REQUESTS + 1, dtype=torch.int32)
+        self.seq_lens = torch.zeros(MAX_REQUESTS, dtype=torch.int32, device=DEVICE)
+        self.block_table = torch.zeros((MAX_REQUESTS, WIDTH), dtype=torch.int32, device=DEVICE)
+        self.query_start_loc = torch.zeros(MAX_REQUESTS + 1, dtype=torch.int32, device=DEVICE)
 
     def fill(self, lengths: tuple[int, ...], query_lens: tuple[int, ...]) -> None:
         """A batch's rows; those behind it are zero, and have no tokens where query_lens says nothing of them."""
         self.seq_lens.zero_()
-        self.seq_lens[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
+        self.seq_lens[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         self.block_table.zero_()
-        blocks = torch.arange(len(lengths) * WIDTH, dtype=torch.int32).view(-1, WIDTH)
+        blocks = torch.arange(len(lengths) * WIDTH, dtype=torch.int32, device=DEVICE).view(-1, WIDTH)
         self.block_table[: len(lengths)] = 1 + (blocks * 7919 + sum(lengths)) % 10_007
-        ends = torch.tensor(query_lens, dtype=torch.int32).cumsum(0)
+        ends = torch.tensor(query_lens, dtype=torch.int32, device=DEVICE).cumsum(0)
         self.query_start_loc[0] = 0
         self.query_start_loc[1 : len(ends) + 1] = ends
         self.query_start_loc[len(ends) + 1 :] = ends[-1]
@@ -129,18 +137,102 @@ class Runner:
         starts = self.query_start_loc[: requests + 1]
         return CommonAttentionMetadata(
             query_start_loc=starts,
-            query_start_loc_cpu=starts.clone(),
+            query_start_loc_cpu=starts.clone().cpu(),
             seq_lens=self.seq_lens[:requests],
-            seq_lens_cpu_upper_bound=self.seq_lens[:requests].clone(),
+            seq_lens_cpu_upper_bound=self.seq_lens[:requests].clone().cpu(),
             num_reqs=requests,
             num_actual_tokens=tokens,
             max_query_len=longest,
             max_seq_len=int(self.seq_lens.max()),
             block_table_tensor=self.block_table[:requests],
-            slot_mapping=torch.arange(tokens),
+            slot_mapping=torch.arange(tokens, device=DEVICE),
         )
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether the tensor is the runner's own memory."""
         mine = {t.untyped_storage().data_ptr() for t in (self.seq_lens, self.block_table, self.query_start_loc)}
         return tensor.untyped_storage().data_ptr() in mine
+
+
+class Drafter:
+    """One set of buffers, and the metadata of a graph that was captured for some requests.
+
+    Args:
+        next_n: tokens that a verified request has; a draft step has one.
+        captured: requests.
+    """
+
+    def __init__(self, next_n: int, captured: int, sizes: tuple[int, ...] = SIZES, **tables: Any) -> None:
+        self.captured, self.runner = captured, Runner()
+        self.tables = block_tables(sizes, **tables)
+        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64, device=DEVICE)
+        self.idx_mapping = torch.full((MAX_REQUESTS,), -1, device=DEVICE)
+        self.builder, self.sparse_builder = builder(next_n), sparse_builder(next_n)
+        self.begin((1,) * captured)
+        # vLLM's keeps the request of each token for all builders that ask; these two are asked apart.
+        self.metadata = self.builder.build(0, self.runner.metadata(captured, captured, 1))
+        self.sparse = self.sparse_builder.build(0, self.runner.metadata(captured, captured, 1))
+
+    def begin(self, lengths: tuple[int, ...], *, dummy: bool = False) -> None:
+        """The first draft step of requests with these lengths: request i is row 2 * i + 1 of the block tables.
+
+        Args:
+            dummy: as in a dummy run, where no request has a row.
+        """
+        requests = len(lengths)
+        self.runner.fill(lengths, (1,) * requests)
+        self.positions[:requests] = self.runner.seq_lens[:requests] - 1
+        self.idx_mapping.fill_(-1)
+        if not dummy:
+            self.idx_mapping[:requests] = (torch.arange(requests, device=DEVICE) * 2 + 1) % MAX_REQUESTS
+
+    def advance(self) -> None:
+        """What follows the sampled token, for all captured requests: _update_draft_inputs_kernel."""
+        longest = 64 * WIDTH
+        for tensor, most in ((self.positions, longest - 1), (self.runner.seq_lens, longest)):
+            live = tensor[: self.captured]
+            live.copy_((live + 1).clamp(max=most))
+
+    def step(self) -> None:
+        """The engine's own launches before a step."""
+        n = self.captured
+        starts = self.runner.query_start_loc[: n + 1]
+        self.tables.compute_slot_mappings(self.idx_mapping[:n], starts, self.positions[:n], n)
+        self.builder.update_draft_decode_metadata(self.metadata)
+        self.sparse_builder.update_draft_decode_metadata(self.sparse)
+
+    def bind(self, **settings: Any) -> DraftStep:
+        return vllm.bind_draft_step(
+            self.builder,
+            self.metadata,
+            self.tables,
+            idx_mapping=self.idx_mapping,
+            positions=self.positions,
+            **{"sparse": [self.sparse], **settings},
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "slot_mappings", self.tables.slot_mappings
+        for label, owner in (("metadata", self.metadata), ("decode", self.metadata.decode), ("sparse", self.sparse)):
+            for field in dataclasses.fields(owner):
+                value = getattr(owner, field.name)
+                # The runner's slot mapping at the capture, which these two have as they are.
+                if isinstance(value, Tensor) and field.name != "slot_mapping":
+                    yield f"{label}.{field.name}", value
+
+    def destinations(self) -> dict[str, Tensor]:
+        """What a step writes: all but the runner's own memory."""
+        return {name: tensor for name, tensor in self.tensors() if not self.runner.owns(tensor)}
+
+
+def differences(engine: Drafter, mine: Drafter) -> list[str]:
+    """The tensors that differ."""
+    pairs = list(zip(engine.tensors(), mine.tensors(), strict=True))
+    assert all(name == other and a.shape == b.shape and a.dtype == b.dtype for (name, a), (other, b) in pairs)
+    return [name for (name, wanted), (_, got) in pairs if not torch.equal(wanted, got)]
+
+
+def poison(*drafters: Drafter) -> None:
+    for drafter in drafters:
+        for tensor in drafter.destinations().values():
+            tensor.fill_(POISON)

@@ -1,4 +1,4 @@
-"""Replaces the refresh code of one of the engine's backends by a launch, and restores it."""
+"""Replaces a backend's refresh code by one launch, and restores it."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from .places import IN_GRAPH, LISTS_KERNEL, OUT_GRAPH, PLACES, WITHOUT_SPLITS, P
 from .refresher import Ready, Refresher, launch
 from .wrappers import wrappers_refusal
 
-# By backend.
+# Attachments by backend.
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
-# With it SGLang may record what comes before a replay in a graph too.
+# With this variable SGLang may record in a graph also what comes before a replay.
 _GLUE_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
 
 class Attachment:
-    """A launch in place of the engine's refresh on one backend.
+    """One backend whose refresh is a launch.
 
     Attributes:
         backend: the backend.
-        refreshed: what one launch refreshes, for people; "" if it is disabled.
-        stays: the engine's steps that are still called.
-        launches: launches so far, without those that a graph replays.
+        refreshed: a description of what one launch refreshes; "" if onelaunch is disabled.
+        stays: a description of the engine's steps that still run.
+        launches: launches so far, not counting those that a graph replays.
         failed: the error after which the engine's own code runs again; "" if there was none.
-        place: what is replaced; None if it is disabled.
+        place: what is replaced; None if onelaunch is disabled.
         schedules: whether the launch makes DeepGEMM's schedules.
-        made: whether a runner's launch made what this one makes.
+        made: whether a runner's launch has already written, for the current batch, what this launch would write.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Attachment:
         self.place, self.schedules, self.made = place, schedules, False
         self._refresh, self._extension = refresh, extension
         self._several = hasattr(backend, "attn_backends")
-        # By captured batch size and the engine's forward mode: onelaunch's name of the mode, and the plan.
+        # (batch size, the engine's forward mode) -> (onelaunch's name of the mode, plan)
         self._ready: dict[tuple[int, Any], tuple[str, Ready]] = {}
         self._recorded = False
         self._replaced = Replaced()
@@ -86,7 +86,7 @@ class Attachment:
     def detach(self) -> None:
         """Restores the engine's own code. A second call does nothing.
 
-        Captured graphs keep the recorded launch; then a warning says that they must be captured again.
+        Graphs that recorded the launch keep it; a warning then says to capture them again.
         """
         self._replaced.restore()
         _ATTACHED.pop(self.backend, None)
@@ -94,15 +94,15 @@ class Attachment:
         if self._recorded:
             self._recorded = False
             warnings.warn(
-                f"{type(self.backend).__name__} captured graphs with onelaunch's launch in them, and they keep it. "
-                "Capture them again to have the engine's own kernel.",
+                f"{type(self.backend).__name__} captured graphs that contain onelaunch's launch, and they keep it. "
+                "Capture them again to run the engine's own kernel.",
                 stacklevel=2,
             )
 
-    def beside(self, *arguments: Any, **facts: Any) -> Ready:
-        """A plan that also writes what a runner's graph has; see Refresher.beside."""
+    def beside(self, *arguments: Any, **settings: Any) -> Ready:
+        """A plan that also writes the input buffers of a runner's graph; see Refresher.beside."""
         assert self._refresh is not None
-        return self._refresh.beside(*arguments, **facts)
+        return self._refresh.beside(*arguments, **settings)
 
     def __repr__(self) -> str:
         if not self.refreshed:
@@ -132,7 +132,7 @@ class Attachment:
             original(forward_batch)
 
     def _without_graph(self, original: Any, forward_batch: Any) -> None:
-        """init_forward_metadata, of which a draft extension is served."""
+        """init_forward_metadata, which runs without a graph. Only a draft extension is served."""
         try:
             served = self._extension is not None and self._refresh is not None and self._extension.run(forward_batch)
         except Exception as error:
@@ -143,14 +143,14 @@ class Attachment:
             original(forward_batch)
 
     def _guarded(self, step: Callable[..., bool], *arguments: Any) -> bool:
-        """Whether the step did what the engine's own code would do. After an exception nothing does any more."""
+        """Runs a step; whether it replaced the engine's own code. After an exception no later step runs."""
         try:
             return self._refresh is not None and step(*arguments)
         except Exception as error:
             return self._give_way(error)
 
     def _give_way(self, error: Exception) -> bool:
-        """After an exception of any kind: the engine's own code writes every tensor again. False."""
+        """After any exception: from now on the engine's own code writes every tensor. Returns False."""
         self._forget()
         self._refresh = None
         self._ready = {}
@@ -158,7 +158,7 @@ class Attachment:
         return False
 
     def _forget(self) -> None:
-        """The engine's own code wrote, or will: what verified writes know of the tables doesn't hold."""
+        """Drops the hashes of verified writes, because the engine's own code wrote the tables or will."""
         if self._refresh is not None:
             self._refresh.forget()
 
@@ -173,11 +173,11 @@ class Attachment:
             except ArgumentError:
                 return ""
             if mode == "decode" and getattr(forward_batch, "spec_info", None) is not None:
-                return ""  # one draft step alone, which sees more tokens than seq_lens says
+                return ""  # a single draft step, which sees more tokens than seq_lens says
         return mode if mode in self._place.modes and not batch_refusal(forward_batch) else ""
 
     def _prepare(self, forward_batch: Any) -> bool:
-        """Binds the plan of a batch size right after its capture began, so that nothing is built or bound later."""
+        """Binds a batch size's plan when its capture begins, so that nothing is built or bound while serving."""
         mode = self._mode(forward_batch)
         if not mode or self._refresh is None:
             return False
@@ -189,17 +189,18 @@ class Attachment:
         )
         self._ready[bs, forward_batch.forward_mode] = mode, ready
         if self._place.method == IN_GRAPH and mode == "draft_extend":
-            # The recorded kernel would write these each time; with a fixed number of rows a request they are constants.
+            # The engine's recorded kernel writes these in each replay. With a fixed number of rows per request they are
+            # constant, so they are written once.
             metadata = self.backend.draft_extend_metadata[bs]
             starts = metadata.cu_seqlens_q
             starts.copy_(torch.arange(len(starts), device=starts.device) * metadata.max_seq_len_q)
         return True
 
     def _before_replay(self, forward_batch: Any) -> bool:
-        """The launch, and the steps that stay the engine's.
+        """Launches, then runs the engine's remaining steps.
 
-        The engine's other work has displaced this code from the processor's caches, so that each call and each look-up
-        costs up to a microsecond: what is known since the capture isn't asked again.
+        Since the last call the engine's other work has evicted this code from the CPU's caches, so each call and each
+        look-up costs up to a microsecond. What the capture already determined isn't looked up again.
         """
         known = self._ready.get((forward_batch.batch_size, forward_batch.forward_mode))
         if known is None:  # captured before attach()
@@ -211,9 +212,9 @@ class Attachment:
             or getattr(spec_info, "ragged_verify_layout", None) is not None
             or (spec_info is not None and mode == "decode" and not self._several)
         ):
-            return False  # as _mode says
+            return False  # the conditions of _mode
         for owner, name, value in held:
-            if getattr(owner, name, None) is not value:  # the pool was exchanged
+            if getattr(owner, name, None) is not value:  # the pool was replaced
                 return self._prepare(forward_batch) and self._before_replay(forward_batch)
         place = self._place
         inputs = () if place.inputs is None else place.inputs(self.backend, forward_batch, mode)
@@ -228,7 +229,7 @@ class Attachment:
         return True
 
     def _fill_lists(self, bs: int, seq_lens: Tensor, req_pool_indices: Tensor, source: Tensor | None = None) -> bool:
-        """The launch alone, amid the engine's own steps."""
+        """The launch that replaces the engine's list kernel; the steps around it stay the engine's."""
         if self.made:
             return True
         assert isinstance(self._refresh, Lists)
@@ -244,9 +245,9 @@ class Attachment:
 
 
 def warned(target: Any, error: Exception) -> str:
-    """The error after which a backend or runner runs the engine's own code, in words, of which one warning is given.
+    """Warns once that a backend or runner runs the engine's own code from now on; returns the error's text.
 
-    Called by what the engine calls, two calls down.
+    Call it two frames below the function that the engine calls, so that the warning names the engine's line.
     """
     failed = f"{type(error).__name__}: {error}"
     text = f"{type(target).__name__} runs the engine's own code from now on. {failed}"
@@ -265,7 +266,7 @@ class _Kernel:
         def launch(*arguments: Any, **keywords: Any) -> None:
             attachment = self._attachment
             rows, source, seq_lens, destination = arguments[:4]
-            # Without a graph the engine fills lists of its own, and of a unified pool it translates the tokens.
+            # Without a graph the engine fills other lists; with a unified pool it translates the tokens.
             for_a_graph = destination is getattr(attachment.backend, INDICES, None) and not keywords.get("TRANSLATE")
             if not (for_a_graph and attachment._guarded(attachment._fill_lists, grid[1], seq_lens, rows, source)):
                 self._original[grid](*arguments, **keywords)
@@ -274,7 +275,7 @@ class _Kernel:
 
 
 def attached_to(backend: Any) -> Attachment | None:
-    """What attach() returned for a backend, while it is attached."""
+    """The attachment of a backend; None if it isn't attached."""
     return _ATTACHED.get(backend)
 
 
@@ -283,9 +284,9 @@ def attach_backend(
     *,
     leave: Collection[str] = (),
     schedules: bool = False,
-    **facts: Any,
+    **settings: Any,
 ) -> Attachment:
-    """Attaches to a backend: see seam.attach."""
+    """Attaches to a backend: see targets.attach."""
     if DISABLE_VARIABLE.is_on():
         attachment = Attachment(backend)
     else:
@@ -299,15 +300,15 @@ def attach_backend(
         if place.lists:
             if leave or schedules:
                 what = f"leave is {tuple(leave)!r}" if leave else "schedules is True"
-                raise ArgumentError(f"{what}; {type(backend).__name__} has kv_indptr and kv_indices alone. Omit it.")
-            refresh = Lists(backend, **facts)
+                raise ArgumentError(f"{what}; {type(backend).__name__} has only kv_indptr and kv_indices. Omit it.")
+            refresh = Lists(backend, **settings)
         else:
-            # The engine leaves the dead columns of a table alone, so the launch does too.
-            facts = {"page_fill": None, **facts}
-            refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **facts)
+            # Like the engine's own code, the launch leaves the columns after the live ones alone.
+            settings = {"page_fill": None, **settings}
+            refresh = Refresher(backend, leave=(*leave, *place.leave), schedules=schedules, **settings)
             if place.extends and extends_without_a_graph(backend):
-                extension = Extension(backend, **facts)
-        if facts.get("writes", "all") != "all":
+                extension = Extension(backend, **settings)
+        if settings.get("writes", "all") != "all":
             _check_verified(backend, place, leave)
         attachment = Attachment(backend, place, refresh, schedules, extension)
     left = f"; {', '.join(leave)} is left out" if leave and attachment.refreshed else ""
@@ -316,7 +317,7 @@ def attach_backend(
 
 
 def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
-    """Refuses verified writes where a plan can't know what its tables hold."""
+    """Refuses verified writes if a plan can't know what its tables hold."""
     name = type(backend).__name__
     if place.method == IN_GRAPH:
         raise ArgumentError(
@@ -328,8 +329,8 @@ def _check_verified(backend: Any, place: Place, leave: Collection[str]) -> None:
     if hasattr(child, "dsa_index_topk") and page_size > 1 and WIDE_TABLE not in leave:
         raise ArgumentError(
             f"writes is 'verified', and the batch sizes that {name} captures share page_table_1, but each has a "
-            "real_page_table of its own, so that none knows what the others wrote. Pass leave=('page_table_1',), where "
-            "nothing reads it, or writes='all'."
+            "real_page_table of its own, so that no plan knows what the others wrote. Pass leave=('page_table_1',) if "
+            "nothing reads that table, else writes='all'."
         )
 
 

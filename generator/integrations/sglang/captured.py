@@ -1,4 +1,4 @@
-"""The metadata that an SGLang backend captured, recognized by its attributes, and the tensors in it."""
+"""Finds the metadata that an SGLang backend captured, and the tensors in it, by attribute names."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ MLA: Names = {"cache_seqlens?": ("seq_lens_k",), "real_page_table": ("block_kv_i
 WIDE_TABLE = "page_table_1"
 SCHEDULE = "paged_mqa_schedule_metadata"
 STEPS = ("attn_backends",)
-# A plan's input: the tokens that draft_extend extends each request by.
+# The plan input with the number of tokens that draft_extend extends each request by.
 EXTENDED = "extended"
 VERSION = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 
-# onelaunch has no such fields. Without a refusal these tensors would silently become stale.
+# onelaunch has no fields for these tensors; unless refused, they would silently become stale.
 _FOREIGN = (
     "swa_page_table",
     "swa_out_cache_loc",
@@ -68,11 +68,11 @@ def buffers_from(
 
     Args:
         metadata: DSAMetadata or NSAMetadata, or their precomputed form; FlashAttentionMetadata; TRTLLMMHAMetadata;
-            FlashMLADecodeMetadata or TRTLLMMLADecodeMetadata. An attribute that is None is a field that is None.
-        page_size: tokens per page. With 1, FA3's page_table holds tokens: it is page_indices.
-        leave: names of tensors that aren't refreshed: "page_table_1" of DSA (see attach), and those without a field in
+            FlashMLADecodeMetadata or TRTLLMMLADecodeMetadata. If an attribute is None, so is its field.
+        page_size: tokens per page. With 1, FA3's page_table holds tokens and becomes the field page_indices.
+        leave: names of tensors to leave out: "page_table_1" of DSA (see attach), and tensors without a field in
             onelaunch, which the engine's own code refreshes.
-        schedules: whether DSA's paged_mqa_schedule_metadata, if there is one, is refreshed too.
+        schedules: whether to include DSA's paged_mqa_schedule_metadata, if there is one.
 
     Raises:
         ArgumentError: the object lacks an attribute, or has a tensor that onelaunch can't refresh.
@@ -81,8 +81,8 @@ def buffers_from(
     for name in _FOREIGN:
         if getattr(metadata, name, None) is not None and name not in leave:
             raise ArgumentError(
-                f"metadata.{name} is set, and onelaunch has no such field, so it would go stale. Refresh it with the "
-                f"engine's own code, and pass leave=({name!r},)."
+                f"metadata.{name} is set, and onelaunch has no such field, so it would become stale. Refresh it with "
+                f"the engine's own code, and pass leave=({name!r},)."
             )
     found = {}
     for field, aliases in names.items():
@@ -93,7 +93,7 @@ def buffers_from(
     if names is DSA and WIDE_TABLE in leave:
         if page_size == 1:
             raise ArgumentError(
-                "leave has 'page_table_1', and pages have one token: it is the only table. Remove it from leave."
+                "leave has 'page_table_1', which is the only table if pages have one token. Remove it from leave."
             )
         found["page_indices"] = None
     if schedules and names is DSA:
@@ -102,7 +102,7 @@ def buffers_from(
 
 
 def family_of(metadata: Any) -> Names:
-    """The attribute names of the family that a metadata object belongs to: DSA, MHA or MLA."""
+    """The attribute names of a metadata object's family: DSA, MHA or MLA."""
     for names, marks in (
         (DSA, DSA["nsa_cache_seqlens"]),
         (MLA, MLA["real_page_table"]),
@@ -115,7 +115,7 @@ def family_of(metadata: Any) -> Names:
 
 
 def mode_of(forward_mode: Any) -> str:
-    """bind()'s name of a forward mode: of SGLang's ForwardMode, or of a name, which is returned as it is.
+    """bind()'s name for a forward mode: SGLang's ForwardMode, or a name, which is returned unchanged.
 
     Raises:
         ArgumentError: it is another mode, such as EXTEND.
@@ -139,11 +139,11 @@ def mode_of(forward_mode: Any) -> str:
 
 
 class FlashMLATable(NamedTuple):
-    """What FlashMLA's graphs read. It keeps no metadata object for a batch size, only whole buffers.
+    """What FlashMLA's graphs read: views of whole buffers, because it keeps no metadata object per batch size.
 
     Attributes:
         block_kv_indices: the table, int32 [bs, blocks].
-        seq_lens_k: the lengths of a draft extension, int32 [bs]; else None.
+        seq_lens_k: the lengths in a draft extension, int32 [bs]; None in other modes.
     """
 
     block_kv_indices: Tensor
@@ -151,12 +151,12 @@ class FlashMLATable(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """One child with what it captured for a batch size.
+    """One child and what it captured for a batch size.
 
     Attributes:
         child: the backend.
-        attribute: where it keeps the captures.
-        held: what it keeps there: the metadata object, or FlashMLA's whole table.
+        attribute: the attribute in which it keeps its captures.
+        held: the value that it keeps there: the metadata object, or FlashMLA's whole table.
         metadata: the object that has the tensors.
     """
 
@@ -172,10 +172,10 @@ class Captured(NamedTuple):
 
 
 def captured_for(backend: Any, bs: int, mode: str) -> list[Captured]:
-    """The children that captured a batch size. The last child of older versions captures nothing, and isn't used.
+    """The children that captured a batch size. In older versions the last child is unused and captures nothing.
 
     Raises:
-        ArgumentError: no child has captured it, or one has behind a child that has not.
+        ArgumentError: no child captured it, or a child captured it but an earlier one didn't.
     """
     several = has(backend, STEPS)
     children = list(read("backend", backend, STEPS, VERSION)) if several else [backend]
@@ -187,7 +187,7 @@ def captured_for(backend: Any, bs: int, mode: str) -> list[Captured]:
         if isinstance(table, Tensor) and table.dim() == 2:
             found.append(Captured(child, _FLASHMLA_TABLE, table, _flashmla_table(child, table, bs, mode)))
             continue
-        # DSA and TRTLLM-MLA keep every mode's captures in one place; the others have a place for each.
+        # DSA and TRTLLM-MLA keep all modes' captures in one attribute; the others have one per mode.
         apart = has(child, (_GRAPHS["target_verify"], _GRAPHS["draft_extend"]))
         attribute = _GRAPHS[mode if apart else "decode"]
         graphs = read(label, child, (attribute,), VERSION, {} if found else REQUIRED)

@@ -1,6 +1,6 @@
-"""FA3's draft extension in an SGLang that captures no graph of it, such as 0.5.17.
+"""FA3's draft extension in versions of SGLang that capture no graph of it, such as 0.5.17.
 
-There the engine makes new tensors for each step, by eleven kernels and copies. Here they are kept, and one launch
+The engine makes new tensors in each step, with eleven kernels and copies. Here the tensors are kept, and one launch
 refreshes them.
 """
 
@@ -19,12 +19,12 @@ from .captured import EXTENDED
 from .refresher import launch
 
 EAGER = "init_forward_metadata"
-# Larger batches than this has room for run the engine's own code.
+# Bounds the kept table. Larger batches run the engine's own code.
 _MAX_TABLE_BYTES = 2**26
 
 
 def extends_without_a_graph(backend: Any) -> bool:
-    """Whether FA3 backends of this version have no graph of the draft extension, and this one does extend."""
+    """Whether this version has no graph of FA3's draft extension, and this backend runs draft extensions."""
     return (
         not hasattr(backend, "stage_draft_extend_metadata")
         and bool(getattr(backend, "is_draft_runner", False))
@@ -34,18 +34,18 @@ def extends_without_a_graph(backend: Any) -> bool:
 
 
 class Extension:
-    """Refreshes what FA3 reads in a draft extension without a graph: one launch for batches of any size that fits.
+    """Refreshes by one launch what FA3 reads in a draft extension without a graph. One plan serves all batch sizes.
 
     Args:
         backend: a FlashAttentionBackend.
-        facts: arguments of onelaunch.bind.
+        settings: arguments of onelaunch.bind.
     """
 
-    def __init__(self, backend: Any, **facts: Any) -> None:
+    def __init__(self, backend: Any, **settings: Any) -> None:
         self._backend = backend
         engine = sys.modules[type(backend).__module__]
         self._metadata, self._mode = engine.FlashAttentionMetadata, engine.ForwardMode.DRAFT_EXTEND_V2
-        # By batch size: views of the lengths, the sums and the widest table.
+        # By batch size: views of the lengths, the sums, the starts and the widest table.
         self._heads: dict[int, tuple[torch.Tensor, ...]] = {}
         self._pool, page_size = backend.req_to_token, backend.page_size
         self._widest = -(-backend.max_context_len // page_size)
@@ -65,12 +65,12 @@ class Extension:
             page_size=page_size,
             declare={"cu_seqlens_q": into(running_sum(EXTENDED), self._starts)},
             inputs={EXTENDED: torch.int32},
-            **facts,
+            **settings,
         )
         self.plan.follow_addresses()
 
     def run(self, batch: Any) -> bool:
-        """Refreshes the metadata and gives it to the backend; False, and nothing is written, if that isn't served.
+        """Refreshes the metadata and gives it to the backend. Returns False and writes nothing if it can't serve.
 
         Args:
             batch: SGLang's ForwardBatch, with seq_lens and req_pool_indices int64 [bs], extend_seq_lens int32 [bs].
@@ -95,7 +95,7 @@ class Extension:
         longest, widths = batch.seq_lens_cpu, batch.extend_seq_lens_cpu
         columns = backend.max_context_len
         if longest is not None:
-            # Of a few numbers Python's max() is quicker.
+            # For a few numbers Python's max() is faster than PyTorch's.
             columns = max(longest.tolist())
             table = self._table[:bs, : -(-columns // backend.page_size)]
         backend.forward_metadata = self._metadata(

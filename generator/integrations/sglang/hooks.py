@@ -1,4 +1,4 @@
-"""What stands in the place of an engine's methods, functions and buffers while a seam is attached."""
+"""Replacements for an engine's methods, functions and buffers while a seam is attached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Unfilled:
-    """A buffer of a runner that the launch pads. What the engine fills it with waits, and is dropped after a launch."""
+    """A runner's buffer that the launch pads. The engine's fill is deferred, and dropped if the launch is made."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -22,40 +22,40 @@ class Unfilled:
         return self.tensor[index]
 
     def fill_(self, value: Any) -> None:
-        """Tensor.fill_, later or never."""
+        """Tensor.fill_, deferred."""
         self._value = value
 
     def zero_(self) -> None:
-        """Tensor.zero_, later or never."""
+        """Tensor.zero_, deferred."""
         self._value = 0
 
     def fill(self) -> None:
-        """Fills it, if it was to be."""
+        """Runs the deferred fill, if there is one."""
         if self._value is not None:
             self.tensor.fill_(self._value)
 
 
 class Bound(functools.partial[Any]):
-    """A method of mine in place of an original one, which it gets first."""
+    """A replacement method. Its first argument is the original method."""
 
 
 class Replaced:
-    """Attributes of an engine's objects that something of mine stands in the place of."""
+    """The replaced attributes of an engine's objects."""
 
     def __init__(self) -> None:
-        # The object, the name, what the object had of its own, and what it has now.
+        # (object, name, the value in the object's own __dict__ or None, the replacement)
         self._all: list[tuple[Any, str, Any, Any]] = []
 
     def __bool__(self) -> bool:
         return bool(self._all)
 
     def put(self, owner: Any, name: str, mine: Any) -> None:
-        """Puts mine in the place of an attribute."""
+        """Replaces an attribute of an object by mine."""
         self._all.append((owner, name, vars(owner).get(name), mine))
         setattr(owner, name, mine)
 
     def restore(self) -> None:
-        """Puts everything back, unless somebody else has replaced it since."""
+        """Restores every attribute that other code hasn't replaced since."""
         for owner, name, own, mine in self._all:
             if vars(owner).get(name) is not mine:
                 continue
@@ -67,18 +67,21 @@ class Replaced:
 
 
 class Hook:
-    """A function or Triton kernel of one of SGLang's modules that asks seams first. It is there while there are any."""
+    """Replaces a function or Triton kernel in one of SGLang's modules: each seam may handle a call before the original.
+
+    It stays in place as long as a seam uses it.
+    """
 
     made: ClassVar[dict[tuple[str, str], Hook]] = {}
 
     def __init__(self, module: ModuleType, name: str) -> None:
         self.module, self.name, self.original = module, name, getattr(module, name)
-        # Each seam, and what it does: mine(original, arguments...), of which NotImplemented is no result.
+        # (seam, handler). handler(original, *arguments) returns NotImplemented if it doesn't handle the call.
         self.seams: list[tuple[Any, Callable[..., Any]]] = []
 
     @classmethod
     def put(cls, seam: Any, module: ModuleType, name: str, mine: Callable[..., Any]) -> None:
-        """Has a function ask a seam, with a hook in its place if there is none."""
+        """Adds a seam's handler to a function's hook, and makes the hook if there is none."""
         key = module.__name__, name
         if key not in cls.made:
             cls.made[key] = cls(module, name)
@@ -87,11 +90,11 @@ class Hook:
 
     @classmethod
     def remove(cls, seam: Any) -> None:
-        """A seam leaves all hooks, and hooks without seams go."""
+        """Removes a seam from all hooks, and hooks that have no seam left."""
         for key, hook in list(cls.made.items()):
             hook.seams = [(other, mine) for other, mine in hook.seams if other is not seam]
             if not hook.seams:
-                if getattr(hook.module, hook.name) is hook:  # otherwise somebody else put one around it
+                if getattr(hook.module, hook.name) is hook:  # else other code wrapped it
                     setattr(hook.module, hook.name, hook.original)
                 del cls.made[key]
 
@@ -112,10 +115,10 @@ class Hook:
 
 
 class Answers(TorchFunctionMode):
-    """While it is on, PyTorch's operations with known results aren't run: a launch has written what they yield.
+    """While it is active, operations whose results a launch has already written return these and don't run.
 
     Args:
-        known: the results by what asked() makes of an operation.
+        known: the results by asked() of the operation.
     """
 
     def __init__(self, known: dict[tuple[Any, ...], Tensor]) -> None:
@@ -125,9 +128,10 @@ class Answers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation's result."""
         keywords = kwargs or {}
-        if func.__name__ in self._names:
+        name = getattr(func, "__name__", "")
+        if name in self._names:
             try:
-                result = self._known.get(asked(func.__name__, *args, **keywords))
+                result = self._known.get(asked(name, *args, **keywords))
             except TypeError:  # an argument that isn't hashable
                 result = None
             if result is not None:
@@ -136,7 +140,7 @@ class Answers(TorchFunctionMode):
 
 
 def asked(name: str, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
-    """An operation with its arguments, by which its result is known. Tensors are the same if they are one object."""
-    # 1.0 == 1, but yields another dtype. The engine names one device.
+    """The key of an operation with its arguments. Tensors are equal only if they are the same object."""
+    # 1.0 == 1, but gives another dtype. The device is left out, because the engine uses one.
     exact = [repr(a) if isinstance(a, float) else id(a) if isinstance(a, Tensor) else a for a in arguments]
     return (name, *exact, *[item for item in keywords.items() if item[0] != "device"])

@@ -1,7 +1,7 @@
-"""kv_indptr and kv_indices of a backend, which keeps them in two tensors for all captured batch sizes.
+"""kv_indptr and kv_indices of backends that keep them in two tensors for all captured batch sizes.
 
-A single backend has sums beside them: ``qo_indptr``, and in target_verify ``mask_indptr``. A multi-step one of Triton
-has split counts, which all steps share. FlashInfer's have wrappers, see wrappers.py.
+A single backend also has ``qo_indptr``, and in target_verify ``mask_indptr``. A multi-step Triton backend has split
+counts, which all steps share. FlashInfer's backends have wrappers: see wrappers.py.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _HOW_SPLIT = ("static_kv_splits", "enable_deterministic", "split_tile_size")
 
 
 class Lists:
-    """Refreshes the lists of a multi-step draft backend, all steps by one launch, or of a single one.
+    """Refreshes by one launch the lists of a single backend, or of all steps of a multi-step draft backend.
 
-    Each captured batch size has a plan. A pool or lists that were exchanged get a new one.
+    Each captured batch size has a plan. If the pool or the lists are replaced, a new plan is made.
 
     Args:
         backend: the backend.
-        facts: arguments of onelaunch.bind.
+        settings: arguments of onelaunch.bind.
     """
 
-    def __init__(self, backend: Any, **facts: Any) -> None:
-        self._backend, self._facts = backend, facts
-        # By batch size, mode and the dtypes of run()'s tensors.
+    def __init__(self, backend: Any, **settings: Any) -> None:
+        self._backend, self._settings = backend, settings
+        # Keys are those of plans.
         self._ready: dict[tuple[Any, ...], tuple[Ready, Tensor]] = {}
 
     @property
     def plans(self) -> dict[tuple[Any, ...], Plan]:
-        """The plans by (batch size, mode, dtypes of seq_lens and req_pool_indices)."""
+        """The plans by (batch size, mode, seq_lens' dtype, req_pool_indices' dtype)."""
         return {key: ready.plan for key, (ready, _) in self._ready.items()}
 
     def ready(
@@ -59,13 +59,13 @@ class Lists:
         extend_seq_lens_dtype: torch.dtype | None = None,
         source: Tensor | None = None,
     ) -> Ready:
-        """A plan for a batch size. Must not be called inside a capture.
+        """Makes the plan of a batch size. Don't call it inside a capture.
 
         Args:
             bs: the batch size.
-            mode: "decode", which all multi-step backends have; a single one has "target_verify" and "draft_extend" too.
-            seq_lens_dtype, req_pool_indices_dtype: of run()'s tensors.
-            extend_seq_lens_dtype: of what "draft_extend" extends by.
+            mode: "decode"; for a single backend also "target_verify" and "draft_extend".
+            seq_lens_dtype, req_pool_indices_dtype: the dtypes of run()'s tensors.
+            extend_seq_lens_dtype: the dtype of the lengths that "draft_extend" extends by.
             source: req_to_token; None is the backend's own.
 
         Raises:
@@ -74,11 +74,15 @@ class Lists:
         backend = self._backend
         if source is None:
             source = flashinfer.pool_of(backend)
-        facts = {"seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": req_pool_indices_dtype, **self._facts}
+        settings = {
+            "seq_lens_dtype": seq_lens_dtype,
+            "req_pool_indices_dtype": req_pool_indices_dtype,
+            **self._settings,
+        }
         pairs = self._pairs(bs, mode)
         if extend_seq_lens_dtype is not None and pairs[0][1] is None:
-            facts["inputs"] = {EXTENDED: extend_seq_lens_dtype}
-        plan = self._bind(source, mode, facts, pairs)
+            settings["inputs"] = {EXTENDED: extend_seq_lens_dtype}
+        plan = self._bind(source, mode, settings, pairs)
         plan.exact = bs
         plan.follow_addresses()
         pool = getattr(backend, "req_to_token_pool", None)
@@ -91,12 +95,12 @@ class Lists:
         return ready
 
     def beside(
-        self, bs: int, mode: str, declare: Mapping[str, Declaration | Written], added: int = 0, **facts: Any
+        self, bs: int, mode: str, declare: Mapping[str, Declaration | Written], added: int = 0, **settings: Any
     ) -> Ready:
-        """A plan of its own for a batch size that also writes what is declared; see Refresher.beside.
+        """A separate plan for a batch size that also writes the declared fields; see Refresher.beside.
 
-        Triton's lists have a request's tokens without those that are added. Of ``declare``, a single backend's
-        qo_indptr and mask_indptr get the backend's own tensors.
+        Triton's lists don't include the added tokens. For a single backend, qo_indptr and mask_indptr of ``declare``
+        get the backend's own tensors.
         """
         backend = self._backend
         source = flashinfer.pool_of(backend)
@@ -108,11 +112,11 @@ class Lists:
                 if declaration is not None and own is not None:
                     written[name] = _sum(declaration.formula, own)
         lists = "decode" if pairs[0][1] is None else mode
-        plan = self._bind(source, lists, {**self._facts, **facts, "declare": written}, pairs, added)
+        plan = self._bind(source, lists, {**self._settings, **settings, "declare": written}, pairs, added)
         return Ready(plan, pairs, [(backend, INDICES, getattr(backend, INDICES))])
 
     def forget(self) -> None:
-        """Plan.forget() of all plans: somebody else wrote what they write."""
+        """Plan.forget() of all plans, because other code wrote the lists."""
         for ready, _ in self._ready.values():
             ready.plan.forget()
 
@@ -134,7 +138,7 @@ class Lists:
         ready.plan.run(seq_lens, req_pool_indices)
 
     def _pairs(self, bs: int, mode: str) -> list[tuple[Any, Wrapper | None]]:
-        """The children, each with FlashInfer's wrapper of it, if it is a FlashInferAttnBackend."""
+        """The children, each with its FlashInfer wrapper if it is a FlashInferAttnBackend, else with None."""
         backend, several = self._backend, has(self._backend, STEPS)
         children = enumerate(getattr(backend, STEPS[0], [backend]))
         if not has_wrappers(backend):
@@ -142,47 +146,52 @@ class Lists:
         return [(child, Wrapper(child, bs, mode, step if several else None)) for step, child in children]
 
     def _bind(
-        self, source: Tensor, mode: str, facts: dict[str, Any], pairs: list[tuple[Any, Wrapper | None]], added: int = 0
+        self,
+        source: Tensor,
+        mode: str,
+        settings: dict[str, Any],
+        pairs: list[tuple[Any, Wrapper | None]],
+        added: int = 0,
     ) -> Plan:
         backend = self._backend
         if has(backend, STEPS):
-            return flashinfer.bind_backends(backend, source, **merged(_split_facts(backend), facts))
+            return flashinfer.bind_backends(backend, source, **merged(_split_settings(backend), settings))
         if (wrapper := pairs[0][1]) is not None:
-            return wrapper.bind(source, added, facts)
+            return wrapper.bind(source, added, settings)
         lists = MetadataBuffers(kv_indptr=backend.kv_indptr, kv_indices=getattr(backend, INDICES))
         if mode == "decode":
-            return bind([lists], req_to_token=source, **facts)
-        facts["constants"] = {"draft_tokens": backend.num_draft_tokens}
+            return bind([lists], req_to_token=source, **settings)
+        settings["constants"] = {"draft_tokens": backend.num_draft_tokens}
         declare = {"qo_indptr": _sum("draft_tokens", backend.qo_indptr)}
         if mode == "target_verify":
-            # The lists have the prefix, and the mask has the draft tokens too.
+            # The lists cover the prefix only; the mask covers the draft tokens too.
             declare["mask_indptr"] = _sum("draft_tokens * (base_len + draft_tokens)", backend.mask_indptr)
-            return bind([lists], req_to_token=source, declare=declare, **facts)
-        # The lists have what lies before the tokens that a request is extended by.
+            return bind([lists], req_to_token=source, declare=declare, **settings)
+        # The lists cover the tokens before those that a request is extended by.
         indices = getattr(backend, INDICES)
         declare["prefix_indptr"] = _sum(f"max(base_len - {EXTENDED}, 0)", backend.kv_indptr)
         prefix = packed("token(column)", at="prefix_indptr", dtype=_dtype(indices))
         declare["prefix_indices"] = into(prefix, indices)
-        return bind([MetadataBuffers()], req_to_token=source, declare=declare, **facts)
+        return bind([MetadataBuffers()], req_to_token=source, declare=declare, **settings)
 
 
 def splits_are_served(backend: Any) -> bool:
-    """Whether a launch makes the split counts that the steps of a multi-step Triton backend share."""
+    """Whether a launch can make the split counts that the steps of a multi-step Triton backend share."""
     child = getattr(backend, STEPS[0])[-1]
     known = all(hasattr(child, name) for name in (*_OF_SPLITS, *_HOW_SPLIT, "get_num_kv_splits"))
     return known and bool(_same_for_all(child) or child.device_core_count > 0)
 
 
 def _same_for_all(child: Any) -> str:
-    """The formula of split counts of which none depends on other requests; "" where they do."""
+    """The formula of split counts if no count depends on other requests; "" if they do."""
     if child.enable_deterministic and child.split_tile_size is not None:
         return "ceil_div(base_len, split_tile_size)"
     static = child.static_kv_splits or child.device_core_count <= 0
     return "max_kv_splits" if static and not child.enable_deterministic else ""
 
 
-def _split_facts(backend: Any) -> dict[str, Any]:
-    """Arguments of flashinfer.bind_backends for the split counts, as SGLang's get_num_kv_splits makes them."""
+def _split_settings(backend: Any) -> dict[str, Any]:
+    """Arguments of flashinfer.bind_backends for split counts that equal those of SGLang's get_num_kv_splits."""
     child = getattr(backend, STEPS[0])[-1]
     if not hasattr(child, SPLITS) or not splits_are_served(backend):
         return {}

@@ -1,7 +1,6 @@
-"""The place of a refresh in each of SGLang's backends, and the engine's steps that follow it.
+"""Where each of SGLang's backend classes refreshes its metadata, and the engine's steps that follow.
 
-The backend's class determines the place. ``after`` runs the engine's remaining steps, with the engine's own functions,
-on each child and its metadata.
+``after`` runs those steps on each child and its metadata, with the engine's own functions.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from torch import Tensor
 from .captured import SCHEDULE
 from .wrappers import host_lengths, plan_on_the_host
 
-# The children with their metadata, as Refresher.run returns them, the forward batch, its mode, and whether the launch
-# made DeepGEMM's schedules.
+# Arguments: the children with their metadata, as Refresher.run returns them; the forward batch; its mode; whether the
+# launch made DeepGEMM's schedules.
 After = Callable[[list[tuple[Any, Any]], Any, str, bool], None]
-# The backend, the forward batch and its mode.
+# Arguments: the backend, the forward batch and its mode.
 Inputs = Callable[[Any, Any, str], tuple[Tensor, ...] | None]
 
 OUT_GRAPH = "init_forward_metadata_out_graph"
@@ -30,20 +29,21 @@ LISTS_KERNEL = "generate_draft_decode_kv_indices"
 
 @dataclass(frozen=True)
 class Place:
-    """One class of SGLang's.
+    """One backend class of SGLang's.
 
     Attributes:
-        refreshed: what the launch refreshes, for people.
-        stays: the engine's steps that are still called, for people.
+        refreshed: a description of what the launch refreshes.
+        stays: a description of the engine's steps that still run.
         modes: the modes that are served; others run the engine's own code.
-        after: the steps of ``stays``; None where they are around the replaced method anyway, or there are none.
-        method: what the launch replaces: all that comes before a replay (OUT_GRAPH), the kernel that a graph records
+        after: runs the steps of ``stays``; None if there are none, or if the engine's code around the replaced method
+            still runs them.
+        method: what the launch replaces: everything before a replay (OUT_GRAPH), the kernel that a graph records
             (IN_GRAPH), or the kernel that fills kv_indptr and kv_indices (LISTS_KERNEL).
         lists: whether it refreshes kv_indptr and kv_indices, which aren't kept for each batch size.
         leave: what the launch leaves to ``after``; see captured.buffers_from.
-        extends: whether a draft extension that has no graph is served too; see extension.py.
-        inputs: further inputs of a launch; it returns None where the engine's own code must run. None if there are
-            none.
+        extends: whether a draft extension without a graph is served too; see extension.py.
+        inputs: makes the further inputs of a launch, or returns None if the engine's own code must run; None if the
+            launch has no further inputs.
     """
 
     refreshed: str
@@ -58,7 +58,7 @@ class Place:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """What the launch replaces on the backend."""
+        """The names of the methods that are replaced on the backend."""
         return (OUT_GRAPH, IN_GRAPH) if self.method == IN_GRAPH else (self.method,)
 
 
@@ -75,7 +75,7 @@ def _dsa(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -
             if not schedules:
                 child._refresh_paged_mqa_schedule_metadata(metadata, lengths)
             child._refresh_topk_v2_plan(metadata)
-            # With one column it is a view of the lengths, and up to date already.
+            # With one column it is a view of the lengths, so it is up to date.
             if metadata.paged_mqa_ctx_lens_2d.data_ptr() != lengths.data_ptr():
                 metadata.paged_mqa_ctx_lens_2d.copy_(lengths)
         if child.dsa_decode_impl == "flashmla_kv":
@@ -87,7 +87,7 @@ def _dsa(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -
 
 
 def _forward_mode(batch: Any, child: Any) -> Any:
-    """The mode that a child sees: a multi-step backend's children decode, whatever the batch does."""
+    """The mode that a child sees: the children of a multi-step backend always decode."""
     if batch.forward_mode.is_target_verify() or batch.forward_mode.is_draft_extend_v2():
         return batch.forward_mode
     return sys.modules[type(child).__module__].ForwardMode.DECODE
@@ -118,7 +118,7 @@ def _fa3(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -
 
 
 def _extended(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | None:
-    """What draft_extend extends each request by."""
+    """In draft_extend the number of tokens that each request is extended by."""
     if mode != "draft_extend":
         return ()
     extended = getattr(batch.spec_info, "extend_seq_lens_tensor", None)
@@ -126,24 +126,24 @@ def _extended(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | None:
 
 
 def _triton_steps(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
-    """The split counts, which all children share."""
+    """Computes the split counts, which all children share."""
     bs, child = batch.batch_size, pairs[-1][0]
     child.get_num_kv_splits(child.cuda_graph_num_kv_splits[:bs], batch.seq_lens[:bs])
 
 
 def _triton_inputs(backend: Any, batch: Any, mode: str) -> tuple[Tensor, ...] | None:
-    """What draft_extend extends by. Only the captured number of tokens a request is served."""
+    """As _extended; None unless each request has the captured number of tokens."""
     if mode != "decode" and batch.spec_info.num_tokens_per_req != backend.num_draft_tokens:
         return None
     return _extended(backend, batch, mode)
 
 
 def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
-    """The split counts in decode, and the mask of a verification."""
+    """Computes the split counts in decode, and copies the mask in a verification."""
     ((child, _),) = pairs
     if mode == "target_verify":
         mask = batch.spec_info.custom_mask
-        # SGLang's worker writes it where it belongs.
+        # If SGLang's worker wrote the mask into this buffer itself, there is nothing to copy.
         if mask is not None and mask is not child.verify_mask.buffer:
             child.verify_mask.buffer[: mask.shape[0]] = mask
     elif mode == "decode":
@@ -154,7 +154,7 @@ def _triton(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool
 
 
 def _flashmla(pairs: list[tuple[Any, Any]], batch: Any, mode: str, schedules: bool) -> None:
-    """Dense FlashMLA's schedule, which all children have alike, and the object that attention reads."""
+    """Makes dense FlashMLA's schedule, which is the same for all children, and the object that attention reads."""
     bs, child = batch.batch_size, pairs[0][0]
     engine = sys.modules[type(child).__module__]
     rows = 1 if mode == "decode" else child.num_draft_tokens
@@ -209,5 +209,5 @@ PLACES = {
     ),
     "FlashInferMLAMultiStepDraftBackend": Place(_LISTS, _PLANS, ("decode",), method=LISTS_KERNEL, lists=True),
 }  # fmt: skip
-# A multi-step Triton backend whose split counts are the engine's own.
+# A multi-step Triton backend whose split counts the launch can't make.
 WITHOUT_SPLITS = Place(_LISTS, "split counts", ("decode",), _triton_steps, lists=True)

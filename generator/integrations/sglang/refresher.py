@@ -1,4 +1,4 @@
-"""One plan for each captured batch size and mode of an SGLang backend."""
+"""One plan for each batch size and mode that an SGLang backend captured."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def bind_backends(
     mode: Any = "decode",
     leave: Collection[str] = (),
     schedules: bool = False,
-    **facts: Any,
+    **settings: Any,
 ) -> Plan:
     """Binds the metadata that an SGLang backend captured for a batch size: of all children, or of a single backend.
 
-    Read from the children, unless ``facts`` has them: page_size, index_topk, index_kpool, next_n (the number of draft
-    tokens) and, for FA3 and TRTLLM-MHA, the steps' offsets. Their tables, and those of FlashMLA and TRTLLM-MLA, have
-    one row per request in every mode, so there target_verify is decode with lengths that are next_n longer.
+    It reads from the children what ``settings`` doesn't have: page_size, index_topk, index_kpool, next_n (the number of
+    draft tokens) and, for FA3 and TRTLLM-MHA, the steps' offsets. Tables of FA3, TRTLLM-MHA, FlashMLA and TRTLLM-MLA
+    have one row per request in every mode, so their target_verify is a decode with lengths that are next_n longer.
 
     Args:
         backend: a multi-step backend with ``attn_backends``, or a single backend.
@@ -54,22 +54,22 @@ def bind_backends(
         req_to_token: int32 [pool rows, W]; None is the children's own.
         mode: SGLang's ForwardMode or a name of bind()'s modes.
         leave: see buffers_from.
-        schedules: whether to refresh DSA's paged_mqa_schedule_metadata, of multiprocessors that share splits of 256
-            tokens, as DeepGEMM's own function does. In target_verify and draft_extend it is of rows where the captured
-            paged_mqa_ctx_lens_2d has one column, else of requests, with the convention of the device.
-        facts: arguments of onelaunch.bind, which override what the children have. page_fill is -1 for
-            block_kv_indices if it isn't given.
+        schedules: whether to refresh DSA's paged_mqa_schedule_metadata, which distributes splits of 256 tokens over the
+            SMs, as DeepGEMM's own function does. In target_verify and draft_extend it is per row if the captured
+            paged_mqa_ctx_lens_2d has one column, else per request, with DeepGEMM's convention for the device.
+        settings: arguments of onelaunch.bind, which override what the children have. For block_kv_indices page_fill is
+            -1 unless given.
 
     Raises:
-        ArgumentError: an attribute isn't there, or nothing was captured for ``bs``; and see onelaunch.bind.
+        ArgumentError: an attribute is missing, or nothing was captured for ``bs``; see also onelaunch.bind.
     """
     mode = mode_of(mode)
     _refuse(backend, mode)
-    return _bind(captured_for(backend, bs, mode), has(backend, STEPS), req_to_token, mode, leave, schedules, facts)
+    return _bind(captured_for(backend, bs, mode), has(backend, STEPS), req_to_token, mode, leave, schedules, settings)
 
 
 def _refuse(backend: Any, mode: str) -> None:
-    """Refuses backends whose tensors would be refreshed wrongly. buffers_from refuses tensors without a field."""
+    """Refuses a backend whose tensors would get wrong values. buffers_from refuses tensors without a field."""
     if reason := refusal(backend, partly=True):
         raise ArgumentError(f"{type(backend).__name__} isn't served: {reason}. The engine's own code serves it.")
     for child in getattr(backend, STEPS[0], None) or [backend]:
@@ -88,13 +88,13 @@ def _bind(
     mode: str,
     leave: Collection[str],
     schedules: bool,
-    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> Plan:
     child = captured[0].child
     names = family_of(captured[0].metadata)
-    given = dict(facts)
+    given = dict(settings)
 
-    def fact(name: str, attributes: tuple[str, ...], **default: Any) -> Any:
+    def setting(name: str, attributes: tuple[str, ...], **default: Any) -> Any:
         if name not in given:
             given[name] = read("the backend", child, attributes, f"Pass {name}=.", **default)
         return given[name]
@@ -103,18 +103,18 @@ def _bind(
         req_to_token = read("the backend", child, ("req_to_token",), "Pass req_to_token=.")
         assert req_to_token is not None
     block_size = {"default": 64} if names is MLA else {}
-    page_size = fact("page_size", ("physical_page_size", "real_page_size", "page_size"), **block_size)
+    page_size = setting("page_size", ("physical_page_size", "real_page_size", "page_size"), **block_size)
     if mode == "decode" or given.get("extend") == "variable":
         given.pop("next_n", None)
     else:
-        fact("next_n", ("speculative_num_draft_tokens", "num_draft_tokens"))
+        setting("next_n", ("speculative_num_draft_tokens", "num_draft_tokens"))
     buffers = [buffers_from(c.metadata, page_size=page_size, leave=leave, schedules=schedules) for c in captured]
     if names is DSA:
-        fact("index_topk", ("dsa_index_topk", "nsa_index_topk"))
-        fact("index_kpool", ("dsa_index_kpool", "nsa_index_kpool"), default=1)
+        setting("index_topk", ("dsa_index_topk", "nsa_index_topk"))
+        setting("index_kpool", ("dsa_index_kpool", "nsa_index_kpool"), default=1)
         given["mode"] = mode
         if schedules and getattr(captured[0].metadata, SCHEDULE, None) is not None:
-            _schedule_facts(captured[0].metadata, given)
+            _schedule_settings(captured[0].metadata, given)
     else:
         if given.get("extend") == "variable" and "cu_seqlens_q" not in leave:
             starts: list[Any] = [getattr(c.metadata, "cu_seqlens_q", None) for c in captured]
@@ -134,14 +134,17 @@ def _row_a_request(
     mode: str,
     given: dict[str, Any],
 ) -> None:
-    """Settings for tables with one row per request in every mode; adds a verification's second lengths to buffers."""
+    """Sets the arguments of bind() for tables with one row per request in every mode.
+
+    A verification's second lengths are appended to buffers.
+    """
     added = given.pop("next_n", 0)
     for name in ("extend", "extend_seq_lens_dtype"):
         given.pop(name, None)
     if mode == "target_verify":
         for c, b in list(zip(captured, buffers, strict=True)):
             lengths = getattr(c.metadata, "global_seq_lens_k", None)
-            if lengths is not None:  # TRTLLM-MLA's; the same table makes it a backend of its own
+            if lengths is not None:  # TRTLLM-MLA's: bound as a further backend of the same table
                 buffers.append(MetadataBuffers(cache_seqlens=lengths, real_page_table=b.real_page_table))
         given.setdefault("seqlen_offsets", [added] * len(buffers))
     elif mode == "decode" and growing:
@@ -153,8 +156,8 @@ def _row_a_request(
         given.setdefault("page_fill", -1)
 
 
-def _schedule_facts(metadata: Any, given: dict[str, Any]) -> None:
-    """Sets schedule_per by the shape of DeepGEMM's lengths, and its convention by the device."""
+def _schedule_settings(metadata: Any, given: dict[str, Any]) -> None:
+    """Sets schedule_per from the shape of DeepGEMM's lengths, and DeepGEMM's convention from the device."""
     if given["index_kpool"] > 1:
         raise ArgumentError(
             f"schedules is True and index_kpool is {given['index_kpool']}; DSA has a second schedule, of pools, which "
@@ -192,7 +195,7 @@ class _Bound(NamedTuple):
 def launch(
     plan: Plan, seq_lens: Tensor, req_pool_indices: Tensor, inputs: Collection[Tensor] = (), size: int | None = None
 ) -> None:
-    """Plan.run() of a plan that doesn't audit, without what it does for other callers: cold, each line costs the host.
+    """Plan.run() with fewer Python frames unless the plan audits: with cold CPU caches each line costs host time.
 
     Args:
         inputs: the declared inputs, in the plan's order.
@@ -213,9 +216,9 @@ class Ready(NamedTuple):
     """A plan for one captured batch size, and what it relies on.
 
     Attributes:
-        plan: a plan for exactly so many requests; its inputs may be longer.
+        plan: the plan, for exactly that number of requests; its inputs may be longer.
         pairs: each child with its metadata.
-        held: objects with the name and value of an attribute that is bound. The plan holds as long as they do.
+        held: (object, attribute, bound value). The plan is valid while every attribute still has that value.
     """
 
     plan: Plan
@@ -223,18 +226,18 @@ class Ready(NamedTuple):
     held: list[tuple[Any, str, Any]]
 
     def exchanged(self) -> str:
-        """The first attribute that is bound and was exchanged; "" if none was."""
+        """The name of the first bound attribute that was replaced since; "" if none was."""
         return next((name for owner, name, value in self.held if getattr(owner, name, None) is not value), "")
 
 
 class Refresher:
     """Refreshes an SGLang backend's captured metadata, with one plan for each captured batch size and mode.
 
-    A plan is made at the first run() of its batch size, or by prepare(); from then on a call is one launch. A batch
-    size that was captured again, or a pool that was replaced, gets a new plan.
+    The first run() of a batch size makes its plan, or prepare() does; after that a call is one launch. If a batch size
+    is captured again or the pool is replaced, a new plan is made.
 
     Args:
-        backend, req_to_token, leave, schedules, facts: see bind_backends.
+        backend, req_to_token, leave, schedules, settings: see bind_backends.
     """
 
     def __init__(
@@ -244,15 +247,15 @@ class Refresher:
         *,
         leave: Collection[str] = (),
         schedules: bool = False,
-        **facts: Any,
+        **settings: Any,
     ) -> None:
         self._backend, self._pool, self._leave, self._schedules = backend, req_to_token, leave, schedules
-        self._facts = facts
+        self._settings = settings
         self._bound: dict[tuple[Any, ...], _Bound] = {}
 
     @property
     def plans(self) -> dict[tuple[Any, ...], Plan]:
-        """The plans by (batch size, mode, dtypes of seq_lens, req_pool_indices and extend_seq_lens or None)."""
+        """The plans by (batch size, mode, seq_lens' dtype, req_pool_indices' dtype, extend_seq_lens' dtype or None)."""
         return {key: bound.plan for key, bound in self._bound.items()}
 
     def prepare(
@@ -264,9 +267,9 @@ class Refresher:
         req_pool_indices_dtype: torch.dtype = torch.int64,
         extend_seq_lens_dtype: torch.dtype | None = None,
     ) -> Plan:
-        """The plan of a captured batch size, made now if there is none. Must not be called inside a capture.
+        """The plan of a captured batch size, made now if there is none. Don't call it inside a capture.
 
-        The dtypes are those of run()'s tensors; extend_seq_lens_dtype is None where run() gets no extend_seq_lens.
+        The dtypes are those of run()'s tensors; extend_seq_lens_dtype is None if run() gets no extend_seq_lens.
 
         Raises:
             ArgumentError: see bind_backends.
@@ -282,7 +285,7 @@ class Refresher:
         req_pool_indices_dtype: torch.dtype,
         extend_seq_lens_dtype: torch.dtype | None = None,
     ) -> Ready:
-        """prepare() for a caller that knows when a capture begins, so that run() needn't look for a new one.
+        """prepare() for a caller that knows when a capture begins and keeps the plan, so that no run() looks it up.
 
         Raises:
             ArgumentError: see bind_backends.
@@ -294,35 +297,35 @@ class Refresher:
         return Ready(bound.plan, bound.pairs, [(c.child, "req_to_token", pool) for c, pool in pools])
 
     def beside(
-        self, bs: int, mode: str, declare: Mapping[str, Declaration | Written], added: int = 0, **facts: Any
+        self, bs: int, mode: str, declare: Mapping[str, Declaration | Written], added: int = 0, **settings: Any
     ) -> Ready:
-        """A plan of its own for a captured batch size that also writes what is declared.
+        """A separate plan for a captured batch size that also writes the declared fields.
 
         Args:
             bs, mode: as in prepare().
-            declare: fields with tensors, and without them: terms, and cu_seqlens_q, which gets the backend's.
-            added: how many tokens the backend's lengths have beyond those of run().
-            facts: arguments of onelaunch.bind.
+            declare: fields with tensors; terms without tensors; and cu_seqlens_q, which gets the backend's tensor.
+            added: the backend's lengths minus run()'s, in tokens.
+            settings: arguments of onelaunch.bind.
 
         Raises:
             ArgumentError: see bind_backends.
         """
         captured = captured_for(self._backend, bs, mode)
         if added:
-            facts["seqlen_offsets"] = [added] * len(captured)
+            settings["seqlen_offsets"] = [added] * len(captured)
         starts = getattr(captured[0].metadata, "cu_seqlens_q", None)
         written = dict(declare)
-        # DSA's has an element a row, and never changes.
+        # DSA's has an element per row and never changes.
         if mode == "draft_extend" and isinstance(starts, Tensor) and family_of(captured[0].metadata) is MHA:
             written["cu_seqlens_q"] = Written(declare["cu_seqlens_q"], starts)  # type: ignore[arg-type]
-        facts = {**self._facts, **facts, "declare": written}
+        settings = {**self._settings, **settings, "declare": written}
         several = has(self._backend, STEPS)
-        plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
+        plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, settings)
         held = [(c.child, "req_to_token", getattr(c.child, "req_to_token", None)) for c in captured]
         return Ready(plan, [(c.child, c.metadata) for c in captured], held)
 
     def forget(self) -> None:
-        """Plan.forget() of all plans: somebody else wrote what they write."""
+        """Plan.forget() of all plans, because other code wrote the tables."""
         for bound in self._bound.values():
             bound.plan.forget()
 
@@ -340,8 +343,8 @@ class Refresher:
         Args:
             bs: the captured batch size.
             seq_lens, req_pool_indices: int32 or int64, bs elements or more, of which the first bs count.
-            extend_seq_lens: likewise, the tokens that draft_extend extends each request by; None for the same number.
-                The caller guarantees that the captured tensors have room for their sum.
+            extend_seq_lens: likewise, the number of tokens that draft_extend extends each request by; None if all have
+                the captured number. The caller guarantees that the captured tensors have room for the sum.
             mode: SGLang's ForwardMode or a name of bind()'s modes.
 
         Returns:
@@ -379,15 +382,15 @@ class Refresher:
         if bound is None or not bound.current(bs):
             _refuse(self._backend, mode)
             captured = captured_for(self._backend, bs, mode)
-            facts = {**self._facts, "seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": pool_dtype}
+            settings = {**self._settings, "seq_lens_dtype": seq_lens_dtype, "req_pool_indices_dtype": pool_dtype}
             if extend_dtype is not None:
                 if mode != "draft_extend":
                     raise ArgumentError(
                         f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' only. Pass None."
                     )
-                facts |= {"extend": "variable", "extend_seq_lens_dtype": extend_dtype}
+                settings |= {"extend": "variable", "extend_seq_lens_dtype": extend_dtype}
             several = has(self._backend, STEPS)
-            plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, facts)
+            plan = _bind(captured, several, self._pool, mode, self._leave, self._schedules, settings)
             pairs = [(c.child, c.metadata) for c in captured]
             pools = [getattr(c.child, "req_to_token", None) for c in captured]
             bound = self._bound[key] = _Bound(plan, captured, pairs, pools)

@@ -1,6 +1,6 @@
-"""SGLang's graph runners of a speculative step: the input buffers of their graphs, and the sources of a call.
+"""SGLang's graph runners of a speculative step: the input buffers of their graphs, and what a call fills them from.
 
-``bind_seam`` binds what they have without one of them.
+``bind_seam`` binds the same declarations to a caller's tensors, without a runner.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from .captured import mode_of
 
 # The function through which a runner copies a batch into its buffers: copies(destinations, sources).
 COPIES = "_grouped_foreach_copy_"
-# Or the method of its registry: fill(batch, padded_bs=...).
+# For runners with a registry, the registry's method: fill(batch, padded_bs=...).
 FILL = "fill_from"
 Sources = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Runner:
-    """One class of SGLang's.
+    """One runner class of SGLang's.
 
     Attributes:
-        seam: what it replays, for people.
-        method: what copies a batch into the buffers, has the backend refresh its metadata, and replays.
-        registry: the attribute with the registry of its buffers, whose FILL copies a batch; "" where the runner itself
-            does, with COPIES of its module.
+        seam: a description of what it replays.
+        method: the method that copies a batch into the buffers, makes the backend refresh its metadata, and replays.
+        registry: the attribute with the registry of its buffers, whose FILL copies a batch; "" if the runner copies
+            with COPIES of its module.
         backend: the attribute with its attention backend.
-        mode: bind()'s name of its mode.
-        declare: the buffers by name, from the number of tokens of a request.
-        tokens: the number of tokens of a request, of a runner.
-        buffers: the buffers by name, of a runner.
-        lengths: a request's length without the tokens of the seam, from the sources and the batch.
-        inputs: the declared inputs of a call, from the sources.
-        stays: the engine's steps that are still called, for people.
+        mode: bind()'s name for its mode.
+        declare: (tokens per request) -> the buffers' declarations by name.
+        tokens: (runner) -> tokens per request.
+        buffers: (runner) -> the buffers by name.
+        lengths: (sources, batch) -> the requests' lengths without the tokens of the seam.
+        inputs: (sources, tokens per request) -> the declared inputs of a call.
+        stays: a description of the engine's steps that still run.
     """
 
     seam: str
@@ -112,8 +112,8 @@ def _extend_inputs(sources: Sources, tokens: int) -> dict[str, Tensor]:
 class Views:
     """Calls a seam's plan with a batch's own tensors, of which its inputs are views.
 
-    A view costs more than all else in a call, so they are made once for tensors of some shapes; the same tensors at
-    other addresses are followed (see Plan.follow_addresses).
+    Making a view costs more than the rest of a call. So views are made once for each set of shapes, and tensors that
+    differ only in their addresses reuse them (see Plan.follow_addresses).
 
     Args:
         plan: the plan.
@@ -150,7 +150,7 @@ class Views:
     def _check(
         self, lengths: Tensor, rows: Tensor, extended: None, max_len: None, size: int | None, *tensors: Tensor
     ) -> list[int]:
-        """Plan._check() of the views."""
+        """Plan._check() with the views as inputs."""
         return self._plan._check(lengths, rows, extended, max_len, size, *self._inputs(rows, tensors))
 
     def _inputs(self, rows: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -207,24 +207,24 @@ def named(tokens: int) -> dict[str, Any]:
     return {"inputs": inputs, "constants": {"draft_tokens": tokens}}
 
 
-def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_token: Tensor, **facts: Any) -> Plan:
+def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_token: Tensor, **settings: Any) -> Plan:
     """Binds tensors of an engine of yours to a seam's declarations, for one launch without a runner.
 
     Args:
-        mode: SGLang's ForwardMode or a name of bind()'s modes: the draft step (decode), verification (target_verify)
-            or draft extension (draft_extend).
-        tokens: of a request: the draft's steps, or the draft tokens.
+        mode: SGLang's ForwardMode or a name of bind()'s modes, which chooses the seam: the draft step (decode),
+            verification (target_verify) or draft extension (draft_extend).
+        tokens: tokens per request: the number of draft steps in decode, else of draft tokens.
         tensors: by the names that ``onelaunch.spec.seams`` declares for that seam, such as positions (int64 [bs *
             tokens]), retrieve_index (int64, likewise) or extend_start_loc (int32 [bs]).
         req_to_token: int32 or int64 [pool rows, W].
-        facts: further arguments of onelaunch.bind, such as padding_len.
+        settings: further arguments of onelaunch.bind, such as padding_len.
 
     Returns:
         A plan; run() takes the lengths without the tokens of the seam, each request's row of the pool, and the inputs
-        that the fields name: pool_rows for req_pool_indices, token_0 and so on for input_ids, accepted.
+        that the fields name: pool_rows (for req_pool_indices), token_0, token_1, ... (for input_ids), accepted.
 
     Raises:
-        ArgumentError: a name isn't declared; and see onelaunch.bind.
+        ArgumentError: a name isn't declared; see also onelaunch.bind.
     """
     declared = {kind.mode: kind.declare for kind in RUNNERS.values()}[mode_of(mode)](tokens)
     for name in tensors:
@@ -235,5 +235,5 @@ def bind_seam(mode: Any, tokens: int, tensors: Mapping[str, Tensor], req_to_toke
         req_to_token=req_to_token,
         declare={**declared, **{name: into(declared[name], tensor) for name, tensor in tensors.items()}},
         **named(tokens),
-        **facts,
+        **settings,
     )

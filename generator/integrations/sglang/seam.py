@@ -1,10 +1,10 @@
-"""Replaces what one of SGLang's graph runners copies, and its backend's refresh, by one launch, and restores it."""
+"""Replaces a graph runner's copies and its backend's refresh by one launch, and restores them."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,33 +16,31 @@ from ...errors import ArgumentError
 from ...run.bind import bind
 from ...run.declared import into
 from ...spec.fields import MetadataBuffers
-from ...variables import DISABLE_VARIABLE
 from ..attributes import read
 from ..refusals import batch_refusal, refusal
-from .attach import Attachment, attach_backend, attached_to, warned
+from .attach import attach_backend, attached_to, warned
 from .captured import VERSION
 from .hooks import Bound, Hook, Replaced, Unfilled
 from .places import LISTS_KERNEL, OUT_GRAPH
 from .refresher import Ready
 from .runners import COPIES, FILL, RUNNERS, Runner, Sources, Views, named
-from .worker import WORKER as DRAFT_WORKER
-from .worker import Producers, attach_worker
 
-# The method with which a runner chooses the captured size of a batch.
+# The runner's method that chooses a batch's captured size.
 _PAD = "_pad_to_bucket"
-# A verification copies these of its batch once more; PyTorch copies nothing to where it already is.
+# A verification copies these of the batch's tensors again. The batch gets views of the buffers instead, because
+# PyTorch skips a copy of a tensor onto itself.
 _COPIED_AGAIN = ("input_ids", "positions")
-# SGLang 0.5.17's kernel that gathers the draft's write locations, in a module of its worker.
+# The module and name of SGLang 0.5.17's kernel that gathers the draft's write locations.
 _WORKER, _GATHER = "sglang.srt.speculative.eagle_worker_common", "assign_draft_cache_locs_contiguous"
 
 
 class Seam:
-    """A launch in place of a runner's copies and of its backend's refresh.
+    """A graph runner whose copies, and whose backend's refresh, are one launch.
 
     Attributes:
         backend: the runner.
-        refreshed: what one launch writes, for people.
-        stays: the engine's steps that are still called.
+        refreshed: a description of what one launch writes.
+        stays: a description of the engine's steps that still run.
         launches: launches so far.
         failed: the error after which the engine's own code runs again; "" if there was none.
     """
@@ -57,7 +55,7 @@ class Seam:
         self._width = 1 if kind.mode == "decode" else self._tokens  # positions of a request
         registry = getattr(runner, kind.registry) if kind.registry else None
         self._slots = [] if registry is None else [registry.get_slot(name) for name in self._buffers]
-        self._heads: dict[int, dict[str, Tensor]] = {}  # by a batch's number of tokens, what _COPIED_AGAIN says
+        self._heads: dict[int, dict[str, Tensor]] = {}  # the buffers of _COPIED_AGAIN, by a batch's number of tokens
         self._backend = getattr(runner, kind.backend)
         self._attachment, self._owned = attached_to(self._backend), False
         if self._attachment is None:
@@ -72,10 +70,10 @@ class Seam:
         self._views = {bs: Views(ready.plan, self._inputs) for bs, ready in self._ready.items()}
         self._batch: Any = None  # while the runner's method runs
         self._size = 0  # the captured size of that batch
-        self._launched: Ready | None = None  # while the backend's refresh is still to come
+        self._launched: Ready | None = None  # between the launch and the engine's call of the backend's refresh
         self._drafting = False  # while the worker drafts with this runner
         self._unfilled: dict[str, Unfilled] = {}  # the buffers, until the batch is copied into them
-        self._waiting: Callable[[], Any] | None = None  # the gather of the draft's write locations
+        self._waiting: Callable[[], Any] | None = None  # the deferred gather of the draft's write locations
         columns = ", ".join(self._buffers)
         self.refreshed = f"{kind.seam}'s {columns}"
         if self._whole:
@@ -102,7 +100,7 @@ class Seam:
             log.logger.info("attach %s", error)
 
     def _serves_backend(self) -> bool:
-        """Whether the launch also writes what the backend refreshes before a replay."""
+        """Whether the launch also replaces the backend's refresh before a replay."""
         attachment = self._attachment
         if attachment is None or not attachment.attached:
             return False
@@ -119,16 +117,16 @@ class Seam:
         kind, runner = self._kind, self.backend
         extends = kind.mode == "draft_extend"
         written = {**self._declared, **{name: into(self._declared[name], self._view(name)) for name in self._buffers}}
-        facts: dict[str, Any] = {
+        settings: dict[str, Any] = {
             **named(self._tokens),
             "padding_len": int(runner.seq_len_fill_value) - (self._tokens if extends else 0),
             "seq_lens_dtype": torch.int32 if extends else torch.int64,
         }
         if self._whole:
             assert self._attachment is not None
-            return self._attachment.beside(bs, kind.mode, written, self._tokens if extends else 0, **facts)
+            return self._attachment.beside(bs, kind.mode, written, self._tokens if extends else 0, **settings)
         pool = runner.model_runner.req_to_token_pool.req_to_token
-        plan = bind([MetadataBuffers()], req_to_token=pool, declare=written, **facts)
+        plan = bind([MetadataBuffers()], req_to_token=pool, declare=written, **settings)
         return Ready(plan, [], [(runner.model_runner.req_to_token_pool, "req_to_token", pool)])
 
     def _inputs(self, sources: Sources) -> dict[str, Tensor]:
@@ -136,7 +134,7 @@ class Seam:
 
     def _view(self, name: str) -> Tensor:
         tensor = self._buffers[name]
-        # topk_p is copied by its bits; with one branch a column is all.
+        # topk_p is copied bit by bit. With one branch its only column is the whole tensor.
         return tensor.view(-1).view(torch.int32) if tensor.is_floating_point() else tensor.view(-1)
 
     def _replace(self) -> None:
@@ -167,9 +165,9 @@ class Seam:
     # ------------------------------------------------------------------------------------------ what is replaced
 
     def _around(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
-        """The runner's method: the launch is made in place of its copies."""
+        """The runner's method, during which the launch replaces the copies."""
         self._batch, self._size = batch, 0
-        # A batch of a captured size isn't padded, so nothing is filled.
+        # The engine fills buffers only to pad a batch, so not if its size was captured.
         padded = not self._kind.registry and batch.batch_size not in self._ready and not self.failed
         buffers = self.backend.buffers
         if padded:
@@ -190,7 +188,7 @@ class Seam:
         return self._size
 
     def _out_graph(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
-        """The backend's refresh: what remains of it."""
+        """The backend's refresh: after a launch only the steps that stay the engine's."""
         if self._remaining(batch):
             return None
         if self._launched is None:
@@ -199,7 +197,7 @@ class Seam:
         return original(batch, *arguments, **keywords)
 
     def _remaining(self, batch: Any) -> bool:
-        """The steps that stay the engine's, after a launch; False if its own code must refresh everything."""
+        """Runs the steps that stay the engine's after a launch; False if its own code must refresh everything."""
         ready, attachment = self._launched, self._attachment
         place = None if attachment is None else attachment.place
         if ready is None or not self._whole or place is None or place.method != OUT_GRAPH:
@@ -217,7 +215,7 @@ class Seam:
         return True
 
     def _copies(self, original: Any, destinations: list[Tensor], sources: list[Tensor]) -> Any:
-        """The runner's copies of a batch into its buffers. What the launch doesn't write is copied."""
+        """The runner's copies of a batch into its buffers: only those that the launch doesn't write."""
         if self._batch is None or self.failed:
             return NotImplemented
         known = self._names
@@ -235,10 +233,10 @@ class Seam:
         return None
 
     def _fill(self, original: Any, batch: Any, **keywords: Any) -> None:
-        """The registry's copies: slots that the launch wrote are left out."""
+        """The registry's copies, without the slots that the launch wrote."""
         sources = {name: getattr(batch, name, None) for name in self._buffers}
         self._size = keywords["padded_bs"]
-        staged = keywords.get("skip_slots")  # written already
+        staged = keywords.get("skip_slots")  # the engine wrote these slots already
         raw = keywords["raw_num_tokens"]
         if batch is not self._batch or self.failed or staged or not self._done(sources):
             original(batch, **keywords)
@@ -256,7 +254,7 @@ class Seam:
                 slot.enabled = True
 
     def _done(self, sources: dict[str, Any]) -> bool:
-        """Whether the launch was made. If not, the engine's own code does it all."""
+        """Launches if it can; whether it did. If not, the engine's own code must do everything."""
         try:
             done = self._launch(sources)
         except Exception as error:
@@ -268,9 +266,9 @@ class Seam:
         return done
 
     def _launch(self, sources: dict[str, Any]) -> bool:
-        """The launch, unless a source is missing or the batch isn't served.
+        """Launches unless a source is missing or the batch isn't served; whether it did.
 
-        As in Attachment._before_replay, each line is paid for: this code is cold when the engine comes here.
+        Each line costs host time, because this code isn't in the CPU's caches: see Attachment._before_replay.
         """
         kind, batch, ready = self._kind, self._batch, self._ready.get(self._size)
         if ready is None or not self._fits(batch):
@@ -284,7 +282,7 @@ class Seam:
             return False
         for owner, name, value in ready.held:
             if getattr(owner, name, None) is not value:
-                raise ArgumentError(f"{name} was exchanged after attach(). Attach again.")
+                raise ArgumentError(f"{name} was replaced after attach(). Attach again.")
         self._views[self._size].run(lengths, rows, sources, self._size)
         self.launches += 1
         self._launched = ready
@@ -293,7 +291,7 @@ class Seam:
         return True
 
     def _fits(self, batch: Any) -> bool:
-        """Whether a batch is a chain of this seam's mode and number of tokens."""
+        """Whether a batch is served: a chain, of this seam's mode and number of tokens."""
         spec_info = batch.spec_info
         if batch_refusal(batch) or batch.forward_mode.is_idle() or getattr(spec_info, "num_front_tokens", 0):
             return False
@@ -303,23 +301,23 @@ class Seam:
         return bool(batch.forward_mode.is_target_verify()) and chain
 
     def _give_way(self, error: Exception) -> bool:
-        """After an exception of any kind: the engine's own code runs. False."""
+        """After any exception: the engine's own code runs from now on. Returns False."""
         self.failed = warned(self.backend, error)
         return False
 
     # ------------------------------------------------------------------------------------------ the draft's gather
 
     def _gathers(self, launch: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """The gather of a draft's write locations, which waits for the launch that makes them too."""
+        """Defers the gather of a draft's write locations until the launch, which makes them too."""
         if not self._drafting or self.failed or arguments[5:7] != (1, self._tokens):
             return NotImplemented
         self._waiting = functools.partial(launch, *arguments, **keywords)
         return None
 
     def _drafts(self, original: Any, *arguments: Any, **keywords: Any) -> Any:
-        """The worker's draft, with this runner unless adaptive speculation put another one in its place."""
+        """The worker's draft, which uses this runner unless adaptive speculation replaced it."""
         worker = self.backend.eagle_worker
-        # What else reads the locations before the graph does.
+        # Two further readers of the locations, before the graph.
         seeded = getattr(worker, "seed_dsa_topk_from_draft_extend", True)
         watched = getattr(getattr(worker, "draft_runner", None), "canary_manager", None) is not None
         mine = getattr(worker, "cuda_graph_runner", None) is self.backend
@@ -337,7 +335,7 @@ class Seam:
         return runs
 
     def _flush(self) -> None:
-        """Launches the gather that waits: what comes reads it."""
+        """Launches the deferred gather, because what follows reads its result."""
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             waiting()
@@ -353,8 +351,8 @@ def attach_runner(runner: Any) -> Seam:
         raise ArgumentError(f"{type(runner).__name__} isn't served: {reason}. The engine's own code serves it.")
     if getattr(runner, "_metadata_glue", None) is not None:
         raise ArgumentError(
-            f"{type(runner).__name__} isn't served: _metadata_glue is set: what comes before a replay is recorded in a "
-            "graph. Unset SGLANG_ENABLE_METADATA_GLUE_GRAPH."
+            f"{type(runner).__name__} isn't served: _metadata_glue is set, so what comes before a replay is "
+            "recorded in a graph. Unset SGLANG_ENABLE_METADATA_GLUE_GRAPH."
         )
     if isinstance(getattr(runner, kind.method), Bound):
         raise ArgumentError(f"{type(runner).__name__} is attached already. Call detach() of what attach() returned.")
@@ -363,43 +361,3 @@ def attach_runner(runner: Any) -> Seam:
     if kind.mode == "target_verify" and runner.captured_req_width < 2:
         raise ArgumentError("the runner's captured_req_width is 1: it doesn't verify, it decodes. Attach its backend.")
     return Seam(runner, kind)
-
-
-def attach(
-    target: Any, *, leave: Collection[str] = (), schedules: bool = False, **facts: Any
-) -> Attachment | Seam | Producers:
-    """Replaces the code that refreshes metadata before a replay by one launch.
-
-    Call it for a backend before the engine captures its graphs: then plans are bound at capture, and nothing is built
-    while serving. Call it for a graph runner, and then for the draft worker, after it captured them. Only this object
-    changes, and with a runner its backend. If a launch fails, the engine's own code runs from then on, and one warning
-    says why. With ``ONELAUNCH_DISABLE=1`` nothing is attached.
-
-    Args:
-        target: a multi-step draft backend, or a single DSA, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA, Triton or FlashInfer
-            backend; or a graph runner: EAGLEDraftCudaGraphRunner, EAGLEDraftExtendCudaGraphRunner, or the
-            DecodeCudaGraphRunner that verifies. A runner's one launch also writes its input buffers, with padding, and
-            its backend's tensors where the backend is served; what the backend was attached with holds. Or an
-            EagleDraftWorker: one launch makes the chain that is verified, and one the layout of a draft extension.
-        leave: ("page_table_1",) leaves out DSA's table of tokens, most of what a refresh writes. Nothing reads it
-            where the fused top-k v2 runs without k-pools and HiSparse; anything else is refused. The engine writes it
-            again after detach(). For a backend.
-        schedules: whether the launch makes DeepGEMM's schedules of DSA too. For a backend.
-        facts: arguments of onelaunch.bind, which override what the backend has. For a backend.
-
-    Returns:
-        The attachment. Its text says what is refreshed and what the engine still does.
-
-    Raises:
-        ArgumentError: the target or its configuration isn't served; the message names the attribute. Nothing changed.
-    """
-    name = type(target).__name__
-    if name not in RUNNERS and name != DRAFT_WORKER:
-        return attach_backend(target, leave=leave, schedules=schedules, **facts)
-    if leave or schedules or facts:
-        raise ArgumentError("leave, schedules and facts are a backend's: attach the runner's backend with them first.")
-    if DISABLE_VARIABLE.is_on():
-        return Attachment(target)
-    made = attach_runner(target) if name in RUNNERS else attach_worker(target)
-    log.logger.info("attach %r", made)
-    return made

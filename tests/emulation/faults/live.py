@@ -22,6 +22,7 @@ from .shown_by import (
     OFFSETS,
     ONE,
     PACKED,
+    PAGES_ONLY,
     SHARED,
     SHORT,
     TWO,
@@ -303,6 +304,14 @@ FAULTS = {
             barrier("count_tiles", 0),
             r"\1",
             "thread",
+        ),
+        Fault(
+            "sum a warp's tiles only where all of its rows have some",
+            "the end of long rows of pages isn't written",
+            PAGES_ONLY.replace(page_size=2),
+            UNEVEN,
+            r"tiles > 0\) != 0;",
+            "tiles > 0) == kFullMask;",
         ),
         Fault(
             "vote in a branch that not all lanes take",

@@ -105,12 +105,12 @@ FAULTS = {
             "request += p.batch_size",
         ),
         Fault(
-            "forget half of the lanes",
+            "forget the other lanes",
             "the lanes don't agree on the longest length",
             SPLITS,
             FEW_SCHEDULED,
-            r"distance < kWarpSize; distance",
-            "distance < kWarpSize / 2; distance",
+            r"longest = __reduce_max_sync\(kFullMask, longest\);",
+            "",
         ),
         Fault(
             "take lengths that differ a little for different",

@@ -159,6 +159,18 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value, int line = __bu
   return all;
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+  const emulation::Lanes lanes = emulation::exchange("__reduce_max_sync", line, mask, value, false);
+  unsigned all = 0;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) all = std::max(all, static_cast<unsigned>(lanes.value[lane]));
+  return all;
+}
+
+// The complements of lanes that aren't in the mask are 0.
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+  return ~__reduce_max_sync(mask, ~value, line);
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline unsigned __umulhi(unsigned a, unsigned b) {

@@ -293,6 +293,33 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+NAMES = {
+    "fa3": "FA3, its attention kernel a stand-in",
+    "triton": "Triton",
+    "flashinfer": "FlashInfer, whose plan on the host stays",
+}
+
+
+def guide_rows(found: dict[str, dict[str, Any]]) -> str:
+    """GUIDE's rows of a run: off → with the backends attached → on.
+
+    Launches and copies before a step's graphs; the host's µs for metadata and for copies into the graphs' buffers; the
+    step's µs.
+    """
+    lines = []
+    for configuration, kinds in found.items():
+        probe = kinds["on"]["probe"]
+        columns: list[list[float]] = [[], [], []]
+        for state in ("off", "backends", "on"):
+            times = probe["host_us"][state]
+            columns[0].append(sum(sum(names.values()) for names in probe["seams"][state].values()))
+            columns[1].append(sum(_host(times, role) for role in ROLES))
+            columns[2].append(times["step"]["median"])
+        cells = [" → ".join(f"{number:,.0f}" for number in column) for column in columns]
+        lines.append(f"| {NAMES[configuration.partition(',')[0]]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def seam_table(found: dict[str, Any]) -> str:
     """The engine's own sequence of each seam and ours, side by side; medians in µs."""
     lines = [
@@ -369,7 +396,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write("times", times)
     wrong = {c: lines for found in (tokens, times) for c, kinds in found.items() if (lines := differences(kinds))}
     wrong |= {name: [str(each)] for name, each in seams.get("seams", {}).items() if each.get("different") != []}
-    for each in (table(times) if times else "", seam_table(seams) if seams else ""):
+    failed = any("error" in result for kinds in times.values() for result in kinds.values())
+    rows = guide_rows(times) if times and not failed else ""
+    for each in (table(times) if times else "", rows, seam_table(seams) if seams else ""):
         print(each)
     print(json.dumps(wrong, indent=1) if wrong else "All as it must be.")
     return bool(wrong)

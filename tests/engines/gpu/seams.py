@@ -10,17 +10,14 @@ the same launches in it. Writes JSON. With --dry it runs on a CPU and only shows
 
 from __future__ import annotations
 
-import collections
-import copy
 import json
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 DRY = "--dry" in sys.argv
 if DRY:
@@ -34,8 +31,10 @@ if DRY:
 
     fakes.install()
 
+import measure  # noqa: E402
 import objects  # noqa: E402
 import runner_objects  # noqa: E402
+from measure import measured  # noqa: E402
 from onelaunch.integrations import sglang  # noqa: E402
 from turn import wait_for_turn  # noqa: E402
 
@@ -46,18 +45,6 @@ SHORTEST, LONGEST, CONTEXT = (10, 20, 640) if DRY else (1024, 4096, 8192)
 LENGTHS = tuple(SHORTEST + (LONGEST - SHORTEST) * i // REQUESTS for i in range(REQUESTS))
 
 
-class Counts(NamedTuple):
-    """How often what is done: calls that are timed and profiled, calls in a graph, and replays of graphs."""
-
-    calls: int = 300
-    profiled: int = 5
-    in_a_graph: int = 20
-    replays: int = 100
-
-
-once = counts = Counts(1, 1, 1, 1)
-
-
 def runner_of(seam: str, backend: str, pool: torch.Tensor) -> Any:
     if seam == "draft":
         return runner_objects.draft_runner(backend, pool, PAGE, STEPS)
@@ -65,8 +52,8 @@ def runner_of(seam: str, backend: str, pool: torch.Tensor) -> Any:
     return make(backend, pool, PAGE, TOKENS)
 
 
-def with_call(seam: str, runner: Any, measure: Callable[[Callable[[Any], Any], Any], Any]) -> Any:
-    """What measure(call, batch) returns for the engine's call of the seam, call(batch)."""
+def with_call(seam: str, runner: Any, use: Callable[[Callable[[Any], Any], Any], Any]) -> Any:
+    """What use(call, batch) returns for the engine's call of the seam, call(batch)."""
     request = runner_objects.Request(LENGTHS, seed=1)
     owner, name = {
         "draft": (getattr(runner, "eagle_worker", None), "draft"),
@@ -80,7 +67,7 @@ def with_call(seam: str, runner: Any, measure: Callable[[Callable[[Any], Any], A
         # A default device costs each call of PyTorch something.
         torch.set_default_device(None)
         try:
-            found.append(measure(lambda batch: call(batch, *arguments), batch))
+            found.append(use(lambda batch: call(batch, *arguments), batch))
         finally:
             torch.set_default_device(DEVICE)
 
@@ -98,94 +85,6 @@ def with_call(seam: str, runner: Any, measure: Callable[[Callable[[Any], Any], A
         else:
             setattr(owner, name, own)
     return found[0]
-
-
-def measured(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
-    """Each call gets a copy of the batch, which it changes."""
-    for _ in range(3):
-        call(copy.copy(batch))
-    synchronize()
-    batches = [copy.copy(batch) for _ in range(counts.calls)]
-    host = []
-    for each in batches:
-        synchronize()
-        start = time.perf_counter()
-        call(each)
-        host.append(time.perf_counter() - start)
-    found: dict[str, Any] = {"eager_host_us": spread(host)}
-    if not DRY:
-        found |= profiled(call, batch) | in_a_graph(call, batch)
-    return found
-
-
-def synchronize() -> None:
-    if not DRY:
-        torch.cuda.synchronize()
-
-
-def profiled(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
-    """Kernels and copies of a call by name, and their time."""
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
-        for _ in range(counts.profiled):
-            call(copy.copy(batch))
-        synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    names = collections.Counter(short(e["name"]) for e in device)
-    return {
-        "launches": sum(names.values()) / counts.profiled,
-        "names": {name: count / counts.profiled for name, count in sorted(names.items())},
-        "eager_device_us": round(sum(e["dur"] for e in device) / counts.profiled, 2),
-    }
-
-
-def short(kernel: str) -> str:
-    return kernel.replace("(anonymous namespace)::", "").removeprefix("void ").partition("(")[0][:90]
-
-
-def in_a_graph(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
-    """The device's time of a call in a graph of many, and the host's time of replaying a graph of one."""
-    try:
-        many, one = captured(call, batch, counts.in_a_graph), captured(call, batch, 1)
-    except RuntimeError as error:
-        return {"graph_error": str(error).splitlines()[0]}
-    device, host = [], []
-    for _ in range(counts.replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        many.replay()
-        end.record()
-        end.synchronize()
-        device.append(begin.elapsed_time(end) / 1e3 / counts.in_a_graph)
-        start = time.perf_counter()
-        one.replay()
-        host.append(time.perf_counter() - start)
-        torch.cuda.synchronize()
-    return {"graph_device_us": spread(device), "graph_host_us": spread(host)}
-
-
-def captured(call: Callable[[Any], Any], batch: Any, times: int) -> Any:
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    batches = [copy.copy(batch) for _ in range(times)]
-    with torch.cuda.graph(graph):
-        for each in batches:
-            call(each)
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    return {
-        name: round(ordered[int(part * (len(ordered) - 1))] * 1e6, 2)
-        for name, part in (("min", 0.0), ("median", 0.5), ("p90", 0.9))
-    }
 
 
 def attached(target: Any) -> Any:
@@ -335,8 +234,8 @@ MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
-    global counts
     result = Path(sys.argv[1])
+    measure.DRY = DRY
     torch.set_default_device(DEVICE)
     objects.POOL_ROWS, objects.CONTEXT, objects.WIDTH = 2 * REQUESTS + 8, CONTEXT, CONTEXT + 60
     runner_objects.CAPTURED = (REQUESTS,)
@@ -346,17 +245,20 @@ def main() -> None:
         "gpu": None if DRY else torch.cuda.get_device_name(),
         "seams": {},
     }
-    for counts in (once, Counts()):  # the first time what there is gets imported and compiled
-        if not DRY and counts is not once:
+    # The first time what there is gets imported and compiled. The second time, after the stop, is for the processor:
+    # what was timed first took the host 1.7 times as long as the same calls did later.
+    for run, counts in enumerate((measure.ONCE, measure.ONCE, measure.Counts())):
+        measure.counts = counts
+        if not DRY and run == 1:
             wait_for_turn(result.parent)
-        for name, measure in MEASURED.items():
+        for name, make in MEASURED.items():
             try:
-                made = measure()
+                made = make()
             except Exception:
                 made = {"error": traceback.format_exc()[-3000:]}
             found["seams"][name] = made
             print(time.strftime("%T"), name, json.dumps(made)[:300], flush=True)
-            if DRY or counts is not once:
+            if DRY or counts is not measure.ONCE:
                 result.write_text(json.dumps(found, indent=1) + "\n")
         if DRY:
             break
