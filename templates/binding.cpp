@@ -90,7 +90,8 @@ PyType_Spec memo_spec = {
 PyMethodDef module_methods[] = {
     {"register_classes", method(register_classes), METH_FASTCALL,
      "register_classes(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): for the checks of arguments."},
-    {"memo", memo, METH_O, "memo(max_count): objects by the arguments that they were made for."},
+    {"memo", memo, METH_VARARGS,
+     "memo(max_count, inputs=0): objects by the arguments that they were made for, of the first ones by the dtype."},
     {"bind", bind, METH_VARARGS, "bind(words, device=-1): a plan with the parameters that no call sets."},
     {"prepare", prepare, METH_O, "prepare(device): loads the kernel; (registers, shared bytes, local bytes)."},
     {nullptr, nullptr, 0, nullptr},

@@ -134,6 +134,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def programs(shared: Path) -> Path:
+    """The folder of the emulation's programs."""
+    folder = shared / "emulation"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture
 def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that run many different kernels and look at their results alone; in a store of their own.

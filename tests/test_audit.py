@@ -16,6 +16,7 @@ from onelaunch.errors import ConfigError
 from support import POISON, assert_same
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
 # Of each strategy and each field kind one; the others take long, and rarely find anything.
 REFRESHES = [
     pytest.param(name, marks=[pytest.mark.long] * (name not in AUDITS))
@@ -50,7 +51,6 @@ class Audited:
 
 
 @pytest.mark.uncounted
-@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("name", REFRESHES)
 def test_what_a_refresh_left_is_right(device: torch.device, name: str) -> None:
     """No false alarm, whatever the lengths; and the audit writes nothing."""
@@ -72,7 +72,6 @@ def test_any_shape(device: torch.device, shape: Shape) -> None:
 
 
 @pytest.mark.uncounted
-@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("name", REFRESHES)
 def test_an_element_of_each_field_is_named(device: torch.device, name: str) -> None:
     """A few elements of each destination in turn, the first and the last among them, get another value."""

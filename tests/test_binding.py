@@ -377,6 +377,29 @@ def test_buffers_are_compared_by_their_fields(count_as_equal: Alike, device: tor
         assert not count_as_equal([other], [buffers])
 
 
+def test_of_inputs_the_dtype_counts(module: ModuleType, device: torch.device) -> None:
+    memo = module.memo(1, 2)
+    small, large = (
+        torch.zeros(8, dtype=torch.int32, device=device),
+        torch.zeros((4, 9), dtype=torch.int32, device=device),
+    )
+    memo.keep("kept", small, None, small)
+    assert memo.find(large[1:, ::2], None, small) == "kept"
+    for other in (
+        (small.long(), None, small),
+        (small.float(), None, small),
+        (None, None, small),
+        (0, None, small),
+        (small, small, small),
+        (small, None, large),
+        (small, None, small[1:]),
+        (small.to_sparse(), None, small),
+        (small,),
+        (),
+    ):
+        assert memo.find(*other) is None
+
+
 @pytest.mark.parametrize(
     "change", [moved_alone, lambda t: t.resize_(1, 4), lambda t: t.squeeze_(0).resize_(8), lambda t: t.t_()]
 )
@@ -568,13 +591,13 @@ def check_references(things: list[Any], call: Callable[[], object]) -> None:
     """After many calls every reference count is what it was, and so is the number of blocks of memory.
 
     But for a few: names of fields are everybody's strings, which other threads of the test run hold and let go. What
-    loses or keeps one reference a call is thousands off.
+    loses or keeps one reference a call is a thousand off.
     """
     for _ in range(10):
         call()
     gc.collect()
     before, blocks = refcounts(things), sys.getallocatedblocks()
-    for _ in range(3_000):
+    for _ in range(1_000):
         call()
     gc.collect()
     assert [now - was for now, was in zip(refcounts(things), before, strict=True) if abs(now - was) > 50] == []

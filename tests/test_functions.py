@@ -15,6 +15,7 @@ from onelaunch import KernelConfig, MetadataBuffers
 from onelaunch.spec import reference
 from support import POISON, SIX_FIELDS, Poisoned, assert_same
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
 SEVEN = support.SEVEN_FIELDS
 MODES: dict[str, dict[str, Any]] = {
     "decode": {},

@@ -96,6 +96,7 @@ def test_lazy_names_behave_like_any_others() -> None:
         from onelaunch import binds  # noqa: F401
 
 
+@pytest.mark.long
 def test_a_lazy_name_is_found_while_torch_compile_traces() -> None:
     """In a process that hasn't used it before, and in a whole graph."""
     done = run(

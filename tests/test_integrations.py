@@ -20,6 +20,7 @@ from onelaunch import ArgumentError, KernelConfig, MetadataBuffers, Plan, bind, 
 from onelaunch.integrations import flashinfer, sglang, vllm
 from onelaunch.integrations.sglang.places import PLACES
 from onelaunch.integrations.sglang.runners import RUNNERS
+from onelaunch.integrations.sglang.worker import WORKER
 from onelaunch.spec import reference
 from support import POISON
 from torch import Tensor
@@ -674,7 +675,7 @@ def test_the_tables_of_engines_are_made_from_the_results_of_make_engines() -> No
     for path, text in results.written(made).items():
         assert path.read_text(encoding="utf-8") == text, "run make engines WRITE=1"
     served = {name for result in made if result["engine"] == "SGLang" for name in result["classes"]}
-    assert served == PLACES.keys() | RUNNERS.keys(), "a class that is served and that no test holds against the engine"
+    assert served == {*PLACES, *RUNNERS, WORKER}, "a class that is served and that no test holds against the engine"
 
 
 def test_names_that_are_gone_say_what_took_their_place() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import forked
 import onelaunch
 import pytest
 import support
@@ -18,6 +18,7 @@ from onelaunch.run import ops, refresh
 from support import SIX_FIELDS, Poisoned, assert_same, assert_untouched
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
 OPS = torch.ops.onelaunch
 WIDTH, TOPK = 141, 100
 ROOM = 7
@@ -233,6 +234,7 @@ def test_a_batch_and_a_bound_that_change_take_one_more_graph(device: torch.devic
     assert counter.frame_count == 2
 
 
+@pytest.mark.long
 def test_inductor_writes_to_the_destinations_themselves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to copies that it copies back, which would cost more than the launch: an eager call finds the same plan."""
     import torch._inductor.config
@@ -303,8 +305,8 @@ def test_a_plan_in_a_full_graph_is_refused_with_what_to_do() -> None:
 def test_neither_the_import_nor_an_eager_call_loads_the_compiler() -> None:
     script = """
 import sys
-import torch
 before = set(sys.modules)
+import torch
 import onelaunch.run.api
 assert torch.ops.onelaunch.fused_metadata_copy_cuda.default
 source, destination = (onelaunch.MetadataBuffers(cache_seqlens=torch.tensor(values)) for values in ([1], [2]))
@@ -314,5 +316,5 @@ except onelaunch.ArgumentError:  # int64; no kernel is built
     pass
 print(*(name for name in set(sys.modules) - before if name.startswith(("torch._dynamo", "torch._inductor"))))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    out, _ = forked.Child(script, dict(os.environ)).finish()
+    assert out.strip() == ""

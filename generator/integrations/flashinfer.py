@@ -2,7 +2,7 @@
 
 In SGLang, attach a backend with ``onelaunch.integrations.sglang.attach``: a multi-step draft backend of FlashInfer,
 FlashInfer-MLA or Triton, or FlashInfer's single one. SGLang's pages have one token, so kv_indices are rows of the KV
-cache. Both lists are in two tensors with a row for each step, for all captured batch sizes: one plan serves them all.
+cache. The lists for all captured batch sizes are in two tensors, those of draft steps with a row for each.
 
 Without SGLang, bind wrappers that were made with ``use_cuda_graph=True``. Here they are draft steps, each of which sees
 one more token; for other wrappers omit seqlen_offsets::

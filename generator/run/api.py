@@ -16,7 +16,7 @@ from . import ops
 from .checks import INT_DTYPES, MAX_BATCH, check_int, check_tensor
 from .copy_plan import CopyPlan
 from .destinations import Destinations
-from .refresh import allocate, backend_of_out, backends_of_lists, refresh
+from .refresh import allocate, backend_of_out, backends_of_lists, make, plans
 from .remembered import RememberedPlans
 
 copy_plans = RememberedPlans()
@@ -99,20 +99,20 @@ def fused_metadata_precompute_and_broadcast_cuda(
         real_page_table_list,
         seqlens_expanded_list,
     )
-    refresh(
-        lists,
-        backends_of_lists,
+    arguments = (
         seq_lens,
         req_pool_indices,
-        req_to_token,
         extend_seq_lens,
-        max_len,
-        nsa_index_topk,
-        real_page_size,
         extent,
         mode,
+        nsa_index_topk,
+        real_page_size,
         next_n,
+        req_to_token,
+        lists,
     )
+    plan = plans.find(*arguments) or make(*arguments, backends_of_lists)
+    plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 
 
 def precompute_decode_metadata_cuda(
@@ -267,20 +267,20 @@ def _precompute(
             extend_seq_lens=extend_seq_lens,
         )
         return out
-    refresh(
-        (out,),
-        backend_of_out,
+    arguments = (
         seq_lens,
         req_pool_indices,
-        req_to_token,
         extend_seq_lens,
-        max_len,
-        nsa_index_topk,
-        real_page_size,
         "full",
         mode,
+        nsa_index_topk,
+        real_page_size,
         next_n,
+        req_to_token,
+        out,
     )
+    plan = plans.find(*arguments) or make(*arguments, backend_of_out)
+    plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The common part of the refresh functions: finds or binds the plan for a call's tensors, and runs it."""
+"""The common part of the refresh functions: the plans that they remember, and what binds one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..spec.fields import MetadataBuffers
 from . import bind
 from .checks import INT_DTYPES, check_tensor
 from .destinations import NameOf
+from .plan import Plan
 from .remembered import RememberedPlans
 
 # The fields of the lists that fused_metadata_precompute_and_broadcast_cuda takes, in the order that backends_of_lists
@@ -28,26 +29,26 @@ LISTS = (
 )
 
 # Turns a call's destinations into backends; also returns the names of their fields in messages.
-BackendsOf = Callable[[tuple[Any, ...]], tuple[list[MetadataBuffers], NameOf]]
+BackendsOf = Callable[[Any], tuple[list[MetadataBuffers], NameOf]]
 
-plans = RememberedPlans()
+# By the arguments of make(), of which seq_lens, req_pool_indices and extend_seq_lens count by their dtype.
+plans = RememberedPlans(inputs=3)
 
 
-def refresh(
-    destinations: tuple[Any, ...],
-    backends_of: BackendsOf,
+def make(
     seq_lens: Tensor,
     req_pool_indices: Tensor,
-    req_to_token: Tensor,
     extend_seq_lens: Tensor | None,
-    max_len: int,
-    nsa_index_topk: int,
-    real_page_size: int,
     extent: str,
     mode: str,
+    nsa_index_topk: int,
+    real_page_size: int,
     next_n: int,
-) -> None:
-    """Runs the plan for these tensors; the first call binds it.
+    req_to_token: Tensor,
+    destinations: Any,
+    backends_of: BackendsOf,
+) -> Plan:
+    """Binds the plan for these arguments, and remembers it.
 
     Args:
         destinations: lists of tensors or a MetadataBuffers, as ``backends_of`` takes them.
@@ -56,49 +57,44 @@ def refresh(
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
     """
-    try:
-        arguments: tuple[Any, ...] = (
-            seq_lens.dtype,
-            req_pool_indices.dtype,
-            None if extend_seq_lens is None else extend_seq_lens.dtype,
-            extent,
-            mode,
-            nsa_index_topk,
-            real_page_size,
-            next_n,
-            req_to_token,
-            destinations,
-        )
-        known = plans.find(*arguments)
-    except AttributeError:  # an input isn't a tensor; the checks below report it
-        arguments, known = (), None
-    if known is None:
-        check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
-        check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)
-        settings: dict[str, Any] = {
-            "mode": mode,
-            "index_topk": nsa_index_topk,
-            "page_size": real_page_size,
-            "extent": extent,
-            "seq_lens_dtype": seq_lens.dtype,
-            "req_pool_indices_dtype": req_pool_indices.dtype,
-            "next_n": next_n,
-        }
-        if extend_seq_lens is not None:
-            check_tensor("extend_seq_lens", extend_seq_lens, dim=1, dtypes=INT_DTYPES)
-            if mode != "draft_extend":
-                raise ArgumentError(f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' only.")
-            settings |= {"extend": "variable", "extend_seq_lens_dtype": extend_seq_lens.dtype}
-        backends, name_of = backends_of(destinations)
-        names = bind.ArgumentNames(name_of, index_topk="nsa_index_topk", page_size="real_page_size")
-        known = bind.make_plan(backends, req_to_token, settings, names, keep=False)
-        plans.keep(known, *arguments)
-    known.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
+    check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
+    check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)
+    settings: dict[str, Any] = {
+        "mode": mode,
+        "index_topk": nsa_index_topk,
+        "page_size": real_page_size,
+        "extent": extent,
+        "seq_lens_dtype": seq_lens.dtype,
+        "req_pool_indices_dtype": req_pool_indices.dtype,
+        "next_n": next_n,
+    }
+    if extend_seq_lens is not None:
+        check_tensor("extend_seq_lens", extend_seq_lens, dim=1, dtypes=INT_DTYPES)
+        if mode != "draft_extend":
+            raise ArgumentError(f"extend_seq_lens is a tensor and mode is {mode!r}; it is for 'draft_extend' only.")
+        settings |= {"extend": "variable", "extend_seq_lens_dtype": extend_seq_lens.dtype}
+    backends, name_of = backends_of(destinations)
+    names = bind.ArgumentNames(name_of, index_topk="nsa_index_topk", page_size="real_page_size")
+    plan = bind.make_plan(backends, req_to_token, settings, names, keep=False)
+    plans.keep(
+        plan,
+        seq_lens,
+        req_pool_indices,
+        extend_seq_lens,
+        extent,
+        mode,
+        nsa_index_topk,
+        real_page_size,
+        next_n,
+        req_to_token,
+        destinations,
+    )
+    return plan
 
 
-def backend_of_out(destinations: tuple[Any, ...]) -> tuple[list[MetadataBuffers], NameOf]:
+def backend_of_out(out: MetadataBuffers) -> tuple[list[MetadataBuffers], NameOf]:
     """The one backend that the precompute functions write to."""
-    return [destinations[0]], lambda index, name: f"out.{name}"
+    return [out], lambda index, name: f"out.{name}"
 
 
 def backends_of_lists(lists: tuple[Any, ...]) -> tuple[list[MetadataBuffers], NameOf]:

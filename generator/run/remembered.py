@@ -15,13 +15,18 @@ class RememberedPlans:
     a tensor whose memory or shape changed is another argument. The plans have addresses only: they don't keep tensors
     alive, because every call passes them again.
 
+    Args:
+        inputs: the first so many arguments are inputs of a run, of which only the dtype counts. The plan checks the
+            rest of them.
+
     Attributes:
         find: find(arguments...): the plan for equal arguments, or None. One C call.
     """
 
     find: Callable[..., Any]
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 0) -> None:
+        self._inputs = inputs
         self.clear()
 
     def clear(self) -> None:
@@ -32,6 +37,6 @@ class RememberedPlans:
     def keep(self, plan: Any, *arguments: Any) -> None:
         """Remembers a plan, and drops the least recently used one if there are too many."""
         if self._memo is None:
-            self._memo = plan.kernel.module.memo(_MAX_PLANS)
+            self._memo = plan.kernel.module.memo(_MAX_PLANS, self._inputs)
             self.find = self._memo.find
         self._memo.keep(plan, *arguments)

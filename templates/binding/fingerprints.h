@@ -75,11 +75,23 @@ struct Fingerprint {
     return more > 0;
   }
 
+  // Adds what remains of an input where only the dtype counts.
+  bool add_dtype(PyObject* input) {
+    const Py_ssize_t start = count;
+    if (!add(input)) return false;
+    if ((words[start] & 0xff) == kTensor) {
+      words[start] &= 0xffff00ff;  // the kind, the code and the bits
+      count = start + 1;
+    }
+    return true;
+  }
+
   // Adds any kind of argument; `levels` is how deep sequences may lie in sequences.
   bool add_any(PyObject* object, int levels) {
     PyTypeObject* type = Py_TYPE(object);
     if (type == tensor_type || type == &PyLong_Type || object == Py_None) return add(object);
     if (!reserve()) return false;
+    if (levels > 0 && (type == &PyList_Type || type == &PyTuple_Type)) return add_elements(object, levels - 1);
     if (type == dtype_type) {  // torch has one object per dtype, which is never freed
       words[count++] = kDtype;
       words[count++] = reinterpret_cast<std::int64_t>(object);
@@ -95,6 +107,22 @@ struct Fingerprint {
       PyObject* element = PySequence_GetItem(object, i);
       if (element == nullptr) return false;
       const bool added = add_any(element, levels - 1);
+      Py_DECREF(element);
+      if (!added) return false;
+    }
+    return true;
+  }
+
+  // Adds a list or a tuple, which is quicker than a sequence of a user's class.
+  bool add_elements(PyObject* object, int levels) {
+    const bool is_list = Py_TYPE(object) == &PyList_Type;
+    const Py_ssize_t length = is_list ? PyList_Size(object) : PyTuple_Size(object);
+    words[count++] = kSequence | std::int64_t{length} << 8;
+    for (Py_ssize_t i = 0; i < length; ++i) {
+      PyObject* element = is_list ? PyList_GetItem(object, i) : PyTuple_GetItem(object, i);
+      if (element == nullptr) return false;
+      Py_INCREF(element);
+      const bool added = add_any(element, levels);
       Py_DECREF(element);
       if (!added) return false;
     }

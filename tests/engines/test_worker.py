@@ -58,7 +58,9 @@ class Workers:
         self.spoil: Any = lambda made: None
 
     def mask(self, worker: Any) -> Tensor:
-        return worker.target_worker.model_runner.attn_backend.verify_mask.buffer
+        # FlashInfer's backend has none.
+        verified = worker.target_worker.model_runner.attn_backend.verify_mask
+        return self.attachment._mask.buffer if verified is None else verified.buffer
 
     def batch(self, request: Request, *, cpu_lengths: bool = False) -> Any:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -68,7 +70,8 @@ class Workers:
             forward_mode=ForwardMode.DECODE,
             seq_lens=lengths,
             seq_lens_cpu=lengths.clone() if cpu_lengths else None,
-            seq_lens_sum=None,
+            # Where the target's backend needs lengths on the host.
+            seq_lens_sum=sum(request.lengths) if self.name == "flashinfer" else None,
             req_pool_indices=request.rows.clone(),
             req_to_token_pool=SimpleNamespace(req_to_token=self.pool),
             model_config=SimpleNamespace(vocab_size=1000, model_is_mrope=False),
@@ -111,8 +114,9 @@ class Workers:
             made = self.verified(worker, Request(lengths, seed), **how)
             if worker is self.mine:
                 self.spoil(made)
-            cells = sum(self.tokens * (n * (self.name == "triton") + self.tokens) for n in lengths)
-            assert made.custom_mask is self.mask(worker)
+            cells = sum(self.tokens * (n * (self.name != "fa3") + self.tokens) for n in lengths)
+            if self.name != "flashinfer" or worker is self.mine:
+                assert made.custom_mask is self.mask(worker)
             names = ("draft_token", "positions", "out_cache_loc", *RETRIEVED)
             found.append(
                 {"mask": made.custom_mask[:cells].to(torch.bool), **{name: getattr(made, name) for name in names}}
@@ -170,7 +174,7 @@ def same(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> None:
 
 
 # Newer versions make FA3's chain by one launch of their own.
-MASKED = ("triton",) if objects.HAS_TRANSLATOR else ("fa3", "triton")
+MASKED = ("triton", "flashinfer") if objects.HAS_TRANSLATOR else ("fa3", "triton", "flashinfer")
 MADE = "the chain that is verified; in 0.5.17 the layout of a draft extension"
 STAYS = "hidden states; masks that aren't the backend's"
 needs_extension = pytest.mark.skipif(
@@ -178,7 +182,10 @@ needs_extension = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("fa3", 4), ("triton", 4), ("triton", 2), ("triton", 6), ("fa3", 8)])
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("fa3", 4), ("triton", 4), ("triton", 2), ("triton", 6), ("fa3", 8), ("flashinfer", 4), ("flashinfer", 3)],
+)
 def test_the_chain_that_is_verified(name: str, tokens: int) -> None:
     if name == "fa3" and objects.HAS_TRANSLATOR:
         with pytest.raises(
@@ -192,6 +199,20 @@ def test_the_chain_that_is_verified(name: str, tokens: int) -> None:
     assert made.attachment.launches == len(LENGTHS)
     assert not made.attachment.failed
     results.record("EagleDraftWorker", MADE, STAYS, "target_verify", tokens=tokens)
+
+
+def test_a_mask_without_room_is_the_engines() -> None:
+    made = Workers("flashinfer")
+    mask = made.attachment._mask
+    for room, launches in ((4 * (37 + 2 * 4), 1), (4 * (37 + 2 * 4) - 1, 0)):
+        made.attachment._mask = SimpleNamespace(mode=mask.mode, buffer=mask.buffer[:room])
+        before = made.attachment.launches
+        request = Request((7, 30), 1)
+        wanted, got = (made.verified(worker, request).custom_mask for worker in (made.engine, made.mine))
+        assert (got is made.attachment._mask.buffer) is bool(launches)
+        assert made.attachment.launches == before + launches
+        if not launches:
+            assert torch.equal(wanted, got)
 
 
 def test_bonus_tokens_of_either_dtype() -> None:

@@ -224,3 +224,18 @@ def test_detached_it_is_the_engines(mode: str) -> None:
     pair.replay((5, 80), 5, seed=1)
     pair.check()
     assert pair.attachment.launches == 1
+
+
+def test_a_mask_that_is_longer_than_the_batch() -> None:
+    """As the draft worker's launch makes it: in a buffer, also for padding."""
+    pair = Pair("flashinfer", 1, mode="target_verify")
+    make = pair.batch
+    for lengths, size in (((77, 300), 2), ((7, 30, 9), 5)):
+        for made in pair.backends:
+            compare.poison(made)
+            batch = make(lengths, size, 0)
+            more = torch.arange(9_000) % 3 == 0
+            batch.spec_info.custom_mask = torch.cat([batch.spec_info.custom_mask, more])
+            made.init_forward_metadata_out_graph(batch)
+        pair.check()
+    assert pair.attachment.launches == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ _LAYOUT = "prepare_draft_extend_layout"
 CHAIN, LAYOUT = "the chain that is verified", "the layout of a draft extension"
 _CHAIN = ("input_ids", "positions", "out_cache_loc", "retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
 _TREE = _CHAIN[3:]
+# The packed mask of FlashInfer's graphs. The chain of a batch whose mask hasn't room is the engine's.
+FULL_MASK = "cuda_graph_custom_mask"
+_MAX_MASK_BYTES = 2**28
 _EXTENSION = (
     *("num_correct_drafts", "select_end", "select_index", "input_ids"),
     *("prefix_lens", "extend_seq_lens", "extend_start_loc", "positions", "seq_lens"),
@@ -95,6 +99,16 @@ class Kept:
         return self._heads[bs]
 
 
+def _full_mask(worker: Any, backend: Any) -> Any:
+    """A buffer for the mask of FlashInfer's, as large as that of the packed one of its graphs, or none."""
+    packed = getattr(backend, FULL_MASK, None)
+    if packed is None:
+        return None
+    size = min(packed.numel(), _MAX_MASK_BYTES)
+    device = worker.req_to_token_pool.req_to_token.device
+    return SimpleNamespace(mode=worker.tree_mask_mode, buffer=torch.zeros(size, dtype=torch.bool, device=device))
+
+
 class Producers:
     """Launches in place of what a draft worker makes.
 
@@ -114,7 +128,12 @@ class Producers:
         self._target, self._pools = worker.target_worker.model_runner, worker.req_to_token_pool
         self._pool = self._pools.req_to_token
         self._mask: Any = getattr(self._target.attn_backend, "verify_mask", None)
+        # FlashInfer's backend has no such buffer: its plan packs the mask into the wrapper's.
+        self._own = self._mask is None and type(self._target.attn_backend).__name__ == "FlashInferAttnBackend"
+        if self._own:
+            self._mask = _full_mask(worker, self._target.attn_backend)
         graphs = getattr(self._target, "decode_cuda_graph_runner", None)
+        self._fill = int(getattr(graphs, "seq_len_fill_value", 1))
         self._sizes = sorted(getattr(graphs, "capture_bs", ()))
         self._capacity = max([len(worker._topk1_parents_prealloc), *self._sizes[-1:]])
         self._chain: Kept | None = None
@@ -123,7 +142,7 @@ class Producers:
         newer = hasattr(import_module(_COMMON), _LAYOUT)
         mode = None if self._mask is None else self._mask.mode.name
         if mode == "FULL_MASK" or (mode == "QLEN_ONLY" and not newer):
-            self._chain = self._bind_chain(getattr(graphs, "seq_len_fill_value", 1))
+            self._chain = self._bind_chain(self._fill)
             made.append(CHAIN)
         else:
             stays.append(f"{CHAIN}, {'by one launch' if mode == 'QLEN_ONLY' else 'with a mask of its own'}")
@@ -241,12 +260,16 @@ class Producers:
             or not self._ready(bs)
             or (topk, steps + 1, tokens) != (1, tokens, self._tokens)
             or mode != self._mask.mode
-            or mask is not self._mask.buffer
+            or mask is not (None if self._own else self._mask.buffer)
             or draft_tokens.dtype != torch.int64
         ):
             return NotImplemented
         at = bisect.bisect_left(self._sizes, bs)
         size = self._sizes[at] if at < len(self._sizes) and self._mask.mode.name == "FULL_MASK" else None
+        if self._own:
+            cells = tokens * (seq_lens_sum + bs * tokens + ((size or bs) - bs) * (self._fill + tokens))
+            if cells > self._mask.buffer.numel():
+                return NotImplemented
         sources = {"bonus_tokens": bonus_tokens.to(torch.int64), "draft_tokens": draft_tokens}
         try:
             made = chain.run(seq_lens, batch.req_pool_indices, sources, size)
@@ -255,7 +278,7 @@ class Producers:
             return NotImplemented
         self.launches += 1
         self._located = seq_lens, batch.req_pool_indices, made["out_cache_loc"]
-        return mask, made["positions"], *(made[name] for name in _TREE), made["input_ids"]
+        return self._mask.buffer, made["positions"], *(made[name] for name in _TREE), made["input_ids"]
 
     def _locations(self, original: Any, **keywords: Any) -> Any:
         """assign_extend_cache_locs_uniform_func: the write locations of the chain."""
@@ -333,7 +356,7 @@ class Producers:
 
 
 def attach_worker(worker: Any) -> Producers:
-    """Attaches to a draft worker: see seam.attach."""
+    """Attaches to a draft worker: see targets.attach."""
     name = type(worker).__name__
     for attribute in ("target_worker", "req_to_token_pool", "_topk1_parents_prealloc", _EXTENDS):
         read("the worker", worker, (attribute,), VERSION)
