@@ -1,4 +1,4 @@
-"""attach(): one line for whatever of SGLang's is served."""
+"""attach(), for all of SGLang's objects that are served: backends, graph runners and the draft worker."""
 
 from __future__ import annotations
 

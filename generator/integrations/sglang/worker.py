@@ -1,8 +1,9 @@
-"""The tensors that SGLang's draft worker makes between its graphs, by one launch for each batch, and restores it.
+"""Replaces what SGLang's draft worker makes between its graphs by launches, and restores it.
 
-Between the draft's graph and the verification's: the chain that is verified, with its mask. Between the verification's
-and the draft extension's: what the extension's batch is made of. The tensors are kept for the largest batch, and the
-engine's own functions and operations are answered with them.
+Between the draft's graph and the verification's, one launch makes the chain that is verified, with its mask. Between
+the verification's and the draft extension's, another makes the tensors of the extension's batch. The tensors are
+allocated once, for the largest batch, and the engine's own functions and operations return them instead of computing
+them.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ _EXTENSION = (
 
 
 class Kept:
-    """Tensors that are kept for the largest batch, and the launch that makes them.
+    """Tensors that are allocated once, for the largest batch, and the launch that writes them.
 
     Args:
         declared: the seam's fields.
-        names: those that are kept.
-        others: further destinations by name.
+        names: the fields to allocate a tensor for.
+        others: tensors of further fields, by name.
         capacity: the largest batch.
         pool: req_to_token.
         inputs, viewed: see Views.
@@ -84,7 +85,7 @@ class Kept:
         self._views = Views(plan, inputs, viewed)
 
     def run(self, lengths: Tensor, rows: Tensor, sources: Sources, size: int | None = None) -> dict[str, Tensor]:
-        """The launch, and the tensors of this batch by name.
+        """Launches; returns this batch's tensors by name.
 
         Raises:
             ArgumentError, RuntimeError: see Views.run; nothing was written.
@@ -100,7 +101,7 @@ class Kept:
 
 
 def _full_mask(worker: Any, backend: Any) -> Any:
-    """A buffer for the mask of FlashInfer's, as large as that of the packed one of its graphs, or none."""
+    """A buffer for FlashInfer's mask, an element per byte of its graphs' packed one; None if they have none."""
     packed = getattr(backend, FULL_MASK, None)
     if packed is None:
         return None
@@ -110,12 +111,12 @@ def _full_mask(worker: Any, backend: Any) -> Any:
 
 
 class Producers:
-    """Launches in place of what a draft worker makes.
+    """A draft worker whose tensors between the graphs are made by launches.
 
     Attributes:
         backend: the worker.
-        refreshed: what the launches make, for people.
-        stays: what the engine still makes.
+        refreshed: a description of what the launches make.
+        stays: a description of what the engine still makes.
         launches: launches so far.
         failed: the error after which the engine's own code runs again; "" if there was none.
         attached: whether the launches replace the engine's code.
@@ -179,7 +180,7 @@ class Producers:
         full = mask.mode.name == "FULL_MASK"
         others, facts = {"mask": mask.buffer.view(torch.bool)}, named(tokens)
         if full:
-            # Padding requests see a mask too, of their own length.
+            # Padding requests have a mask too, as long as their own length.
             others, facts = {"full_mask": others["mask"]}, {**facts, "padding_len": int(fill)}
         later = {seams.token_input(number): "draft_tokens" for number in range(1, tokens)}
 
@@ -193,7 +194,7 @@ class Producers:
     def _bind_extension(self) -> Kept:
         tokens, facts = self._tokens, named(self._tokens)
         numbered = [seams.token_input(number) for number in range(tokens)]
-        # The engine widens them.
+        # The engine converts them to int64; the launch reads them before that.
         facts["inputs"] = {**facts["inputs"], **dict.fromkeys(numbered, torch.int32)}
 
         def inputs(sources: Sources) -> dict[str, Tensor]:
@@ -215,7 +216,7 @@ class Producers:
             self._replaced.put(worker, _EXTENDS, Bound(self._extends, getattr(worker, _EXTENDS)))
 
     def _ready(self, bs: int) -> bool:
-        """Whether a batch is served: adaptive speculation exchanges the numbers, and a pool can be exchanged."""
+        """Whether a batch is served: adaptive speculation changes the number of tokens, and a pool may be replaced."""
         worker = self.backend
         return (
             not self.failed
@@ -227,7 +228,7 @@ class Producers:
     # ------------------------------------------------------------------------------------------ the chain
 
     def _verifies(self, original: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
-        """build_eagle_verify_input: what the worker's draft ends with."""
+        """build_eagle_verify_input, the last step of the worker's draft."""
         if keywords.get("target_worker") is not self.backend.target_worker:
             return NotImplemented
         self._batch, self._located = batch, None
@@ -252,7 +253,7 @@ class Producers:
         mask: Tensor | None,
         **keywords: Any,
     ) -> Any:
-        """build_tree_kernel_efficient: of a chain all is made by one launch."""
+        """build_tree_kernel_efficient: for a chain, one launch makes all of its results."""
         batch, chain, bs = self._batch, self._chain, seq_lens.numel()
         if (
             batch is None
@@ -292,7 +293,7 @@ class Producers:
     # ------------------------------------------------------------------------------------------ the extension
 
     def _extends(self, original: Any, batch: Any, result: Any, *arguments: Any, **keywords: Any) -> Any:
-        """The worker's draft extension: what its batch is made of is there before the engine asks for it."""
+        """The worker's draft extension: the launch makes its batch's tensors before the engine's code computes them."""
         try:
             known = self._make(batch, result)
         except Exception as error:
@@ -307,14 +308,14 @@ class Producers:
             self._close()
 
     def _prepares(self, original: Any, *arguments: Any, **keywords: Any) -> Any:
-        """prepare_for_draft_extend: the end of what is answered."""
+        """prepare_for_draft_extend: when it returns, operations are computed again."""
         try:
             return original(*arguments, **keywords)
         finally:
             self._close()
 
     def _positions(self, original: Any, *arguments: Any) -> Any:
-        """compute_position: the positions and where requests start."""
+        """compute_position: the positions, and where each request starts."""
         layout, self._layout = self._layout, None
         return NotImplemented if layout is None else layout
 
@@ -324,7 +325,7 @@ class Producers:
         self._answers = self._layout = None
 
     def _make(self, batch: Any, result: Any) -> dict[tuple[Any, ...], Tensor] | None:
-        """The launch, and the results of the engine's operations; None if the batch isn't served."""
+        """Launches; returns the results of the engine's operations, or None if the batch isn't served."""
         lengths, accepted, ids = batch.seq_lens, result.accept_lens, result.next_token_ids
         bs, tokens, extension = lengths.numel(), self._tokens, self._extension
         if (
