@@ -39,7 +39,8 @@ from .attach import Attachment
 from .captured import buffers_from, mode_of
 from .refresher import Refresher, bind_backends
 from .runners import bind_seam
-from .seam import Seam, attach
+from .seam import Seam
+from .targets import attach
 from .worker import Producers
 
 __all__ = [

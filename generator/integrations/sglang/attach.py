@@ -286,7 +286,7 @@ def attach_backend(
     schedules: bool = False,
     **settings: Any,
 ) -> Attachment:
-    """Attaches to a backend: see seam.attach."""
+    """Attaches to a backend: see targets.attach."""
     if DISABLE_VARIABLE.is_on():
         attachment = Attachment(backend)
     else:

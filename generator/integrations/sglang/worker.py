@@ -356,7 +356,7 @@ class Producers:
 
 
 def attach_worker(worker: Any) -> Producers:
-    """Attaches to a draft worker: see seam.attach."""
+    """Attaches to a draft worker: see targets.attach."""
     name = type(worker).__name__
     for attribute in ("target_worker", "req_to_token_pool", "_topk1_parents_prealloc", _EXTENDS):
         read("the worker", worker, (attribute,), VERSION)
