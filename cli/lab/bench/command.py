@@ -64,7 +64,8 @@ def bench(
     """Measure the refresh side by side with every baseline, on the current CUDA device.
 
     Every implementation is checked against the reference before it is timed: in a CUDA graph with warm and with cold
-    caches, call by call, and on the host. SGLang's own kernels are measured too where sglang can be imported.
+    caches, call by call, and on the host. SGLang's own kernels are measured too where sglang can be imported,
+    and FlashMLA's schedule beside its own where SGLang's kernels (sgl_kernel) can.
 
     \b
     Examples:
@@ -93,7 +94,8 @@ def bench(
             everything=everything,
             series=series,
         )
-        data = _measure([] if host else selected, traces, json_to, seconds)
+        schedules = not (host or quick or only)
+        data = _measure([] if host else selected, traces, json_to, seconds, schedules)
     for line in lines(data, brief=quick):
         click.echo(line)
     if plot_to is not None:
@@ -101,7 +103,11 @@ def bench(
 
 
 def _measure(
-    selected: Sequence[Selected], traces: Mapping[str, Path], json_to: Path | None, seconds: float | None
+    selected: Sequence[Selected],
+    traces: Mapping[str, Path],
+    json_to: Path | None,
+    seconds: float | None,
+    schedules: bool,
 ) -> dict[str, Any]:
     # Imported here for start-up time: it needs torch.
     from .measuring import Record, run_bench
@@ -111,7 +117,13 @@ def _measure(
     record = Record(json_to, {"onelaunch": onelaunch.__version__})
     record.write()  # fails before anything is measured
     return run_bench(
-        selected, meter, record, traces=lengths, seconds=seconds, say=lambda line: click.echo(line, err=True)
+        selected,
+        meter,
+        record,
+        traces=lengths,
+        schedules=schedules,
+        seconds=seconds,
+        say=lambda line: click.echo(line, err=True),
     )
 
 
@@ -151,5 +163,5 @@ def _read(path: Path) -> dict[str, Any]:
             data[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"--from {path} isn't what --json writes: {error}. Name such a file.") from error
-    data["verdicts"] = verdicts(data["rows"], data["host"])
+    data["verdicts"] = verdicts(data["rows"], data["host"], data.get("schedules", ()))
     return data

@@ -15,6 +15,7 @@ from onelaunch.cache import files
 from . import sglang_refresh
 from .cases import Case
 from .contenders import CONTENDERS, warmed
+from .flashmla import schedule_rows
 from .host import host_rows
 from .implementation import Implementation, Unsupported
 from .meter import Meter
@@ -32,7 +33,15 @@ class Record:
 
     def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
         self.path = path
-        self.data: dict[str, Any] = {**facts, "titles": {}, "complete": False, "rows": [], "host": [], "verdicts": []}
+        self.data: dict[str, Any] = {
+            **facts,
+            "titles": {},
+            "complete": False,
+            "rows": [],
+            "host": [],
+            "schedules": [],
+            "verdicts": [],
+        }
 
     def write(self) -> None:
         """Writes the file, whole or not at all."""
@@ -141,6 +150,7 @@ def run_bench(
     *,
     traces: Mapping[str, Sequence[int]] | None = None,
     host: bool = True,
+    schedules: bool = False,
     seconds: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -149,6 +159,7 @@ def run_bench(
     Args:
         traces: lengths of requests, by the name of the trace.
         host: measure host time too.
+        schedules: measure FlashMLA's schedule alone too.
         seconds: start no case after this many seconds.
         say: called with lines of progress.
     """
@@ -166,6 +177,8 @@ def run_bench(
     say(f"{time.monotonic() - began:.0f} s: built")
     if host:
         data["host"] = host_rows(meter)
+    if schedules:
+        data["schedules"] = schedule_rows(meter)
     record.write()
     left_out = set[tuple[str, str]]()
     for number, one in enumerate(selected):
@@ -184,7 +197,7 @@ def run_bench(
             say(f"{place} {time.monotonic() - began:.0f} s: {row['label']} {row['implementation']}: {found}")
 
         data["rows"] += measure_case(meter, one, (traces or {}).get(one.case.kind, ()), report)
-        data["verdicts"] = verdicts(data["rows"], data["host"])
+        data["verdicts"] = verdicts(data["rows"], data["host"], data["schedules"])
         record.write()
         try:
             meter.synchronize()
@@ -195,7 +208,7 @@ def run_bench(
             break
     else:
         data["complete"] = True
-    data["verdicts"] = verdicts(data["rows"], data["host"])
+    data["verdicts"] = verdicts(data["rows"], data["host"], data["schedules"])
     data["seconds"] = round(time.monotonic() - began, 1)
     record.write()
     return data

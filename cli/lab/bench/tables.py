@@ -38,6 +38,11 @@ def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
     if data["rows"]:
         yield ""
         yield from _rows(data["rows"])
+    if schedules := data.get("schedules"):
+        yield ""
+        yield "FlashMLA's schedule alone, one backend, in a CUDA graph with warm caches"
+        cells = [(row["shape"], number(row["ours_us"]), number(row["theirs_us"]), row["reason"]) for row in schedules]
+        yield from columns([("shape", "ours us", "FlashMLA us", ""), *cells], right=(1, 2))
     if data["host"]:
         yield ""
         host = [(_us(row["us"]), row["piece"], row["what"]) for row in data["host"]]

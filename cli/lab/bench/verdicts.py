@@ -24,7 +24,7 @@ _TWENTY_US = 0.3
 _RUN_RATIO, _LISTS_US = 1.3, 3.0
 
 
-def verdicts(rows: Sequence[Row], host: Sequence[Row]) -> list[dict[str, Any]]:
+def verdicts(rows: Sequence[Row], host: Sequence[Row], schedules: Sequence[Row] = ()) -> list[dict[str, Any]]:
     """The verdicts on a run: ``item``, ``of`` (the case), ``target``, ``measured``, and whether it ``holds``."""
     by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -37,6 +37,20 @@ def verdicts(rows: Sequence[Row], host: Sequence[Row]) -> list[dict[str, Any]]:
                 found.append({"item": item, "of": label, "target": target, "measured": measured, "holds": holds})
     for of, target, measured, holds in _of_host(host):
         found.append({"item": "host", "of": of, "target": target, "measured": measured, "holds": holds})
+    for row in schedules:
+        if row["ours_us"] and row["theirs_us"]:
+            ours, theirs = row["ours_us"], row["theirs_us"]
+            measured = f"{ours:.2f} us; FlashMLA {theirs:.2f}, {theirs / ours:.2f} of ours"
+            target = "not above FlashMLA's own"
+            found.append(
+                {
+                    "item": "FlashMLA's schedule",
+                    "of": row["shape"],
+                    "target": target,
+                    "measured": measured,
+                    "holds": ours <= theirs,
+                }
+            )
     return found
 
 
