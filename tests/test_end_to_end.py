@@ -107,17 +107,21 @@ def test_all_attached_takes_less_of_the_host_than_attached_backends(run: Any, ti
     probe = times[f"{backend}, 3 steps, page 1"]["on"]["probe"]
     host = {state: sum(run._host(probe["host_us"][state], role) for role in run.ROLES) for state in probe["host_us"]}
     assert host["on"] < host["backends"] < host["off"]
-    assert 4 * host["on"] <= host["off"]
-    step = {state: probe["host_us"][state]["step"]["median"] for state in host}
+    assert 5 * host["on"] <= host["off"]
+    # The lower decile: a slow phase of the host can fall into one state's turn.
+    step = {state: probe["host_us"][state]["step"]["p10"] for state in host}
     assert step["on"] < step["backends"] < step["off"]
 
 
-@pytest.mark.parametrize("backend", ["fa3", "triton"])
-def test_all_attached_leaves_a_fifth_of_what_comes_before_the_graphs(times: Any, backend: str) -> None:
-    """The engine's producers among them: by name, one launch of ours in each seam, and one more for what it is of."""
+@pytest.mark.parametrize(("backend", "share"), [("fa3", 5), ("triton", 5), ("flashinfer", 3)])
+def test_all_attached_leaves_a_part_of_what_comes_before_the_graphs(times: Any, backend: str, share: int) -> None:
+    """The engine's producers among them: by name, one launch of ours in each seam, and one more for what it is of.
+
+    FlashInfer's plans stay.
+    """
     seams = times[f"{backend}, 3 steps, page 1"]["on"]["probe"]["seams"]
     before, after = ({role: sum(names.values()) for role, names in seams[state].items()} for state in ("off", "on"))
-    assert 5 * sum(after.values()) <= sum(before.values()), after
+    assert share * sum(after.values()) <= sum(before.values()), after
     mine = {role: sum("onelaunch" in name for name in names) for role, names in seams["on"].items()}
     assert mine == {"draft": 1, "verify": 2, "draft-extend": 2}
 

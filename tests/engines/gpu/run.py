@@ -304,19 +304,19 @@ def guide_rows(found: dict[str, dict[str, Any]]) -> str:
     """GUIDE's rows of a run: off → with the backends attached → on.
 
     Launches and copies before a step's graphs; the host's µs for metadata and for copies into the graphs' buffers; the
-    step's µs.
+    step's µs, its lower decile in brackets: a slow phase of the host can fall into one state's turn.
     """
     lines = []
     for configuration, kinds in found.items():
         probe = kinds["on"]["probe"]
-        columns: list[list[float]] = [[], [], []]
+        columns: list[list[str]] = [[], [], []]
         for state in ("off", "backends", "on"):
             times = probe["host_us"][state]
-            columns[0].append(sum(sum(names.values()) for names in probe["seams"][state].values()))
-            columns[1].append(sum(_host(times, role) for role in ROLES))
-            columns[2].append(times["step"]["median"])
-        cells = [" → ".join(f"{number:,.0f}" for number in column) for column in columns]
-        lines.append(f"| {NAMES[configuration.partition(',')[0]]} | {' | '.join(cells)} |")
+            columns[0].append(f"{sum(sum(names.values()) for names in probe['seams'][state].values())}")
+            columns[1].append(f"{sum(_host(times, role) for role in ROLES):,.0f}")
+            columns[2].append(f"{times['step']['median']:,.0f} ({times['step']['p10']:,.0f})")
+        cells = " | ".join(" → ".join(column) for column in columns)
+        lines.append(f"| {NAMES[configuration.partition(',')[0]]} | {cells} |")
     return "\n".join(lines)
 
 
