@@ -41,7 +41,7 @@ def bound(declare: dict[str, Any], count: int = 1, **settings: Any) -> onelaunch
 
 
 def test_a_draft_steps_positions_and_slots() -> None:
-    """SGLang's: positions and out_cache_loc, int64, each request's rows one after the other, padded."""
+    """SGLang's positions and out_cache_loc: int64, padded, each request's rows one after the other."""
     positions, slots = blank(12, dtype=torch.int64), blank(5, 3, dtype=torch.int64)
     plan = bound(
         {

@@ -115,7 +115,7 @@ def test_all_attached_takes_less_of_the_host_than_attached_backends(run: Any, ti
 
 @pytest.mark.parametrize(("backend", "share"), [("fa3", 5), ("triton", 5), ("flashinfer", 3)])
 def test_all_attached_leaves_a_part_of_what_comes_before_the_graphs(times: Any, backend: str, share: int) -> None:
-    """Launches before the graphs, with the producers of their inputs. By name, ours are one or two in each seam.
+    """Counts launches before the graphs, also of the engine's producers. By name, one or two in each seam are ours.
 
     FlashInfer's own plan() stays, so its share is smaller.
     """

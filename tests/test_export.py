@@ -153,7 +153,7 @@ def test_what_every_preset_exports() -> None:
 
 
 def test_tables_of_another_alignment_are_refused(tmp_path: Path) -> None:
-    """The kernel has 16-byte stores; the wrapper says so before it launches."""
+    """The kernel has 16-byte stores, so the wrapper refuses other alignments before it launches."""
     words = ["--set", "num_backends=2,fields=page_indices", "--target", "cpu", "--name", "two"]
     assert export(tmp_path, *words).exit_code == 0
     code = f"""

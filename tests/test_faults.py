@@ -34,7 +34,7 @@ from processes import until
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
 REAL = toolchain.find_host_compiler().path
-PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, seconds
+PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, in seconds since the epoch
 
 
 @pytest.fixture
@@ -444,8 +444,8 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
         if not met():
             break
     else:
-        pytest.fail("the fault is met for ever")
-    assert told, "no fault was met"
+        pytest.fail("the function still makes more calls")
+    assert told, "no call failed"
     for message in told:
         assert re.search(rf"{FULL}|{SPARED}", message), message
         assert str(store.root) in message

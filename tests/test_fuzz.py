@@ -260,7 +260,7 @@ def packs(entry: Entry, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Target
 
 
 def notes(entry: Entry, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """Notes of the index, of the compilers' answers, of who holds a lock, and records of failures."""
+    """The index's notes, the note of the compilers' version answers, lock holders' notes, and failure records."""
     monkeypatch.setenv(stores.CACHE_VARIABLE, str(entry.path.parent.parent))
     store = Store()
     names = {find.Request.of(SMALL, ()).digest, programs.ANSWERS_NOTE}

@@ -1,4 +1,4 @@
-"""Processes killed at any line of what they do with the cache: the next one builds, and removes their leftovers."""
+"""Processes killed at any call while they use the cache: the next one builds, and removes their leftovers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""num_kv_splits: by hand, and in the kernel. The float arithmetic beside Triton's: test_kv_splits_triton.py."""
+"""num_kv_splits by hand and in the kernel. test_kv_splits_triton.py compares the float arithmetic with Triton's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_length_up_to_16384(batch_size: int) -> None:
     lengths = (torch.rand((len(longest), batch_size), device="cuda") * longest[:, None]).long() + 1
     lengths = torch.minimum(lengths, longest[:, None])
     lengths[:, 0] = longest
-    lengths[::2] = torch.maximum(lengths[::2], longest[::2, None] * 4 // 5)  # on both sides of nearly equal
+    lengths[::2] = torch.maximum(lengths[::2], longest[::2, None] * 4 // 5)  # around the bound of "nearly equal"
     counts = torch.empty(batch_size, dtype=torch.int32, device="cuda")
     got = torch.empty_like(lengths, dtype=torch.int32)
     pool = torch.zeros((1, 1), dtype=torch.int32, device="cuda")
