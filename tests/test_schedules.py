@@ -96,8 +96,8 @@ def test_every_split_is_scheduled_once(remainder: str, atoms: int, num_sms: int)
 
 
 def test_the_parts_of_flashmla_by_hand() -> None:
-    # The requests have 10 and 1 blocks, and each costs 5 more. The payload of a part is (15 + 6) / 2 rounded up, plus 5:
-    # 16. The first part takes the first request (15); the 1 that is left is too little for a block of the second request.
+    # The requests have 10 and 1 blocks, and each costs 5 more. The payload of a part is (15 + 6) / 2 rounded up, plus
+    # 5: 16. The first part takes the first request (15); the 1 that is left is too little for a block of the second.
     assert reference.flashmla_schedule([640, 0], 2) == (
         [[0, 0, 0, 10, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0]],
         [0, 1, 2],
