@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Test processes: one per core, with 2 GB for each (a process with torch, and a compiler). More than 14 would only wait
-# for the GPU that they share.
-WORKERS ?= $(shell $(BIN)/python -c 'import os; print(max(1, min(14, len(os.sched_getaffinity(0)), \
+# Test processes: one per core and one more, because some tests wait for others' time-outs, with 2 GB for each (a process
+# with torch, and a compiler). More than 14 would only wait for the GPU that they share.
+WORKERS ?= $(shell $(BIN)/python -c 'import os; print(max(1, min(14, len(os.sched_getaffinity(0)) + 1, \
   os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 31)))')
 # Container images set it; then every process compiles the thousand modules of torch again.
 unexport PYTHONDONTWRITEBYTECODE

@@ -89,7 +89,8 @@ print(json.dumps(report))
 """
 
 
-@pytest.mark.parametrize("factor", [1, pytest.param(10, marks=pytest.mark.long)], ids=["short", "long"])
+@pytest.mark.long
+@pytest.mark.parametrize("factor", [1, 10])
 def test_memory_and_descriptors_stay_flat(factor: int) -> None:
     # Without coverage, which takes memory and most of the time.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
