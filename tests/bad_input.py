@@ -56,7 +56,7 @@ class Scene:
 
 
 def refused(error: type[Exception], fragments: Sequence[str], call: Callable[[], Any]) -> None:
-    """The call raises exactly this class; the message contains each fragment and ends with a full stop."""
+    """The call raises exactly this class; the message contains each fragment and ends like a sentence."""
     with pytest.raises(error) as caught:
         call()
     assert type(caught.value) is error

@@ -35,7 +35,7 @@ from onelaunch.emit.binding import module_name, render_binding
 from onelaunch.load import find, loader
 from onelaunch.spec import layout
 
-# onelaunch.render is the function; this is the module that defines it.
+# onelaunch.render is the function; this is the module in which it is replaced.
 RENDER = sys.modules["onelaunch.emit.render"]
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
@@ -270,7 +270,7 @@ def test_the_key_is_the_digest_of_its_ingredients() -> None:
 
 
 def test_a_load_renders_once(store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
-    """And not at all if an earlier process recorded it."""
+    """And not at all if an earlier process recorded the configuration's key."""
     rendered: list[str] = []
     monkeypatch.setattr(RENDER, "render", lambda config: (rendered.append(config.symbol), render(config))[1])
     loader.load(SMALL, store=store)
