@@ -42,7 +42,7 @@ def test_bind_passes_every_argument_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["shared", "shared rows", "offsets, shared", "schedules alone", "indices of int64"])
 def test_a_tensor_that_backends_share_is_written_once(device: torch.device, name: str) -> None:
-    """bind() finds out which tensors are shared: check() refuses a plan of another configuration."""
+    """bind() detects shared tensors itself: check() fails if the plan's configuration differs from the declared one."""
     config = CONFIGURATIONS[name]
     assert config.distinct
     for shape in (*SHAPES[:3], batch(33, 300)):
@@ -74,7 +74,7 @@ def test_expanded_lengths_that_are_cache_seqlens_are_not_a_field_of_their_own(de
 
 
 def test_interleaved_column_slices_of_one_table(device: torch.device) -> None:
-    """Backends may own column ranges of one allocation: nobody's columns are written by another."""
+    """Backends may own column ranges of one allocation. No backend writes another backend's columns."""
     bs, width = 6, 40
     table = torch.full((bs + 1, 3 * width + 1), POISON, dtype=torch.int32, device=device)
     slices = [table[:, b * width : (b + 1) * width] for b in range(3)]
@@ -124,7 +124,7 @@ def test_a_plan_is_reused_with_other_batches_inputs_and_bounds(device: torch.dev
     plan = onelaunch.bind(support.buffers_of(backends), req_to_token=pool, extent=extent, **SETTINGS)
     assert plan.launches == 0
     wanted = support.plain_copy(backends[0].buffers)
-    # Nothing is cleared between calls: what an earlier, larger batch wrote stays where a later one writes nothing.
+    # Nothing is cleared between calls: values of a larger batch must stay where a later, smaller batch writes nothing.
     for step, (bs, layout, max_len) in enumerate(
         [
             (300, "plain", None),
@@ -176,7 +176,7 @@ def test_a_plan_of_variable_lengths_is_reused(device: torch.device) -> None:
 
 
 def test_variable_lengths_that_are_all_zero(device: torch.device) -> None:
-    """No rows at all: what belongs to requests is written, and the first 0 of the rows' running sum."""
+    """Without rows, only the per-request fields and the leading 0 of the per-row running sum are written."""
     backend = support.destination(support.SEVEN_FIELDS, 2, 40, 16, requests=3, device=device)
     pool = support.token_pool(POOL_ROWS, 40, device=device)
     plan = onelaunch.bind([backend.buffers], req_to_token=pool, mode="draft_extend", extend="variable", page_size=16)
@@ -189,13 +189,13 @@ def test_variable_lengths_that_are_all_zero(device: torch.device) -> None:
 
 
 def test_one_row_of_the_last_request(device: torch.device) -> None:
-    """The only row belongs to the last request: its 16-byte phase must not be looked for at that request's number."""
+    """The only row belongs to the last request. Its 16-byte phase must be looked up by row, not by request."""
     config = KernelConfig(fields=support.TABLES, page_size=16, mode="draft_extend", extend="variable")
     check(config, batch(4, 333, extends=(0, 0, 0, 1), spare_rows=0), device)
 
 
 def test_inputs_changed_in_place_are_read_again(device: torch.device) -> None:
-    """The plan remembers that it checked these tensors, not what was in them: a captured step updates them in place."""
+    """The plan remembers which tensors it checked, not their values, because a captured step updates them in place."""
     backend = support.destination(SIX_FIELDS, 3, 200, 16, device=device)
     pool = support.token_pool(POOL_ROWS, 200, device=device)
     plan = onelaunch.bind([backend.buffers], req_to_token=pool, extent="full", **SETTINGS)
@@ -234,16 +234,16 @@ def test_inputs_at_other_addresses_are_followed(device: torch.device, monkeypatc
     check = plan._check
     monkeypatch.setattr(plan, "_check", lambda *arguments: checks.append(arguments) or check(*arguments))
     held = []
-    for shift in range(20):  # more than a plan remembers
+    for shift in range(20):  # more address sets than a plan remembers
         lengths, rows, extended = inputs([3 + shift % 9, 2], [4, shift % 4], [shift, 2])
-        held += [lengths, rows, extended]  # so that the next ones have other addresses
+        held += [lengths, rows, extended]  # kept alive, so that the next tensors get other addresses
         plan.run(lengths, rows, extended=extended)
         assert new["lengths"].tolist()[:2] == lengths.tolist()
         assert new["sums"].tolist()[:3] == [0, shift, shift + 2]
         for request in range(2):
             live = int(lengths[request])
             assert table[request, :live].equal(pool[rows[request], :live])
-    assert not checks, "what differs in addresses alone was checked again"
+    assert not checks, "inputs that differ only in their addresses were checked again"
     wide = torch.tensor([5, 6, 7, 8], device=device)
     plan.run(wide[::2], kept[1], extended=kept[2])  # another stride
     plan.run(wide, torch.arange(4, device=device), extended=torch.arange(4, dtype=torch.int32, device=device))
@@ -258,7 +258,7 @@ def test_inputs_at_other_addresses_are_followed(device: torch.device, monkeypatc
 
 
 class Columns:
-    """Owns calls whose arguments have the plan's inputs as columns."""
+    """Wraps a plan. Two of the plan's inputs are columns of one argument of run()."""
 
     def __init__(self, plan: onelaunch.Plan) -> None:
         self.plan, self.checks = plan, 0
@@ -286,16 +286,16 @@ def test_views_of_arguments_at_other_addresses_are_followed(device: torch.device
     arguments = {"pool_rows": 1, "first": 5, "second": 5}
     plan.follow_addresses([arguments[name] for name in plan._input_names])
     held = []
-    for step in range(20):  # more than a plan remembers
+    for step in range(20):  # more address sets than a plan remembers
         tensors = [torch.tensor(values, device=device) for values in ([5, 6], [step, 1], [[step, 4], [7, step * step]])]
-        held.append(tensors)  # so that the next ones have other addresses
+        held.append(tensors)  # kept alive, so that the next tensors get other addresses
         columns.run(*tensors)
         assert sums.tolist()[:2] == [step - 4 + 100 * step, 7 - step * step + 100]
     assert columns.checks == 1
     lengths, rows, tokens = held[0]
     columns.run(lengths, rows, torch.tensor([[9, 7], [4, 4]], device=device).t())  # another stride
     assert (columns.checks, sums.tolist()[:2]) == (2, [9 - 4, 7 - 4 + 100])
-    # Calls with as many arguments as inputs aren't the ones that are followed.
+    # A direct call passes as many arguments as the plan has inputs, so follow_addresses() must not apply to it.
     for first in ([3, 4], [5, 6], [7, 8]):
         held.append([torch.tensor(first, device=device)])
         plan.run(lengths, rows, pool_rows=rows, first=held[-1][0], second=tokens[:, 0])

@@ -1,4 +1,4 @@
-"""Builds ahead of time: matrices, bounds, time-outs, and one failure among many."""
+"""Builds ahead of time: matrices, limits on parallel builds, time-outs, and one failure among many builds."""
 
 from __future__ import annotations
 
@@ -106,13 +106,13 @@ def test_several_are_built_in_children_whatever_the_policy(store: Store, monkeyp
     assert result.exit_code == 0, result.output
     assert "2 built, 0 there before, 0 failed" in result.output
     assert len(store.stored_keys()) == 2
-    # A second time there is nothing to do, and the kernels are found by this process, which may not build.
+    # The second run has nothing to build. This process, whose policy forbids builds, finds the kernels.
     assert "0 built, 2 there before, 0 failed" in verb(*words, "--jobs", "1").output
     assert loader.load(SMALL[0]).path.is_file()
 
 
 def fake_compiler(folder: Path, action: str) -> Path:
-    """A compiler that does something else for kernels of two backends."""
+    """A compiler that runs ``action`` instead of compiling SMALL[1], and compiles every other kernel."""
     path = folder / "bin" / "c++"
     path.parent.mkdir()
     symbol = SMALL[1].symbol
@@ -126,7 +126,7 @@ def fake_compiler(folder: Path, action: str) -> Path:
 def test_one_that_hangs_is_ended_with_its_compiler(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the others are built. Time is over when the compiler hangs, however busy the machine is."""
+    """The other kernels are still built. The time-out fires once the compiler hangs, however busy the machine is."""
     compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 600")
     monkeypatch.setenv("CXX", str(compiler))
     line = process._Builder._line
@@ -155,7 +155,7 @@ def test_one_that_hangs_is_ended_with_its_compiler(
     assert len(store.stored_keys()) == 2
     assert (tmp_path / "pid").exists()
     until(lambda: not hangs(), "the compiler's end")
-    # Nothing is remembered, no lock is held, and it is compiled again.
+    # No failure is recorded and no lock is held, so the kernel can be compiled at once.
     compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
     key = loader.content_key(SMALL[1], (), toolchain.find_tools("cpu").versions())
     assert failures.recall(store, key) is None
@@ -164,11 +164,11 @@ def test_one_that_hangs_is_ended_with_its_compiler(
 
 
 def test_ctrl_c_ends_the_builds(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are in sessions of their own, so the terminal doesn't tell them."""
+    """The builds run in sessions of their own, so the terminal sends them no signal: the parent must end them."""
     compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 600")
     monkeypatch.setenv("CXX", str(compiler))
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was started with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 
     def interrupt() -> None:
         until((tmp_path / "pid").exists, "the compiler hangs")
@@ -195,7 +195,7 @@ def test_one_that_fails_is_in_the_summary_and_remembered(
     assert "1 built, 0 there before, 1 failed" in result.output
     assert "no such luck" in result.output
     assert "and is not retried until its inputs change" in verb(*words, "--jobs", "1").output
-    # The compiler works again: only --retry finds out.
+    # The compiler works again, but only --retry tries it.
     compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
     result = verb("--set", SMALL[1].settings(), "--retry")
     assert result.exit_code == 0, result.output
@@ -203,8 +203,8 @@ def test_one_that_fails_is_in_the_summary_and_remembered(
 
 
 def test_a_build_process_that_is_killed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by the kernel, when memory ran out: it is reported, the rest is built, and nothing is remembered."""
-    killing = fake_compiler(tmp_path, "kill -9 $(cut -d' ' -f6 /proc/$$/stat); sleep 600")  # its session's leader
+    """The kernel's OOM killer does this. It is reported, the other kernels are built, and no failure is recorded."""
+    killing = fake_compiler(tmp_path, "kill -9 $(cut -d' ' -f6 /proc/$$/stat); sleep 600")  # field 6: the session
     monkeypatch.setenv("CXX", str(killing))
     killed, other = prebuild.build_all([Job(SMALL[1]), Job(SMALL[2])], 1)
     assert "wasn't built, since its build process ended by signal 9" in killed.error

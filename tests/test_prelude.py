@@ -1,4 +1,4 @@
-"""The emulation itself: its prelude does what CUDA does, and each of its checks catches what it is for."""
+"""Tests of the emulation: its prelude behaves as CUDA does, and each of its checks catches the fault it is for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from onelaunch import KernelConfig
 
 pytestmark = pytest.mark.uncounted
 
-# A kernel of two blocks with the parameters of CONFIG; `i` counts the grid's threads, 64 a block. What it must do is
-# cache_seqlens[i] = seq_lens[i]; the probes do it by detours, and some of those are wrong. All are in one program for
-# each sanitizer, and the first length says which one runs.
+# A kernel of two blocks with the parameters of CONFIG; `i` is the thread's index in the grid, with 64 threads a block.
+# It must compute cache_seqlens[i] = seq_lens[i]. Each probe does so in another way, and some probes are wrong on
+# purpose. One program for each sanitizer holds all probes; the first length selects the one that runs.
 CONFIG = KernelConfig(fields=("cache_seqlens",), threads=64)
 SOURCE = """
 #include <cuda_runtime.h>
@@ -62,7 +62,7 @@ const char* probe_error(int code) { return cudaGetErrorString(static_cast<cudaEr
 }
 """
 
-# The body, the sanitizer that it is built with, and what catches it.
+# By name: the probe's code, the sanitizer it is built with, and the check that catches it (None: the probe is correct).
 PROBES: dict[str, tuple[str, str, str | None]] = {
     "plain": ("out[i] = length(p, i);", "thread", None),
     "shared memory, one copy a block": (
@@ -195,7 +195,7 @@ PROBES: dict[str, tuple[str, str, str | None]] = {
     "__ldg of a destination": ("out[i] = length(p, i); if (__ldg(out + i) == -9) out[i] = 0;", "none", "emulation"),
     "an element is left out": ("if (i != 100) out[i] = length(p, i);", "none", "mismatch"),
 }
-# As wrong as can be.
+# Every element is wrong.
 BLOCK_INDICES = "out[i] = static_cast<int>(blockIdx.x);"
 
 
@@ -208,7 +208,7 @@ EVERY = source(*(body for body, _, _ in PROBES.values()), BLOCK_INDICES)
 
 
 def run(number: int, sanitizer: str, programs: Path, launches: tuple[tuple[int, int], ...]) -> Outcome:
-    """Runs one body of EVERY, from 1; two copies of the object file are enough for two blocks."""
+    """Runs one probe of EVERY, counted from 1. Two blocks need two copies of the object file."""
     reason = harness.missing_runtime(sanitizer)
     if reason is not None:
         pytest.skip(reason)
@@ -219,7 +219,7 @@ def run(number: int, sanitizer: str, programs: Path, launches: tuple[tuple[int, 
 
 @pytest.mark.parametrize("name", PROBES, ids=lambda name: name.replace(" ", "-"))
 def test_a_probe_is_caught_by_its_check_alone(name: str, programs: Path) -> None:
-    """Whether the blocks ran one after the other or at the same time."""
+    """The result is the same whether the blocks run one after the other or at the same time."""
     _, sanitizer, caught_by = PROBES[name]
     number = list(PROBES).index(name) + 1
     outcomes = [run(number, sanitizer, programs, launches) for launches in (((1, 1),), ((2, 64),))]

@@ -1,4 +1,4 @@
-"""Several processes on one cache: locks that end with their holder, leftovers that are swept, a clear beside users."""
+"""Several processes on one cache: locks end with their holder, leftovers are swept, clear() runs beside readers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def publish(store: Store, key: str = KEY) -> Path:
 
 
 def test_a_lock_keeps_others_out_and_leaves_no_file(store: Store, fork: Any, tmp_path: Path) -> None:
-    """But not of other keys. Eight that wait get it one after the other, although each removes the file."""
+    """Locks of other keys stay free. Eight waiting processes get the lock in turn, although each removes the file."""
     log = tmp_path / "log"
 
     def hold() -> None:
@@ -96,7 +96,7 @@ def test_a_lock_keeps_others_out_and_leaves_no_file(store: Store, fork: Any, tmp
 
 
 def test_the_lock_of_a_removed_file_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the holder ends between another's opening of the file and its lock."""
+    """This happens if the holder ends after another process opened the lock file and before that process locks it."""
     path, real, removed = store.folder("locks") / f"{KEY}.lock", lock.try_lock, []
 
     def after_removal(descriptor: int) -> bool | None:
@@ -107,11 +107,11 @@ def test_the_lock_of_a_removed_file_is_none(store: Store, monkeypatch: pytest.Mo
     monkeypatch.setattr(lock, "try_lock", after_removal)
     with store.lock(KEY) as held:
         assert held.held
-        assert path.exists(), "others would lock a new file"
+        assert path.exists(), "without the file, other processes would lock a new one"
 
 
 def test_a_forked_child_doesnt_keep_its_parents_lock(store: Store, fork: Any, tmp_path: Path) -> None:
-    """A child that was forked during a build outlives the builder, which is killed: others build at once."""
+    """The builder forks a child and is killed. The child lives on, yet other processes can build at once."""
 
     def builder() -> None:
         with store.lock(KEY), store.staging():
@@ -137,7 +137,7 @@ def test_a_forked_child_doesnt_keep_its_parents_lock(store: Store, fork: Any, tm
 
 
 def test_a_forked_child_leaves_what_its_parent_holds(store: Store) -> None:
-    """Also when it leaves the blocks itself: the parent's lock, lock file and staging folder stay."""
+    """The child leaves the `with` blocks too. The parent's lock, lock file and staging folder must stay."""
     with store.lock(KEY) as held, store.staging() as stage:
         child = os.fork()
         if child == 0:
@@ -179,7 +179,7 @@ def test_lock_files_of_killed_processes_are_swept(store: Store, fork: Any) -> No
 
 
 def test_a_lock_file_that_cant_be_opened(store: Store) -> None:
-    """A lock saves work and nothing else, so the work is done without it."""
+    """A lock only avoids duplicate work, so the build goes on without it."""
     (store.folder("locks") / f"{KEY}.lock").mkdir()
     with store.lock(KEY) as held:
         assert not held.held
@@ -190,7 +190,7 @@ def test_a_lock_file_that_cant_be_opened(store: Store) -> None:
 
 
 def test_temporary_stores_of_dead_processes_are_swept(tmp_path: Path, fork: Any) -> None:
-    """Killed ones, and forked workers, which end without their parent's clean-up. The living keep theirs."""
+    """Killed processes and forked workers end without clean-up. Stores of live processes stay."""
     parent = tmp_path / "temporary"
 
     def use(end: str) -> None:
@@ -221,7 +221,7 @@ def test_a_temporary_store_goes_with_its_process(monkeypatch: pytest.MonkeyPatch
     assert tiers.fallback("It rains") is first
     ((remove, *arguments),) = at_exit
     child = os.fork()
-    if child == 0:  # it is the parent's: not removed, not used
+    if child == 0:  # the store is the parent's: the child neither removes nor uses it
         remove(*arguments)
         unused = first.root.is_dir() and tiers.tiers(first) == [first]
         os._exit(0 if unused and tiers.fallback("It snows").root != first.root else 1)
@@ -245,7 +245,7 @@ def test_folders_of_failed_builds_are_bounded(tmp_path: Path) -> None:
 
 
 def test_nothing_is_removed_from_a_folder_of_somebody_else(tmp_path: Path) -> None:
-    """A project's folder, named by mistake: builds go there, and gc, clear, sweeps and the bound leave all of it."""
+    """A user names a project's folder by mistake. Builds go there; gc, clear, sweep and the bound leave its files."""
     root = tmp_path / "project"
     for name in ("src", "staging/release.1.0123456789ab", "index", "failed/0123456789abcdef", "damaged", "locks"):
         (root / name).mkdir(parents=True)
@@ -271,13 +271,13 @@ def test_nothing_is_removed_from_a_folder_of_somebody_else(tmp_path: Path) -> No
     assert store.sweep() == []
     assert set(before) <= set(root.rglob("*"))
     assert path.is_dir()
-    # Another program's tag is none of ours.
+    # Another program's CACHEDIR.TAG doesn't mark the folder as onelaunch's cache.
     (root / TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n# made by cargo\n")
     assert not store.is_marked
 
 
 def test_only_names_of_the_caches_own_are_removed(store: Store, tmp_path: Path) -> None:
-    """Links are not followed, out of the cache or within it."""
+    """Symbolic links are not followed, whether they lead out of the cache or stay within it."""
     publish(store)
     treasure = tmp_path / "treasure"
     (treasure / ("7" * 64)).mkdir(parents=True)
@@ -305,7 +305,7 @@ def test_only_names_of_the_caches_own_are_removed(store: Store, tmp_path: Path) 
     stamp = tmp_path / "stamps" / ("7" * 64)
     stamp.write_text("")
     done = collect.collect(store, 0, 0.0)
-    assert set(done.keys) == {KEY, "7" * 64}, "the link itself is the cache's"
+    assert set(done.keys) == {KEY, "7" * 64}, "the link itself has a name of the cache's own, so it is removed"
     assert (treasure / ("7" * 64) / "gold").exists()
     assert stamp.exists()
     assert not any(path.exists() for path in own)
@@ -319,7 +319,7 @@ def test_only_names_of_the_caches_own_are_removed(store: Store, tmp_path: Path) 
 
 
 def test_a_cache_is_marked_when_it_is_made(tmp_path: Path) -> None:
-    """One of an earlier version gets the mark, too; a folder on a disk of its own has lost+found in it."""
+    """A cache made by an earlier version is marked too, and so is the root of a file system, which has lost+found."""
     for name, content in (("new", ()), ("earlier", ("entries", "stamps")), ("disk", ("lost+found",))):
         for folder in content:
             (tmp_path / name / folder).mkdir(parents=True, mode=0o700)
@@ -328,11 +328,11 @@ def test_a_cache_is_marked_when_it_is_made(tmp_path: Path) -> None:
         assert store.is_marked, name
         assert (store.root / TAG).read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
     (store.root / TAG).chmod(0o666)
-    assert not store.is_marked, "anybody could have written it"
+    assert not store.is_marked, "a mark that every user can write proves nothing"
 
 
 def test_clear_beside_a_process_that_makes_the_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is there before its mark is; a clear at that moment finds nothing to remove, and raises nothing."""
+    """The folder exists before its mark. A clear() in between removes nothing and raises nothing."""
     cleared = []
 
     def replace(path: Path, content: str, mode: int) -> None:
@@ -348,7 +348,7 @@ def test_clear_beside_a_process_that_makes_the_cache(store: Store, monkeypatch: 
 
 
 def test_clear_beside_users(store: Store, fork: Any, tmp_path: Path) -> None:
-    """Readers, publishers and clears at once: no warning, no error, and whoever finds an entry finds it whole."""
+    """Reads, publishes and clears run at once. There is no warning and no error, and every entry found is complete."""
     keys = [str(number) * 64 for number in range(4)]
     end = time.monotonic() + 1.5
 

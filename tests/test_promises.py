@@ -1,4 +1,4 @@
-"""What the guide promises of the cache, and the tests that hold it."""
+"""What the guide promises of the cache, and the tests that check each promise."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_guide_makes_these_promises_and_these_tests_are_there() -> None:
 
 @pytest.mark.long
 def test_every_bit_of_an_entry(store: Store) -> None:
-    """All of them, of the files and of the manifest; the short form flips one of each byte."""
+    """Flips every bit of the files and the manifest. test_every_flipped_bit_is_noticed flips one bit of each byte."""
     entry, count = publish(store), 0
     for path in sorted(entry.path.iterdir()):
         whole = path.read_bytes()
@@ -122,7 +122,7 @@ def test_every_bit_of_an_entry(store: Store) -> None:
 
 @pytest.mark.long
 def test_every_bit_of_a_pack(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused whole, or the content is the same; the short form flips 500 of a real one."""
+    """After any flip the pack is refused as a whole or unpacks to the same content. The quick test flips 500 bits."""
     made_of = {"source": "a"}
     facts = {"archs": [], "config": {}, "ingredients": made_of, "requires": {}}
     data = pack.to_bytes([publish(store, manifest.key_of(made_of), **facts)])
@@ -140,14 +140,14 @@ def test_every_bit_of_a_pack(store: Store, tmp_path: Path, monkeypatch: pytest.M
         except StoreError:
             assert put == [], at
         put.clear()
-    assert 0 < harmless < 200, "bits of gzip's header, of its padding, and of the time in it"
+    assert 0 < harmless < 200, "the harmless bits are in gzip's header, its padding and its time stamp"
 
 
 # ------------------------------------------------------------------------------------------------- what is removed
 
 
 def test_a_failure_is_forgotten_only_in_a_marked_cache(tmp_path: Path) -> None:
-    """Without the mark the folder may be somebody else's, whatever its name."""
+    """Without the mark the folder may belong to another program, whatever its name."""
     for marked in (True, False):
         store = Store(tmp_path / str(marked))
         store.root.mkdir(mode=0o700)
@@ -166,7 +166,7 @@ def test_a_failure_is_forgotten_only_in_a_marked_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["", "thesis.tex", "entries.old"])
 def test_a_cache_that_was_there_is_adopted_by_its_names(store: Store, other: str) -> None:
-    """One without a mark, as earlier versions made it, is marked if every name in it is the cache's own."""
+    """Earlier versions made caches without a mark. Such a folder is marked if every name in it is the cache's own."""
     publish(store)
     (store.root / TAG).unlink()
     if other:
@@ -193,7 +193,7 @@ OTHER_VERBS = ("--version", "list", "list --json", "show nsa-decode-1", "describ
     [(signal.SIGINT, 130), (signal.SIGTERM, -15), pytest.param(signal.SIGHUP, -1, marks=pytest.mark.long)],
 )
 def test_a_signal_during_a_build(number: int, status: int, store: Store, tmp_path: Path) -> None:
-    """As a terminal or a service sends it, to the whole group: no compiler goes on, and nothing is remembered."""
+    """A terminal or service manager signals the whole process group: compilers end, and no failure is recorded."""
     compiler = tmp_path / "g++"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\n'
@@ -223,7 +223,7 @@ def test_a_signal_during_a_build(number: int, status: int, store: Store, tmp_pat
 
 @pytest.mark.parametrize("verb", ["--help", *(pytest.param(v, marks=pytest.mark.long) for v in OTHER_VERBS)])
 def test_streams(verb: str) -> None:
-    """Closed, full, or without a reader: a sentence at most."""
+    """Standard streams are closed, full or without a reader. The command prints one sentence at most, no traceback."""
     command = " ".join([*MAIN, verb])
     redirections = (">&-", "2>&-", ">&- 2>&-", "<&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full", "| true")
     shell = "\n".join(f"{command} {redirection} & " for redirection in redirections) + "\nwait"

@@ -1,4 +1,4 @@
-"""Any valid configuration agrees with the reference, any invalid one is refused; and what must hold between runs."""
+"""Any valid configuration agrees with the reference; any invalid one is refused; relations hold between refreshes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ copies = st.fixed_dictionaries(
 def configurations(draw: st.DrawFn) -> KernelConfig:
     """Any valid configuration."""
     chosen: dict[str, Any] = draw(st.one_of(refreshes, refreshes, copies))
-    # What is refused beside other fields is left out, so that most draws can be used.
+    # Fields that some other field rules out are dropped, so that Hypothesis can use most draws.
     tables = [name for name in chosen["fields"] if FIELDS[name].kind == "table"]
     refused = draw(st.sampled_from([["kv_indices"], tables]))
     if "flashmla_metadata" not in chosen["fields"]:

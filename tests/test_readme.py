@@ -1,7 +1,7 @@
-"""What README.md, GUIDE.md, INSTALL.md, ARCHITECTURE.md and CONTRIBUTING.md show is run, and what they name is there.
+"""Runs what README.md, GUIDE.md, INSTALL.md, ARCHITECTURE.md and CONTRIBUTING.md show; checks that names exist.
 
-The Python of the README runs here, but for the lines of attach(), which tests/engines/test_attach.py runs on a class
-of an engine. The diffs of ARCHITECTURE.md are applied to a copy of the package, and the Python below them runs on it.
+The README's Python runs here, except for the lines with attach(): tests/engines/test_attach.py runs those on an
+engine's class. The diffs of ARCHITECTURE.md are applied to a copy of the package, on which the Python below them runs.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def test_the_arguments_that_the_guide_names_are_bind_s() -> None:
         fields = ("cache_seqlens", "real_page_table", *(() if "page_fill" in facts else ("pooled_cache_seqlens",)))
         config = KernelConfig(num_backends=3, fields=(*fields, *(() if "page_fill" in facts else ("page_indices",))))
         emitted.add(render(config.replace(**facts)))
-    assert len(emitted) == len(named), "an argument changes nothing"
+    assert len(emitted) == len(named), "two arguments lead to the same kernel"
 
 
 def test_the_matrix_of_the_readme_is_read(tmp_path: Path) -> None:
@@ -145,13 +145,13 @@ def test_every_command_is_understood_and_quick_ones_run(
     if rest:
         with app.make_context("onelaunch", ["list"]) as parent:
             command.make_context(words[1], list(rest), parent=parent)
-    # Tools are in other tests: machine code and what is built for a GPU need a toolkit.
+    # Machine code and GPU builds need a toolkit; other tests run those commands.
     quick = words[1] in ("show", "describe", "diff", "list", "explain") or words[1:] == ["cache", "path"]
     if not quick or {"sass", "ptx", "resources", "--html"} & set(words):
         return
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, [*words[1:], *(["--target", "cpu"] if words[1] == "explain" else [])])
-    # 1 is an answer: they differ, or it isn't built.
+    # Exit status 1 is a valid answer: the configurations differ, or the kernel isn't built.
     assert done.exit_code in ((0, 1) if words[1] in ("diff", "explain") else (0,)), done.output
     assert done.output or list(tmp_path.rglob("*.cu"))
 
@@ -199,7 +199,7 @@ def test_the_readme_has_a_picture_of_the_flow_and_of_time() -> None:
 
 
 def test_every_room_has_its_place_in_the_architecture() -> None:
-    """Every folder of the package has an entry, and every file that is named is there."""
+    """ARCHITECTURE.md has an entry for every folder of the package, and every file it names exists."""
     rooms = ARCHITECTURE.split("## Rooms")[1].split("\n## ")[0]
     folders = [path.parent for folder in ("generator", "cli") for path in (ROOT / folder).rglob("__init__.py")]
     top = {f"{path.relative_to(ROOT).parts[1]}/" for path in folders if len(path.relative_to(ROOT).parts) == 2}
@@ -217,7 +217,7 @@ def test_every_module_says_first_what_it_is_for() -> None:
 
 
 def applied(diff: str, root: Path) -> set[str]:
-    """Applies a diff whose hunks are found by their text, which must be there once. Returns the files."""
+    """Applies a diff to the files below root. Each hunk's old text must occur exactly once. Returns the files."""
     names = set()
     for part in re.split(r"^--- .*\n", diff, flags=re.M)[1:]:
         header, *hunks = re.split(r"^@@.*\n", part, flags=re.M)

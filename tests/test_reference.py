@@ -10,7 +10,7 @@ from onelaunch import FIELDS, MetadataBuffers
 from onelaunch.spec import reference
 from torch import Tensor
 
-U = -1  # stands for "untouched": what the destinations hold before
+U = -1  # "untouched": the value that destinations hold before a refresh
 
 
 def ints(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -65,7 +65,7 @@ def test_every_field_live(dtype: torch.dtype) -> None:
         [U] * 6,  # length 0: the row is left alone
         [U] * 6,  # beyond the batch
     ]
-    # Columns 0, 2, 4 by 2; of the request with three tokens the second page is begun.
+    # A page is the token of column 0, 2 or 4, divided by 2. The request with three tokens has begun its second page.
     assert b.real_page_table.tolist() == [[5, 9, U], [50, 32, 15], [U, U, U], [U, U, U]]
 
 
@@ -100,7 +100,7 @@ def test_no_requests(extent: str) -> None:
 
 
 def test_a_length_beyond_the_table() -> None:
-    """Scalars keep the length, the tables stop at the width."""
+    """Length fields keep the length; tables end at their width."""
     b = buffers(2, 6, 3)
     refresh([b], [9, 1], [2, 1], POOL, index_topk=8)
     assert b.cache_seqlens.tolist() == [9, 1]
@@ -310,7 +310,7 @@ def test_copy() -> None:
 
 
 def test_copy_of_rows() -> None:
-    """Fields of requests end with the requests, fields of rows with the rows."""
+    """Per-request fields are copied for the batch's requests, per-row fields for its rows."""
     b = buffers(3, 3, 2)
     reference.copy(source_of_copy(), [b], bs=1, rows=2)
     assert b.cache_seqlens.tolist() == [5, U, U]
@@ -352,7 +352,7 @@ def test_target_verify() -> None:
 
 
 def test_draft_extend_with_one_length_for_all() -> None:
-    # The second request is a padding one: 1 token, fewer than it extends by.
+    # The second request is padding: its length of 1 is less than the number of tokens that it extends by.
     values, rows = reference.lengths(ints([5, 1]), mode="draft_extend", index_topk=4, next_n=3)
     assert listed(values) == {
         "cache_seqlens": [5, 1],
@@ -433,7 +433,7 @@ def test_offsets_give_each_backend_its_own_lengths() -> None:
 
 
 def test_pools_of_tokens() -> None:
-    # Complete pools are clamped, the unfinished one is kept: 11 = 2 pools of 4 and 3 tokens.
+    # Complete pools are clamped, the unfinished pool is kept: 11 = 2 pools of 4 tokens, and 3 tokens.
     made = reference.nsa_lengths(ints([3, 4, 11, 16, 18]), index_topk=8, index_kpool=4)
     assert made.tolist() == [3, 4, 11, 8, 10]
     assert reference.pooled_lengths(ints([3, 4, 11]), 4).tolist() == [0, 1, 2]
@@ -454,7 +454,7 @@ def test_pools_of_pages() -> None:
     assert made.pooled_cache_seqlens.tolist() == [2]
     assert made.pooled_real_page_table.tolist() == [[3, 17]]
     reference.refresh([made], ints([4]), ints([0]), pool, index_topk=2, page_size=2, extent="live", index_kpool=2)
-    assert made.pooled_real_page_table.tolist() == [[3, 17]], "the second pool isn't live, and stays"
+    assert made.pooled_real_page_table.tolist() == [[3, 17]], "the second pool isn't live, so its element stays"
 
 
 def test_page_fill_goes_to_the_width_of_the_table() -> None:
@@ -465,7 +465,7 @@ def test_page_fill_goes_to_the_width_of_the_table() -> None:
 
 
 def test_a_length_that_wraps_is_live_to_the_end() -> None:
-    """Scalars wrap as int32 sums do; the tables go by the length that was meant."""
+    """Length fields wrap as int32 does; the tables use the length before it wraps."""
     values, rows = reference.lengths(ints([2**31 - 1]), mode="target_verify", index_topk=4, next_n=2)
     assert values["cache_seqlens"].tolist() == [-(2**31) + 1]
     assert values["seqlens_expanded"].tolist() == [0, 0]

@@ -21,7 +21,7 @@ quick_builds = pytest.mark.usefixtures("quick_builds")
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset(device: torch.device, name: str) -> None:
-    """What ships, on every shape."""
+    """Every shipped preset, on every shape."""
     for shape in (*SHAPES, *BATCH_SHAPES):
         check(PRESETS[name], shape, device)
 
@@ -29,7 +29,7 @@ def test_every_preset(device: torch.device, name: str) -> None:
 @quick_builds
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_configuration(device: torch.device, name: str) -> None:
-    """One of each strategy and field kind, and what took code of its own, on every shape."""
+    """One configuration of each strategy and field kind, and each special case in the code, on every shape."""
     for shape in pairs.affordable(CONFIGURATIONS[name], (*SHAPES, *BATCH_SHAPES)):
         check(CONFIGURATIONS[name], shape, device)
 
@@ -37,7 +37,7 @@ def test_every_configuration(device: torch.device, name: str) -> None:
 @quick_builds
 @pytest.mark.parametrize("name", PAIRS, ids=[f"{n}-{config.symbol[10:-17]}" for n, (config, _) in PAIRS.items()])
 def test_any_two_settings_together(device: torch.device, name: str) -> None:
-    """Any two values of any two settings meet in one of these."""
+    """Pairwise coverage: any two values of any two settings occur together in one of these configurations."""
     config, shapes = PAIRS[name]
     for shape in shapes:
         check(config, shape, device)
@@ -67,7 +67,7 @@ def test_every_batch_size(device: torch.device, name: str) -> None:
 
 @quick_builds
 def test_no_cap_on_the_batch(device: torch.device) -> None:
-    """The running sums carry over 256 windows of threads."""
+    """The running sums carry over across 256 windows of threads."""
     for name in ("schedules", "indices", "vectors", "equal rows"):
         config = STRATEGIES[name].replace(num_backends=1, seqlen_offsets=(), distinct=())
         check(config, batch(65_536, 5, page_size=2, max_indices=10**6), device)
@@ -95,7 +95,7 @@ def test_every_16_byte_phase(device: torch.device, name: str) -> None:
 def test_widths(device: torch.device, name: str) -> None:
     """Around the tiles of both targets: 16 columns on the CPU, 512 on a GPU."""
     for width in (1, 2, 3, 4, 5, 15, 16, 17, 63, 65, 511, 512, 513, 520, 1030):
-        # Of a single request the row stride can be anything, so other 16-byte stores are possible.
+        # With a single request the row stride doesn't matter, so more rows allow 16-byte stores.
         check(STRATEGIES[name], batch(13 if width % 2 else 1, width, table_pad=width % 4), device)
         check(STRATEGIES[name], batch(13, width + 3, table_columns=width, table_phase=4), device)
 
@@ -144,7 +144,7 @@ def test_filled_pages_of_a_table_wider_than_the_pool(device: torch.device) -> No
 def test_nothing_is_written_beyond_the_capacity_of_kv_indices(device: torch.device, capacity: int) -> None:
     for config in (STRATEGIES["indices"], STRATEGIES["indices"].replace(seqlen_offsets=(1, 0, 2))):
         lengths = (70, 3, 0, 200)
-        # Empty tensors count as one tensor that backends share, whose lengths must not differ.
+        # Empty tensors count as one tensor shared by all backends, and backends that share one must have equal offsets.
         config = config if capacity else config.replace(num_backends=1, seqlen_offsets=())
         check(config, Shape(f"capacity {capacity}", lengths, width=201, max_indices=capacity, spare_rows=1), device)
 

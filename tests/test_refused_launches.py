@@ -1,4 +1,4 @@
-"""Launches and loads that the module refuses, and how a plan presents itself."""
+"""Launches and loads that fail, and a plan's repr."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_launch_that_is_refused() -> None:
     def refuse(*arguments: object) -> None:
         raise RuntimeError("cudaErrorUnknown (999)")
 
-    again = (plan, lambda: plan.run(lengths, rows))  # these tensors are known then
+    again = (plan, lambda: plan.run(lengths, rows))  # now the plan has checked these tensors
     plan._run = copier._run = refuse
     for bound, call in (again, again, (copier, lambda: copier.run(bs=2))):
         with pytest.raises(LaunchError, match=r"wasn't launched on cpu: cudaErrorUnknown \(999\)\.") as caught:
@@ -51,7 +51,7 @@ def test_a_launch_that_is_refused() -> None:
     ],
 )
 def test_an_error_of_somebody_else_is_told_as_such(code: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Provoked on a GPU in test_gpu_faults.py."""
+    """test_gpu_faults.py provokes these errors on a GPU."""
     plan = onelaunch.bind([buffers()], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
 
     def refuse(*arguments: object) -> None:
@@ -106,7 +106,7 @@ def test_the_table_of_plans_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(api, "CopyPlan", lambda *args, **kwargs: (made.append(name), real(*args, **kwargs))[1])
     for name in ("a", "b", "a", "c", "a", "b"):
         onelaunch.fused_metadata_copy_cuda(source, targets[name])
-    assert made == ["a", "b", "c", "b"], "a was used last when c came, so b went"
+    assert made == ["a", "b", "c", "b"], "a was used more recently than b when c came, so b is dropped"
 
 
 def test_a_row_that_grows_past_the_table() -> None:

@@ -1,4 +1,4 @@
-"""The emitted text: deterministic, honest about where it comes from, without a trace of what it isn't for."""
+"""The emitted text: deterministic, correct about its origin, without code for fields and inputs it doesn't have."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ CONFIGS: dict[str, KernelConfig] = {
         num_backends=9, distinct=tuple((name, 1) for name in FIELDS if name in KernelConfig().fields)
     ),
 }
-# A few for the CPU: below the prelude the text is the same for both targets, and a test of its own shows that.
+# A few suffice for the CPU: below the prelude both targets have the same text, which a test of its own checks.
 ON_A_CPU = (
     "nsa-decode-3",
     "nsa-copy-3",
@@ -133,7 +133,7 @@ ON_A_CPU = (
 )
 TEXTS = CONFIGS | {f"{name}, cpu": CONFIGS[name].replace(target="cpu") for name in ON_A_CPU}
 
-# Many tests look at each text. That it is the same each time is a test of its own.
+# Cached, because many tests read each text. A test of its own checks that rendering is deterministic.
 render = functools.cache(render_anew)
 
 
@@ -151,7 +151,7 @@ def below_the_banner(source: str) -> str:
 
 
 def below_the_prelude(config: KernelConfig) -> list[str]:
-    """From the specialized facts on, with a placeholder for the symbol, which carries the key."""
+    """The text from the settings on, with a placeholder for the symbol, which contains the key."""
     source = render(config)
     return (FACTS + source.split(FACTS, 1)[1]).replace(config.symbol, "SYMBOL").splitlines()
 
@@ -169,7 +169,7 @@ def test_the_same_text_each_time(config: KernelConfig) -> None:
 
 
 def test_the_same_text_in_another_process(tmp_path: Path) -> None:
-    """Neither hash order, nor the folder, nor the language of the system shows."""
+    """The text depends neither on the hash seed, nor on the working directory, nor on the locale."""
     code = (
         "import hashlib; from onelaunch.spec.presets import PRESETS; from onelaunch.emit.render import render; "
         "print(hashlib.sha256(''.join(map(render, PRESETS.values())).encode()).hexdigest())"
@@ -198,7 +198,7 @@ def test_tidy(config: KernelConfig) -> None:
     assert not re.search(r"^\}\n(?!\n)", code, re.M), "a blank line after each function"
     for number, line in enumerate(source.splitlines(), 1):
         assert line == line.rstrip(), f"line {number} ends with blanks: {line!r}"
-        # A command has to be copied as it is, so it isn't broken.
+        # The command isn't wrapped, so that a user can copy it.
         if not line.startswith("//   onelaunch show "):
             assert len(line) <= 120, f"line {number} has {len(line)} columns: {line}"
     assert source.count("{") == source.count("}")
@@ -237,7 +237,7 @@ def test_the_banner(config: KernelConfig) -> None:
     assert "Do not edit" in banner
     assert f"key {config.key}" in banner
     text = re.sub(r"\n//\s{20,}", " ", banner)
-    # Defaults aren't shown: a setting that is added later changes no text that exists.
+    # Defaults aren't shown, so that adding a setting doesn't change existing texts.
     for name, value in config.to_dict().items():
         if name not in config.shown_settings():
             assert not re.search(rf"^//   {name} ", text, re.M), name
@@ -269,10 +269,10 @@ def test_the_command_in_the_banner_gives_this_text(config: KernelConfig) -> None
 @every_config
 def test_no_trace_of_a_field_that_is_not_there(config: KernelConfig) -> None:
     code = re.sub(r"//.*", "", below_the_banner(render(config)))
-    # Formulas compute what they name, whether or not it is a field.
+    # A formula computes every vector that it names, whether or not that vector is a field.
     named = {local.name for vector in config.vectors for local in locals_of(config, [vector])}
     for name in FIELDS:
-        # The names of the NSA fields and of the pooled ones end like the others'.
+        # Names of NSA and pooled fields end with names of other fields.
         rest = re.sub(rf"(nsa|pooled|write)_{name}", "", code)
         if name == "num_splits" and "flashmla_metadata" in config.fields:
             continue  # the schedule's file has the code for it, under if constexpr
@@ -286,7 +286,7 @@ def test_no_trace_of_a_field_that_is_not_there(config: KernelConfig) -> None:
 def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
     code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
     copies = config.operation == "copy"
-    # Formulas don't name index_kpool if it is 1, because that is folded away.
+    # If index_kpool is 1, constant folding removes it from the formulas.
     names_pools = config.has_mqa_schedule or bool(config.pooled_tables) or config.index_kpool > 1
     for name, there in (
         ("seq_lens", config.needs_lengths),
@@ -310,7 +310,7 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
 
 @every_config
 def test_files_of_kinds_and_strategies_that_are_not_there_are_left_out(config: KernelConfig) -> None:
-    """A kernel has the whole text of the files of its fields and of its one strategy, and of no others."""
+    """A kernel includes the files of its fields and of its one strategy as a whole, and no other files."""
     source, files = render(config), device_files(config)
     strategies = {"live", "equal", "variable", "indices"}
     assert set(files) & strategies == {config.strategy} - {"copy", None}
@@ -327,7 +327,7 @@ def test_files_of_kinds_and_strategies_that_are_not_there_are_left_out(config: K
 
 @every_config
 def test_no_preprocessor_and_no_constant_condition(config: KernelConfig) -> None:
-    """What a configuration decides is decided when it is emitted, or by if constexpr on a named setting."""
+    """The emitter decides by the configuration, or `if constexpr` does on a named setting; no `#if` remains."""
     code = below_the_banner(render(config))
     assert not re.search(r"^\s*#\s*(if|ifdef|ifndef|else|elif)\b", code, re.M)
     assert not re.search(r"\bif (constexpr )?\((true|false|0|1)\)", code)
@@ -338,7 +338,7 @@ def test_no_preprocessor_and_no_constant_condition(config: KernelConfig) -> None
 
 @every_config
 def test_every_setting_and_function_is_used(config: KernelConfig) -> None:
-    """The compilers warn of what isn't, except for templates and for what says that it may be."""
+    """Compilers warn of unused names too, but not of templates or of names marked as maybe unused."""
     code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
     defined = re.findall(r"^constexpr [\w: ]+ (\w+) =", code, re.M)
     defined += re.findall(r"^using (\w+) =", code, re.M)
@@ -369,12 +369,12 @@ IN_TEMPLATES = set().union(
 
 @every_config
 def test_what_a_kernel_uses_it_defines(config: KernelConfig) -> None:
-    """Of the constants, types and functions that the templates have. The compilers say so too, and take longer."""
+    """A kernel defines the templates' constants, types and functions that it uses. Compilers check this too, slowly."""
     assert {"kBackends", "Token", "Params", "request_row", "block_running_sum"} <= IN_TEMPLATES
     code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
     discarded = set()
     if config.req_to_token_dtype == "int64":
-        # In the branch of if constexpr that int64 tokens don't take.
+        # Used only in the `if constexpr` branch that int64 tokens discard.
         discarded = defined_in((ROOT / "templates" / "device" / "realign.cuh").read_text(encoding="utf-8"))
     checks = {"report", "Violation"} if config.checked else set()  # these come before the parameter block
     assert IN_TEMPLATES & words(code) <= defined_in(code) | discarded | checks
@@ -422,11 +422,11 @@ def test_the_preludes(config: KernelConfig) -> None:
 
 
 def test_the_templates_have_few_conditions() -> None:
-    """What C++ can decide is decided in C++, and a declaration is there if it is needed: no condition says so."""
+    """C++ decides what it can. Declarations are emitted where needed, so templates need few conditions."""
     parse = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).parse
 
     def depth(node: jinja2.nodes.Node) -> int:
-        """How deep `if` blocks are nested. An `elif` is as deep as its `if`."""
+        """The nesting depth of `if` blocks. An `elif` is as deep as its `if`."""
         if not isinstance(node, jinja2.nodes.If):
             return max((depth(child) for child in node.iter_child_nodes()), default=0)
         inner = max((depth(child) for child in (*node.body, *node.else_)), default=0)
@@ -450,18 +450,18 @@ def test_the_binding_knows_the_size_of_the_parameters(config: KernelConfig) -> N
 
 
 def test_the_baselines_of_the_timings() -> None:
-    """What onelaunch is timed against is emitted too, with the binding that a plan has."""
+    """The baselines that onelaunch is timed against are emitted too, with the same binding as a plan."""
     source, binding = render_baseline("ideal", "floor", ("vectors",), 7, num_backends=5, unroll=4)
     assert "constexpr int kBackends = 5;" in source
     assert "constexpr int kUnroll = 4;" in source
     assert "int floor_launch(" in source
     assert "#define ONELAUNCH_SYMBOL floor\n#define ONELAUNCH_MODULE floor_binding\n" in binding
     assert "#define ONELAUNCH_PLAN_WORDS 7\n" in binding
-    # A kernel without parameters has one word all the same: C++ has no empty array.
+    # C++ has no empty array, so a kernel without parameters still has one parameter word.
     source, binding = render_baseline("empty", "nothing", (), 0)
     assert "void nothing()" in source
     assert binding == render_baseline("empty", "nothing", (), 1)[1]
-    # Of a configuration: its parameters and its facts, whichever words a call sets.
+    # A baseline of a configuration has that configuration's parameters and settings, whichever words a call sets.
     config = KernelConfig(num_backends=2, extent="full", vector_bytes=4, page_size=16)
     source, binding = render_baseline("single_block", "rival", layout.call_words(config), config.param_words, config)
     assert "void __launch_bounds__(kThreads) rival(const __grid_constant__ Params p)" in source
@@ -495,7 +495,7 @@ def test_the_baselines_of_the_timings() -> None:
 def test_the_host_divides_where_threads_would_have_to(
     facts: dict[str, Any], strategy: str | None, split: str | None
 ) -> None:
-    """Blocks among requests where lengths count, tiles among rows where all are equal; else nothing is divided."""
+    """The host divides blocks among requests if lengths matter, and tiles among rows if all rows are equal."""
     config = KernelConfig(**facts)
     assert config.strategy == strategy
     source = render(config)
@@ -521,7 +521,7 @@ def test_the_host_divides_where_threads_would_have_to(
     ids=str,
 )
 def test_equal_rows_have_as_many_blocks_as_they_need(facts: dict[str, Any], limit: str | None) -> None:
-    """Others, as many as suit the device: with a loop, which equal rows do without."""
+    """Other kernels loop, with a number of blocks that suits the device. Equal rows need no loop."""
     config = KernelConfig(**facts)
     found = re.search(r"const std::int64_t limit = (p\.sm_count.*?;)", render(config))
     assert (found[1] if found else None) == limit
@@ -560,7 +560,7 @@ def test_the_limit_of_the_blocks_of_small_tiles_is_half(fields: tuple[str, ...],
     ids=str,
 )
 def test_a_warp_takes_two_tiles_at_once_where_registers_allow_it(facts: dict[str, Any], tiles: int) -> None:
-    """With more to write for each word there is enough in flight without."""
+    """With more stores per word that is read, one tile already keeps enough memory accesses in flight."""
     config = KernelConfig(**facts)
     assert config.wide_tiles == tiles
     assert f"constexpr int kWideTiles = {tiles};" in render(config)
@@ -580,7 +580,7 @@ def test_pages_are_shifted_out_only_where_they_are_a_power_of_two() -> None:
     assert "if constexpr ((kPageSize & (kPageSize - 1)) == 0)" in render(KernelConfig(page_size=48))
 
 
-# A warp takes up to two tiles at once, of up to two accesses.
+# A warp takes up to two tiles at once, and a tile is up to two accesses.
 @pytest.mark.parametrize(("unroll", "one_pass"), [(1, 8), (2, 16)])
 def test_pages_come_from_registers_where_each_lane_has_one_at_most(unroll: int, one_pass: int) -> None:
     for page_size, held in ((one_pass // 2, False), (one_pass, True), (4 * one_pass, True), (one_pass + 4, False)):

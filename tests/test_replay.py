@@ -34,7 +34,7 @@ SMALL = ReplayOptions(AZURE, max_batch=8, context_len=1024, max_steps=40, verify
 
 
 class CorruptingPlan:
-    """A plan whose ``run`` writes one element too many in one step."""
+    """A plan whose ``run`` also corrupts one element, in one step."""
 
     def __init__(self, plan: Any, corrupt: Callable[[], None], at: int) -> None:
         self._plan, self._corrupt, self._at = plan, corrupt, at
@@ -58,7 +58,7 @@ class CorruptingPlan:
 def corrupt_at(
     monkeypatch: pytest.MonkeyPatch, step: int, backend: int, field: str, index: tuple[int, ...]
 ) -> list[int]:
-    """Flip a bit of one destination element after ``step``. Returns a list that gets the right value."""
+    """Flips a bit of one destination element after ``step``. Returns a list to which the right value is appended."""
     bind = onelaunch.bind
     right: list[int] = []
 
@@ -77,7 +77,7 @@ def corrupt_at(
 @pytest.mark.parametrize("extent", list(Extent))
 @pytest.mark.parametrize("trace", [AZURE, MOONCAKE], ids=["azure", "mooncake"])
 def test_replay_of_a_real_trace_has_no_mismatch(trace: Path, extent: Extent) -> None:
-    # A step as long as seconds of traffic, so that the batch is full and requests wait within a few steps.
+    # Each step stands for two seconds of traffic, so that the batch fills and requests wait after a few steps.
     options = dataclasses.replace(SMALL, trace=trace, extent=extent, step_ms=2000.0, pages=200)
     summary = run_replay(options)
     assert summary.steps == summary.launches == summary.verified_steps == 40
@@ -85,7 +85,7 @@ def test_replay_of_a_real_trace_has_no_mismatch(trace: Path, extent: Extent) -> 
     assert summary.first_mismatch is None
     assert summary.batch.max == 8
     assert summary.queued_steps > 0
-    # Whole buffers of three backends were compared, the untouched part too.
+    # The whole buffers of three backends were compared, including their untouched part.
     width = 1024 + 71
     assert summary.elements_checked == 40 * 3 * (8 * (width + -(-width // 64)) + 2 * 8 + 2 * 9)
     assert 0 < summary.length.min <= summary.length.median <= summary.length.p95 <= summary.length.max <= 1024
@@ -105,7 +105,7 @@ def test_replay_to_the_end_with_padding_and_preemption() -> None:
 @pytest.mark.parametrize("trace", [AZURE, MOONCAKE], ids=lambda trace: trace.stem)
 @pytest.mark.parametrize("extent", Extent)
 def test_verified_writes_leave_what_all_steps_make(trace: Path, extent: Extent) -> None:
-    """Requests finish and are preempted, those behind them move up, their rows and pages are used again."""
+    """Requests finish and are preempted, later requests move up, and rows and pages are reused."""
     options = dataclasses.replace(
         SMALL, trace=trace, extent=extent, writes=Writes.verified, preempt_probability=0.03, pad_batch=4, step_ms=1e5
     )
@@ -140,7 +140,7 @@ def test_pages_of_one_token_have_no_table_of_pages() -> None:
         ("cache_seqlens", (0,)),
         ("cu_seqlens_k", (1,)),
         ("page_indices", (0, 3)),
-        # Beyond every live element: the refresh must leave these alone.
+        # Beyond every live element, where the refresh must not write.
         ("page_indices", (7, 1094)),
         ("real_page_table", (7, 17)),
         ("nsa_cu_seqlens_k", (8,)),
@@ -160,7 +160,7 @@ def test_a_wrong_element_is_counted_and_named(
 
 
 def test_an_element_that_is_never_written_again_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables hardly change from step to step; what an earlier step left there must not pass for written."""
+    """Tables hardly change between steps, so values left by an earlier step must not pass for written ones."""
     bind = onelaunch.bind
 
     class IdlePlan(CorruptingPlan):
@@ -324,7 +324,7 @@ def test_command_explains_what_it_cannot_use(tmp_path: Path) -> None:
 
 
 def test_what_can_be_written_is_known_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Whoever isn't root may write to a device, but no file beside it.
+    # A user other than root may write to a device, but may not make files beside it.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in (Path("/dev"), tmp_path / "kept"))
     check_writable(Path("/dev/null"))
     check_writable(tmp_path / "new.json")
@@ -365,7 +365,7 @@ def test_replay_on_a_terminal_shows_progress_and_a_table() -> None:
     ) as process:
         os.close(slave)
         shown = b""
-        with contextlib.suppress(OSError):  # how Linux says that nobody has the terminal open any more
+        with contextlib.suppress(OSError):  # Linux raises EIO once no process has the terminal open
             while part := os.read(master, 4096):
                 shown += part
         os.close(master)

@@ -1,4 +1,4 @@
-"""The machine code of the presets, read without a GPU: wide accesses where they should be, nothing in local memory."""
+"""The presets' machine code, read without a GPU: 16-byte accesses where expected, and nothing in local memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from filelock import FileLock
 from onelaunch import PRESETS, KernelConfig
 from onelaunch.build import binary, toolchain
 
-# The one whose instructions are read; the others take four times as long. The oldest and the newest compile what takes
-# the most.
+# ARCHS: instructions are read for this architecture alone; all of them take four times as long. ENDS: the oldest and
+# the newest, for kernels with many pointers.
 ARCHS, ENDS, OTHER_ARCHS = ("90a",), ("80", "120a"), ("80", "89", "100a", "120a")
-# Registers that each took on sm_90a when it was last looked at; more than these want a look at the template.
+# Registers per thread on sm_90a when last measured. If a preset needs more, look at its template.
 REGISTERS = {
     "nsa-decode-1": 56,
     "nsa-decode-2": 64,
@@ -63,7 +63,7 @@ REGISTERS = {
 
 @functools.cache
 def machine_code(shared: Path) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, dict[str, int]]]:
-    """Of all presets: what ptxas reports, and by function how often each instruction is in the SASS for sm_90a."""
+    """For all presets: ptxas's reports, and for each function in the SASS for sm_90a the count of each instruction."""
     reports, module = support.ptxas_reports(list(PRESETS.values()), shared, ARCHS)
     saved = module.with_suffix(".json")
     with FileLock(f"{saved}.lock"):
@@ -73,7 +73,7 @@ def machine_code(shared: Path) -> tuple[dict[str, dict[str, dict[str, int]]], di
 
 
 def _instructions(module: Path) -> dict[str, Counter[str]]:
-    """By function how often each instruction, with its modifiers, is in an object file."""
+    """For each function of an object file, the count of each instruction with its modifiers."""
     program = binary.find_cuobjdump(toolchain.find_toolkit().home)
     assert program is not None, "neither the toolkit nor triton brings cuobjdump"
     # cuobjdump runs the nvdisasm that it finds on PATH.
@@ -99,12 +99,12 @@ def test_every_preset_is_looked_at() -> None:
 
 
 def _unrolled(destinations: int) -> int:
-    """How often a loop over them is written out."""
+    """How many copies of its body the compiler emits for a loop over the destinations."""
     return destinations if destinations <= 8 else 1
 
 
 def assert_nothing_in_local_memory(reports: dict[str, dict[str, int]]) -> None:
-    """Neither spills, nor arrays of pointers that were copied to the stack to be indexed there."""
+    """There are no spills, and no arrays of pointers copied to the stack because they are indexed at run time."""
     nothing = {"stack": 0, "spill_stores": 0, "spill_loads": 0, "local": 0}
     for arch, report in reports.items():
         assert {fact: report[fact] for fact in nothing} == nothing, arch
@@ -112,11 +112,11 @@ def assert_nothing_in_local_memory(reports: dict[str, dict[str, int]]) -> None:
 
 @pytest.mark.nvcc
 def test_pointers_of_many_backends_stay_in_the_parameters(shared: Path) -> None:
-    """An array of pointers passed by value and indexed at run time was copied to the stack: 176 bytes of it."""
+    """The compiler copied an array of pointers, passed by value and indexed at run time, to the stack (176 bytes)."""
     configs = {name: config for name, config in CONFIGURATIONS.items() if config.num_backends > 8}
     assert {config.num_backends for config in configs.values()} == {9, 64}
     configs["indices of 64"] = STRATEGIES["checked indices"].replace(num_backends=64, seqlen_offsets=(3,))
-    # As many as there is room for: one more word, and ptxas refuses the kernel.
+    # As many backends as the parameters hold: with one more word ptxas refuses the kernel.
     configs["the fullest"] = fullest(KernelConfig(num_backends=250, fields=EVERY))
     configs["the fullest, full"] = fullest(KernelConfig(num_backends=1300, fields=("page_indices",), extent="full"))
     reports, _ = support.ptxas_reports(list(configs.values()), shared, ENDS)
@@ -142,14 +142,14 @@ def test_the_machine_code_of_a_preset(name: str, shared: Path) -> None:
     assert_nothing_in_local_memory(reports)
     assert reports["90a"]["registers"] <= REGISTERS[name]
     (found,) = (counts for function, counts in code.items() if config.symbol in function)
-    # Local memory is where spills, and arrays that are indexed by what only runs know, would be.
+    # Spills, and arrays indexed by run-time values, would be in local memory.
     assert not [instruction for instruction in found if re.match(r"(LDL|STL)\b", instruction)]
     if config.vector_bytes == 4 or not config.tables:
         assert wide(found, "LDG") == wide(found, "STG") == 0
         return
-    # Unrolled, each different destination has kUnroll stores of 16 bytes for each table that is copied whole, and as
-    # many for each of the tiles that a warp takes at once. Where lengths count, both are there for the requests' own
-    # tiles and for the remainder tiles.
+    # For each table and each different destination, unrolled code has kUnroll stores of 16 bytes for a single tile, and
+    # as many for each of the two tiles that a warp takes at once. If lengths matter, that code exists twice: for the
+    # requests' own tiles and for the remainder tiles.
     copied = config.tables if config.operation == "copy" else ["page_indices"]
     times = 3 if config.wide_tiles > 1 else 1
     if not (config.operation == "copy" or config.extend == "variable" or config.equal_rows):
@@ -157,5 +157,5 @@ def test_the_machine_code_of_a_preset(name: str, shared: Path) -> None:
     stores = sum(_unrolled(config.destinations(table)) for table in copied) * config.unroll * times
     assert wide(found, "STG") >= stores
     if config.req_to_token_dtype == "int32":
-        # Reads are twice that wide: rows begin anywhere, and four words are selected from eight.
+        # There are twice as many reads: rows begin at any alignment, so four words are selected out of eight.
         assert wide(found, "LDG") >= len(copied) * 2 * config.unroll * times

@@ -1,4 +1,4 @@
-"""Schedules of DeepGEMM's paged MQA logits and of FlashMLA, which a refresh computes: reference, kernels, refusals."""
+"""The schedules that a refresh computes for DeepGEMM's paged MQA logits and FlashMLA: reference, kernels, refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 130
 
 
 def lengths_for(bs: int, kind: str, seed: int = 0) -> list[int]:
-    """Lengths at the edges of splits and blocks, zeros, or some that differ by far; tables needn't hold them."""
+    """Lengths at the edges of splits and blocks, zeros, or of very different sizes. No table limits them."""
     numbers = random.Random(f"{bs}.{kind}.{seed}")
     edges = [0, 1, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1024, 5000, -3]
     return {
@@ -45,7 +45,7 @@ KINDS = ("zero", "one", "edges", "one long", "random", "beyond")
 
 
 def test_splits_that_do_not_divide_go_to_the_last_multiprocessors() -> None:
-    # Splits: 2, 0 and 3, so five for three multiprocessors.
+    # The requests have 2, 0 and 3 splits: five splits for three multiprocessors.
     lengths = [300, 0, 700]
     assert reference.paged_mqa_schedule(lengths, 3) == [[0, 0], [0, 1], [2, 1], [3, 0]]
     assert reference.paged_mqa_schedule(lengths, 3, remainder="first") == [[0, 0], [2, 0], [2, 2], [3, 0]]
@@ -56,11 +56,11 @@ def test_the_atoms_of_an_item_follow_one_another() -> None:
 
 
 def test_where_splits_cost_work_entries_begin_at_requests() -> None:
-    # Two tokens a request and 2 units a split: 2, 0 and 3 splits are 10 units, 4, 3 and 3 for three multiprocessors.
+    # A split costs 2 units. 2, 0 and 3 splits cost 10 units, so the three multiprocessors get 4, 3 and 3 units.
     lengths, tokens = [300, 0, 700], {"atoms": 2, "split_cost": 2, "remainder": "first"}
-    # The second one begins with unit 4, the first of the third request; the third with unit 7, in that one's split 1.
+    # The second multiprocessor begins at unit 4, the first of the third request; the third at unit 7, in its split 1.
     assert reference.paged_mqa_schedule(lengths, 3, **tokens) == [[0, 0], [4, 0], [4, 1], [6, 0]]
-    # With one token a request, and a unit a split, it is the schedule of atoms.
+    # With one token per request and one unit per split, the result equals the schedule of atoms.
     one = {"split_cost": 1, "remainder": "first"}
     assert reference.paged_mqa_schedule(lengths, 3, **one) == [[0, 0], [2, 0], [2, 2], [3, 0]]
 
@@ -96,13 +96,13 @@ def test_every_split_is_scheduled_once(remainder: str, atoms: int, num_sms: int)
 
 
 def test_the_parts_of_flashmla_by_hand() -> None:
-    # Blocks: 10 and 1; (15 + 6) / 2 rounded up and 5 more is a payload of 16: the first part takes the first request
-    # (15) and has 1 left, too little for a block of the second.
+    # The requests have 10 and 1 blocks, and each costs 5 more. The payload of a part is (15 + 6) / 2 rounded up, plus
+    # 5: 16. The first part takes the first request (15); the 1 that is left is too little for a block of the second.
     assert reference.flashmla_schedule([640, 0], 2) == (
         [[0, 0, 0, 10, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0]],
         [0, 1, 2],
     )
-    # One request of 100 blocks: a payload of 40, 35 blocks per part.
+    # One request of 100 blocks: the payload is 40, so a part has 35 blocks.
     assert reference.flashmla_schedule([6400], 3) == (
         [[0, 0, 0, 35, 0, 1, 1, 0], [0, 0, 35, 70, 1, 1, 1, 0], [0, 0, 70, 100, 2, 1, 1, 0]],
         [0, 3],
@@ -158,7 +158,7 @@ def test_schedules_of_any_lengths(remainder: str, order: str, kind: str, device:
 
 @pytest.mark.parametrize("next_n", [1, 2, 3, 4])
 def test_the_atoms_of_a_verified_request(next_n: int, device: torch.device) -> None:
-    """Half of next_n, rounded up, unless their number is given; a row is one."""
+    """A request has next_n / 2 atoms, rounded up, unless schedule_atoms gives their number. A row is one atom."""
     for settings, atoms in (
         ({}, (next_n + 1) // 2),
         ({"schedule_atoms": 3}, 3),

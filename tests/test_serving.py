@@ -33,7 +33,7 @@ def allocator_of(pages: int = 40, max_requests: int = 6, width: int = 71, page_s
 
 
 def check_ownership(allocator: PagedAllocator, rows: Sequence[int]) -> None:
-    """No page has two owners, none is lost, none is the padding page, and the rows say what is owned."""
+    """No page has two owners, is lost, or is the padding page, and the rows list exactly the owned pages."""
     owned = [page for row in rows for page in allocator.pages_of(row).tolist()]
     assert len(set(owned)) == len(owned)
     assert 0 not in owned
@@ -212,10 +212,10 @@ def test_allocator_changes_replay_to_the_same_table() -> None:
     assert allocator.drain_changes() is None
     assert allocator.grow(first, 40)
     apply()
-    # Growth that fits the pages at hand writes nothing.
+    # A row that grows within pages it already owns changes no table entry.
     assert allocator.grow(first, 39)
     assert allocator.drain_changes() is None
-    # A row that changes hands between two drains: only what the last owner wrote may arrive.
+    # Rows get new owners between two drains. Only the last owner's writes may arrive.
     allocator.free(first)
     rows = [allocator.admit(30) for _ in range(4)]
     for row in rows:
@@ -245,7 +245,7 @@ def test_allocator_refuses_rows_nobody_owns() -> None:
 
 
 def run(simulation: ServingSimulation) -> list[Step]:
-    """All steps, each checked against the state that it stands for."""
+    """All steps of a simulation, each checked against the simulation's state."""
     steps = []
     for step in simulation:
         requests = simulation.running
@@ -275,7 +275,7 @@ def test_a_request_runs_until_its_output_is_there() -> None:
     assert lengths[0] == [100]
     accepted = np.diff([length[0] for length in lengths])
     assert set(accepted.tolist()) == {1, 2, 3, 4}
-    # Not finished before the last step, finished by at most four tokens after it.
+    # In the last step the request isn't finished yet; at most four more tokens finish it.
     assert 150 - 4 <= lengths[-1][0] < 150
     assert simulation.finished == 1
 
@@ -314,7 +314,7 @@ def test_batch_limit_holds_and_arrivals_keep_their_order() -> None:
 
 
 def test_admission_waits_for_pages() -> None:
-    # 9 pages of 8 to hand out; 3 a request of 16 tokens, with its 2 draft tokens and its output.
+    # 9 pages of 8 tokens are free. A request of 16 tokens, with its 2 draft tokens and its output, needs 3 pages.
     requests = [(0, 16, 4) for _ in range(10)]
     simulation = ServingSimulation(
         trace_of(*requests), max_batch=8, context_len=64, page_size=8, pages=10, num_backends=1

@@ -63,7 +63,7 @@ def test_into_a_folder_with_what_editors_want(tmp_path: Path) -> None:
             assert (result.exit_code, result.output) == (0, "")
     names = {f"{CPU.replace(num_backends=n).symbol}.cu" for n in (1, 2)}
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"compile_commands.json", *names}
-    # Both, although they were written one after the other.
+    # The second call keeps the first kernel's entry.
     commands = json.loads((tmp_path / "new" / "compile_commands.json").read_text())
     assert {Path(command["file"]).name for command in commands} == names
 

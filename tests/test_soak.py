@@ -21,7 +21,7 @@ from onelaunch.load import loader
 
 pytestmark = pytest.mark.long
 
-# What allocators keep, more or less, whatever is used: a configuration that stayed would be five times as much.
+# Allocators keep about this much in any case. If configurations leaked, it would be five times as much.
 NOISE_BYTES = 8 * 2**20
 
 
@@ -35,7 +35,7 @@ def resident() -> int:
 
 @pytest.fixture
 def flat(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
-    """Notes the memory; at the end, what came after the first tenth or so must be noise."""
+    """Records the resident memory. From the first record to the last, growth must stay below NOISE_BYTES."""
     noted: list[tuple[str, int]] = []
     yield lambda what: noted.append((what, resident()))
     with capsys.disabled():
@@ -56,7 +56,7 @@ def bound(rows: int = 8) -> tuple[Any, list[MetadataBuffers]]:
 
 
 def test_a_million_runs_from_four_threads(flat: Callable[[str], None]) -> None:
-    """Each with inputs of its own, half of them equal to the last call's; a run is whole whoever else runs."""
+    """Each thread has inputs of its own, half of them equal to its previous call's. Concurrent runs don't interfere."""
     plan, _ = bound()
     plan.run(torch.tensor([1]), torch.tensor([0]))
     failed: list[BaseException] = []
@@ -94,7 +94,7 @@ def test_twenty_thousand_plans(flat: Callable[[str], None]) -> None:
 def test_two_thousand_configurations(
     flat: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Emitted, keyed, looked for, published and found again, in a cache that stays below its bound."""
+    """Each is emitted, keyed, looked up, published and found again, in a cache that stays below its size bound."""
     made = loader.load(KernelConfig(fields=("cache_seqlens",), target="cpu"))
 
     def copies(recipe: Any, tools: Any, *, stage: Path, **bounds: Any) -> compiler.Build:
@@ -105,7 +105,7 @@ def test_two_thousand_configurations(
     monkeypatch.setattr(compiler, "build", copies)
     monkeypatch.setenv(collect.MAX_SIZE_VARIABLE, "20M")
     monkeypatch.setattr(collect, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # most of the time
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # would take most of the test's time
     store = Store(tmp_path / "cache")
     configs = (
         KernelConfig(fields=("cache_seqlens", "real_page_table"), num_backends=n, page_size=size, target="cpu")

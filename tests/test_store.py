@@ -1,4 +1,4 @@
-"""The store on its own, without a compiler: what is published is found, what is damaged isn't."""
+"""The store alone, without a compiler: published entries are found, damaged ones are not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def published(store: Store, key: str = KEY, content: dict[str, bytes] = FILES, *
 
 @pytest.fixture(autouse=True)
 def _no_warning_unless_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a fresh process, whose temporary stores are made below tmp_path."""
+    """The state of a fresh process. Temporary stores are made below tmp_path."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(tiers, "_fallback", None)
@@ -64,7 +64,7 @@ def _no_warning_unless_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_root_is_the_named_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An argument before the variable, the variable before the user's cache folder; all made when needed, with 0700."""
+    """Order: argument, variable, the user's cache folder. Each is made with mode 0700, and only when it is needed."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "named"))
@@ -146,7 +146,7 @@ def test_the_error_for_an_unusable_file(error: OSError, sentence: str, store: St
 
 
 def test_what_is_published_is_what_is_found(store: Store) -> None:
-    """The manifest is sorted, readable JSON, and nothing but it and what a person reads is kept."""
+    """The manifest is sorted, readable JSON. Besides it, an entry keeps only files with one of KEPT_SUFFIXES."""
     assert store.find(KEY) is None
     assert list(store.entries()) == []
     with store.staging() as stage:
@@ -172,7 +172,7 @@ def test_what_is_published_is_what_is_found(store: Store) -> None:
     text = (found.path / MANIFEST).read_text(encoding="utf-8")
     assert list(json.loads(text)) == sorted({*found.manifest, "sum"})
     assert text.endswith("\n}\n")
-    # Keys alone are the names of entries.
+    # Only folders named by a key are entries.
     published(store, "a" * 64)
     (store.root / "entries" / "a-note").mkdir()
     assert [entry.key for entry in store.entries()] == [KEY, "a" * 64]
@@ -180,13 +180,13 @@ def test_what_is_published_is_what_is_found(store: Store) -> None:
 
 
 def test_an_entry_of_something_else_is_a_miss(store: Store) -> None:
-    """Whatever led to the key, an exchanged note for example: configuration and architectures must be the requested."""
+    """A wrong note may lead to another key: the entry's configuration and architectures must be the requested ones."""
     published(store)
     for expect in ({}, {"config": {"num_backends": 3}, "archs": ("100a",)}, {"archs": ["90a", "100a"]}):
         assert store.find(KEY, expect) is not None, expect
     for expect in ({"config": {"num_backends": 2}}, {"config": {}}, {"archs": ("90a", "89")}, {"symbol": "k"}):
         assert store.find(KEY, expect) is None, expect
-    assert store.find(KEY) is not None, "it isn't damaged"
+    assert store.find(KEY) is not None, "an entry of another configuration isn't damaged"
 
 
 def test_the_key_is_made_of_its_ingredients(store: Store) -> None:
@@ -194,7 +194,7 @@ def test_the_key_is_made_of_its_ingredients(store: Store) -> None:
     assert published(store, key_of(made_of), ingredients=made_of).key == key_of(made_of)
     with pytest.raises(ValueError, match="its key isn't made of its ingredients"):
         published(store, KEY, ingredients=made_of)
-    # As a copy of another entry's folder under this name.
+    # A copy of another entry's folder under this entry's name is damaged.
     shutil.copytree(store.root / "entries" / key_of(made_of), store.root / "entries" / KEY)
     with pytest.warns(UserWarning, match=f"is damaged .it is the manifest of {key_of(made_of)}"):
         assert store.find(KEY) is None
@@ -226,7 +226,7 @@ def test_another_process_was_first(store: Store) -> None:
 
 
 def test_an_entry_that_cant_be_put_in_place(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error of the rename is raised; an entry that can't be read back is one of the disk, after some tries."""
+    """A failed rename raises its error. An entry that can't be read back after several tries points at the disk."""
     with store.staging() as stage, monkeypatch.context() as patch:
         patch.setattr(os, "rename", lambda old, new: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
         with pytest.raises(OSError, match="cross-device"):
@@ -255,13 +255,13 @@ def write(entry: Entry, name: str, data: bytes | None) -> None:
 
 
 def rewrite(entry: Entry, **changes: Any) -> None:
-    """A manifest that is as wrong as can be said: its sum is right."""
+    """Writes a manifest with wrong facts and a correct checksum, so that only the facts can reveal the damage."""
     facts = {name: value for name, value in {**entry.manifest, **changes}.items() if value is not None}
     write(entry, MANIFEST, manifest.encode(facts))
 
 
 def list_file(entry: Entry, name: str) -> None:
-    """A file of that name is there, and in the manifest as it is."""
+    """Adds a file of that name to the entry, and lists it correctly in the manifest."""
     (entry.path / name).parent.mkdir(exist_ok=True)
     (entry.path / name).write_bytes(FILES["m.so"])
     known = entry.manifest["files"]
@@ -321,7 +321,7 @@ def test_damage_is_set_aside_once_and_built_again(kind: str, store: Store) -> No
     with pytest.warns(UserWarning, match="is damaged") as caught:
         assert store.find(KEY) is None
     (warning,) = caught
-    assert warning.filename == __file__, "it points at the caller"
+    assert warning.filename == __file__, "the warning points at the caller"
     text = str(warning.message)
     assert text.startswith(f"The cache entry {entry.path} is damaged (")
     assert text.endswith("); it is set aside and built again.")
@@ -329,7 +329,7 @@ def test_damage_is_set_aside_once_and_built_again(kind: str, store: Store) -> No
     assert not os.path.lexists(entry.path)
     (aside,) = store.listed("damaged")
     assert aside.name.startswith(KEY[:16])
-    # The next look is silent, the neighbour is whole, and the key can be published again.
+    # The next look-up is silent, the neighbouring entry is intact, and the key can be published again.
     assert store.find(KEY) is None
     assert [e.key for e in store.entries()] == [other.key]
     assert published(store).manifest == entry.manifest
@@ -369,7 +369,7 @@ def test_every_flipped_bit_is_noticed(store: Store) -> None:
 
 
 def test_damage_that_cant_be_set_aside(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is reported all the same; in a prebuilt folder, once, and left where it is."""
+    """The damage is still reported. In a prebuilt folder it is reported once, and the entry stays where it is."""
     entry = published(store)
     write(entry, "m.so", b"")
     with monkeypatch.context() as patch:
@@ -388,7 +388,7 @@ def test_damage_that_cant_be_set_aside(store: Store, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ESTALE])
 def test_trouble_with_reading_is_no_damage(number: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that can open no more files leaves a whole entry where it is, and the error says what happened."""
+    """A failed read, for example in a process with too many open files, keeps the entry; the error names the cause."""
     published(store)
 
     def none(path: Path, *_: Any) -> bytes:
@@ -403,7 +403,7 @@ def test_trouble_with_reading_is_no_damage(number: int, store: Store, monkeypatc
 
 
 def test_an_entry_that_is_exchanged_under_a_reader(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `cache clear` and a new build do: the reader takes the new entry or none, and warns of no damage."""
+    """`cache clear` and a new build exchange an entry. A reader gets the new entry or none, with no damage warning."""
     published(store)
     read = trust.read
     exchanges = ["another", "none"]
@@ -446,7 +446,7 @@ def test_staging_folders_are_private_and_go(store: Store) -> None:
     assert not three.exists()
     with store.staging() as four:
         four.rmdir()
-        # Once a store: what is left behind later waits for the next process.
+        # A store sweeps once. Later leftovers wait for the next process.
         (store.root / "staging" / "nowhere.1.0123456789ab").mkdir()
         os.utime(store.root / "staging" / "nowhere.1.0123456789ab", (0, 0))
         with store.staging():
@@ -457,7 +457,7 @@ def test_staging_folders_are_private_and_go(store: Store) -> None:
 
 HERE, END = "here.example", "0123456789ab"
 SWEPT = {
-    # name, seconds since it was touched, whether it is locked (None: locks can't be asked) -> whether it goes
+    # name, seconds since its last change, whether it is locked (None: locks can't be queried), whether it is removed
     "of a dead process": (f"{HERE}.77.{END}", 0, False, True),
     "locked by another container's process of that number": (f"{HERE}.77.{END}", 9e9, True, False),
     "of a live process that was about to lock it": (f"{HERE}.1.{END}", 600, False, False),
@@ -490,7 +490,7 @@ def test_a_sweep_takes_what_nobody_builds_in(kind: str, store: Store, monkeypatc
         assert store.sweep() == ([path] if goes else [])
         assert len(os.listdir("/proc/self/fd")) == opened
     assert path.exists() != goes
-    assert (folder / f"{HERE}.77.{END[::-1]}").is_symlink(), "a link isn't followed, nor taken for a folder"
+    assert (folder / f"{HERE}.77.{END[::-1]}").is_symlink(), "a symbolic link is neither followed nor removed"
 
 
 def test_whether_a_process_lives() -> None:
@@ -500,8 +500,8 @@ def test_whether_a_process_lives() -> None:
     os.waitpid(child, 0)
     assert not staging._is_alive(child)
     assert staging._is_alive(os.getpid())
-    assert staging._is_alive(1), "another user's"
-    assert staging._is_alive(10**30), "not a number of a process, so nothing is known"
+    assert staging._is_alive(1), "a process of another user is alive too"
+    assert staging._is_alive(10**30), "no process can have this number, so it counts as alive"
 
 
 def test_a_use_is_stamped_once_an_hour(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +520,7 @@ def test_a_use_is_stamped_once_an_hour(store: Store, monkeypatch: pytest.MonkeyP
     assert store.used(KEY) == 2e9
     Store(store.root, read_only=True).stamp(KEY)
     assert not path.exists()
-    # Somebody's link is not followed, and a stamp that can't be written costs nothing.
+    # A symbolic link in the stamp's place is not followed, and failing to write a stamp raises nothing.
     path.symlink_to(store.root / "elsewhere")
     os.utime(path, (0, 0), follow_symlinks=False)
     store.stamp(KEY)
@@ -535,7 +535,7 @@ def test_a_note_is_what_was_noted(store: Store, monkeypatch: pytest.MonkeyPatch)
     (path,) = (store.root / "index").iterdir()
     assert path.name == "r.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    # A failure to write one costs only time, and leaves the old one.
+    # Failing to write a note raises nothing and keeps the old note.
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         store.write_note("r", {"key": "new"})
@@ -559,7 +559,7 @@ def test_a_note_is_what_was_noted(store: Store, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within its folder, since a rename from another file system would not be one step."""
+    """The temporary file is in the same folder, since a rename across file systems isn't atomic."""
     moved: list[tuple[Path, Path]] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (moved.append((Path(old), Path(new))), replace(old, new))[1])
@@ -592,7 +592,7 @@ def test_prebuilt_folders_in_their_order(tmp_path: Path, store: Store, monkeypat
 
 
 def test_a_cache_that_cant_be_written(store: Store, tmp_path: Path) -> None:
-    """What is in it is found, and what it lacks goes to one temporary store, with one warning."""
+    """Its entries are found. Missing entries are built in one temporary store, with one warning."""
     entry = published(store)
     with read_only(store.root):
         assert store.find(KEY) == entry
@@ -612,7 +612,7 @@ def test_a_cache_that_cant_be_written(store: Store, tmp_path: Path) -> None:
     assert tiers.writable(store) is store
     (tmp_path / "file").write_text("")
     below = Store(tmp_path / "file" / "cache")
-    assert (below.find(KEY), below.read_note("r"), list(below.entries())) == (None, None, []), "a look doesn't warn"
+    assert (below.find(KEY), below.read_note("r"), list(below.entries())) == (None, None, []), "a look-up doesn't warn"
     with pytest.warns(UserWarning, match=r"file/cache can't be used \(Not a directory\)"):
         assert tiers.writable(below) is temporary
 
@@ -620,7 +620,7 @@ def test_a_cache_that_cant_be_written(store: Store, tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["staging", "locks", "stamps"])
 @pytest.mark.parametrize("how", ["written by others", "a link", "a file"])
 def test_a_part_that_others_could_have_written(part: str, how: str, store: Store, tmp_path: Path) -> None:
-    """What holds no code costs its purpose alone; where staging can't be used, builds go to the temporary store."""
+    """A bad folder without code loses only its own function. Without staging, builds go to the temporary store."""
     entry = published(store)
     path = store.folder(part)
     if how == "written by others":

@@ -1,4 +1,4 @@
-"""Checks of the toolchain: host compiler, ninja, architectures, what is remembered; on programs that are scripts."""
+"""Toolchain checks: host compiler, ninja, architectures, remembered answers. Shell scripts stand for the programs."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_ninja_of_the_package_then_beside_the_interpreter_then_path(
     beside = script(tmp_path / "venv" / "bin" / "ninja", "echo 1.12")
     assert toolchain.find_ninja() == beside
     toolchain.reset()
-    # A module of that name isn't the tool, and isn't imported.
+    # A module named ninja that isn't the ninja package is not imported and not used.
     touch(tmp_path / "site" / "ninja.py", "raise SystemExit('imported')")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
     assert toolchain.find_ninja() == beside
@@ -248,7 +248,7 @@ def test_a_search_runs_once_until_the_environment_changes(tmp_path: Path, monkey
 
 
 def answered(program: Path) -> int:
-    """How often a program is asked by a process that has nothing in its memory."""
+    """How often a fresh process runs a program for its answer: 0 if the cache has it."""
     asked: list[Path] = []
     programs.answer(program, lambda path: (asked.append(path), "13.0")[1])
     programs.save_answers()
@@ -263,7 +263,7 @@ def binary(path: Path, *more: str) -> Path:
 
 
 def test_a_binarys_answer_is_remembered_until_it_changes(tmp_path: Path) -> None:
-    """By the real file behind links; only where there is a cache already, in one small file that no one else wrote."""
+    """Keyed by the real file behind links. Kept in one note of an existing cache that no other user can write."""
     real = binary(tmp_path / "gcc-13" / "g++")
     link = tmp_path / "g++"
     link.symlink_to(real)
@@ -283,13 +283,13 @@ def test_a_binarys_answer_is_remembered_until_it_changes(tmp_path: Path) -> None
         file.write_text(text)
         assert [answered(link), answered(link)] == [1, 0], text
     file.chmod(0o666)
-    assert [answered(link), answered(link)] == [1, 0], "written anew"
+    assert [answered(link), answered(link)] == [1, 0], "a note that others can write is replaced"
     (tmp_path / "cache").chmod(0o777)
     assert [answered(link), answered(link)] == [1, 1]
 
 
 def test_what_stands_for_another_program_is_asked_each_time(tmp_path: Path) -> None:
-    """A compiler that was upgraded behind a script or a launcher's link must be noticed."""
+    """An upgrade of a compiler behind a script or a launcher's link must be noticed."""
     (tmp_path / "cache").mkdir(mode=0o700)
     ccache = tmp_path / "lib" / "g++"
     ccache.parent.mkdir()
@@ -299,7 +299,7 @@ def test_what_stands_for_another_program_is_asked_each_time(tmp_path: Path) -> N
 
 
 def test_what_a_tool_says_on_stderr_is_not_its_version(tmp_path: Path) -> None:
-    """As a dynamic linker that can't preload something."""
+    """A dynamic linker that can't preload a library writes to stderr, for example."""
     script(tmp_path / "bin" / "c++", f"echo 'ERROR: ld.so: object cannot be preloaded' >&2; echo '{GCC_12}'")
     assert toolchain.find_host_compiler().version == GCC_12.removeprefix("g++ ")
     script(tmp_path / "bin" / "c++", f"echo '{GCC_12}' >&2")
@@ -339,7 +339,7 @@ def test_describe_turns_failures_into_rows(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_compiler_by_another_name_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GCC's first line begins with the name that it is called by: c++ and g++ would have had keys of their own."""
+    """GCC's first line begins with the name it was called by, so c++ and g++ would otherwise have different keys."""
     versions = set()
     for name in ("c++", "g++-12", "x86_64-linux-gnu-g++"):
         script(tmp_path / name, f"echo '{name} (Debian 12.2.0-14+deb12u1) 12.2.0'\necho 'Copyright (C) 2022'")

@@ -1,4 +1,4 @@
-"""Finding a CUDA toolkit: toolkits made of shell scripts, pip's packages, and the real nvcc."""
+"""Finding a CUDA toolkit: toolkits made of shell scripts, pip packages, and the real nvcc."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_each_place_is_used_when_the_better_ones_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Places are filled from the least preferred up; each new one must win."""
+    """Toolkits are added from the least preferred place to the most preferred; each new one must win."""
     monkeypatch.setenv("CONDA_PREFIX", str(toolkit(tmp_path / "conda", "12.8.1")))
     assert toolchain.find_toolkit().version == "12.8.1"
     toolchain.reset()
@@ -74,7 +74,7 @@ esac"""
 
 
 def test_headers_and_libraries_that_nvcc_itself_names_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a distribution puts headers in /usr/include."""
+    """A distribution may put headers in /usr/include, outside the toolkit."""
     home = toolkit(tmp_path / "opt" / "cuda", include="../usr/include", lib="../usr/lib")
     text = (home / "bin" / "nvcc").read_text()
     usr = f"{tmp_path}/opt/usr"
@@ -171,7 +171,7 @@ def test_pip_cu13(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pip_nvvm_newer_than_nvcc_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen with real wheels: ptxas 13.0 refuses the PTX that cicc 13.5 writes."""
+    """Observed with real wheels: ptxas 13.0 refuses the PTX that cicc 13.5 writes."""
     site = tmp_path / "site"
     toolkit(site / "nvidia" / "cu13", "13.0.88", lib="lib")
     touch(site / "nvidia_nvvm-13.5.37.dist-info" / "METADATA", "Name: nvidia-nvvm\nVersion: 13.5.37\n")
@@ -192,7 +192,7 @@ def test_pip_suggestion_keeps_the_release_that_torch_pins(tmp_path: Path, monkey
 
 
 def test_pip_cu12_has_no_nvcc_and_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layout of the real wheels: ptxas and the crt headers here, runtime headers and library there."""
+    """The real wheels' layout: one has ptxas and the crt headers, another the runtime's headers and library."""
     site = tmp_path / "site"
     script(site / "nvidia" / "cuda_nvcc" / "bin" / "ptxas", "")
     touch(site / "nvidia" / "cuda_nvcc" / "include" / "crt" / "host_config.h", HOST_CONFIG)
@@ -210,7 +210,7 @@ def test_pip_cu12_has_no_nvcc_and_the_message_says_so(tmp_path: Path, monkeypatc
 
 @pytest.mark.nvcc
 def test_real_toolkit_compiles_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What discovery reports is enough, from nothing but the standard places, to build a program."""
+    """With the standard places alone, discovery reports all that building a program needs."""
     monkeypatch.undo()
     for name in ("CUDA_HOME", "CUDA_PATH", "ONELAUNCH_CUDA_ARCH"):
         monkeypatch.delenv(name, raising=False)

@@ -1,8 +1,8 @@
 """Thousands of requests of two serving traces, replayed with every destination of every step compared.
 
-Here on the CPU by the command, and as an engine does it: a plan for each captured batch size, all of them on slices of
-the same destinations, run in random order; on a GPU from CUDA graphs. tests/gpu/run.py gives the command the whole
-traces on a GPU.
+The tests use the command on the CPU, and plans as an engine has them: one for each captured batch size, all on slices
+of the same destinations, run in random order, on a GPU from CUDA graphs. tests/gpu/run.py runs the command on the
+whole traces on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onelaunch.spec import reference
 from support import captured
 
 FULL = Path(__file__).parent / "data" / "full"
-# The prompts of the second are longer: clipped to as little, they leave too few requests to preempt.
+# The second trace has longer prompts. Clipped to 1024 tokens, they would leave too few requests to preempt.
 TRACES = [("azure_2023_conversation", 1024), ("mooncake_conversation", 2048)]
 # Batch sizes that an engine captures.
 CAPTURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -51,14 +51,14 @@ def test_serving_under_load(name: str, context_len: int) -> None:
 
 
 class Engine:
-    """Refreshes two groups of backends, as captured for some batch sizes.
+    """Two groups of backends and their plans for some captured batch sizes.
 
     The first group has a plan for each size, on the first rows of its destinations; the second has one plan for all.
 
     Attributes:
-        seq_lens, rows: the inputs, in memory that stays.
-        destinations: of all backends, for the largest batch.
-        run: by batch size, the refresh of the first so many requests; on a GPU the replay of a graph.
+        seq_lens, rows: the inputs, at fixed addresses.
+        destinations: those of all backends, for the largest batch.
+        run: by batch size, the function that refreshes that many requests; on a GPU it replays a graph.
     """
 
     def __init__(self, pool: torch.Tensor, sizes: tuple[int, ...]) -> None:
@@ -77,12 +77,12 @@ class Engine:
                     plan.run(self.seq_lens[:size], self.rows[:size])
 
             self.run[size] = refresh
-        if device.type == "cuda":  # captured as engines do it, the largest first
+        if device.type == "cuda":  # engines capture the largest batch first
             self.run = {size: captured(self.run[size]).replay for size in reversed(sizes)}
 
 
 def first_rows(buffers: MetadataBuffers, size: int) -> MetadataBuffers:
-    """What a captured batch has of the destinations: running sums have an element more."""
+    """The slices of the destinations for one captured batch size. Running sums have one element more."""
     slices = {field.name: tensor[: size + field.extra] for field, tensor in buffers.items()}
     return dataclasses.replace(buffers, **slices)
 
@@ -97,16 +97,16 @@ def first_rows(buffers: MetadataBuffers, size: int) -> MetadataBuffers:
 )
 @pytest.mark.parametrize(("name", "context_len"), TRACES)
 def test_captured_batches_in_random_order(name: str, context_len: int, target: str, requests: int | None) -> None:
-    """Any batch follows any other one, of requests in any order, and none leaves anything for the next."""
+    """Batches of any size follow one another, with requests in any order. No batch affects the next one's results."""
     trace = Trace.load(FULL / f"{name}.csv")
     trace = trace if requests is None else trace.head(requests)
     sizes = tuple(size for size in CAPTURED if requests is None or size <= 32)
     simulation = ServingSimulation(
         trace,
-        max_batch=2 * max(sizes),  # for which there are half as many pages as full contexts would need
+        max_batch=2 * max(sizes),  # so there are half as many pages as full contexts would need
         context_len=context_len,
         page_size=SETTINGS["page_size"],
-        step_ms=1e6,  # a request never has to be waited for
+        step_ms=1e6,  # so long a step that the next request has always arrived
         preempt_probability=0.002,
         device=target,
     )
@@ -136,5 +136,5 @@ def test_captured_batches_in_random_order(name: str, context_len: int, target: s
     assert set(replayed) == set(sizes)
     assert simulation.finished == len(trace)
     assert simulation.preemptions > 10
-    # What a step leaves behind would add up; the steps' own tensors come and go.
+    # A leak in each step would add up; the steps' temporary tensors are freed.
     assert max(memory[-100:], default=0) <= max(memory[100:200], default=0) + 2**20

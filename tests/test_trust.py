@@ -1,4 +1,4 @@
-"""Who could have written what is loaded: every folder above it, and what is loaded is what was verified."""
+"""Which users could have written the loaded code: checks every folder above it, and loads only verified files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refused(path: Path) -> str:
 
 
 def test_every_folder_above_is_checked(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of another user, or one that others can write, lets its owner exchange the cache for another one."""
+    """If a folder above belongs to another user, or others can write it, they can replace the cache by another one."""
     hers = folder(public / "hers", MALLORY)
     expected = (
         f"{hers}, which leads to the kernel cache, belongs to user {MALLORY}, and code from it would run as user 0. "
@@ -64,7 +64,7 @@ def test_every_folder_above_is_checked(public: Path, monkeypatch: pytest.MonkeyP
     )
     mine = folder(hers / "mine", mode=0o700)
     assert refused(mine / "cache") == expected
-    # Before anything is made there, and also where all of it is there.
+    # The check runs before anything is created.
     with pytest.raises(StoreError, match="which leads to the kernel cache, belongs to user"):
         tiers.writable(Store(mine / "cache"))
     for mode in (0o777, 0o775, 0o757):
@@ -73,14 +73,14 @@ def test_every_folder_above_is_checked(public: Path, monkeypatch: pytest.MonkeyP
         assert f"{everybodys}, which leads to the kernel cache, can be written by others (mode {mode:o})" in refused(
             everybodys / "a" / "cache"
         )
-    # In a folder with the sticky bit nobody can rename what belongs to another.
+    # In a folder with the sticky bit no user can rename another user's files.
     trust.check_ancestors(folder(public / "sticky", mode=0o1777) / "cache")
     monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
     trust.check_ancestors(mine / "cache")
 
 
 def test_links_on_the_way_are_followed_and_checked(public: Path) -> None:
-    """The folder that a link leads to, those above that one, and the link's own owner."""
+    """Checked are the link's target, the folders above the target, and the link's owner."""
     good, hers = folder(public / "good"), folder(public / "hers", MALLORY)
     folder(hers / "mine", mode=0o700)
     folder(public / "way")
@@ -104,7 +104,7 @@ def test_links_on_the_way_are_followed_and_checked(public: Path) -> None:
 
 
 def test_a_group_of_one_user_is_that_user(public: Path) -> None:
-    """As distributions with umask 002 make home folders: mode 775, and a group of the user's own name."""
+    """Distributions with umask 002 make home folders so: mode 775, and a group named after the user."""
     if not trust._is_own_group(0):
         pytest.skip("root's group has members")
     trust.check_ancestors(folder(public / "home", mode=0o775) / "cache")
@@ -114,7 +114,7 @@ def test_a_group_of_one_user_is_that_user(public: Path) -> None:
 
 
 def test_another_users_parent_is_no_place_for_a_cache(public: Path) -> None:
-    """Seen from a user who is not root, with all owners real."""
+    """Run as a user who is not root, with real owners of all folders."""
     parent = folder(public / "mallory", MALLORY)
     cache = folder(parent / "alice", ALICE, 0o700)
     own = folder(public / "alice", ALICE, 0o700)
@@ -139,7 +139,7 @@ def test_another_users_parent_is_no_place_for_a_cache(public: Path) -> None:
 def test_a_part_that_others_could_have_written_is_named(
     public: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is above the code, and the code: with the whole sentence, and with what to do about it."""
+    """The code and each folder above it in the cache: the error names the path and the remedy."""
     store = Store(folder(public / "mine", mode=0o700) / "cache")
     entry = publish(store)
     path, mode = store.root / part, (store.root / part).stat().st_mode & 0o777
@@ -167,7 +167,7 @@ def test_a_part_that_others_could_have_written_is_named(
     assert store.find(KEY) == entry
     monkeypatch.delenv(trust.SHARED_VARIABLE)
     os.chown(path, 0, 0)
-    if path.is_dir():  # a file that is a link is damage
+    if path.is_dir():  # a link in the place of a file counts as damage instead
         path.rename(public / "elsewhere")
         path.symlink_to(public / "elsewhere")
         assert refused_by(store) == (
@@ -179,7 +179,7 @@ def test_a_part_that_others_could_have_written_is_named(
 
 
 def test_a_cache_of_root_is_read_by_everybody(public: Path) -> None:
-    """Its entries, mode and all, are found; what it lacks is built elsewhere. What can't be read isn't damaged."""
+    """Another user finds its readable entries and builds missing ones elsewhere. Unreadable entries aren't damaged."""
     cache, temporary = public / "cache", folder(public / "tmp", mode=0o1777)
     store = Store(cache)
     for key in (KEY, "6" * 64):
@@ -206,7 +206,7 @@ def test_a_cache_of_root_is_read_by_everybody(public: Path) -> None:
 
 @pytest.mark.parametrize("part", ["locks", "entries", "staging"])
 def test_a_part_that_a_user_cant_write(public: Path, part: str) -> None:
-    """One folder of root's in a user's own cache: builds go there without the lock, or to the temporary store."""
+    """One folder in a user's cache belongs to root: builds work without the lock, or go to the temporary store."""
     temporary = folder(public / "tmp", mode=0o1777)
     own = folder(public / "alice", ALICE, 0o700)
     cache = own / "cache"
@@ -229,7 +229,7 @@ def test_a_part_that_a_user_cant_write(public: Path, part: str) -> None:
 
 
 def test_an_unreadable_entry_is_no_obstacle(public: Path) -> None:
-    """A key whose entry is there and can't be read is built in the temporary store."""
+    """If a key's entry exists but can't be read, the kernel is built in the temporary store."""
     temporary = folder(public / "tmp", mode=0o1777)
     own = folder(public / "alice", ALICE, 0o700)
     as_user(ALICE, lambda: str(publish(Store(own / "cache")).path))
@@ -252,7 +252,7 @@ def test_an_unreadable_entry_is_no_obstacle(public: Path) -> None:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two real modules of one name, whose number differs."""
+    """Two real modules with the same name. Their number() returns 1 and 2."""
     folder = tmp_path_factory.mktemp("objects")
     made = []
     for number in (1, 2):
@@ -284,7 +284,7 @@ def real(store: Store, key: str, object_file: Path) -> Entry:
 
 
 def test_kernels_never_stand_for_each_other(tmp_path: Path, objects: list[Path]) -> None:
-    """Descriptor numbers recur, and so do names of modules; glibc and Python take a known name for the same object."""
+    """Descriptor numbers and module names recur, and glibc and Python take an object of a known name for the same."""
     store = Store(tmp_path / "cache")
     entries = [real(store, str(number) * 64, path) for number, path in enumerate(objects, 1)]
     before = len(os.listdir("/proc/self/fd"))
@@ -296,7 +296,7 @@ def test_kernels_never_stand_for_each_other(tmp_path: Path, objects: list[Path])
             assert module.__file__ == str(entry.module_path)
             loaded.append(module)
     assert len(os.listdir("/proc/self/fd")) == before
-    # After a removal the number of the file may go to the next one, but not while the object is loaded.
+    # The file system may reuse a removed file's inode number, but not while the object is loaded.
     shutil.rmtree(entries[0].path)
     again = real(store, "3" * 64, objects[1])
     assert import_entry(again).number() == 2
@@ -307,7 +307,7 @@ def test_kernels_never_stand_for_each_other(tmp_path: Path, objects: list[Path])
 def test_what_is_loaded_is_what_was_verified(
     tmp_path: Path, objects: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exchange of files after the verification has no effect, whenever it comes."""
+    """Replacing files after the verification has no effect, at any moment."""
     store = Store(tmp_path / "cache")
     entry = real(store, "1" * 64, objects[0])
     check = Entry.open
@@ -321,7 +321,7 @@ def test_what_is_loaded_is_what_was_verified(
     with monkeypatch.context() as patch:
         patch.setattr(Entry, "open", exchange_after)
         assert import_entry(entry).number() == 1
-    # Exchanged between find and load.
+    # The entry was replaced between find and load.
     with pytest.raises(EntryChanged, match=r"changed while it was loaded: m\.so isn't the file that was published"):
         import_entry(entry)
     shutil.rmtree(entry.path)
@@ -340,7 +340,7 @@ def test_an_entry_that_isnt_expected_or_cant_run(tmp_path: Path, objects: list[P
 
 
 def test_an_attacker_beside_a_loader(public: Path, objects: list[Path]) -> None:
-    """A user who owns a parent exchanges two folders all the time; nothing of it is ever loaded."""
+    """The owner of a parent folder keeps swapping two caches. Nothing is ever loaded from either."""
     parent = folder(public / "parent", MALLORY)
     for number, name in enumerate(("good", "bad")):
         real(Store(public / name), "1" * 64, objects[number])

@@ -1,4 +1,4 @@
-"""The declared formulas: their values are the reference's, and what emitted code computes from them."""
+"""The declared formulas: their values equal the reference's, and the code emitted from them is as expected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTHS = [0, 1, 3, 4, 5, 64, 2047, 2048, 2049, -1, -7, 2**31 - 1, -(2**31), 2**
 
 
 def by_hand(config: KernelConfig, seq_lens: Tensor, extend_seq_lens: Tensor | None, step: int) -> dict[str, Tensor]:
-    """What reference.py writes into buffers that have room for exactly this."""
+    """What reference.py computes for buffers of exactly the right size."""
     offset = config.seqlen_offsets[step % len(config.seqlen_offsets)] if config.seqlen_offsets else 0
     values, _ = reference.lengths(
         seq_lens,
@@ -97,7 +97,7 @@ def test_formulas_mean_what_the_reference_says_of_any_lengths(data: st.DataObjec
 
 
 def emitted(per: str, **settings: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """The locals, and the values of the fields of requests or rows."""
+    """The C++ of the local variables, and of the values of the per-request or per-row fields."""
     config = KernelConfig(**{"fields": VECTORS, **settings})
     of_rows = config.row_fields
     fields = [name for name in config.vectors if (name in of_rows) == (per == "row")]
@@ -136,14 +136,14 @@ def test_what_rows_have_of_their_own() -> None:
     found, values = emitted("row", mode="target_verify", next_n=4)
     expanded = "max(wrap(bits(seq_len) - rows + row + 1), 0)"
     assert found == {"seqlens_expanded": expanded, "nsa_cache_seqlens": "min(seqlens_expanded, kIndexTopk)"}
-    assert list(found) == ["seqlens_expanded", "nsa_cache_seqlens"], "in the order in which they can be computed"
+    assert list(found) == ["seqlens_expanded", "nsa_cache_seqlens"], "a local comes after those it depends on"
     assert values == {
         "nsa_cache_seqlens": "nsa_cache_seqlens",
         "nsa_cu_seqlens_k": "nsa_cache_seqlens",
         "seqlens_expanded": "seqlens_expanded",
     }
     assert emitted("request", mode="target_verify", next_n=4)[1]["cu_seqlens_k"] == "seq_len"
-    # A vector that is named needn't be a field of the configuration.
+    # A formula may name a vector that isn't a field of the configuration.
     found, _ = emitted("row", mode="draft_extend", fields=("nsa_cu_seqlens_k",), next_n=2)
     assert list(found) == ["seqlens_expanded", "nsa_cache_seqlens"]
 

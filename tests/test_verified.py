@@ -1,4 +1,4 @@
-"""Verified writes: a refresh leaves what the reference makes, whatever happened before, and writes little."""
+"""Verified writes: whatever happened before, a refresh leaves the reference's values, and it writes little."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 WIDTH, POOL_ROWS, LARGEST = 1303, 24, 12
 BOTH = ("page_indices", "real_page_table")
-# bind()'s settings and the fields of the plans that the memory is written by.
+# Settings of bind(), and the fields, for the plans that write the memory.
 KINDS: dict[str, dict[str, Any]] = {
     "tokens and pages": {"fields": ("cache_seqlens", *BOTH), "n": 3},
     "tokens of one backend": {"fields": ("page_indices",), "n": 1},
@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class World:
-    """Tables that the plans of several batch sizes write, and the same tables written by the reference."""
+    """Tables written by the plans of several batch sizes, and copies of them written by the reference."""
 
     def __init__(self, device: torch.device, fields: Sequence[str], n: int, **settings: Any) -> None:
         self.device, self.fields, self.settings = device, fields, settings
@@ -58,7 +58,7 @@ class World:
         }
 
         def tensor(name: str, phase: int) -> Tensor:
-            """Poison with an odd row stride: rows begin at any alignment."""
+            """A poisoned tensor. An odd row stride makes rows begin at any alignment."""
             shape = shapes.get(name, (LARGEST + 1,))
             if len(shape) == 1:
                 return torch.full(shape, POISON, dtype=torch.int32, device=device)
@@ -75,7 +75,7 @@ class World:
         self.plans: dict[int, Plan] = {}
 
     def sliced(self, backends: Sequence[MetadataBuffers], bs: int) -> list[MetadataBuffers]:
-        """What a plan of a captured batch size binds: the first rows of the same memory."""
+        """The destinations of one captured batch size's plan: the first rows of the same memory."""
 
         def part(name: str, tensor: Tensor) -> Tensor:
             sizes = {"kv_indices": tensor.shape[0], "kv_indptr": bs + 1, "cache_seqlens": bs}
@@ -91,7 +91,7 @@ class World:
         return self.plans[bs]
 
     def step(self, lengths: Sequence[int], rows: Sequence[int], *, bs: int | None = None, **call: Any) -> None:
-        """A refresh by the plan of a batch size, and by the reference; every word is compared."""
+        """Refreshes with the plan of a batch size and with the reference, and compares every element."""
         bs = len(lengths) if bs is None else bs
         inputs = [torch.tensor(values, dtype=torch.int64, device=self.device) for values in (lengths, rows)]
         if self.settings.get("extend") == "variable":
@@ -101,7 +101,7 @@ class World:
         settings = {"index_topk": 2048, "page_size": 64, "extent": "live", **self.settings}
         if "kv_indices" in self.fields:
             settings["page_size"] = 1
-        settings.pop("extend", None)  # follows from the extend lengths
+        settings.pop("extend", None)  # the reference takes it from the extend lengths
         reference.refresh(self.sliced(self.mirror, bs), *inputs, self.pool, **settings, **call)
         self.compare()
 
@@ -111,7 +111,7 @@ class World:
                 assert torch.equal(tensor, getattr(wanted, field.name)), f"backend {b}, {field.name}"
 
     def rewrite(self, row: int, first: int, stop: int) -> None:
-        """Other tokens in a row of req_to_token."""
+        """Replaces tokens in a row of req_to_token."""
         self.pool[row, first:stop] = torch.randint(0, 2**31 - 1, (stop - first,)).to(self.pool)
 
 
@@ -156,7 +156,7 @@ def test_requests_come_and_go_as_a_scheduler_moves_them(world: World) -> None:
 
 
 def test_fewer_columns_and_more(world: World) -> None:
-    """max_len bounds a call; the next one without it writes what the bound left out."""
+    """max_len bounds one call. The next call without it writes the columns that the bound left out."""
     world.step([900, 300, 5], [1, 2, 3])
     for bound in (256, 700, 0, 699):
         world.step([900, 300, 5], [4, 2, 1], max_len=bound)
@@ -172,7 +172,7 @@ def test_lengths_out_of_range_leave_nothing_wrong(world: World) -> None:
 
 
 def test_poison_is_found_after_forget(world: World) -> None:
-    """A sleep loses the memory, an eager write changes it: forget() is the call for that, of any plan of the memory."""
+    """If something else changes the memory, as a sleep or an eager write does, any of its plans can forget()."""
     world.step([900, 300, 5], [1, 2, 3])
     world.plan(LARGEST)
     for backends in (world.backends, world.mirror):
@@ -192,7 +192,7 @@ def test_a_refused_call_between_two_changes_nothing(world: World) -> None:
     world.step([901, 301], [1, 2])
 
 
-# A verified refresh of a table in a file, by a process that then waits to be killed.
+# A process that does a verified refresh of a table in a file, and then waits to be killed.
 REFRESHES = """
 import sys, torch, onelaunch
 lengths, rows = ([int(n) for n in text.split(",")] for text in sys.argv[2:])
@@ -206,7 +206,7 @@ sys.stdin.read()
 
 
 def test_what_a_killed_process_wrote_is_not_known_to_the_next(tmp_path: Path) -> None:
-    """Between two calls the process dies, and something else writes the memory before the next one goes on."""
+    """The process dies between two calls, and something else writes the memory before the next process refreshes it."""
     file = tmp_path / "table"
     table = torch.from_file(str(file), shared=True, size=3 * 1303, dtype=torch.int32).view(3, 1303)
     table.fill_(POISON)
@@ -232,7 +232,7 @@ def test_what_a_killed_process_wrote_is_not_known_to_the_next(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in ("indices", "variable rows")])
 def test_what_did_not_change_is_not_written(device: torch.device, name: str) -> None:
-    """A foreign write into an unchanged tile stays: that tile wasn't written. One into a changed tile doesn't."""
+    """A foreign write stays in an unchanged tile, which isn't written. In a changed tile it is overwritten."""
     world = World(device, **KINDS[name])
     lengths, rows = [900, 900], [1, 2]
     world.step(lengths, rows)
@@ -248,7 +248,7 @@ def test_what_did_not_change_is_not_written(device: torch.device, name: str) -> 
 
 
 def test_an_element_of_indices_that_is_right_is_not_written(device: torch.device) -> None:
-    """kv_indices is compared with itself: a foreign write doesn't stay, whatever was written last."""
+    """kv_indices is compared with its own content, so a foreign write is always overwritten."""
     world = World(device, **KINDS["indices"])
     world.step([900, 300], [1, 2])
     for backend in world.backends:
@@ -277,7 +277,7 @@ def test_tables_that_other_plans_write_with_others_are_refused(device: torch.dev
     ):
         with pytest.raises(ArgumentError, match=r"another verified plan writes.*writes='all'"):
             onelaunch.bind(backends, req_to_token=world.pool, writes="verified", **settings)
-    onelaunch.bind(world.backends[:2], req_to_token=world.pool)  # who writes all needs no hashes
+    onelaunch.bind(world.backends[:2], req_to_token=world.pool)  # a plan that writes all needs no hashes
     world.plans.clear()
     gc.collect()
     onelaunch.bind(world.backends[:2], req_to_token=world.pool, writes="verified")

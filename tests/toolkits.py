@@ -39,7 +39,7 @@ def touch(path: Path, text: str = "") -> None:
 def toolkit(
     home: Path, version: str = "13.0.88", include: str = "include", lib: str = "lib64", report: bool = True
 ) -> Path:
-    """A complete toolkit; its nvcc reports the folder that it lies in, unless report is False."""
+    """A complete toolkit. Its nvcc reports its own folder unless report is False."""
     release = ".".join(version.split(".")[:2])
     top = f"echo '#$ _HERE_={home}/bin'; echo '#$ TOP={home}/bin/..'" if report else "exit 1"
     script(
@@ -59,7 +59,7 @@ esac""",
 
 
 def make_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a C++ compiler at tmp_path/bin/c++ and nothing else."""
+    """Makes the machine look as if it had a C++ compiler at tmp_path/bin/c++ and nothing else."""
     for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "CXX", "ONELAUNCH_CUDA_ARCH"):
         monkeypatch.delenv(name, raising=False)
     compiler(tmp_path / "bin" / "c++")
@@ -67,7 +67,7 @@ def make_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
     monkeypatch.setattr(toolkits, "SYSTEM_ROOT", tmp_path / "local")
     monkeypatch.setenv("ONELAUNCH_CACHE_DIR", str(tmp_path / "cache"))
-    # pip's toolkits are found through sys.path; an imported namespace package would follow it too.
+    # sys.path leads to pip's toolkits. So does an imported namespace package, which keeps its own path.
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
     toolchain.reset()

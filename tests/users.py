@@ -1,4 +1,4 @@
-"""Other users, for tests of who may read and write what: forked children that give up root."""
+"""Runs code as another user, in a forked child that gives up root. For tests of permissions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-# Numbers that no account has.
+# User ids that no account has.
 ALICE, MALLORY = 54_321, 54_322
 
 
 def as_user(user: int, work: Callable[[], Any], **environment: str | None) -> tuple[Any, list[str]]:
-    """What work returns, which must be JSON, in a forked child of that user; and the warnings that it gave.
+    """Runs work as that user in a forked child. Returns its result, which must fit JSON, and its warnings' messages.
 
     Args:
         environment: variables of the child; None removes one.
@@ -39,7 +39,7 @@ def as_user(user: int, work: Callable[[], Any], **environment: str | None) -> tu
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
-            tempfile.tempdir = None  # look at TMPDIR anew
+            tempfile.tempdir = None  # so that TMPDIR is read again
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 result = [work(), [str(warning.message) for warning in caught]]
@@ -59,7 +59,7 @@ def as_user(user: int, work: Callable[[], Any], **environment: str | None) -> tu
 
 @contextmanager
 def public_folder() -> Iterator[Path]:
-    """A folder that every user can look into; pytest's own are private."""
+    """A folder that every user can read; pytest's own folders are private."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     try:
