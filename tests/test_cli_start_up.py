@@ -33,7 +33,7 @@ VERBS = {
 
 
 def run(words: str, **environment: str) -> tuple[list[str], float]:
-    """The large packages that a command imports, and its seconds of CPU time: wall time would include waiting for other processes."""
+    """The large packages that a command imports, and its CPU seconds (wall time would count other processes too)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", RUN, *words.split()]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
