@@ -1,4 +1,4 @@
-"""Bad input, one argument at a time: a good call, changes of it for the worse, and what each message must say."""
+"""Bad input, one argument at a time: a good call, the changes that make it bad, and what each message must say."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ META = torch.device("meta")
 
 @dataclass
 class Scene:
-    """Arguments of a good call. A case changes one of them for the worse."""
+    """Arguments of a good call. A case makes one of them bad."""
 
     device: torch.device
     fields: Sequence[str] = SIX_FIELDS
@@ -56,7 +56,7 @@ class Scene:
 
 
 def refused(error: type[Exception], fragments: Sequence[str], call: Callable[[], Any]) -> None:
-    """The call raises exactly this class, with each fragment in a sentence that ends like one."""
+    """The call raises exactly this class; the message contains each fragment and ends like a sentence."""
     with pytest.raises(error) as caught:
         call()
     assert type(caught.value) is error
@@ -70,7 +70,7 @@ Case = tuple[str, Callable[[Any], Any], tuple[str, ...]]
 
 
 def case(change: Callable[[Any], Any], *fragments: str) -> Case:
-    """A change to a good call, and what the message must have in it; the first of it names the case."""
+    """A change to a good call, and the fragments that its message must contain; the first one names the case."""
     return fragments[0], change, fragments
 
 
@@ -90,7 +90,7 @@ def named(cases: Sequence[tuple[Any, ...]]) -> Any:
     return pytest.mark.parametrize(("change", "fragments"), [c[1:] for c in cases], ids=[c[0] for c in cases])
 
 
-# Bad destinations and pools. {name} stands for what a function calls backend 1's field in its messages.
+# Bad destinations and pools. {name} stands for the name of backend 1's field in a function's messages.
 
 
 def engine_object(tensor: Tensor) -> Any:
@@ -100,7 +100,7 @@ def engine_object(tensor: Tensor) -> Any:
 
 def nested(tensor: Tensor) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls them a prototype
+        warnings.simplefilter("ignore")  # torch warns that they are a prototype
         return torch.nested.nested_tensor([tensor[0], tensor[1, 1:]])
 
 
@@ -129,7 +129,7 @@ def overlap_of_other_row_strides(scene: Scene) -> None:
 
 
 def overlap_of_cumulative_tails(scene: Scene) -> None:
-    """One element: the last of one is the first of the other."""
+    """They overlap in one element: the last of one is the first of the other."""
     memory = scene.new(2 * BS + 1)
     scene.backends[0].cu_seqlens_k, scene.backends[1].cu_seqlens_k = memory[: BS + 1], memory[BS:]
 
@@ -209,7 +209,7 @@ POOLS: list[Case] = [
     case(lambda s: setattr(s, "pool", s.backends[1].page_indices), "{page_indices} overlaps req_to_token"),
     case(overlap_of_the_pool, "{cache_seqlens} overlaps req_to_token"),
 ]
-# Those that the other functions get, too.
+# Also used for the other functions.
 SHARED = re.compile(r"\S+ (is a (list|SimpleNamespace)|has dtype int|overlaps req)")
 SOME: list[Case] = [c for c in [*DESTINATIONS, *POOLS] if SHARED.match(c[0])]
 
@@ -226,7 +226,7 @@ def number_facts(name: str, low: int, high: int | None) -> list[Case]:
 
 
 def with_names(fragments: Sequence[str], pattern: str) -> list[str]:
-    """Fills the place of a field's name in with what the function calls it."""
+    """Replaces {name} with the function's name for the field."""
     return [text.format(**{name: pattern.format(name) for name in ALL_FIELDS}) for text in fragments]
 
 

@@ -1,4 +1,4 @@
-"""A meter that needs no GPU, cases of the bench, and the data of a run, for the bench's tests."""
+"""For the bench's tests: a meter that needs no GPU, benchmark cases, and the data of a run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from onelaunch.cli.lab.bench.verdicts import verdicts
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
-# What runs on the CPU at once: no interpreter that has to be chosen beforehand, no compiler that takes a minute.
+# HERE runs directly on the CPU: Triton's interpreter must be chosen before import, torch.compile takes a minute.
 ELSEWHERE = ["triton", "triton-together", "torch-compile", "sglang", "sglang-best"]
 HERE = tuple(name for name in CONTENDERS if name not in ELSEWHERE)
 Calls = Sequence[Callable[[], object]]
 
 
 class Meter:
-    """Calls what it is given, and says that each took as long as it is given: enough for all that isn't timing."""
+    """Runs each call and reports a given time for it: enough to test everything but the timing."""
 
     device = CPU
 
@@ -73,7 +73,7 @@ WIDE64 = Case(64, 8192)
 
 
 def rows_of(case: Case, **times: float) -> Iterator[dict[str, Any]]:
-    """Rows of a case, each with the given time for cold caches, half of it for warm ones."""
+    """Rows of a case, each with the given time for cold caches and half of it for warm caches."""
     for name, us in times.items():
         took = {"cold": us, "warm": us / 2, "eager": 3.0, "host": 2.0}
         yield {
@@ -90,7 +90,7 @@ def rows_of(case: Case, **times: float) -> Iterator[dict[str, Any]]:
 
 
 def some_data() -> dict[str, Any]:
-    """A run's data without a run."""
+    """The data of a run, made without running anything."""
     times = {
         "ideal": 4.0,
         "torch_copies": 900.0,

@@ -42,9 +42,9 @@ class Shape:
         seed: of the contents.
         rows: the requests' rows of req_to_token; random if None.
         zero_rows: rows of req_to_token whose tokens are all 0.
-        rewritten: columns of req_to_token that have other tokens than ``seed`` makes.
-        wrong: a field of which one element isn't what a refresh writes, before an audit. Only the emulation knows it.
-        before: what was launched before on the same memory, which this launch finds as it was left, and which has room
+        rewritten: columns of req_to_token whose tokens differ from those that ``seed`` makes.
+        wrong: a field with one wrong element, which an audit must find. Only the emulation knows it.
+        before: the previous launch on the same memory; this launch finds what it left. The memory has room
             for as many requests. Only the emulation knows it.
     """
 
@@ -86,7 +86,7 @@ class Shape:
         return self.replace(name=f"{self.name}, {name}", before=self, **changes)
 
     def within(self, longest: int) -> Shape:
-        """The same with valid lengths and extend lengths: 0 or more, and at most ``longest``."""
+        """The same shape with valid lengths and extend lengths, from 0 to ``longest``."""
         return self.replace(
             name=f"{self.name}, valid",
             lengths=tuple(min(max(n, 0), longest) for n in self.lengths),
@@ -107,7 +107,7 @@ def batch(bs: int, width: int = 333, page_size: int = 64, **more: Any) -> Shape:
     )
 
 
-# Edges of tiles, nothing, padding, lengths beyond the table and beyond what sums in 31 bits.
+# Edges of tiles, empty requests, padding, lengths beyond the table, and lengths whose sum exceeds 31 bits.
 RAGGED = Shape(
     "ragged",
     (0, 1, 1603, -4, 511, 512, 513, 2**31 - 1, 2**32 + 5, 1600, 2**31 - 1),
@@ -117,7 +117,7 @@ RAGGED = Shape(
     table_pad=4,
     spare_rows=1,
 )
-# More tiles than two for each warp of the emulation.
+# More than two tiles for each warp of the emulation.
 LONG_ROWS = Shape(
     "long rows", tuple(389 * i % 1700 for i in range(50)), width=1609, token_phase=4, table_phase=12, seed=7
 )
@@ -127,22 +127,22 @@ SHAPES = (
     RAGGED,
     Shape("no requests", (), spare_rows=1),
     Shape("one request", (5,), width=12),
-    # Row strides that are odd: every row of source and destination has another phase.
+    # Row strides that are odd: every row of source and destination has a different alignment phase.
     Shape("phases", (1541,) * 9, width=1541, pool_rows=5, token_phase=12, table_phase=4, input_stride=0, seed=1),
-    # The last whole tile ends where all memory does.
+    # The last whole tile ends at the end of its allocation.
     Shape("exact", (1536, 1024, 1536), width=1536, pool_rows=2, token_phase=8, seed=2),
     Shape("bounded", (40, 900, 1300, 750), width=1300, table_columns=1001, max_len=700, input_stride=3, seed=3),
     Shape("narrow tables", (40, 900, 1300), width=1300, table_columns=770, seed=4),
-    # As many blocks as requests or more: each has its own, once or a few times over, and the remainder is shared out.
+    # At least as many blocks as requests: each request has one block or several, and the remainder is distributed.
     Shape("few rounds", (1401, 0), width=1401, token_phase=4, table_phase=12, seed=8),
     Shape("one long request", (1402,), width=1403, token_phase=4, table_phase=12, seed=10),
     Shape("a remainder to share", (2500, 90), width=2503, token_phase=12, table_phase=4, seed=9),
     Shape("a remainder for half the blocks", (7000,), width=7003, token_phase=4, table_phase=12, seed=11),
 )
-# What happens to a request from step to step, one launch after the other on the same memory: it grows; it has another
-# place in the batch; tokens are rewritten; it is shorter, or not there; another one has its row. Row 1 has no tokens
-# but 0, as padding has. The last launch finds in most tiles what the first one left, and must not take that for what is
-# there.
+# What happens to a request from step to step, one launch after the other on the same memory: it grows; it moves to
+# another place in the batch; its tokens are rewritten; it shrinks or is absent; another request takes its row. Row 1
+# has only tokens 0, as padding has. In most tiles the last launch finds what the first one left; it must not take
+# that as up to date.
 _FIRST = Shape("steps", (1290, 31, 600, 190, 0, 1280), width=1303, pool_rows=9, token_phase=4, table_phase=12, seed=12)
 _ROWS = (0, 1, 2, 3, 4, 5)
 STEPS = (
@@ -178,7 +178,7 @@ VECTORS = tuple(name for name, field in FIELDS.items() if field.kind in ("vector
 MQA = "paged_mqa_schedule_metadata"
 SCHEDULES = (MQA, "flashmla_metadata", "num_splits")
 CSR = ("kv_indptr", "kv_indices")
-# All that one kernel can write: with tables it writes no kv_indices.
+# Every field that one kernel can write: a kernel that writes tables writes no kv_indices.
 EVERY = tuple(name for name in FIELDS if name not in CSR)
 VERIFY: dict[str, Any] = {"mode": "target_verify", "next_n": 3}
 VARIABLE: dict[str, Any] = {"mode": "draft_extend", "extend": "variable"}
@@ -226,7 +226,7 @@ STRATEGIES = {
     "checked variable rows": KernelConfig(num_backends=2, fields=SEVEN, checked=True, **VARIABLE),
     "checked indices": KernelConfig(num_backends=2, seqlen_offsets=(3, 70), fields=CSR, checked=True, **VERIFY),
 }
-# Declared fields: each kind, dtype and way to be written, each operator at least once.
+# Declared fields: each kind, dtype, way of writing and operator at least once.
 DECLARE = {
     "positions": vector("base_len + row", rows=3, dtype="int64", pad=0),
     "out_cache_loc": vector("token(base_len + row)", rows=4, dtype="int64", pad=-1, missing=-7),
@@ -285,7 +285,7 @@ STRATEGIES |= {
         **VARIABLE,
     ),
 }
-# Padding requests behind the batch's own.
+# Padding requests after those of the batch.
 STRATEGIES |= {
     "padded": KernelConfig(
         num_backends=3, seqlen_offsets=(1, 2, 3), padding_len=1, fields=(*SEVEN, *DECLARED_NAMES), **DECLARED
@@ -320,7 +320,7 @@ AUDITS = {
         "split counts",
     )
 }
-# Combinations of them that took code of their own.
+# Combinations of these that have code of their own.
 CONFIGURATIONS = {
     **STRATEGIES,
     "one token per page": KernelConfig(num_backends=3, page_size=1),
@@ -406,7 +406,7 @@ CONFIGURATIONS = {
     "copy of rows": KernelConfig(operation="copy", mode="target_verify", num_backends=2, fields=BY_BATCH),
     "copy of words": KernelConfig(operation="copy", num_backends=2, vector_bytes=4),
     "copy of vectors": KernelConfig(operation="copy", num_backends=2, fields=("cu_seqlens_k",)),
-    # More backends than a loop over them is unrolled for: their addresses are found by an index.
+    # More backends than the unrolled loop handles: the kernel indexes their addresses.
     "every field of 9": KernelConfig(num_backends=9, fields=EVERY),
     "every field of 64": KernelConfig(
         num_backends=64, seqlen_offsets=tuple(range(64)), checked=True, fields=EVERY, page_size=7, **VERIFY

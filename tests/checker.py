@@ -70,8 +70,8 @@ class Scene:
         destinations: by field, each distinct tensor and the allocation around it.
         backends: the same tensors by backend.
         source: what a copy reads.
-        expected: what the reference makes of each backend's fields, dense.
-        violations: (kind, request, value, limit) of all that a checked kernel may report; it reports one of them.
+        expected: the reference's results for each backend's fields, dense.
+        violations: (kind, request, value, limit) of each violation that a checked kernel may report; it reports one.
     """
 
     def __init__(self, config: KernelConfig, shape: Shape, device: torch.device | str = "cpu") -> None:
@@ -87,7 +87,7 @@ class Scene:
         bs = len(shape.lengths)
         self.copies = config.operation == "copy"
         extends = [shape.extends[i % len(shape.extends)] for i in range(bs)]
-        # A copy's rows are any number.
+        # A copy takes any number of rows.
         variable = config.extend == "variable" or self.copies
         self.rows = sum(max(0, n) for n in extends) if variable else bs * config.next_n
         if config.mode == "decode":
@@ -104,7 +104,7 @@ class Scene:
         lengths = torch.tensor(shape.lengths, dtype=torch.int64).to(torch.int32).tolist()
         longest = max(config.seqlen_offsets, default=0) + self._added
         self.tokens = [max(0, n) + longest for n in lengths]
-        # Empty tensors would count as one that backends share.
+        # Empty tensors would count as one tensor that the backends share.
         self.capacity = min(max(1, sum(self.tokens)), shape.max_indices)
         if self.before is not None:
             self.capacity = self.before.capacity
@@ -122,7 +122,7 @@ class Scene:
         self.expected = self._copied() if self.copies else self._refreshed()
 
     def _limits(self) -> list[int]:
-        """What bounds the columns; the first table that is there decides."""
+        """The bound on the columns; the first table present decides."""
         config, shape = self.config, self.shape
         limits = [shape.width, shape.width if shape.max_len is None else shape.max_len]
         tokens = {
@@ -137,7 +137,7 @@ class Scene:
         config, shape = self.config, self.shape
         rows = torch.randint(0, shape.pool_rows, (len(shape.lengths),), generator=self._random)
         if len(rows):
-            rows[-1] = shape.pool_rows - 1  # the row with nothing behind it
+            rows[-1] = shape.pool_rows - 1  # the last row, where the allocation ends
         if shape.rows is not None:
             rows = torch.tensor(shape.rows, dtype=torch.int64)
         rows[self.requests :] = 0
@@ -213,7 +213,7 @@ class Scene:
                     support.guarded(height, TABLE_WIDTH, row_stride=stride, offset=d, dtype=dtype, device=self.device)
                 )
             elif field.kind == "table":
-                # 16-byte stores need one phase in all destinations; with 4-byte stores each gets its own.
+                # 16-byte stores need the same phase in all destinations; with 4-byte stores each gets a different one.
                 aligned = config.vector_bytes == 16 and (name == "page_indices" or self.copies)
                 stride = self.widths[name] + shape.table_pad + (4 * d if aligned else d)
                 phase = shape.table_phase if aligned else (shape.table_phase + 4 * d) % 16
@@ -246,7 +246,7 @@ class Scene:
         )
 
     def wanted(self, name: str, d: int) -> Tensor:
-        """What belongs into one of a field's distinct tensors, dense."""
+        """The expected content of one of a field's distinct tensors, dense."""
         d %= len(self.destinations[name])
         index = next(b for b in range(self.config.num_backends) if self._which(b, name) == d)
         wanted: Tensor = getattr(self.expected[index], name)
@@ -261,10 +261,10 @@ class Scene:
             for name, tensors in self.destinations.items():
                 key = name, self._which(index, name)
                 if key not in made:
-                    # What it holds before the launch: poison, or what the one before left.
+                    # Its content before the launch: poison, or what the previous launch left.
                     tensor = tensors[key[1]][0]
                     made[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-                    # Poison is no truth value: copied as a bool, it would become one.
+                    # The poison is not a valid bool; a copy as bool would turn it into one.
                     bytes_ = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
                     made[key].view(bytes_).copy_(tensor.view(bytes_))
                 setattr(buffers, name, made[key])
@@ -295,7 +295,7 @@ class Scene:
         return backends * (config.num_backends if same else 1)
 
     def _declared_inputs(self) -> None:
-        """What the formulas of declared fields read: any numbers, and maps and sources of a few."""
+        """The inputs of declared fields' formulas: random numbers, and maps and sources with few distinct values."""
         config, random_ = self.config, self._random
         count, padding = self.requests, len(self.shape.lengths) - self.requests
         self.inputs = {}
@@ -315,7 +315,7 @@ class Scene:
             self.tables[name] = values.to(getattr(torch, dtype)).to(self.device)
 
     def _evaluate(self, buffers: MetadataBuffers, step: int) -> None:
-        """What the formulas of declared fields are with PyTorch, and the padding behind."""
+        """The values of declared fields, computed with PyTorch, followed by the padding."""
         config = self.config
         extends = self.extend_seq_lens if config.variable_rows else None
         given: dict[str, Any] = {
@@ -403,7 +403,7 @@ class Scene:
         return backends * self.config.num_backends
 
     def copied_columns(self, name: str) -> int:
-        """Columns of a table that a copy takes over."""
+        """Columns of a table that a copy copies."""
         limit = self.shape.max_len
         if limit is None or name == "pooled_real_page_table":
             return self.widths[name]
@@ -412,10 +412,10 @@ class Scene:
     # -------------------------------------------------------------------------------------------- bind, run, compare
 
     def bind(self, **more: Any) -> onelaunch.Plan | CopyPlan:
-        """Binds the destinations, with further arguments of bind() that aren't settings of the configuration.
+        """Binds the destinations, with bind() arguments that aren't settings of the configuration.
 
         Raises:
-            AssertionError: the plan is of another configuration than the case.
+            AssertionError: the plan's configuration differs from the case's.
         """
         config = self.config.replace(target=self.device.type)
         standard = [name for name in config.fields if name not in self.declared]
@@ -434,7 +434,7 @@ class Scene:
         return made
 
     def _beside(self) -> dict[str, Any]:
-        """What bind() is given beside the buffers."""
+        """The arguments of bind() besides the buffers."""
         config, declare = self.config, dict(self.config.declare)
         for name in self.declared:
             tensors = [getattr(backend.buffers, name) for backend in self.backends]
@@ -465,7 +465,7 @@ class Scene:
         )
 
     def take_inputs(self, other: Scene) -> None:
-        """Copies another scene's inputs into this one's memory, and expects what belongs to them."""
+        """Copies another scene's inputs into this one's memory, and takes over its expected results."""
         for name in ("seq_lens", "req_pool_indices", "req_to_token", "extend_seq_lens"):
             getattr(self, name).copy_(getattr(other, name))
         for name, tensor in {**self.inputs, **self.tables}.items():
@@ -475,7 +475,7 @@ class Scene:
         self.expected = other.expected
 
     def compare(self) -> None:
-        """Every word of every allocation: the destinations, and the poison around them.
+        """Checks every word of every allocation: the destinations, and the poison around them.
 
         Raises:
             AssertionError: names the backend, the field and the first wrong coordinate.
@@ -486,7 +486,7 @@ class Scene:
             raise AssertionError(f"{self.config.settings()}, {self.shape.name}: {error}") from None
 
     def compare_violations(self, plan: onelaunch.Plan) -> None:
-        """The report of a checked plan: one of the violations, once, or nothing."""
+        """Checks the report of a checked plan: one of the violations, once, or nothing."""
         if not self.violations:
             plan.check()
             return
@@ -503,7 +503,7 @@ _DEFAULT_LAUNCH = {name: getattr(KernelConfig(), name) for name in ("threads", "
 
 
 def check(config: KernelConfig, shape: Shape, device: torch.device | str) -> Any:
-    """Binds and runs one case, compares every word, and says which plan did it.
+    """Binds and runs one case, compares every word, and returns the plan.
 
     Raises:
         AssertionError: a word differs from the reference's, a violation wasn't reported, or another configuration was

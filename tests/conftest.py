@@ -22,13 +22,13 @@ from onelaunch.run import api, refresh, schedules
 from support import ONE_DEVICE
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
-# A folder to keep builds in between runs. Without it every run starts with none, as a fresh machine does.
+# A folder that keeps builds between runs. Without it every run starts with an empty cache, as on a fresh machine.
 TEST_CACHE_VARIABLE = "ONELAUNCH_TEST_CACHE"
 NO_DEVICE = "there is no CUDA device"
 
-# What takes long and rarely finds anything; runs where it is selected (make test-long), and by name.
+# Tests that take long and rarely fail; they run when selected (make test-long) or named.
 LONG_MARKER = "long: takes long and rarely finds anything; make test-long runs it"
-# Counting lines takes Python as long again.
+# Measuring line coverage doubles Python's time.
 UNCOUNTED_MARKER = "uncounted: many cases that run the same lines, which other tests count for the coverage"
 
 _own_folder = pytest.StashKey[Path]()
@@ -37,18 +37,18 @@ _own_folder = pytest.StashKey[Path]()
 def pytest_configure(config: pytest.Config) -> None:
     """Names cache and compiler before any worker starts: workers inherit the environment, so all of them share both."""
     os.environ.pop(loader.POLICY_VARIABLE, None)
-    # A busy machine is no fault, and one run sees what the other saw.
+    # Slow examples on a busy machine are not failures, and every run must see the same examples.
     hypothesis.settings.register_profile(
         "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
     hypothesis.settings.load_profile("tests")
     config.addinivalue_line("markers", LONG_MARKER)
     config.addinivalue_line("markers", UNCOUNTED_MARKER)
-    # The tests' tensors are small: with more threads than one, of this process or a child's, most of the time goes into
-    # waiting for one another, which takes the cores from the other workers.
+    # The tests' tensors are small: with several threads, in this process or a child, most of the time would go into
+    # synchronization and keep the cores from the other workers.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    # What measures children measures builders, too.
+    # Coverage of child processes includes the builders.
     environment.PASSED_ON += tuple(name for name in os.environ if name.startswith("COVERAGE_"))
     if hasattr(config, "workerinput"):
         return
@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of collected tests stay until the end: every full garbage collection would look at all of them."""
+    """Thousands of collected tests live until the end: every full garbage collection would traverse them all."""
     gc.collect()
     gc.freeze()
 
@@ -106,7 +106,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    """One line below the list of skipped tests: a run without a GPU must not look like a complete one."""
+    """Adds a line below the list of skipped tests: a run without a GPU must not look complete."""
     yield
     skipped = [
         report
@@ -121,13 +121,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
     params=[pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each target in turn, with the index that the tensors' device has."""
+    """Each target in turn, with the index of the tensors' device."""
     return torch.device("cuda", torch.cuda.current_device()) if request.param == "cuda" else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all workers, for what is made once in a session."""
+    """One folder for all workers, for files that are made once per session."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
@@ -144,15 +144,15 @@ def programs(shared: Path) -> Path:
 
 @pytest.fixture
 def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that run many different kernels and look at their results alone; in a store of their own.
+    """For tests that run many kernels and check only results: a compiler that doesn't optimize, and its own store.
 
-    All other tests have the optimizer that users have, those of presets and of any configuration drawn among them; and
-    these, too, where a GPU's machine has the cores for it.
+    All other tests optimize as users do, those of presets and of random configurations among them. So do
+    these on a machine with a GPU, which has the cores for it.
     """
     if headers.QUICK_VARIABLE in os.environ and not torch.cuda.is_available():
         store = Store(Path(os.environ[CACHE_VARIABLE]) / "quick")
         monkeypatch.setenv("CXX", os.environ[headers.QUICK_VARIABLE])
-        monkeypatch.setattr(loader, "default_store", lambda: store)  # which is otherwise found once in a process
+        monkeypatch.setattr(loader, "default_store", lambda: store)  # otherwise found once per process
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ _context.set_forkserver_preload(["onelaunch", "torch", "forked"])
 
 
 class Child:
-    """A process that runs code as `python -c` does once it has imported torch and onelaunch, and no kernel yet."""
+    """A process that runs code as `python -c` does, with torch and onelaunch imported already but no kernel loaded."""
 
     def __init__(self, code: str, environment: dict[str, str]) -> None:
-        # Measuring coverage would slow down each import of the server, and its children don't end as is asked for that.
+        # Coverage would slow the server's imports, and its children don't exit in the way that coverage needs.
         measured = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
         multiprocessing.forkserver.ensure_running()
         if measured is not None:
@@ -27,7 +27,7 @@ class Child:
         self._process.start()
 
     def finish(self) -> tuple[str, str]:
-        """Waits for it to succeed: its stdout and stderr."""
+        """Waits until it succeeds; returns its stdout and stderr."""
         self._process.join()
         with self._folder:
             out, err = (Path(self._folder.name, name).read_text(encoding="utf-8") for name in ("out", "err"))

@@ -1,7 +1,7 @@
 """Calls of a binding with garbage; test_fuzz runs it in a process under ASan and UBSan. No torch, no kernel.
 
-Tensors are of a class of its own, which says whatever comes to its mind of itself. The kernel is a stand-in that reads
-its words, since a real one believes the addresses it is given.
+Tensors are of a special class that reports random properties. The kernel is a stand-in that reads
+its words, since a real one would dereference the addresses.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 WORDS, CALL_WORDS = 12, ("a", "b", "c")
 
-# The kernel, and the C functions of a class of tensors. These ask the object, since Python functions that ctypes makes
-# callable from C can't raise.
+# The kernel, and the C functions of a tensor class. They call methods of the object: Python functions that ctypes
+# makes callable from C can't raise.
 KERNEL = """
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -86,7 +86,7 @@ extern "C" PyObject* fuzz_exchange(unsigned major, int readable, const char* nam
 
 
 class Tensor:
-    """What it says of itself is drawn anew now and then."""
+    """Its reported properties are redrawn now and then."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
@@ -107,7 +107,7 @@ class Tensor:
 
 
 class Strange:
-    """Every protocol that a binding may use, answered by lies and errors."""
+    """Answers every protocol that a binding may use with wrong values and errors."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
@@ -164,7 +164,7 @@ class Buffers:
 
 
 class Again:
-    """An owner that calls the plan from within its own check, or when it goes."""
+    """An owner that calls the plan from within its own check, or when it is deleted."""
 
     def __init__(self, plan: Any, dice: random.Random) -> None:
         self.plan, self.dice, self.depth = plan, dice, 0
@@ -178,7 +178,7 @@ class Again:
 
 
 class Farewell:
-    """Calls back when the memo that keeps it lets it go."""
+    """Calls back when the memo that holds it releases it."""
 
     def __init__(self, memo: Any) -> None:
         self.memo = memo

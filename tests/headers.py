@@ -15,16 +15,16 @@ from onelaunch.emit.binding import render_binding
 
 # Where tests find the compiler itself.
 PLAIN_VARIABLE = "ONELAUNCH_TEST_PLAIN_CXX"
-# Where tests find one for kernels of which they look at the results alone: it doesn't optimize, and takes half as long.
+# Where tests that check only a kernel's results find theirs: it doesn't optimize, and takes half as long.
 QUICK_VARIABLE = "ONELAUNCH_TEST_QUICK_CXX"
-# What an emitted source begins with, up to the code; the macros of a binding are its own.
+# The directives that an emitted source begins with, without the macros of one binding.
 DIRECTIVES = r"^\s*#\s*(?:include|define(?! ONELAUNCH_)|ifndef|endif)\b.*\n"
 
 
 def precompiled(folder: Path) -> dict[str, str]:
     """For the environment: a $CXX that is the compiler found here, but reads the headers of a binding precompiled.
 
-    What it makes is what the compiler makes of the same source. Nothing where no compiler is found that can do that.
+    The objects are the same as the compiler's own. Empty if no compiler is found that can precompile headers.
     """
     try:
         found = toolchain.find_host_compiler()
@@ -51,7 +51,7 @@ def _program(folder: Path, found: toolchain.HostCompiler, directives: str, more:
     command = [str(found.path), *flags, "-x", "c++-header", str(headers), "-o", f"{headers}.gch"]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         return None
-    # Where warnings are errors, the headers are what is looked at too.
+    # With -Werror the compiler must check the headers too, so they aren't precompiled.
     program.write_text(
         '#!/bin/sh\ncase " $* " in *" -Werror "*) ;;\n'
         f'*" -DPy_LIMITED_API="*" -c "*) set -- -include {shlex.quote(str(headers))} "$@" {shlex.join(more)} ;; esac\n'

@@ -1,6 +1,6 @@
 """The tests on the oldest and the newest Python and torch, each pair in an environment of its own: `make matrix`.
 
-Standard library alone, so that any Python runs it. An interpreter that isn't here is named and passed over; the exit
+Standard library alone, so that any Python runs it. A missing interpreter is named and skipped; the exit
 status is 1 where tests failed, or an environment can't be made.
 """
 
@@ -35,7 +35,7 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of a version such as "3.13" or "3.13t" that starts: on PATH, or beside the one that runs this."""
+    """A working Python of a version such as "3.13" or "3.13t": on PATH, or beside the one that runs this."""
     for path in _candidates(version):
         code = "import sys; print('%d.%d' % sys.version_info[:2] + 't' * ('t' in sys.abiflags))"
         done = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)
@@ -79,7 +79,7 @@ def run(python: str, torch: str, tests: list[str]) -> tuple[bool, str]:
 
 
 def refused(python: str) -> tuple[bool, str]:
-    """Whether a free-threaded Python gets the sentence that says so."""
+    """Whether a free-threaded Python is refused with the sentence that says so."""
     package = ROOT / "build" / "matrix" / "package"
     package.mkdir(parents=True, exist_ok=True)
     if not (package / "onelaunch").is_symlink():
@@ -96,7 +96,7 @@ def refused(python: str) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Runs every pair whose interpreter is here, and ends with a line for each."""
+    """Runs every pair whose interpreter is installed, and ends with a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", action="append", help="only this version; may be repeated")
     parser.add_argument("tests", nargs="*", help="of pytest; all tests if there is none")

@@ -68,7 +68,7 @@ def allowed(chosen: Mapping[str, Any]) -> bool:
     ):
         return False
     if chosen.get("page_size") == 1 and tables is not None and "real_page_table" in tables and len(tables) == 1:
-        return False  # with pages of one token it would be page_indices
+        return False  # with page_size 1 it would be page_indices
     variable = chosen.get("mode") == "draft_extend" and chosen.get("extend") == "variable"
     undefined = chosen.get("schedule_per") == "row" or chosen.get("schedule_atoms") == 0
     return not (variable and undefined and fields is not None and MQA in fields)
@@ -94,7 +94,7 @@ def configuration(chosen: Mapping[str, Any]) -> KernelConfig:
 
 
 def bindable(config: KernelConfig) -> KernelConfig:
-    """The same, with the 16-byte stores that bind() chooses where there is only one destination of one phase."""
+    """The same, with the 16-byte stores that bind() chooses for a single page_indices destination."""
     return config.replace(vector_bytes=16) if config.destinations("page_indices") == 1 else config
 
 
@@ -154,5 +154,5 @@ def any_two_settings() -> dict[str, tuple[KernelConfig, tuple[Shape, ...]]]:
 
 
 def affordable(config: KernelConfig, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """Without large batches of 64 backends, which take long; and no path of the kernel depends on both."""
+    """The shapes, less large batches for 64 backends: these take long, and no path of the kernel depends on both."""
     return tuple(shape for shape in shapes if config.num_backends < 64 or len(shape.lengths) < 50)

@@ -16,7 +16,7 @@ import onelaunch
 import pytest
 from onelaunch import templates
 
-# What every child knows: the configuration, a store, and a compiler whose speed and calls the test decides.
+# What every child begins with: the configuration, a store, and a compiler whose speed and calls the test controls.
 PROLOGUE = """
 import errno, fcntl, json, os, signal, socket, sys, time, warnings
 from pathlib import Path
@@ -63,7 +63,7 @@ def light_package(folder: Path) -> Path:
     if not package.exists():
         package.mkdir(parents=True)
         for path in Path(str(onelaunch.__file__)).parent.iterdir():
-            if path.name not in ("__pycache__", "templates"):  # the templates lie there only where it is installed
+            if path.name not in ("__pycache__", "templates"):  # only an installed package contains the templates
                 (package / path.name).symlink_to(path.resolve())
         (package / "templates").symlink_to(Path(str(templates.__file__)).parent.resolve())
     return package.parent
@@ -81,7 +81,7 @@ class Children:
         self.folder, self.cache, self.signs = folder, cache or folder / "cache", folder / "signs"
         self.signs.mkdir(exist_ok=True)
         self.started: list[subprocess.Popen[str]] = []
-        # An entry whose files stand for what a compiler makes; None compiles.
+        # An entry with files in place of a compiler's output; None compiles.
         self.made: Path | None = None
 
     def start(self, code: str, python: str = sys.executable, **environment: str) -> subprocess.Popen[str]:
@@ -103,7 +103,7 @@ class Children:
         return child
 
     def run(self, code: str, **environment: str) -> tuple[Any, str]:
-        """What a child printed, as JSON, and its stderr."""
+        """What a child printed, parsed as JSON, and its stderr."""
         return finish(self.start(code, **environment))
 
     def wait_for(self, sign: str, count: int = 1) -> None:
@@ -128,10 +128,10 @@ def until(true: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and isn't a zombie."""
+    """Whether a process exists and isn't a zombie."""
     try:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # the second where it ends between opening and reading
+    except (FileNotFoundError, ProcessLookupError):  # ProcessLookupError if it ends between opening and reading
         return False
 
 
@@ -154,7 +154,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[Path]:
-    """A folder that can't be written for a while, whoever this user is."""
+    """A folder that is read-only for a while, for any user."""
     if os.geteuid() != 0:
         folder.chmod(0o500)
         try:
@@ -162,7 +162,7 @@ def read_only(folder: Path) -> Iterator[Path]:
         finally:
             folder.chmod(0o700)
         return
-    # Rights don't hold root; a read-only mount of the folder on itself does.
+    # Permissions don't stop root; a read-only bind mount of the folder on itself does.
     for options in (["--bind", str(folder)], ["-o", "remount,ro,bind"]):
         done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
         if done.returncode != 0:

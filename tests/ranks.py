@@ -1,7 +1,7 @@
 """The ranks of test_distribute.py: `python ranks.py FOLDER BACKEND SIZE CASES` forks a job of new ranks for each case.
 
-In a case something happens to one rank at one stage. Prints, by case and rank: what was said, by which signal it ended
-(0 if by none), and after how many seconds.
+In a case something happens to one rank at one stage. Prints, by case and rank: its message, the signal that ended it
+(0 if none), and its seconds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ EVENTS = {
     "fails as it takes": ("taking", "last", "fails"),
     "late": ("before it", "last", "late"),
 }
-# What they build is in the leader's cache, from that case, so that only what is to be tested takes time.
+# The cases in BUILT find this case's build in the leader's cache, so that only the tested step takes time.
 BUILDER = "slower than the time-out"
 BUILT = {"leader killed as it sends", "killed as it takes", "interrupted as it takes", "fails as it takes"}
 LATE_SECONDS, PATIENCE_SECONDS = 10, 5
@@ -70,7 +70,7 @@ class Rank:
             ranks._PATIENCE_SECONDS = PATIENCE_SECONDS
 
     def at(self, stage: str) -> None:
-        """What happens to this rank at this stage."""
+        """Makes happen what the case says for this rank at this stage."""
         when, which, event = EVENTS.get(self.how, ("", "", ""))
         if when != stage or self.rank != (0 if which == "first" else self.size - 1):
             return
@@ -120,7 +120,7 @@ class Rank:
             yield KernelConfig(fields=("cache_seqlens",), target=target, num_backends=2)
 
     def _patch(self) -> None:
-        """Says what stage it is in, from inside."""
+        """Reports the stage that it is in, from inside it."""
         this, build, unpack, gloo = self, compiler.build, pack.from_bytes, dist.ProcessGroupGloo
 
         def building(recipe: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +198,7 @@ def be(folder: Path, backend: str, size: int, how: str, rank: int, port: int) ->
             said.with_suffix(".new").rename(said)
         except BaseException:
             traceback.print_exc()
-    os._exit(0)  # a group can't be destroyed in order where a rank is dead
+    os._exit(0)  # a group with a dead rank can't be destroyed in order
 
 
 if __name__ == "__main__":

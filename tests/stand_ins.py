@@ -1,6 +1,6 @@
 """Stand-ins for the engines' objects: their attributes, shapes, dtypes and aliases, without their computations.
 
-Made from what SGLang's attention backends have (DSA and its old NSA names, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA). A
+Modelled on SGLang's attention backends (DSA and its old NSA names, FA3, TRTLLM-MHA, FlashMLA, TRTLLM-MLA). A
 capture leaves poison where a replay must write.
 """
 
@@ -22,7 +22,7 @@ def new(*shape: int, device: Any = "cpu") -> Tensor:
 
 
 class ForwardMode:
-    """SGLang's enumeration, of which only the questions matter."""
+    """SGLang's ForwardMode, of which only the predicates matter."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -41,7 +41,7 @@ class ForwardMode:
 
 
 def metadata_class(prefix: str) -> type:
-    """DSAMetadata, or with the prefix "nsa" NSAMetadata: frozen, as they are."""
+    """DSAMetadata, or with the prefix "nsa" NSAMetadata: frozen, as in SGLang."""
     plain = ("page_size", "cache_seqlens_int32", "max_seq_len_q", "max_seq_len_k", "cu_seqlens_q", "cu_seqlens_k")
     tables = ("page_table_1", "real_page_table")
     prefixed = ("cache_seqlens_int32", "cu_seqlens_q", "cu_seqlens_k", "seqlens_expanded")
@@ -84,7 +84,7 @@ class DSABackend:
         }
 
     def capture(self, bs: int, mode: str = "decode") -> None:
-        """Tables are rows of one buffer for all batch sizes, everything else is this batch size's own."""
+        """Tables are rows of one buffer for all batch sizes; every other tensor belongs to this batch size."""
         rows = bs if mode == "decode" else bs * self.speculative_num_draft_tokens
         table = self.decode_cuda_graph_metadata["page_table"][:rows, :]
         pages = -(-table.shape[1] // self.real_page_size)
@@ -104,7 +104,7 @@ class DSABackend:
             cu_seqlens_q=self.decode_cuda_graph_metadata["cu_seqlens_q"][: bs + 1],
             cu_seqlens_k=new(bs + 1, device=self.device),
             page_table_1=table,
-            # with pages of one token they are one object
+            # with page_size 1 they are one object
             real_page_table=table if self.real_page_size == 1 else new(rows, pages, device=self.device),
             paged_mqa_schedule_metadata=new(5, 2, device=self.device),
             paged_mqa_ctx_lens_2d=self._build_paged_mqa_schedule_2d_ctx_lens(
@@ -116,7 +116,7 @@ class DSABackend:
     def _build_paged_mqa_schedule_2d_ctx_lens(
         self, forward_mode: ForwardMode, cache_seqlens: Tensor, seqlens_expanded: Tensor, bs: int
     ) -> Tensor:
-        """A view, but for a verification on SM100."""
+        """A view, except for target verification on SM100."""
         if forward_mode.is_target_verify() and self.sm100:
             return cache_seqlens.view(-1, 1).expand(-1, self.speculative_num_draft_tokens).contiguous()
         return (cache_seqlens if forward_mode.is_decode_or_idle() else seqlens_expanded).view(-1, 1)
@@ -125,7 +125,7 @@ class DSABackend:
         self.calls.append("prefill_impl")
 
     def _refresh_paged_mqa_schedule_metadata(self, metadata: Any, lengths: Tensor) -> None:
-        # In place, as the engine does: a graph has the address.
+        # In place, as the engine does: the graph has captured the address.
         metadata.paged_mqa_schedule_metadata.fill_(int(lengths.sum()))
 
     def _refresh_topk_v2_plan(self, metadata: Any) -> None:
@@ -219,12 +219,12 @@ class MHABackend:
 
 
 def mha(pool: Tensor, count: int = 3, **facts: Any) -> MultiStep:
-    """One child more than take part."""
+    """One more child than take part."""
     return MultiStep([MHABackend(pool, step=i, **facts) for i in range(count + 1)], count)
 
 
 class FlashMLABackend:
-    """Keeps no metadata a batch size, only the block table; what its parent class keeps is of another kind."""
+    """Keeps no metadata per batch size, only the block table; its parent class's metadata is of another kind."""
 
     def __init__(self, pool: Tensor) -> None:
         self.req_to_token, self.device, self.topk = pool, pool.device, 1
@@ -246,7 +246,7 @@ class TRTLLMMLADecodeMetadata:
 
 
 class TRTLLMMLABackend:
-    """Every mode's captures in one dictionary; lengths only where they aren't the batch's own."""
+    """Captures of every mode in one dictionary; it has lengths only where they differ from the batch's."""
 
     def __init__(self, pool: Tensor, *, page_size: int = 32, n: int = 4) -> None:
         self.req_to_token, self.page_size, self.num_draft_tokens, self.device = pool, page_size, n, pool.device

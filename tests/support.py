@@ -20,7 +20,7 @@ from onelaunch.build import toolchain
 from onelaunch.spec import reference
 from torch import Tensor
 
-# The value of words that must not be written; no token, length or sum of a test has it.
+# Fills words that must not be written; no token, length or sum of a test has this value.
 POISON = -559038737
 POISON_BYTE = 0xA5  # in a destination of bool: neither of its values
 # Poisoned words on either side of a tensor; a multiple of four, so that an offset alone decides the 16-byte phase.
@@ -77,7 +77,7 @@ class Poisoned:
 
 
 def poisoned(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> Tensor:
-    """A tensor of nothing but poison; in bool a byte that is neither value."""
+    """A tensor full of poison; for bool a byte that is neither value."""
     if dtype == torch.bool:
         return torch.full(tuple(shape), POISON_BYTE, dtype=torch.uint8, device=device).view(torch.bool)
     return torch.full(tuple(shape), POISON, dtype=dtype, device=device)
@@ -177,7 +177,7 @@ def expected_refresh(
     extend_seq_lens: Tensor | None = None,
     **facts: Any,
 ) -> MetadataBuffers:
-    """What reference.refresh makes of poisoned destinations of the first backend's shapes."""
+    """The results of reference.refresh on poisoned destinations with the first backend's shapes."""
     wanted = MetadataBuffers(
         **{f.name: torch.full(t.shape, POISON, dtype=t.dtype) for f, t in backends[0].buffers.items()}
     )
@@ -191,9 +191,9 @@ def expected_refresh(
 
 
 def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequence[MetadataBuffers]) -> None:
-    """Every word of every backend's allocations is as expected: the destinations, and poison around them.
+    """Checks every word of every backend's allocations: the destinations, and the poison around them.
 
-    Names the backend, the field, the first bad index, what is there and what is expected.
+    A failure names the backend, the field, the first bad index, the actual and the expected value.
     """
     for index, backend in enumerate(backends):
         wanted = expected if isinstance(expected, MetadataBuffers) else expected[index]
@@ -202,9 +202,9 @@ def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequen
             got_all = backend.storages[field.name]
             want_all = poisoned(got_all.shape, got_all.dtype, got_all.device)
             view = want_all.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-            assert want is not None, f"the expectation has no {field.name}"
+            assert want is not None, f"the expected results have no {field.name}"
             assert want.shape == view.shape, f"{field.name}: {tuple(view.shape)}, expected {tuple(want.shape)}"
-            if got_all.dtype == torch.bool:  # the poison is another byte than either value
+            if got_all.dtype == torch.bool:  # the poison is neither value's byte
                 got_all, want_all = got_all.view(torch.uint8), want_all.view(torch.uint8)
                 view, want = view.view(torch.uint8), want.view(torch.uint8)
             view.copy_(want)
@@ -220,7 +220,7 @@ def assert_same(backends: Sequence[Poisoned], expected: MetadataBuffers | Sequen
 
 
 def assert_untouched(backends: Iterable[Poisoned]) -> None:
-    """Nothing was written, anywhere."""
+    """Checks that nothing was written."""
     for index, backend in enumerate(backends):
         for name, storage in backend.storages.items():
             bad = (storage != POISON).nonzero()
@@ -232,7 +232,7 @@ def _word(value: int) -> str:
 
 
 def _place(word: int, tensor: Tensor) -> str:
-    """Where a word of the allocation is, as seen from the tensor."""
+    """The position of a word of the allocation, relative to the tensor."""
     at = word - tensor.storage_offset()
     if tensor.dim() == 1:
         return f"[{at}]" if 0 <= at < tensor.numel() else f": word {at} relative to its start, outside of it,"
@@ -242,7 +242,7 @@ def _place(word: int, tensor: Tensor) -> str:
 
 
 def poison(backends: Iterable[Poisoned]) -> None:
-    """As if nothing had been written."""
+    """Restores the poison, as if nothing had been written."""
     for backend in backends:
         for storage in backend.storages.values():
             if storage.dtype == torch.bool:
@@ -272,7 +272,7 @@ def token_pool(
     device: Any = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """A req_to_token of random tokens: padding tokens below zero among them, in int64 some beyond int32."""
+    """A req_to_token of random tokens: some negative (padding), in int64 some beyond int32."""
     random_numbers = torch.Generator().manual_seed(seed)
     stride = row_stride(width, strides)
     storage = torch.randint(-200, 2**31 - 1, (offset + rows * stride + 8,), generator=random_numbers)
@@ -294,7 +294,7 @@ def lengths(bs: int, width: int, page_size: int, seed: int = 0) -> list[int]:
 
 
 def vector(values: Sequence[int], dtype: torch.dtype, device: Any = "cpu", layout: str = "plain") -> Tensor:
-    """A 1-D input: "plain", or "strided" with other numbers between the elements."""
+    """A 1-D input: "plain" (dense), or "strided" with other numbers between the elements."""
     if layout == "plain":
         return torch.tensor(values, dtype=dtype, device=device)
     spread = torch.full((2 * len(values) + 1,), 7_777, dtype=dtype, device=device)
@@ -303,7 +303,7 @@ def vector(values: Sequence[int], dtype: torch.dtype, device: Any = "cpu", layou
 
 
 def pool_rows(bs: int, rows: int, seed: int = 0) -> list[int]:
-    """Rows of the pool, with repeats where the batch is larger, the padding row 0 among them."""
+    """Rows of the pool, the padding row 0 among them; they repeat if the batch is larger than the pool."""
     numbers = random.Random(f"{bs}.{rows}.{seed}")
     some = [i % rows for i in range(bs)]
     numbers.shuffle(some)
@@ -316,13 +316,13 @@ def pool_rows(bs: int, rows: int, seed: int = 0) -> list[int]:
 def ptxas_reports(
     configs: Sequence[KernelConfig], shared: Path, archs: Sequence[str] = ("90a",)
 ) -> tuple[dict[str, dict[str, dict[str, int]]], Path]:
-    """What ptxas says about kernels that are compiled with the product's flags and every warning an error.
+    """ptxas's report on kernels compiled with the product's flags and with warnings as errors.
 
-    They are compiled as one source, each in a namespace of its own: most of a small kernel's time goes into headers.
+    They are compiled as one source, each in its own namespace: headers take most of a small kernel's compile time.
 
     Returns:
         by symbol and architecture registers, and bytes of stack, spill_stores, spill_loads and local memory; and the
-        object file. All is made once for all that have the folder ``shared``.
+        object file. It is compiled once for all processes that share the folder ``shared``.
     """
     source = together([render(config) for config in configs])
     folder = shared / f"ptxas-{hashlib.sha256(source.encode()).hexdigest()[:16]}-{'-'.join(archs)}"
@@ -337,7 +337,7 @@ def ptxas_reports(
 
 
 def together(sources: Sequence[str]) -> str:
-    """One source of several, each in a namespace, below the headers of all."""
+    """One source made of several: the headers of all, then each source in a namespace."""
     includes = dict.fromkeys(line for source in sources for line in re.findall(r"^#include .*\n", source, re.MULTILINE))
     bodies = [re.sub(r"^#include .*\n", "", source, flags=re.MULTILINE) for source in sources]
     return "".join(includes) + "".join(f"namespace kernel_{i} {{\n{body}}}\n" for i, body in enumerate(bodies))

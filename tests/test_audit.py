@@ -17,7 +17,7 @@ from support import POISON, assert_same
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
-# Of each strategy and each field kind one; the others take long, and rarely find anything.
+# One of each strategy and field kind; the others take long and rarely fail.
 REFRESHES = [
     pytest.param(name, marks=[pytest.mark.long] * (name not in AUDITS))
     for name, config in STRATEGIES.items()
@@ -27,7 +27,7 @@ SHAPE = Shape("audited", (7, 0, 290, 33, 512), width=640, spare_rows=2, extends=
 
 
 class Audited:
-    """A scene with a plan that audits, after a refresh."""
+    """A scene whose plan has the audit, after a refresh."""
 
     def __init__(self, config: KernelConfig, shape: Shape, device: torch.device) -> None:
         self.scene = Scene(config, shape, device)
@@ -42,7 +42,7 @@ class Audited:
         """The elements of a destination that the refresh wrote."""
         tensor, poison = self.scene.destinations[name][d][0], POISON
         if tensor.dtype == torch.bool:
-            # Before the copy to the CPU, which makes 1 of any byte of a bool that isn't 0 where there are strides.
+            # Before the copy to the CPU: a copy of a strided bool tensor turns any nonzero byte into 1.
             tensor, poison = tensor.view(torch.uint8), 0xA5
         return [tuple(index) for index in (tensor != poison).nonzero().tolist()]
 
@@ -74,7 +74,7 @@ def test_any_shape(device: torch.device, shape: Shape) -> None:
 @pytest.mark.uncounted
 @pytest.mark.parametrize("name", REFRESHES)
 def test_an_element_of_each_field_is_named(device: torch.device, name: str) -> None:
-    """A few elements of each destination in turn, the first and the last among them, get another value."""
+    """Changes a few elements of each destination in turn, the first and the last among them."""
     audited = Audited(STRATEGIES[name], SHAPE, device)
     scene = audited.scene
     for field, made in scene.destinations.items():
@@ -97,7 +97,7 @@ def test_an_element_of_each_field_is_named(device: torch.device, name: str) -> N
                 assert error.name.startswith(shown)
                 row, column = [*index, None][:2]
                 assert (error.row, error.column) == (row, column)
-    audited.audit()  # each was reported once
+    audited.audit()  # reports nothing more: each difference was reported once
     scene.compare()
 
 
@@ -173,7 +173,7 @@ def test_a_foreign_write_that_verified_writes_miss(device: torch.device) -> None
 
 
 def test_a_collision_of_verified_writes(device: torch.device) -> None:
-    """A tile that changed, whose kept hash is that of what it changes to, isn't written."""
+    """A changed tile isn't written if the stored hash equals the hash of its new content."""
     plan, _, inputs, pool = small(device, writes="verified", audit_every=0)
     assert plan._hashes is not None
     pool[1, 8] = 4711
@@ -200,7 +200,7 @@ def test_tokens_that_were_rewritten_without_a_refresh(device: torch.device) -> N
     found = error.backend, error.field, error.row, error.column, error.found, error.expected
     assert found == (0, "page_indices", 0, 8, 38, 4711)
     assert str(error) == str(caught.value)
-    inputs[0][0] = 5  # with other inputs another row is right: columns behind the live ones aren't audited
+    inputs[0][0] = 5  # with these inputs another row is expected: columns after the live ones aren't audited
     plan.audit(*inputs)
     with pytest.raises(AuditError, match=r"cache_seqlens\[0\] is 9; a refresh with the audit's inputs writes 5"):
         plan.check()

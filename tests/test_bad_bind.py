@@ -182,7 +182,7 @@ def test_other_entries(call: Callable[[Scene], Any], fragments: tuple[str, ...])
 
 @pytest.mark.parametrize("page_size", [2, 64])
 def test_pages_of_several_tokens_with_kv_indices(page_size: int) -> None:
-    """They were ignored: kv_indptr counts tokens whatever the page size."""
+    """Once they were ignored: kv_indptr counts tokens whatever the page size."""
     scene = Scene(torch.device("cpu"))
     scene.backends = [MetadataBuffers(kv_indptr=scene.new(BS + 1), kv_indices=scene.new(400))]
     scene.facts = {"page_size": page_size}

@@ -1,6 +1,6 @@
 """What the functions that take lists of tensors refuse.
 
-The checks are those of bind(), which gets every case; a few show that they are made here, with these functions' names.
+The checks are bind()'s, which is tested with every case; a few cases show that these functions make them too.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def test_precompute(device: torch.device, change: Callable[[Scene], None], fragm
     assert_untouched(scene.poisoned)
 
 
-# Where it allocates itself, the shapes of ``out`` are no matter.
+# Without ``out`` it allocates, so cases about the shapes of ``out`` don't apply.
 PRECOMPUTE_NEW = [c for c in PRECOMPUTE if not re.search(r"\{|out|overlaps|no field|8 requests|0 to 39", c[0])]
 
 
@@ -195,7 +195,7 @@ PRECOMPUTE_NEW = [c for c in PRECOMPUTE if not re.search(r"\{|out|overlaps|no fi
 def test_precompute_of_new_buffers(
     device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...]
 ) -> None:
-    """Where it allocates itself, what can be refused is refused before anything is allocated from it."""
+    """Without ``out`` it refuses bad input before it allocates anything."""
     scene = Scene(device)
     change(scene)
     scene.facts["out"] = None
@@ -291,7 +291,7 @@ def test_copy(device: torch.device, change: Callable[[CopyScene], None], fragmen
 
 @pytest.mark.parametrize("bad", [-1, True], ids=repr)
 def test_copy_of_lengths_alone_checks_max_len(device: torch.device, bad: Any) -> None:
-    """No table needs the number, but it is as wrong as ever."""
+    """No table needs max_len here, but a wrong one is still refused."""
     scene = CopyScene(device, fields=("cache_seqlens", "cu_seqlens_k"))
     scene.facts = {"max_len": bad}
     refused(ArgumentError, (f"max_len is {bad!r}",), lambda: copy(scene))
@@ -325,7 +325,7 @@ def test_copy_names_the_only_destination_without_an_index(device: torch.device) 
 
 
 def test_nothing_is_built_for_a_refused_call(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bad input must not cost a build first."""
+    """Bad input is refused before any build starts."""
 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a kernel was loaded")

@@ -1,4 +1,4 @@
-"""What a bound plan refuses of each run, whatever it remembers of earlier ones; nothing is written."""
+"""What a bound plan refuses in each run, whatever it remembers of earlier runs; nothing is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_builds")
 
 
 def test_a_dtype_error_says_what_to_bind_with(device: torch.device) -> None:
-    """Whoever binds with the argument that the message names can then pass the tensor."""
+    """After binding with the argument that the message names, the tensor is accepted."""
     scene = Scene(device)
     scene.facts |= {"mode": "draft_extend", "extend": "variable"}
     scene.facts |= {
@@ -46,7 +46,7 @@ def test_a_dtype_error_says_what_to_bind_with(device: torch.device) -> None:
 
 RUN: list[Case] = [
     *INPUTS,
-    # What it says to do: test_a_dtype_error_says_what_to_bind_with.
+    # test_a_dtype_error_says_what_to_bind_with follows the advice.
     case(attribute("seq_lens", lambda s: s.seq_lens.int()), "seq_lens has dtype int32; allowed: int64. Bind with"),
     case(attribute("rows", lambda s: s.rows.int()), "req_pool_indices has dtype int32; allowed: int64. Bind with"),
     *number_facts("max_len", 0, WIDTH),
@@ -56,7 +56,7 @@ RUN: list[Case] = [
 @pytest.mark.parametrize("earlier", [False, True], ids=["first call", "later call"])
 @named(RUN)
 def test_run(device: torch.device, change: Callable[[Scene], None], fragments: tuple[str, ...], earlier: bool) -> None:
-    """What a plan remembers of an earlier, good call must not let a bad one through, which leaves the plan usable."""
+    """A remembered good call must not let a bad one through, and the plan stays usable afterwards."""
     scene = Scene(device)
     plan = bind(scene)
     good = scene.seq_lens, scene.rows
@@ -169,7 +169,7 @@ def test_a_plan_for_an_exact_number_of_requests(device: torch.device) -> None:
     with pytest.raises(ArgumentError, match="req_pool_indices has 1 elements; the plan is for 2 requests"):
         plan.run(lengths, rows[:1])
     assert out.tolist() == [-7] * 3
-    for count in (2, 3):  # of longer inputs the first ones count
+    for count in (2, 3):  # the first elements of longer inputs count
         out.fill_(-7)
         plan.run(lengths[:count], rows)
         assert out.tolist() == [3, 4, -7]

@@ -93,13 +93,13 @@ def test_what_is_asked_for_is_measured() -> None:
     quick = select(list(CONTENDERS), quick=True)
     assert [one.case.shape for one in quick] == list(selection.QUICK_SHAPES)
     assert set(quick[0].names) == set(selection.QUICK_NAMES)
-    # Ten shapes and two ragged ones, three N, two widths, two page sizes; both extents but for the ragged ones.
+    # Ten shapes and two ragged ones, three N, two widths, two page sizes; both extents except for the ragged ones.
     assert len(select(names, everything=True)) == 10 * 3 * 2 * 2 * 2 + 2 * 3 * 2
     traced = select(names, shapes=["1x1k"], traces=["azure"])
     assert [(one.case.kind, one.case.batch) for one in traced] == [("uniform", 1), ("azure", 64), ("azure", 256)]
     curves = Counter(one.series for one in select(names, shapes=["1x1k"], series=True))
     assert curves == {"": 1, "length": len(selection.SERIES_LENGTHS)}
-    # After the shapes and before the rest, for a run that is cut.
+    # After the shapes and before the rest, so that a run that is cut short has them.
     assert [one.series for one in select(names, series=True)][9:12] == ["", "length", "length"]
 
 
@@ -162,7 +162,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert {"num_backends=3", "page_size=16"} <= set(ours["config"].split(","))
     host = {row["piece"]: row["us"] for row in data["host"]}
     assert [n for n in host if n in HOST] == [n for n in HOST if n not in ("stream", "raw+stream")]
-    # The parts are what the whole took, less what is part of it: by then "raw" had 3, "kernel" 4, "run" 5 and
+    # A part is the time of a call less the time of the call inside it. "raw" took 3, "kernel" 4, "run" 5 and
     # "plan.run" 6.
     assert [us for piece, us in host.items() if piece.startswith("of which")] == [1, 1, 1, 1]
     assert len([line for line in lines if "onelaunch: 6.00 us" in line]) == 2

@@ -1,4 +1,4 @@
-"""What the bench compares with: each contender is right, and says what it can't do."""
+"""The bench's contenders: each gives right results, or says what it can't do."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_ideal_copies_the_words_to_all_backends() -> None:
 
 
 def test_the_single_block_sums_right_whatever_the_batch(programs: Path) -> None:
-    """Its known model was right for one warp alone. Here its 256 threads run, under the emulation of CUDA."""
+    """The known model was right for one warp only. Here all 256 threads run, in the emulation of CUDA."""
     config = KernelConfig(num_backends=2, extent="full", vector_bytes=4, page_size=16)
     words = len(layout.param_words(config))
     source, _ = render_baseline("single_block", "rival", layout.call_words(config), words, config=config)
@@ -124,7 +124,7 @@ NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reaso
 
 @NO_TRITON
 def test_the_triton_kernels_are_right_for_any_batch(tmp_path: Path) -> None:
-    # In a process of its own: whether it is interpreted, as without a GPU, is decided before it is imported.
+    # In its own process: Triton decides at import whether to interpret kernels, as it must without a GPU.
     gpu = torch.cuda.is_available()
     environment = {**os.environ, "TRITON_INTERPRET": "0" if gpu else "1", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", CHECKED, "cuda" if gpu else "cpu"]
@@ -152,12 +152,12 @@ def test_the_triton_kernels_compile_for_a_gpu_that_is_not_there(
     signature = {argument: types.get(argument, written) for argument in names}
     built = triton.compile(source(kernel, signature, {(names.index(n),): v for n, v in facts.items()}), target=target)
     assert built.asm["cubin"]
-    # One launch writes each backend's six fields: four of the requests, the first zeros of the sums, and both tables.
+    # One launch writes each backend's six fields: four per request, the leading zeros of the sums, and both tables.
     assert built.asm["ptx"].count("st.global") >= 8 * backends
 
 
 def test_what_torch_compile_gets_is_right_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes a minute, and the GPU run checks what comes out of it."""
+    """Compiling takes a minute, and the GPU run checks the compiled code."""
     monkeypatch.setattr(torch_refresh, "compiled", lambda: torch_refresh.fused)
     for case in CASES:
         scene = Scene(case.lengths(), case.backends, case.width, case.page_size, CPU)
@@ -182,7 +182,7 @@ def test_what_an_implementation_cannot_do_is_said() -> None:
 
 
 class Schedule:
-    """FlashMLA's own, as far as it is told: the reference's, and in parts without work what the part before had."""
+    """Stands for FlashMLA's own schedule: the reference's, with leftover values in parts without work."""
 
     def __init__(self, wrong: tuple[int, int] | None = None) -> None:
         self.wrong, self.calls = wrong, 0

@@ -1,4 +1,4 @@
-"""onelaunch bench: verdicts, summary, tables and figure, of a run's data without a run."""
+"""onelaunch bench: verdicts, summary, tables and figure, from the data of a run; nothing is measured."""
 
 from __future__ import annotations
 
@@ -209,8 +209,8 @@ def test_the_figure_says_what_the_table_says(kept: Path, monkeypatch: pytest.Mon
         assert [text.get_text().strip() for text in axes.texts] == [row[place] for row in measured]
         widths = sorted(bar.get_width() for bar in axes.patches if hasattr(bar, "get_width"))
         assert widths[:-1] == [4.5, 5.0, 12.34]
-        assert widths[-1] == pytest.approx(1.25 * 12.34)  # not 401: it is cut
-        assert len({bar.get_facecolor() for bar in axes.patches}) == len(widths) + 1  # and has a white gap
+        assert widths[-1] == pytest.approx(1.25 * 12.34)  # not 401: the bar is cut
+        assert len({bar.get_facecolor() for bar in axes.patches}) == len(widths) + 1  # and marked with a white gap
     assert [label.get_text() for label in shapes[0].get_yticklabels()] == [row[0] for row in measured]
     assert [text.get_text().strip() for text in curves.texts] == ["onelaunch: 5.00", "onelaunch, verified writes: 4.50"]
 
@@ -233,7 +233,7 @@ print(json.dumps([[result.exit_code, result.stderr.splitlines()] for result in r
 
 
 def test_without_numpy_only_traces_say_what_to_install(kept: Path) -> None:
-    """In a process of its own: modules of this one have numpy already."""
+    """In its own process: this one has imported numpy already."""
     trace = str(DATA / "azure_2023_conversation.csv")
     traced = {"--trace": ["bench", "--trace", trace], "onelaunch replay": ["replay", trace]}
     others = [["bench", "--from", str(kept)], ["replay", "--help"], ["explain", "nsa-decode-3", "--target", "cpu"]]

@@ -26,7 +26,7 @@ class Number(int):
 
 
 class Asked:
-    """Stands for a plan: counts how often the binding asks for the words, which are those of the real one."""
+    """Stands for a plan and returns the real one's words; counts how often the binding requests them."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.times = plan, 0
@@ -36,7 +36,7 @@ class Asked:
         return self.plan._check(*arguments)
 
     def run(self, *arguments: Any) -> int:
-        """How often it asked in this call."""
+        """How often the binding requested words in this call."""
         before = self.times
         self.plan._bound.run(self, *arguments)
         return self.times - before
@@ -72,7 +72,7 @@ def test_what_is_the_same_is_checked_once(asked: Asked, out: Tensor, device: tor
 
 
 def test_arguments_that_take_turns_are_checked_once(asked: Asked, out: Tensor, device: torch.device) -> None:
-    """An engine gets its inputs from an allocator, at a few addresses in turns; 8 are remembered."""
+    """An engine's allocator returns inputs at a few addresses in turn; 8 are remembered."""
     turns = [(torch.tensor([i, i + 1], device=device), torch.tensor([0, 1], device=device)) for i in range(9)]
     for round_, numbers in enumerate((range(8), range(8), (8, 1, 8))):
         for number in numbers:
@@ -141,7 +141,7 @@ def test_the_same_memory_of_another_dtype_is_refused(asked: Asked, out: Tensor, 
 
 
 def test_a_tensor_in_the_place_of_one_that_died(asked: Asked, out: Tensor, device: torch.device) -> None:
-    """Its object and its memory are likely to be those of the dead one; what it is counts, not where it lies."""
+    """It probably reuses the dead tensor's object and memory; its properties count, not its addresses."""
     _, rows = inputs(device, 0, 0, 0, 0)
     for step in range(200):
         lengths = torch.full((4 - step % 3,), step, dtype=torch.int64, device=device)
@@ -245,7 +245,7 @@ def module(asked: Asked) -> ModuleType:
 
 @pytest.fixture
 def count_as_equal(module: ModuleType) -> Callable[[Sequence[Any], Sequence[Any]], bool]:
-    """Whether what is kept for the first arguments is found for the second ones."""
+    """Whether the entry stored for the first arguments is found with the second ones."""
 
     def alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
         memo = module.memo(1)
@@ -267,7 +267,7 @@ _versions = (ctypes.c_uint32 * 32)()
 
 
 def capsule(version: int) -> object:
-    """What a class of tensors offers by that version of DLPack."""
+    """What a tensor class offers in this version of DLPack."""
     _versions[0] = version
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -276,7 +276,7 @@ def capsule(version: int) -> object:
 
 
 class Named(MetadataBuffers):
-    """A class of buffers of somebody's own."""
+    """A user's own class of buffers."""
 
 
 def test_what_is_distinguished(module: ModuleType, count_as_equal: Alike, device: torch.device) -> None:
@@ -357,8 +357,8 @@ def test_buffers_are_compared_by_their_fields(count_as_equal: Alike, device: tor
         Named(cache_seqlens=a, kv_indices=b),
         copy.copy(buffers),
         odd(lambda it: setattr(it, "note", "mine")),
-        odd(lambda it: delattr(it, "page_indices")),  # then it is the default
-        odd(lambda it: (delattr(it, "cache_seqlens"), setattr(it, "cache_seqlens", a))),  # behind the others
+        odd(lambda it: delattr(it, "page_indices")),  # the default is used then
+        odd(lambda it: (delattr(it, "cache_seqlens"), setattr(it, "cache_seqlens", a))),  # after the others
         odd(lambda it: setattr(it, "__dict__", {"kv_indices": b, "cache_seqlens": a})),
     ):
         assert count_as_equal([buffers], [same])
@@ -406,7 +406,7 @@ def test_of_inputs_the_dtype_counts(module: ModuleType, device: torch.device) ->
 def test_a_destination_that_changed_in_place_is_told(
     module: ModuleType, device: torch.device, change: Callable[[Tensor], Tensor]
 ) -> None:
-    """In whatever it lies: it is another argument, and is what it was when it is changed back."""
+    """In any container: the changed one is a different argument, and equals the first when it is changed back."""
     table = torch.zeros((2, 4), dtype=torch.int32, device=device)
     lies_in = (table, [table], ([table], None), MetadataBuffers(page_indices=table), [Named(page_indices=table)])
     memos = [module.memo(1) for _ in lies_in]
@@ -435,7 +435,7 @@ def test_what_was_not_used_for_longest_goes(module: ModuleType) -> None:
 
 
 class Keeps:
-    """Calls back when it goes."""
+    """Calls back when it is deleted."""
 
     def __init__(self, memo: Any) -> None:
         self.memo = memo
@@ -468,7 +468,7 @@ def test_what_is_wrong_with_a_memo_is_said(module: ModuleType) -> None:
 
 
 def test_a_torch_whose_tensors_cannot_be_read_is_named(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 2.11 they have no C functions by the DLPack standard."""
+    """Before torch 2.11, tensors lack the C functions of the DLPack standard."""
     backends, pool = [MetadataBuffers(cache_seqlens=torch.zeros(8, dtype=torch.int32))], torch.zeros((8, 64)).int()
     monkeypatch.setattr(torch, "__version__", "2.10.0+cpu")
     for change in (
@@ -571,7 +571,7 @@ def test_inputs_are_not_kept_alive(asked: Asked, device: torch.device) -> None:
 
 
 def test_a_plan_goes_with_its_last_reference(device: torch.device) -> None:
-    """And the memory of the destinations with it: no cycle waits for the collector."""
+    """Its destinations' memory is released as well: no reference cycle waits for the garbage collector."""
     out = torch.zeros(4, dtype=torch.int32, device=device)
     plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros_like(out)[None])
     plan.run(*inputs(device, 1, 2))
@@ -589,10 +589,10 @@ def refcounts(things: list[Any]) -> list[int]:
 
 
 def check_references(things: list[Any], call: Callable[[], object]) -> None:
-    """After many calls every reference count is what it was, and so is the number of blocks of memory.
+    """After many calls every reference count is unchanged, and so is the number of memory blocks.
 
-    But for a few: names of fields are everybody's strings, which other threads of the test run hold and let go. What
-    loses or keeps one reference a call is a thousand off.
+    A few may differ: field names are interned strings, which other threads of the test run hold and release. A leak
+    of one reference per call is off by a thousand.
     """
     for _ in range(10):
         call()
@@ -625,13 +625,13 @@ def test_references_of_the_functions_that_take_lists(device: torch.device) -> No
 
 @pytest.mark.uncounted
 def test_references_of_calls(asked: Asked, device: torch.device) -> None:
-    lengths, rows = inputs(device, 30_000, 40_000)  # numbers that are objects of their own
+    lengths, rows = inputs(device, 30_000, 40_000)  # not cached small integers, so that they are counted
     number = 2**40
     plan = asked.plan
     things = [lengths, rows, number, plan, Tensor, plan._bound, plan._bound._plan]
     check_references(things, lambda: plan.run(lengths, rows))
     turns = iter(range(10**9))
-    check_references(things, lambda: plan.run(lengths, rows, max_len=next(turns) % 2))  # checked each time
+    check_references(things, lambda: plan.run(lengths, rows, max_len=next(turns) % 2))  # checked in each call
 
     def refused(*arguments: Any) -> None:
         with pytest.raises((ArgumentError, TypeError, OverflowError)):

@@ -1,4 +1,4 @@
-"""The process that builds: its environment, what it doesn't change, and difficult names and folders."""
+"""The builder process: its environment, the state that it leaves unchanged, and difficult names and folders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
-    """Makes $CXX a script that does something before it is the real compiler."""
+    """Makes $CXX a script that does something before it runs the real compiler."""
 
     def write(text: str, name: str = "c++") -> Path:
         path = tmp_path / "bin" / name
@@ -48,13 +48,13 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
 
 
 def test_nothing_is_imported_from_the_working_folder(tmp_path: Path) -> None:
-    """A file that another user left in /tmp would run as this one."""
+    """A file that another user left in /tmp would run with this user's rights."""
     hostile = tmp_path / "hostile"
     hostile.mkdir()
     for name in ("torch", "json", "ninja", "setuptools", "subprocess", "onelaunch", "sitecustomize"):
         (hostile / f"{name}.py").write_text(f"import os; open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
     words = [word for config in (SMALL, OTHER) for word in ("--set", config.settings())]
-    # What the user puts on PYTHONPATH is the user's, but a relative folder is another one to a child.
+    # PYTHONPATH is the user's choice, but a child may resolve a relative folder differently.
     code = "import os; os.environ['PYTHONPATH'] = ':.:hostile'; from onelaunch.cli.main import app; app()"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "build", *words, "--jobs", "2"],
@@ -72,7 +72,7 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path: Path) -> None:
 def test_what_reaches_a_compiler(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: Callable[[str], Path]
 ) -> None:
-    """Known variables: what could change the object and not its key stays behind. And this process doesn't change."""
+    """Only known variables: one that changes the object but not its key is dropped. This process stays unchanged."""
     names = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
     names += ("CFLAGS", "CXXFLAGS", "LDFLAGS", "LD_PRELOAD", "NINJA_STATUS", "TORCH_CUDA_ARCH_LIST", "GCC_EXEC_PREFIX")
     for name in names:
@@ -94,7 +94,7 @@ def test_what_reaches_a_compiler(
 def test_flags_that_nvcc_would_append_are_in_no_kernel(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A debug build under the key of a release build would be served to everybody afterwards.
 
-    And the path of the second cache has what a shell and ninja read as their own.
+    The second cache's path contains characters that are special to a shell and to ninja.
     """
     plain = loader.load(SMALL_CUDA, ("90a",), store)
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
@@ -116,7 +116,7 @@ def test_a_builder_is_used_again_and_replaced_when_it_is_gone(store: Store) -> N
 
 
 def test_a_builder_inherits_no_lock(store: Store, tmp_path: Path, compiler: Callable[[str], Path]) -> None:
-    """Or others would wait for a build whose process is dead. The builder starts while its parent holds the lock."""
+    """Otherwise others would wait for a dead process's build: the builder starts while its parent holds the lock."""
     while process._idle:
         process._idle.pop().end()
     compiler(f"ls -l /proc/self/fd >>{tmp_path}/open")
@@ -128,7 +128,7 @@ def test_a_builder_inherits_no_lock(store: Store, tmp_path: Path, compiler: Call
 
 
 def test_without_a_name_for_the_interpreter(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a program that embeds Python."""
+    """As in a program that embeds Python: sys.executable is None."""
     while process._idle:
         process._idle.pop().end()
     monkeypatch.setattr(sys, "executable", None)
@@ -150,7 +150,7 @@ def test_a_process_that_cant_be_started(store: Store, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["a b", "a$b:c|d", "a\nb", "a'b\"c", "ä"])
 def test_a_cache_with_any_name(tmp_path: Path, name: str, store: Store) -> None:
-    """ninja escapes spaces alone; but every path that it sees begins with /proc/self/cwd."""
+    """ninja escapes only spaces; so every path that it sees begins with /proc/self/cwd."""
     first = loader.load(SMALL, store=Store(tmp_path / name))
     assert first.path.is_relative_to(tmp_path / name)
     assert " -c ./main.cpp" in first.manifest["command"]
@@ -168,7 +168,7 @@ def test_a_virtual_environment_with_a_space(store: Store, tmp_path: Path) -> Non
     venv = tmp_path / "some one's venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     site = next(venv.glob("lib/python*/site-packages"))
-    # As if it were installed there: each package by a link.
+    # As if they were installed there: a link for each package.
     packages = Path(torch.__file__).parent.parent
     for path in packages.iterdir():
         if path.suffix != ".pth":
@@ -209,7 +209,7 @@ def test_a_progress_line_never_fails_a_build(store: Store, stream: str, monkeypa
 
 
 def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
-    """As in a container that runs as any number; the cache is named, so nobody needs a home."""
+    """As in a container that runs as an arbitrary uid; the cache folder is given, so no home is needed."""
     code = """
 import os, pwd
 try:

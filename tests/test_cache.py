@@ -39,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """Three entries, that were last used one, two and three days ago."""
+    """Three entries, last used one, two and three days ago."""
     shutil.copytree(built, tmp_path / "cache")
     store = Store(tmp_path / "cache")
     for key in store.stored_keys():
@@ -53,7 +53,7 @@ def store(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds of text, which take no time and can't be loaded."""
+    """Builds whose objects are plain text: they take no time and can't be loaded."""
 
     def build(recipe: Recipe, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
         for name in (f"{recipe.module}.so", "main.cpp"):
@@ -92,20 +92,20 @@ def test_explain_a_hit_and_a_miss(store: Store) -> None:
 
 
 def test_explain_passes_over_what_isnt_a_configuration(tmp_path: Path) -> None:
-    """A baseline of a measurement is built and kept as kernels are, and is nobody's neighbour."""
+    """A benchmark's baseline is stored like a kernel, but explain must not suggest it as a near match."""
     store, tools, config = Store(tmp_path / "cache"), toolchain.find_tools("cpu"), CONFIGS[0]
     binding = render_binding(config, f"{config.symbol}_binding")
     recipe = Recipe(config.symbol, render(config), binding, (), tuple(compiler.flags("cpu", ())), tools.versions())
     entry, home, built = obtain(recipe, tools, store)
     assert (entry.key, home, built) == (recipe.key, store, True)
-    # Again, as after a wait for another process: there is nothing to build.
+    # Again, as after waiting for another process: there is nothing to build.
     assert obtain(recipe, tools, store)[2] is False
     assert hasattr(import_entry(entry), "bind")
     assert explain(CONFIGS[1], (), store).nearest is None
 
 
 def test_explain_names_the_compiler_that_changed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the version of nvcc, and nothing that merely follows from it."""
+    """And the version of nvcc, but nothing that merely follows from these."""
     versions = toolchain.find_tools("cpu").versions()
     monkeypatch.setattr(toolchain.Tools, "versions", lambda self: {**versions, "host_compiler": "g++ 99"})
     found = explain(CONFIGS[1], (), store)
@@ -167,7 +167,7 @@ def test_gc_by_age_and_size(store: Store, no_compiler: None) -> None:
     one = max(collect.sizes(store).values())
     assert verb("cache", "gc", "--max-size", f"{1.5 * one / 1024:.0f}K").exit_code == 0
     assert backends(store) == [1], "the one that was used last"
-    # What is gone is built again, and what is left loads.
+    # A removed entry is built again, and a kept one loads.
     assert loader.load(CONFIGS[0], store=store).path.is_file()
     assert len([path for path in store.listed("index") if "key" in json.loads(path.read_text())]) == 1
     for words, sentence in (
@@ -202,7 +202,7 @@ def test_a_dry_run_removes_nothing_and_says_what_it_would(store: Store) -> None:
 
 
 def test_a_new_build_keeps_the_bound(store: Store, no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes the least recently used entries, but not the new one, nor those used within the last hour."""
+    """Removes the least recently used entries, except the new one and those used within the last hour."""
     one = max(collect.sizes(store).values())
     monkeypatch.setenv(collect.MAX_SIZE_VARIABLE, f"{2.5 * one / 1024:.0f}K")
     loader.load(CONFIGS[0].replace(num_backends=4), store=store)

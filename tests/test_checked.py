@@ -87,7 +87,7 @@ def test_a_violation_is_reported_once(
 
 
 def test_rows_beyond_the_capacity_are_left_out(device: torch.device) -> None:
-    """The rows that fit are right, those that don't aren't written."""
+    """Rows that fit are right; rows that don't fit aren't written."""
     plan, backend, pool = checked_plan(device, **VARIABLE)
     lengths, rows = torch.tensor([50, 60, 70, 80], device=device), torch.tensor([1, 2, 3, 4], device=device)
     extends = torch.tensor([3, 4, 4, 1], device=device)

@@ -27,7 +27,7 @@ from onelaunch.spec.settings import parse_settings
 
 
 def walk(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every verb by its words, groups among them."""
+    """Every verb by its words, including groups."""
     command = command.load() if isinstance(command, Verb) else command
     yield words, command
     for name, inner in getattr(command, "commands", {}).items():
@@ -60,8 +60,8 @@ def test_every_verbs_help_has_examples_that_parse(words: tuple[str, ...]) -> Non
         path: list[str] = []
         while hasattr(VERBS[tuple(path)], "commands"):
             path.append(rest.pop(0))
-        assert path[: len(words)] == list(words), f"{example} is of another verb"
-        # Raises what a user would see. A command keeps the help option of the context that it is first used in.
+        assert path[: len(words)] == list(words), f"{example} calls another verb"
+        # Raises the error that a user would see. A command keeps the help option of its first context.
         with app.make_context("onelaunch", ["list"]) as parent:
             VERBS[tuple(path)].make_context(" ".join(path), list(rest), parent=parent)
         for option, value in itertools.pairwise(rest):
@@ -91,7 +91,7 @@ def test_no_help_text_is_cut(words: tuple[str, ...]) -> None:
 
 def test_short_options_and_names_that_are_gone() -> None:
     assert invoke("-h").stdout == invoke("--help").stdout
-    # A process of its own: click remembers the names of the first context that a command is used in.
+    # In its own process: click remembers the help option's names from a command's first context.
     command = [sys.executable, "-m", "onelaunch.cli.main", "cache", "gc", "-h"]
     assert "-h, --help" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert invoke("-V").stdout == invoke("--version").stdout
@@ -108,7 +108,7 @@ def test_short_options_and_names_that_are_gone() -> None:
 
 def test_the_help_lists_the_verbs_and_the_exit_codes() -> None:
     text = invoke("--help").stdout
-    assert text == invoke().output, "no verb isn't answered by the help"
+    assert text == invoke().output, "a call without a verb doesn't print the help"
     section = text[text.index("Commands:") : text.index("Exit codes:")]
     assert re.findall(r"^  (\w+) +\S.*\.$", section, re.M) == list(app.commands)
     assert re.findall(r"^    (\d+) ", text[text.index("Exit codes:") :], re.M) == ["0", "1", "2", "70", "130"]

@@ -40,7 +40,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def compiler_that(does: str, tmp_path: Path) -> str:
-    """A compiler that tells its version, and otherwise runs this line of shell."""
+    """A compiler that prints its version, and otherwise runs this line of shell."""
     program = tmp_path / "c++"
     program.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo "c++ (X) 12.2.0"; exit;; esac\n{does}\n')
     program.chmod(0o755)
@@ -48,7 +48,7 @@ def compiler_that(does: str, tmp_path: Path) -> str:
 
 
 def assert_one_sentence(result: Any, *texts: str) -> None:
-    """Nothing on standard output, one line on standard error, exit code 2 and no traceback."""
+    """Checks for nothing on standard output, one line on standard error, exit code 2 and no traceback."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -136,10 +136,10 @@ def test_build_of_several_presets_for_named_architectures(monkeypatch: pytest.Mo
     *rows, summary = result.stdout.splitlines()
     assert [line.split()[-2:] for line in rows] == [[config.symbol, "/there"] for config in configs]
     assert summary.startswith("2 built, 0 there before, 0 failed, in ")
-    # A single one is built by the command's own process.
+    # The command's own process builds a single preset.
     assert invoke("nsa-decode-1").exit_code == 0
     assert asked[-1] == prebuild.Job(KernelConfig(), toolchain.current_architectures())
-    # Several without --arch are for the GPU that is here, which the children don't ask.
+    # Several presets without --arch are for the local GPU, which the child processes don't query.
     monkeypatch.setattr(toolchain, "current_architectures", lambda: ("89",))
     assert invoke("nsa-decode-1", "nsa-copy-3").exit_code == 0
     assert [job.archs for job in asked[-2:]] == [("89",), ("89",)]
@@ -175,7 +175,7 @@ def test_build_refuses_an_architecture_that_is_none(store: Store) -> None:
 
 
 def test_build_is_a_wish_that_no_policy_refuses(store: Store) -> None:
-    """ONELAUNCH_JIT is for the builds that a call would start; what the command built, such a call then finds."""
+    """ONELAUNCH_JIT governs builds that a call would start; such a call then finds what the command built."""
     result = invoke("--set", SMALL, "--target", "cpu", ONELAUNCH_JIT="error")
     assert result.exit_code == 0, result.output
     (entry,) = store.entries()
@@ -185,7 +185,7 @@ def test_build_is_a_wish_that_no_policy_refuses(store: Store) -> None:
 
 
 def test_a_cache_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:
-    """A real folder that this user can't write, and the real command: what it built elsewhere would be lost at once."""
+    """With a real read-only folder and the real command: a build placed elsewhere would be lost at once."""
     cache = tmp_path / "cache"
     settings = ("--target", "cpu", "--set", SMALL)
     sentence = (
@@ -210,7 +210,7 @@ def test_a_cache_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:
         code, rows, _ = onelaunch("build", *settings, "--set", "fields=cu_seqlens_k")
         assert (code, rows[-1].split(", in ")[0]) == (2, "0 built, 1 there before, 1 failed")
         assert any(row.startswith("failed ") and row.endswith(sentence) for row in rows)
-        # What is there needs no room.
+        # A build that exists already needs no room.
         code, (row,), errors = onelaunch("build", *settings)
         assert (code, errors) == (0, [])
         assert Path(row.split()[-1]).is_relative_to(cache)
@@ -222,7 +222,7 @@ def test_a_cache_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
-    """With one build here and with several in workers: nothing stays in the cache, and no process either."""
+    """With one build in this process and with several in workers: no cache entry and no process remains."""
     compiler = compiler_that(f"echo $$ > {tmp_path}/running.$$; exec sleep 3000", tmp_path)
     settings = [f"--set=fields=cache_seqlens,num_backends={n}" for n in range(1, jobs + 1)]
     process = subprocess.Popen(
@@ -236,7 +236,7 @@ def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
     try:
         until(lambda: len(list(tmp_path.glob("running.*"))) == jobs or process.poll() is not None, "the compilers")
         assert process.poll() is None, process.communicate()
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the whole process group
         stdout, stderr = process.communicate(timeout=300)
     finally:
         if process.poll() is None:

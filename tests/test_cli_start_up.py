@@ -26,14 +26,14 @@ VERBS = {
     "list": (),
     "cache list": (),
     "describe nsa-decode-3": (),
-    # These render.
+    # These verbs render.
     "show nsa-decode-3": ("jinja2",),
     "show nsa-decode-3 --what key --target cpu": ("jinja2",),
 }
 
 
 def run(words: str, **environment: str) -> tuple[list[str], float]:
-    """The large packages that a command imports, and its seconds of CPU time, which other processes don't lengthen."""
+    """The large packages that a command imports, and its CPU seconds (wall time would count other processes too)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", RUN, *words.split()]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)

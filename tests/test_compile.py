@@ -35,14 +35,14 @@ from onelaunch.emit.binding import module_name, render_binding
 from onelaunch.load import find, loader
 from onelaunch.spec import layout
 
-# onelaunch.render is the function; this is the module that it is looked up in.
+# onelaunch.render is the function; this is the module in which it is replaced.
 RENDER = sys.modules["onelaunch.emit.render"]
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
 OTHERS = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in range(2, 12)]
 
-# Uses the kernel in a new process, and says what that took.
+# Uses the kernel in a new process, and prints what that needed.
 USE = """
 import json, sys, warnings
 import torch, onelaunch
@@ -63,7 +63,7 @@ print(json.dumps({
 
 
 def use(cache: Path, **environment: str) -> tuple[dict[str, Any], str]:
-    """USE in a process of its own: what it printed, and its stderr."""
+    """Runs USE in its own process; returns what it printed, and its stderr."""
     out, err = forked.Child(USE, {**os.environ, "ONELAUNCH_CACHE_DIR": str(cache), **environment}).finish()
     return json.loads(out), err
 
@@ -103,7 +103,7 @@ STRICT_CPU = {
 def test_the_cpu_target_compiles_without_a_warning(tmp_path: Path) -> None:
     """The emitted sources, with the product's flags and every warning an error.
 
-    As one source: most of the time of a small one goes into its headers, which are the same for all.
+    As one source: headers take most of a small source's compile time, and they are the same for all.
     """
     sources = [render(config.replace(target="cpu")) for config in STRICT_CPU.values()]
     assert len({tuple(re.findall(r"^#include .*", source, re.M)) for source in sources}) == 1
@@ -111,7 +111,7 @@ def test_the_cpu_target_compiles_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_the_binding_compiles_without_a_warning(tmp_path: Path) -> None:
-    """One of each kind: they differ by names, by the number of words, and by the words that a call sets."""
+    """One of each kind: bindings differ only in names, in the number of words, and in the words that a call sets."""
     kinds = {tuple(layout.call_words(config)): config for config in STRICT_CPU.values()}
     assert len(kinds) > 3
     for config in kinds.values():
@@ -122,7 +122,7 @@ def assert_strict(text: str, folder: Path) -> None:
     found = toolchain.find_host_compiler()
     source = folder / "source.cpp"
     source.write_text(text, encoding="utf-8")
-    # load_inline prepends nothing, but the pragmas of the CUDA compiler are unknown to the host's.
+    # load_inline prepends nothing, but the host compiler doesn't know the CUDA compiler's pragmas.
     flags = [*found.flags, *compiler.HOST_FLAGS, "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += [f"-isystem{sysconfig.get_path('include')}"]
     done = subprocess.run(
@@ -153,14 +153,14 @@ def exported(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("target", ["cpu", pytest.param("cuda", marks=pytest.mark.nvcc)])
 def test_the_object_needs_nothing_but_the_system_and_exports_one_symbol(target: str) -> None:
-    """No torch, no CUDA library: it is loaded where neither is of the version that it was built with."""
+    """No torch, no CUDA library: it is loaded beside other versions of both than it was built with."""
     kernel = onelaunch.specialize(KernelConfig(num_backends=3, target=target), "90a" if target == "cuda" else None)
     for name in needed(kernel.path):
         assert PLAIN_LIBRARIES.fullmatch(name), name
     assert exported(kernel.path) == [f"PyInit_{kernel.config.symbol}_binding"]
     assert kernel.path.name.endswith(".so")
     assert kernel.source == render(kernel.config)
-    # load_inline puts the C++ sources of a build into one file: on the CPU target the binding follows.
+    # load_inline joins the C++ sources of a build in one file: on the CPU target the binding follows.
     kept = (kernel.path.parent / str(kernel.manifest["source_file"])).read_text()
     assert kept.startswith(kernel.source)
     assert target == "cpu" or kept == kernel.source
@@ -191,14 +191,14 @@ def test_torch_has_no_part_in_the_build(store: Store) -> None:
 
 
 def test_two_stores_have_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the folder nor the time is part of it, nor whether the compiler has the headers precompiled."""
+    """The key depends neither on the folder nor on the time, nor on precompiled headers."""
     a, b = Store(tmp_path / "a"), Store(tmp_path / "some" / "other" / "folder")
     first = loader.load(SMALL, store=a)
     monkeypatch.setenv("CXX", os.environ.get(headers.PLAIN_VARIABLE, str(toolchain.find_host_compiler().path)))
     second = loader.load(SMALL, store=b)
     assert first.key == second.key
     assert first.path.relative_to(a.root) == second.path.relative_to(b.root)
-    # The object itself is the same too, as is what is kept of the sources.
+    # The object is the same too, and so are the stored sources.
     for name in (first.path.name, str(first.manifest["source_file"])):
         assert (first.path.parent / name).read_bytes() == (second.path.parent / name).read_bytes()
 
@@ -261,7 +261,7 @@ def test_the_key_changes_with_each_ingredient(ingredient: str, monkeypatch: pyte
 
 
 def test_the_key_is_the_digest_of_its_ingredients() -> None:
-    """As the manifest has them, so that whoever reads an entry can check its name."""
+    """The manifest records the ingredients, so that a reader of an entry can check its name."""
     recipe = loader.recipe(SMALL, (), {"host_compiler": "g++ 1"})
     assert keys.key_of(json.loads(json.dumps(recipe.ingredients))) == recipe.key
     plain = Recipe("a", "source", "binding", (), (), {})
@@ -270,7 +270,7 @@ def test_the_key_is_the_digest_of_its_ingredients() -> None:
 
 
 def test_a_load_renders_once(store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
-    """And one that an earlier process noted, not at all."""
+    """And not at all if an earlier process recorded the configuration's key."""
     rendered: list[str] = []
     monkeypatch.setattr(RENDER, "render", lambda config: (rendered.append(config.symbol), render(config))[1])
     loader.load(SMALL, store=store)
@@ -281,7 +281,7 @@ def test_a_load_renders_once(store: Store, monkeypatch: pytest.MonkeyPatch, buil
 
 
 def test_the_package_digests_what_is_in_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new file counts without being listed anywhere; what Python writes beside it doesn't."""
+    """A new file counts without being listed anywhere; files that Python writes beside it don't."""
     package = tmp_path / "onelaunch"
     for room in ("spec", "emit", "build", "templates/device"):
         (package / room).mkdir(parents=True)
@@ -331,7 +331,7 @@ def test_a_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch, build
     assert error.source.read_text() == broken
     assert "kThreads = one" in error.log.read_text()
     assert " -c " in error.command
-    # Nothing half-done is left, and the next try, with the fault gone, builds and works.
+    # Nothing partial is left, and the next try, without the fault, succeeds.
     assert list((store.root / "staging").iterdir()) == []
     assert not (store.root / "entries").exists() or list((store.root / "entries").iterdir()) == []
     kernel = loader.load(SMALL, store=store)
@@ -350,7 +350,7 @@ def test_a_cuda_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_link_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler is content, the object isn't complete: it is refused at the latest when it is loaded."""
+    """It compiles, but the object is incomplete: it is refused when it is loaded at the latest."""
     with monkeypatch.context() as patch:
         patch.setattr(
             RENDER, "render", lambda config: render(config).replace(f"{config.symbol}_launch", "other_launch")
@@ -365,7 +365,7 @@ def test_a_link_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @dataclass(frozen=True)
 class Used:
-    """A cache that one process has built in, what that printed, and its stderr."""
+    """A cache that one process has built into, what that process printed, and its stderr."""
 
     folder: Path
     first: dict[str, Any]
@@ -385,7 +385,7 @@ def test_a_second_process_loads_without_building(used: Used) -> None:
     """It imports neither torch's extension builder nor jinja2, and says nothing."""
     cache, first, said = used.folder, used.first, used.said
     assert first["out"] == [5, 6, -1, -1]
-    assert first["modules"] == ["jinja2"], "what compiles is another process"
+    assert first["modules"] == ["jinja2"], "another process runs the compiler"
     notices = [line for line in said.splitlines() if line.startswith("onelaunch:")]
     assert len(notices) == 1, said
     stamp = Path(first["path"]).stat()
@@ -396,12 +396,12 @@ def test_a_second_process_loads_without_building(used: Used) -> None:
     assert second["key"] == first["key"]
     after = Path(second["path"]).stat()
     assert (after.st_ino, after.st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
-    # Neither may it build: the policy that forbids it makes no difference.
+    # It works also under the policy that forbids builds.
     assert use(cache, ONELAUNCH_JIT="error")[0]["out"] == [5, 6, -1, -1]
 
 
 def test_a_process_with_another_compiler_asks_again(used: Used, tmp_path: Path) -> None:
-    """The index holds for the compilers it was made with; another environment finds the entry by its content."""
+    """The index is valid for the compilers it was made with; another environment finds the entry by its key."""
     folder = tmp_path / "bin"
     folder.mkdir()
     second, said = use(used.copy(tmp_path), PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -413,7 +413,7 @@ def test_a_truncated_object_doesnt_bring_a_process_down(used: Used, tmp_path: Pa
     cache = used.copy(tmp_path)
     path = cache / Path(used.first["path"]).relative_to(used.folder)
     data = path.read_bytes()
-    path.unlink()  # this process may have mapped it
+    path.unlink()  # replaced, not truncated in place: this process may have mapped it
     path.write_bytes(data[:-100])
     second, said = use(cache)
     assert second["out"] == [5, 6, -1, -1]
@@ -473,7 +473,7 @@ def command_in(error: Exception) -> list[str]:
 @pytest.mark.parametrize("how", ["freeze", "variable"])
 @pytest.mark.parametrize("what", FROZEN)
 def test_frozen(what: str, how: str, store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
-    """No build; the error says the command that builds exactly this, and that command is run here but for its build."""
+    """No build; the error names the command that builds exactly this. Here it runs without its build."""
     config, archs = FROZEN[what]
     if config.target == "cuda":
         try:

@@ -1,4 +1,4 @@
-// The threads of a block, each on a fiber: how they wait for one another and go on, in an order that the seed draws.
+// The threads of a block, each on a fiber: how they wait for one another and resume, in an order that the seed draws.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulation {
 namespace {
 
-// Lanes that meet under one mask. Two turns of values: nobody can be two turns ahead, as every turn needs all lanes.
+// Lanes that meet under one mask. Values of two turns: no lane can be two turns ahead, as every turn needs all lanes.
 struct Meeting {
   const char* operation = nullptr;
   int line = 0;
@@ -61,13 +61,13 @@ struct Block {
 
 struct Grid {
   std::mt19937_64* random;
-  std::vector<Thread*> ready;  // threads that can go on; as large from the start as it gets, see run_grid
+  std::vector<Thread*> ready;  // threads that can resume; reserved at full size, see run_grid
   std::size_t threads = 0;  // of the blocks that were started
   unsigned finished = 0;  // blocks
   struct Use {
     unsigned blocks = 0;  // that ran on a copy so far
     bool busy = false;
-    char ends[2] = {0, 0};  // addresses to tell ThreadSanitizer that they follow each other, in turn
+    char ends[2] = {0, 0};  // addresses that order successive blocks for ThreadSanitizer, in turn
   };
   std::vector<Use> uses;  // of the copies
   char begin = 0, end = 0;  // addresses to tell ThreadSanitizer about
@@ -91,14 +91,14 @@ std::string waiting_threads(const Block& block) {
   return text + "\n  " + std::to_string(block.gone) + " threads left the kernel";
 }
 
-// Everyone who is left waits for someone else: nobody will ever come.
+// Deadlock: every remaining thread waits for another.
 void check_progress(const Block& block) {
   if (block.waiting > 0 && block.waiting + block.gone == block.count) {
     fail("the threads wait for one another:%s", waiting_threads(block).c_str());
   }
 }
 
-// Runs one of the threads that can go on, whichever the seed draws; main if none can.
+// Runs one of the threads that can resume, whichever the seed draws; main if none can.
 void run_any(Grid& grid) {
   if (grid.ready.empty()) return switch_to(program);
   std::swap(grid.ready[(*grid.random)() % grid.ready.size()], grid.ready.back());
@@ -118,7 +118,7 @@ void wait(Block& block) {
   run_any(*block.grid);
 }
 
-// The calling thread came last: `count` threads from `first` on, or those of them in `mask` if there is one, can go on,
+// The calling thread came last: `count` threads from `first` on, or those of them in `mask` if there is one, can resume
 // in any order.
 void wake(Block& block, unsigned first, unsigned count, unsigned mask = 0) {
   for (unsigned i = 0; i < count; ++i) {

@@ -2,8 +2,8 @@
 //
 //   driver <job> <results>
 //
-// A CUDA thread is a fiber: it runs until it waits for other threads, and then the seed draws one of those that can go
-// on. So a seed repeats a run exactly. To ThreadSanitizer a fiber is a thread like any other, at a hundredth of the cost.
+// A CUDA thread is a fiber: it runs until it waits for other threads, and then the seed draws one of those that can
+// resume. So a seed repeats a run exactly. To ThreadSanitizer a fiber is a thread like any other, at 1 % of the cost.
 // A kernel that spins until another thread has done something would hang: a fiber lets others run only when it waits.
 //
 // The driver is compiled without instrumentation, whatever the sanitizer, so ThreadSanitizer doesn't see how it passes
@@ -44,8 +44,8 @@ std::vector<Recorded> recorded;
 int current_device = 0;
 constexpr int kDevices = 8;
 
-// Runs the blocks in random order, up to `together` at once, each on a copy of its own while there are any. A block on
-// a copy that another was done with follows it, so that no race between these two is seen.
+// Runs the blocks in random order, up to `together` at once, each on its own copy while there are unused ones. A block
+// that reuses a copy is ordered after the block before it, so no race between these two is seen.
 void run_grid(const std::vector<Recorded>& launches, std::mt19937_64& random, unsigned together) {
   const unsigned blocks = launches[0].launch.grid.x;
   std::vector<unsigned> order(blocks);

@@ -29,7 +29,7 @@ struct Context {
 Context program;  // main
 Context* current = &program;
 
-// Not setjmp, longjmp and swapcontext: sanitizers have their own, which take it that frames are left for good.
+// Not setjmp, longjmp and swapcontext: the sanitizers intercept them and assume that the abandoned frames are dead.
 __attribute__((noinline)) void jump(Context& to) { __builtin_longjmp(to.place, 1); }
 
 __attribute__((noinline)) void jump(Context& from, Context& to) {
@@ -45,7 +45,7 @@ void arrive() {
   const void* stack = nullptr;
   std::size_t bytes = 0;
   __sanitizer_finish_switch_fiber(current->asan, &stack, &bytes);
-  if (program.stack == nullptr) {  // the first switch of all comes from there
+  if (program.stack == nullptr) {  // the very first switch comes from main
     program.stack = static_cast<unsigned char*>(const_cast<void*>(stack));
     program.stack_bytes = bytes;
   }
@@ -55,7 +55,7 @@ void switch_to(Context& to) {
   Context& from = *current;
   if (&from == &to) return;
   if (__sanitizer_start_switch_fiber != nullptr) __sanitizer_start_switch_fiber(&from.asan, to.stack, to.stack_bytes);
-  if (__tsan_switch_to_fiber != nullptr) __tsan_switch_to_fiber(to.tsan, 1);  // 1: which orders nothing
+  if (__tsan_switch_to_fiber != nullptr) __tsan_switch_to_fiber(to.tsan, 1);  // 1: the switch orders no memory accesses
   current = &to;
   jump(from, to);
   arrive();
@@ -66,12 +66,12 @@ struct Fiber {
   void* tsan;
 };
 
-// Fibers are used again by the next launch, which comes after all that they did in this one. Not by the same launch: to
+// The next launch reuses the fibers, since it follows everything they did in this one. The same launch must not: to
 // ThreadSanitizer the two threads would be one.
 const Fiber& fiber(std::size_t number) {
   static std::vector<Fiber> fibers;
   while (number >= fibers.size()) {
-    // Below the stack is a page that nobody may touch.
+    // Below the stack is a guard page.
     const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void* at = mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0);

@@ -1,8 +1,8 @@
 """Compiles an emitted kernel for host threads, runs it under a sanitizer, and compares it with the reference.
 
 ``build`` turns source text into a program, ``run`` launches it on shapes of cases.py, with the tensors and expectations
-of checker.py, and says how it went; ``launch`` does both. What one CUDA thread is in the program, the prelude
-(``include/cuda_runtime.h``) says.
+of checker.py, and says how it went; ``launch`` does both. The prelude (``include/cuda_runtime.h``) says
+how the program runs a CUDA thread.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ HERE = Path(__file__).parent
 COMPILER = "g++"
 FLAGS = [
     "-std=c++17",
-    "-O0",  # to optimize takes the compiler longer than it saves the program
+    "-O0",  # optimizing would cost more compile time than it saves run time
     "-fno-omit-frame-pointer",
     "-fno-strict-aliasing",  # int4 accesses to int32 memory are fine for a device compiler
 ]
 SANITIZERS: dict[str, list[str]] = {
     "none": [],
     "thread": ["-fsanitize=thread"],
-    # Variables in a section of their own, as the shared ones are, go unchecked unless it is named.
+    # AddressSanitizer checks variables in a custom section, as the shared ones are, only if the section is named.
     "address": ["-fsanitize=address", "-fsanitize-sections=emulated_shared"],
     "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=all"],
 }
@@ -48,7 +48,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "exitcode=68:print_stacktrace=1",
 }
 MAX_COPIES = 33  # as in copies.h
-RUN_SECONDS = 1800  # ThreadSanitizer takes up to half a minute, and on a busy machine a multiple of it
+RUN_SECONDS = 1800  # ThreadSanitizer takes up to half a minute, and several times that on a busy machine
 
 
 class CompileError(Exception):
@@ -62,9 +62,9 @@ def build(source: str, sanitizer: str, directory: Path, *, copies: int, lines: b
     Args:
         source: the emitted CUDA.
         sanitizer: a key of SANITIZERS.
-        copies: how many blocks of a grid may run at the same time, up to MAX_COPIES. ``__shared__`` variables are
+        copies: how many blocks of a grid may run concurrently, up to MAX_COPIES. ``__shared__`` variables are
             static, so each of them runs on its own copy of the object file, with its symbols renamed.
-        lines: let reports name lines of the source, which takes the compiler half as long again.
+        lines: let reports name source lines, which takes 1.5 times the compile time.
 
     Raises:
         CompileError: the source doesn't compile.
@@ -95,7 +95,7 @@ def build(source: str, sanitizer: str, directory: Path, *, copies: int, lines: b
 
 
 def _driver(directory: Path) -> Path:
-    """The driver's object file: the same for every kernel and sanitizer."""
+    """The driver's object file, the same for every kernel and sanitizer."""
     digest = _digest()
     compiled = directory / f"driver-{digest}.o"
     with FileLock(directory / f"driver-{digest}.lock"):
@@ -111,7 +111,7 @@ def _driver(directory: Path) -> Path:
 
 
 def _prelude(directory: Path, flags: list[str]) -> Path:
-    """A folder with the prelude, precompiled: most of the time of a small kernel goes into the headers."""
+    """A folder with the precompiled prelude: headers take most of a small kernel's compile time."""
     digest = _digest(*flags)
     folder = directory / f"prelude-{digest}"
     with FileLock(directory / f"prelude-{digest}.lock"):
@@ -119,7 +119,7 @@ def _prelude(directory: Path, flags: list[str]) -> Path:
             partial = folder.with_suffix(".partial")
             partial.mkdir(exist_ok=True)
             shutil.copy(HERE / "include" / "cuda_runtime.h", partial)
-            # Not as the main file, in which #pragma once has a warning.
+            # Included, since #pragma once in a main file causes a warning.
             (partial / "whole.h").write_text("#include <cuda_runtime.h>\n", encoding="utf-8")
             output = ["-o", str(partial / "cuda_runtime.h.gch")]
             _tool([COMPILER, "-x", "c++-header", *flags, f"-I{HERE / 'include'}", "whole.h", *output], partial)
@@ -171,7 +171,7 @@ def missing_runtime(sanitizer: str) -> str | None:
 
 @functools.cache
 def _prefix() -> list[str]:
-    """Older sanitizer runtimes want their addresses free, which strong address randomization doesn't promise."""
+    """Older sanitizer runtimes need certain addresses free, which strong address randomization doesn't guarantee."""
     command = ["setarch", "--addr-no-randomize"]
     if shutil.which("setarch") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
         return command
@@ -184,9 +184,9 @@ class Outcome:
     """How a run went.
 
     Attributes:
-        caught: None if all is well; else who complained: "mismatch" (the comparison with the reference), "thread",
+        caught: None if all is well; else what detected it: "mismatch" (the comparison with the reference), "thread",
             "address", "undefined" (that sanitizer), "emulation" (the prelude's own checks), "crash", "hang".
-        text: what was said.
+        text: the report.
     """
 
     caught: str | None
@@ -205,7 +205,7 @@ def run(
 
     Args:
         program: from ``build``.
-        launches: (seed of the block and thread order, how many blocks may run at the same time); each shape is launched
+        launches: (seed of the block and thread order, how many blocks may run concurrently); each shape is launched
             once for each.
     """
     chains = [_chain(shape) for shape in shapes]
@@ -222,12 +222,12 @@ def run(
 
 
 def _chain(shape: Shape) -> list[Shape]:
-    """A shape after those that are launched before it on the same memory."""
+    """A shape, preceded by those that are launched before it on the same memory."""
     return [*([] if shape.before is None else _chain(shape.before)), shape]
 
 
 def _run(program: Path, jobs: Sequence[Job], seconds: int) -> Outcome:
-    """run() of jobs whose memory is as it must be before."""
+    """run() of jobs whose memory has its initial content."""
     with tempfile.TemporaryDirectory() as name:
         job, results = Path(name) / "job", Path(name) / "results"
         job.write_bytes(numbers(len(jobs)) + b"".join(j.encode() for j in jobs))
@@ -267,7 +267,7 @@ def _complaint(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def own_blocks(config: KernelConfig) -> int:
-    """A block for the lengths and one for each schedule, or one for each backend where they differ."""
+    """The number of blocks for lengths and schedules: one each, or one for each backend where backends differ."""
     return config.sets + sum(1 if config.once(name) else config.sets for name in config.schedules)
 
 
@@ -280,12 +280,12 @@ def launch(
     launches: tuple[tuple[int, int], ...] = ((1, 1), (2, 64)),
     lines: bool = False,
 ) -> Outcome:
-    """Builds and runs: by default blocks one after the other, then all at the same time."""
+    """Builds and runs, by default with the blocks one after the other, then with all of them concurrently."""
     reason = missing_runtime(sanitizer)
     if reason is not None:
         pytest.skip(reason)
     each = own_blocks(config)
-    # Equal rows have as many blocks for tables as they need: a few at the same time are enough.
+    # With equal rows the grid has as many table blocks as it needs: a few concurrent ones are enough.
     concurrent = 6 if config.equal_rows else config.blocks_per_sm * max((shape.sm_count for shape in shapes), default=1)
     copies = min(each + 2 * concurrent, MAX_COPIES)
     program = build(source, sanitizer, directory, copies=copies, lines=lines)

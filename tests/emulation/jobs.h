@@ -99,7 +99,7 @@ Case read_case(Reader& job) {
 constexpr unsigned char kCanary = 0xc3;
 constexpr std::size_t kGuardBytes = 64;
 
-// Guards of canaries around the buffer, except where AddressSanitizer guards it to the byte, reads too.
+// Canaries around the buffer, unless AddressSanitizer guards it: to the byte, and against reads too.
 void allocate(Buffer& b) {
   const bool asan = __asan_poison_memory_region != nullptr;
   if (b.sparse) {
@@ -128,7 +128,7 @@ void allocate(Buffer& b) {
   for (const auto& [offset, data] : b.segments) std::memcpy(b.data + offset, data.data(), data.size());
 }
 
-// What the kernel may not have touched, it hasn't.
+// Checks that the kernel left read-only buffers and guards untouched.
 void check_guards(const Buffer& b) {
   if (__asan_unpoison_memory_region != nullptr && !b.sparse) __asan_unpoison_memory_region(b.base, b.phase);
   const auto check = [&](const unsigned char* from, const unsigned char* to) {

@@ -1,4 +1,4 @@
-"""The cases as the driver gets them: bytes of parameter words and memory, and what the memory must hold afterwards.
+"""The cases in the driver's format: parameter words, memory contents, and the expected contents after a launch.
 
 jobs.h reads the format.
 """
@@ -24,15 +24,15 @@ DEVICE = 3  # as in driver.cpp
 
 @dataclass
 class Buffer:
-    """A tensor's memory as the driver gets it: from its first element to its last, and what it must hold afterwards.
+    """A tensor's memory for the driver, from its first element to its last, and the expected content after a launch.
 
     Attributes:
-        tensor: what it holds before; of a sparse one the rows, of which only the columns have memory.
-        sparse_stride: elements from row to row of a sparse one.
+        tensor: the content before; for a sparse tensor the rows, of which only the columns have memory.
+        sparse_stride: elements from row to row of a sparse tensor.
         expected: the same range afterwards, bool as bytes; None if nothing may change.
-        unknown: elements of it that may hold anything.
-        kept: the kernel may write it, and what it writes is for the next launch alone.
-        others: what it may hold as well.
+        unknown: elements that may hold anything afterwards.
+        kept: whether the kernel may write it for the next launch; the content isn't compared.
+        others: contents that are allowed as well.
         words: the parameter words that point to it.
     """
 
@@ -126,7 +126,7 @@ class Job:
                     words += [tensor.stride(0) * (config.field(name).own_rows or 1), tensor.stride(0)]
                 values += words
                 assert isinstance(words[0], Buffer)
-                if config.audits:  # which compares with what is there
+                if config.audits:  # an audit compares with the content
                     tensor.copy_(scene.wanted(name, d))
                 else:
                     words[0].expected = self._expected(name, d, tensor)
@@ -138,7 +138,7 @@ class Job:
             self.hashes.kept = True
             self.values["tile_hashes"], self.values["tile_hashes_stride"] = [self.hashes], [tiles]
         if config.checked:
-            # Compared as the others are, in 32-bit words.
+            # Compared in 32-bit words, as the others are.
             found = [[checker.KINDS[kind], *numbers] for kind, *numbers in scene.violations] or [[0] * 4]
             choices = [torch.tensor(violation, dtype=torch.int64).view(torch.int32) for violation in found]
             record = self._buffer("violation", torch.zeros(4, dtype=torch.int64))
@@ -150,7 +150,7 @@ class Job:
             self.values["violation"] = [record]
 
     def _difference(self) -> Tensor:
-        """Changes an element, if the shape says so; the record that an audit leaves, but for the address."""
+        """Changes an element, if the shape says so; returns the audit's record of it, without the address."""
         name = self.shape.wrong
         if name is None:
             return torch.zeros(4, dtype=torch.int64)
@@ -181,7 +181,7 @@ class Job:
         if self.shape.sparse_stride is not None and tensor.dim() == 2 and name not in self.scene.declared:
             return wanted.flatten()
         around = poisoned(_flat(tensor).shape, tensor.dtype)
-        if tensor.dtype == torch.bool:  # the poison is no truth value
+        if tensor.dtype == torch.bool:  # the poison is not a valid bool
             around, wanted = around.view(torch.uint8), wanted.view(torch.uint8)
         around.as_strided(tensor.shape, tensor.stride()).copy_(wanted)
         return around
@@ -215,7 +215,7 @@ class Job:
         return b"".join(out)
 
     def compare(self, results: memoryview) -> tuple[str | None, int]:
-        """The first difference between the driver's results and what must be there, and the bytes taken."""
+        """The first difference between the driver's results and the expected content, and the number of bytes read."""
         taken = 0
         for seed, together in self.launches:
             for b in self.buffers:

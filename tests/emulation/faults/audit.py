@@ -1,4 +1,4 @@
-"""Audits, and the function that they put in the place of all stores."""
+"""Audits, and the function with which they replace all stores."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .fault import Fault, barrier
 from .shown_by import DECODE, LONG, POOLS
 
 AUDIT = DECODE.replace(writes="audit")
-# Without a sum, whose barriers would do.
+# Without running sums: their barriers would hide a missing one.
 VECTOR = KernelConfig(fields=("cache_seqlens",), threads=64, writes="audit")
-# An element of a table isn't what a refresh writes.
+# One element of a table is wrong.
 WRONG = Shape("wrong", (1500, 3, 0, 700), width=1503, token_phase=4, table_phase=12, wrong="real_page_table")
 
 FAULTS = {

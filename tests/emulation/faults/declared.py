@@ -1,4 +1,4 @@
-"""Declared fields: look-ups, padding, strides, what formulas are emitted as, tables and packed fields."""
+"""Declared fields: look-ups, padding, strides, the code emitted for formulas, tables and packed fields."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ COMPUTED = KernelConfig(
     },
     fields=("ids", "tab", "live"),
 )
-# Look-ups before, in and behind a row and a map; the last row of the pool, with nothing behind it.
+# Look-ups before, in and past a row and a map; the last row of the pool, where its allocation ends.
 EDGES = Shape("edges", (0, 88, 89, 90, 91, -5, 31, 2**31 - 1), width=90, spare_rows=3, seed=3)
 MANY = Shape("many", tuple(7 * i % 300 for i in range(100)), width=300, spare_rows=2, token_pad=1)
 

@@ -1,4 +1,4 @@
-"""Vectors, running sums, checks, the launch: all that isn't a table."""
+"""Vectors, running sums, checks and the launch: everything but the tables."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ bool barrier(int line, bool yes = false);
 // `orders` says whether the operation orders memory too.
 Lanes exchange(const char* operation, int line, unsigned mask, std::uint64_t value, bool orders);
 
-// Stops the run unless the bytes are constant while the kernel runs, as the read-only data path takes for granted.
+// Stops the run unless the bytes are constant while the kernel runs, as the read-only data path requires.
 void check_constant(const void* address, std::size_t bytes, int line);
 
 // Stops the run: the program did what CUDA leaves undefined.
@@ -81,7 +81,7 @@ T unpack(std::uint64_t bits) {
   return value;
 }
 
-// The value of another lane, which has to be among those that take part: of any other it is undefined.
+// The value of another lane, which must be in the mask: the value of any other lane is undefined.
 template <typename T>
 T take(const char* operation, int line, unsigned mask, T value, int from) {
   const Lanes lanes = exchange(operation, line, mask, pack(value), false);
@@ -110,7 +110,7 @@ inline unsigned vote(const char* operation, int line, unsigned mask, bool yes) {
 #define __shared__ __attribute__((section("emulated_shared"))) static
 
 // ---- built-in variables and vector types ---------------------------------------------------------------------------
-// The driver sets them whenever it lets another thread run, which it only does inside of what it provides.
+// The driver sets them whenever it switches threads, which it does only inside the functions that it provides.
 extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct alignas(16) int4 {
@@ -133,7 +133,7 @@ T __shfl_sync(unsigned mask, T value, int lane, int line = __builtin_LINE()) {
   return emulation::take("__shfl_sync", line, mask, value, lane & (emulation::kWarp - 1));
 }
 
-// A lane with none that far below it keeps its own value.
+// A lane without a source lane that far below it keeps its own value.
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LINE()) {
   const unsigned lane = static_cast<unsigned>(emulation::lane());
@@ -180,7 +180,7 @@ inline std::uint64_t __umul64hi(std::uint64_t a, std::uint64_t b) {
   return static_cast<std::uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
-// Atomic, and no more than that: like CUDA's, it orders nothing else.
+// Atomic only: like CUDA's, it doesn't order other accesses.
 template <typename T>
 T atomicCAS(T* address, T expected, T value) {
   __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
