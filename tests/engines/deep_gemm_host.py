@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMS = (1, 7, 66, 132)  # what is compiled in
-# Full of PTX; the source defines what the kernels use of them.
+SMS = (1, 7, 66, 132)  # the numbers of SMs that are compiled in
+# These headers contain PTX, so empty files replace them. deep_gemm_host.cpp defines what the kernels use of them.
 _EMPTY = (
     "deep_gemm/common/math.cuh",
     "deep_gemm/common/types.cuh",

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 SEED = 17
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 4, 4, 2, 64, 256, 512
-# How much a layer's attention and MLP add to the hidden states: the first layer's, and the others'.
+# Scale of what a layer's attention and MLP add to the hidden states: for the first layer, and for all others.
 FIRST, OTHERS = (3.0, 0.3), (0.05, 0.05)
-# Sharp attention: the next token depends on a few rows.
+# Sharp attention, so that the next token depends on few rows of the KV cache.
 SHARPNESS = 2.0
 
 CONFIG = {
