@@ -23,7 +23,7 @@ from support import ALL_FIELDS
 MQA = "paged_mqa_schedule_metadata"
 LENGTHS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded")
 
-# One change to each setting that shapes a kernel which has every field.
+# One change to each setting, for a kernel with every field.
 CHANGES: dict[str, Any] = {
     "writes": "verified",
     "operation": "copy",
@@ -46,7 +46,7 @@ CHANGES: dict[str, Any] = {
     "index_kpool": 2,
     "checked": True,
 }
-# Settings that need another one to say anything.
+# Settings that have an effect only together with another one.
 TOGETHER: dict[str, dict[str, Any]] = {
     "next_n": {"mode": "target_verify", "next_n": 3},
     "next_n of draft_extend": {"mode": "draft_extend", "next_n": 3},
@@ -83,7 +83,7 @@ def base(**changes: Any) -> KernelConfig:
 
 
 def test_every_setting_is_in_the_key() -> None:
-    """Each change gives a key of its own."""
+    """Each change gives a different key."""
     changes = [{name: value} for name, value in CHANGES.items()] + list(TOGETHER.values())
     assert set(SETTINGS) == {name for change in changes for name in change}
     keys = {base().key}
@@ -96,7 +96,7 @@ def test_every_setting_is_in_the_key() -> None:
 
 
 def test_defaults_are_not_in_the_key() -> None:
-    """So a setting that is added later changes no key that exists. This one is as old as the second schema."""
+    """So a new setting changes no existing key. The key below dates from the second schema."""
     config = preset("nsa-decode-3")
     assert config.settings() == "num_backends=3"
     assert config.key == hashlib.sha256(b"2,num_backends=3").hexdigest()
@@ -118,7 +118,7 @@ def test_symbols_name_what_they_are() -> None:
 
 
 def test_the_key_is_the_same_in_every_process(tmp_path: Path) -> None:
-    """No hash randomization, no address and no time in it."""
+    """It depends on no hash randomization, address or time."""
     code = (
         "from onelaunch.spec.presets import PRESETS; import json;"
         "print(json.dumps({n: c.key for n, c in PRESETS.items()}))"
@@ -143,7 +143,7 @@ def test_replace_validates_again() -> None:
         base().replace(page_size=0)
     with pytest.raises(ConfigError, match=r"distinct\[page_indices\] is 2"):
         base(distinct=(("page_indices", 2),)).replace(num_backends=1)
-    # What wasn't used has its default where it is used again.
+    # A setting that was dropped as unused has its default when it is used again.
     assert base(fields=LENGTHS, page_size=16).replace(fields=ALL_FIELDS) == base()
     assert base(threads=128, target="cpu").replace(target="cuda") == base()
 
@@ -166,7 +166,7 @@ def test_settings_and_dicts_are_read_back(config: KernelConfig) -> None:
     assert KernelConfig.from_dict(config.to_dict()) == config
     assert KernelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert list(config.to_dict()) == list(SETTINGS)
-    # It is typed in a shell; only declarations, which are JSON, need quotes there.
+    # Users type settings in a shell. Only declarations, which are JSON, may need quotes.
     assert config.declare or not set(config.settings()) & set(" \"'$`\\|&;<>()*?[]{}!#~\n")
 
 
@@ -213,7 +213,7 @@ def test_presets() -> None:
         assert preset(name) is config
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
         number = re.search(r"-(\d+)(-|$)", name)
-        if not name.startswith("sglang-"):  # where it is the draft steps, or the tokens of a request
+        if not name.startswith("sglang-"):  # there the number counts draft steps, or tokens per request
             assert config.num_backends == (int(number[1]) if number else 1)
         assert config.target == "cuda"
     with pytest.raises(ConfigError, match="Did you mean 'nsa-decode-3'"):
@@ -225,7 +225,7 @@ def test_presets() -> None:
 
 @pytest.mark.parametrize("config", WRITTEN.values(), ids=WRITTEN)
 def test_the_parameter_block(config: KernelConfig) -> None:
-    """What a call sets comes first, the rest follows, and no word is without a name."""
+    """Words that a call sets come first, the others follow, and every word has a name."""
     members = layout.members(config)
     words = layout.param_words(config)
     assert len(words) == sum(m.words for m in members) == config.param_words

@@ -1,4 +1,4 @@
-"""Settings that a KernelConfig refuses: by fragments of the message, and the whole text of some."""
+"""Settings that a KernelConfig refuses: fragments of each message, and the whole text of some."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_names_are_needed() -> None:
 
 
 def test_more_backends_than_the_parameter_block_takes() -> None:
-    """The limit is CUDA's, not ours: it is found by asking for one backend more until it is refused."""
+    """The limit is CUDA's, not ours: a bisection finds the first number that is refused."""
     low, high = 1, 5_000
     while high - low > 1:
         middle = (low + high) // 2
@@ -108,7 +108,7 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
         except ConfigError:
             high = middle
     words = KernelConfig(num_backends=low).param_words
-    # Four addresses, and two tables of an address and a stride, a backend.
+    # Each backend takes 8 words: four addresses, and an address and a stride for each of two tables.
     assert words <= MAX_PARAM_WORDS < words + 8
     assert low > 500
     with pytest.raises(ConfigError) as caught:
@@ -117,7 +117,7 @@ def test_more_backends_than_the_parameter_block_takes() -> None:
     assert f"{8 * (words + 8)} bytes" in str(caught.value)
     assert f"CUDA allows {8 * MAX_PARAM_WORDS}" in str(caught.value)
     assert "several plans" in str(caught.value)
-    # Shared destinations take one place.
+    # Destinations that all backends share are in the parameter block once.
     shared = tuple((name, 1) for name in KernelConfig().fields)
     assert KernelConfig(num_backends=high, distinct=shared).param_words < 30
 
@@ -190,7 +190,7 @@ def test_messages_begin_with_what_is_wrong() -> None:
 
 NAMES = ", ".join(FIELDS)
 
-# The whole text: a message that says the right thing in the wrong words still misleads.
+# The whole text, because a fragment would not show a misleading sentence around it.
 MESSAGES: list[tuple[dict[str, Any], str]] = [
     (
         {"threads": 16},

@@ -43,7 +43,7 @@ def test_by_hand(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_indices_have_the_dtype_of_their_tensors(device: torch.device, dtype: torch.dtype) -> None:
-    """Triton reads int64. A token beyond int32 stays whole there, and is truncated in int32."""
+    """Triton reads int64. A token beyond int32 is kept in int64 indices and truncated in int32 ones."""
     pool = torch.tensor([[2**40 + 7, -1, 5]], dtype=torch.int64, device=device)
     indices = torch.full((4,), -9, dtype=dtype, device=device)
     plan = onelaunch.bind([MetadataBuffers(kv_indices=indices)], req_to_token=pool)

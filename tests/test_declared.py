@@ -1,7 +1,7 @@
-"""Fields that a user declares: by hand, in plans, and what is refused before anything is written or built.
+"""Declared fields: values computed by hand, plans, and what is refused before anything is written or built.
 
-test_refresh.py and test_emulation.py compare emitted code with the evaluation by PyTorch: cases.py has declared
-configurations. test_expressions.py does so for random formulas.
+test_refresh.py and test_emulation.py compare emitted code with PyTorch for the declared configurations of cases.py.
+test_expressions.py does so for random formulas.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def bound(declare: dict[str, Any], count: int = 1, **settings: Any) -> onelaunch
 
 
 def test_a_draft_steps_positions_and_slots() -> None:
-    """SGLang's: positions and out_cache_loc, int64, each request's rows one after the other, padded."""
+    """SGLang's positions and out_cache_loc: int64, padded, each request's rows one after the other."""
     positions, slots = blank(12, dtype=torch.int64), blank(5, 3, dtype=torch.int64)
     plan = bound(
         {
@@ -56,7 +56,7 @@ def test_a_draft_steps_positions_and_slots() -> None:
 
 
 def test_a_step_of_a_strided_buffer_is_each_backends() -> None:
-    """[B, K, S] with K = 1: backend i's elements are S apart, and those between them are other backends'."""
+    """[B, K, S] with K = 1: backend i's elements are S apart, with other backends' elements between them."""
     slots = blank(4, 3, dtype=torch.int64)
     declared = vector("token(base_len + step)", "request", dtype="int64")
     bound({"slots": into(declared, [slots[:, step] for step in range(3)])}, count=3).run(LENGTHS, ROWS)
@@ -64,7 +64,7 @@ def test_a_step_of_a_strided_buffer_is_each_backends() -> None:
 
 
 def test_a_transposed_buffer() -> None:
-    """mrope's positions are [3, N]: three rows of a request in the other direction."""
+    """mrope's positions are [3, N]: a request's three rows lie along the first dimension."""
     mrope = blank(3, 4, dtype=torch.int64)
     bound({"mrope": into(vector("base_len", rows=3, dtype="int64", pad=0), mrope.T)}).run(
         LENGTHS, ROWS, captured_size=4
@@ -111,7 +111,7 @@ def test_sums_over_rows_and_a_last_element_as_padding() -> None:
 
 
 def test_padding_requests_are_like_others_but_for_fields_with_a_pad() -> None:
-    """A graph's batch: SGLang's lengths of padding are 1, their rows 0, and their positions 0."""
+    """As in SGLang's captured batches: a padding request has length 1, pool row 0 and position 0."""
     lengths, starts, positions, rows = blank(6), blank(7), blank(6, dtype=torch.int64), blank(6)
     pages, last = blank(6, 10), blank(7)
     plan = onelaunch.bind(
@@ -151,7 +151,7 @@ def test_how_many_rows_a_request_has() -> None:
 
 
 def test_a_term_is_named_and_not_written() -> None:
-    """A name is a formula: the vector that it is needn't have a tensor."""
+    """A declared vector without a tensor only names a formula for use in others."""
     out = blank(3)
     bound({"half": vector("base_len // 2", "request"), "out": into(vector("half * 10", "request"), out)}).run(
         LENGTHS, ROWS
@@ -197,7 +197,7 @@ def test_a_checked_plan_reports_a_look_up_outside_its_source() -> None:
 
 
 def test_a_checked_plan_does_not_report_a_look_up_that_a_condition_excludes() -> None:
-    """However long its formula is: long ones are computed in several local constants."""
+    """Also in a long formula, which emitted code splits into several local constants."""
     out = blank(3)
     shift = " + ".join(["base_len * base_len"] * 6)
     guarded = f"where(base_len < 5, token(base_len + 0 * ({shift})) + ({shift}), -1)"
@@ -257,7 +257,7 @@ def test_a_matrix_declares_fields(tmp_path: Path) -> None:
         constants={"most": 9},
         maps={"full_to_swa": Map(torch.arange(9), -1)},
     )
-    assert plan.config == config, "what was built ahead of time is what a plan binds"
+    assert plan.config == config, "a plan must bind the kernel that was built ahead of time"
 
 
 def test_the_banner_says_what_was_declared() -> None:
@@ -349,7 +349,7 @@ def test_destinations_that_do_not_fit() -> None:
 
 
 def test_a_plan_reads_nothing_that_it_writes() -> None:
-    """No field reads a destination: neither a source or map, nor an input of a call, may lie in one."""
+    """No field reads a destination: no source, map or input of a call may overlap one."""
     read, lens = blank(4, 10), blank(3, dtype=torch.int64)
     for sources in ({"sources": {"looked_up": read}}, {"maps": {"looked_up": Map(read.flatten())}}):
         with pytest.raises(ArgumentError, match=r"declare\['mine'\] overlaps the source or map 'looked_up' in memory"):
@@ -405,7 +405,7 @@ def test_runs_that_are_refused() -> None:
 
 
 def test_padding_ends_where_the_padded_fields_end() -> None:
-    """vLLM's slot mappings are padded up to their capacity, beyond what other fields have room for."""
+    """vLLM's slot mappings are padded up to their capacity, which exceeds that of other fields."""
     lengths, slots, rows = blank(3), blank(2, 9, dtype=torch.int64), blank(20)
     plan = bound(
         {
@@ -446,7 +446,7 @@ def test_padding_of_rows_ends_where_they_end() -> None:
 
 
 def test_pinned_memory_beside_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a plan on the host reads. On a GPU test_integrations.py runs one."""
+    """A field in pinned memory is accepted; the host's planning code reads it. test_integrations.py runs one."""
     field, host, gpu = Field("mine", vector("base_len", "request")), blank(4), torch.device("cuda", 0)
     with pytest.raises(ArgumentError, match=r"host is on cpu; it must be on cuda:0, .* or in pinned memory"):
         check_declared("host", host, field, gpu)
@@ -468,7 +468,7 @@ def test_groups_take_standard_fields_only() -> None:
     [(vector("1", "requests"), "the per of mine is 'requests'"), (vector("1", dtype="int16"), "the dtype of mine is")],
 )
 def test_bind_names_what_is_wrong_with_a_declaration(declaration: Any, message: str) -> None:
-    """Not with its tensor."""
+    """The message is about the declaration, not about its tensor."""
     with pytest.raises(ConfigError, match=message):
         onelaunch.bind(
             [MetadataBuffers(cache_seqlens=blank(3))], req_to_token=POOL, declare={"mine": into(declaration, blank(3))}
@@ -492,7 +492,7 @@ def test_arguments_of_another_kind() -> None:
 
 
 def test_a_table_of_pages_and_one_of_another_pool() -> None:
-    """FA3's page_table and swa_page_table, what is not live is filled or left alone."""
+    """FA3's page_table and swa_page_table: dead columns are filled in one and left alone in the other."""
     pages, swa = blank(3, 4), blank(3, 4)
     bound(
         {
@@ -513,7 +513,7 @@ def test_a_table_of_pages_and_one_of_another_pool() -> None:
 
 
 def test_pages_one_behind_the_other() -> None:
-    """FlashInfer's plan inputs in pages: kv_indptr, kv_indices and last_page_len. What doesn't fit is dropped."""
+    """FlashInfer's plan inputs in pages: kv_indptr, kv_indices and last_page_len. Excess pages are dropped."""
     indptr, indices, last = blank(4), blank(2), blank(3)
     bound(
         {
@@ -529,7 +529,7 @@ def test_pages_one_behind_the_other() -> None:
 
 
 def test_a_packed_mask_of_bools() -> None:
-    """Of each request's token which of the others it sees: a row of 3 for each of two tokens, and so on."""
+    """A packed attention mask: each request has 2 * seq_len elements, stored one request after the other."""
     mask = torch.full((40,), 7, dtype=torch.uint8)
     bound(
         {

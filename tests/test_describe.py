@@ -30,7 +30,7 @@ def invoke(*words: str) -> Any:
 @pytest.mark.parametrize(("bs", "width"), [(3, 131), (33, 517)])
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_refresh_of_a_preset_writes_is_what_it_says(name: str, bs: int, width: int) -> None:
-    config = PRESETS[name].replace(padding_len=None)  # what padding takes isn't counted
+    config = PRESETS[name].replace(padding_len=None)  # describe doesn't count padding
     shape = batch(bs, width, max_indices=10**6, extends=(2, 0, 1, 5, 0))
     scene = checker.Scene(config, shape)
     if scene.captured_size is not None:
@@ -122,7 +122,7 @@ def test_a_shared_table_is_written_as_far_as_the_longest_reaches() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    # Two lengths and two sums a request, two leading zeros; 130 tokens; 1 + 1 + 2 pages.
+    # Two lengths and two sums per request, two leading zeros; 130 tokens; 1 + 1 + 2 pages.
     config = KernelConfig(num_backends=2)
     assert traffic(config, [1, 64, 65]).bytes_written == 4 * 2 * (3 + 4 + 3 + 4 + 130 + 4)
     assert traffic(config.replace(page_size=1), [1, 64, 65]).bytes_written == 4 * 2 * (3 + 4 + 3 + 4 + 130)
@@ -132,7 +132,7 @@ def test_bytes_by_hand() -> None:
     assert verify.bytes_written == 4 * (2 + 3 + 4 * (64 + 5) + 8 + 9 + 4 * (1 + 1) + 8)
     assert verify.bytes_read == 2 * 8 + 2 * 8 + 4 * (64 + 5), "a token is read once for all rows"
     variable = traffic(preset("nsa-draft-extend-3-variable"), [60, 7], rows=[2, 0])
-    assert variable.bytes_read == 3 * 2 * 8 + 4 * 60, "of a request without rows no token is read"
+    assert variable.bytes_read == 3 * 2 * 8 + 4 * 60, "no token of a request without rows is read"
 
 
 def test_the_bench_counts_the_same_bytes() -> None:

@@ -33,7 +33,7 @@ def test_exit_codes_are_those_of_diff() -> None:
         assert (trouble.exit_code, trouble.stdout) == (2, "")
         assert len(trouble.stderr.splitlines()) == (
             1 if "no/such.cu" in words else 2
-        )  # an unknown name: the nearest first
+        )  # for an unknown name, also the nearest one
     assert invoke("nsa-decode-3").exit_code == 2
 
 

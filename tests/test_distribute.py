@@ -1,4 +1,4 @@
-"""onelaunch.distribute: several local processes with separate caches, in groups of gloo, and of NCCL with two GPUs."""
+"""onelaunch.distribute: several processes with separate caches, in gloo groups, and in NCCL groups on two GPUs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from filelock import FileLock
 from onelaunch.errors import ArgumentError
 from ranks import EVENTS, LATE_SECONDS
 
-# Ranks by backend: NCCL wants a GPU for each.
+# Number of ranks for each backend: NCCL needs a GPU per rank.
 RANKS = {"gloo": 4, "nccl": 2}
 WELL = ("two architectures", "a group without the first", "slower than the time-out")
 FAILING = ("leader fails", "they differ", "no list")
 STOPPED = tuple(how for how, (_, _, event) in EVENTS.items() if event == "stopped")
 KILLED = tuple(how for how, (_, _, event) in EVENTS.items() if event == "killed")
 INTERRUPTED = tuple(how for how, (_, _, event) in EVENTS.items() if event == "interrupted")
-# No time-out of a group is near these: they are 10 minutes, or 30.
+# Far below the time-outs of a group, which are 10 or 30 minutes: an error this soon is no time-out.
 SOON_SECONDS = 120
 
 GONE = (
@@ -44,7 +44,7 @@ Results = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, pytest.mark.two_devices])])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Of the group that distribute() is given."""
+    """The backend of the group given to distribute()."""
     return str(request.param)
 
 
@@ -56,7 +56,7 @@ def folder(shared: Path, backend: str) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, backend: str) -> Results:
-    """By case, what each rank said and how it ended. Made once for all workers."""
+    """For each case, what each rank reported and how it ended. The first pytest worker runs them for all."""
     saved = folder / "results.json"
     with FileLock(f"{saved}.lock"):
         if not saved.exists():
@@ -83,7 +83,7 @@ def run(folder: Path, backend: str, hows: Sequence[str]) -> Results:
 
 
 def errors(results: Results, how: str) -> list[list[str]]:
-    """Of those ranks that live."""
+    """The errors of the ranks that are still alive."""
     return [result["said"]["error"] for result in results[how] if result["said"] is not None]
 
 
@@ -142,7 +142,7 @@ def test_an_interrupt_is_passed_on(results: Results, how: str) -> None:
 
 @pytest.mark.parametrize("how", KILLED)
 def test_a_rank_that_is_killed_makes_all_others_raise(results: Results, backend: str, how: str) -> None:
-    """They name it, unless it takes the store along where they look for who is there."""
+    """The others name it, unless it held the store, without which they can't tell who is missing."""
     sentence = {"killed before it": NEVER_CAME, "the store's process killed": NO_STORE}.get(how, GONE)
     last = RANKS[backend] - 1
     text = sentence.format(rank=0 if EVENTS[how][1] == "first" else last)
@@ -158,7 +158,7 @@ def test_a_rank_that_comes_after_the_time_out_raises_what_the_others_did(results
 @pytest.mark.long
 @pytest.mark.parametrize("how", STOPPED)
 def test_a_rank_that_stops_makes_all_others_raise(tmp_path: Path, how: str) -> None:
-    """As on a host that hangs: its connections stay open, and the others wait no longer than a minute for each."""
+    """As on a host that hangs: its connections stay open, and the others wait at most a minute for each rank."""
     found = errors(run(tmp_path, "gloo", [how]), how)
     assert found == [["StoreError", GONE.format(rank=3) if how == "stopped" else NO_STORE]] * 3
 
@@ -169,7 +169,7 @@ def test_without_torch_distributed() -> None:
 
 
 def test_without_numpy(tmp_path: Path) -> None:
-    """Which torch's own collectives of objects need."""
+    """torch's own object collectives need numpy; distribute() doesn't."""
     code = (
         "import sys; sys.modules['numpy'] = None; import onelaunch, torch.distributed as dist;"
         f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, world_size=1);"

@@ -14,7 +14,7 @@ from onelaunch.emit.render import device_files
 
 pytestmark = pytest.mark.uncounted
 SANITIZERS = ("address+undefined", "thread")
-# Blocks of the shipped size take the sanitizers long, and what these see in them is what they see in small ones.
+# Small blocks: the sanitizers are slow on blocks of the shipped size and find nothing more in them.
 SMALL = {"threads": 64, "blocks_per_sm": 2}
 # Launch settings that change which warp takes what.
 LAUNCHES = {
@@ -26,15 +26,15 @@ LAUNCHES = {
     "many blocks": {"threads": 64, "unroll": 1, "blocks_per_sm": 8},
 }
 LIVE, FULL = (KernelConfig(num_backends=2, extent=extent, page_size=16) for extent in ("live", "full"))
-# Of a grid. GCC's ThreadSanitizer holds 8,128 threads, and makes 9 mappings for each, of which Linux allows 65,530.
+# Per grid. GCC's ThreadSanitizer holds 8,128 threads. It makes 9 mappings per thread, and Linux allows 65,530.
 MAX_TSAN_THREADS = 7000
 RACED_AUDITS = ("live", "variable rows")
-# Others have each of their parts; they take long.
+# These take long, and other configurations cover each of their parts.
 LONG_UNDER = {
     "address+undefined": ("declared rows", "padded"),
     "thread": ("declared rows", "declared offsets", "padded", "padded rows", "verified offsets"),
 }
-# One preset of each text of the kernel; the others differ from it by settings, which OTHERS have in other company.
+# One preset for each set of device files. The others differ only in settings, which OTHERS cover in other combinations.
 SHIPPED = {
     (*device_files(config), config.wide_tiles, config.checked): name for name, config in reversed(PRESETS.items())
 }.values()
@@ -47,25 +47,25 @@ OTHERS = {
 
 
 def shapes_for(config: KernelConfig, sanitizer: str) -> tuple[Shape, ...]:
-    """Every shape that the sanitizer has a use for, with one of more requests than two windows of threads."""
+    """Every shape that is of use under the sanitizer, and one with more requests than two windows of threads."""
     requests, long = 2 * config.threads + 45, (LONG_ROWS,)
     if sanitizer == "thread" and config.equal_rows:
-        # Every tile has a warp of its own, and to begin a thread costs ThreadSanitizer more than a millisecond. Longer
-        # rows only have more warps, all of which do what those of RAGGED do. A second window is what the lengths' block
-        # needs; the other sanitizers see the third.
+        # Each tile has its own warp, and ThreadSanitizer takes more than a millisecond to start a thread. Longer rows
+        # only add warps that do what RAGGED's do. Two windows are enough for the lengths' block; the other sanitizers
+        # run a third.
         requests, long = config.threads + 5, ()
     many = Shape("many", tuple(range(requests)), width=90, max_len=70, token_pad=1, seed=6)
-    # Large batches of many backends take long, and no path of the kernel depends on the number.
+    # Large batches of many backends take long, and no path of the kernel depends on the number of backends.
     heavy = (*long, many) if config.num_backends < 16 else ()
     if config.verified:
         heavy += (STEPS,)
-    # ThreadSanitizer has no use for far addresses, and the shadow of so much memory is slow.
+    # Far addresses can't cause a race, and ThreadSanitizer's shadow of so much memory is slow.
     return (*SHAPES, *heavy, *((FAR,) if sanitizer != "thread" else ()))
 
 
 def check(config: KernelConfig, sanitizer: str, shapes: tuple[Shape, ...], programs: Path, **options: object) -> None:
     outcome = launch(render(config), config, sanitizer, shapes, programs, **options)  # type: ignore[arg-type]
-    if outcome.caught is not None:  # once more, for a report with the lines
+    if outcome.caught is not None:  # run again for a report with line numbers
         outcome = launch(render(config), config, sanitizer, shapes, programs, lines=True, **options)  # type: ignore[arg-type]
     assert outcome.caught is None, f"{config.settings()} under {sanitizer}: {outcome.caught}\n{outcome.text}"
 
@@ -75,7 +75,7 @@ def check(config: KernelConfig, sanitizer: str, shapes: tuple[Shape, ...], progr
     "name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHIPPED)) for name in PRESETS]
 )
 def test_preset_agrees_with_the_reference(name: str, programs: Path) -> None:
-    """What ships, with its own blocks."""
+    """The shipped presets, with blocks of the shipped size."""
     config = PRESETS[name]
     check(config, "none", shapes_for(config, "none"), programs, launches=((2, 64),))
 
@@ -83,7 +83,7 @@ def test_preset_agrees_with_the_reference(name: str, programs: Path) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_configuration_agrees_with_the_reference(name: str, programs: Path) -> None:
     config = OTHERS[name]
-    # A block at a time, too: what one leaves must not matter to the next.
+    # Also one block at a time: what one block leaves behind must not matter to the next.
     check(config, "none", shapes_for(config, "none"), programs, launches=((1, 1), (2, 64)))
 
 
@@ -98,7 +98,7 @@ def test_configuration_agrees_with_the_reference(name: str, programs: Path) -> N
 def test_strategy_is_clean(name: str, sanitizer: str, programs: Path) -> None:
     """One configuration of each strategy and each field kind under the sanitizers.
 
-    Once each: what they report doesn't depend on how the blocks happened to run (test_prelude.py).
+    One run each: the sanitizers' reports don't depend on the order of blocks (test_prelude.py).
     """
     config = SMALL_STRATEGIES[name]
     check(config, sanitizer, shapes_for(config, sanitizer), programs, launches=((5, 64),))
@@ -107,14 +107,14 @@ def test_strategy_is_clean(name: str, sanitizer: str, programs: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sanitizer"),
     [
-        # But for the flag of audit.cuh, threads share what they share in a refresh. Two audits show a race there.
+        # Beyond a refresh, threads share only the flag of audit.cuh. Two audits are enough to show a race on it.
         pytest.param(name, sanitizer, marks=[pytest.mark.long] * (sanitizer == "thread" and name not in RACED_AUDITS))
         for name in AUDITS
         for sanitizer in SANITIZERS
     ],
 )
 def test_an_audit_is_clean_and_exact(name: str, sanitizer: str, programs: Path) -> None:
-    """Nothing is written; what a refresh leaves isn't reported, and an element of each field that is wrong is."""
+    """An audit writes nothing, reports nothing after a refresh, and reports one wrong element of each field."""
     config = AUDITS[name].replace(**SMALL)
     few = Shape("few", (290, 3, 0, 600), width=610, token_phase=4, table_phase=8, spare_rows=1)
     wrong = [few.replace(name=f"wrong {field}", wrong=field) for field in config.fields]
@@ -123,7 +123,7 @@ def test_an_audit_is_clean_and_exact(name: str, sanitizer: str, programs: Path) 
 
 @pytest.mark.parametrize("threads", [64, 256])
 def test_the_parts_of_flashmla_at_ends_and_between(threads: int, programs: Path) -> None:
-    """Chunks of many requests, which the CPU target hasn't: parts that begin at every end, at some, and at none."""
+    """Parts that begin at the end of every request, of some, or of none. The CPU target has no chunks of requests."""
     config = KernelConfig(num_backends=2, fields=("flashmla_metadata", "num_splits"), threads=threads)
     shapes = [
         Shape(
@@ -145,7 +145,7 @@ def test_every_configuration_is_clean(name: str, sanitizer: str, programs: Path)
     config = OTHERS[name] if name in OTHERS else PRESETS[name].replace(**SMALL)
     shapes = shapes_for(config, sanitizer) if config.threads < 1024 or sanitizer != "thread" else (RAGGED,)
     if sanitizer == "thread" and own_blocks(config) * config.threads > MAX_TSAN_THREADS:
-        # Half of the backends: all their blocks run the same code, and a block keeps its warps.
+        # Half of the backends is enough: their blocks all run the same code, and no block loses warps.
         half = config.num_backends // 2
         config = config.replace(num_backends=half, seqlen_offsets=config.seqlen_offsets[:half])
         assert own_blocks(config) * config.threads < MAX_TSAN_THREADS
@@ -184,7 +184,7 @@ def test_a_row_outside_the_pool_is_not_read(config: KernelConfig, programs: Path
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
 PLANTED = {fault.name: (template, fault) for template, faults in FAULTS.items() for fault in faults}
-# One of each file; the others are long tests. That each check catches what it is for, test_prelude.py shows as well.
+# The first fault of each file; the others are long tests. test_prelude.py also shows that each check catches its fault.
 _FIRST = {template: name for name, (template, _) in reversed(PLANTED.items())}
 
 

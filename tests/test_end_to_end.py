@@ -1,4 +1,4 @@
-"""What is kept of the real SGLang's runs on a GPU (`make engines-gpu`) shows what it is kept for."""
+"""The committed results of real SGLang on a GPU (`make engines-gpu`) support what the guide says of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _module(name: str, path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
@@ -76,7 +76,7 @@ def times() -> Any:
 def test_the_table_has_all_states_side_by_side(run: Any, times: Any) -> None:
     lines = run.table(times).splitlines()
     assert len(lines) == 2 + 3 * len(times)
-    assert run.guide_rows(times) in (GPU.parents[2] / "GUIDE.md").read_text(), "run.py prints the guide's rows"
+    assert run.guide_rows(times) in (GPU.parents[2] / "GUIDE.md").read_text(), "run.py prints the rows to copy"
     for configuration, kinds in times.items():
         assert run.differences(kinds) == [], configuration  # the tokens are the same in all states
         launches = kinds["on"]["probe"]["launches"]
@@ -97,7 +97,7 @@ def test_attached_backends_launch_a_fifth_in_a_fifth_of_the_hosts_time(run: Any,
     states = ("off", "backends")
     host = {state: {role: probe["host_us"][state][role]["median"] for role in run.ROLES} for state in states}
     assert 5 * sum(host["backends"].values()) <= sum(host["off"].values())
-    # A sixth, but for Triton's draft, which was little.
+    # At most a sixth for each role; a quarter for Triton's draft, which took little time before.
     for role in run.ROLES:
         assert (4 if (backend, role) == ("triton", "draft") else 6) * host["backends"][role] <= host["off"][role], role
 
@@ -108,16 +108,16 @@ def test_all_attached_takes_less_of_the_host_than_attached_backends(run: Any, ti
     host = {state: sum(run._host(probe["host_us"][state], role) for role in run.ROLES) for state in probe["host_us"]}
     assert host["on"] < host["backends"] < host["off"]
     assert 5 * host["on"] <= host["off"]
-    # The lower decile: a slow phase of the host can fall into one state's turn.
+    # The lower decile, because a slow phase of the host can fall into one state's turn.
     step = {state: probe["host_us"][state]["step"]["p10"] for state in host}
     assert step["on"] < step["backends"] < step["off"]
 
 
 @pytest.mark.parametrize(("backend", "share"), [("fa3", 5), ("triton", 5), ("flashinfer", 3)])
 def test_all_attached_leaves_a_part_of_what_comes_before_the_graphs(times: Any, backend: str, share: int) -> None:
-    """The engine's producers among them: by name, one launch of ours in each seam, and one more for what it is of.
+    """Counts launches before the graphs, also of the engine's producers. By name, one or two in each seam are ours.
 
-    FlashInfer's plans stay.
+    FlashInfer's own plan() stays, so its share is smaller.
     """
     seams = times[f"{backend}, 3 steps, page 1"]["on"]["probe"]["seams"]
     before, after = ({role: sum(names.values()) for role, names in seams[state].items()} for state in ("off", "on"))
@@ -139,7 +139,7 @@ def test_each_seam_alone_is_the_same_by_fewer_launches_in_less_time(run: Any) ->
         assert not sides.get("failed"), name
         engine, mine = sides["engine"], sides["onelaunch"]
         assert sum("onelaunch" in kernel for kernel in mine["names"]) == 1, name
-        assert 2 * mine["launches"] <= engine["launches"], name  # hidden states are copied in both
+        assert 2 * mine["launches"] <= engine["launches"], name  # both sides copy hidden states
         assert 2 * mine["eager_device_us"] <= engine["eager_device_us"], name
         for time in ("eager_host_us", "graph_device_us"):
             assert 2 * mine[time]["median"] <= engine[time]["median"], (name, time)
@@ -169,7 +169,7 @@ def test_the_guide_has_each_seams_row(name: str) -> None:
     )
     guide = (GPU.parents[2] / "GUIDE.md").read_text().splitlines()
     for row in rows.splitlines():
-        assert row in guide, "measure.guide_rows makes the guide's rows"
+        assert row in guide, "measure.guide_rows makes the rows to copy"
 
 
 _TIMED = """
@@ -231,13 +231,13 @@ def test_launches_are_counted_by_name_in_the_seam_that_they_belong_to() -> None:
         ("cuda_runtime", "cudaMemcpyAsync", 30, 1, 4),
         ("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 92, 1, 4),
         ("cuda_runtime", "cudaGraphLaunch", 40, 1, 5),
-        ("cuda_runtime", "cudaLaunchKernel", 45, 1, 6),  # of the sampling, which is no seam's
+        ("cuda_runtime", "cudaLaunchKernel", 45, 1, 6),  # sampling, which belongs to no seam
         ("kernel", "sample", 93, 1, 6),
         ("user_annotation", "probe extend", 50, 40, 0),
         ("user_annotation", "probe draft-extend", 60, 10, 0),
         ("cuda_runtime", "cudaLaunchKernel", 61, 1, 7),
         ("kernel", "void (anonymous namespace)::_metadata<int>(int)", 94, 1, 7),
-        ("cuda_runtime", "cudaLaunchKernel", 71, 1, 8),  # behind the metadata of an extension without a graph
+        ("cuda_runtime", "cudaLaunchKernel", 71, 1, 8),  # after the metadata of an extension without a graph
         ("kernel", "gemm", 95, 1, 8),
     )
     assert trace.seams(events) == {

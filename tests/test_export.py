@@ -19,7 +19,7 @@ from onelaunch.spec.presets import PRESETS
 
 # Rows of 332 elements begin at multiples of 16 bytes.
 WIDTH, POOL, BATCH = 332, 12, 5
-# A preset for each kind of parameter. Each compiles for ten seconds and more.
+# A preset for each kind of parameter. Each takes ten seconds or more to compile.
 NAMES = ["nsa-target-verify-3-schedule", "flashinfer-decode-3"]
 MORE = ["nsa-decode-3", "nsa-draft-extend-3-variable", "flashmla-dense-decode-3", "nsa-decode-3-kpool"]
 
@@ -137,7 +137,7 @@ def test_the_wrapper_compiles_for_a_gpu(tmp_path: Path) -> None:
 
 
 def test_what_every_preset_exports() -> None:
-    """Each has a wrapper, or a sentence that says why not."""
+    """Each preset has a wrapper, or a sentence that says why it has none."""
     for name, config in PRESETS.items():
         with CliRunner().isolated_filesystem():
             result = export(Path("out"), name)
@@ -153,7 +153,7 @@ def test_what_every_preset_exports() -> None:
 
 
 def test_tables_of_another_alignment_are_refused(tmp_path: Path) -> None:
-    """The kernel has 16-byte stores; the wrapper says so before it launches."""
+    """The kernel has 16-byte stores, so the wrapper refuses other alignments before it launches."""
     words = ["--set", "num_backends=2,fields=page_indices", "--target", "cpu", "--name", "two"]
     assert export(tmp_path, *words).exit_code == 0
     code = f"""

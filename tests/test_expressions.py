@@ -37,7 +37,7 @@ from torch import Tensor
 INPUTS = ("seq_len", "rows", "row")
 CONSTANTS = {"page_size": 64, "index_topk": 7, "index_kpool": 1}
 DTYPES: tuple[Dtype, ...] = ("int32", "int64")
-# What look-ups read: tables with elements of any width, small so that many places lie outside.
+# Sources of look-ups: elements of any width, and few of them, so that many look-ups fall outside.
 _ELEMENTS = torch.randint(-(2**62), 2**62, (3, 41), generator=torch.Generator().manual_seed(4))
 TABLES = {"token": _ELEMENTS.int(), "blocks": _ELEMENTS % 2**33 - 2**32, "swa": torch.arange(-9, 50, dtype=torch.int32)}
 POOL_ROW = 2
@@ -54,7 +54,7 @@ def folded(formula: str, dtype: Dtype = "int32") -> Node:
 
 
 def random_formula(chance: random.Random, dtype: Dtype, depth: int = 4) -> Node:
-    """A formula of any operators, with edge values among its numbers."""
+    """A formula of random operators, with edge values among its numbers."""
     bits = 64 if dtype == "int64" else 32
 
     def leaf() -> Node:
@@ -86,7 +86,7 @@ def random_formula(chance: random.Random, dtype: Dtype, depth: int = 4) -> Node:
             op = chance.choice(["where", "clamp"])
             return Operation(op, (inner(), inner(), inner()))
         case 4:
-            argument = inner()  # the negative of a number is a number
+            argument = inner()  # the parser folds the negative of a number
             return argument if isinstance(argument, Number) else Operation("negative", (argument,))
     return Operation(chance.choice("+-*"), (inner(), inner()))
 
@@ -210,7 +210,7 @@ def test_a_divisor_that_is_not_positive(formula: str) -> None:
         ("min(seq_len, seq_len, 2147483647)", "seq_len"),
         ("max(seq_len, row, 3)", "max(max(seq_len, row), 3)"),
         ("clamp(seq_len, -2147483648, 5)", "min(seq_len, 5)"),
-        # Sums wrap around, so nothing is taken out of min and max.
+        # Sums wrap around, so seq_len + 1 isn't always greater than seq_len.
         ("max(seq_len + 1, seq_len)", "max(seq_len + 1, seq_len)"),
         ("2147483647 + 1", "-2147483648"),
         ("page_size * page_size // 3", "1365"),
@@ -310,7 +310,7 @@ def prelude() -> str:
 
 
 def looked_up(node: LookUp, places: list[Tensor]) -> Tensor:
-    """The elements by Python's own indexing, one by one."""
+    """Looks up each element by Python's own indexing."""
     table, found = TABLES[node.source], []
     shape = torch.broadcast_shapes(*(place.shape for place in places), (1,))
     for place in zip(*(each.expand(shape).flatten().tolist() for each in places), strict=True):
@@ -399,7 +399,7 @@ def test_emitted_cpp_agrees_with_pytorch(tmp_path_factory: pytest.TempPathFactor
 
 
 def test_where_declarations_are_broken() -> None:
-    """As clang-format breaks them, which `make check` compares in generated/."""
+    """Lines break where clang-format breaks them; `make check` compares the whole of generated/."""
     value = f"f({', '.join(['argument'] * 8)})"
     local = Local("value", "std::int32_t", value, "row")
     line = f"const std::int32_t value = {value};"

@@ -106,7 +106,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernel, warning or temporary store of another test."""
+    """Forgets the kernels, warnings and temporary store of other tests."""
     monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.setattr("onelaunch.log._warned", set())
     monkeypatch.setattr(tiers, "_fallback", None)
@@ -149,14 +149,14 @@ def test_another_system_is_refused_at_once() -> None:
 
 
 def test_eight_processes_that_ask_at_once_get_one_build(children: Children) -> None:
-    """And those that wait say for whom."""
+    """The processes that wait name the one they wait for."""
     started = [children.start(LOAD, UNTIL_WAITING="7") for _ in range(8)]
     results = [finish(child) for child in started]
     assert len({result["key"] for result, _ in results}) == 1
     assert all(result["works"] for result, _ in results)
     (builder,) = children.signed("building")
     waiting = [line for _, said in results for line in said.splitlines() if "waiting for" in line]
-    # Between the lock and the name in its file nobody knows the holder.
+    # A holder writes its name after it takes the lock; in between nobody knows it.
     waiting = [line for line in waiting if not line.endswith("its holder didn't say who it is")]
     for line in waiting:
         assert f"host {socket.gethostname()}, pid {builder}, holds it since " in line
@@ -174,12 +174,12 @@ def test_a_builder_that_is_killed_is_taken_over(children: Children) -> None:
     result, _ = finish(waiter)
     assert result["works"]
     assert sorted(children.signed("building")) == sorted([builder.pid, waiter.pid])
-    # What the dead one left in staging is gone too.
+    # The killed process's staging folder is gone, too.
     assert list((children.cache / "staging").iterdir()) == []
 
 
 def test_killed_before_it_published(children: Children) -> None:
-    """Between the compiler's end and the rename: nothing of it is ever loaded."""
+    """Killed between the compiler's end and the rename: nothing of that build is ever loaded."""
     code = "os.rename = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n" + LOAD
     killed = children.start(code)
     killed.communicate(timeout=300)
@@ -195,7 +195,7 @@ def test_killed_before_it_published(children: Children) -> None:
 def test_a_wait_that_takes_too_long_ends_in_a_build(
     store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], builds: list[str]
 ) -> None:
-    """As where a lock server keeps the lock of a host that is gone."""
+    """For example, a lock server may keep the lock of a host that is gone."""
     monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "0.2")
     key = loader.content_key(SMALL, (), toolchain.find_tools("cpu").versions())
     folder = trust.private(store.root / "locks")
@@ -213,7 +213,7 @@ def test_a_wait_that_takes_too_long_ends_in_a_build(
 
 
 def test_a_builder_that_is_slower_than_the_wait_takes_what_the_other_built(children: Children) -> None:
-    """Each builds in a staging folder of its own, so the one whose wait ended mixes nothing up."""
+    """Each process builds in its own staging folder, so two builds at once don't mix."""
     code = """
 signing_build = compiler.build
 def last(*args, stage, **kwargs):
@@ -250,7 +250,7 @@ fcntl.flock = missing
 
 
 def test_two_hosts_that_share_a_folder_without_locks(children: Children) -> None:
-    """Locks that hold on their own host only: both build, one is first, both use its entry."""
+    """Locks hold on one host only: both hosts build, one publishes first, and both use its entry."""
     code = """
 socket.gethostname = lambda: os.environ["HOST"]
 fcntl.flock = lambda *args: None
@@ -272,7 +272,7 @@ compiler.build = together
 
 
 def test_a_rename_that_shows_late(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network file system may answer that the entry isn't there for a while after it was put there."""
+    """A network file system may hide an entry for a while after its rename."""
     find, blind = Store.find, [2]
 
     def late(self: Store, key: str, expect: Any = None) -> Any:
@@ -290,7 +290,7 @@ def test_a_rename_that_shows_late(store: Store, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_named_folder_that_cant_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in it is used; what isn't is built in a private temporary folder, with one warning."""
+    """Entries in it are used; the others are built in a private temporary folder, with one warning."""
     monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "cache"))
     kernel = loader.load(SMALL, store=Store())
     assert tmp_path / "cache" in kernel.path.parents
@@ -309,7 +309,7 @@ def test_a_named_folder_that_cant_be_written(tmp_path: Path, monkeypatch: pytest
         assert len(caught) == 1
         assert other.path.is_file()
         assert other.path.stat().st_mode & 0o077 == 0
-        # Without its note it is found by its key, with no warning.
+        # Without its note the entry is found by its key, with no warning.
         loader._loaded.clear()
         monkeypatch.setattr(find, "by_note", lambda *args: None)
         with warnings.catch_warnings():
@@ -319,7 +319,7 @@ def test_a_named_folder_that_cant_be_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_named_folder_whose_place_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prebuilt folder still comes first, and then nothing is built or warned of."""
+    """The prebuilt folder still comes first: a kernel found there causes no build and no warning."""
     shelf = Store(tmp_path / "shelf")
     kernel = loader.load(SMALL, store=shelf)
     loader._loaded.clear()
@@ -339,7 +339,7 @@ def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children)
         with pytest.raises(CompileError, match=r"mounted noexec: set ONELAUNCH_CACHE_DIR") as caught:
             loader.load(SMALL, store=Store(folder / "cache"))
         assert not caught.value.lasting
-        # An entry that was copied there.
+        # An entry that was built elsewhere and copied there can't be loaded either.
         good = Store(tmp_path / "good")
         loader.load(SMALL, store=good)
         loader._loaded.clear()
@@ -394,7 +394,7 @@ except errors.CompileError as error:
     said, _ = children.run(code)
     assert said == str(second.value)
     assert children.signed("building") == []
-    # Asked to, it compiles again; and so does another key.
+    # It compiles again when requested, and for another key.
     monkeypatch.setenv(failures.RETRY_VARIABLE, "1")
     with pytest.raises(CompileError, match="not today"):
         loader.load(SMALL, store=store)
@@ -436,7 +436,7 @@ def test_an_error_survives_pickling(tmp_path: Path) -> None:
 def test_a_prebuilt_folder_needs_no_compiler(
     children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes first, whatever compilers there are or aren't, and nothing is written to it or beside it."""
+    """It comes first, with or without compilers, and nothing is written to it or to the cache."""
     shelf = Store(tmp_path / "shelf")
     kernel = loader.load(SMALL, store=shelf)
     before = sorted((str(p), p.stat().st_mtime_ns) for p in shelf.root.rglob("*"))
@@ -448,7 +448,7 @@ def test_a_prebuilt_folder_needs_no_compiler(
     assert "which isn't a folder; it is passed over" in said
     assert not children.cache.exists()
     assert sorted((str(p), p.stat().st_mtime_ns) for p in shelf.root.rglob("*")) == before
-    # Damaged, it is passed over with one warning, and left as it is.
+    # A damaged entry is passed over with one warning, and left as it is.
     with open(kernel.path, "ab") as file:
         file.write(b"x")
     result, said = children.run(LOAD, ONELAUNCH_PREBUILT=str(shelf.root))
@@ -470,13 +470,13 @@ def test_nothing_is_loaded_while_a_graph_is_captured(
         loader.load(config, ("90a",), store)
     assert str(caught.value).endswith(loader.build_command(config, ("90a",)))
     assert builds == []
-    # The CPU's kernels have no part in it, and what is loaded stays usable.
+    # Kernels for the CPU are not concerned, and loaded kernels stay usable.
     kernel = loader.load(SMALL, store=store)
     assert loader.load(SMALL, store=store) is kernel
 
 
 def test_a_forked_child_builds(children: Children) -> None:
-    """Also when another thread of its parent held every lock at the fork."""
+    """A forked child can build even if another thread of its parent held every lock at the fork."""
     children.made = None
     code = """
 import threading

@@ -34,12 +34,12 @@ from processes import until
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
 REAL = toolchain.find_host_compiler().path
-PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, seconds
+PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, in seconds since the epoch
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """An empty one, which is also what onelaunch.bind uses."""
+    """An empty store, which is also onelaunch.bind's."""
     store = Store(tmp_path / "cache")
     monkeypatch.setattr(loader, "default_store", lambda: store)
     monkeypatch.setattr(loader, "_loaded", {})
@@ -55,7 +55,7 @@ def no_fallback(patch: pytest.MonkeyPatch) -> None:
 
 
 def leftovers(store: Store) -> list[str]:
-    """What a build may not leave behind: staging folders, and entries without a manifest."""
+    """What a build must not leave behind: staging folders, and entries without a manifest."""
     entries = store.root / "entries"
     staging = store.root / "staging"
     return [
@@ -65,7 +65,7 @@ def leftovers(store: Store) -> list[str]:
 
 
 def assert_usable(store: Store) -> loader.Kernel:
-    """The same configuration is built (or found), is right, and a process with an empty memory loads it again."""
+    """The same configuration is built (or found), computes the right result, and loads again into an empty memory."""
     assert leftovers(store) == []
     for _ in range(2):
         loader._loaded.clear()
@@ -82,9 +82,9 @@ def assert_usable(store: Store) -> loader.Kernel:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Makes $CXX a script that is the real compiler in all but what ``text`` does first on a call that has -o.
+    """Makes $CXX a script that calls the real compiler, but on a call with -o first runs ``text``.
 
-    The script's $out is the file that is asked for, and $step is "compile" or "link".
+    In the script $out is the requested file, and $step is "compile" or "link".
     """
 
     def write(text: str) -> Path:
@@ -131,7 +131,7 @@ def refused(store: Store, monkeypatch: pytest.MonkeyPatch, *texts: str, lasting:
     assert str(error.log) in message
     source = error.source.read_text()
     assert (failures.recall(store, error.key) is not None) is lasting
-    # Whichever compiler this machine's $CXX names: another one would have another key.
+    # The compiler that the fake one wraps: another one would give another key.
     monkeypatch.setenv("CXX", str(REAL))
     if lasting:
         remembered(store, error, monkeypatch)
@@ -154,7 +154,7 @@ def remembered(store: Store, error: CompileError, monkeypatch: pytest.MonkeyPatc
     )
     assert (again.value.key, again.value.log, again.value.source) == (error.key, error.log, error.source)
     assert again.value.command == error.command
-    # A record of a clock that was wrong doesn't hold --retry up.
+    # A record that a wrong clock dated in the future doesn't block --retry.
     record = failures.folder(store, error.key) / failures.RECORD
     record.write_text(json.dumps({**json.loads(record.read_text()), "when": FUTURE}))
     with monkeypatch.context() as patch:
@@ -168,7 +168,7 @@ def remembered(store: Store, error: CompileError, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def no_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler anywhere that one is looked for."""
+    """No compiler in any place where the toolchain looks for one."""
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
@@ -211,7 +211,7 @@ def test_nvcc_is_gone_and_comes_back(store: Store, request: pytest.FixtureReques
 
 
 def test_what_was_built_outlives_the_compiler(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without a compiler takes the build of the same source, and says what is missing where there is none."""
+    """A host without a compiler takes a stored build of the same source; without one the error names the compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(REAL))
         patch.setenv("PATH", os.defpath)
@@ -246,7 +246,7 @@ FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "it is killed while compiling": ("kill -KILL $$", (KILLED,)),
     "it is terminated while linking": ('[ "$step" = link ] && kill -TERM $$', ("didn't compile",)),
     "ninja is killed": (
-        # The shell between ninja and the compiler may have replaced itself by it.
+        # The parent may be ninja or a shell that ninja started.
         "parent=$PPID; grep -q ninja /proc/$parent/comm || parent=$(cut -d' ' -f4 /proc/$parent/stat);"
         " kill -KILL $parent; sleep 0.2; exit 1",
         ("didn't compile",),
@@ -276,11 +276,11 @@ FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
 def test_a_compiler_that_fails(
     fault: str, store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what it says of the source is remembered."""
+    """Only a failure that the source caused is remembered."""
     text, expected = FAILURES[fault]
     fake(text)
     if fault == "the disk is full":
-        # It was tried again in a temporary folder, which is on the same disk here.
+        # The build is tried again in a temporary folder, where the fake compiler fails again.
         with pytest.warns(UserWarning, match=r"can't take a build \(its disk is full\); builds go to "):
             refused(store, monkeypatch, *expected)
         return
@@ -311,12 +311,12 @@ VERDICTS = {
 
 @pytest.mark.parametrize("output", VERDICTS)
 def test_what_is_a_verdict_on_the_source(output: str) -> None:
-    """A list of what passes would never be complete; so only a compiler's or linker's own words are lasting."""
+    """No list of passing causes would be complete, so only a compiler's or linker's own verdict is lasting."""
     assert diagnosis.is_lasting(f"ninja: Entering directory\n{output}\nninja: build stopped") is VERDICTS[output]
 
 
 def test_a_log_that_cant_be_written_anywhere(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As on a full disk that has the cache and the temporary folder."""
+    """For example, the cache and the temporary folder may be on one full disk."""
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
     error = diagnosis.compile_error("failed", "./main.cpp:1:1: error: x", "s", "k" * 64, tmp_path / "file" / "f", True)
@@ -339,7 +339,7 @@ def test_the_host_compiler_is_killed_under_nvcc(
 def test_warnings_alone_are_no_fault(
     store: Store, fake: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """They go to no stream of the process, and into no decision."""
+    """They reach no stream of the process and don't affect the result."""
     fake("echo 'main.cpp:1:1: warning: error is a word in this warning [-Wsome]' >&2; echo chatter")
     kernel = assert_usable(store)
     said = capfd.readouterr()
@@ -364,11 +364,11 @@ def test_the_process_is_killed_during_the_build(
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert store.stored_keys() == []
-    # Nor does anything of the build go on.
+    # No part of the build goes on.
     compiling = Path("/proc") / Path(f"{pid}.compiler").read_text().strip()
     until(lambda: not compiling.exists() or " Z " in (compiling / "stat").read_text(), "the compiler ended")
     monkeypatch.setenv("CXX", str(REAL))
-    # What the dead process leaves in staging belongs to nobody, and isn't in the way.
+    # The killed process's staging folder belongs to nobody and blocks nobody.
     (left,) = (store.root / "staging").iterdir()
     kernel = loader.load(SMALL, store=store)
     assert kernel.path.is_file()
@@ -390,7 +390,7 @@ WRITES = {
 
 
 def full_at(call: int, write: str, store: Store, patch: pytest.MonkeyPatch) -> Callable[[], bool]:
-    """Lets one call of a function fail below the store's folder, as on a full disk; says whether it came to that."""
+    """Makes one call of a function below the store's folder fail as on a full disk. Returns whether it was reached."""
     real: Callable[..., Any] = getattr(WRITES[write], write)
     seen = 0
 
@@ -399,7 +399,7 @@ def full_at(call: int, write: str, store: Store, patch: pytest.MonkeyPatch) -> C
         if write == "fsync" or str(what).startswith(str(store.root)):
             seen += 1
             if seen == call:
-                # The error of fsync, as that of a write, names no file.
+                # OSError of fsync names no file, as that of a write.
                 names = () if write == "fsync" else (str(what),)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
         return real(what, *args, **kwargs)
@@ -410,9 +410,9 @@ def full_at(call: int, write: str, store: Store, patch: pytest.MonkeyPatch) -> C
 
 @pytest.mark.parametrize("write", WRITES)
 def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
-    """The first, second, … call of each function fails, until there are no more: each is told, and leaves nothing.
+    """Fails the first, second, … call of each function in turn. Each failure is reported and leaves nothing behind.
 
-    What can't be stored goes to a temporary folder with one warning; only notes may go missing without a word.
+    A build that can't be stored goes to a temporary folder with one warning. Only notes may be lost silently.
     """
     told = []
     for call in range(1, 40):
@@ -440,12 +440,12 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
             assert len(said) == 1, said
         else:
             assert warned == [], [str(warning.message) for warning in warned]
-            assert [entry.key for entry in store.entries()], "it was neither told nor built"
+            assert [entry.key for entry in store.entries()], "the failure was not reported and nothing was built"
         if not met():
             break
     else:
-        pytest.fail("the fault is met for ever")
-    assert told, "no fault was met"
+        pytest.fail("the function still makes more calls")
+    assert told, "no call failed"
     for message in told:
         assert re.search(rf"{FULL}|{SPARED}", message), message
         assert str(store.root) in message
@@ -455,7 +455,7 @@ def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
 
 
 def a_build_of_nothing(recipe: Recipe, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
-    """The files of a build, as a compiler would have left them, and no compiler."""
+    """Stands in for compiler.build: leaves the files of a build and runs no compiler."""
     for file in (f"{recipe.module}.so", "main.cpp", "build.ninja", "main.o"):
         (stage / file).write_text("x")
     return compiler.Build(f"{recipe.module}.so", "main.cpp", "c++ -c", 1.0, {}, {})
@@ -510,7 +510,7 @@ print(json.dumps([said, out.tolist()]))
 
 
 def mounted(folder: Path, options: str, command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a shell command in namespaces of its own, where a tmpfs is mounted on the folder."""
+    """Runs a shell command in its own namespaces, with a tmpfs mounted on the folder."""
     folder.mkdir()
     probe = ["unshare", "--user", "--map-root-user", "--mount"]
     mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))}"
@@ -520,7 +520,7 @@ def mounted(folder: Path, options: str, command: str) -> subprocess.CompletedPro
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """A tmpfs with a ballast that leaves ever more room, until a build fits."""
+    """A tmpfs and a ballast file that shrinks until a build fits."""
     disk = tmp_path / "disk"
     script = tmp_path / "script.py"
     script.write_text(ON_A_SMALL_DISK)
@@ -539,12 +539,11 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 def test_neither_the_cache_nor_a_temporary_folder_can_be_written(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is named; a full folder for temporary files is no fault of the cache."""
+    """The error names both. A cache that can be written needs no folder for temporary files."""
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
     with pytest.raises(StoreError, match=r"file/cache can.t be used .*, and no folder for temporary files"):
         loader.load(SMALL, store=Store(tmp_path / "file" / "cache"))
-    # A cache that can be written needs no other folder.
     assert loader.load(SMALL, store=store).path.is_file()
 
 
@@ -572,7 +571,7 @@ def test_a_folder_vanishes_before_it_is_published(what: str, store: Store, monke
 
 
 def test_the_clock_goes_backwards(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reading is a day before the last; what was built under a later clock is still what is loaded."""
+    """Each reading is a day before the last. A kernel built under a later clock is still loaded."""
     now = FUTURE
 
     def backwards() -> int:
@@ -588,7 +587,7 @@ def test_the_clock_goes_backwards(store: Store, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("when", [PAST, FUTURE])
 def test_the_compiler_writes_files_of_another_time(when: int, store: Store, fake: Callable[[str], Path]) -> None:
-    """What ninja sees when the clock moved between two steps."""
+    """As if the clock moved between two steps of ninja."""
     script = fake(f'"$real" "$@" || exit; touch -d @{when} "$out"; exit 0')
     os.utime(script, (when, when))
     kernel = assert_usable(store)
@@ -597,7 +596,7 @@ def test_the_compiler_writes_files_of_another_time(when: int, store: Store, fake
 
 @pytest.mark.parametrize("when", [PAST, FUTURE])
 def test_a_cache_of_another_time(when: int, store: Store) -> None:
-    """The age of a file decides nothing: neither a rebuild nor a stale kernel."""
+    """The age of a file causes neither a rebuild nor a stale kernel."""
     first = assert_usable(store)
     for path in [store.root, *store.root.rglob("*")]:
         os.utime(path, (when, when))

@@ -38,7 +38,7 @@ def mode_of(scene: Scene) -> dict[str, Any]:
 
 
 def lists_of(backends: Sequence[Poisoned]) -> dict[str, Any]:
-    """The destinations by the names of the arguments."""
+    """The lists of destinations, by argument name."""
     names = [name for name in SEVEN if getattr(backends[0].buffers, name) is not None]
     missing: dict[str, Any] = {f"{name}_list": None for name in SIX_FIELDS}
     return missing | {f"{name}_list": [getattr(b.buffers, name) for b in backends] for name in names}
@@ -147,7 +147,7 @@ def test_precompute_then_copy_is_the_broadcast(device: torch.device, mode: str) 
         made = precompute(scene)
         onelaunch.fused_metadata_copy_cuda(made, support.buffers_of(scene.backends), mode=scene.config.mode)
         scene.compare()
-    # The first half of the requests, and their rows.
+    # Copy the first half of the requests, and their rows.
     half, rows = 10, 10 * scene.config.next_n
     part: dict[str, Any] = {"next_n": scene.config.next_n} if mode in ("verify", "extend") else {}
     if mode == "variable":
@@ -182,10 +182,10 @@ def test_inputs_changed_in_place(device: torch.device, name: str, mode: str) -> 
     """Later calls of an engine, and replays of its graph, see other lengths, rows and tokens in the same memory."""
 
     def scene_of(seed: int) -> Scene:
-        # As many rows each time, in another order.
+        # The same number of rows each time, in another order.
         extends = (0, 3, 1, 0, 2, 7, 0)
         shape = batch(21, 250, page_size=seed, seed=seed, spare_rows=0, extends=(*extends[seed:], *extends[:seed]))
-        if name == "copy":  # of any number of rows
+        if name == "copy":  # a copy takes any number of rows
             config = KernelConfig(operation="copy", mode=MODES[mode].get("mode", mode), num_backends=3, fields=SEVEN)
             return Scene(config, shape, device)
         return scene_for(device, shape, mode, 1 if name == "precompute" else 3)
@@ -195,7 +195,7 @@ def test_inputs_changed_in_place(device: torch.device, name: str, mode: str) -> 
     def call() -> object:
         return CAPTURABLE[name](scene)
 
-    call()  # builds and binds, which a capture must not
+    call()  # builds and binds, which is refused during a capture
     again = support.captured(call).replay if device.type == "cuda" else call
     for seed in range(1, 5):
         scene.take_inputs(scene_of(seed))
@@ -225,7 +225,7 @@ def test_precompute_into_buffers_of_another_mode_is_another_plan(device: torch.d
 
 
 def test_a_destination_that_changed_in_place_is_noticed(device: torch.device) -> None:
-    """The functions find their plan by what the tensors are at each call, whichever objects they are."""
+    """The functions look their plan up by the tensors' properties at each call, not by object identity."""
     pool = support.token_pool(61, 300, device=device)
     seq_lens = torch.tensor([3, 64, 100], device=device)
     rows = torch.tensor([7, 0, 60], device=device)

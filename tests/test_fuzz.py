@@ -1,8 +1,8 @@
 """Garbage in manifests, packs, notes, TOML files, traces and settings is used, or refused in a sentence.
 
-Each target takes bytes: seeds with some bytes or JSON values changed. What raises anything but a sentence is written to
-a file: copy it to tests/data/fuzz/<target>/, from where every later run takes it first. Sums in manifests change with
-every build, so what is kept of one there are its changes, as a JSON merge patch (RFC 7396), for packs, too.
+Each target takes bytes: seeds with some bytes or JSON values changed. An input that raises anything but OnelaunchError
+is written to a file. Copy it to tests/data/fuzz/<target>/: every later run tries it first. The sums in a manifest
+change with every build. So a kept manifest, alone or in a pack, is a JSON merge patch (RFC 7396).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def changed(data: bytes, dice: random.Random) -> bytes:
 
 
 def changed_value(value: Any, dice: random.Random) -> Any:
-    """A JSON value with another value in one place, or one place fewer or more."""
+    """A JSON value with one value changed, removed or renamed."""
     inside = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     if not inside or dice.random() < 0.15:
         return dice.choice(VALUES)
@@ -131,7 +131,7 @@ def changed_value(value: Any, dice: random.Random) -> Any:
 
 
 def forged(facts: dict[str, Any], dice: random.Random) -> bytes:
-    """A manifest that is wrong and says so nowhere: its sum is right, and mostly its key is, too."""
+    """A wrong manifest that its sum doesn't give away: the sum is right, and mostly the key, too."""
     other: Any = facts
     for _ in range(dice.randint(1, 3)):
         other = changed_value(other, dice)
@@ -143,7 +143,7 @@ def forged(facts: dict[str, Any], dice: random.Random) -> bytes:
 
 
 def patched(facts: dict[str, Any], patch: bytes) -> bytes:
-    """A manifest with the changes of a kept input; its sum and its key are right."""
+    """A manifest with a kept input's merge patch applied; its sum and its key are right."""
     other = _merged(facts, json.loads(patch))
     return manifest.encode({**other, "key": manifest.key_of(other.get("ingredients", {}))})
 
@@ -183,7 +183,7 @@ def target(request: pytest.FixtureRequest, entry: Entry, tmp_path: Path, monkeyp
     return TARGETS[request.param](entry, tmp_path, monkeypatch)
 
 
-# What one input is given to, where inputs come from, and those that are kept.
+# The function under test, the generator of its inputs, and its kept inputs.
 Target = tuple[Callable[[bytes], None], Callable[[random.Random], bytes], list[bytes]]
 
 
@@ -192,7 +192,7 @@ def kept(name: str) -> list[bytes]:
 
 
 def verbs(*commands: str) -> None:
-    """None of these verbs of the command calls it a defect."""
+    """Runs these commands; none may end in an unexpected error."""
     for command in commands:
         done = CliRunner().invoke(app, command.split())
         assert done.exit_code in (0, 1, 2), done.output + str(done.stderr)
@@ -246,7 +246,7 @@ def packs(entry: Entry, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Target
             for found in done.entries:
                 assert store.find(found.key) is not None or store.stored_keys() == []
         except OnelaunchError:
-            assert store.stored_keys() == [], "a part of it was put"
+            assert store.stored_keys() == [], "a refused pack was stored in part"
         finally:
             shutil.rmtree(store.root, ignore_errors=True)
 
@@ -260,7 +260,7 @@ def packs(entry: Entry, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Target
 
 
 def notes(entry: Entry, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """Notes of the index, of the compilers' answers, of who holds a lock, and records of failures."""
+    """The index's notes, the note of the compilers' version answers, lock holders' notes, and failure records."""
     monkeypatch.setenv(stores.CACHE_VARIABLE, str(entry.path.parent.parent))
     store = Store()
     names = {find.Request.of(SMALL, ()).digest, programs.ANSWERS_NOTE}
@@ -342,7 +342,7 @@ def test_garbage_is_used_or_refused_in_a_sentence(
 ) -> None:
     use, make, seeds = target
     name = request.node.callspec.params["target"]
-    # The long form draws other inputs each time; its seed is in the message of a failure.
+    # The long form draws new inputs each time. The message of a failure names the seed.
     seed = 0 if counts is SHORT else random.SystemRandom().randrange(2**32)
     dice = random.Random(seed)
 
@@ -368,7 +368,7 @@ def test_garbage_is_used_or_refused_in_a_sentence(
 
 @pytest.mark.parametrize("calls", [10_000, pytest.param(100_000, marks=pytest.mark.long)])
 def test_a_binding_takes_garbage(calls: int, tmp_path: Path) -> None:
-    """Under ASan and UBSan it refuses, or does as it is told."""
+    """Under ASan and UBSan the binding refuses garbage, or runs without an error."""
     library = subprocess.run(
         ["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -41,11 +41,11 @@ def test_the_readme_shows_the_evidence() -> None:
 
 
 def test_the_evidence_says_what_failed_and_what_was_not_run() -> None:
-    """The sanitizers and the replays found nothing; what failed has a reason, what wasn't run is named."""
+    """The sanitizers and the replays found nothing. Each failure has a reason; what wasn't run is named."""
     evidence = json.loads(EVIDENCE.read_text(encoding="utf-8"))
     suite, not_run = evidence["tests"], evidence.get("not_run", {})
     assert len(suite["failures"]) == suite["failed"]
-    # What failed has passed since, on a GPU, with the same kernels; or it has a reason, which may be an open question.
+    # Each failed test has passed since on a GPU with the same kernels, or has a reason, which may be an open question.
     assert {*suite["fixed"], *suite.get("reasons", {})} == {*suite["failures"]}
     assert suite["passed"] > 1000
     assert {"sanitizers", "replays"} - evidence.keys() == not_run.keys()
@@ -69,7 +69,7 @@ def test_what_one_gpu_skips_has_passed_on_two() -> None:
 
 
 def test_stored_kernels_have_travelled() -> None:
-    """From a machine without a GPU to one without a compiler, with another Python; whatever the kernels' text was."""
+    """From a machine without a GPU to one without a compiler and with another Python. Their text may be older."""
     said = json.loads(TRAVEL.read_text(encoding="utf-8"))
     packed, ran = said["packed_on"], said["run_on"]
     assert packed["device"] is None
@@ -77,6 +77,6 @@ def test_stored_kernels_have_travelled() -> None:
     assert packed["python"].split(".")[:2] != ran["python"].split(".")[:2]
     assert ran["host_compiler"] is ran["cuda_toolkit"] is None
     assert said["programs_started"] == []
-    assert said["page_faults_of_children"] == 0, "no child process did anything"
+    assert said["page_faults_of_children"] == 0, "a child process ran"
     assert set(said["kernels"]) == set(travel.KERNELS) <= set(PRESETS)
     assert all(kernel["shapes"] >= 5 for kernel in said["kernels"].values())

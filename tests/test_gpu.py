@@ -27,12 +27,12 @@ from torch.profiler import ProfilerActivity, profile
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 LIVE = STRATEGIES["live"]
-# Of which the rows, and so the shapes of the destinations, are the same whatever the lengths.
+# The number of rows, and so the shapes of the destinations, doesn't depend on the lengths.
 SHAPE = batch(42, 1031, seed=1)
 
 
 # ------------------------------------------------------------------------------------------------ graphs
-# Of several batch sizes on the same destinations: test_traces.py. Of the functions that take lists: test_functions.py.
+# test_traces.py has graphs of several batch sizes on the same destinations, test_functions.py those of the functions.
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -46,9 +46,9 @@ def test_graph_replays_follow_the_inputs(name: str) -> None:
         scene.take_inputs(other)
         poison(scene.backends)
         if scene.config.verified:
-            plan.forget()  # for the destinations were written by this test
+            plan.forget()  # because this test wrote to the destinations
         graph.replay()
-        if "kv_indices" in scene.config.fields:  # as long as the first lengths needed
+        if "kv_indices" in scene.config.fields:  # its size is what the first lengths needed
             for buffers in other.expected:
                 buffers.kv_indices = _first(buffers.kv_indices, scene.capacity)
         assert_same(scene.backends, other.expected)
@@ -63,14 +63,14 @@ def _first(indices: torch.Tensor | None, capacity: int) -> torch.Tensor:
 
 
 def test_the_driver_names_the_architecture_that_torch_names() -> None:
-    """In a process of its own, which hasn't imported torch."""
+    """Asked in a new process, which hasn't imported torch."""
     code = "import sys; from onelaunch.build.toolchain import *; print(current_architectures(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{toolchain.architectures(torch.cuda.current_device())} False\n"
 
 
 def test_a_capture_refuses_a_kernel_that_isnt_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither built nor loaded while a graph is captured; the capture is abandoned, and the next one works."""
+    """Nothing is built or loaded while a graph is captured. That capture is abandoned, and the next one works."""
     store = Store(tmp_path / "cache")
     monkeypatch.setattr(loader, "default_store", lambda: store)
     config = KernelConfig(fields=("cache_seqlens",), num_backends=2)
@@ -93,13 +93,13 @@ def test_a_capture_refuses_a_kernel_that_isnt_loaded(tmp_path: Path, monkeypatch
     assert not store.root.exists(), "something was built"
     assert not torch.cuda.is_current_stream_capturing()
     torch.cuda.synchronize()
-    assert counts.tolist() == [0] * 8, "what was captured ran"
-    # Built, yet not loaded by this process: refused all the same.
+    assert counts.tolist() == [0] * 8, "captured work ran"
+    # A kernel that is built but not loaded by this process is refused, too.
     kernel = onelaunch.specialize(config)
     loader._loaded.clear()
     with pytest.raises(JitPolicyError, match=re.escape(sentence)):
         capture()
-    # Loaded before the capture, it is no matter.
+    # A kernel loaded before the capture is accepted.
     assert onelaunch.specialize(config).key == kernel.key
     graph, again = capture()
     assert again.key == kernel.key
@@ -124,7 +124,7 @@ def test_a_checked_plan_is_captured_and_reports_after_the_replay() -> None:
 
 
 def test_an_audit_is_captured_and_reports_after_the_replay() -> None:
-    """Behind the refresh in its graph, and alone."""
+    """In the graph of the refresh, after it, and in a graph of its own."""
     scene = Scene(LIVE, batch(300, 517).within(517), DEVICE)
     plan: Any = scene.bind(audit_every=1)
     graph = captured(lambda: scene.run(plan))
@@ -148,7 +148,7 @@ def test_an_audit_is_captured_and_reports_after_the_replay() -> None:
     graph.replay()
     audit.replay()
     plan.check()
-    table.fill_(-3)  # as many differences as there can be: one is reported
+    table.fill_(-3)  # every element differs; one is reported
     audit.replay()
     with pytest.raises(onelaunch.AuditError, match=r"page_indices.* is -3"):
         plan.check()
@@ -226,7 +226,7 @@ def test_a_call_is_one_kernel_and_nothing_else(make: Make, dtype: str) -> None:
 
 @pytest.mark.parametrize("make", [refresh_by_plan, audit_by_plan, refresh_by_lists, copy])
 def test_a_call_allocates_nothing(make: Make) -> None:
-    """So it can be captured: test_functions.py and the tests above replay what was."""
+    """An allocation would break captures. The tests above and test_functions.py replay graphs of these calls."""
     call = make(Scene(LIVE, batch(33, 517, spare_rows=0), DEVICE))
     call()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -251,7 +251,7 @@ def test_the_launch_is_on_the_current_stream() -> None:
         torch.cuda._sleep(200_000_000)
         late.copy_(scene.seq_lens)
         plan.run(late, scene.req_pool_indices)
-    # Nothing has happened yet on the stream, so a launch on another one would already have read zeros.
+    # The stream still sleeps, so a launch on another stream would already have read zeros.
     assert not stream.query()
     torch.cuda.synchronize()
     scene.compare()
@@ -292,7 +292,7 @@ def test_plans_on_two_devices_side_by_side() -> None:
 
 @pytest.mark.parametrize("name", ["rows", "variable rows"])
 def test_64_backends_of_65536_requests(name: str) -> None:
-    """No cap on either: the running sums carry over 256 chunks, and 64 backends' addresses travel by value."""
+    """Neither has a limit here: running sums carry over 256 chunks, and 64 backends' addresses travel by value."""
     fields = ("cu_seqlens_k", "nsa_cu_seqlens_k", "page_indices")
     check(STRATEGIES[name].replace(num_backends=64, fields=fields), batch(65_536, 12, page_size=2), DEVICE)
 
@@ -304,7 +304,7 @@ def test_a_context_of_a_million_tokens(name: str) -> None:
 
 
 def with_a_far_pool(scene: Scene) -> Scene:
-    """The same rows of tokens, of which the first and the last lie beyond 2^31 elements of a larger pool."""
+    """Moves the scene's token rows into a larger pool, the first and the last row beyond 2^31 elements."""
     pool = scene.req_to_token
     width = pool.shape[1]
     needed = 2**31 // width + 3
@@ -328,7 +328,7 @@ def test_pool_rows_beyond_two_to_the_31_elements(name: str) -> None:
 
 
 def test_a_million_columns_of_64_backends() -> None:
-    """A pool of a million-token context, read beyond 2^31 elements, to 64 backends."""
+    """Reads a million-token pool beyond 2^31 elements, and writes to 64 backends."""
     width = 2**20 + 1
     shape = Shape("a million", (width, 65, width - 3), width=width)
     scene = with_a_far_pool(Scene(LIVE.replace(num_backends=64), shape, DEVICE))

@@ -42,7 +42,7 @@ def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen
 
 
 def ended(children: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """The exit status, stdout and stderr of each."""
+    """The exit status, stdout and stderr of each process."""
     try:
         return [
             (child.wait(), *said) for child, said in [(child, child.communicate(timeout=300)) for child in children]
@@ -53,13 +53,13 @@ def ended(children: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str
 
 
 def said_by(children: Sequence[subprocess.Popen[str]]) -> list[Any]:
-    """The last line of each, as JSON."""
+    """The last line of each process's stdout, decoded from JSON."""
     results = ended(children)
     assert [status for status, _, _ in results] == [0] * len(results), results
     return [json.loads(out.splitlines()[-1]) for _, out, _ in results]
 
 
-# Runs and compares 20 times on a device, and says whether it built the kernel.
+# Runs and compares 20 times on a device, and reports whether it built the kernel.
 COMPARES = """
 import json, sys
 import torch
@@ -80,7 +80,7 @@ print(json.dumps(plans[0].kernel.built))
     [pytest.param((0, 0), id="one device"), pytest.param((0, 1), id="two devices", marks=pytest.mark.two_devices)],
 )
 def test_two_processes_build_and_run_at_the_same_time(devices: tuple[int, int], tmp_path: Path) -> None:
-    """With one new cache: one of them builds. The second device isn't its process's current one."""
+    """They share an empty cache, so one of them builds. The second device isn't its process's current one."""
     cache = str(tmp_path / "cache")
     built = said_by([start(COMPARES, device, ONELAUNCH_CACHE_DIR=cache) for device in devices])
     assert sorted(built) == [False, True]
@@ -88,7 +88,7 @@ def test_two_processes_build_and_run_at_the_same_time(devices: tuple[int, int], 
 
 @pytest.mark.two_devices
 def test_graphs_and_threads_of_two_devices() -> None:
-    """In one process, side by side: captured there, called with the other device as the current one, by two threads."""
+    """In one process: graphs captured on each device, and calls by two threads while the other device is current."""
     scenes = [Scene(CONFIG, SHAPE, torch.device("cuda", index)) for index in (0, 1)]
     plans: list[Any] = [scene.bind() for scene in scenes]
     graphs = []
@@ -97,21 +97,21 @@ def test_graphs_and_threads_of_two_devices() -> None:
             scene.run(plan)
             torch.cuda.synchronize()
             graphs.append(torch.cuda.CUDAGraph())
-            # torch's own stream for captures is of the first device that captured anything.
+            # torch's default capture stream belongs to the first device that captured anything.
             with torch.cuda.graph(graphs[-1], stream=torch.cuda.Stream()):
                 scene.run(plan)
     for turn in range(4):
         for scene in scenes:
             poison(scene.backends)
         for index in (0, 1):
-            with torch.cuda.device(index ^ turn % 2):  # a replay of another device than the current one
+            with torch.cuda.device(index ^ turn % 2):  # on odd turns, replay while the other device is current
                 graphs[index].replay()
         for index, scene in enumerate(scenes):
             torch.cuda.synchronize(index)
             scene.compare()
 
     def call(index: int) -> None:
-        torch.cuda.set_device(index ^ 1)  # each thread has a current device of its own
+        torch.cuda.set_device(index ^ 1)  # the current device is per thread
         for _ in range(300):
             scenes[index].run(plans[index])
         failures[index] = torch.cuda.current_device() != index ^ 1
@@ -142,12 +142,12 @@ def tables() -> tuple[MetadataBuffers, torch.Tensor]:
 
 
 def filled(count: int) -> list[torch.Tensor]:
-    """Tensors as large as the destination, of somebody else."""
+    """Somebody else's tensors, as large as the destination."""
     return [torch.full((8, 131_072), POISON, dtype=torch.int32, device=DEVICE) for _ in range(count)]
 
 
 def test_a_plan_keeps_the_memory_of_a_destination_that_was_freed() -> None:
-    """Else the allocator would give it to another stream, and the plan would write there."""
+    """Otherwise the allocator would give the memory to another stream, and the plan would write there."""
     destination, pool = tables()
     plan = onelaunch.bind([destination], req_to_token=pool)
     (region,) = plan.regions
@@ -168,21 +168,21 @@ def test_a_plan_keeps_the_memory_of_a_destination_that_was_freed() -> None:
     assert all(bool((tensor == POISON).all()) for tensor in here + there)
     del plan
     gc.collect()
-    assert overlapping(filled(8)) == 1, "the memory is given away as soon as the plan is gone"
+    assert overlapping(filled(8)) == 1, "the memory must be free once the plan is gone"
 
 
 def test_a_plan_that_goes_before_its_launch_ran() -> None:
-    """On another stream than the memory's own. As for every operation, record_stream says so to the allocator."""
+    """The launch is on another stream than the memory's. The caller must use record_stream, as for any operation."""
     destination, pool = tables()
     plan = onelaunch.bind([destination], req_to_token=pool)
     lengths, rows = torch.full((8,), 131_072, device=DEVICE), torch.arange(8, device=DEVICE)
     plan.run(lengths, rows)
-    filled(8)  # what the allocator then has without asking CUDA, which waits for kernels
+    filled(8)  # so that the allocator has free blocks later; cudaMalloc could wait for kernels
     gc.collect()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(6_000_000_000)  # three seconds, for other tests may use the device as well
+        torch.cuda._sleep(6_000_000_000)  # three seconds, because other tests may use the device, too
         plan.run(lengths, rows)
     for tensor in (destination.page_indices, pool, lengths, rows):
         assert tensor is not None
@@ -196,7 +196,7 @@ def test_a_plan_that_goes_before_its_launch_ran() -> None:
 
 
 def test_lists_whose_memory_comes_again() -> None:
-    """The functions remember plans by address: a new tensor there, of another stream and shape, gets what it should."""
+    """The functions remember plans by address. A new tensor at a known address has another stream and shape."""
     pool = torch.arange(8 * 70_000, dtype=torch.int32, device=DEVICE).view(8, 70_000)
     lengths, rows = torch.tensor([7, 70_000, 0, 3], device=DEVICE), torch.tensor([2, 7, 1, 0], device=DEVICE)
     seen, again = set(), 0
@@ -229,14 +229,14 @@ def test_lists_whose_memory_comes_again() -> None:
         seen.add(table.data_ptr())
         del table, lists
         torch.cuda.empty_cache()
-    assert again > 8, "the addresses came again"
+    assert again > 8, "too few addresses came again"
 
 
 # ------------------------------------------------------------------------------------------------ threads, streams
 
 
 def test_a_plan_of_several_threads_and_streams() -> None:
-    """A launch that had one thread's batch and another's tensors would read what lies behind these, and report it."""
+    """A launch that mixed two threads' inputs would read beyond the shorter ones, and check() would report it."""
     scene = Scene(CONFIG.replace(checked=True), batch(64, 517).within(517), DEVICE)
     plan: Any = scene.bind()
 
@@ -278,7 +278,7 @@ def test_a_plan_of_several_threads_and_streams() -> None:
 
 
 def test_an_argument_that_is_refused_during_a_capture() -> None:
-    """Nothing of that call is captured, and the capture goes on."""
+    """The refused call captures nothing, and the capture goes on."""
     scene = Scene(CONFIG, SHAPE, DEVICE)
     plan: Any = scene.bind()
 
@@ -329,7 +329,7 @@ os._exit(0)  # what torch's destructors say of a graph that failed is none of th
 
 
 def test_a_capture_that_fails_halfway() -> None:
-    """A synchronization between two launches ends it: the second launch says so, and afterwards all is well."""
+    """A synchronization between two launches ends the capture. The second launch reports it; later captures work."""
     ((ended_it, refused, end),) = said_by([start(FAILED_CAPTURE)])
     assert "captur" in ended_it
     assert "captur" in end
@@ -393,7 +393,7 @@ ADDRESS = "CUDA error 700: an illegal memory access was encountered"
     [("assert", "CUDA error 710: device-side assert triggered"), ("address", ADDRESS), ("own kernel", ADDRESS)],
 )
 def test_an_error_of_a_kernel_before_is_told_as_such(how: str, text: str) -> None:
-    """The first two are kernels of torch. Such an error stays until the process ends."""
+    """The first two errors come from torch's kernels. Such an error lasts until the process ends."""
     ((run, again, check, bind),) = said_by([start(BREAKS, how)])
     for message in (run, again):
         assert message.endswith(f"wasn't launched on cuda:0: {text}. {LOST}")
@@ -406,7 +406,7 @@ def test_an_error_of_a_kernel_before_is_told_as_such(how: str, text: str) -> Non
 
 @contextlib.contextmanager
 def mps(folder: Path) -> Iterator[dict[str, str]]:
-    """A control daemon of its own, as the variables of its clients; skips, with the reason, where none starts."""
+    """Starts a control daemon and yields its clients' environment variables; skips, with the reason, if none starts."""
     control = shutil.which("nvidia-cuda-mps-control")
     if control is None:
         pytest.skip("there is no nvidia-cuda-mps-control")
@@ -440,6 +440,6 @@ def mps(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def test_two_clients_of_mps(tmp_path: Path) -> None:
-    """Their kernels run at the same time in one context of the device."""
+    """Both processes run their kernels at the same time in one context of the device."""
     with mps(tmp_path) as variables:
         assert len(said_by([start(COMPARES, 0, **variables) for _ in range(2)])) == 2

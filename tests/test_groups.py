@@ -111,7 +111,7 @@ def test_groups_are_captured_in_a_graph_and_follow_the_inputs(given: bool) -> No
         torch.cuda.synchronize()
         want = support.expected_refresh(backends, lengths, rows, pool, extent="live", **FACTS)
         assert_same(backends, want)
-        # What follows in the graph waits for every group.
+        # Later work in the graph waits for every group.
         assert want.cu_seqlens_k is not None
         assert all(torch.equal(copy.cpu(), want.cu_seqlens_k) for copy in late)
 

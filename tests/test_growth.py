@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-# Each activity is done until what it may keep is there (the functions remember 256 plans), and then many times more.
+# Each activity first runs until its caches are full (the functions remember 256 plans), and then many times more.
 SCRIPT = """
 import ctypes, gc, json, os, sys
 from contextlib import suppress
@@ -91,7 +91,7 @@ print(json.dumps(report))
 
 @pytest.mark.parametrize("factor", [1, pytest.param(10, marks=pytest.mark.long)], ids=["short", "long"])
 def test_memory_and_descriptors_stay_flat(factor: int) -> None:
-    # What measures coverage takes memory of its own, and most of the time.
+    # Without coverage, which takes memory and most of the time.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     command = [sys.executable, "-c", SCRIPT, str(factor)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -100,6 +100,6 @@ def test_memory_and_descriptors_stay_flat(factor: int) -> None:
     assert len(report) == 9
     for work, (rounds, descriptors, objects, resident) in report.items():
         assert descriptors == 0, (work, report)
-        # A leak of one object, or of one KiB, a round would be more than this.
+        # A leak of one object or one KiB per round would exceed these limits.
         assert objects < 500 < rounds, (work, report)
         assert resident < 2**20, (work, report)

@@ -39,7 +39,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(use: str, imported: list[
 
 
 def test_the_import_does_nothing(tmp_path: Path) -> None:
-    """No file is written, no process started, no GPU touched; and torch's own build tools stay away."""
+    """It writes no file, starts no process, touches no GPU, and doesn't import torch's build tools."""
     code = """
 import subprocess, sys
 def refuse(*args, **kwargs):
@@ -65,7 +65,7 @@ print(*({"torch.utils.cpp_extension", "jinja2", "ninja", "filelock", "click", "s
 
 
 def test_every_public_name_is_there_and_is_declared_once() -> None:
-    """The imports for type checkers and the table for the interpreter are the same list."""
+    """The imports for type checkers and the table of lazy names list the same names."""
     tree = ast.parse(Path(str(onelaunch.__file__)).read_text(encoding="utf-8"))
     blocks = [n for n in tree.body if isinstance(n, ast.If) and isinstance(n.test, ast.Name)]
     (block,) = [n for n in blocks if n.test.id == "TYPE_CHECKING"]  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ def test_lazy_names_behave_like_any_others() -> None:
 
 @pytest.mark.long
 def test_a_lazy_name_is_found_while_torch_compile_traces() -> None:
-    """In a process that hasn't used it before, and in a whole graph."""
+    """The process hasn't used the name before, and the graph has no break."""
     done = run(
         """
 import torch
@@ -136,7 +136,7 @@ def test_what_cannot_run_it_is_refused_at_import(disguise: str, message: str) ->
     ],
 )
 def test_an_older_torch_is_a_sentence_at_the_first_use(version: str, sentence: str, tmp_path: Path) -> None:
-    """The metadata of an older torch, found before the real one's."""
+    """sys.path leads to the metadata of an older torch before the real one's."""
     folder = tmp_path / f"torch-{version or 'x'}.dist-info"
     folder.mkdir()
     if version:
@@ -166,5 +166,5 @@ print("torch" in sys.modules)
 
 def test_no_installer_would_exchange_an_engines_torch() -> None:
     needs = [need for need in metadata.requires("onelaunch") or () if "extra" not in need]
-    assert "torch" in needs, "without a bound"
+    assert "torch" in needs, "a bound on torch's version could make an installer exchange it"
     assert sorted(re.match(r"[\w-]+", need)[0] for need in needs) == ["click", "jinja2", "ninja", "setuptools", "torch"]

@@ -21,7 +21,7 @@ from onelaunch.inspect.views import facts, view
 from onelaunch.load import loader
 
 CPU = KernelConfig(fields=("cache_seqlens",), target="cpu")
-# Small enough to compile at once; with running sums, so that it has shared memory and functions within functions.
+# Small enough to compile quickly. Its running sums give it shared memory and inlined functions.
 SMALL = KernelConfig(fields=("cache_seqlens", "cu_seqlens_k"))
 ARCHS = ("90a",)
 
@@ -33,7 +33,7 @@ def built() -> loader.Kernel:
 
 
 def aside(config: KernelConfig, tmp_path: Path) -> Subject:
-    """A configuration as it is where nothing is built."""
+    """A configuration of which nothing is built: its views compile aside."""
     return kernels.of_config("aside", config, ARCHS, Store(tmp_path / "empty"))
 
 
@@ -64,8 +64,8 @@ def test_a_key_prefix_and_an_entrys_folder(monkeypatch: pytest.MonkeyPatch) -> N
         assert (found.config, found.source, found.archs) == (CPU, render(CPU), ())
         assert found.entry is not None
         assert found.entry.key == kernel.key
-    assert find(None, CPU.settings()).entry is not None, "what is built wasn't found by its configuration"
-    # A prebuilt folder is looked in as well.
+    assert find(None, CPU.settings()).entry is not None, "the entry wasn't found by its configuration"
+    # find() also looks in a prebuilt folder.
     monkeypatch.setenv("ONELAUNCH_PREBUILT", str(folder.parent.parent))
     assert find(kernel.key[:12], store=Store(Path("/nonexistent"))).config == CPU
 
@@ -108,7 +108,7 @@ def test_a_prefix_of_several_keys(tmp_path: Path) -> None:
 
 @pytest.mark.nvcc
 def test_an_entry_of_another_version_is_what_it_was(tmp_path: Path, built: loader.Kernel) -> None:
-    """Its manifest names facts that this version doesn't know; its files are shown as they are."""
+    """Its manifest names settings that this version doesn't know; its files are shown as they are."""
     entry = loader.entry_of(built)
     manifest = {**entry.manifest, "config": {"colour": "red"}}
     found = kernels.of_entry(type(entry)(entry.key, entry.path, manifest))
@@ -134,7 +134,7 @@ def test_the_binding_the_commands_and_the_key(tmp_path: Path) -> None:
     key = facts(empty, "key")
     assert (key["build"], key["built"]) == (kernel.key, "no"), "the key it would have isn't the one it gets"
     assert key["made of"]["source"] == hashlib.sha256(render(CPU).encode()).hexdigest()
-    # The command that would compile it does.
+    # The compiler command that is shown works.
     source = tmp_path / f"{CPU.symbol}.cu"
     source.write_text(empty.source, encoding="utf-8")
     subprocess.run(facts(empty, "command")["compiler"], shell=True, check=True, cwd=tmp_path)
@@ -158,7 +158,7 @@ def test_sass_is_the_entrys_own(built: loader.Kernel, tmp_path: Path) -> None:
     assert "_Z" not in inside
     assert re.search(r"/\*[0-9a-f]{4}\*/ +\w", inside)
     assert re.search(r"\bEXIT\b", inside)
-    assert inside == outside, "what is compiled aside isn't what was built"
+    assert inside == outside, "the code compiled aside differs from the built one"
 
 
 @pytest.mark.nvcc
@@ -260,7 +260,7 @@ def test_a_fact_that_changed_and_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.nvcc
 def test_machine_code_without_addresses_and_names(tmp_path: Path) -> None:
-    # Keys, symbols and hashes of paths differ; the instructions that hold T are what is left.
+    # The difference hides keys, symbols and hashes of paths. Only instructions with index_topk are left.
     configs = (KernelConfig(fields=("nsa_cache_seqlens",), index_topk=topk) for topk in (2048, 1024))
     one, other = (aside(config, tmp_path) for config in configs)
     for what, numbers in (("sass", ("0x800", "0x400")), ("ptx", ("2048", "1024"))):
@@ -298,6 +298,6 @@ def test_compile_commands(tmp_path: Path) -> None:
     assert {"-xcuda", f"--cuda-path={toolkit.home}", "--cuda-gpu-arch=sm_90a"} <= set(gpu["arguments"])
     assert (toolkit.include / "cuda_runtime.h").exists()
     assert [Path(command["file"]) for command in (gpu, cpu)] == list(files)
-    # Any compiler of the host takes what clang++ would.
+    # Any host compiler takes the arguments for clang++.
     host = toolchain.find_tools("cpu").compiler.path
     subprocess.run([host, *cpu["arguments"][1:]], check=True, cwd=cpu["directory"])

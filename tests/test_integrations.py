@@ -37,7 +37,7 @@ def pool(device: torch.device | str = "cpu", width: int = WIDTH) -> Tensor:
 def expected(
     forward: SimpleNamespace, source: Tensor, backends: list[dict[str, Tensor]], **facts: Any
 ) -> list[dict[str, Tensor]]:
-    """What the reference makes of poisoned tensors of these shapes."""
+    """What the reference writes to poisoned tensors of these shapes."""
     bs = forward.batch_size
     wanted = [{name: torch.full(t.shape, POISON, dtype=torch.int32) for name, t in b.items()} for b in backends]
     reference.refresh(
@@ -58,7 +58,7 @@ def assert_refreshed(forward: SimpleNamespace, source: Tensor, backends: list[di
 
 
 def dsa_tensors(metadata: Any, prefix: str = "dsa", mode: str = "decode") -> dict[str, Tensor]:
-    """The fields of a DSA metadata object, by names written down here."""
+    """The fields of a DSA metadata object. Written out here, so that the test doesn't use the integration's table."""
     found = {
         "cache_seqlens": metadata.cache_seqlens_int32,
         "cu_seqlens_k": metadata.cu_seqlens_k,
@@ -82,7 +82,7 @@ def mha_tensors(metadata: Any) -> dict[str, Tensor]:
 
 
 def poison(multi: stand_ins.MultiStep) -> None:
-    """What another batch size left in the tables they share."""
+    """Fills the tables that batch sizes share, as if another batch size had left its values there."""
     for child in multi.attn_backends[: multi.captured]:
         child.decode_cuda_graph_metadata["page_table"].fill_(POISON)
 
@@ -118,7 +118,7 @@ def test_one_launch_refreshes_all_draft_steps_of_every_captured_batch_size(devic
     assert len(refresher.plans) == 3
     plans = refresher.plans.values()
     assert all(plan.config.num_backends == 3 and plan.config.index_topk == 70 for plan in plans)
-    assert len({plan.kernel.key for plan in plans}) == 1, "batch sizes have kernels of their own"
+    assert len({plan.kernel.key for plan in plans}) == 1, "all batch sizes must share one kernel"
 
 
 def test_pages_of_one_token(device: torch.device) -> None:
@@ -288,7 +288,7 @@ def test_one_plan_refreshes_all_steps_of_flashinfer_for_every_batch_size(device:
 
 
 def test_pages_of_flashinfers_wrappers(device: torch.device) -> None:
-    """By hand: lengths of 0 to 9 and one token more, in pages of 4; the host's lists are the device's."""
+    """By hand: lengths of 0 to 9, and one token more, in pages of 4. The host's lists equal the device's."""
     source = pool(device)
     source[:, :12] = torch.arange(48, device=device).view(4, 12).repeat(len(source) // 4 + 1, 1)[: len(source)]
     lengths, rows = torch.tensor([3, 0, 7, 9], device=device), torch.tensor([0, 1, 2, 3], device=device)
@@ -331,7 +331,7 @@ def test_what_flashinfers_helper_refuses() -> None:
     with pytest.raises(ArgumentError, match="the backend's topk is 4; allowed: 0 and 1"):
         flashinfer.bind_backends(stand_ins.FlashInferMultiStep(source, topk=4))
     del multi.req_to_token_pool
-    assert flashinfer.bind_backends(multi).config.num_backends == 3, "the children have the pool, too"
+    assert flashinfer.bind_backends(multi).config.num_backends == 3, "the pool wasn't found in the children"
     multi.attn_backends[0].req_to_token = None
     with pytest.raises(ArgumentError, match=r"req_to_token is None. Pass req_to_token="):
         flashinfer.bind_backends(multi)
@@ -380,7 +380,7 @@ def flashinfer_steps(source: Tensor) -> stand_ins.FlashInferMultiStep:
     return multi
 
 
-# Three draft steps of each engine, by the preset that says what is bound for them.
+# Three draft steps of each engine, by the preset that binds the same fields.
 DRAFT_STEPS: dict[str, Callable[[Tensor], Plan]] = {
     "nsa-decode-3": lambda source: sglang.bind_backends(captured(stand_ins.dsa(source, index_topk=2048)), 4),
     "nsa-decode-3-schedule": lambda source: sglang.bind_backends(
@@ -393,7 +393,7 @@ DRAFT_STEPS: dict[str, Callable[[Tensor], Plan]] = {
 
 
 def as_shipped(plan: Plan) -> KernelConfig:
-    """What a plan was bound to, with the presets' target and launch shape."""
+    """A plan's configuration, but with the presets' target and launch shape."""
     shape = ("target", "threads", "unroll", "blocks_per_sm")
     return plan.config.replace(**{name: getattr(KernelConfig(), name) for name in shape})
 
@@ -410,7 +410,7 @@ def test_the_preset_of_flashmla_has_the_lengths_that_only_an_extension_keeps(dev
     backend.capture(4, "draft_extend")
     extension = sglang.bind_backends(backend, 4, mode="draft_extend")
     assert as_shipped(extension) == shipped.replace(num_backends=1)
-    # Draft steps read the batch's own lengths.
+    # Draft steps read the batch's own lengths, so their plan doesn't write any.
     multi = stand_ins.MultiStep([stand_ins.FlashMLABackend(source) for _ in range(4)], 3)
     steps = sglang.bind_backends(captured(multi), 4)
     assert as_shipped(steps) == shipped.replace(fields=("real_page_table",))
@@ -428,7 +428,7 @@ def test_schedules_of_deepgemm_are_refreshed_on_request(device: torch.device, mo
     metadata = backend.decode_cuda_graph_metadata[4]
     forward = stand_ins.batch(source, LENGTHS[4])
     sglang.Refresher(backend).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
-    assert bool((metadata.paged_mqa_schedule_metadata == POISON).all()), "without schedules=True it is the engine's"
+    assert bool((metadata.paged_mqa_schedule_metadata == POISON).all()), "without schedules=True the engine writes it"
     sglang.Refresher(backend, schedules=True).run(4, forward.seq_lens, forward.req_pool_indices, mode=mode)
     tensors = dsa_tensors(metadata, mode=mode) | {"paged_mqa_schedule_metadata": metadata.paged_mqa_schedule_metadata}
     facts: dict[str, Any] = {} if mode == "decode" else {"next_n": 3, "schedule_per": "row"}
@@ -437,7 +437,7 @@ def test_schedules_of_deepgemm_are_refreshed_on_request(device: torch.device, mo
 
 @pytest.mark.parametrize("convention", ["sm90", "sm100"])
 def test_a_schedule_of_requests(convention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The convention is the device's; what is given by name stays."""
+    """The convention follows from the device; an argument overrides it."""
     monkeypatch.setattr("onelaunch.integrations.sglang.refresher.convention_of", lambda device: convention)
     source = pool()
     backend = stand_ins.DSABackend(source, n=4)
@@ -494,7 +494,7 @@ def test_extend_lengths_of_each_request(device: torch.device, dtype: torch.dtype
         assert_refreshed(forward, source, [tensors], mode="draft_extend", extend_seq_lens=torch.tensor(extends))
     assert plan.launches == 2
     refresher.run(4, forward.seq_lens, forward.req_pool_indices, mode="draft_extend")
-    assert len(refresher.plans) == 2, "the same number for all is another kernel"
+    assert len(refresher.plans) == 2, "one number of rows for all requests needs another kernel"
     with pytest.raises(ArgumentError, match="extend_seq_lens is a tensor and mode is 'decode'; it is for"):
         refresher.run(4, forward.seq_lens, forward.req_pool_indices, rows)
     with pytest.raises(ArgumentError, match=r"extend_seq_lens is \(3,\) and bs is 4"):
@@ -664,7 +664,7 @@ def test_no_engine_is_imported_and_onelaunch_alone_imports_no_integration() -> N
 
 
 def test_the_tables_of_engines_are_made_from_the_results_of_make_engines() -> None:
-    """Each class is one that a test held against its engine: see tests/engines/results.py, which writes all of them."""
+    """The tables list the classes that a test compared with their engine. tests/engines/results.py writes them."""
     sys.path.insert(0, str(ROOT / "tests" / "engines"))
     try:
         import results
@@ -675,7 +675,7 @@ def test_the_tables_of_engines_are_made_from_the_results_of_make_engines() -> No
     for path, text in results.written(made).items():
         assert path.read_text(encoding="utf-8") == text, "run make engines WRITE=1"
     served = {name for result in made if result["engine"] == "SGLang" for name in result["classes"]}
-    assert served == {*PLACES, *RUNNERS, WORKER}, "a class that is served and that no test holds against the engine"
+    assert served == {*PLACES, *RUNNERS, WORKER}, "no test compares this class with its engine"
 
 
 def test_names_that_are_gone_say_what_took_their_place() -> None:

@@ -1,4 +1,4 @@
-"""Processes killed at any line of what they do with the cache: the next one builds, and removes their leftovers."""
+"""Processes killed at any call while they use the cache: the next one builds, and removes their leftovers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiler would leave, at once."""
+    """Replaces the compiler by a copy of finished files, to save time."""
     known = {config.symbol: loader.load(config) for config in (SMALL, OTHER)}
     monkeypatch.setattr(loader, "_loaded", {})
 
@@ -52,9 +52,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def traced(work: Callable[[], Any], die_at: int) -> int:
-    """Calls that a child makes in the rooms in work; at one of them it kills itself, as the kernel would.
+    """Runs ``work`` in a child that kills itself at the call ``die_at``. Returns the child's calls, 0 if it died.
 
-    Calls, of C functions too, and returns: a profile function sees them. Lines would take the place of coverage's own.
+    A profile function counts calls, also of C functions, and returns. A trace function would see lines, but coverage
+    uses that hook.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -84,7 +85,7 @@ def traced(work: Callable[[], Any], die_at: int) -> int:
 
 
 def left_in(root: Path) -> list[Path]:
-    """What isn't of the cache's own form, and what belongs to living processes alone."""
+    """Files outside the cache's own layout, and files that only living processes may have."""
     store = Store(root)
     own = {path for name in OWN_NAMES if name not in ("staging", "locks") for path in store.listed(name)}
     inside = [path for name in OWN_NAMES if (root / name).is_dir() for path in (root / name).iterdir()]
@@ -92,7 +93,7 @@ def left_in(root: Path) -> list[Path]:
     return [path for path in (*inside, *beside) if path not in own]
 
 
-# What is built before, and what is killed.
+# What is built first, and the work during which the child is killed.
 SITUATIONS: dict[str, tuple[KernelConfig | None, Callable[[Store, bytes], Any]]] = {
     "a build, and the cache is made": (None, lambda store, data: loader.load(SMALL, store=store)),
     "a build": (SMALL, lambda store, data: loader.load(OTHER, store=store)),
@@ -107,7 +108,7 @@ SITUATIONS: dict[str, tuple[KernelConfig | None, Callable[[Store, bytes], Any]]]
 def test_what_killed_processes_leave_is_swept(
     count: int, situation: str, made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At equally spaced calls from the first to the last."""
+    """Kills children at equally spaced calls from the first to the last."""
     before, work = SITUATIONS[situation]
     data = pack.to_bytes([loader.entry_of(loader.load(SMALL))])
     loader._loaded.clear()
@@ -120,7 +121,7 @@ def test_what_killed_processes_leave_is_swept(
             shutil.copytree(template, tmp_path / name)
         return Store(tmp_path / name)
 
-    # Paths of other lengths take some calls more or fewer.
+    # The number of calls varies a little with the length of the path.
     calls = traced(lambda: work(cache("whole"), data), 0) - 30
     caches, left = [], 0
     for number in range(count):
@@ -128,13 +129,13 @@ def test_what_killed_processes_leave_is_swept(
         at = 1 + number * (calls - 1) // (count - 1)
         assert traced(lambda store=store: work(store, data), at) == 0, "it wasn't killed"
         left += len(left_in(store.root))
-        # Whoever comes next finds it or builds it, and doesn't wait for the dead.
+        # The next process finds or builds the kernel, and doesn't wait for the dead one.
         if number % 4 == 3:
             began = time.monotonic()
             assert traced(lambda store=store: loader.load(SMALL, store=Store(store.root)), 0)
-            assert time.monotonic() - began < 300, "it waited for the dead"
+            assert time.monotonic() - began < 300, "it waited for the dead process"
     assert left > 0 or "build" not in situation
-    # As if the last of them had died a while ago.
+    # As if the last of them had died an hour ago.
     monkeypatch.setattr(files.time, "time", lambda now=time.time: now() + 3600)
     for store in caches:
         store.sweep()

@@ -1,10 +1,10 @@
-"""The reference of num_kv_splits has the float arithmetic of Triton, in which SGLang computes split counts."""
+"""The reference of num_kv_splits has the same float arithmetic as Triton, in which SGLang computes split counts."""
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
-# torch's builds for a CPU alone come without it.
+# torch's CPU builds come without Triton.
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
@@ -19,7 +19,7 @@ def _multiprocessors(lengths, out, count, device_core_count, SIZE: tl.constexpr)
 
 @pytest.mark.parametrize("device_core_count", [78, 132, 148])
 def test_float_arithmetic_is_that_of_triton(device_core_count: int) -> None:
-    """PyTorch's, which is the reference's, for every length up to 2^20 and the powers of two around it."""
+    """PyTorch's arithmetic, which the reference uses, at all lengths up to 2^20 and near larger powers of two."""
     lengths = torch.arange(1, 2**20 + 1, device="cuda")
     more = torch.tensor([2**k + d for k in range(20, 31) for d in (-1, 0, 1)], device="cuda")
     lengths = torch.cat((lengths, more))

@@ -67,7 +67,7 @@ def test_what_is_built_where_it_is_found(store: Store, tmp_path: Path, monkeypat
     assert lines[at + 1].split()[-1] == "cpu"
     assert text.splitlines()[-2] == "other builds"
     assert text.splitlines()[-1].split()[-1] == OTHER.symbol
-    # The same entries, whichever verb lists them, and whichever folder holds them.
+    # `list` and `cache list` show the same entries, and a prebuilt folder's are shown, too.
     listed = json.loads(CliRunner().invoke(app, ["cache", "list", "--json"]).stdout)
     assert {row["key"] for row in listed} == {lengths.key, other.key}
     assert row in listed

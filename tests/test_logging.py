@@ -89,7 +89,7 @@ def test_ranges_around_each_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     traced.run(torch.tensor([5, 6]), torch.tensor([0, 1]))
     assert calls == [f"push {CPU.symbol}", "pop"]
     assert traced.launches == 1
-    # What a launch raises comes through, and the range is closed.
+    # An error of the launch is raised, and the range is closed.
     with pytest.raises(TypeError):
         traced._bound.run()
     assert calls[2:] == calls[:2]

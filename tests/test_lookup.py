@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def fake_build(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Builds that take no compiler: the object is text, and its module this one."""
+    """Builds without a compiler: the object is a text file, and ``sys`` stands in for its module."""
     built: list[str] = []
 
     def build(recipe: Any, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
@@ -57,7 +57,7 @@ def test_a_kernel_says_what_it_is(store: Store, fake_build: list[str]) -> None:
 
 @pytest.mark.parametrize("change", ["other compilers", "no compilers", "no JSON object"])
 def test_a_note_that_doesnt_hold_is_looked_up_again(change: str, store: Store, fake_build: list[str]) -> None:
-    """A note for other compilers, or a damaged one, leads to the key, and by it to the same entry: nothing is built."""
+    """After a damaged note, or one for other compilers, the key still finds the entry: nothing is built."""
     first = loader.load(CONFIG, store=store)
     (index,) = (store.root / "index").iterdir()
     good = noted = json.loads(index.read_text())
@@ -71,7 +71,7 @@ def test_a_note_that_doesnt_hold_is_looked_up_again(change: str, store: Store, f
     loader._loaded.clear()
     assert loader.load(CONFIG, store=store).key == first.key
     assert len(fake_build) == 1
-    # And what was found is noted for the next process.
+    # The note is corrected for the next process.
     assert json.loads(index.read_text()) == good
 
 
@@ -84,7 +84,7 @@ def test_an_index_that_leads_to_an_entry_that_is_gone(store: Store, fake_build: 
 
 
 def test_a_host_without_a_compiler(store: Store, fake_build: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the build that the index names, whatever compiler made it; without one it says what is missing."""
+    """It takes the build that the index names, whichever compiler made it. Without a build it raises ToolchainError."""
     kernel = loader.load(CONFIG, store=store)
 
     def none(target: str) -> toolchain.Tools:
@@ -125,7 +125,7 @@ def test_another_process_built_it_while_this_one_waited(
 def test_an_entry_that_is_removed_while_it_is_loaded(
     store: Store, fake_build: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by `cache clear` in another process: it is built again, once."""
+    """`cache clear` in another process can do that. The kernel is built again, once."""
     loaded = []
 
     def removed(entry: Entry, *_: Any) -> Any:
@@ -141,7 +141,7 @@ def test_an_entry_that_is_removed_while_it_is_loaded(
 
 
 def test_exchanged_notes_are_noticed(store: Store, fake_build: list[str]) -> None:
-    """A note leads to a key without a look at the source, so its entry must be of the requested configuration."""
+    """A note gives a key without reading the source, so the loader must check the entry's configuration."""
     configs = [CONFIG, CONFIG.replace(num_backends=2)]
     keys = [loader.load(config, store=store).key for config in configs]
     one, two = (path for path in (store.root / "index").iterdir() if "compilers" not in path.name)
@@ -182,7 +182,7 @@ arch = sm_100a
 
 
 def test_the_resources_that_cuobjdump_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toolkit's program is asked before PATH's, and none is no fault."""
+    """The toolkit's cuobjdump comes before PATH's. Without one there is no report and no error."""
     assert binary.resources(tmp_path / "m.so", None) == {}
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""A plan and its bound memory, if tensors get another storage, or their storage is resized."""
+"""A plan and its bound memory when a tensor gets another storage or its storage is resized."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shrunk(tensor: Tensor) -> None:
 
 
 class Bound:
-    """A plan of one table."""
+    """A plan with one table, and its tensors."""
 
     def __init__(self) -> None:
         self.table = torch.full((2, 4), -1, dtype=torch.int32)
@@ -56,7 +56,7 @@ class Bound:
 def test_memory_lives_on_when_a_tensor_gets_another_one(
     change: Callable[[Tensor], None], name: str, earlier: bool
 ) -> None:
-    """The plan goes on with the memory that was bound, and is the last to hold it."""
+    """The plan keeps using the memory that was bound, and is the last to hold it."""
     memory = {"table": np.full((2, 4), -1, np.int32), "pool": np.arange(8, dtype=np.int32).reshape(2, 4)}
     tensors = {key: torch.from_numpy(array) for key, array in memory.items()}
     plan = onelaunch.bind([MetadataBuffers(page_indices=tensors["table"])], req_to_token=tensors["pool"])

@@ -22,7 +22,7 @@ CONVENTIONS = ("sm90", "sm100")
 
 
 def context_lens(bs: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Lengths of every size, of which some requests have none; columns before the last are too large."""
+    """Lengths of every size, some of them 0. Columns before the last are too large: a read would show."""
     last = [(977 * i * i + 255 * i) % 70_001 * (i % 5 != 3) for i in range(1, bs + 1)]
     lens = torch.full((bs, n), 2**30, dtype=dtype)
     lens[:, -1] = torch.tensor(last, dtype=dtype)
@@ -69,7 +69,7 @@ def test_lengths_of_one_token_may_be_a_vector_of_any_stride(device: torch.device
 
 
 def test_the_builds_that_the_docstring_names() -> None:
-    """What `onelaunch build --set` makes is what the function looks for."""
+    """The function finds the kernels that the docstring's `onelaunch build --set` commands build."""
     text = " ".join(str(schedules.paged_mqa_schedule.__doc__).split())
     one, four, new = re.findall(r"``(?:onelaunch build --set )?([a-z_]+=[\w=,]+)``", text)
     cpu = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The functions inside torch.compile: one graph, every word as in eager, and torch's own checks of an operation."""
+"""The functions inside torch.compile: one graph, the same bytes as in eager mode, and torch's own operator checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALLOCATED = (*SIX_FIELDS, "seqlens_expanded")
 
 @pytest.fixture(autouse=True)
 def _no_graph_is_left_behind() -> None:
-    # Here and not above, as it takes seconds: every worker reads this file, and few run what is in it.
+    # The import takes seconds. Every worker imports this file, but few run its tests.
     import torch._dynamo.testing
     from torch._dynamo.utils import counters
 
@@ -88,7 +88,7 @@ def make(device: torch.device, fields: Sequence[str] = SIX_FIELDS, page_size: in
 
 
 def broadcast(lists: Sequence[Any], *inputs: Tensor, **numbers: Any) -> Tensor:
-    """A step with torch's own work before and after the function, in one graph with it."""
+    """A step with torch operations before and after the function; all must be in one graph."""
     seq_lens, req_pool_indices, req_to_token = inputs
     onelaunch.fused_metadata_precompute_and_broadcast_cuda(
         seq_lens + 1, req_pool_indices, req_to_token, *lists, extent="live", **numbers
@@ -113,7 +113,7 @@ def test_torch_accepts_the_broadcast(fields: tuple[str, ...], device: torch.devi
 def test_torch_accepts_the_precomputation_and_the_copy(page_size: int, device: torch.device) -> None:
     case = make(device, ALLOCATED, page_size)
     source, destination = (ops._pack(b) for b in case.buffers)
-    assert len(source[0]) == len(ALLOCATED) - (page_size == 1)  # then two of them are one tensor
+    assert len(source[0]) == len(ALLOCATED) - (page_size == 1)  # with pages of one token two fields are one tensor
     torch.library.opcheck(
         OPS.precompute_decode_metadata_cuda.default,
         (*case.inputs, *source),
@@ -128,7 +128,7 @@ def test_torch_accepts_the_precomputation_and_the_copy(page_size: int, device: t
 
 
 def test_an_operation_that_hides_a_write_would_be_caught() -> None:
-    """What the two tests above prove: with one list left undeclared, opcheck fails."""
+    """Shows that the two tests above can fail: opcheck rejects a schema that doesn't declare one list as written."""
     case = make(torch.device("cpu"))
     schema = str(OPS.fused_metadata_precompute_and_broadcast_cuda.default._schema).partition("::")[2]
     assert "Tensor(c!)[]? page_indices_list" in schema
@@ -149,7 +149,7 @@ def test_an_operation_that_hides_a_write_would_be_caught() -> None:
 def test_the_operation_takes_what_the_function_takes() -> None:
     schema = OPS.fused_metadata_precompute_and_broadcast_cuda.default._schema
     parameters = inspect.signature(onelaunch.fused_metadata_precompute_and_broadcast_cuda).parameters.values()
-    spelled = {"mode": "forward_mode"}  # torch calls operations with a mode of its own
+    spelled = {"mode": "forward_mode"}  # torch passes a ``mode`` of its own to operations
     assert [(a.name, a.kwarg_only, a.default_value) for a in schema.arguments] == [
         (spelled.get(p.name, p.name), p.kind is p.KEYWORD_ONLY, None if p.default is p.empty else p.default)
         for p in parameters
@@ -173,7 +173,7 @@ def test_a_broadcast_is_part_of_the_graph(backend: str, fields: tuple[str, ...],
 
 
 def test_what_the_backends_share_stays_shared(device: torch.device) -> None:
-    """One table in both backends, and lengths that are two halves of one tensor."""
+    """Both backends share one table, and their lengths are two halves of one tensor."""
     case = make(device, ("cache_seqlens", "page_indices", "nsa_cache_seqlens"))
     first, second = case.buffers
     second.page_indices = first.page_indices
@@ -236,14 +236,13 @@ def test_a_batch_and_a_bound_that_change_take_one_more_graph(device: torch.devic
 
 @pytest.mark.long
 def test_inductor_writes_to_the_destinations_themselves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not to copies that it copies back, which would cost more than the launch: an eager call finds the same plan."""
+    """Copying there and back would cost more than the launch. An eager call that finds the same plan excludes it."""
     import torch._inductor.config
 
     case = make(device)
     refresh.plans.clear()
     compiled = torch.compile(broadcast, backend="inductor", fullgraph=True)
-    # One thread, which is this process: others would first import torch, for the little that there is to compile. And
-    # for that little it would take half a minute to precompile torch's headers.
+    # Compile in this process: workers would first import torch. Precompiling torch's headers would take half a minute.
     with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
         compiled(case.lists(), *case.inputs, **case.numbers, max_len=130)
     assert_same(case.backends, case.expected("live", 130, more=1))

@@ -1,4 +1,4 @@
-"""Hand-edited sources: run in place of the emitted one, are marked and checked, and never confused with it."""
+"""Hand-edited sources: they run in place of the emitted source, are marked and checked, and never confused with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACE = Path(__file__).parent / "data" / "azure_2023_conversation.csv"
 
 @pytest.fixture
 def edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of edits, and an empty store of one's own."""
+    """A folder for edits; the default store is new and empty."""
     folder = tmp_path / "edits"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv(OVERRIDE_VARIABLE, str(folder))
@@ -47,7 +47,7 @@ def edit(folder: Path, config: KernelConfig, old: str, new: str) -> Path:
 
 
 def lengths_of(kernel_edited: bool) -> list[int]:
-    """What a refresh of the lengths 5, 6 writes."""
+    """What a refresh writes for the lengths 5 and 6."""
     buffers = onelaunch.MetadataBuffers(cache_seqlens=torch.zeros(2, dtype=torch.int32))
     plan = onelaunch.bind([buffers], req_to_token=torch.zeros((2, 8), dtype=torch.int32))
     assert plan.config == CPU
@@ -70,7 +70,7 @@ def test_an_edit_runs_and_is_marked_everywhere(
     with pytest.warns(UserWarning, match=f"{CPU.symbol} is edited by hand: {path} runs in place"):
         assert lengths_of(True) == [105, 106]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # one warning a process
+        warnings.simplefilter("error")  # it warns once per process
         assert lengths_of(True) == [105, 106]
     assert "has no build of it yet (edited by hand: " in capfd.readouterr().err
     assert [line.message.split()[0] for line in caplog.records if "edited by hand" in line.message] == [
@@ -94,7 +94,7 @@ def test_an_edit_runs_and_is_marked_everywhere(
 
 
 def test_the_cache_never_mixes_them(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In either order, within a process and for the next one, which has only the index."""
+    """In either order, within a process and in the next one, which has only the index."""
     path = edit(edits, CPU, "request, seq_len);", "request, seq_len + 100);")
     keys = {}
     for folder, wanted in ((str(edits), 105), ("", 5), (str(edits), 105), ("", 5)):
@@ -106,7 +106,7 @@ def test_the_cache_never_mixes_them(edits: Path, monkeypatch: pytest.MonkeyPatch
                 keys[loader.load(CPU).key] = wanted
             loader._loaded.clear()
     assert sorted(keys.values()) == [5, 105]
-    # Another edit is another key; so is no difference to the emitted text the emitted one's.
+    # Another edit has another key. A file that equals the emitted source has the emitted source's key.
     monkeypatch.setenv(OVERRIDE_VARIABLE, str(edits))
     path.write_text(path.read_text().replace("+ 100", "+ 200"))
     log._warned.clear()
@@ -118,7 +118,7 @@ def test_the_cache_never_mixes_them(edits: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_reference_judges_an_edit(edits: Path) -> None:
-    """onelaunch replay finds a wrong edit wrong, and one that means the same right."""
+    """onelaunch replay reports a wrong edit, and accepts one that computes the same."""
     replay = [
         "replay", str(TRACE), "--device", "cpu", "--backends", "1", "--max-batch", "4", "--context-len", "256",
         "--max-steps", "12", "--step-ms", "500", "--verify", "every",
@@ -163,7 +163,7 @@ def test_what_somebody_else_could_have_written_is_refused(edits: Path) -> None:
 
 
 def test_a_folder_above_that_somebody_else_could_exchange(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of the cache: also where a link leads, and where a link is another user's."""
+    """The rule is the cache's. It covers the targets of links, and links that belong to another user."""
     if os.geteuid() != 0:
         pytest.skip("only root can make folders of several users")
     with public_folder() as public:
@@ -209,7 +209,7 @@ def test_what_cant_be_read_is_one_sentence(edits: Path, monkeypatch: pytest.Monk
 
 
 def test_what_is_built_is_what_was_read_first(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is read once a load: a change while the build begins goes to the next load, with a key of its own."""
+    """A load reads the file once. A change during the build takes effect at the next load, under another key."""
     path = edit(edits, CPU, "request, seq_len);", "request, seq_len + 1);")
     obey = loader._obey_policy
 
@@ -234,7 +234,7 @@ def test_a_pack_of_an_edit_isnt_taken_for_the_emitted_kernel(
         kernel = loader.load(CPU)
     data = pack.to_bytes([loader.entry_of(kernel)])
     elsewhere = Store(tmp_path / "elsewhere")
-    # Where the same edit is, it is the same kernel.
+    # With the same edit in place, it is the same kernel.
     assert pack.from_bytes(data, elsewhere).entries[0].key == kernel.key
     monkeypatch.delenv(OVERRIDE_VARIABLE)
     done = pack.from_bytes(data, Store(tmp_path / "third"))

@@ -52,7 +52,7 @@ def data(built: Store) -> bytes:
 
 
 def other_python() -> Iterator[str]:
-    """Interpreters of another minor version that start."""
+    """Python interpreters of another minor version that work."""
     roots = [Path(sys.base_prefix).parent]
     names = [f"python3.{minor}" for minor in (12, 13, 14, 11) if minor != sys.version_info.minor]
     for name in names:
@@ -62,7 +62,7 @@ def other_python() -> Iterator[str]:
 
 
 def test_a_pack_runs_in_another_python_without_any_compiler(data: bytes, tmp_path: Path) -> None:
-    """Unpacked, found, loaded and run there: two lengths are written through addresses, without torch."""
+    """It unpacks, finds, loads and runs the kernel there. Without torch, it passes plain addresses of two lengths."""
     python = next(other_python(), None)
     if python is None:
         pytest.skip("there is no Python of another minor version")
@@ -127,7 +127,7 @@ def test_a_pack_is_used_whatever_compilers_there_are(
     assert [entry.manifest["symbol"] for entry in done.entries] == [SMALL.symbol]
     monkeypatch.setattr(loader.toolchain, "find_tools", lambda target: pytest.fail("no compiler is looked for"))
     assert loader.load(SMALL, store=store).path.is_relative_to(store.root)
-    # Again: nothing changes.
+    # Unpacking again changes nothing.
     assert pack.from_bytes(data, store).entries == done.entries
 
 
@@ -189,7 +189,7 @@ def an_index(**facts: Any) -> tuple[str, bytes]:
 
 
 def a_second_entry(m: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-    """The index names two, and the second is the first one's files under a key of its own."""
+    """Adds a second entry to the index: the files of the first one under another key."""
     index = json.loads(m[0][1])
     index["entries"].append({"key": "9" * 64})
     m[0] = (m[0][0], json.dumps(index).encode())
@@ -241,7 +241,7 @@ def test_broken_packs_put_nothing_anywhere(data: bytes, tmp_path: Path, how: str
 
 
 def test_every_flipped_bit_of_a_pack_is_noticed(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """500 random ones: it is refused whole, or the content is the same, as with bits of the header and of padding."""
+    """500 random bits: the pack is refused whole, or its content is the same (bits of the gzip header and padding)."""
     chosen, put, content = random.Random(0), [], gzip.decompress(data)
     monkeypatch.setattr(pack, "_put", lambda facts, *_: put.append(facts["key"]))
     monkeypatch.setattr(pack, "_misfit", lambda *_: None)
@@ -261,7 +261,7 @@ def test_every_flipped_bit_of_a_pack_is_noticed(data: bytes, tmp_path: Path, mon
 
 
 def bomb(size: int) -> bytes:
-    """A pack of some kilobytes whose one file has that many zeros."""
+    """A small pack whose one file unpacks to ``size`` zero bytes."""
     out = io.BytesIO()
     with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1) as file:
         head, chunk = tarfile.TarInfo("entries/" + "0" * 64 + "/x.so"), bytes(2**20)
@@ -274,7 +274,7 @@ def bomb(size: int) -> bytes:
 
 
 def test_a_pack_that_swells_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one file, as many, and as what follows the archive."""
+    """The excess is in one file, in many files, or after the end of the archive."""
     monkeypatch.setattr(pack, "MAX_BYTES", 2**23)
     large = bomb(2**25)
     assert len(large) < 2**18
@@ -287,7 +287,7 @@ def test_a_pack_that_swells_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_entries_that_are_no_pack(built: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a pack holds, or changed since they were found."""
+    """The entries have more bytes than a pack holds, or one changed after it was found."""
     entries = list(built.entries())
     with monkeypatch.context() as patch:
         patch.setattr(pack, "MAX_BYTES", 1000)
@@ -319,7 +319,7 @@ NEEDS = {"machine": "x86_64", "glibc": "2.34", "driver": "570.26"}
 )
 def test_misfits(needs: dict[str, str], archs: tuple[str, ...], reason: str | None) -> None:
     assert binary.misfit({**NEEDS, **needs}, archs, HERE) == reason
-    # Where there is no GPU, a kernel for one is taken: it may be built into an image.
+    # A machine without a GPU accepts any CUDA kernel: it may be building a container image.
     if "driver" in needs:
         assert binary.misfit({**NEEDS, **needs}, archs, {"machine": "x86_64", "glibc": "2.36"}) is None
 
@@ -341,7 +341,7 @@ def test_what_cant_run_here_is_refused_and_the_rest_taken(
 
 @pytest.mark.nvcc
 def test_a_cuda_pack_says_what_it_needs_and_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers and architectures come from the manifest, so that they are known where there is no toolkit."""
+    """Registers and architectures come from the manifest, so that they are known without a toolkit."""
     store = Store(tmp_path / "cache")
     config = KernelConfig(fields=("cache_seqlens",))
     kernel = loader.load(config, ("90a", "100a"), store)
@@ -352,7 +352,7 @@ def test_a_cuda_pack_says_what_it_needs_and_what_it_takes(tmp_path: Path, monkey
         pytest.skip("there is no cuobjdump, in the toolkit, on PATH or in triton's wheel")
     assert set(kernel.resources) == {"90a", "100a"}
     assert all(taken["spill_bytes"] == 0 and taken["registers"] > 0 for taken in kernel.resources.values())
-    # An object for both serves a process that asks for one of them.
+    # An object for two architectures serves a process that requests one of them.
     loader._loaded.clear()
     monkeypatch.setattr("onelaunch.build.compile.build", lambda *a, **k: pytest.fail("nothing is built"))
     assert loader.load(config, ("100a",), store).key == kernel.key

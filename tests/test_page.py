@@ -25,7 +25,7 @@ def invoke(*words: str) -> Any:
 
 
 class Lines(HTMLParser):
-    """The lines of each pane: (source line or "", classes, text)."""
+    """Collects the lines of each pane as (source line or "", classes, text)."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_source_sass_and_ptx_are_whole_and_linked(page: Path) -> None:
     instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?) *;", machine_code.sass(kernel), re.M)
     shown = [line for line in found.panes["sass"] if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line[2])]
     assert all(instruction in line[2] for line, instruction in zip(shown, instructions, strict=True))
-    # The others come from headers of the toolkit.
+    # Lines without a source line come from headers of the toolkit.
     assert sum(bool(line[0]) for line in shown) > 0.8 * len(shown) > 100
     assert f"<b>SASS instructions</b> {len(instructions)}<" in text
     assert f"<b>registers</b> {machine_code.resources(kernel)['90a']['registers']}<" in text
@@ -128,12 +128,12 @@ def test_what_has_no_page(words: list[str], sentence: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arch", "threads", "registers", "shared", "share"),
     [
-        ("90a", 256, 64, 6208, 0.5),  # 4 blocks of 8 warps, for the registers
+        ("90a", 256, 64, 6208, 0.5),  # registers limit it to 4 blocks of 8 warps
         ("90a", 256, 32, 0, 1.0),
         ("80", 1024, 40, 0, 0.5),  # a second block would need 81,920 registers
         ("89", 256, 32, 0, 1.0),
         ("120a", 256, 32, 40_000, 2 / 6),  # two blocks of 41,024 bytes fit into 100 KB
-        ("90a", 32, 16, 0, 0.5),  # 32 blocks at most
+        ("90a", 32, 16, 0, 0.5),  # at most 32 blocks per SM
     ],
 )
 def test_occupancy(arch: str, threads: int, registers: int, shared: int, share: float) -> None:
