@@ -132,7 +132,7 @@ def _on_the_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch."""
+    """Adds the empty modules to the import path, after real ones, and patches torch to report a GPU."""
     importlib.import_module("flashinfer_fakes").install()  # first: FlashInfer must not find the empty cutlass
     sys.meta_path.append(EmptyModules(BINARY))
     ask = importlib.metadata.version

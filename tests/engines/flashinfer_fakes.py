@@ -54,7 +54,7 @@ class _Compiled:
 
 
 def install() -> None:
-    """Puts the empty modules behind real ones, and the pretended GPU into torch and FlashInfer."""
+    """Adds the empty modules to the import path, after real ones, and patches torch and FlashInfer to report a GPU."""
     sys.meta_path.append(EmptyModules(EMPTY))
     fakes.pretend_cuda()
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment,misc]

@@ -244,7 +244,7 @@ def backend(
 
 
 class _DraftInput(SimpleNamespace):
-    """The spec_info of a batch, as far as backends read it."""
+    """The attributes of a batch's spec_info that backends read."""
 
     def is_draft_input(self) -> bool:
         return True

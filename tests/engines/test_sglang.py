@@ -11,7 +11,7 @@ from pairs import Pair
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
-# Lengths of real requests, and the captured batch size: long and short, at a page's edge, padding, a smaller batch.
+# Lengths of real requests, and the captured batch size: long and short, at a page's edge, padded, a smaller batch.
 LENGTHS = (((77, 300, 640, 64, 1), 5), ((128, 65, 5), 5), ((63, 192), 2), ((9,), 2), ((640, 639, 2, 130), 5))
 
 

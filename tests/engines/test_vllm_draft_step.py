@@ -79,7 +79,7 @@ def test_nothing_else_is_written(next_n: int) -> None:
     drafter.begin((300, 200))
     owners = (drafter.builder, drafter.sparse_builder, drafter.runner, drafter)
     buffers = [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
-    buffers = [tensor for tensor in buffers if not tensor.is_floating_point()]  # workspaces, which may hold NaN
+    buffers = [tensor for tensor in buffers if not tensor.is_floating_point()]  # workspaces may hold NaN
     buffers += [table.gpu for table in drafter.tables.block_tables] + drafter.tables.input_block_tables
     poison(drafter)
     before = [tensor.clone() for tensor in buffers]

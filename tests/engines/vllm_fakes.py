@@ -26,7 +26,7 @@ _OPERATORS = ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa2_C")
 
 
 def install(*, gpu: bool = False) -> None:
-    """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch and vLLM.
+    """Adds the empty modules to the import path, after real ones, and patches torch and vLLM to report a GPU.
 
     Args:
         gpu: whether there is a real GPU, so that none is pretended.

@@ -24,7 +24,7 @@ class Counts(NamedTuple):
 
 
 ONCE = Counts(1, 1, 1, 1)
-# A script sets these.
+# The script that measures sets these.
 counts = ONCE
 DRY = False  # True without a GPU
 
@@ -118,7 +118,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def guide_rows(seams: dict[str, Any]) -> str:
-    """GUIDE.md's rows of what seams.py or vllm_seam.py found: the engine's own sequence → ours; medians in µs."""
+    """GUIDE.md's rows for the results of seams.py or vllm_seam.py: the engine's own sequence → ours; medians in µs."""
     return "\n".join(f"| {name} | {' | '.join(_cells(sides))} |" for name, sides in seams.items())
 
 

@@ -5,7 +5,7 @@ with and without onelaunch, counts what they and the steps around them launch in
 draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
-PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with a state behind it: "off" where onelaunch is
+PROBE_PHASE: a file that names the current phase: "timed" or "profiled", followed by a state: "off" where onelaunch is
     detached, "backends" where it is attached to the attention backends alone, and "on", the default, where it is
     attached to the graph runners and the draft worker too. All states are compared in one process, because the speed
     of identical processes differs by up to 1.7 times. Read before each prefill.
@@ -40,7 +40,7 @@ _EXTENSION = "_draft_extend_for_decode"  # the worker's draft extension, its pre
 
 
 class Probe:
-    """What one scheduler process sees."""
+    """The hooks and the results in one scheduler process."""
 
     def __init__(self) -> None:
         self.phase, self.step = "", 0
@@ -56,7 +56,7 @@ class Probe:
         self.worker: Any = None  # the draft worker
         self.others: list[Any] = []  # what attach() returned for the runners and the worker
         self.roles: list[tuple[str, Any]] = []
-        self.unwatched: list[tuple[Any, str, Any]] = []  # an object, an attribute, and what the object had of its own
+        self.unwatched: list[tuple[Any, str, Any]] = []  # (object, attribute name, the object's own value)
         self.profiler: Any = None
         self.profile: dict[str, Any] = {}
         self.seams: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class Probe:
     # ------------------------------------------------------------------------------------------ what SGLang calls
 
     def made(self, result: Any, scheduler: Any) -> None:
-        """After SGLang made its backends, and after onelaunch attached to them."""
+        """Hook: runs after SGLang made its backends and onelaunch attached to them."""
         draft = scheduler.draft_worker.draft_worker
         self.roles = [
             ("draft", draft.draft_attn_backend),
@@ -74,7 +74,7 @@ class Probe:
         ]
 
     def captured(self, result: Any, scheduler: Any) -> None:
-        """After SGLang captured its graphs."""
+        """Hook: runs after SGLang captured its graphs."""
         draft = scheduler.draft_worker.draft_worker
         self.runners = {
             "draft": draft.cuda_graph_runner,
@@ -86,7 +86,7 @@ class Probe:
         self._watch()
 
     def generation(self, original: Any, worker: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Around each step of the scheduler: a prefill, or draft, verification and draft extension."""
+        """Hook: runs around each scheduler step, which is a prefill, or draft, verification and draft extension."""
         if not batch.forward_mode.is_decode():
             self.phase, self.step, self.started = Path(os.environ["PROBE_PHASE"]).read_text(), 0, None
             self._attach()
@@ -315,7 +315,7 @@ class _Lines(logging.Handler):
 
 
 def install() -> None:
-    """The entry point. Only a scheduler's process has backends."""
+    """The plugin's entry point. It does nothing outside scheduler processes, because only these have backends."""
     if multiprocessing.current_process().name == "MainProcess" or "PROBE_RESULT" not in os.environ:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
