@@ -59,7 +59,7 @@ def test_the_same_memory_under_two_tensors_counts_as_shared(device: torch.device
 
 
 def test_expanded_lengths_that_are_cache_seqlens_are_not_a_field_of_their_own(device: torch.device) -> None:
-    """Engines hand over one tensor under both names in decode, and page_indices as real_page_table."""
+    """In decode, engines pass one tensor under both names, and page_indices also as real_page_table."""
     for page_size in (16, 1):
         backend = support.destination(SIX_FIELDS, 5, 80, page_size, device=device)
         backend.buffers.seqlens_expanded = backend.buffers.cache_seqlens

@@ -31,7 +31,7 @@ TEXTS = {
     for name in ("README.md", "GUIDE.md", "INSTALL.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
 }
 README, ARCHITECTURE = TEXTS["README.md"], TEXTS["ARCHITECTURE.md"]
-# The guide goes on where the README ends: its examples use the README's names.
+# The guide's examples use names that the README's examples define.
 GUIDE = README + TEXTS["GUIDE.md"]
 ALL = "\n".join(TEXTS.values())
 
@@ -235,7 +235,7 @@ def applied(diff: str, root: Path) -> set[str]:
     return names
 
 
-# Kernels that neither the new field nor the new engine is part of are emitted as before.
+# Kernels without the new field and the new engine must be emitted as before.
 UNCHANGED = """
 from pathlib import Path
 from onelaunch import PRESETS, render

@@ -139,7 +139,7 @@ def test_max_len(extent: str, max_len: int, tokens: list[int], pages: list[int])
 
 
 def test_pages_of_one_token() -> None:
-    """Then real_page_table is page_indices, the very same tensor; nothing is divided."""
+    """With pages of one token, real_page_table is the same tensor as page_indices; nothing is divided."""
     b = buffers(1, 6, 6)
     b.real_page_table = b.page_indices
     refresh([b], [4], [2], POOL, page_size=1)

@@ -152,6 +152,6 @@ def test_nothing_is_written_beyond_the_capacity_of_kv_indices(device: torch.devi
 @quick_builds
 @pytest.mark.parametrize("offsets", [(), (1, 9)])
 def test_sums_beyond_32_bits_do_not_wrap_around(device: torch.device, offsets: tuple[int, ...]) -> None:
-    """kv_indptr wraps as int32 sums do; a position that wrapped with it would be the first request's."""
+    """kv_indptr wraps as int32 does. A position that wrapped with it would overwrite the first request's indices."""
     config = KernelConfig(num_backends=2, fields=cases.CSR, seqlen_offsets=offsets)
     check(config, Shape("wrap", (2**31 - 1, 2**31 - 1, 2, 50, 7), width=90, max_indices=500, spare_rows=1), device)

@@ -1,4 +1,4 @@
-"""`onelaunch replay`: real traces through a plan, every destination against the reference."""
+"""`onelaunch replay`: runs a plan on real traces and compares every destination with the reference."""
 
 from __future__ import annotations
 

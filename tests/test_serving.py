@@ -1,4 +1,4 @@
-"""The serving simulation: the trace, the allocator, and what continuous batching does with both."""
+"""The serving simulation: the trace, the allocator, and continuous batching on both."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def test_decoding_that_runs_out_of_pages_preempts_the_last_admitted_and_loses_no
     assert simulation.preemptions > 0
     assert simulation.finished == 4
     assert all(46 <= length < 48 for length in longest.values())
-    # The one that was admitted first is never the victim.
+    # The request admitted first is never preempted.
     assert first_of_all == sorted(first_of_all)
 
 

@@ -346,7 +346,7 @@ def test_entries_of_an_earlier_version_are_set_aside_with_one_warning(store: Sto
 
 
 def test_every_flipped_bit_is_noticed(store: Store) -> None:
-    """One bit of each byte of a whole entry, manifest included: the entry is set aside, never used, never an error."""
+    """Flips one bit of each byte of an entry, manifest included. The entry is set aside, not used; nothing raises."""
     small = {"m.so": b"\x7fELF", "main.cpp": b"int x;\n"}
     chosen = random.Random(0)
     entry = published(store, content=small)

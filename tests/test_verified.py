@@ -124,8 +124,8 @@ def world(request: pytest.FixtureRequest, device: torch.device) -> World:
 
 
 def test_requests_come_and_go_as_a_scheduler_moves_them(world: World) -> None:
-    """SGLang's batches: requests grow; finished ones leave and those behind them move up; new ones come at the end, in
-    rows that were used before; result processing rewrites tokens; a smaller captured batch size is padded."""
+    """As in SGLang's batches, requests grow, finished ones leave, later ones move up, and new ones come at the end, in
+    reused rows. Result processing rewrites tokens, and a smaller captured batch size is padded."""
     numbers = world.random
     longest = WIDTH - 310
     free, running = list(range(1, POOL_ROWS)), []

@@ -1,4 +1,4 @@
-"""Every tensor and number that is reachable from a backend, and the comparison of two backends."""
+"""Finds every tensor and number reachable from a backend, and compares two backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 POISON = -7
-# What a replay refreshes, by the last part of the path. Poisoned before each replay, so that nothing stale is equal.
+# What a replay refreshes, by the last part of the path. Poisoned before each replay, so that stale values differ.
 LENGTHS = (
     "cache_seqlens_int32",
     "dsa_cache_seqlens_int32",
@@ -37,7 +37,7 @@ TABLES = (
     "cuda_graph_kv_indices",
     "cuda_graph_custom_mask",
 )
-# Made by the engine's own steps, which must still be called. Poisoned too.
+# The engine's own steps make these, and must still be called. Poisoned too.
 OTHERS = (
     "paged_mqa_schedule_metadata",
     "topk_v2_plan",
@@ -46,7 +46,7 @@ OTHERS = (
     "_sched_meta_buf",
 )
 
-# The machine's and the pool's, which all backends share.
+# Attributes of the environment and of the pool. All backends share them, so they aren't compared.
 _ENVIRONMENT = {
     "attn_backends_of",
     "kv_index_translator",
@@ -92,7 +92,7 @@ def last_name(path: str) -> str:
 
 
 def poison(backend: Any) -> None:
-    """Poisons what a replay refreshes; the 0 that running sums begin with is written once, when they are made."""
+    """Poisons what a replay refreshes, except the first 0 of running sums: it is written once, when they are made."""
     for path, value in reachable(backend).items():
         if isinstance(value, Tensor):
             name = last_name(path)
@@ -132,18 +132,18 @@ def differences(engine: Any, mine: Any) -> list[str]:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    # Memory that nobody has written yet may hold anything, also what isn't a number.
+    # Unwritten memory may hold NaN.
     return (
         torch.equal(a, b) if a.dtype.is_floating_point is False else bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
     )
 
 
 def blank_dead_columns(backend: Any, table: str, rows: int, live: Tensor) -> None:
-    """Poisons the columns of a table behind each row's live ones, where the engine writes more than anyone reads.
+    """Poisons the columns of a table beyond each row's live columns, where the engine writes values that nothing reads.
 
     Args:
         table: the last part of its path.
-        rows: rows that the batch has; tables of other batch sizes have other numbers.
+        rows: the batch's number of rows. Only tables with as many rows are poisoned.
         live: int64 [rows], the columns that are read.
     """
     for path, value in reachable(backend).items():

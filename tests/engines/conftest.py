@@ -1,4 +1,4 @@
-"""The tests of this folder run in an environment with an engine in it: see `make engines`. Elsewhere there are none."""
+"""The tests of this folder need an environment with an engine: see `make engines`. Elsewhere none are collected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE))
-# Engines with the module that makes them importable. The tests of one begin with its name; all others are SGLang's.
+# Engines, and the module that makes each importable. File names of tests begin with the engine's name, except SGLang's.
 _FAKES = {"sglang": "fakes", "vllm": "vllm_fakes", "flashinfer": "flashinfer_fakes"}
 
 

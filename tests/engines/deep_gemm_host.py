@@ -1,4 +1,4 @@
-"""DeepGEMM's own schedule kernels on the host, compiled from the headers in the engine's wheel (deep_gemm_host.cpp)."""
+"""Runs DeepGEMM's own schedule kernels on the host, compiled from the engine's wheel's headers (deep_gemm_host.cpp)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMS = (1, 7, 66, 132)  # what is compiled in
-# Full of PTX; the source defines what the kernels use of them.
+SMS = (1, 7, 66, 132)  # the numbers of SMs that are compiled in
+# These headers contain PTX, so empty files replace them. deep_gemm_host.cpp defines what the kernels use of them.
 _EMPTY = (
     "deep_gemm/common/math.cuh",
     "deep_gemm/common/types.cuh",
@@ -41,7 +41,7 @@ def _library() -> Any:
 
 
 def sm90(context_lens: Tensor, num_sms: int, *, atoms: int) -> Tensor:
-    """sm90_paged_mqa_logits_metadata.
+    """Runs sm90_paged_mqa_logits_metadata.
 
     Args:
         context_lens: int32 [bs, n], contiguous.
@@ -54,7 +54,7 @@ def sm90(context_lens: Tensor, num_sms: int, *, atoms: int) -> Tensor:
 
 
 def sm100(context_lens: Tensor, num_sms: int, *, indices: Tensor) -> Tensor:
-    """sm100_paged_mqa_logits_metadata, whose blocks have two query tokens.
+    """Runs sm100_paged_mqa_logits_metadata, whose blocks have two query tokens.
 
     Args:
         context_lens: int32 [tokens, 1].

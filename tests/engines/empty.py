@@ -1,4 +1,4 @@
-"""Modules that aren't there: importing one succeeds, and each of its attributes is an inert class."""
+"""Stand-ins for missing modules: importing one succeeds, and each of its attributes is an inert class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BINARY_OPERATORS = ("or", "ror", "and", "rand", "add", "radd", "sub", "rsub", "
 
 
 class _Empty(type):
-    """The type of everything that an empty module has: a class that can be called, subscripted, entered and derived."""
+    """The metaclass of an empty module's attributes: classes that one can call, subscript, enter and subclass."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -22,10 +22,10 @@ class _Empty(type):
         return _empty(f"{cls.__name__}.{name}")
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__dict__.get("_is_empty"):  # a class of SGLang's that derives from one
+        if not cls.__dict__.get("_is_empty"):  # one of SGLang's classes, derived from an empty one
             return super().__call__(*args, **kwargs)
         if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, type)):
-            return args[0]  # a decorator leaves what it decorates
+            return args[0]  # used as a decorator: returns what it decorates
         return cls
 
     def __iter__(cls) -> Any:
@@ -83,11 +83,11 @@ class _EmptyModule(types.ModuleType):
 
 
 class EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds them, with their submodules. Behind the other finders of sys.meta_path a real module comes first.
+    """A finder of empty modules and their submodules. Placed last in sys.meta_path, it lets real modules come first.
 
     Args:
-        names: packages.
-        absent: submodules of theirs whose import fails.
+        names: the packages to replace.
+        absent: submodules of them whose import must fail.
     """
 
     def __init__(self, names: Sequence[str], absent: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What SGLang imports and a machine without a GPU can't have: empty binary modules, and a torch.cuda that says yes.
+"""Fakes of what SGLang imports and a machine without a GPU lacks: empty binary modules, and a torch.cuda with a GPU.
 
 ``install()`` must run before sglang is imported. Nothing of SGLang's own is replaced: its classes, its Triton kernels
 (under Triton's interpreter) and its PyTorch code run as they are.
@@ -53,7 +53,7 @@ BINARY = (
     "uvicorn",
     "xgrammar",
 )
-# Distributions whose version SGLang asks for at import.
+# Distributions whose version SGLang queries at import.
 DISTRIBUTIONS = ("flashinfer_python", "sgl_deep_gemm", "sgl_flash_mla", "sglang_kernel", "nvidia_cutlass_dsl")
 
 
@@ -75,7 +75,7 @@ class _Stream:
 
 
 def pretend_cuda(capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) -> None:
-    """torch.cuda describes a GPU of this compute capability; its tensors are the CPU's."""
+    """Makes torch.cuda describe a GPU of this compute capability. Its tensors are CPU tensors."""
     stream = _Stream()
     properties = SimpleNamespace(
         name="a GPU that isn't there",
@@ -111,7 +111,7 @@ def pretend_cuda(capability: tuple[int, int] = (9, 0), multiprocessors: int = 13
         setattr(torch.cuda, name, _answering(value))
     torch.cuda.Stream = _Stream  # type: ignore[misc,assignment]
     torch.Tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign]
-    # SGLang's launchers assert it before they launch.
+    # SGLang's launchers assert is_cuda before they launch.
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment,misc]
     for name in ("empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "empty_like", "zeros_like"):
         setattr(torch, name, _on_the_cpu(getattr(torch, name)))
@@ -132,8 +132,8 @@ def _on_the_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch."""
-    importlib.import_module("flashinfer_fakes").install()  # before cutlass seems to be there, which it looks for
+    """Adds the empty modules to the import path, after real ones, and patches torch to report a GPU."""
+    importlib.import_module("flashinfer_fakes").install()  # first: FlashInfer must not find the empty cutlass
     sys.meta_path.append(EmptyModules(BINARY))
     ask = importlib.metadata.version
 
@@ -152,7 +152,7 @@ def install() -> None:
 
 
 def _let_configurations_be_registered_again() -> None:
-    """SGLang 0.5.17 registers configurations of models that transformers has itself by now."""
+    """SGLang 0.5.17 registers configurations of models that newer versions of transformers have themselves."""
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
     register = auto._LazyConfigMapping.register
     auto._LazyConfigMapping.register = lambda self, key, value, exist_ok=False: register(
@@ -161,7 +161,7 @@ def _let_configurations_be_registered_again() -> None:
 
 
 def digest(lengths: torch.Tensor, *shape: int) -> torch.Tensor:
-    """int32 numbers that differ if the lengths or their shape do: what a schedule of these lengths is, in the tests."""
+    """int32 numbers that differ if the lengths or their shape differ. They stand for a schedule of these lengths."""
     flat = lengths.reshape(-1).to(torch.int64)
     weight = int((flat * (2 * torch.arange(len(flat)) + 3)).sum()) + 7 * lengths.dim() + len(flat)
     count = torch.Size(shape).numel()
@@ -169,9 +169,9 @@ def digest(lengths: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _replace_compiled_functions() -> None:
-    """Plans that are compiled for a GPU become digests of the lengths that they are called with.
+    """Replaces functions compiled for a GPU, which make plans, by digests of the lengths they are called with.
 
-    DeepGEMM's schedule is the reference's, since a launch can make it too.
+    DeepGEMM's schedule comes from the reference instead, because onelaunch's launch can make it too.
     """
     import deep_gemm
 
@@ -186,7 +186,7 @@ def _replace_compiled_functions() -> None:
     def load_jit(name: str, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{name} is compiled for a GPU, and the tests have none.")
 
-    # What can't be had here has a fallback in PyTorch in the engine, which is what is compared.
+    # The engine falls back to PyTorch if a kernel can't be compiled. The tests compare with that fallback.
     jit.load_jit = load_jit
     topk = importlib.import_module("sglang.kernels.ops.attention.dsv4.topk")
     topk.plan_topk_v2 = lambda lengths, *more, **keywords: digest(lengths, len(lengths) + 1, 4)
@@ -201,7 +201,7 @@ def _replace_compiled_functions() -> None:
     def get_mla_metadata(cache_seqlens: torch.Tensor, *more: Any, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return digest(cache_seqlens, parts, 8), digest(cache_seqlens, len(cache_seqlens) + 1)
 
-    # SGLang has it in a module of its own, or imports it from an empty one.
+    # Depending on the version, SGLang defines it in its own module or imports it from sgl_kernel, which is empty.
     importlib.import_module("sgl_kernel.flash_mla").get_mla_metadata = get_mla_metadata
     if importlib.util.find_spec("sglang.kernels.ops.attention.flash_mla_interface") is not None:
         importlib.import_module("sglang.kernels.ops.attention.flash_mla_interface").get_mla_metadata = get_mla_metadata

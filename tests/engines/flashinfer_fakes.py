@@ -1,4 +1,4 @@
-"""What FlashInfer imports and a machine without a GPU can't have: empty modules, compiled plans and a GPU.
+"""Fakes of what FlashInfer imports and a machine without a GPU lacks: empty modules, compiled plans and a GPU.
 
 ``install()`` must run before flashinfer is imported. Its wrappers and their Python run as they are.
 """
@@ -15,18 +15,18 @@ import numpy
 import torch
 from empty import EmptyModules
 
-# Bindings of a GPU's libraries, and what only a command line or a download needs.
+# Bindings of GPU libraries, and packages that only a command line or a download needs.
 EMPTY = ("cuda", "einops", "nccl", "ninja", "nvshmem", "pynvml", "requests", "tabulate", "tqdm", "tvm_ffi")
 
 
-# The lists that each call of a compiled plan was given, on the host.
+# For each call of a compiled plan: the lists on the host that it was given,
 planned: list[list[torch.Tensor]] = []
-# And its numbers.
+# and its other arguments.
 settings: list[list[Any]] = []
 
 
 def segment_packbits(bits: torch.Tensor, begin: torch.Tensor, to: torch.Tensor, order: str, out: torch.Tensor) -> None:
-    """What FlashInfer's kernel of this name does: each segment's bits, from the lowest of a byte, at a byte's edge."""
+    """As FlashInfer's kernel of this name: packs each segment's bits, lowest bit first, from a byte boundary on."""
     assert (order, bits.element_size(), begin.dtype, to.dtype) == ("little", 1, torch.int32, torch.int32)
     for first, end, place in zip(begin[:-1].tolist(), begin[1:].tolist(), to[:-1].tolist(), strict=True):
         packed = numpy.packbits(bits[first:end].numpy(), bitorder="little")
@@ -34,10 +34,10 @@ def segment_packbits(bits: torch.Tensor, begin: torch.Tensor, to: torch.Tensor, 
 
 
 class _Compiled:
-    """A module that is compiled for a GPU. Whatever is called in it returns numbers that the wrapper only keeps."""
+    """Stands for a module compiled for a GPU. Each of its functions returns numbers that the wrapper only stores."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "plan_with_staged_workspace_bytes":  # MLA asks whether it is there, beside plan
+        if name == "plan_with_staged_workspace_bytes":  # MLA checks whether it exists beside plan
             raise AttributeError(name)
 
         if name == "segment_packbits":
@@ -54,7 +54,7 @@ class _Compiled:
 
 
 def install() -> None:
-    """Puts the empty modules behind real ones, and the pretended GPU into torch and FlashInfer."""
+    """Adds the empty modules to the import path, after real ones, and patches torch and FlashInfer to report a GPU."""
     sys.meta_path.append(EmptyModules(EMPTY))
     fakes.pretend_cuda()
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment,misc]

@@ -1,8 +1,8 @@
-"""SGLang's own attention backends on a CPU, and what they need around them: a model runner, a pool of tokens, a batch.
+"""SGLang's own attention backends on a CPU, and the objects they need: a model runner, a token pool, a batch.
 
-They are made on PyTorch's default device, which gpu/seams.py changes.
+Tensors are made on PyTorch's default device, which gpu/seams.py changes.
 
-Only plain facts are made up here. Whatever has behaviour (backends, ForwardMode, translators, kernels) is SGLang's.
+Only plain data is made up here. Everything with behaviour (backends, ForwardMode, translators, kernels) is SGLang's.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CONTEXT = 640
 # Speculative decoding lets a length overshoot the context, so SGLang's pool is wider than that.
 WIDTH = CONTEXT + 60
 HEADS = 16
-# The length of padding requests: what the backends of FAMILIES answer to get_cuda_graph_seq_len_fill_value().
+# The length of padding requests: what get_cuda_graph_seq_len_fill_value() of the backends in FAMILIES returns.
 FILL = 1
 
-# SGLang 0.5.17 has none: there each backend translates for itself.
+# SGLang 0.5.17 has no translator: there each backend translates KV indices itself.
 HAS_TRANSLATOR = find_spec("sglang.srt.mem_cache.kv_index_translator") is not None
 
 _settings: Any = None
@@ -35,7 +35,7 @@ _alone = ExitStack()
 
 
 def device() -> str:
-    """Where tensors are made."""
+    """The type of the device that tensors are made on."""
     return torch.get_default_device().type
 
 
@@ -44,9 +44,9 @@ class Family:
     """One of SGLang's attention backends.
 
     Attributes:
-        module: where it is.
-        multi, single: its multi-step draft class and its single class; "" where this project serves none.
-        mla: whether its models have latent attention.
+        module: the module that defines it.
+        multi, single: its multi-step draft class and its single-step class; "" where this project serves none.
+        mla: whether its models use multi-head latent attention.
         pages: which of PAGES it supports. DSA has pages of 64 on NVIDIA's GPUs and of 1 on AMD's; others are refused by
             the engine itself.
         in_graph: whether the metadata kernel is recorded in the graph.
@@ -79,7 +79,7 @@ FAMILIES = {
 
 
 def settings(**fields: Any) -> None:
-    """Server arguments, in place of those of the last call."""
+    """Installs server arguments in place of the last call's."""
     from sglang.srt.runtime_context import get_context, get_parallel
 
     global _settings
@@ -87,7 +87,7 @@ def settings(**fields: Any) -> None:
         _settings.restore()
     _settings = get_context().override_server_args(**fields)
     _settings.install()
-    # This process is rank 0 of one. SGLang 0.5.17 takes that only for the time of a `with`.
+    # This process is rank 0 of one. SGLang 0.5.17 accepts such an override only within a `with`.
     parallel = get_parallel()
     for rank in ("tp", "attn_tp", "attn_cp", "attn_dp", "attn_dcp", "dcp", "pp"):
         alone = {f"{rank}_rank": 0, f"{rank}_size": 1}
@@ -98,7 +98,7 @@ def settings(**fields: Any) -> None:
 
 
 def token_pool(page: int, seed: int) -> Tensor:
-    """req_to_token, int32 [POOL_ROWS + 1, WIDTH], with whole pages in any order. Row 0 is padding's: all 0."""
+    """req_to_token, int32 [POOL_ROWS + 1, WIDTH], with whole pages in random order. Row 0 is for padding: all 0."""
     generator = torch.Generator(device()).manual_seed(seed)
     pages = -(-WIDTH // page)
     order = torch.randperm((POOL_ROWS + 1) * pages, generator=generator).view(POOL_ROWS + 1, pages) + 1
@@ -108,7 +108,7 @@ def token_pool(page: int, seed: int) -> Tensor:
 
 
 class _KVPool(SimpleNamespace):
-    """The facts of a KV cache that backends read when they are made."""
+    """The attributes of a KV cache that backends read in their constructors."""
 
     def get_kv_cache_quant_method(self) -> Any:
         from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import KVCacheAttentionAccessKind
@@ -123,7 +123,7 @@ class _KVPool(SimpleNamespace):
 
 
 def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, index_topk: int = 256) -> Any:
-    """What a backend's constructor takes."""
+    """The model runner that a backend's constructor takes."""
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.runtime_context import get_context
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -220,12 +220,12 @@ def model_runner(req_to_token: Tensor, *, page: int, mla: bool, draft: bool, ind
 def backend(
     name: str, req_to_token: Tensor, *, page: int, steps: int = 0, draft_tokens: int = 4, draft: bool = False
 ) -> Any:
-    """A backend of a family: a multi-step one for draft steps, else the single one that verifies and extends.
+    """A backend of a family: the multi-step backend for draft steps, or the single one for verification and extension.
 
     Args:
-        steps: speculative_num_steps, of which one less are drafted in the graph; 0 for a single backend.
+        steps: speculative_num_steps, one more than the steps drafted in the graph; 0 for a single backend.
         draft_tokens: speculative_num_draft_tokens.
-        draft: whether a single one belongs to the draft model, as one that extends does.
+        draft: whether a single backend belongs to the draft model, as it does for draft extension.
     """
     family = FAMILIES[name]
     settings(
@@ -244,7 +244,7 @@ def backend(
 
 
 class _DraftInput(SimpleNamespace):
-    """The spec_info of a batch, as far as backends read it."""
+    """The attributes of a batch's spec_info that backends read."""
 
     def is_draft_input(self) -> bool:
         return True
@@ -254,12 +254,12 @@ class _DraftInput(SimpleNamespace):
 
 
 def verify_input(lengths: Tensor, tokens: int, *, topk: int = 1, masked: bool = False, seed: int = 0) -> Any:
-    """SGLang's input of a verification.
+    """SGLang's verification input.
 
     Args:
-        lengths: of the real requests, without the draft's tokens.
-        masked: whether it has the mask that FlashInfer's attention reads, here of no tree that there is: any token may
-            see any other one.
+        lengths: those of the real requests, without the draft's tokens.
+        masked: whether it has the mask that FlashInfer's attention reads. Here the mask is random, not a tree's: any
+            draft token may see any other one.
     """
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
@@ -277,7 +277,7 @@ def verify_input(lengths: Tensor, tokens: int, *, topk: int = 1, masked: bool = 
 
 
 def extend_input(count: int, tokens: int, **fields: Any) -> Any:
-    """SGLang's input of a draft extension of so many requests, padding included. They accept one token each."""
+    """SGLang's draft extension input for ``count`` requests, padding included. By default each accepts one token."""
     from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 
     accepted = fields.pop("num_accept_tokens", None)
@@ -291,11 +291,11 @@ def extend_input(count: int, tokens: int, **fields: Any) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a forward batch is made from, so that two can be made alike.
+    """A recipe for forward batches, so that two equal ones can be made.
 
     Attributes:
-        lengths: of the real requests.
-        captured: the batch size of the graph; requests behind the real ones are padding.
+        lengths: those of the real requests.
+        captured: the batch size of the graph; requests after the real ones are padding.
         mode: onelaunch's name of the forward mode.
         tokens: draft tokens of a request.
         drafting: whether the batch has a spec_info; a target model's plain decode has none.
@@ -311,7 +311,7 @@ class Batch:
     masked: bool = False
 
     def make(self, *, cpu_lengths: bool = True) -> Any:
-        """A forward batch as a graph's runner hands it to a backend: its own buffers, with padding."""
+        """A forward batch as a graph runner passes it to a backend: the runner's own buffers, with padding."""
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         modes = {

@@ -1,4 +1,4 @@
-"""Two backends alike over one pool of tokens: the engine's, and one with onelaunch attached."""
+"""Two equal backends over one token pool: the engine's, and one with onelaunch attached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAPTURED = (2, 5)
 
 
 class Pair:
-    """The engine's backend, and one alike with onelaunch attached, over the same pool."""
+    """The engine's backend, and an equal one with onelaunch attached, over the same pool."""
 
     def __init__(
         self, name: str, page: int, *, mode: str, steps: int = 0, draft_tokens: int = 4, **attach: Any
@@ -50,8 +50,8 @@ class Pair:
         return 1 if self.mode == "decode" else self.draft_tokens
 
     def replay(self, lengths: tuple[int, ...], bs: int, seed: int) -> None:
-        """What comes before a graph's replay, and what a graph has recorded of it, on both."""
-        if self.mode == "target_verify":  # the drafts' tokens come on top
+        """Runs on both backends what precedes a graph's replay, and the part of it that the graph has recorded."""
+        if self.mode == "target_verify":  # leaves room for the draft tokens
             lengths = tuple(min(length, objects.WIDTH - self.draft_tokens) for length in lengths)
         elif self.mode == "draft_extend":
             lengths = tuple(max(length, self.draft_tokens) for length in lengths)
@@ -66,18 +66,18 @@ class Pair:
                 self._blank_unread_lists(backend, len(lengths), bs)
 
     def blank(self, backend: Any, batch: Any) -> None:
-        """Poisons columns of tables that SGLang leaves undefined, or writes although nobody reads them."""
+        """Poisons columns of tables that SGLang leaves undefined, or writes although nothing reads them."""
         if self.name == "dsa":
             self._blank_dead_columns(backend, batch.seq_lens)
         elif (self.name, self.mode) == ("fa3", "draft_extend"):
-            # It gathers as many pages for each request as the longest one has.
+            # FA3 gathers as many pages for each request as the longest request has.
             compare.blank_dead_columns(backend, "page_table", batch.batch_size, -(-batch.seq_lens // self.page))
 
     def _blank_dead_columns(self, backend: Any, seq_lens: Tensor) -> None:
-        """Not defined by SGLang: columns of DSA's tables behind a row's length.
+        """Poisons columns of DSA's tables beyond a row's length, which SGLang leaves undefined.
 
-        It fills page_table_1 up to the width of the pool, also with the tokens of whoever had the row before, and
-        leaves those of real_page_table as a new tensor's memory had them.
+        SGLang fills page_table_1 up to the width of the pool, including tokens of the row's previous request. In
+        real_page_table it leaves these columns uninitialized.
         """
         added = self.draft_tokens if self.mode == "target_verify" else 0
         live = (seq_lens + added).repeat_interleave(self.rows)
@@ -86,10 +86,10 @@ class Pair:
             compare.blank_dead_columns(backend, "real_page_table", len(live), -(-live // self.page))
 
     def _blank_unread_lists(self, backend: Any, real: int, bs: int) -> None:
-        """Not read by SGLang: the lists of the step behind the last backend, of which its kernel makes one too many.
+        """Poisons values that SGLang doesn't read: its kernel makes lists for one step more than there are backends.
 
-        And not consistent in it: kv_indptr of padded requests, which sums their positions, 0, although their places in
-        kv_indices are sums of their lengths, 1. With onelaunch both are sums of lengths.
+        Also poisons kv_indptr of padding requests, where SGLang is inconsistent: it sums their positions, 0, but places
+        their kv_indices by their lengths, 1. With onelaunch both are sums of lengths.
         """
         for lists in (backend.kv_indptr, backend.cuda_graph_kv_indices):
             lists[len(backend.attn_backends) :] = compare.POISON
@@ -101,7 +101,7 @@ class Pair:
         assert not different, "\n".join(different)
 
     def record(self) -> None:
-        """Notes that all replays were equal, each with a launch of onelaunch's."""
+        """Records that all replays were equal, each with one launch of onelaunch."""
         attachment, steps = self.attachment, {"steps": self.steps} if self.steps else {}
         assert attachment.launches >= self.replays, "the engine's own code ran"
         results.record(

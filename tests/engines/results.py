@@ -1,9 +1,9 @@
-"""What was held against engines' own code, and the tables of it: python results.py ENGINE [--write]
+"""What was compared with engines' own code, and the tables that show it: python results.py ENGINE [--write]
 
 A test that compared two objects ends with record(); `make engines` names the file that it appends to. Then this script
-compares the records of that run with results/ENGINE.json, which is committed, and fails if they differ. With --write it
-writes them there instead, and the tables: README's, a row for what classes have in common, and GUIDE's, a row a class
-with modes and sizes. Both are made from all of results/, so neither has a class that no test made.
+compares the run's records with the committed results/ENGINE.json, and fails if they differ. With --write it writes the
+records there instead, and both tables: README's groups classes with equal results, GUIDE's has a row for each class
+with modes and sizes. The tables are made from all of results/, so every class in them was tested.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ ROOT = HERE.parent.parent
 README, GUIDE = ROOT / "README.md", ROOT / "GUIDE.md"
 FOLDER = HERE / "results"
 BEGIN, END = "<!-- engines: begin -->", "<!-- engines: end -->"
-# The file that a run's records are appended to; where it is unset there are none.
+# Names the file that a run's records are appended to. If unset, nothing is recorded.
 VARIABLE = "ONELAUNCH_ENGINE_RESULTS"
 
 
 def record(kind: str, refreshed: str, stays: str, mode: str, **facts: int) -> None:
-    """Notes that one launch wrote what a class of the engine wrote.
+    """Records that one launch wrote the same values as a class of the engine.
 
     Args:
         kind: the class's name.
-        refreshed, stays: what the launch refreshes, and what stays the engine's.
+        refreshed, stays: what the launch refreshes, and what the engine still does.
         mode: the forward mode.
         facts: numbers that vary between tests, such as page=64.
     """
     if file := os.environ.get(VARIABLE):
         line = json.dumps({"class": kind, "refreshed": refreshed, "stays": stays, "mode": mode, "facts": facts})
-        with open(file, "a", encoding="utf-8") as out:  # a line at once, so that test processes can share the file
+        with open(file, "a", encoding="utf-8") as out:  # one write per line, so that test processes can share the file
             out.write(f"{line}\n")
 
 
 def collected(lines: Iterable[str]) -> dict[str, Any]:
-    """The records by class: what it is about, and for each mode the values of each fact."""
+    """The records by class: what is refreshed and what stays, and for each mode the values of each fact."""
     classes: dict[str, Any] = {}
     for text in lines:
         line = json.loads(text)
@@ -50,7 +50,7 @@ def collected(lines: Iterable[str]) -> dict[str, Any]:
         facts = row["modes"].setdefault(line["mode"], {})
         for name, value in line["facts"].items():
             facts[name] = sorted({*facts.get(name, ()), value})
-    # In an order of their own, since test processes append in any.
+    # Sorted, since test processes append in any order.
     for row in classes.values():
         row["modes"] = {mode: dict(sorted(facts.items())) for mode, facts in sorted(row["modes"].items())}
     return dict(sorted(classes.items()))
@@ -80,7 +80,7 @@ def _held(mode: str, facts: dict[str, list[int]]) -> str:
 
 
 def short_table(results: list[dict[str, Any]]) -> str:
-    """Markdown between README's two markers. Classes that have all but modes and sizes in common share a row."""
+    """Markdown between README's two markers. Classes that differ only in modes and sizes share a row."""
     versions: dict[tuple[str, ...], list[str]] = {}
     for result in results:
         for name, row in result["classes"].items():
@@ -96,7 +96,7 @@ def short_table(results: list[dict[str, Any]]) -> str:
 
 
 def between(text: str, made: str) -> str:
-    """A text with what is between its two markers replaced."""
+    """The text with the part between its two markers replaced."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{made}\n{END}{after}"

@@ -1,6 +1,6 @@
-"""SGLang's own graph runners of a speculative step on a CPU, without the graphs: what comes before a replay is theirs.
+"""SGLang's own graph runners of a speculative step on a CPU, without graphs: the work before a replay is SGLang's.
 
-The constructors capture, so the objects are made without them, with the attributes that the engine's methods read.
+The constructors capture graphs, so the objects are made without them and get the attributes that the methods read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DRAFTER = "sglang.srt.speculative.eagle_worker_v2"
 BATCHES = "sglang.srt.model_executor.forward_batch_info"
 LOCATIONS, LOCATE = "sglang.kernels.ops.speculative.cache_locs", "assign_extend_cache_locs_uniform_func"
 HIDDEN = 8
-# What a graph has of each token, and of each request.
+# A graph's buffers with an element per token, and per request.
 TOKENS = ("input_ids", "positions", "out_cache_loc")
 REQUESTS = ("seq_lens", "req_pool_indices")
 
 
 class _Graph:
-    """The graph of a runner: a replay runs what the backend recorded, and what the buffers held is kept."""
+    """Stands for a runner's graph: a replay runs what the backend recorded and keeps the buffers' contents."""
 
     def __init__(self, made: Any, backend: Any, mode: str) -> None:
         self.made, self.backend, self.mode = made, backend, mode
@@ -137,7 +137,7 @@ def draft_runner(name: str, pool: Tensor, page: int, steps: int) -> Any:
         backend=graph,
         temperatures=torch.ones((count, 1)),
     )
-    # As far as its draft() reads it: without the target, the verification's input isn't made.
+    # Only the attributes that its draft() reads. Without a target model it makes no verification input.
     worker.__dict__.update(
         cuda_graph_runner=made,
         draft_runner=made.model_runner,
@@ -238,7 +238,7 @@ def verify_runner(name: str, pool: Tensor, page: int, tokens: int) -> Any:
 
 
 def draft_worker(name: str, pool: Tensor, page: int, tokens: int) -> Any:
-    """EagleDraftWorker without a graph of the extension, whose target's backend is a family's single one."""
+    """EagleDraftWorker without a graph for the extension. Its target uses the family's single backend."""
     target = verify_runner(name, pool, page, tokens)
     worker = object.__new__(import_module(DRAFTER).EagleDraftWorker)
     count, steps = max(CAPTURED), tokens - 1
@@ -267,7 +267,7 @@ def draft_worker(name: str, pool: Tensor, page: int, tokens: int) -> Any:
 
 
 def extension_batch(batch: Any, *arguments: Any, extend_position_info: Any = None, **keywords: Any) -> Any:
-    """ForwardBatch.init_new of a draft extension, as far as what comes before it reads it."""
+    """Replaces ForwardBatch.init_new for a draft extension: makes only what the engine's preparation reads."""
     batches = import_module(BATCHES)
     prefix, extends = (
         torch.tensor(each, dtype=torch.int32) if isinstance(each, list) else each
@@ -302,11 +302,12 @@ def extension_batch(batch: Any, *arguments: Any, extend_position_info: Any = Non
 
 @dataclasses.dataclass
 class Request:
-    """A batch of real requests, and the numbers that models would have made.
+    """A batch of real requests, and the values that models would have computed.
 
     Attributes:
-        lengths, seed: of the requests.
-        served: whether onelaunch serves it: no tree, and no ragged verification.
+        lengths: those of the requests.
+        seed: for the random values.
+        served: whether onelaunch serves the batch: it has no tree and no ragged verification.
     """
 
     lengths: tuple[int, ...]
@@ -324,7 +325,7 @@ class Request:
         self.accepted = torch.randint(1, 4, (count,), generator=random, dtype=torch.int32)
 
     def draft(self, runner: Any, page: int, *, cpu_lengths: bool = True) -> None:
-        """What the engine's worker does in a draft step: write locations, positions, copies, refresh, replay."""
+        """Does what the engine's worker does in a draft step: write locations, positions, copies, refresh, replay."""
         worker = import_module(WORKER)
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -391,7 +392,7 @@ class Request:
             worker.ForwardBatch, drafter.build_eagle_verify_input = kept, verify
 
     def extend(self, runner: Any, tokens: int, *, cpu_lengths: bool) -> Any:
-        """What the engine's worker does in a draft extension, from the verification's results."""
+        """Does what the engine's worker does in a draft extension, from the verification's results."""
         worker, batches = import_module(WORKER), import_module(BATCHES)
         lengths = torch.tensor(self.lengths)
         spec_info = objects.extend_input(
@@ -442,7 +443,7 @@ class Request:
         return made
 
     def verify(self, runner: Any, tokens: int, *, cpu_lengths: bool = True) -> Any:
-        """What comes before a verification's replay: write locations, copies, refresh."""
+        """Does what precedes a verification's replay: write locations, copies, refresh."""
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         lengths = torch.tensor(self.lengths)

@@ -1,4 +1,4 @@
-"""attach() on SGLang's own classes: what it refuses, when it gives way to the engine, and how it is taken off."""
+"""attach() on SGLang's own classes: what it refuses, when the engine's own code runs instead, and detach()."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def backend(name: str, steps: int = 3) -> Any:
 
 
 def plans_of(pair: Pair) -> list[onelaunch.Plan]:
-    """What was bound while the engine captured."""
+    """The plans that were bound during the capture."""
     plans = list(pair.attachment._refresh.plans.values())
     assert plans
     return plans
 
 
 def replace_the_engines_own(pair: Pair, code: Any) -> None:
-    """Replaces what runs where onelaunch gives way."""
+    """Replaces the engine's code that runs where onelaunch doesn't."""
     for name in pair.attachment.place.methods:
         attached = getattr(pair.mine, name)
         if isinstance(attached, Bound):
@@ -58,7 +58,7 @@ def children(made: Any) -> Any:
 
 
 def set_of_child(name: str, value: Any) -> Any:
-    """Sets an attribute that the real class has, so that the refusal's name is the engine's."""
+    """Sets an attribute that the real class has, so that a refusal names a real attribute."""
 
     def change(made: Any) -> None:
         assert hasattr(children(made), name), name
@@ -76,7 +76,7 @@ def set_of_backend(name: str, value: Any) -> Any:
 
 
 def set_translator(name: str) -> Any:
-    """Virtual ids: the translator itself says so. DSA has none, and so no such pool."""
+    """Makes the translator report virtual ids. DSA has no translator, and so no such pool."""
 
     def change(made: Any) -> None:
         assert getattr(children(made).kv_index_translator, name) is False
@@ -135,7 +135,7 @@ def test_what_a_gather_would_get_wrong_is_refused_by_its_attribute(
     before = dict(vars(made))
     with pytest.raises(ArgumentError, match=f"{type(made).__name__} isn't served: .*{reason}.*own code serves it"):
         sglang.attach(made)
-    assert vars(made) == before, "something was attached"
+    assert vars(made) == before, "a refused backend must stay as it was"
 
 
 def test_decode_context_parallelism_is_found_in_the_engines_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_after_a_failure_the_engines_own_code_runs_and_one_warning_is_given(
 
 @pytest.mark.parametrize("name", ["dsa", "fa3", "flashmla", "triton", "flashinfer"])
 def test_a_failure_behind_the_launch_leaves_nothing_half_written(name: str) -> None:
-    """The engine's own code then writes everything again."""
+    """The engine's own code then rewrites everything."""
     pair = Pair(name, 64, mode="decode", steps=3)
 
     def fail(*arguments: Any) -> None:
@@ -248,7 +248,7 @@ def test_verified_writes_forget_what_they_know_when_the_engine_wrote(name: str, 
     pair.check()
     batch = Batch((64, 9), 5, mode, 4, seed=3).make()
     batch.encoder_lens = None
-    batch.spec_info.ragged_verify_layout = object()  # not served: the engine's own code writes other tables
+    batch.spec_info.ragged_verify_layout = object()  # not served, so the engine's own code writes other tables
     replace_the_engines_own(pair, lambda *a, **k: compare.poison(pair.mine))
     pair.mine.init_forward_metadata_out_graph(batch)
     compare.poison(pair.engine)
@@ -327,7 +327,7 @@ def test_a_draft_extension_without_a_graph(page: int) -> None:
             pages = -(-length // page)
             assert wanted.page_table[row, :pages].equal(got.page_table[row, :pages])
     assert attachment.launches == 3
-    attachment._extension.capacity = 1  # the engine's own code extends larger batches
+    attachment._extension.capacity = 1  # larger batches go to the engine's own code
     batch.seq_lens = batch.seq_lens + 1
     mine.init_forward_metadata(batch)
     assert attachment.launches == 3
@@ -373,7 +373,7 @@ def test_the_mask_of_a_verification_is_copied() -> None:
 
 @pytest.mark.parametrize("name", ["trtllm_mha", "trtllm_mla", "flashmla"])
 def test_pages_that_are_not_tested_are_refused_by_the_engine(name: str) -> None:
-    """SGLang itself changes such a page size, where it resolves its arguments."""
+    """SGLang itself replaces such a page size when it resolves its arguments."""
     from sglang.srt.arg_groups.overrides import _mla_backend_page_constraints
 
     others = ("decode_attention_backend", "prefill_attention_backend", "speculative_draft_attention_backend")
@@ -421,7 +421,7 @@ def test_a_pool_that_was_exchanged_is_bound_again(name: str, steps: int) -> None
 
 
 def test_one_backend_whose_lengths_change_their_dtype() -> None:
-    """Triton's are int64 in target_verify, and int32 in draft_extend, which subtracts what it extends by."""
+    """Triton's lengths are int64 in target_verify, and int32 in draft_extend, which subtracts the extend lengths."""
     pair = Pair("triton", 16, mode="target_verify")
     for mode in ("target_verify", "draft_extend", "target_verify"):
         pair.mode = mode
@@ -488,7 +488,7 @@ def test_attaching_and_leaving_out_are_logged(caplog: pytest.LogCaptureFixture) 
 
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """SGLang's registry, empty before and after, and what the plugin hooks as it was."""
+    """SGLang's hook registry, emptied before and after. What the plugin hooks is restored."""
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
@@ -555,7 +555,7 @@ def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(
 
 
 def test_backends_that_only_choose_between_others_have_these_attached() -> None:
-    """With a backend for prefill and another one for decoding, or one for some of the layers."""
+    """Such a backend holds one for prefill and one for decoding, or one for some of the layers."""
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 
     one, other = backend("fa3", 0), backend("dsa", 0)
@@ -572,7 +572,7 @@ def test_backends_that_only_choose_between_others_have_these_attached() -> None:
 
 def test_the_plugin_names_the_backend_that_is_not_served(caplog: pytest.LogCaptureFixture) -> None:
     single = backend("flashinfer", 0)
-    assert isinstance(single.decode_backend, str), "no backend to look into"
+    assert isinstance(single.decode_backend, str), "decode_backend is a name here, not a backend to attach"
     plugin._made(single)
     assert "init_forward_metadata_out_graph" in vars(single)
     single = backend("flashinfer_mla").attn_backends[0]
@@ -594,7 +594,7 @@ def test_the_plugin_never_raises_and_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("name", ["fa3", "triton", "flashinfer"])
 def test_inputs_of_another_length(name: str) -> None:
-    """Longer ones count as far as the batch goes; shorter ones are left to the engine."""
+    """Longer inputs are read up to the batch size. With shorter ones the engine's own code runs."""
     pair = Pair(name, 1, mode="decode", steps=3)
     batch = Batch((7, 30), 2, "decode", 4).make()
     for tensor in ("seq_lens", "req_pool_indices"):

@@ -1,4 +1,4 @@
-"""onelaunch bench on SGLang's own kernels: found in the wheel, called as the engine calls them, and right."""
+"""onelaunch bench finds SGLang's own kernels in the wheel, calls them as the engine does, and gets right results."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-# The version whose calls the bench follows; others have the kernels elsewhere, and the bench says so.
+# The bench calls kernels as this version does. Other versions have them elsewhere, which the bench reports.
 MEASURED_VERSION = "0.5.23"
-# In a process of its own, whose sglang is the bench's: modules without the packages that they are in. The engine's
-# launchers assert that tensors are on a GPU, which -O leaves out. The engine's copies are compiled for a GPU when they
-# are first called; here PyTorch copies in their place, from the arguments that the engine's own wrappers pass on.
+# Runs in its own process, because the bench loads SGLang's modules without their packages. -O drops the launchers'
+# asserts that tensors are on a GPU. The engine compiles its copy kernels for a GPU on first use; here PyTorch copies
+# instead, from the arguments that the engine's own wrappers pass on.
 MEASURED = """
 import sys
 from types import ModuleType, SimpleNamespace

@@ -1,4 +1,4 @@
-"""FlashInfer's own wrappers plan on one set of buffers, which they fill; one launch fills another set's."""
+"""FlashInfer's own wrappers plan and fill one set of buffers; one launch fills another set. Both must be equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 MAX_BS, CAPACITY, WIDTH, POISON = 6, 4000, 704, -7
 HEADS, DIM = 8, 64
-# Requests of a graph that was captured for as many; CUDA-graph wrappers take no other number.
+# The captured number of requests. CUDA-graph wrappers accept no other number.
 LENGTHS = ((77, 300, 640, 64, 1, 5), (128, 65, 5, 1, 1, 1), (2, 2, 2, 2, 2, 2))
 
 
@@ -45,12 +45,12 @@ class Decode:
         )
 
     def plan(self, lists: PlanInputs, page: int) -> None:
-        """The wrapper's own plan of these lists."""
+        """Calls the wrapper's own plan() with these lists."""
         more = {} if self.query_len is None else {"q_len_per_req": self.query_len}
         self.wrapper.plan(lists.kv_indptr, lists.kv_indices, lists.last_page_len, HEADS, HEADS, DIM, page, **more)
 
     def fast_plan(self, lists: PlanInputs, page: int) -> None:
-        """The plan that copies nothing on the device, as SGLang calls it. The wrapper was planned before."""
+        """Calls the plan without copies on the device, as SGLang does. The wrapper must have been planned before."""
         more = {} if self.query_len is None else {"q_len_per_req": self.query_len}
         flashinfer.decode.fast_decode_plan(
             self.wrapper,
@@ -61,7 +61,7 @@ class Decode:
 
 
 class TensorCores(Decode):
-    """The same with use_tensor_cores, where a request may have several query tokens."""
+    """Decode with use_tensor_cores, where a request may have several query tokens."""
 
     tensor_cores = True
     query_len = 2
@@ -110,7 +110,7 @@ class MLA:
 
     def plan(self, lists: PlanInputs, page: int) -> None:
         half = torch.bfloat16
-        with warnings.catch_warnings():  # once: the arguments of flashinfer 0.6, which engines pass
+        with warnings.catch_warnings():  # only once: the arguments of FlashInfer 0.6, which engines pass
             warnings.simplefilter("ignore", DeprecationWarning)
             self.wrapper.plan(
                 *(lists.qo_indptr, lists.kv_indptr, lists.kv_indices, lists.kv_len_arr),
@@ -125,13 +125,13 @@ PAGES = (1, 16, 64)
 
 
 def pool(page: int) -> Tensor:
-    """req_to_token with pages in any order: token c of a request is in the page of its token c - c % page."""
+    """req_to_token with pages in random order. Token c of a request is in the same page as its token c - c % page."""
     pages = torch.randperm(12 * WIDTH // page).view(12, WIDTH // page)
     return (pages[:, :, None] * page + torch.arange(page)).view(12, -1).to(torch.int32)
 
 
 def lists_of(lengths: Tensor, rows: Tensor, source: Tensor, page: int, query_len: int | None) -> PlanInputs:
-    """What a caller of plan() makes."""
+    """The lists that a caller of plan() makes."""
     indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     indptr[1:] = torch.cumsum((lengths + page - 1) // page, 0)
     pages = [source[row, :length:page] // page for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
@@ -142,21 +142,21 @@ def lists_of(lengths: Tensor, rows: Tensor, source: Tensor, page: int, query_len
 
 
 def poison(inputs: PlanInputs, *, page: int) -> None:
-    """Of pages of one token last_page_len is 1 and stays it."""
+    """Poisons the lists, except last_page_len for pages of one token: there it is always 1."""
     for name, tensor in vars(inputs).items():
         if tensor is not None and (page > 1 or name != "last_page_len"):
             tensor.fill_(POISON)
 
 
 def differences(wanted: PlanInputs, got: PlanInputs) -> list[str]:
-    """The buffers that differ; those of a plan that isn't the last one's are compared too."""
+    """The names of the buffers that differ."""
     names = [name for name, tensor in vars(wanted).items() if tensor is not None]
     assert names == [name for name, tensor in vars(got).items() if tensor is not None]
     return [name for name in names if not torch.equal(getattr(wanted, name), getattr(got, name))]
 
 
 class Wrappers:
-    """Three wrappers of the engine's, which plan, and three of ours, which a launch fills."""
+    """Three wrappers that plan as in the engine, and three whose buffers one launch fills."""
 
     def __init__(self, kind: Any, page: int) -> None:
         self.kind, self.page, self.source = kind, page, pool(page)
@@ -172,7 +172,7 @@ class Wrappers:
         )
 
     def step(self, numbers: tuple[int, ...], seed: int = 0) -> None:
-        """A batch of requests of these lengths: the engine plans, and one launch is made."""
+        """Refreshes for requests of these lengths: the engine's wrappers plan, and one launch fills ours."""
         rows = torch.randperm(12, generator=torch.Generator().manual_seed(seed))[:MAX_BS]
         lengths = torch.tensor(numbers, dtype=torch.int32)
         for inputs in (*(plan_inputs(one.wrapper) for one in (*self.engine, *self.mine)), *self.host):
@@ -182,7 +182,7 @@ class Wrappers:
         self.plan.run(lengths.long(), rows)
 
     def inputs(self, step: int) -> PlanInputs:
-        """What a plan of one of our wrappers may be given: all but the pages on the host."""
+        """The inputs for a plan of one of our wrappers: all lists on the host except the page indices."""
         return dataclasses.replace(self.host[step], kv_indices=plan_inputs(self.mine[step].wrapper).kv_indices)
 
     def differences(self) -> list[str]:
@@ -210,7 +210,7 @@ def test_what_a_plan_writes(kind: Any, page: int) -> None:
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_plan_reads_on_the_host(kind: Any, page: int) -> None:
-    """FlashInfer's plan of ours, by what the launch wrote on the host, gets the same lists as its plan of theirs."""
+    """From what the launch wrote on the host, FlashInfer plans our wrapper with the same lists as the engine's."""
     wrappers = Wrappers(kind, page)
     for seed, numbers in enumerate(LENGTHS):
         planned.clear()
@@ -221,7 +221,7 @@ def test_what_a_plan_reads_on_the_host(kind: Any, page: int) -> None:
         for wanted, got in zip(planned[:3], planned[3:], strict=True):
             assert len(wanted) >= 1
             assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
-        assert wrappers.differences() == [], "nor does that plan change what the launch wrote"
+        assert wrappers.differences() == [], "that plan must not change what the launch wrote"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -241,14 +241,14 @@ def test_a_wrong_entry_anywhere_is_found(kind: Any, page: int) -> None:
     planned.clear()
     wrappers.step(LENGTHS[0])
     wrappers.host[0].kv_indptr[-2] += 1  # type: ignore[index]
-    with contextlib.suppress(ValueError):  # MLA's plan finds out by itself
+    with contextlib.suppress(ValueError):  # MLA's plan detects the wrong entry itself
         wrappers.mine[0].plan(wrappers.inputs(0), page)
         assert not all(torch.equal(a, b) for a, b in zip(planned[0], planned[3], strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_without_tokens(kind: Any) -> None:
-    """No page, and a last page of 0 tokens: get_seq_lens gives the length again."""
+    """They have no page and a last page of 0 tokens, so that FlashInfer's get_seq_lens returns length 0."""
     one = kind()
     plan = bind_backends([one.wrapper], pool(16), page_size=16)
     lengths = torch.tensor([0, 16, 0, 1, 33, 0])

@@ -1,4 +1,4 @@
-"""The seams of SGLang's speculative step: one launch against the engine's own producers, copies and refreshes."""
+"""The seams of SGLang's speculative step: one launch compared with the engine's producers, copies and refreshes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BATCHES = ((7, 30), (64,), (1, 90, 33, 5, 570), (128, 3, 65))
 
 
 class Seam:
-    """A runner of the engine's, one alike with onelaunch attached, and what both have before a replay."""
+    """An engine's runner, an equal one with onelaunch attached, and the buffers of both before a replay."""
 
     names: tuple[str, ...]
     mode = ""
@@ -84,7 +84,7 @@ class Seam:
             assert torch.equal(wanted[name], got[name]), f"{name}: engine {wanted[name]}, onelaunch {got[name]}"
 
     def blank(self, backend: Any, lengths: tuple[int, ...], size: int) -> None:
-        """What isn't defined, or not read: see Pair."""
+        """Poisons what the engine leaves undefined or doesn't read; see Pair."""
         if self.name == "dsa":
             rows = 1 if self.mode == "decode" else self.tokens
             live = torch.tensor([*lengths, *[objects.FILL] * (size - len(lengths))])
@@ -95,7 +95,7 @@ class Seam:
             compare.blank_dead_columns(backend, "page_table_1", size * rows, live)
             if self.page > 1:
                 compare.blank_dead_columns(backend, "real_page_table", size * rows, -(-live // self.page))
-        if self.name == "fa3" and self.mode == "draft_extend":  # up to the longest request, or the context
+        if self.name == "fa3" and self.mode == "draft_extend":  # filled up to the longest request or the context
             live = torch.tensor([*(n + self.tokens for n in lengths), *[objects.FILL] * (size - len(lengths))])
             compare.blank_dead_columns(backend, "page_table", size, -(-live // self.page))
         if hasattr(backend, "cuda_graph_kv_indices") and hasattr(backend, "attn_backends"):
@@ -110,7 +110,7 @@ class Seam:
         assert self.seam.launches == self.replays
 
 
-# What the engine leaves as it was in padding requests, and nobody reads.
+# The engine doesn't write these for padding requests, and nothing reads them there.
 UNPADDED = ("input_ids", "select_index")
 
 
@@ -144,7 +144,7 @@ class Extend(Seam):
         return runner_objects.extend_runner(self.name, pool, self.page, self.tokens)
 
     def prepare(self, runner: Any, request: Request) -> None:
-        # FlashInfer's plan needs them.
+        # FlashInfer's plan needs lengths on the host.
         request.extend(runner, self.tokens, cpu_lengths=self.name == "flashinfer" or self.replays % 2 == 0)
 
 
@@ -157,7 +157,7 @@ def seam(kind: str, name: str = "fa3", page: int | None = None, tokens: int = 4)
 
 
 def held(made: Seam) -> None:
-    """Batches of several sizes, one after the other, on the same buffers."""
+    """Replays batches of several sizes on the same buffers, checks and records them."""
     for seed, lengths in enumerate(BATCHES):
         made.replay(lengths, seed)
         made.check()
@@ -196,7 +196,7 @@ def test_more_tokens_than_inputs_are_the_engines_to_copy(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_wrong_entry_is_seen(kind: str) -> None:
-    """The control: in each buffer, and in the backend's tensors."""
+    """The control: a wrong entry in each buffer, and in each of the backend's tensors."""
     made = seam(kind)
     for name in made.names:
         if name == "hidden_states":
@@ -216,7 +216,7 @@ def test_one_wrong_entry_is_seen(kind: str) -> None:
 
 
 def launched(made: Seam, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels and copies that the engine's own producers launch from now on, by name."""
+    """A list that gets the name of each kernel and copy that the engine's own producers launch from now on."""
     names: list[str] = []
     for module, name in (
         (runner_objects.WORKER, "assign_draft_cache_locs_contiguous"),
@@ -229,7 +229,7 @@ def launched(made: Seam, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class _Counting:
-    """A function or a Triton kernel that notes its calls."""
+    """A function or a Triton kernel that records its calls."""
 
     def __init__(self, original: Any, names: list[str], name: str) -> None:
         self._original, self._names, self._name = original, names, name
@@ -247,7 +247,7 @@ class _Counting:
 def test_what_the_launch_does_is_not_done_again(
     kind: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither gathered, filled nor copied; after a failure it is."""
+    """With the launch, the engine gathers, fills and copies nothing. After a failure it does so again."""
     made = seam(kind)
     names = launched(made, monkeypatch)
     buffers = {getattr(made.mine.buffers, name).data_ptr(): name for name in made.names}
@@ -260,7 +260,7 @@ def test_what_the_launch_does_is_not_done_again(
 
         monkeypatch.setattr(Tensor, method, counted)
     made.prepare(made.mine, Request(lengths, 1))
-    # seq_lens_cpu is the host's.
+    # "fill " is seq_lens_cpu, which is on the host.
     assert set(names) <= {"fill hidden_states", "fill "}
     assert made.seam.launches == 1
     made.seam.failed = "of this test"
@@ -271,7 +271,7 @@ def test_what_the_launch_does_is_not_done_again(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_at_other_addresses_is_not_checked_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No view of its tensors is made either; another dtype or stride is checked."""
+    """No view of its tensors is made either. Another dtype or stride is checked."""
     made = seam(kind)
     kept = []
     made.request = lambda lengths, seed: kept.append(Request(lengths, seed)) or kept[-1]
@@ -279,7 +279,7 @@ def test_a_batch_at_other_addresses_is_not_checked_again(kind: str, monkeypatch:
     checked = []
     for views in made.seam._views.values():
         monkeypatch.setattr(views, "_inputs", lambda *tensors: checked.append(tensors))
-    for seed in range(1, 12):  # more than a plan remembers
+    for seed in range(1, 12):  # more address sets than a plan remembers
         made.replay((7 + seed, 30 - seed), seed)
         made.check()
     assert not checked
@@ -289,7 +289,7 @@ def test_a_batch_at_other_addresses_is_not_checked_again(kind: str, monkeypatch:
 
 
 def test_a_verifications_second_copies_copy_nothing() -> None:
-    """load_batch copies input_ids and positions again; PyTorch copies nothing to where it already is."""
+    """load_batch copies input_ids and positions again, but onto themselves, where PyTorch copies nothing."""
     made = seam("verify")
     batch = Request((7, 30, 2), 1).verify(made.mine, made.tokens)
     for name in ("input_ids", "positions"):
@@ -299,7 +299,7 @@ def test_a_verifications_second_copies_copy_nothing() -> None:
 
 
 def test_without_a_graph_the_draft_has_its_locations() -> None:
-    """A batch beyond the captured ones is drafted eagerly; its write locations are the engine's own kernel's."""
+    """A batch larger than the captured sizes is drafted eagerly; the engine's own kernel makes its write locations."""
     made = seam("draft", tokens=3)
     seen = {}
     for which, runner in (("engine", made.engine), ("mine", made.mine)):
@@ -321,7 +321,7 @@ def test_without_a_graph_the_draft_has_its_locations() -> None:
 
 
 def test_another_runner_of_the_worker_is_the_engines() -> None:
-    """Adaptive speculation exchanges the worker's runner; the one that isn't attached gets its locations."""
+    """Adaptive speculation swaps the worker's runner. An unattached runner gets the engine's own write locations."""
     made = seam("draft", tokens=3)
     other = runner_objects.draft_runner("fa3", made.mine.model_runner.req_to_token_pool.req_to_token, made.page, 3)
     worker = made.mine.eagle_worker
@@ -391,7 +391,7 @@ def test_a_backend_that_was_attached_keeps_what_it_was_attached_with() -> None:
     plan = made._ready[2].plan
     assert ("page_indices" in plan.config.fields) is (not objects.HAS_TRANSLATOR)
     made.detach()
-    assert first.attached, "it wasn't the runner's to detach"
+    assert first.attached, "detaching the runner must not detach a backend attached before it"
     first.detach()
 
 
@@ -426,7 +426,7 @@ def test_runners_that_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"bs is 7, and .* there is no decode graph of it"):
         sglang.attach(made)
     made.capture_bs.pop()
-    assert "init_forward_metadata_out_graph" not in vars(made.draft_attn_backend), "the backend isn't attached either"
+    assert "init_forward_metadata_out_graph" not in vars(made.draft_attn_backend), "the backend was attached"
     attached = sglang.attach(made)
     with pytest.raises(ArgumentError, match="attached already"):
         sglang.attach(made)
@@ -439,13 +439,13 @@ def test_runners_that_are_refused() -> None:
 
 @pytest.mark.parametrize("lengths", BATCHES)
 def test_the_chain_that_is_verified(lengths: tuple[int, ...]) -> None:
-    """Positions, write locations, retrieve indices and mask of a chain, against the engine's own kernels."""
+    """Compares a chain's positions, write locations, retrieve indices and mask with the engine's own kernels."""
     pool, request, count = objects.token_pool(64, seed=64), Request(lengths, 1), len(lengths)
     runner = SimpleNamespace(model_runner=SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=pool)))
     wanted = {"out_cache_loc": request.window(runner, 4)}
     kernels = import_module("sglang.kernels.ops.speculative.eagle")
     names = ("mask", "positions", "retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
-    if hasattr(kernels, "build_chain_tree"):  # 0.5.17's is compiled for a GPU
+    if hasattr(kernels, "build_chain_tree"):  # SGLang 0.5.17's kernel is compiled for a GPU
         drafts = request.tokens[: count * 3].view(count, 3)
         made = kernels.build_chain_tree(request.accepted, drafts, torch.tensor(lengths), None, request.rows, pool)
         wanted |= dict(zip(names, made, strict=False))
@@ -465,7 +465,7 @@ def test_the_chain_that_is_verified(lengths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("lengths", BATCHES)
 def test_the_layout_of_a_draft_extension(lengths: tuple[int, ...]) -> None:
-    """Prefix, extend, new lengths, starts and positions, against the engine's own kernels."""
+    """Compares prefix, extend and new lengths, starts and positions with the engine's own kernels."""
     pool, rows, before = objects.token_pool(64, seed=64), torch.arange(len(lengths)) + 1, torch.tensor(lengths)
     kernels = import_module("sglang.kernels.ops.speculative.eagle")
     names = ("prefix_lens", "extend_seq_lens", "seq_lens")
@@ -497,9 +497,9 @@ def test_tensors_that_a_seam_does_not_declare() -> None:
     [("draft", "sglang-draft-2", 3), ("verify", "sglang-verify", 4), ("extend", "sglang-draft-extend", 4)],
 )
 def test_the_presets_are_what_is_attached(kind: str, name: str, tokens: int) -> None:
-    """So a build of the preset serves the engine."""
+    """So a prebuilt kernel of the preset serves the engine."""
     wanted = onelaunch.PRESETS[name].replace(target="cpu")
     made = seam(kind, tokens=tokens)
-    if "select_index" in wanted.fields and not objects.HAS_TRANSLATOR:  # 0.5.17 has none in its graph
+    if "select_index" in wanted.fields and not objects.HAS_TRANSLATOR:  # SGLang 0.5.17 has no select_index in its graph
         wanted = wanted.replace(fields=tuple(n for n in wanted.fields if n != "select_index"))
     assert made.seam._ready[2].plan.config == wanted

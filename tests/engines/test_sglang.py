@@ -1,4 +1,4 @@
-"""SGLang's own classes allocate, capture and replay; a second set of them has onelaunch attached. All must be equal."""
+"""SGLang's own classes allocate, capture and replay; an equal set has onelaunch attached. All tensors must be equal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pairs import Pair
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
-# Real requests in graphs that were captured for more: long and short, a page's edge, padding, a smaller batch.
+# Lengths of real requests, and the captured batch size: long and short, at a page's edge, padded, a smaller batch.
 LENGTHS = (((77, 300, 640, 64, 1), 5), ((128, 65, 5), 5), ((63, 192), 2), ((9,), 2), ((640, 639, 2, 130), 5))
 
 
 def steps_and_pages() -> list[Any]:
-    """Every page size with three steps, and two to five steps with one page size, of each multi-step backend."""
+    """For each multi-step backend: every page size with three steps, and two to five steps with one page size."""
     cases = []
     for name, family in FAMILIES.items():
         cases += [pytest.param(name, page, 4, id=f"{name}-page{page}-steps4") for page in family.pages]
@@ -53,7 +53,7 @@ def test_a_single_backend(name: str, page: int, mode: str) -> None:
 
 @pytest.mark.parametrize(("mode", "steps"), [("decode", 4), ("decode", 0), ("target_verify", 0), ("draft_extend", 0)])
 def test_a_launch_that_makes_deepgemms_schedules_too(mode: str, steps: int) -> None:
-    """DeepGEMM itself isn't here, so the engine's schedules are the reference's of the engine's lengths (fakes.py)."""
+    """DeepGEMM isn't installed here, so the reference computes the engine's schedules from its lengths (fakes.py)."""
     pair = Pair("dsa", 64, mode=mode, steps=steps, schedules=True)
     for made in getattr(pair.mine, "attn_backends", [pair.mine]):
         made._refresh_paged_mqa_schedule_metadata = lambda *a: pytest.fail("the engine made the schedule")

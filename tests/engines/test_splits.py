@@ -1,4 +1,4 @@
-"""The split counts of SGLang's Triton attention: the launch of the draft steps makes them, as the engine does."""
+"""The split counts of SGLang's Triton attention: the launch for the draft steps computes the engine's values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pairs import CAPTURED, Pair
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
 LENGTHS = (((77, 300, 640, 64, 1), 5), ((640, 639, 590, 600, 630), 5), ((9,), 2), ((640,), 2), ((300, 310), 2))
-# Attributes of a backend, and whether the launch makes the counts then.
+# A backend's attributes, and whether the launch computes the split counts with them.
 WAYS = {
     "by the longest and the shortest": ({}, True),
     "many splits": ({"max_kv_splits": 64}, True),
@@ -53,7 +53,7 @@ def test_the_launch_makes_them_in_each_of_the_engines_ways(way: str, monkeypatch
     last = pair.mine.attn_backends[-1]
     own = last.get_num_kv_splits
     last.get_num_kv_splits = lambda *arguments: calls.append(own(*arguments))
-    if not served:  # the engine's own formula divides by 0 then
+    if not served:  # because the engine's own formula would divide by 0
         assert pair.attachment.refreshed == "kv_indptr and kv_indices"
         assert pair.attachment.stays == "split counts"
         return
@@ -64,7 +64,7 @@ def test_the_launch_makes_them_in_each_of_the_engines_ways(way: str, monkeypatch
         pair.check()
     assert not calls
     counts = pair.mine.cuda_graph_num_kv_splits
-    assert int(counts[0]) > 0, "poisoned before, and written"
+    assert int(counts[0]) > 0, "the poisoned counts must be written"
     counts[0] += 1
     assert any("cuda_graph_num_kv_splits" in text for text in compare.differences(pair.engine, pair.mine))
 
@@ -77,7 +77,7 @@ def test_the_preset_is_what_is_bound() -> None:
 
 
 def test_a_backend_that_counts_otherwise_keeps_its_own_call() -> None:
-    """A version whose backend lacks what the formula reads."""
+    """A version of the engine may lack the attributes that the formula reads."""
     pools = objects.token_pool(1, seed=5)
     engine, mine = (objects.backend("triton", pools, page=1, steps=3) for _ in range(2))
     for multi in (engine, mine):
@@ -99,7 +99,7 @@ def test_a_backend_that_counts_otherwise_keeps_its_own_call() -> None:
 
 @pytest.mark.parametrize(("num_head", "num_kv_head", "max_kv_splits"), [(32, 8, 8), (16, 16, 16), (40, 1, 700)])
 def test_the_field_is_the_engines_kernel(num_head: int, num_kv_head: int, max_kv_splits: int) -> None:
-    """For lengths beyond what the other tests' pool has, and batches beyond the engine's 256."""
+    """Covers lengths beyond the other tests' pool, and batches larger than the engine's 256."""
     backend = objects.backend("triton", objects.token_pool(1, seed=1), page=1, steps=3).attn_backends[-1]
     numbers = {
         "num_head": num_head,

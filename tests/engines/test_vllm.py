@@ -1,4 +1,4 @@
-"""The sparse indexer's decode metadata: vLLM's own builder makes it on one set, the plan refreshes another set's."""
+"""The sparse indexer's decode metadata: vLLM's builder makes one set, the plan refreshes another. They must match."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FLATTENED = (3, 5, 8)
 
 
 class Pair:
-    """Two runners with a builder each, which build alike for a capture; from then on only the engine's builds.
+    """Two runners with a builder each. Both build for the capture; later the engine builds and the plan refreshes.
 
     Args:
-        next_n: tokens of a request that the builder is for.
-        tokens: those that requests have; 0 for next_n.
-        captured: requests.
-        schedule: whether the plan makes DeepGEMM's schedule too.
+        next_n: the tokens per request that the builder is made for.
+        tokens: the tokens per request in the batch; 0 for next_n.
+        captured: the captured number of requests.
+        schedule: whether the plan computes DeepGEMM's schedule too.
     """
 
     def __init__(self, next_n: int, captured: int, *, schedule: bool, tokens: int = 0, **builder: Any) -> None:
@@ -50,7 +50,7 @@ class Pair:
         return self.builders[index].build(0, common)
 
     def destinations(self) -> Iterator[Tensor]:
-        """What the plan writes: all but the runner's own memory."""
+        """The tensors that the plan writes: all except the runner's own memory."""
         for field in dataclasses.fields(self.mine.decode):
             tensor = getattr(self.mine.decode, field.name)
             if field.name == "schedule_metadata" and "paged_mqa_schedule_metadata" not in self.plan.config.fields:
@@ -59,7 +59,7 @@ class Pair:
                 yield tensor
 
     def replay(self, lengths: tuple[int, ...], query_lens: tuple[int, ...]) -> None:
-        """A batch of these requests, in the graph that was captured for more."""
+        """Refreshes for these requests, which may be fewer than the captured ones."""
         self.fill(lengths, query_lens)
         self.engine = self.build(0)
         for tensor in self.destinations():
@@ -70,7 +70,7 @@ class Pair:
         self.plan.run(self.runners[1].seq_lens[: self.captured], torch.arange(self.captured))
 
     def differences(self) -> list[str]:
-        """A sentence for every tensor of the metadata in which the two differ."""
+        """A sentence for every tensor of the metadata that differs."""
         found = []
         for label, engine, mine in (
             ("metadata", self.engine, self.mine),
@@ -83,7 +83,7 @@ class Pair:
         return found
 
     def _read(self, label: str, name: str, wanted: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a flattened table's padding rows vLLM zeroes the first column alone; the others it leaves."""
+        """The two tensors to compare. In padding rows of a flattened table vLLM zeroes only the first column."""
         if label == "decode" and name == "block_table" and len(got) == self.captured * self.tokens:
             padding = self.engine.decode.seq_lens.view(-1) == 0
             wanted, got = (tensor.clone() for tensor in (wanted, got))
@@ -132,7 +132,7 @@ def test_what_a_build_writes(next_n: int, captured: int) -> None:
 
 @pytest.mark.parametrize(("next_n", "tokens"), [(2, 1), (3, 2), (4, 1), (4, 2), (4, 3), (5, 2)])
 def test_steps_with_fewer_tokens_than_the_builder_is_for(next_n: int, tokens: int) -> None:
-    """Native where DeepGEMM has a kernel for so many, though the builder flattens next_n, or the other way round."""
+    """DeepGEMM may have a kernel for this many tokens where next_n needs a flattened table, or the other way round."""
     pair = Pair(next_n, 5, schedule=True, tokens=tokens)
     for lengths, query_lens in batches(tokens, 5):
         pair.replay(lengths, query_lens)
@@ -152,7 +152,7 @@ def test_lengths_and_tables_without_the_schedule(next_n: int) -> None:
 def test_a_wrong_entry_anywhere_is_found(next_n: int) -> None:
     """The control: each tensor that the plan writes, in its first and its last entry."""
     pair = Pair(next_n, 3, schedule=True)
-    count = {1: 3, 2: 4, 4: 4}.get(next_n, 5)  # numbers of tokens, the schedule; lengths; a flattened table
+    count = {1: 3, 2: 4, 4: 4}.get(next_n, 5)  # two numbers of tokens and the schedule; lengths; a flattened table
     assert len(list(pair.destinations())) == count
     for index in range(count):
         for at in (0, -1):
@@ -164,7 +164,7 @@ def test_a_wrong_entry_anywhere_is_found(next_n: int) -> None:
 
 @pytest.mark.parametrize("next_n", SM90)
 def test_nothing_else_is_written(next_n: int) -> None:
-    """The runner's buffers, and the builder's own memory behind what the metadata has of it."""
+    """The runner's buffers stay, and so does the builder's memory beyond the metadata's slices of it."""
     pair = Pair(next_n, 3, schedule=True)
     builder = pair.builders[1]
     buffers = [value for value in vars(builder).values() if isinstance(value, Tensor)]
@@ -214,7 +214,7 @@ def test_flattened_for_adaptive_verification(next_n: int, schedule: bool) -> Non
 
 @pytest.mark.parametrize("query_lens", [(3, 1, 4, 2), (1, 1, 1, 4), (4, 2, 3, 0)])
 def test_requests_with_different_numbers_of_tokens(query_lens: tuple[int, ...]) -> None:
-    """One plan for all numbers: run() takes them. Rows behind the last request's are vLLM's to zero."""
+    """One plan serves any numbers, which run() takes. It leaves rows after the last request; vLLM zeroes them."""
     runners = [Runner(), Runner()]
     builders = [vllm_objects.builder(4, adaptive=True) for _ in range(2)]
     total = sum(query_lens)
@@ -254,7 +254,7 @@ def test_a_batch_of_prefills_is_refused() -> None:
 
 
 def test_the_decodes_of_a_mixed_batch() -> None:
-    """The metadata has the rows of the first requests only, and so has the plan."""
+    """The decode metadata has rows only for the first requests, the decodes, and so has the plan."""
     runners, builders = [Runner(), Runner()], [vllm_objects.builder(3) for _ in range(2)]
     for runner in runners:
         runner.fill((100, 70, 30), (3, 3, 30))
@@ -289,7 +289,7 @@ def test_compressed_lengths_are_refused() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("dcp_world_size", 2), ("use_pcp", True)])
 def test_parallel_contexts_are_refused(name: str, value: Any) -> None:
-    """The builder would ask for a process group, which one process hasn't."""
+    """The builder would request a process group, which a single process doesn't have."""
     builder, runner = vllm_objects.builder(3), Runner()
     runner.fill((40, 30), (3, 3))
     metadata = builder.build(0, runner.metadata(2, 6, 3))

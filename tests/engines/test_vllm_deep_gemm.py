@@ -1,4 +1,4 @@
-"""paged_mqa_schedule against DeepGEMM's own kernels, from the headers in vLLM's wheel, run on the host."""
+"""Compares paged_mqa_schedule with DeepGEMM's own kernels, compiled for the host from the headers in vLLM's wheel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lengths(bs: int, kind: str) -> Tensor:
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_sm90(n: int, kind: str) -> None:
     for bs in BATCHES:
-        context_lens = torch.full((bs, n), 2**30, dtype=torch.int32)  # only the last column counts
+        context_lens = torch.full((bs, n), 2**30, dtype=torch.int32)  # the kernel reads only the last column
         context_lens[:, -1] = lengths(bs, kind)
         for num_sms in deep_gemm_host.SMS:
             for atoms in {1, (n + 1) // 2}:
@@ -41,7 +41,7 @@ def test_sm90(n: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_sm100(n: int, kind: str) -> None:
-    """A split is MMAs for each block of two tokens, and an epilogue for each token."""
+    """A split costs MMAs for each block of two tokens, and an epilogue for each token."""
     cost = 2 * 2 * ((n + 1) // 2) + n
     for bs in BATCHES:
         last = lengths(bs, kind)
@@ -55,7 +55,7 @@ def test_sm100(n: int, kind: str) -> None:
 
 
 def test_a_wrong_length_is_found() -> None:
-    """The control: one split more somewhere."""
+    """The control: each request in turn gets one split more."""
     context_lens = lengths(33, "random")[:, None].contiguous()
     wanted = deep_gemm_host.sm90(context_lens, 132, atoms=1)
     for request in range(33):

@@ -1,4 +1,4 @@
-"""A drafter's steps: vLLM's kernels and builders advance one set of buffers, one launch a step another set."""
+"""A drafter's steps: vLLM's kernels and builders advance one set of buffers, one launch per step another set."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_wrong_entry_anywhere_is_found(captured: int, next_n: int) -> None:
         drafter.begin((300, 200, 100)[:captured])
     engine.step()
     written = mine.destinations()
-    # Slot mappings, lengths, two numbers of tokens, the schedule, the request of each token; a flattened table.
+    # Slot mappings, lengths, two numbers of tokens, the schedule and each token's request; for 3 a flattened table too.
     assert len(written) == 6 + (next_n == 3)
     for name, tensor in written.items():
         for at in ((0,) * tensor.dim(), (-1,) * tensor.dim()):
@@ -73,13 +73,13 @@ def test_a_wrong_entry_anywhere_is_found(captured: int, next_n: int) -> None:
 
 @pytest.mark.parametrize("next_n", [2, 3])
 def test_nothing_else_is_written(next_n: int) -> None:
-    """The runner's buffers, the block tables, and the builders' memory behind what the metadata has of it."""
+    """The runner's buffers, the block tables, and the builders' memory beyond the metadata's slices of it stay."""
     drafter = Drafter(next_n, 3)
     step = drafter.bind()
     drafter.begin((300, 200))
     owners = (drafter.builder, drafter.sparse_builder, drafter.runner, drafter)
     buffers = [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
-    buffers = [tensor for tensor in buffers if not tensor.is_floating_point()]  # workspaces, which may hold NaN
+    buffers = [tensor for tensor in buffers if not tensor.is_floating_point()]  # workspaces may hold NaN
     buffers += [table.gpu for table in drafter.tables.block_tables] + drafter.tables.input_block_tables
     poison(drafter)
     before = [tensor.clone() for tensor in buffers]
@@ -164,7 +164,7 @@ def test_without_schedule_and_sparse_metadata() -> None:
 
 @pytest.mark.parametrize(("next_n", "launches"), [(1, 6), (2, 7), (3, 8), (4, 7)])
 def test_how_many_launches_one_takes_the_place_of(next_n: int, launches: int) -> None:
-    """As counted on a GPU for 3 and 4 (gpu/vllm_seam.json): what isn't flattened has the runner's own block table."""
+    """Equals the count on a GPU for 3 and 4 (gpu/vllm_seam.json). Only a flattened block table is copied."""
     assert _launches(next_n) == launches
 
 
@@ -180,7 +180,7 @@ def _launches(next_n: int) -> int:
 class Writes(TorchDispatchMode):
     """The operations that write to memory, by name; on a GPU each of them is a launch.
 
-    A copy of a tensor onto itself isn't: PyTorch returns at once.
+    A copy of a tensor onto itself doesn't count, because PyTorch returns at once.
     """
 
     def __init__(self) -> None:
@@ -208,7 +208,7 @@ def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("blackwell")
 def test_varlen() -> None:
-    """The hook writes the indices too, and DeepGEMM's schedule counts a split's cost; here with 64 heads."""
+    """vLLM's hook writes the indices too, and DeepGEMM's schedule depends on a split's cost, here for 64 heads."""
     engine, mine = Drafter(4, 5), Drafter(4, 5)
     with pytest.raises(ArgumentError, match=r"schedule_split_cost isn't given.*pass 2 \* q \+ 1"):
         mine.bind()
@@ -240,7 +240,7 @@ def test_metadata_of_a_verified_batch_is_refused() -> None:
     [("tables", "cp_size", 2), ("builder", "dcp_world_size", 2), ("builder", "use_pcp", True)],
 )
 def test_parallel_contexts_are_refused(owner: str, name: str, value: Any) -> None:
-    """vLLM would ask for a process group, which one process hasn't."""
+    """vLLM would request a process group, which a single process doesn't have."""
     drafter = Drafter(3, 4)
     setattr(getattr(drafter, owner), name, value)
     with pytest.raises(ArgumentError, match=rf"\.{name} is {value}: .*Leave this batch to vLLM"):

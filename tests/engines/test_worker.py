@@ -1,4 +1,4 @@
-"""What SGLang's draft worker makes between its graphs: one launch against the engine's own functions and operations."""
+"""What SGLang's draft worker computes between its graphs: one launch compared with the engine's own operations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RETRIEVED = ("retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
 
 @pytest.fixture
 def tree_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's tree kernel for a GPU is compiled; it has the same in Triton."""
+    """The engine's tree kernel is compiled for a GPU, so the tests use the engine's Triton version of it."""
     newer = import_module("sglang.kernels.ops.speculative.spec_tree")
     owner = newer if hasattr(newer, "sgl_build_tree_kernel_triton") else import_module(
         "sglang.srt.speculative.eagle_utils"
@@ -48,7 +48,7 @@ def _detached() -> Any:
 
 
 class Workers:
-    """A worker of the engine's, and one alike with onelaunch attached."""
+    """An engine's worker, and an equal one with onelaunch attached."""
 
     def __init__(self, name: str = "fa3", tokens: int = 4, page: int = 1) -> None:
         self.name, self.tokens, self.page = name, tokens, page
@@ -58,7 +58,7 @@ class Workers:
         self.spoil: Any = lambda made: None
 
     def mask(self, worker: Any) -> Tensor:
-        # FlashInfer's backend has none.
+        # FlashInfer's backend has no mask buffer.
         verified = worker.target_worker.model_runner.attn_backend.verify_mask
         return self.attachment._mask.buffer if verified is None else verified.buffer
 
@@ -70,7 +70,7 @@ class Workers:
             forward_mode=ForwardMode.DECODE,
             seq_lens=lengths,
             seq_lens_cpu=lengths.clone() if cpu_lengths else None,
-            # Where the target's backend needs lengths on the host.
+            # FlashInfer's target backend needs lengths on the host.
             seq_lens_sum=sum(request.lengths) if self.name == "flashinfer" else None,
             req_pool_indices=request.rows.clone(),
             req_to_token_pool=SimpleNamespace(req_to_token=self.pool),
@@ -80,9 +80,9 @@ class Workers:
         )
 
     def verified(self, worker: Any, request: Request, *, topk: int = 1, bonus: torch.dtype = torch.int64) -> Any:
-        """The verification's input, and its write locations, as eagle_prepare_for_verify asks for them."""
+        """The verification input, with write locations from the same call as in eagle_prepare_for_verify."""
         bs, steps, batch = len(request.lengths), self.tokens - 1, self.batch(request)
-        # By the names of the modules, which are asked anew for each call.
+        # Looked up in the module at each call, because onelaunch's hooks replace the functions there.
         made = import_module(DRAFTER).build_eagle_verify_input(
             batch,
             SimpleNamespace(bonus_tokens=request.tokens[:bs].to(bonus)),
@@ -124,7 +124,7 @@ class Workers:
         same(*found)
 
     def extended(self, worker: Any, request: Request, *, cpu_lengths: bool = False) -> dict[str, Any]:
-        """What a draft extension's forward is given, and what the worker picks from its results."""
+        """The inputs of a draft extension's forward pass, and the rows that the worker selects from its results."""
         bs, common = len(request.lengths), import_module(WORKER)
         batch = self.batch(request, cpu_lengths=cpu_lengths)
         result = SimpleNamespace(
@@ -154,7 +154,7 @@ class Workers:
         finally:
             common.ForwardBatch, worker.draft_runner.forward = kept, forward
         assert seen.pop("batch").seq_lens_cpu is None or cpu_lengths
-        # Row i of the stand-in's hidden states is i.
+        # Row i of the stand-in's hidden states holds i.
         return {**seen, "select_index": result.next_draft_input.hidden_states[:, 0]}
 
     def extend(self, lengths: tuple[int, ...], seed: int, **how: Any) -> None:
@@ -173,7 +173,7 @@ def same(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, got[name]), f"{name}: engine {tensor}, onelaunch {got[name]}"
 
 
-# Newer versions make FA3's chain by one launch of their own.
+# Newer versions of SGLang make FA3's chain in one launch of their own.
 MASKED = ("triton", "flashinfer") if objects.HAS_TRANSLATOR else ("fa3", "triton", "flashinfer")
 MADE = "the chain that is verified; in 0.5.17 the layout of a draft extension"
 STAYS = "hidden states; masks that aren't the backend's"
@@ -223,7 +223,7 @@ def test_bonus_tokens_of_either_dtype() -> None:
 
 
 def test_padding_requests_see_a_mask_of_their_own() -> None:
-    """The captured size is 5: the engine fills the whole buffer, which the launch doesn't."""
+    """The captured size is 5. The engine would fill the whole buffer; the launch fills it only for 5 requests."""
     made = Workers("triton")
     made.verified(made.mine, Request((7, 30, 9), 1))
     tokens, first = made.tokens, made.tokens * (7 + 30 + 9 + 3 * made.tokens)
@@ -245,7 +245,7 @@ def test_the_layout_of_a_draft_extension(tokens: int) -> None:
 
 @pytest.mark.parametrize("name", MASKED)
 def test_one_wrong_entry_is_seen(name: str) -> None:
-    """The control: in each tensor."""
+    """The control: a wrong entry in each tensor."""
     made = Workers(name)
 
     def spoiled(attribute: str) -> Any:
@@ -270,7 +270,7 @@ def test_one_wrong_entry_is_seen(name: str) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Notes PyTorch's operations that launch or copy, by name."""
+    """Counts PyTorch's operations that launch or copy, by name."""
 
     VIEWS = ("view", "slice", "select", "unbind", "expand", "squeeze", "unsqueeze", "empty", "empty_like", "detach")
 
@@ -286,7 +286,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_what_the_launch_makes_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the engine's operations and kernels between its graphs none is left; after a failure all are."""
+    """The launch replaces the engine's operations and kernels between its graphs. After a failure all of them run."""
     made, request, older = Workers("triton"), Request((7, 30), 1), not objects.HAS_TRANSLATOR
     kernels: list[str] = []
     for module, name in ((LOCATIONS, LOCATE), *[(BATCHES, "compute_position")] * older):
@@ -309,7 +309,7 @@ def test_what_the_launch_makes_is_not_made_again(monkeypatch: pytest.MonkeyPatch
             make(worker)
         return operations.names
 
-    make(made.mine)  # and the views of it
+    make(made.mine)  # the first call also makes the views
     kernels.clear()
     mine = counted(made.mine)
     assert not kernels
@@ -317,7 +317,7 @@ def test_what_the_launch_makes_is_not_made_again(monkeypatch: pytest.MonkeyPatch
     assert sorted(kernels) == sorted([LOCATE, *["compute_position"] * older])
     assert {"cat", "full", "fill_", *["arange", "sub", "add", "clamp", "_to_copy"] * older} <= set(engine - mine)
     assert not set(mine) & {"cat", "full", "fill_", "sub", "add"}, mine
-    if older:  # one each is the test's own
+    if older:  # the test itself does one of each
         assert [mine[name] for name in ("clamp", "_to_copy", "arange")] == [1, 1, 1], mine
     made.attachment.failed = "of this test"
     assert counted(made.mine) == engine
@@ -415,7 +415,7 @@ def test_workers_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mask_that_is_not_the_backends_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer's is made anew for each batch."""
+    """FlashInfer makes a new mask for each batch."""
     worker = runner_objects.draft_worker("triton", objects.token_pool(1, seed=1), 1, 4)
     monkeypatch.setattr(worker.target_worker.model_runner.attn_backend, "_verify_mask", None)
     if objects.HAS_TRANSLATOR:

@@ -1,4 +1,4 @@
-"""FlashInfer's plans in SGLang: of the same lists as the engine's, without its copies. Its own wrappers and classes."""
+"""FlashInfer's plans in SGLang get the same lists as in the engine, without its copies. Uses the real classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCHES = (((77, 300, 640, 64, 1), 5), ((63, 192), 2), ((128, 65, 5), 5), ((640,
 
 
 def lengths_for(pair: Pair, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """As Pair.replay has them."""
+    """The lengths adapted to the pair's mode, as in Pair.replay()."""
     if pair.mode == "target_verify":
         return tuple(min(length, WIDTH - pair.draft_tokens) for length in lengths)
     return tuple(max(length, pair.draft_tokens) for length in lengths) if pair.mode == "draft_extend" else lengths
@@ -32,7 +32,7 @@ def lengths_for(pair: Pair, lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 @contextmanager
 def plans() -> Iterator[list[Any]]:
-    """What each compiled plan is given from now on: its lists and its numbers."""
+    """Collects the lists and the other arguments of each compiled plan that is called within the `with`."""
     flashinfer_fakes.planned.clear()
     flashinfer_fakes.settings.clear()
     found: list[Any] = []
@@ -51,8 +51,7 @@ def planned(pair: Pair, backend: Any, lengths: tuple[int, ...], bs: int, seed: i
 def same(pair: Pair, wanted: list[Any], got: list[Any], padding: int = 0) -> bool:
     """Whether two rounds of plans are the same.
 
-    A draft step's padding requests have a token, as their lengths say. SGLang's sums have the position 0 for them, and
-    so none.
+    In a draft step they may differ for padding requests: these have length 1, but SGLang's sums use their position, 0.
     """
     assert len(wanted) == len(got) == (pair.steps - 1 if pair.steps else 1)
     unread = padding if pair.steps else 0
@@ -76,7 +75,7 @@ def test_plans_are_made_of_the_same_lists(mode: str, steps: int) -> None:
 
 @pytest.mark.parametrize(("mode", "steps"), MODES)
 def test_a_wrong_length_on_the_host_is_found(mode: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: of each request."""
+    """The control: a wrong length of each request in turn."""
     pair = Pair("flashinfer", 1, mode=mode, steps=steps)
     wanted = planned(pair, pair.engine, (77, 300), 2, 0)
     make = pair.batch
@@ -92,7 +91,7 @@ def test_a_wrong_length_on_the_host_is_found(mode: str, steps: int, monkeypatch:
 
 
 class Touched(TorchDispatchMode):
-    """The operators that read or write tensors of some memory, or what was made of it. Views are none."""
+    """Records operators that read or write given tensors' memory, or results computed from it. Views don't count."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         super().__init__()
@@ -103,7 +102,7 @@ class Touched(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         touched = any(tensor.untyped_storage().data_ptr() in self._storages for tensor in tensors)
-        # PyTorch copies nothing to where it already is.
+        # PyTorch doesn't copy a tensor onto itself.
         nothing = function.overloadpacket is torch.ops.aten.copy_ and tensors[0].data_ptr() == tensors[1].data_ptr()
         if touched and not nothing and not function.is_view:
             self.names.append(function.overloadpacket.__name__)
@@ -116,7 +115,7 @@ class Touched(TorchDispatchMode):
     ("mode", "steps", "least"), [("decode", 3, 1), ("target_verify", 0, 15), ("draft_extend", 0, 4)]
 )
 def test_no_operator_touches_what_is_on_the_device(mode: str, steps: int, least: int) -> None:
-    """The launch and the packing are all. Of the engine's some are missing here, such as those without an input."""
+    """Only the launch and the packing do. The counts of the engine's operators omit those without an input tensor."""
     pair = Pair("flashinfer", 1, mode=mode, steps=steps)
     packed = []
     for _, wrapper in pair.attachment._refresh._pairs(5, mode):
@@ -142,7 +141,7 @@ def test_no_operator_touches_what_is_on_the_device(mode: str, steps: int, least:
 
 @pytest.mark.parametrize("mode", ["target_verify", "draft_extend", "decode"])
 def test_what_cannot_be_planned_on_the_host_is_the_engines(mode: str) -> None:
-    """Without lengths there, for another number of tokens, another algorithm or another mask."""
+    """Without lengths on the host, or with another number of tokens, another algorithm or another mask."""
     from sglang.srt.speculative.spec_info import SpecInputType
 
     pair = Pair("flashinfer", 1, mode=mode)
@@ -227,7 +226,7 @@ def test_detached_it_is_the_engines(mode: str) -> None:
 
 
 def test_a_mask_that_is_longer_than_the_batch() -> None:
-    """As the draft worker's launch makes it: in a buffer, also for padding."""
+    """The draft worker's launch makes such a mask: it is in a buffer, and includes padding."""
     pair = Pair("flashinfer", 1, mode="target_verify")
     make = pair.batch
     for lengths, size in (((77, 300), 2), ((7, 30, 9), 5)):

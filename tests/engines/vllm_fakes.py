@@ -1,7 +1,7 @@
-"""What vLLM imports and a machine without a GPU can't have, as fakes.py has it for SGLang.
+"""Fakes of what vLLM imports and a machine without a GPU lacks, as fakes.py makes them for SGLang.
 
-``install()`` must run before vllm is imported. Of vLLM's own only the compiled modules of operators are replaced: its
-classes, its Triton kernels (under Triton's interpreter) and its PyTorch code run as they are. DeepGEMM's schedule comes
+``install()`` must run before vllm is imported. Of vLLM itself only the compiled operator modules are replaced. Its
+classes, its Triton kernels (under Triton's interpreter) and its PyTorch code run unchanged. DeepGEMM's schedule comes
 from DeepGEMM's own kernel (deep_gemm_host.py), and on a GPU from DeepGEMM itself.
 """
 
@@ -19,17 +19,17 @@ from empty import VERSION, EmptyModules
 from torch import Tensor
 
 _SERVER = ("cpuinfo", "prometheus_client", "uvloop")
-# vLLM has a copy of it.
+# vLLM brings its own copy.
 _OWN = ("deep_gemm",)
-# Linked with the driver. Nothing here attends.
+# Linked with the driver. Nothing here runs attention.
 _OPERATORS = ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa2_C")
 
 
 def install(*, gpu: bool = False) -> None:
-    """Puts the empty modules on the import path, behind real ones, and the pretended GPU into torch and vLLM.
+    """Adds the empty modules to the import path, after real ones, and patches torch and vLLM to report a GPU.
 
     Args:
-        gpu: whether there is a real one, and nothing is pretended.
+        gpu: whether there is a real GPU, so that none is pretended.
     """
     names = [name for name in (*fakes.BINARY, *_SERVER) if name not in _OWN]
     sys.meta_path.append(EmptyModules(names))
@@ -55,8 +55,8 @@ def install(*, gpu: bool = False) -> None:
     vllm.platforms._current_platform = cuda.NonNvmlCudaPlatform()
     import vllm.v1.worker.gpu.buffer_utils
 
-    # An operator of vLLM's makes it. Where the host is the device, its memory is what the device sees of it; on a GPU
-    # what is measured doesn't read it, so a copy will do.
+    # This replaces a compiled operator of vLLM. Without a GPU the host tensor itself is the device's view. On a GPU a
+    # copy will do, because the measured code doesn't read it.
     vllm.v1.worker.gpu.buffer_utils.get_accelerator_view_from_cpu_tensor = lambda tensor: (
         tensor.cuda() if gpu else tensor
     )
@@ -68,7 +68,7 @@ def install(*, gpu: bool = False) -> None:
 
 
 def _schedule(context_lens: Tensor, block_size: int, num_slots: int, indices: Any = None) -> Tensor:
-    """DeepGEMM's, as its host code calls it: on sm_90 a request is one atom (see SM90PagedMQALogitsScheduler's use)."""
+    """DeepGEMM's schedule, as its host code computes it: on sm_90 a request is one atom."""
     if indices is None:
         return deep_gemm_host.sm90(context_lens, num_slots, atoms=1)
     return deep_gemm_host.sm100(context_lens, num_slots, indices=indices)

@@ -1,4 +1,4 @@
-"""vLLM's metadata builders and block tables, and the runner's and the drafter's buffers that they read."""
+"""vLLM's metadata builders and block tables, and the buffers of the runner and the drafter that they read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from onelaunch.integrations.vllm import DraftStep
 from torch import Tensor
 
 POISON = -7
-# vllm_seam.py sets these before it makes anything.
+# vllm_seam.py sets these before it makes any object.
 DEVICE = "cpu"
-WIDTH = 9  # blocks of a request
+WIDTH = 9  # blocks per request
 MAX_REQUESTS = 16
 MAX_TOKENS = 128
-SIZES = (64, 16)  # of the KV-cache groups' blocks
-# What one launch refreshes of the indexer's metadata, and what stays vLLM's, for the table of results.
+SIZES = (64, 16)  # block sizes of the KV-cache groups
+# For the table of results: what one launch refreshes of the indexer's metadata, and what vLLM still does.
 INDEXER = (
     "decode: lengths, block table, numbers of tokens, DeepGEMM's schedule",
     "prefills, the object itself; slot mappings but in draft steps",
@@ -31,7 +31,7 @@ def builder(next_n: int, *, adaptive: bool = False, tokens_per_state: int = 1) -
 
     Args:
         adaptive: with adaptive verification, so that requests have different numbers of tokens.
-        tokens_per_state: above 1 as in DeepSeek-V4, where lengths are compressed.
+        tokens_per_state: above 1 for compressed lengths, as in DeepSeek-V4.
     """
     from vllm.config import CUDAGraphMode
     from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerMetadataBuilder
@@ -84,7 +84,7 @@ def sparse_builder(next_n: int) -> Any:
 
 
 def _config(next_n: int, **more: Any) -> Any:
-    """What builders read of a VllmConfig, which itself needs a model."""
+    """The attributes of a VllmConfig that builders read. A real VllmConfig needs a model."""
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_REQUESTS),
         parallel_config=SimpleNamespace(
@@ -99,7 +99,7 @@ def _config(next_n: int, **more: Any) -> Any:
 
 
 def block_tables(sizes: tuple[int, ...], **settings: Any) -> Any:
-    """BlockTables with a KV-cache group for each block size, all blocks different."""
+    """BlockTables with a KV-cache group for each block size. All blocks are different."""
     from vllm.v1.worker.gpu.block_table import BlockTables
 
     widths = [64 * WIDTH // size for size in sizes]
@@ -111,7 +111,7 @@ def block_tables(sizes: tuple[int, ...], **settings: Any) -> Any:
 
 
 class Runner:
-    """The buffers that a model runner keeps for all batches, and what it hands to a builder."""
+    """The buffers that a model runner keeps for all batches, and the metadata it passes to a builder."""
 
     def __init__(self) -> None:
         self.seq_lens = torch.zeros(MAX_REQUESTS, dtype=torch.int32, device=DEVICE)
@@ -119,7 +119,7 @@ class Runner:
         self.query_start_loc = torch.zeros(MAX_REQUESTS + 1, dtype=torch.int32, device=DEVICE)
 
     def fill(self, lengths: tuple[int, ...], query_lens: tuple[int, ...]) -> None:
-        """A batch's rows; those behind it are zero, and have no tokens where query_lens says nothing of them."""
+        """Fills the rows of a batch. Later rows are zero, and have no tokens unless query_lens gives them some."""
         self.seq_lens.zero_()
         self.seq_lens[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         self.block_table.zero_()
@@ -149,17 +149,17 @@ class Runner:
         )
 
     def owns(self, tensor: Tensor) -> bool:
-        """Whether the tensor is the runner's own memory."""
+        """Whether the tensor is in the runner's own memory."""
         mine = {t.untyped_storage().data_ptr() for t in (self.seq_lens, self.block_table, self.query_start_loc)}
         return tensor.untyped_storage().data_ptr() in mine
 
 
 class Drafter:
-    """One set of buffers, and the metadata of a graph that was captured for some requests.
+    """One set of buffers, and the metadata of a graph captured for a number of requests.
 
     Args:
-        next_n: tokens that a verified request has; a draft step has one.
-        captured: requests.
+        next_n: tokens of a verified request. In a draft step a request has one token.
+        captured: the captured number of requests.
     """
 
     def __init__(self, next_n: int, captured: int, sizes: tuple[int, ...] = SIZES, **tables: Any) -> None:
@@ -169,15 +169,15 @@ class Drafter:
         self.idx_mapping = torch.full((MAX_REQUESTS,), -1, device=DEVICE)
         self.builder, self.sparse_builder = builder(next_n), sparse_builder(next_n)
         self.begin((1,) * captured)
-        # vLLM's keeps the request of each token for all builders that ask; these two are asked apart.
+        # vLLM caches each token's request for all builders of a batch, so each builder gets its own metadata here.
         self.metadata = self.builder.build(0, self.runner.metadata(captured, captured, 1))
         self.sparse = self.sparse_builder.build(0, self.runner.metadata(captured, captured, 1))
 
     def begin(self, lengths: tuple[int, ...], *, dummy: bool = False) -> None:
-        """The first draft step of requests with these lengths: request i is row 2 * i + 1 of the block tables.
+        """Begins the first draft step of requests with these lengths. Request i has row 2 * i + 1 of the block tables.
 
         Args:
-            dummy: as in a dummy run, where no request has a row.
+            dummy: whether no request has a row, as in a dummy run.
         """
         requests = len(lengths)
         self.runner.fill(lengths, (1,) * requests)
@@ -187,14 +187,14 @@ class Drafter:
             self.idx_mapping[:requests] = (torch.arange(requests, device=DEVICE) * 2 + 1) % MAX_REQUESTS
 
     def advance(self) -> None:
-        """What follows the sampled token, for all captured requests: _update_draft_inputs_kernel."""
+        """Advances all captured requests by the sampled token, as _update_draft_inputs_kernel does."""
         longest = 64 * WIDTH
         for tensor, most in ((self.positions, longest - 1), (self.runner.seq_lens, longest)):
             live = tensor[: self.captured]
             live.copy_((live + 1).clamp(max=most))
 
     def step(self) -> None:
-        """The engine's own launches before a step."""
+        """Makes the engine's own launches before a step."""
         n = self.captured
         starts = self.runner.query_start_loc[: n + 1]
         self.tables.compute_slot_mappings(self.idx_mapping[:n], starts, self.positions[:n], n)
@@ -216,17 +216,17 @@ class Drafter:
         for label, owner in (("metadata", self.metadata), ("decode", self.metadata.decode), ("sparse", self.sparse)):
             for field in dataclasses.fields(owner):
                 value = getattr(owner, field.name)
-                # The runner's slot mapping at the capture, which these two have as they are.
+                # slot_mapping belongs to the runner and stays as it was at the capture.
                 if isinstance(value, Tensor) and field.name != "slot_mapping":
                     yield f"{label}.{field.name}", value
 
     def destinations(self) -> dict[str, Tensor]:
-        """What a step writes: all but the runner's own memory."""
+        """The tensors that a step writes: all except the runner's own memory."""
         return {name: tensor for name, tensor in self.tensors() if not self.runner.owns(tensor)}
 
 
 def differences(engine: Drafter, mine: Drafter) -> list[str]:
-    """The tensors that differ."""
+    """The names of the tensors that differ."""
     pairs = list(zip(engine.tensors(), mine.tensors(), strict=True))
     assert all(name == other and a.shape == b.shape and a.dtype == b.dtype for (name, a), (other, b) in pairs)
     return [name for (name, wanted), (_, got) in pairs if not torch.equal(wanted, got)]

@@ -2,9 +2,9 @@
 
     python tests/gpu/run.py [PATH]
 
-Writes evidence.json beside this file (or to PATH): what was run, and by preset the fingerprint of the kernel that it
-was run with; a test fails where a shipped kernel has none. Prints a short table last. With --two-devices it runs the
-tests that need two GPUs alone, and writes two_devices.json.
+Writes evidence.json beside this file (or to PATH): the results, and for each preset the fingerprint of the kernel that
+was run. A test fails if a shipped kernel's fingerprint isn't there. Prints a short table at the end. With --two-devices
+it runs only the tests that need two GPUs, and writes two_devices.json.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TRACES = ROOT / "tests" / "data" / "full"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# What the tools instrument: the emitted kernels. PyTorch's, which compute the reference and compare, aren't what is
-# checked, and took most of the time: racecheck of the two cases with declared fields 17 s, and 6 without them. Only
-# initcheck sees them, because it has to know what they wrote.
+# The tools instrument only the emitted kernels. PyTorch's kernels compute and compare the reference, aren't under test,
+# and took most of the time: racecheck of the two cases with declared fields took 17 s with them and 6 s without. Only
+# initcheck instruments them too, because it must know what they wrote.
 INSTRUMENTED = "onelaunch_"
 
 
 def run_tests(marker: str, only: Sequence[str] = ()) -> xml.etree.ElementTree.Element:
-    """Runs the tests with a marker, or those named; the report of the suite."""
+    """Runs the tests with a marker, or the named ones. Returns the suite's report."""
     report = Path(tempfile.mkdtemp()) / "report.xml"
     workers = str(max(1, min(14, (os.cpu_count() or 2) - 2)))
     command = [sys.executable, "-m", "pytest", "-m", marker, "-q", "-n", workers, "--tb=short"]
@@ -59,7 +59,7 @@ def has_failed(case: xml.etree.ElementTree.Element) -> bool:
 
 
 def gpu_tests(only: Sequence[str] = ()) -> dict[str, Any]:
-    """The GPU tests of the suite, or those named."""
+    """Runs the suite's GPU tests, or the named ones. Returns their results."""
     start = time.time()
     suite = run_tests("gpu", only)
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
@@ -84,7 +84,7 @@ def gpu_tests(only: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def two_devices() -> dict[str, Any]:
-    """The tests that need two GPUs; the others skip them by name."""
+    """Runs the tests that need two GPUs, which other runs skip by name. Returns their results."""
     cases = list(run_tests("two_devices").iter("testcase"))
     passed = [case for case in cases if not has_failed(case) and case.find("skipped") is None]
     return {
@@ -95,9 +95,9 @@ def two_devices() -> dict[str, Any]:
 
 
 def run_cases() -> None:
-    """One configuration of each strategy and each field kind on two shapes: what runs under compute-sanitizer.
+    """Runs one configuration of each strategy and each field kind on two shapes, to be run under compute-sanitizer.
 
-    Larger shapes run the same code; racecheck would need a quarter of an hour for them.
+    Larger shapes run the same code, but racecheck would need a quarter of an hour for them.
     """
     sys.path.insert(0, str(ROOT / "tests"))
     import checker
@@ -112,7 +112,7 @@ def run_cases() -> None:
 
 
 def sanitize(tool: str) -> dict[str, Any]:
-    """run_cases() under one tool of compute-sanitizer."""
+    """Runs run_cases() under one tool of compute-sanitizer."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     only = [] if tool == "initcheck" else ["--kernel-name", f"kernel_substring={INSTRUMENTED}"]
     command = [program, "--tool", tool, *only, "--error-exitcode", "9"]
@@ -132,14 +132,14 @@ def sanitize(tool: str) -> dict[str, Any]:
 
 
 def sanitizers() -> dict[str, Any]:
-    """Every tool, at the same time; the kernels are built before."""
+    """Runs all tools at the same time, after building the kernels."""
     subprocess.run([sys.executable, str(HERE / "run.py"), "--cases"], cwd=ROOT, check=True)
     with ThreadPoolExecutor(len(TOOLS)) as pool:
         return dict(zip(TOOLS, pool.map(sanitize, TOOLS), strict=True))
 
 
 def replay(trace: Path, backends: int, writes: str, threads: int) -> dict[str, Any]:
-    """A whole serving trace as fast as its steps go: pages and pool rows are reused, requests preempted.
+    """Replays a whole serving trace without waiting between steps. Pages and pool rows are reused, requests preempted.
 
     Every destination of every step is compared with the reference.
     """
@@ -155,9 +155,9 @@ def replay(trace: Path, backends: int, writes: str, threads: int) -> dict[str, A
 
 
 def replays() -> dict[str, Any]:
-    """Both traces in full, with 3 and with 7 backends, and with verified writes: all at the same time.
+    """Replays both whole traces, with 3 and with 7 backends, and with verified writes, all at the same time.
 
-    Each has its share of the cores: torch would give all of them to each.
+    Each replay gets its share of the cores, because torch would give all cores to each.
     """
     traces = sorted(TRACES.glob("*_conversation.csv"))
     runs = {f"{trace.stem}, {n} backends": (trace, n, "all") for trace in traces for n in (3, 7)}
@@ -168,9 +168,9 @@ def replays() -> dict[str, Any]:
 
 
 def timings() -> dict[str, Any]:
-    """Microseconds a call in a CUDA graph beside the ideal fan-out: the bench's shapes, N = 3, page 64, extent live.
+    """Microseconds per call in a CUDA graph, beside the ideal fan-out: the bench's shapes, N = 3, page 64, extent live.
 
-    Caches are warm from the call before.
+    Each call finds the GPU's caches warm from the call before.
     """
     out: dict[str, Any] = {}
     meter = cuda_meter.CudaMeter(seconds=0.15)
@@ -198,7 +198,7 @@ PARTS = {"timings": timings, "tests": gpu_tests, "sanitizers": sanitizers, "repl
 
 
 def machine() -> dict[str, Any]:
-    """What the evidence was taken on."""
+    """The machine and the versions that the evidence was taken on."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False)
     return {
@@ -217,7 +217,7 @@ def write(path: Path, evidence: dict[str, Any]) -> None:
 
 
 def run_again(evidence: dict[str, Any], part: str) -> None:
-    """One part of an earlier run; or the tests that failed, of which those that pass now are listed as fixed."""
+    """Repeats one part of an earlier run, or its failed tests: those that pass now are listed as fixed."""
     if part != "failed":
         evidence[part] = PARTS[part]()
         return
@@ -241,7 +241,7 @@ def print_table(evidence: dict[str, Any]) -> None:
 
 
 def clean(evidence: dict[str, Any]) -> bool:
-    """Whether every test passes by now, and nothing else found a fault."""
+    """Whether every test has passed, if need be when repeated, and nothing else found a fault."""
     suite = evidence["tests"]
     return (
         len(suite["failures"]) == len(suite["fixed"])
@@ -278,7 +278,7 @@ def main() -> int:
         write(path, evidence)
         return 0 if clean(evidence) else 1
     evidence = {**machine(), "kernels": fingerprints}
-    # An interrupted run keeps what it has in a file of its own, which the next run continues.
+    # An interrupted run leaves its results in a file of its own, and the next run continues from there.
     partial = path.with_suffix(".partial.json")
     if partial.exists():
         earlier: dict[str, Any] = json.loads(partial.read_text(encoding="utf-8"))

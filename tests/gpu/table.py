@@ -1,4 +1,4 @@
-"""The README's measured numbers: a table from bench.json, one GPU and one run, and a sentence from evidence.json."""
+"""The README's measured numbers: a table from bench.json (one GPU, one run), and a sentence from evidence.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onelaunch.cli.lab.bench.summary import markdown, name_of, title, usual
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
-# Contenders whose names don't say all.
+# Contenders whose names need an explanation.
 EXPLAINED = ("sglang", "sglang-best", "onelaunch-verified")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -39,7 +39,7 @@ def _bench(bench: dict[str, Any]) -> list[str]:
 
 
 def _specialization(bench: dict[str, Any]) -> str:
-    """What specialization alone brings: our kernel beside itself with arguments in the place of constants."""
+    """What specialization alone gains: our kernel compared with itself with arguments in place of constants."""
     took = {(row["implementation"], row["shape"]): row.get("cold_us") for row in bench["rows"] if usual(row)}
     shapes = [shape for shape in QUICK_SHAPES if took.get(("runtime", shape)) and took.get(("onelaunch", shape))]
     if not shapes:
@@ -49,7 +49,7 @@ def _specialization(bench: dict[str, Any]) -> str:
 
 
 def _run(evidence: dict[str, Any]) -> str:
-    """What was run with these kernels, and what wasn't."""
+    """A text that says what was run with these kernels, and what wasn't."""
     suite = evidence["tests"]
     fixed, failing = len(suite["fixed"]), suite["failed"] - len(suite["fixed"])
     again = f", {fixed} of them when they were run again" if fixed else ""

@@ -1,10 +1,10 @@
 """Stored kernels travel: built and packed on a machine without a GPU, run on one with a GPU and without a compiler.
 
-    python tests/gpu/travel.py pack FILE    where there are compilers; beside FILE it writes FILE.json
-    python tests/gpu/travel.py run FILE     where there is a GPU; writes travel.json beside this file, or to --output
+    python tests/gpu/travel.py pack FILE    on a machine with compilers; also writes FILE.json
+    python tests/gpu/travel.py run FILE     on a machine with a GPU; writes travel.json beside this file, or to --output
 
-The second one takes the compilers away before it unpacks: PATH is an empty folder, and empty file systems lie on the
-folders of nvcc (which needs root). A build would raise an error, and every program that is started is recorded.
+`run` hides the compilers before it unpacks: PATH is an empty folder, and empty file systems are mounted over nvcc's
+folders (which needs root). A build would raise an error, and every program that is started is recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-# One of each strategy and operation.
+# One preset of each strategy and operation.
 KERNELS = (
     "nsa-decode-3",
     "nsa-decode-3-full",
@@ -44,7 +44,7 @@ STARTING = (
 
 
 def versions() -> dict[str, Any]:
-    """What a machine has. Imports torch."""
+    """The machine's versions and GPU. Imports torch."""
     import torch
     from onelaunch import __version__
 
@@ -58,7 +58,7 @@ def versions() -> dict[str, Any]:
 
 
 def pack(file: Path, target: str) -> None:
-    """Builds the kernels in a new cache and packs them, both by the command."""
+    """Builds the kernels in a new cache and packs them, both with the command line."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "onelaunch.cli.main"]
         environment = {**os.environ, "ONELAUNCH_CACHE_DIR": cache}
@@ -69,12 +69,12 @@ def pack(file: Path, target: str) -> None:
 
 
 def run(file: Path, output: Path, target: str) -> None:
-    """Starts travelled() where there is no compiler, and writes what it says."""
+    """Starts travelled() without compilers, and writes its output."""
     from onelaunch.build import toolkit
 
     found = [Path(nvcc).resolve() for _, nvcc in toolkit._nvcc_candidates() if Path(nvcc).is_absolute()]
     hidden = sorted({str(nvcc.parent) for nvcc in found if nvcc.exists()})
-    kept = ("PYTHONPATH", "LD_LIBRARY_PATH")  # the packages, and where the driver's libraries may be
+    kept = ("PYTHONPATH", "LD_LIBRARY_PATH")  # the packages, and the driver's libraries
     with tempfile.TemporaryDirectory() as folder:
         for name in ("bin", "home"):
             (Path(folder) / name).mkdir()

@@ -1,4 +1,4 @@
-"""What a GPU machine without a network needs beside its own packages, as one archive: python bundle.py FOLDER
+"""Packs what a GPU machine without a network needs besides its own packages: python bundle.py FOLDER
 
 Writes FOLDER/site.tar.xz and a wheel of onelaunch, for `run.py --bundle FOLDER`. The machine has CPython 3.12, torch
 2.11 for CUDA 13, triton 3.6, transformers 5.17, nvcc and ninja. The archive has three folders: ``front``, which comes
@@ -30,7 +30,7 @@ PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34, 35)
 ]
 MODELS = ("__init__", "registry", "deepseek_v2", "deepseek_common", "utils", "llama", "llama_eagle", "llama_eagle3",
           "torch_native_llama")  # fmt: skip
-# Where each package goes, and what of it stays behind; other packages go to "behind" as they are.
+# The files of a package that are left out, and the folder that it goes to. Other packages go to "behind" as a whole.
 DROPPED = {
     "sglang": re.compile(r"sglang/(multimodal_gen|test|eval|benchmark)/|/(grpc|server|multimodal)/_core\..*so$|\.md$"),
     "sglang_kernel": re.compile(r"triton_kernels/|sgl_kernel/(flash_ops|flashmla_ops|infllm_ops|spatial_ops|sm100/)"),
@@ -63,9 +63,9 @@ def dropped(package: str) -> Callable[[str], bool]:
 
 
 def build_flashinfer(wheels: Path, target: Path) -> None:
-    """Builds the modules of FlashInfer's attention for SM90 and puts them where it looks for modules built ahead.
+    """Builds FlashInfer's attention modules for SM90, and puts them where FlashInfer looks for prebuilt modules.
 
-    They need tvm-ffi and no Python or torch of a certain version.
+    They need tvm-ffi, but no particular version of Python or torch.
     """
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -76,7 +76,7 @@ def build_flashinfer(wheels: Path, target: Path) -> None:
         subprocess.run([*command, f"apache-tvm-ffi=={ffi[1]}", "tabulate", "nvidia-ml-py", "requests"], check=True)
         nvcc = shutil.which("nvcc")
         assert nvcc is not None, "nvcc isn't there"
-        # The linker wants libcuda, which only a machine with a driver has.
+        # The linker needs libcuda, which only a machine with a driver has.
         (work / "stub").mkdir()
         command = ["c++", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(work / "stub" / "libcuda.so"), "-x", "c"]
         subprocess.run([*command, os.devnull], check=True)

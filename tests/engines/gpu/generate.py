@@ -4,8 +4,8 @@
 
 Greedy, with prompts of different lengths: 16 requests, one request, and 16 requests that end one after another, so that
 the batch shrinks through the captured sizes and is padded in between. Writes tokens' hashes and verify steps as JSON.
-With ROUNDS above 0 it waits for its turn, and only the batch of 16 is generated, so often in each of the probe's
-states, in turns, for it to be timed.
+With ROUNDS above 0 it waits for its turn and generates only the batch of 16, ROUNDS times in each of the probe's
+states, alternating between the states. These rounds are timed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ PACKAGES = (
     "transformers",
     "numpy",
 )
-LENGTHS = (5, 40)  # of the prompts
-STATES = ("off", "backends", "on")  # of the probe
+LENGTHS = (5, 40)  # shortest and longest prompt
+STATES = ("off", "backends", "on")  # see PROBE_PHASE in site/engine_probe.py
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -97,7 +97,7 @@ def main() -> None:
         wait_for_turn(Path(result).parent)
     phase = Path(os.environ["PROBE_PHASE"])
     for name, tokens in scenarios(int(longest)).items():
-        marks = ["first"]  # which compiles what is left to compile
+        marks = ["first"]  # a warm-up, which compiles the remaining kernels
         if int(rounds):
             if name != "batch 16":
                 continue
@@ -116,7 +116,7 @@ def main() -> None:
                     "verify_steps": sum(steps),
                 }
             )
-    # The probe writes what it saw before each prefill.
+    # The probe writes its results before each prefill, so this prefill makes it write the last ones.
     phase.write_text("end")
     engine.generate(input_ids=prompts(1), sampling_params={"temperature": 0, "max_new_tokens": 1, "ignore_eos": True})
     found["versions"] = {package: version(package) for package in PACKAGES} | {
@@ -127,7 +127,7 @@ def main() -> None:
         found["stand_in"] = "FA3's attention kernel: see site/flash_attn.py"
     Path(result).write_text(json.dumps(found, indent=1))
     print("generated", json.dumps(found["scenarios"]), flush=True)
-    os._exit(0)  # run.py ends the engine's processes, quicker than the engine does
+    os._exit(0)  # run.py ends the engine's processes faster than the engine itself would
 
 
 if __name__ == "__main__":

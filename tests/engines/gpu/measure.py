@@ -1,4 +1,4 @@
-"""The time of a call that launches kernels and copies: on the device and on the host, eager and in a CUDA graph."""
+"""Times a call that launches kernels and copies: on the device and on the host, eagerly and in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 class Counts(NamedTuple):
-    """How often what is done: calls that are timed and profiled, calls in a graph, and replays of graphs."""
+    """Repetitions: calls that are timed, calls that are profiled, calls captured in a graph, and graph replays."""
 
     calls: int = 300
     profiled: int = 5
@@ -24,13 +24,13 @@ class Counts(NamedTuple):
 
 
 ONCE = Counts(1, 1, 1, 1)
-# A script sets these.
+# The script that measures sets these.
 counts = ONCE
-DRY = False  # without a GPU
+DRY = False  # True without a GPU
 
 
 def measured(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
-    """Each call gets a copy of the batch, which it changes."""
+    """A call's times. Each call gets its own copy of the batch, because it changes it."""
     for _ in range(3):
         call(copy.copy(batch))
     synchronize()
@@ -53,7 +53,7 @@ def synchronize() -> None:
 
 
 def profiled(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
-    """Kernels and copies of a call by name, and their time."""
+    """The kernels and copies of one call, by name, and their time."""
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
         for _ in range(counts.profiled):
@@ -77,7 +77,7 @@ def short(kernel: str) -> str:
 
 
 def in_a_graph(call: Callable[[Any], Any], batch: Any) -> dict[str, Any]:
-    """The device's time of a call in a graph of many, and the host's time of replaying a graph of one."""
+    """Device time of a call, from a graph with many calls; host time of a replay, from a graph with one call."""
     try:
         many, one = captured(call, batch, counts.in_a_graph), captured(call, batch, 1)
     except RuntimeError as error:
@@ -118,7 +118,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def guide_rows(seams: dict[str, Any]) -> str:
-    """GUIDE.md's rows of what seams.py or vllm_seam.py found: the engine's own sequence → ours; medians in µs."""
+    """GUIDE.md's rows for the results of seams.py or vllm_seam.py: the engine's own sequence → ours; medians in µs."""
     return "\n".join(f"| {name} | {' | '.join(_cells(sides))} |" for name, sides in seams.items())
 
 

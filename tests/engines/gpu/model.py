@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 SEED = 17
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 4, 4, 2, 64, 256, 512
-# How much a layer's attention and MLP add to the hidden states: the first layer's, and the others'.
+# Scale of what a layer's attention and MLP add to the hidden states: for the first layer, and for all others.
 FIRST, OTHERS = (3.0, 0.3), (0.05, 0.05)
-# Sharp attention: the next token depends on a few rows.
+# Sharp attention, so that the next token depends on few rows of the KV cache.
 SHARPNESS = 2.0
 
 CONFIG = {
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
         "model.norm.weight": ones,
         "lm_head.weight": weight(VOCABULARY, HIDDEN),
     }
-    # The draft's input is the embedding beside the target's hidden states, of which it takes the embedding.
+    # The draft's input is the embedding concatenated with the target's hidden states. fc keeps only the embedding.
     draft = {
         "embed_tokens.weight": embedding,
         "fc.weight": torch.cat([torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)], 1).bfloat16(),
@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
         config = CONFIG | {"architectures": [architecture], "num_hidden_layers": layers}
         (place / "config.json").write_text(json.dumps(config, indent=1))
         (place / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
-        # A clone of each: safetensors refuses tensors that share memory.
+        # Cloned, because safetensors refuses tensors that share memory.
         tensors = {key: tensor.contiguous().clone() for key, tensor in weights.items()}
         save_file(tensors, str(place / "model.safetensors"), metadata={"format": "pt"})
 

@@ -2,14 +2,14 @@
 
 An unmodified engine generates with EAGLE and CUDA graphs; ONELAUNCH_SGLANG=1 is the only difference between off and on.
 
-tokens: all configurations beside one another. The tokens' hash and the number of verify steps must be the same off and
-on, and a spoiled draft table must change them. Writes tokens.json.
+tokens: all configurations at the same time. The tokens' hash and the number of verify steps must be the same off and
+on, and a spoiled draft table must change the verify steps. Writes tokens.json.
 times: one engine after another, alone on the machine: launches of the metadata methods, their time on the host, and the
 time of a step, with onelaunch attached and detached in turns in the same process. Writes times.json.
 seams: the engine's own sequence before each graph and ours, alone: see seams.py. Writes seams.json.
 
-All of them start beside one another, which takes most of the time. What is timed waits until all are up and the tokens
-are there, and then for its turn, while all others are stopped.
+All processes start at the same time, because starting takes longest. A timed process waits until all are up and the
+tokens are generated, and then for its turn. During a turn all other processes are stopped.
 
 Needs SGLang 0.5.17 with what it imports, FlashInfer and onelaunch in this environment, or a bundle (see bundle.py) with
 what is missing in it.
@@ -52,7 +52,7 @@ class Run:
         backend: SGLang's attention backend.
         steps: draft steps.
         page: tokens a page.
-        plugin: whether onelaunch is asked to attach.
+        plugin: whether onelaunch is requested to attach.
         spoil: whether the draft's table is zeroed after each refresh.
     """
 
@@ -86,12 +86,12 @@ def time_runs() -> list[Run]:
 
 
 class Engine:
-    """A process in a folder, in a session of its own, since a failing scheduler kills its parent.
+    """A process with a folder for its files. It has a session of its own, since a failing scheduler kills its parent.
 
     Args:
-        folder: of its files: "log"; "up" and "turn" of what is timed (see turn.py).
-        command, environment: of the process.
-        limit: the seconds in which it must be up, or end, and from its turn on end.
+        folder: holds its files: "log", and for a timed process "up" and "turn" (see turn.py).
+        command, environment: start the process.
+        limit: seconds until it must be up or have ended, and again from its turn until it must end.
     """
 
     def __init__(self, folder: Path, command: list[str], environment: dict[str, str], limit: float) -> None:
@@ -104,13 +104,13 @@ class Engine:
             os.killpg(self._process.pid, number)
 
     def up(self) -> None:
-        """Returns when it waits for its turn, or has ended."""
+        """Returns when the process waits for its turn, has ended, or has reached the limit."""
         up = self.folder / "up"
         while self._process.poll() is None and not up.exists() and time.monotonic() < self._latest:
             time.sleep(0.05)
 
     def ended(self, *files: str) -> dict[str, Any]:
-        """What it wrote, by file; "error" if it failed."""
+        """The JSON that the process wrote, by file; "error" if it failed."""
         try:
             code: Any = self._process.wait(timeout=self._limit)
         except subprocess.TimeoutExpired:
@@ -161,12 +161,12 @@ class Machine:
         }
 
     def generate(self, run: Run, port: int, rounds: int = 0) -> Engine:
-        """An engine that generates, and in which the probe looks.
+        """Starts an engine that generates and is watched by the probe.
 
         Args:
-            run: what is asked of it.
-            port: the first of 100.
-            rounds: how often each of the probe's states is timed, once it is its turn; 0 for the tokens alone.
+            run: the engine's settings.
+            port: the first of 100 ports for it.
+            rounds: how often each of the probe's states is timed in its turn; 0 only generates tokens.
         """
         folder = self._folder(f"{'timed-' if rounds else ''}{run.name}")
         environment = self._environment(folder, run.backend)
@@ -181,7 +181,7 @@ class Machine:
         return Engine(folder, command + ["cuda_graph_bs_decode=[4, 16]"] * bool(rounds), environment, self._limit)
 
     def seams(self) -> Engine:
-        """The process of seams.py. FA3's backend is there, of which the kernel isn't run."""
+        """Starts seams.py. FA3's backend is available, but its attention kernel doesn't run."""
         folder = self._folder("seams")
         command = [sys.executable, str(HERE / "seams.py"), str(folder / "seams.json")]
         return Engine(folder, command, self._environment(folder, "fa3"), self._limit)
@@ -193,7 +193,7 @@ class Machine:
         return folder
 
     def _environment(self, folder: Path, backend: str) -> dict[str, str]:
-        # A cold cache: what is needed must be built before the capture ends.
+        # A cold cache, to test that onelaunch builds its kernels before the capture ends.
         environment = self.environment | {"ONELAUNCH_CACHE_DIR": str(folder / "cache")}
         paths = list(self.paths)
         if self.bundle is not None:
@@ -212,7 +212,7 @@ class Machine:
 
 
 def in_turns(engines: Sequence[Engine]) -> Iterator[Engine]:
-    """Each engine when it is its turn, while all others are stopped. They are up."""
+    """Yields each engine in its turn, while all others are stopped. All must be up."""
     for engine in engines:
         for other in engines:
             other.signal(signal.SIGSTOP)
@@ -222,7 +222,7 @@ def in_turns(engines: Sequence[Engine]) -> Iterator[Engine]:
 
 
 def differences(found: dict[str, dict[str, Any]]) -> list[str]:
-    """What is wrong with the results of one configuration by kind; nothing if they are as they must be."""
+    """The faults in one configuration's results, which are given by kind. Empty if there are none."""
     wrong = [f"{kind}: {result['error']}" for kind, result in found.items() if "error" in result]
     for kind, result in found.items():
         rounds = result.get("scenarios", {}).values()
@@ -255,15 +255,15 @@ def _steps(scenarios: dict[str, Any], name: str) -> list[int]:
 
 
 def _host(times: dict[str, Any], role: str) -> float:
-    """The host's µs for the metadata of a graph and the copies into its buffers."""
+    """Host time in µs for a graph's metadata and for the copies into its buffers."""
     return sum(float(times.get(name, {}).get("median", 0)) for name in (role, f"{role} copies"))
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Off, attached to the backends alone, and on, side by side: launches and copies of the metadata and of the copies
-    into a graph's buffers, their host time and the step's, in µs.
+    """A table of the states off, attached to the backends alone, and on. For the metadata and the copies into a graph's
+    buffers it has launches, copies and host time; then the step's time. Times are in µs.
 
-    The last column has all launches and copies before the step's graphs, the engine's preparation included.
+    The last column counts all launches and copies before the step's graphs, including the engine's preparation.
     """
     head = [f"{role}: launches + copies, host" for role in ROLES]
     lines = [
@@ -303,8 +303,8 @@ NAMES = {
 def guide_rows(found: dict[str, dict[str, Any]]) -> str:
     """GUIDE's rows of a run: off → with the backends attached → on.
 
-    Launches and copies before a step's graphs; the host's µs for metadata and for copies into the graphs' buffers; the
-    step's µs, its lower decile in brackets: a slow phase of the host can fall into one state's turn.
+    Launches and copies before a step's graphs; host time for metadata and for copies into the graphs' buffers; the
+    step's time with its lower decile in brackets, because a slow phase of the host can fall into one state's turn.
     """
     lines = []
     for configuration, kinds in found.items():
@@ -321,7 +321,7 @@ def guide_rows(found: dict[str, dict[str, Any]]) -> str:
 
 
 def seam_table(found: dict[str, Any]) -> str:
-    """The engine's own sequence of each seam and ours, side by side; medians in µs."""
+    """A table of each seam: the engine's own sequence beside onelaunch's; medians in µs."""
     lines = [
         "| seam | | launches | host | device | in a graph: host | device |",
         "|---" * 7 + "|",
@@ -359,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [run for run in each() if name in given.what and re.search(given.match, run.name)]
         for name, each in (("tokens", token_runs), ("times", time_runs))
     )
-    # One place, which compiled kernels know: they stay for the next run.
+    # A fixed folder, because compiled kernels depend on its path; the next run reuses them.
     work = Path(tempfile.gettempdir()) / "onelaunch-engines-gpu"
     machine = Machine(work, given.bundle, given.limit)
     print(f"{time.strftime('%T')} unpacked", flush=True)
@@ -405,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def result(engine: Engine) -> dict[str, Any]:
-    """An engine's result and what the probe saw in it; "error" if it failed."""
+    """An engine's result with the probe's; "error" if the engine failed."""
     found = engine.ended("result.json", "probe.json")
     return found if "error" in found else found["result"] | {"probe": found["probe"]}
 

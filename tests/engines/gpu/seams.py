@@ -1,11 +1,11 @@
-"""SGLang's seams alone: the engine's own sequence before each graph of a speculative step, and ours in its place.
+"""SGLang's seams alone: the engine's sequence before each graph of a speculative step, and onelaunch's instead of it.
 
     python seams.py RESULT [--dry]
 
-The engine's own backends, graph runners and worker, with the objects of runner_objects.py around them, and without
-models: what comes before a replay is all that there is. For each seam, of the engine and with onelaunch attached to the
-runner: kernels and copies by name, their time on the device, the host's time of a call, and both in a CUDA graph with
-the same launches in it. Writes JSON. With --dry it runs on a CPU and only shows that it would run.
+Uses the engine's own backends, graph runners and worker, with the objects of runner_objects.py around them. There is no
+model: only the work before a replay runs. Each seam is measured with the engine's code and with onelaunch attached to
+the runner: kernels and copies by name, their device time, the host time of a call, and both times in a CUDA graph with
+the same launches. Writes JSON. With --dry it runs on a CPU without timing, as a check that it works.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def runner_of(seam: str, backend: str, pool: torch.Tensor) -> Any:
 
 
 def with_call(seam: str, runner: Any, use: Callable[[Callable[[Any], Any], Any], Any]) -> Any:
-    """What use(call, batch) returns for the engine's call of the seam, call(batch)."""
+    """Runs the seam, and returns use(call, batch): call(batch) is the engine's own call at the seam."""
     request = runner_objects.Request(LENGTHS, seed=1)
     owner, name = {
         "draft": (getattr(runner, "eagle_worker", None), "draft"),
@@ -64,7 +64,7 @@ def with_call(seam: str, runner: Any, use: Callable[[Callable[[Any], Any], Any],
     found = []
 
     def instead(batch: Any, *arguments: Any) -> None:
-        # A default device costs each call of PyTorch something.
+        # A default device adds overhead to each PyTorch call.
         torch.set_default_device(None)
         try:
             found.append(use(lambda batch: call(batch, *arguments), batch))
@@ -116,7 +116,7 @@ def both(seam: str, backend: str) -> dict[str, Any]:
 
 
 def extension(backend: str) -> dict[str, Any]:
-    """FA3's draft extension, of which 0.5.17 has no graph."""
+    """FA3's draft extension, which SGLang 0.5.17 doesn't capture in a graph."""
     pool = objects.token_pool(PAGE, seed=PAGE)
     made = objects.backend(backend, pool, page=PAGE, draft=True, draft_tokens=TOKENS)
     batch = objects.Batch(LENGTHS, REQUESTS, "draft_extend", TOKENS).make()
@@ -145,7 +145,7 @@ def extension(backend: str) -> dict[str, Any]:
 
 
 def chain() -> dict[str, Any]:
-    """The chain that is verified: its write locations, positions, retrieve indices and the draft tokens' mask."""
+    """The verified chain: its write locations, positions, retrieve indices and the mask among draft tokens."""
     from sglang.kernels.ops.speculative.cache_locs import assign_extend_cache_locs_uniform_func
     from sglang.srt.speculative.eagle_utils import TreeMaskMode, build_tree_kernel_efficient
 
@@ -201,7 +201,7 @@ def alone(
     lengths: torch.Tensor,
     rows: torch.Tensor,
 ) -> dict[str, Any]:
-    """bind_seam's plan of what an engine's sequence makes."""
+    """Measures an engine's sequence and bind_seam()'s plan for the same tensors, and compares the tensors."""
     torch.set_default_device(None)
     try:
         wanted = engine(None)
@@ -245,8 +245,8 @@ def main() -> None:
         "gpu": None if DRY else torch.cuda.get_device_name(),
         "seams": {},
     }
-    # The first time what there is gets imported and compiled. The second time, after the stop, is for the processor:
-    # what was timed first took the host 1.7 times as long as the same calls did later.
+    # The first pass imports and compiles. The second, after the wait, warms up the processor: without it the calls
+    # timed first took the host 1.7 times as long as the same calls did later.
     for run, counts in enumerate((measure.ONCE, measure.ONCE, measure.Counts())):
         measure.counts = counts
         if not DRY and run == 1:

@@ -1,11 +1,11 @@
-"""vLLM's draft step alone: the engine's own launches before each step of a drafter, and ours in their place.
+"""vLLM's draft step alone: the engine's launches before each step of a drafter, and onelaunch's in their place.
 
     python vllm_seam.py RESULT [--cpu]
 
-vLLM's own builders, block tables, Triton kernels and DeepGEMM, with the drafter's buffers of vllm_objects.py around
-them, and without a model. Of each side, as seams.py does: kernels and copies by name, their time on the device, the
-host's time of a step, and both in a CUDA graph, where vLLM has them. Every tensor of both sides is compared before and
-after. Writes JSON. With --cpu it only shows that it would run.
+Uses vLLM's own builders, block tables, Triton kernels and DeepGEMM, with the drafter's buffers of vllm_objects.py
+around them, and no model. It measures both sides as seams.py does: kernels and copies by name, their device time, the
+host time of a step, and both times in a CUDA graph, which vLLM uses. Every tensor of both sides is compared before and
+after. Writes JSON. With --cpu it runs without timing, as a check that it works.
 
 Needs vLLM 0.33.0 in this environment, or on the path its Python files, its third_party/deep_gemm and what
 requirements-vllm-0.33.0.txt has beside it; nvcc, with which DeepGEMM and onelaunch compile; and onelaunch.
@@ -37,14 +37,14 @@ from vllm_objects import SIZES, Drafter, differences, poison  # noqa: E402
 
 REQUESTS = 16
 LENGTHS = tuple(1024 + 3072 * i // REQUESTS for i in range(REQUESTS))
-# Of the model, of requests and of tokens: the longest, and the most that the engine serves.
+# The model's longest sequence, and the largest numbers of requests and tokens that the engine serves.
 LONGEST, MAX_REQUESTS, MAX_TOKENS = (8192, 64, 8192)
-# Tokens of a verified request. Of 3 vLLM makes a row each, of 4 one row on Hopper.
+# Tokens of a verified request. On Hopper vLLM makes one row per token for 3, and one row per request for 4.
 NEXT_N = (3, 4)
 
 
 def drafters(next_n: int) -> tuple[Drafter, Drafter]:
-    """The engine's and ours, with the same requests before the same step, and nothing else in common."""
+    """The engine's drafter and ours, with the same requests before the same step. They share nothing else."""
     pair = Drafter(next_n, REQUESTS), Drafter(next_n, REQUESTS)
     poison(*pair)
     for each in pair:
@@ -79,7 +79,7 @@ def both(next_n: int) -> dict[str, Any]:
 
 
 def control(engine: Drafter, mine: Drafter, step: Any) -> list[str]:
-    """What was spoiled and not found, or found and not spoiled; each destination in turn."""
+    """Spoils each destination in turn. Returns those for which the comparison doesn't find exactly that one."""
     missed = []
     for name, tensor in mine.destinations().items():
         tensor[(-1,) * tensor.dim()] += 1

@@ -5,10 +5,10 @@ with and without onelaunch, counts what they and the steps around them launch in
 draft's table on request. Its variables:
 
 PROBE_RESULT: where it writes what it saw, as JSON.
-PROBE_PHASE: a file with what is generated now: "timed" or "profiled", with a state behind it: "off" where onelaunch is
-    taken off meanwhile, "backends" where it is attached to the attention backends alone, "on", also where none is
-    named, where it is attached to the graph runners and the draft worker too. In the same process, which is the fair
-    comparison: the speed of identical processes differs by up to 1.7 times. Read before each prefill.
+PROBE_PHASE: a file that names the current phase: "timed" or "profiled", followed by a state: "off" where onelaunch is
+    detached, "backends" where it is attached to the attention backends alone, and "on", the default, where it is
+    attached to the graph runners and the draft worker too. All states are compared in one process, because the speed
+    of identical processes differs by up to 1.7 times. Read before each prefill.
 PROBE_SPOIL: 1 zeroes the draft's table after each refresh.
 """
 
@@ -34,29 +34,29 @@ _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _METADATA = ("init_forward_metadata_out_graph", "init_forward_metadata")
 _STATES = ("off", "backends", "on")
-# What copies a batch into a graph's buffers: a function of the runner's module, or a method of its registry.
+# These copy a batch into a graph's buffers: a function of the runner's module, or a method of its registry.
 _COPIES, _FILL = "_grouped_foreach_copy_", "fill_from"
 _EXTENSION = "_draft_extend_for_decode"  # the worker's draft extension, its preparation included
 
 
 class Probe:
-    """What one scheduler process sees."""
+    """The hooks and the results in one scheduler process."""
 
     def __init__(self) -> None:
         self.phase, self.step = "", 0
         self.decoding = self.inside = self.full = False
         self.times: dict[str, dict[str, list[float]]] = {state: collections.defaultdict(list) for state in _STATES}
         self.started: float | None = None  # when the last decode step began
-        self.addresses: list[tuple[int, int]] = []  # of seq_lens and req_pool_indices in the draft's refreshes
-        self.lines: list[str] = []  # onelaunch's
-        self.after_capture: int | None = None  # how many of them there were when the engine had captured
-        self.watched_lines: int | None = None  # and how many when onelaunch was first taken off
+        self.addresses: list[tuple[int, int]] = []  # of seq_lens and req_pool_indices in draft refreshes
+        self.lines: list[str] = []  # onelaunch's log lines
+        self.after_capture: int | None = None  # number of log lines when the capture ended
+        self.watched_lines: int | None = None  # number of log lines when onelaunch was first detached
         self.attachments: list[Any] = []  # to backends
         self.runners: dict[str, Any] = {}
-        self.worker: Any = None  # that drafts
+        self.worker: Any = None  # the draft worker
         self.others: list[Any] = []  # what attach() returned for the runners and the worker
         self.roles: list[tuple[str, Any]] = []
-        self.unwatched: list[tuple[Any, str, Any]] = []  # an object, an attribute, and what the object had of its own
+        self.unwatched: list[tuple[Any, str, Any]] = []  # (object, attribute name, the object's own value)
         self.profiler: Any = None
         self.profile: dict[str, Any] = {}
         self.seams: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class Probe:
     # ------------------------------------------------------------------------------------------ what SGLang calls
 
     def made(self, result: Any, scheduler: Any) -> None:
-        """After SGLang made its backends, and after onelaunch attached to them."""
+        """Hook: runs after SGLang made its backends and onelaunch attached to them."""
         draft = scheduler.draft_worker.draft_worker
         self.roles = [
             ("draft", draft.draft_attn_backend),
@@ -74,7 +74,7 @@ class Probe:
         ]
 
     def captured(self, result: Any, scheduler: Any) -> None:
-        """After SGLang captured its graphs."""
+        """Hook: runs after SGLang captured its graphs."""
         draft = scheduler.draft_worker.draft_worker
         self.runners = {
             "draft": draft.cuda_graph_runner,
@@ -86,7 +86,7 @@ class Probe:
         self._watch()
 
     def generation(self, original: Any, worker: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Around each step of the scheduler: a prefill, or draft, verification and draft extension."""
+        """Hook: runs around each scheduler step, which is a prefill, or draft, verification and draft extension."""
         if not batch.forward_mode.is_decode():
             self.phase, self.step, self.started = Path(os.environ["PROBE_PHASE"]).read_text(), 0, None
             self._attach()
@@ -148,7 +148,7 @@ class Probe:
         self.unwatched = []
 
     def _attach(self) -> None:
-        """Takes onelaunch off what it is attached to, or puts it back, for the state that the phase wants."""
+        """Detaches or attaches onelaunch, as the state in the phase requires."""
         named = self.phase.rpartition(" ")[2]
         wanted = named if named in _STATES else "on"
         if not self.attachments or wanted == self.state:
@@ -167,7 +167,7 @@ class Probe:
 
             before, self.attachments[:] = list(self.attachments), []
             for attachment in before:
-                sglang.attach(attachment.backend)  # and install()'s hook keeps it
+                sglang.attach(attachment.backend)  # install()'s hook records the attachment
         if wanted == "on":
             self._attach_others()
         self._watch()
@@ -177,11 +177,11 @@ class Probe:
 
         for target in (*self.runners.values(), self.worker):
             if target is not None:
-                with contextlib.suppress(Exception):  # one that isn't served
+                with contextlib.suppress(Exception):  # a target that onelaunch doesn't serve
                     sglang.attach(target)
 
     def _timed(self, role: str, function: Any) -> Any:
-        """The function, timed in decode steps unless it is called by another one of them."""
+        """The function, timed in decode steps unless another timed function calls it."""
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
             if not self.decoding or self.inside:
@@ -293,7 +293,7 @@ def _at(values: list[float], part: float) -> float:
 
 
 def recency(addresses: list[tuple[int, int]]) -> dict[str, int]:
-    """How many calls had arguments at the same addresses as one of the last 1, 4, 8 or 16 different ones before."""
+    """How many calls had the same addresses as one of the last 1, 4, 8 or 16 distinct address pairs."""
     seen: list[tuple[int, int]] = []
     hits = {"calls": len(addresses), "different": len(set(addresses)), "1": 0, "4": 0, "8": 0, "16": 0}
     for pair in addresses:
@@ -304,7 +304,7 @@ def recency(addresses: list[tuple[int, int]]) -> dict[str, int]:
 
 
 class _Lines(logging.Handler):
-    """Keeps onelaunch's lines."""
+    """Collects onelaunch's log lines."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__(logging.INFO)
@@ -315,7 +315,7 @@ class _Lines(logging.Handler):
 
 
 def install() -> None:
-    """The entry point. Only a scheduler's process has backends."""
+    """The plugin's entry point. It does nothing outside scheduler processes, because only these have backends."""
     if multiprocessing.current_process().name == "MainProcess" or "PROBE_RESULT" not in os.environ:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -340,7 +340,7 @@ def install() -> None:
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines(probe.lines))
     if os.environ.get("ENGINES_GPU_FLASHINFER") == "1":
-        # FlashInfer chooses FA3 for prefills on Hopper; the modules that travel are FA2's.
+        # FlashInfer would choose FA3 for prefills on Hopper, but the bundle has FA2's modules.
         import flashinfer.prefill
 
         flashinfer.prefill.determine_attention_backend = lambda *arguments, **keywords: "fa2"

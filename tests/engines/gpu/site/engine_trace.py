@@ -1,4 +1,4 @@
-"""What a trace of torch's profiler says about one step of the engine: launches and copies, by span and by name."""
+"""Reads launches and copies of one engine step, by span and by name, from a trace of torch's profiler."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _KINDS = (
     ("copies", "memset"),
     ("waits", "synchronize"),
 )
-# What torch's generic kernels do is in their template arguments.
+# A generic torch kernel names its operation in its template arguments.
 _FUNCTOR = re.compile(r"(\w*(?:Functor|_kernel_impl|_kernel_cuda|launch_clamp_scalar|CopyFunctor)\w*)")
 
 
 def launches(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Kernel launches and copies through CUDA's API in each span of the probe, of the middle profiled step.
+    """Counts kernel launches and copies through CUDA's API in each of the probe's spans, for the middle profiled step.
 
     A graph's launch counts as one, under "graphs".
     """
@@ -37,10 +37,10 @@ def launches(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def seams(events: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """What is launched before each of a step's graphs, by name: the engine's preparation of it, and the metadata.
+    """Counts what is launched before each of a step's graphs, by name: the engine's preparation and the metadata.
 
-    "draft" begins with the step, "verify" behind the draft's graph, "draft-extend" with the span "extend". Each ends
-    with a graph's launch; without a graph, with its metadata. Values are numbers of launches and copies.
+    "draft" begins with the step, "verify" after the draft's graph, "draft-extend" with the span "extend". Each ends
+    at a graph's launch or, without a graph, after its metadata. Values are numbers of launches and copies.
     """
     step = _middle_step(events)
     if not step:
@@ -102,7 +102,7 @@ def _within(event: dict[str, Any], span: dict[str, Any]) -> bool:
 
 
 def _label(kernel: str, operators: list[dict[str, Any]]) -> str:
-    """A kernel's or copy's name without its arguments, behind the operator that launched it."""
+    """The operator that launched a kernel or copy, followed by its name without arguments."""
     kernel = kernel.replace("(anonymous namespace)::", "")
     functor = _FUNCTOR.findall(kernel) if kernel.startswith("void at::native") else []
     short = functor[-1] if functor else re.split(r"[<(]", kernel.removeprefix("void "))[0].strip()

@@ -1,4 +1,4 @@
-"""A stand-in for sgl_kernel.flash_attn, whose library has 1.1 GB: the calls that FA3's backend makes, in Triton.
+"""A stand-in for sgl_kernel.flash_attn, whose library has 1.1 GB: the functions that FA3's backend calls, in Triton.
 
 Attention of paged queries with a row of the page table for each request. One program for each query token and head.
 """
@@ -134,7 +134,7 @@ def flash_attn_varlen_func(*arguments: Any, **keywords: Any) -> Tensor:
 
 
 def get_scheduler_metadata(*arguments: Any, **keywords: Any) -> None:
-    """No schedule: the kernel makes none."""
+    """Returns no schedule, because this kernel needs none."""
 
 
 def is_fa3_supported(device: Any = None) -> bool:

@@ -1,7 +1,7 @@
-"""What an engine process needs on a machine that has only some of SGLang's packages. Python imports it at start-up.
+"""Lets an engine start on a machine that has only some of SGLang's packages. Python imports this file at start-up.
 
-Where all of SGLang 0.5.17's packages are, it changes one thing: that version registers configurations which a later
-transformers has itself.
+On a machine with all of SGLang 0.5.17's packages it changes one thing: that version registers configurations that
+later versions of transformers have themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-# Packages that come behind the machine's own; see bundle.py.
+# Packages that come after the machine's own on sys.path; see bundle.py.
 BEHIND = os.environ.get("ENGINES_GPU_BEHIND", "")
 if BEHIND and BEHIND not in sys.path:
     sys.path.append(BEHIND)
@@ -24,12 +24,12 @@ sys.path.append(str(HERE.parent.parent))
 
 from empty import EmptyModules  # noqa: E402
 
-# Without flashinfer.norm sgl_kernel runs its own kernels.
+# flashinfer.norm is absent, so that sgl_kernel runs its own kernels.
 sys.meta_path.append(EmptyModules(("flashinfer", "deep_gemm", "xgrammar"), absent=("flashinfer.norm",)))
 
 
 class _After(importlib.abc.MetaPathFinder):
-    """Calls a function with a module right after it was imported."""
+    """Calls a function with a module right after its import."""
 
     def __init__(self, steps: dict[str, Callable[[Any], None]]) -> None:
         self._steps = steps
@@ -50,7 +50,7 @@ class _After(importlib.abc.MetaPathFinder):
 
 
 class _Instead(importlib.abc.MetaPathFinder):
-    """Another file in place of a module."""
+    """Imports another file in place of a module."""
 
     def __init__(self, name: str, file: Path) -> None:
         self._name, self._file = name, file
@@ -73,7 +73,7 @@ def _own_kernels(module: Any) -> None:
 
 
 _steps = {"transformers.models.auto.configuration_auto": _register_again}
-if BEHIND:  # FlashInfer is there with the modules that attention needs, and no others
+if BEHIND:  # the bundle has only the FlashInfer modules that attention needs
     _steps |= {"sgl_kernel.elementwise": _own_kernels, "sgl_kernel.sampling": _own_kernels}
 sys.meta_path.insert(0, _After(_steps))
 if os.environ.get("ENGINES_GPU_STAND_IN"):
