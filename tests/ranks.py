@@ -66,6 +66,10 @@ class Rank:
         timeout = datetime.timedelta(seconds=LATE_SECONDS) if how in ("killed before it", "late", BUILDER) else None
         place = f"tcp://127.0.0.1:{port}" if how.startswith("the store's") else f"file://{self.folder}/meet"
         dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, timeout=timeout)
+        # A rank that ends while others still connect would make their init_process_group() fail.
+        (self.folder / f"connected-{rank}").touch()
+        while not all((self.folder / f"connected-{other}").exists() for other in range(size)):
+            time.sleep(0.01)
         if how in ("killed as they meet", "stopped", "the store's process stopped"):
             ranks._PATIENCE_SECONDS = PATIENCE_SECONDS
 
