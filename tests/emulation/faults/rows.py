@@ -176,7 +176,7 @@ FAULTS = {
             "leave out all but the first parts of tiles",
             "few requests lose three quarters of their tokens",
             INDICES,
-            Shape("one", (1400,), width=1503, sm_count=3),
+            Shape("one", (1400,), width=1503, sm_count=16),
             r"part % parts",
             "part / parts * 0",
         ),
