@@ -45,7 +45,7 @@ from ..run.plan import Plan
 from ..spec.fields import MetadataBuffers
 from ..spec.seams import FLASHINFER
 from .attributes import described, has, merged, read
-from .refusals import refusal
+from .refusals import not_served, refusal
 
 _ADVICE = "onelaunch doesn't know this version of the engine: fill a MetadataBuffers and call onelaunch.bind."
 # The paged wrappers' names, then those of BatchMLAPagedAttentionWrapper.
@@ -246,7 +246,7 @@ def _declared(inputs: Sequence[PlanInputs], prefix: str, unwritten: set[str]) ->
 
 def _steps(backend: Any, num_kv_splits: Tensor | None) -> list[MetadataBuffers]:
     if reason := refusal(backend, partly=True):
-        raise ArgumentError(f"{type(backend).__name__} isn't served: {reason}. The engine's own code serves it.")
+        raise not_served(backend, reason)
     children = read("backend", backend, ("attn_backends",), _ADVICE)
     if not isinstance(children, Sequence):
         raise ArgumentError(f"backend.attn_backends is a {type(children).__name__}; it must be a list. {_ADVICE}")

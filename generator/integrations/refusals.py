@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import ArgumentError
+
 _CONTEXT = "sglang.srt.runtime_context"
 
 
@@ -86,6 +88,11 @@ def refusal(backend: Any, *, partly: bool = False) -> str:
         if (wrong or not partly) and any(shows(_value(owner, path)) for owner in owners):
             return f"{path} is set: {reason}"
     return f"dcp_enabled is set: {_PART_OF_TOKENS}" if _context_parallel(backend) else ""
+
+
+def not_served(target: Any, reason: str) -> ArgumentError:
+    """The error for an engine's object that is refused for a reason."""
+    return ArgumentError(f"{type(target).__name__} isn't served: {reason}. The engine's own code serves it.")
 
 
 def batch_refusal(forward_batch: Any) -> str:

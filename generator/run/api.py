@@ -111,7 +111,7 @@ def fused_metadata_precompute_and_broadcast_cuda(
         req_to_token,
         lists,
     )
-    plan = plans.find(*arguments) or make(*arguments, backends_of_lists)
+    plan = plans.find(*arguments) or make(arguments, backends_of_lists)
     plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 
 
@@ -279,7 +279,7 @@ def _precompute(
         req_to_token,
         out,
     )
-    plan = plans.find(*arguments) or make(*arguments, backend_of_out)
+    plan = plans.find(*arguments) or make(arguments, backend_of_out)
     plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
     return out
 

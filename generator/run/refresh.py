@@ -31,32 +31,24 @@ LISTS = (
 # Turns a call's destinations into backends; also returns the names of their fields in messages.
 BackendsOf = Callable[[Any], tuple[list[MetadataBuffers], NameOf]]
 
-# By the arguments of make(), of which seq_lens, req_pool_indices and extend_seq_lens count by their dtype.
+# By make()'s arguments, of which seq_lens, req_pool_indices and extend_seq_lens count by their dtype.
 plans = RememberedPlans(inputs=3)
 
 
-def make(
-    seq_lens: Tensor,
-    req_pool_indices: Tensor,
-    extend_seq_lens: Tensor | None,
-    extent: str,
-    mode: str,
-    nsa_index_topk: int,
-    real_page_size: int,
-    next_n: int,
-    req_to_token: Tensor,
-    destinations: Any,
-    backends_of: BackendsOf,
-) -> Plan:
+def make(arguments: tuple[Any, ...], backends_of: BackendsOf) -> Plan:
     """Binds the plan for these arguments, and remembers it.
 
     Args:
-        destinations: lists of tensors or a MetadataBuffers, as ``backends_of`` takes them.
-        The others as in fused_metadata_precompute_and_broadcast_cuda.
+        arguments: seq_lens, req_pool_indices, extend_seq_lens, extent, mode, nsa_index_topk, real_page_size, next_n
+            and req_to_token as in fused_metadata_precompute_and_broadcast_cuda, and the destinations: lists of tensors
+            or a MetadataBuffers, as ``backends_of`` takes them.
+        backends_of: turns the destinations into backends.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
     """
+    seq_lens, req_pool_indices, extend_seq_lens, extent, mode, *sizes, req_to_token, destinations = arguments
+    nsa_index_topk, real_page_size, next_n = sizes
     check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
     check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)
     settings: dict[str, Any] = {
@@ -76,19 +68,7 @@ def make(
     backends, name_of = backends_of(destinations)
     names = bind.ArgumentNames(name_of, index_topk="nsa_index_topk", page_size="real_page_size")
     plan = bind.make_plan(backends, req_to_token, settings, names, keep=False)
-    plans.keep(
-        plan,
-        seq_lens,
-        req_pool_indices,
-        extend_seq_lens,
-        extent,
-        mode,
-        nsa_index_topk,
-        real_page_size,
-        next_n,
-        req_to_token,
-        destinations,
-    )
+    plans.keep(plan, *arguments)
     return plan
 
 

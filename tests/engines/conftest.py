@@ -6,7 +6,11 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+from onelaunch.integrations.sglang import hooks
 
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE))
@@ -28,3 +32,12 @@ engine = _engine()
 collect_ignore = sorted(path.name for path in _HERE.glob("test_*.py") if _engine_of(path) != engine)
 if engine:
     importlib.import_module(_FAKES[engine]).install()
+
+
+@pytest.fixture
+def detached() -> Iterator[None]:
+    """No test leaves a hook in the engine's modules."""
+    yield
+    for made in {id(made): made for hook in hooks.Hook.made.values() for made, _ in hook.seams}.values():
+        made.detach()
+    assert not hooks.Hook.made

@@ -25,6 +25,8 @@ HIDDEN = 8
 # A graph's buffers with an element per token, and per request.
 TOKENS = ("input_ids", "positions", "out_cache_loc")
 REQUESTS = ("seq_lens", "req_pool_indices")
+# Of the requests of batches, one after the other.
+LENGTHS = ((7, 30), (64,), (1, 90, 33, 5, 570), (128, 3, 65))
 
 
 class _Graph:

@@ -21,22 +21,10 @@ from onelaunch.integrations import plugin, sglang
 from onelaunch.integrations.sglang import hooks
 from onelaunch.integrations.sglang.runners import RUNNERS
 from onelaunch.spec.seams import MAX_TOKEN_INPUTS
-from runner_objects import CAPTURED, REQUESTS, TOKENS, Request
+from runner_objects import CAPTURED, LENGTHS, REQUESTS, TOKENS, Request
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("quick_builds")
-
-
-@pytest.fixture(autouse=True)
-def _detached() -> Any:
-    """No test leaves a hook in the engine's modules."""
-    yield
-    for made in {id(made): made for hook in hooks.Hook.made.values() for made, _ in hook.seams}.values():
-        made.detach()
-    assert not hooks.Hook.made
-
-
-BATCHES = ((7, 30), (64,), (1, 90, 33, 5, 570), (128, 3, 65))
+pytestmark = pytest.mark.usefixtures("quick_builds", "detached")
 
 
 class Seam:
@@ -158,7 +146,7 @@ def seam(kind: str, name: str = "fa3", page: int | None = None, tokens: int = 4)
 
 def held(made: Seam) -> None:
     """Replays batches of several sizes on the same buffers, checks and records them."""
-    for seed, lengths in enumerate(BATCHES):
+    for seed, lengths in enumerate(LENGTHS):
         made.replay(lengths, seed)
         made.check()
     assert made.seam._whole is (not FAMILIES[made.name].in_graph)
@@ -437,7 +425,7 @@ def test_runners_that_are_refused() -> None:
         sglang.attach(plain)
 
 
-@pytest.mark.parametrize("lengths", BATCHES)
+@pytest.mark.parametrize("lengths", LENGTHS)
 def test_the_chain_that_is_verified(lengths: tuple[int, ...]) -> None:
     """Compares a chain's positions, write locations, retrieve indices and mask with the engine's own kernels."""
     pool, request, count = objects.token_pool(64, seed=64), Request(lengths, 1), len(lengths)
@@ -463,7 +451,7 @@ def test_the_chain_that_is_verified(lengths: tuple[int, ...]) -> None:
         assert plan.config == onelaunch.PRESETS["sglang-verify-chain"].replace(target="cpu")
 
 
-@pytest.mark.parametrize("lengths", BATCHES)
+@pytest.mark.parametrize("lengths", LENGTHS)
 def test_the_layout_of_a_draft_extension(lengths: tuple[int, ...]) -> None:
     """Compares prefix, extend and new lengths, starts and positions with the engine's own kernels."""
     pool, rows, before = objects.token_pool(64, seed=64), torch.arange(len(lengths)) + 1, torch.tensor(lengths)

@@ -18,13 +18,12 @@ from onelaunch import ArgumentError
 from onelaunch.integrations import plugin, sglang
 from onelaunch.integrations.sglang import hooks
 from onelaunch.integrations.sglang.worker import Producers
-from runner_objects import BATCHES, DRAFTER, LOCATE, LOCATIONS, WORKER, Request
+from runner_objects import BATCHES, DRAFTER, LENGTHS, LOCATE, LOCATIONS, WORKER, Request
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = pytest.mark.usefixtures("quick_builds", "tree_of_triton")
+pytestmark = pytest.mark.usefixtures("quick_builds", "detached", "tree_of_triton")
 
-LENGTHS = ((7, 30), (64,), (1, 90, 33, 5, 570), (128, 3, 65))
 RETRIEVED = ("retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
 
 
@@ -36,15 +35,6 @@ def tree_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         "sglang.srt.speculative.eagle_utils"
     )  # fmt: skip
     monkeypatch.setattr(owner, "sgl_build_tree_kernel_efficient", owner.sgl_build_tree_kernel_triton)
-
-
-@pytest.fixture(autouse=True)
-def _detached() -> Any:
-    """No test leaves a hook in the engine's modules."""
-    yield
-    for made in {id(made): made for hook in hooks.Hook.made.values() for made, _ in hook.seams}.values():
-        made.detach()
-    assert not hooks.Hook.made
 
 
 class Workers:

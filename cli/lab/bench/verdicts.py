@@ -35,22 +35,9 @@ def verdicts(rows: Sequence[Row], host: Sequence[Row], schedules: Sequence[Row] 
         if "onelaunch" in case:
             for item, target, measured, holds in _of_case(case):
                 found.append({"item": item, "of": label, "target": target, "measured": measured, "holds": holds})
-    for of, target, measured, holds in _of_host(host):
-        found.append({"item": "host", "of": of, "target": target, "measured": measured, "holds": holds})
-    for row in schedules:
-        if row["ours_us"] and row["theirs_us"]:
-            ours, theirs = row["ours_us"], row["theirs_us"]
-            measured = f"{ours:.2f} us; FlashMLA {theirs:.2f}, {theirs / ours:.2f} of ours"
-            target = "not above FlashMLA's own"
-            found.append(
-                {
-                    "item": "FlashMLA's schedule",
-                    "of": row["shape"],
-                    "target": target,
-                    "measured": measured,
-                    "holds": ours <= theirs,
-                }
-            )
+    for item, judged in (("host", _of_host(host)), ("FlashMLA's schedule", _of_schedules(schedules))):
+        for of, target, measured, holds in judged:
+            found.append({"item": item, "of": of, "target": target, "measured": measured, "holds": holds})
     return found
 
 
@@ -110,3 +97,11 @@ def _of_host(host: Sequence[Row]) -> Iterator[tuple[str, str, str, bool]]:
             over = took[name] - run
             measured = f"{took[name]:.2f} us, {over:+.2f}"
             yield name, f"at most {_LISTS_US:g} us above plan.run", measured, over <= _LISTS_US
+
+
+def _of_schedules(schedules: Sequence[Row]) -> Iterator[tuple[str, str, str, bool]]:
+    for row in schedules:
+        ours, theirs = row["ours_us"], row["theirs_us"]
+        if ours and theirs:
+            measured = f"{ours:.2f} us; FlashMLA {theirs:.2f}, {theirs / ours:.2f} of ours"
+            yield row["shape"], "not above FlashMLA's own", measured, ours <= theirs

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import log
 from ...errors import ArgumentError
 from ...variables import DISABLE_VARIABLE
-from ..refusals import batch_refusal, refusal, wide_table_refusal
+from ..refusals import batch_refusal, not_served, refusal, wide_table_refusal
 from .captured import VERSION, WIDE_TABLE, mode_of
 from .extension import EAGER, Extension, extends_without_a_graph
 from .hooks import Bound, Replaced
@@ -342,7 +342,7 @@ def _place_of(backend: Any) -> Place:
     if any(_is_mine(getattr(backend, method, None)) for method in place.methods):
         raise ArgumentError(f"{name} is attached already. Call detach() of what attach() returned first.")
     if reason := refusal(backend) or (wrappers_refusal(backend) if place.lists else ""):
-        raise ArgumentError(f"{name} isn't served: {reason}. The engine's own code serves it.")
+        raise not_served(backend, reason)
     for method in place.methods:
         if not hasattr(backend, method):
             raise ArgumentError(f"{name} isn't served: it has no {method}. {VERSION}")

@@ -15,7 +15,7 @@ from ...run.plan import Plan
 from ...run.schedules import convention_of, paged_mqa_settings
 from ...spec.fields import Declaration, MetadataBuffers, running_sum
 from ..attributes import has, merged, read
-from ..refusals import refusal
+from ..refusals import not_served, refusal
 from .captured import (
     DSA,
     EXTENDED,
@@ -71,7 +71,7 @@ def bind_backends(
 def _refuse(backend: Any, mode: str) -> None:
     """Refuses a backend whose tensors would get wrong values. buffers_from refuses tensors without a field."""
     if reason := refusal(backend, partly=True):
-        raise ArgumentError(f"{type(backend).__name__} isn't served: {reason}. The engine's own code serves it.")
+        raise not_served(backend, reason)
     for child in getattr(backend, STEPS[0], None) or [backend]:
         branches = getattr(child, "topk", None) or 1
         if (has(backend, STEPS) or mode != "decode") and branches > 1:

@@ -17,7 +17,7 @@ from ...run.bind import bind
 from ...run.declared import into
 from ...spec.fields import MetadataBuffers
 from ..attributes import read
-from ..refusals import batch_refusal, refusal
+from ..refusals import batch_refusal, not_served, refusal
 from .attach import attach_backend, attached_to, warned
 from .captured import VERSION
 from .hooks import Bound, Hook, Replaced, Unfilled
@@ -348,7 +348,7 @@ def attach_runner(runner: Any) -> Seam:
     for name in ("capture_bs", "seq_len_fill_value", _PAD, kind.method):
         read("the runner", runner, (name,), VERSION)
     if reason := refusal(backend):
-        raise ArgumentError(f"{type(runner).__name__} isn't served: {reason}. The engine's own code serves it.")
+        raise not_served(runner, reason)
     if getattr(runner, "_metadata_glue", None) is not None:
         raise ArgumentError(
             f"{type(runner).__name__} isn't served: _metadata_glue is set, so what comes before a replay is "

@@ -23,7 +23,7 @@ from ...run.declared import into
 from ...spec import seams
 from ...spec.fields import Declaration, MetadataBuffers, Vector
 from ..attributes import read
-from ..refusals import refusal
+from ..refusals import not_served, refusal
 from .attach import warned
 from .captured import VERSION
 from .hooks import Answers, Bound, Hook, Replaced, asked
@@ -372,11 +372,9 @@ def attach_worker(worker: Any) -> Producers:
         ("plan_stream", worker.plan_stream, worker.plan_stream is None, "another stream prepares batches"),
     ):
         if not served:
-            raise ArgumentError(
-                f"{name} isn't served: {attribute} is {value!r}: {why}. The engine's own code serves it."
-            )
+            raise not_served(worker, f"{attribute} is {value!r}: {why}")
     if reason := refusal(worker.target_worker.model_runner.attn_backend, partly=True):
-        raise ArgumentError(f"{name} isn't served: {reason}. The engine's own code serves it.")
+        raise not_served(worker, reason)
     there = [seam for hook in Hook.made.values() for seam, _ in hook.seams]
     if any(isinstance(seam, Producers) and seam.backend is worker for seam in there):
         raise ArgumentError(f"{name} is attached already. Call detach() of what attach() returned.")
