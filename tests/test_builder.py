@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import compiler_that
 from onelaunch import KernelConfig, ToolchainError
 from onelaunch.build import child, process, toolchain
 from onelaunch.cache.store import Store
@@ -23,7 +24,6 @@ from processes import light_package
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 OTHER = SMALL.replace(num_backends=2)
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
-REAL = toolchain.find_host_compiler().path
 
 
 @pytest.fixture
@@ -33,14 +33,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Makes $CXX a script that does something before it runs the real compiler."""
 
-    def write(text: str, name: str = "c++") -> Path:
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\n{text}\nexec {REAL} "$@"\n')
-        path.chmod(0o755)
+    def write(does: str, name: str = "c++") -> Path:
+        path = compiler_that(does, tmp_path, name)
         monkeypatch.setenv("CXX", shlex.quote(str(path)))
         return path
 
@@ -70,7 +67,7 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path: Path) -> None:
 
 
 def test_what_reaches_a_compiler(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: Callable[[str], Path]
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: Callable[..., Path]
 ) -> None:
     """Only known variables: one that changes the object but not its key is dropped. This process stays unchanged."""
     names = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
@@ -80,7 +77,7 @@ def test_what_reaches_a_compiler(
     monkeypatch.setenv("TMPDIR", "/nowhere")
     monkeypatch.setenv("LANG", "de_DE.UTF-8")
     monkeypatch.setenv("MAX_JOBS", "²")
-    compiler(f'case " $* " in *" -c "*) /usr/bin/env >{tmp_path}/seen; pwd >{tmp_path}/folder;; esac')
+    compiler(f'[ "$step" = compile ] && /usr/bin/env >{tmp_path}/seen && pwd >{tmp_path}/folder')
     before = dict(os.environ)
     loader.load(SMALL, store=store)
     assert dict(os.environ) == before
@@ -115,7 +112,7 @@ def test_a_builder_is_used_again_and_replaced_when_it_is_gone(store: Store) -> N
     assert pids[0] == pids[1] != pids[2]
 
 
-def test_a_builder_inherits_no_lock(store: Store, tmp_path: Path, compiler: Callable[[str], Path]) -> None:
+def test_a_builder_inherits_no_lock(store: Store, tmp_path: Path, compiler: Callable[..., Path]) -> None:
     """Otherwise others would wait for a dead process's build: the builder starts while its parent holds the lock."""
     while process._idle:
         process._idle.pop().end()
@@ -156,7 +153,7 @@ def test_a_cache_with_any_name(tmp_path: Path, name: str, store: Store) -> None:
     assert " -c ./main.cpp" in first.manifest["command"]
 
 
-def test_a_compiler_with_any_name(store: Store, compiler: Callable[[str, str], Path]) -> None:
+def test_a_compiler_with_any_name(store: Store, compiler: Callable[..., Path]) -> None:
     """As in a virtual environment whose path has a space."""
     path = compiler("", "my c++ (1)")
     assert toolchain.find_host_compiler().path == path

@@ -141,15 +141,6 @@ def test_a_defect_is_one_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in broken" in invoke("show", "nsa-decode-1", "--traceback").stderr
 
 
-def test_an_interrupted_verb_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: Any) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(views, "view", interrupted)
-    result = invoke("show", "nsa-decode-1")
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "onelaunch: interrupted\n")
-
-
 # ------------------------------------------------------------------------------------------------ the rest
 
 

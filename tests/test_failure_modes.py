@@ -4,7 +4,7 @@
  F     failure                                             where it is provoked, or why it can't happen
 =====  ==================================================  ========================================================
  F1    stale lock hangs everybody                          test_processes.test_lock_files_of_killed_processes_...,
-                                                           test_a_builder_that_is_killed_is_taken_over,
+                                                           test_killed.test_a_process_that_is_killed_while_it_builds,
                                                            test_a_wait_that_takes_too_long_ends_in_a_build
  F2    second call after a failure hides it                test_a_failure_is_raised_again_without_compiling
  F3    ranks race, or all compile                          test_eight_processes_that_ask_at_once_get_one_build
@@ -32,9 +32,9 @@
  F14   build or load inside graph capture                  test_nothing_is_loaded_while_a_graph_is_captured,
                                                            test_gpu.test_a_capture_refuses_a_kernel_that_isnt_loaded
  F15   too many compilers for the memory                   test_prebuild.test_workers_are_bounded,
-                                                           test_faults.test_a_compiler_that_fails
+                                                           test_killed.test_a_compiler_that_is_killed
  F16   disk full, half a file                              test_faults.test_a_disk_that_is_really_full,
-                                                           test_killed_before_it_published,
+                                                           test_killed.test_a_process_that_is_killed_while_it_builds,
                                                            test_compile.test_a_truncated_object_doesnt_...
  F17   opaque errors                                       test_compile.test_a_build_that_fails
  F18   others can write to the cache                       test_store.test_a_part_that_others_could_have_...,
@@ -58,12 +58,10 @@ import fcntl
 import os
 import pickle
 import re
-import signal
 import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +72,13 @@ from onelaunch.build import compile as compiler
 from onelaunch.build import toolchain
 from onelaunch.build.key import Recipe
 from onelaunch.cache import failures, lock, tiers, trust
-from onelaunch.cache.store import MANIFEST, Store
+from onelaunch.cache.store import Store
 from onelaunch.load import find, loader
-from processes import Children, finish, light_package, mounted, read_only
+from processes import LOAD, Children, finish, light_package, mounted, read_only
 
 RENDER = sys.modules["onelaunch.emit.render"]
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 OTHER = SMALL.replace(num_backends=2)
-
-LOAD = """
-kernel = loader.load(CONFIG, store=store)
-print(json.dumps({"key": kernel.key, "path": str(kernel.path), "works": hasattr(kernel.module, "bind")}))
-"""
-
-
-@pytest.fixture
-def children(tmp_path: Path) -> Iterator[Children]:
-    some = Children(tmp_path)
-    some.made = loader.load(SMALL).path.parent
-    yield some
-    for child in some.started:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
 
 
 @pytest.fixture
@@ -162,34 +144,6 @@ def test_eight_processes_that_ask_at_once_get_one_build(children: Children) -> N
         assert f"host {socket.gethostname()}, pid {builder}, holds it since " in line
         assert line.rsplit(" ", 1)[1] in ("starting", "compiling", "publishing")
     assert any(line.endswith("s) and is compiling") for line in waiting)
-
-
-def test_a_builder_that_is_killed_is_taken_over(children: Children) -> None:
-    builder = children.start(LOAD, SLOW="600")
-    children.wait_for("building")
-    waiter = children.start("sign('asked')\n" + LOAD)
-    children.wait_for("asked")
-    builder.send_signal(signal.SIGKILL)
-    builder.wait()
-    result, _ = finish(waiter)
-    assert result["works"]
-    assert sorted(children.signed("building")) == sorted([builder.pid, waiter.pid])
-    # The killed process's staging folder is gone, too.
-    assert list((children.cache / "staging").iterdir()) == []
-
-
-def test_killed_before_it_published(children: Children) -> None:
-    """Killed between the compiler's end and the rename: nothing of that build is ever loaded."""
-    code = "os.rename = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n" + LOAD
-    killed = children.start(code)
-    killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL
-    assert list((children.cache / "entries").iterdir()) == []
-    (left,) = (children.cache / "staging").iterdir()
-    assert (left / MANIFEST).exists()
-    result, _ = children.run(LOAD)
-    assert result["works"]
-    assert not left.exists()
 
 
 def test_a_wait_that_takes_too_long_ends_in_a_build(

@@ -8,10 +8,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
+from compilers import REAL, compiler_that
 from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError
 from onelaunch.build import compile as compiler
 from onelaunch.build import diagnosis, toolchain, toolkit
@@ -29,11 +28,9 @@ from onelaunch.cache import failures, tiers
 from onelaunch.cache.store import MANIFEST, Store
 from onelaunch.load import loader
 from onelaunch.run import refresh
-from processes import until
 
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
-REAL = toolchain.find_host_compiler().path
 PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, in seconds since the epoch
 
 
@@ -82,34 +79,10 @@ def assert_usable(store: Store) -> loader.Kernel:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Makes $CXX a script that calls the real compiler, but on a call with -o first runs ``text``.
+    """Makes $CXX a script that first runs some shell text; see compiler_that()."""
 
-    In the script $out is the requested file, and $step is "compile" or "link".
-    """
-
-    def write(text: str) -> Path:
-        path = tmp_path / "bin" / "c++"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            textwrap.dedent(
-                """\
-                #!/bin/sh
-                real={real}
-                out= step=link previous=
-                for word in "$@"; do
-                  [ "$previous" = -o ] && out=$word
-                  [ "$word" = -c ] && step=compile
-                  previous=$word
-                done
-                if [ -n "$out" ]; then
-                  :
-                {text}
-                fi
-                exec "$real" "$@"
-                """
-            ).format(real=shlex.quote(str(REAL)), text=text)
-        )
-        path.chmod(0o755)
+    def write(does: str) -> Path:
+        path = compiler_that(does, tmp_path)
         monkeypatch.setenv("CXX", str(path))
         return path
 
@@ -234,7 +207,6 @@ def test_the_compiler_goes_during_the_build(
 
 # ------------------------------------------------------------------------------------------- a compiler that fails
 
-KILLED = r"The compiler was killed, most often because memory ran out: build fewer at once \(MAX_JOBS=1\)"
 SPARED = (
     r"^The cache folder \S+ can't (be used|take a build) \((No space left on device|its disk is full)\); builds go to "
     r"\S+ and are lost when this process ends\. "
@@ -243,15 +215,6 @@ SPARED = (
 FULL = r"The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a folder on another disk\."
 
 FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "it is killed while compiling": ("kill -KILL $$", (KILLED,)),
-    "it is terminated while linking": ('[ "$step" = link ] && kill -TERM $$', ("didn't compile",)),
-    "ninja is killed": (
-        # The parent may be ninja or a shell that ninja started.
-        "parent=$PPID; grep -q ninja /proc/$parent/comm || parent=$(cut -d' ' -f4 /proc/$parent/stat);"
-        " kill -KILL $parent; sleep 0.2; exit 1",
-        ("didn't compile",),
-    ),
-    "its whole session is killed": ("kill -KILL $(cut -d' ' -f6 /proc/$$/stat); sleep 9", ("ended by signal 9",)),
     "the disk is full": (
         '[ "$step" = compile ] && { set -- $(echo "$@" | sed "s|-o [^ ]*|-o /dev/full|"); exec "$real" "$@"; }',
         (FULL, "No space left on device"),
@@ -324,18 +287,6 @@ def test_a_log_that_cant_be_written_anywhere(store: Store, monkeypatch: pytest.M
     assert error.log.read_text() == ""
 
 
-@pytest.mark.nvcc
-def test_the_host_compiler_is_killed_under_nvcc(
-    store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake('case "$*" in *__CUDACC__*) kill -KILL $$;; esac')
-    with pytest.raises(CompileError, match=KILLED):
-        loader.load(SMALL_CUDA, ("90a",), store)
-    assert leftovers(store) == []
-    monkeypatch.setenv("CXX", str(REAL))
-    assert loader.load(SMALL_CUDA, ("90a",), store).path.is_file()
-
-
 def test_warnings_alone_are_no_fault(
     store: Store, fake: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,33 +298,6 @@ def test_warnings_alone_are_no_fault(
     assert said.err.splitlines() == [
         f"onelaunch: building {kernel.config.symbol} for the CPU, because {store.root} has no build of it yet"
     ]
-
-
-def test_the_process_is_killed_during_the_build(
-    store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is published and the lock is free: the next process builds, without waiting."""
-    pid = store.root.parent / "pid"
-    fake(f"echo $$ >{pid}.compiler; kill -KILL $(cat {pid}); exec sleep 600")
-    code = (
-        f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
-        "from onelaunch import KernelConfig\nfrom onelaunch.load import loader\n"
-        "loader.load(KernelConfig(fields=('cache_seqlens',), target='cpu'))\n"
-    )
-    environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(store.root)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert store.stored_keys() == []
-    # No part of the build goes on.
-    compiling = Path("/proc") / Path(f"{pid}.compiler").read_text().strip()
-    until(lambda: not compiling.exists() or " Z " in (compiling / "stat").read_text(), "the compiler ended")
-    monkeypatch.setenv("CXX", str(REAL))
-    # The killed process's staging folder belongs to nobody and blocks nobody.
-    (left,) = (store.root / "staging").iterdir()
-    kernel = loader.load(SMALL, store=store)
-    assert kernel.path.is_file()
-    shutil.rmtree(left, ignore_errors=True)
-    assert_usable(store)
 
 
 # ------------------------------------------------------------------------------------------------------ a full disk

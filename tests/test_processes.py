@@ -110,32 +110,6 @@ def test_the_lock_of_a_removed_file_is_none(store: Store, monkeypatch: pytest.Mo
         assert path.exists(), "without the file, other processes would lock a new one"
 
 
-def test_a_forked_child_doesnt_keep_its_parents_lock(store: Store, fork: Any, tmp_path: Path) -> None:
-    """The builder forks a child and is killed. The child lives on, yet other processes can build at once."""
-
-    def builder() -> None:
-        with store.lock(KEY), store.staging():
-            if os.fork() == 0:
-                (tmp_path / "child").write_text(str(os.getpid()))
-                time.sleep(600)
-                os._exit(0)
-            time.sleep(600)
-
-    pid = fork(builder)
-    until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "", "the child")
-    child = int((tmp_path / "child").read_text())
-    try:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        began = time.monotonic()
-        with store.lock(KEY) as held:
-            assert held.held
-        assert time.monotonic() - began < 300, "it waited for the child"
-        assert len(store.sweep()) == 1, "its staging folder"
-    finally:
-        os.kill(child, signal.SIGKILL)
-
-
 def test_a_forked_child_leaves_what_its_parent_holds(store: Store) -> None:
     """The child leaves the `with` blocks too. The parent's lock, lock file and staging folder must stay."""
     with store.lock(KEY) as held, store.staging() as stage:

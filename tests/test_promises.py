@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -16,7 +14,6 @@ from onelaunch.cache import collect, failures, manifest, tiers
 from onelaunch.cache.manifest import Entry
 from onelaunch.cache.store import TAG, Store
 from onelaunch.load import pack
-from processes import until
 
 PROMISES = {
     "Exactly the bytes that were verified are loaded": ("test_trust.test_what_is_loaded_is_what_was_verified",),
@@ -48,13 +45,13 @@ PROMISES = {
     "A progress line that can't be printed fails nothing": ("test_builder.test_a_progress_line_never_fails_a_build",),
     "What a process leaves when it dies, later ones remove": (
         "test_killed.test_what_killed_processes_leave_is_swept",
-        "test_faults.test_the_process_is_killed_during_the_build",
+        "test_killed.test_a_process_that_is_killed_while_it_builds",
         "test_processes.test_temporary_stores_of_dead_processes_are_swept",
     ),
     "A fork, a signal, a closed stream or a missing HOME never causes a traceback": (
-        "test_processes.test_a_forked_child_doesnt_keep_its_parents_lock",
+        "test_killed.test_a_process_that_is_killed_while_it_builds",
         "test_failure_modes.test_a_forked_child_builds",
-        "test_promises.test_a_signal_during_a_build",
+        "test_killed.test_a_signal_during_a_build",
         "test_promises.test_streams",
         "test_builder.test_a_user_without_a_name_and_a_home",
         "test_store.test_no_home_is_a_sentence",
@@ -186,39 +183,6 @@ def test_a_cache_that_was_there_is_adopted_by_its_names(store: Store, other: str
 
 MAIN = [sys.executable, "-m", "onelaunch.cli.main"]
 OTHER_VERBS = ("--version", "list", "list --json", "show nsa-decode-1", "describe nsa-decode-1", "cache list", "nosuch")
-
-
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, -15), pytest.param(signal.SIGHUP, -1, marks=pytest.mark.long)],
-)
-def test_a_signal_during_a_build(number: int, status: int, store: Store, tmp_path: Path) -> None:
-    """A terminal or service manager signals the whole process group: compilers end, and no failure is recorded."""
-    compiler = tmp_path / "g++"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\n'
-        f"echo $$ >{tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 600\n"
-    )
-    compiler.chmod(0o700)
-    done = subprocess.Popen(
-        [*MAIN, "build", "nsa-decode-1", "--target", "cpu"],
-        env={**os.environ, "ONELAUNCH_CACHE_DIR": str(store.root), "CXX": str(compiler)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    until((tmp_path / "pid").exists, "the compiler runs")
-    os.killpg(done.pid, number)
-    _, said = done.communicate(timeout=120)
-    assert done.returncode == status, said
-    assert "Traceback" not in said
-    assert (said.splitlines()[-1] == "onelaunch: interrupted") == (number == signal.SIGINT)
-    compiling = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
-    until(lambda: not compiling.exists() or ") Z " in compiling.read_text(), "the compiler ended")
-    assert list((store.root / "failed").rglob(failures.RECORD)) == []
-    Store(store.root).sweep()
-    assert [path for name in ("staging", "locks") for path in (store.root / name).iterdir()] == []
 
 
 @pytest.mark.parametrize("verb", ["--help", *(pytest.param(v, marks=pytest.mark.long) for v in OTHER_VERBS)])
