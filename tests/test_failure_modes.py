@@ -25,15 +25,14 @@
                                                            static cudart makes torch's CUDA irrelevant
  F11   ninja or toolkit not found                          test_toolchain.test_ninja_of_the_package_then_beside_...,
                                                            test_toolkit.test_nothing_found_lists_every_place_...
- F12   read-only HOME, writes at import                    test_a_named_folder_that_cant_be_written,
-                                                           test_a_named_folder_whose_place_is_taken,
+ F12   read-only HOME, writes at import                    test_unwritable.py,
                                                            test_import.test_the_import_does_nothing
  F13   first request compiles                              test_compile.test_frozen, test_prebuild.py
  F14   build or load inside graph capture                  test_nothing_is_loaded_while_a_graph_is_captured,
                                                            test_gpu.test_a_capture_refuses_a_kernel_that_isnt_loaded
  F15   too many compilers for the memory                   test_prebuild.test_workers_are_bounded,
                                                            test_killed.test_a_compiler_that_is_killed
- F16   disk full, half a file                              test_faults.test_a_disk_that_is_really_full,
+ F16   disk full, half a file                              test_unwritable.test_a_disk_that_is_really_full,
                                                            test_killed.test_a_process_that_is_killed_while_it_builds,
                                                            test_compile.test_a_truncated_object_doesnt_...
  F17   opaque errors                                       test_compile.test_a_build_that_fails
@@ -42,7 +41,7 @@
  F19   two kernels export one symbol                       test_compile.test_the_object_needs_nothing_but_the_system_...
                                                            (one exported symbol, which carries the key)
  F20   fork                                                test_a_forked_child_builds, test_spawned_workers
- F21   noexec                                              test_a_file_system_that_runs_no_programs
+ F21   noexec                                              test_unwritable.test_a_file_system_that_runs_no_programs
  F22   one CUDA major an object                            static cudart: the same test as F19 sees no CUDA library
  F23   cache grows without bound                           test_cache.py
  F24   Windows, odd paths                                  test_another_system_is_refused_at_once,
@@ -61,7 +60,6 @@ import re
 import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +71,8 @@ from onelaunch.build import toolchain
 from onelaunch.build.key import Recipe
 from onelaunch.cache import failures, lock, tiers, trust
 from onelaunch.cache.store import Store
-from onelaunch.load import find, loader
-from processes import LOAD, Children, finish, light_package, mounted, read_only
+from onelaunch.load import loader
+from processes import LOAD, Children, finish, light_package
 
 RENDER = sys.modules["onelaunch.emit.render"]
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
@@ -238,68 +236,6 @@ def test_a_rename_that_shows_late(store: Store, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Store, "find", late)
     assert loader.load(SMALL, store=store).path.is_file()
     assert blind == [0]
-
-
-# ------------------------------------------------------------------------------------------------ full, read-only
-
-
-def test_a_named_folder_that_cant_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries in it are used; the others are built in a private temporary folder, with one warning."""
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "cache"))
-    kernel = loader.load(SMALL, store=Store())
-    assert tmp_path / "cache" in kernel.path.parents
-    loader._loaded.clear()
-    with read_only(tmp_path / "cache"):
-        before = sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*"))
-        store = Store()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert loader.load(SMALL, store=store).path == kernel.path
-        with pytest.warns(UserWarning, match=r"can't be used \(.+\); builds go to .* and are lost") as caught:
-            other = loader.load(OTHER, store=store)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            loader.load(SMALL.replace(num_backends=3), store=store)
-        assert len(caught) == 1
-        assert other.path.is_file()
-        assert other.path.stat().st_mode & 0o077 == 0
-        # Without its note the entry is found by its key, with no warning.
-        loader._loaded.clear()
-        monkeypatch.setattr(find, "by_note", lambda *args: None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert loader.load(SMALL, store=store).path == kernel.path
-        assert sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*")) == before
-
-
-def test_a_named_folder_whose_place_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prebuilt folder still comes first: a kernel found there causes no build and no warning."""
-    shelf = Store(tmp_path / "shelf")
-    kernel = loader.load(SMALL, store=shelf)
-    loader._loaded.clear()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    monkeypatch.setenv(tiers.PREBUILT_VARIABLE, str(shelf.root))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert loader.load(SMALL, store=Store()).path == kernel.path
-    with pytest.warns(UserWarning, match=r"file/cache can't be used \(Not a directory\); builds go to") as caught:
-        assert hasattr(loader.load(OTHER, store=Store()).module, "bind")
-    assert len(caught) == 1
-
-
-def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children) -> None:
-    with mounted(tmp_path / "noexec", "size=32m,noexec") as folder:
-        with pytest.raises(CompileError, match=r"mounted noexec: set ONELAUNCH_CACHE_DIR") as caught:
-            loader.load(SMALL, store=Store(folder / "cache"))
-        assert not caught.value.lasting
-        # An entry that was built elsewhere and copied there can't be loaded either.
-        good = Store(tmp_path / "good")
-        loader.load(SMALL, store=good)
-        loader._loaded.clear()
-        subprocess.run(["cp", "-a", str(good.root), str(folder / "copy")], check=True)
-        with pytest.raises(StoreError, match=r"can't be loaded: .*mounted noexec"):
-            loader.load(SMALL, store=Store(folder / "copy"))
 
 
 # ------------------------------------------------------------------------------------------------------- security

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onelaunch
 import pytest
-import torch
+from builds import SMALL, SMALL_CUDA, assert_usable, forget, leftovers
 from compilers import REAL, compiler_that
-from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError
+from onelaunch import CompileError, StoreError, ToolchainError
 from onelaunch.build import compile as compiler
 from onelaunch.build import diagnosis, toolchain, toolkit
-from onelaunch.build.key import Recipe
-from onelaunch.cache import failures, tiers
-from onelaunch.cache.store import MANIFEST, Store
+from onelaunch.cache import failures
+from onelaunch.cache.store import Store
 from onelaunch.load import loader
-from onelaunch.run import refresh
 
-SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
-SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
 PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, in seconds since the epoch
 
 
@@ -39,42 +30,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """An empty store, which is also onelaunch.bind's."""
     store = Store(tmp_path / "cache")
     monkeypatch.setattr(loader, "default_store", lambda: store)
-    monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.delenv(failures.RETRY_VARIABLE, raising=False)
-    no_fallback(monkeypatch)
+    forget(monkeypatch)
     return store
-
-
-def no_fallback(patch: pytest.MonkeyPatch) -> None:
-    """As in a fresh process: without a fallback store, and without earlier warnings."""
-    patch.setattr(tiers, "_fallback", None)
-    patch.setattr("onelaunch.log._warned", set())
-
-
-def leftovers(store: Store) -> list[str]:
-    """What a build must not leave behind: staging folders, and entries without a manifest."""
-    entries = store.root / "entries"
-    staging = store.root / "staging"
-    return [
-        *(str(path) for path in (staging.iterdir() if staging.is_dir() else ())),
-        *(str(path) for path in (entries.iterdir() if entries.is_dir() else ()) if not (path / MANIFEST).is_file()),
-    ]
-
-
-def assert_usable(store: Store) -> loader.Kernel:
-    """The same configuration is built (or found), computes the right result, and loads again into an empty memory."""
-    assert leftovers(store) == []
-    for _ in range(2):
-        loader._loaded.clear()
-        refresh.plans.clear()
-        out = torch.full((4,), -1, dtype=torch.int32)
-        plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
-        plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
-        assert out.tolist() == [5, 6, -1, -1]
-        assert plan.kernel.path.is_relative_to(store.root)
-    assert leftovers(store) == []
-    assert [entry.key for entry in store.entries()] == [plan.kernel.key]
-    return plan.kernel
 
 
 @pytest.fixture
@@ -207,18 +165,7 @@ def test_the_compiler_goes_during_the_build(
 
 # ------------------------------------------------------------------------------------------- a compiler that fails
 
-SPARED = (
-    r"^The cache folder \S+ can't (be used|take a build) \((No space left on device|its disk is full)\); builds go to "
-    r"\S+ and are lost when this process ends\. "
-    r"Set ONELAUNCH_CACHE_DIR to a folder that this process may write and that has room\.$"
-)
-FULL = r"The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a folder on another disk\."
-
 FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "the disk is full": (
-        '[ "$step" = compile ] && { set -- $(echo "$@" | sed "s|-o [^ ]*|-o /dev/full|"); exec "$real" "$@"; }',
-        (FULL, "No space left on device"),
-    ),
     "it fails without a word": ("exit 1", ("didn't compile",)),
     "its words are no UTF-8": (r"printf 'c++: error: \377\n' >&2; exit 1", ("didn't compile: c\\+\\+: error: \ufffd",)),
     "the link makes garbage": (
@@ -242,11 +189,6 @@ def test_a_compiler_that_fails(
     """Only a failure that the source caused is remembered."""
     text, expected = FAILURES[fault]
     fake(text)
-    if fault == "the disk is full":
-        # The build is tried again in a temporary folder, where the fake compiler fails again.
-        with pytest.warns(UserWarning, match=r"can't take a build \(its disk is full\); builds go to "):
-            refused(store, monkeypatch, *expected)
-        return
     refused(store, monkeypatch, *expected, lasting=fault == "it refuses the source")
 
 
@@ -298,177 +240,6 @@ def test_warnings_alone_are_no_fault(
     assert said.err.splitlines() == [
         f"onelaunch: building {kernel.config.symbol} for the CPU, because {store.root} has no build of it yet"
     ]
-
-
-# ------------------------------------------------------------------------------------------------------ a full disk
-
-WRITES = {
-    "mkdir": Path,
-    "write_text": Path,
-    "rename": os,
-    "read_bytes": Path,
-    "chmod": Path,
-    "open": os,
-    "fsync": os,
-}
-
-
-def full_at(call: int, write: str, store: Store, patch: pytest.MonkeyPatch) -> Callable[[], bool]:
-    """Makes one call of a function below the store's folder fail as on a full disk. Returns whether it was reached."""
-    real: Callable[..., Any] = getattr(WRITES[write], write)
-    seen = 0
-
-    def full(what: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal seen
-        if write == "fsync" or str(what).startswith(str(store.root)):
-            seen += 1
-            if seen == call:
-                # OSError of fsync names no file, as that of a write.
-                names = () if write == "fsync" else (str(what),)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
-        return real(what, *args, **kwargs)
-
-    patch.setattr(WRITES[write], write, full)
-    return lambda: seen >= call
-
-
-@pytest.mark.parametrize("write", WRITES)
-def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
-    """Fails the first, second, … call of each function in turn. Each failure is reported and leaves nothing behind.
-
-    A build that can't be stored goes to a temporary folder with one warning. Only notes may be lost silently.
-    """
-    told = []
-    for call in range(1, 40):
-        loader._loaded.clear()
-        shutil.rmtree(store.root, ignore_errors=True)
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            no_fallback(patch)
-            met = full_at(call, write, store, patch)
-            patch.setattr(compiler, "build", a_build_of_nothing)
-            patch.setattr(loader, "import_entry", lambda entry, *_: entry)
-            said = [""]
-            try:
-                kernel = loader.load(SMALL, store=store)
-                if not kernel.path.is_relative_to(store.root):
-                    assert tiers._fallback is not None
-                    assert kernel.path.is_relative_to(tiers._fallback[1].root)
-                    assert leftovers(tiers._fallback[1]) == []
-                    said = [str(warning.message) for warning in warned]
-            except StoreError as error:
-                said = [str(error)]
-        assert leftovers(store) == []
-        if said != [""]:
-            told += said
-            assert len(said) == 1, said
-        else:
-            assert warned == [], [str(warning.message) for warning in warned]
-            assert [entry.key for entry in store.entries()], "the failure was not reported and nothing was built"
-        if not met():
-            break
-    else:
-        pytest.fail("the function still makes more calls")
-    assert told, "no call failed"
-    for message in told:
-        assert re.search(rf"{FULL}|{SPARED}", message), message
-        assert str(store.root) in message
-    shutil.rmtree(store.root, ignore_errors=True)
-    loader._loaded.clear()
-    assert_usable(store)
-
-
-def a_build_of_nothing(recipe: Recipe, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
-    """Stands in for compiler.build: leaves the files of a build and runs no compiler."""
-    for file in (f"{recipe.module}.so", "main.cpp", "build.ninja", "main.o"):
-        (stage / file).write_text("x")
-    return compiler.Build(f"{recipe.module}.so", "main.cpp", "c++ -c", 1.0, {}, {})
-
-
-ON_A_SMALL_DISK = """
-import json, os, pathlib, sys, warnings
-import torch, onelaunch
-from onelaunch import KernelConfig, MetadataBuffers, StoreError, CompileError
-from onelaunch.load import loader
-from onelaunch import log
-from onelaunch.cache import store, tiers
-small = KernelConfig(fields=("cache_seqlens",), target="cpu")
-disk = pathlib.Path(sys.argv[1])
-cache = store.Store(disk / "cache")
-loader.default_store = lambda: cache
-cache.root
-said = []
-for free_pages in (0, 3, 8, 12, 20, 40, 100):
-    with open(disk / "ballast", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            os.ftruncate(file.fileno(), max(0, file.tell() - 4096 * free_pages))
-    loader._loaded.clear()
-    tiers._fallback = None
-    log._warned.clear()
-    try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            kernel = loader.load(small, store=cache)
-        if kernel.path.is_relative_to(disk):
-            break
-        assert kernel.path.is_relative_to(tiers._fallback[1].root)
-        (warning,) = warned
-        said.append([free_pages, "spared", str(warning.message)])
-    except (StoreError, CompileError) as error:
-        said.append([free_pages, type(error).__name__, str(error)])
-    finally:
-        (disk / "ballast").unlink()
-    for folder in ("staging", "entries"):
-        assert not (disk / "cache" / folder).exists() or list((disk / "cache" / folder).iterdir()) == [], free_pages
-tiers._fallback = None
-loader._loaded.clear()
-out = torch.full((4,), -1, dtype=torch.int32)
-plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
-plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
-assert plan.kernel.path.is_relative_to(disk)
-print(json.dumps([said, out.tolist()]))
-"""
-
-
-def mounted(folder: Path, options: str, command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a shell command in its own namespaces, with a tmpfs mounted on the folder."""
-    folder.mkdir()
-    probe = ["unshare", "--user", "--map-root-user", "--mount"]
-    mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))}"
-    if shutil.which("unshare") is None or subprocess.run([*probe, "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this system gives no namespace to mount a small disk in; the simulated faults ran")
-    return subprocess.run([*probe, "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True, check=False)
-
-
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """A tmpfs and a ballast file that shrinks until a build fits."""
-    disk = tmp_path / "disk"
-    script = tmp_path / "script.py"
-    script.write_text(ON_A_SMALL_DISK)
-    done = mounted(disk, "size=4m,mode=700", shlex.join([sys.executable, str(script), str(disk)]))
-    assert done.returncode == 0, done.stderr
-    said, out = json.loads(done.stdout)
-    assert out == [5, 6, -1, -1]
-    assert len(said) > 3, said
-    for free, kind, message in said:
-        assert kind == "spared", (free, kind, message)
-        assert re.search(SPARED, message), (free, kind, message)
-        assert str(disk) in message
-    assert len({message.split(" (")[1] for _, _, message in said}) >= 2, said
-
-
-def test_neither_the_cache_nor_a_temporary_folder_can_be_written(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error names both. A cache that can be written needs no folder for temporary files."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
-    with pytest.raises(StoreError, match=r"file/cache can.t be used .*, and no folder for temporary files"):
-        loader.load(SMALL, store=Store(tmp_path / "file" / "cache"))
-    assert loader.load(SMALL, store=store).path.is_file()
 
 
 # --------------------------------------------------------------------------------------------- a folder that vanishes

@@ -23,7 +23,6 @@ from onelaunch.cache import files, lock, manifest, staging, tiers, trust
 from onelaunch.cache import store as stores
 from onelaunch.cache.manifest import MANIFEST, Entry, key_of
 from onelaunch.cache.store import CACHE_VARIABLE, KEPT_SUFFIXES, Store
-from processes import read_only
 from users import ALICE, as_user
 
 KEY = "5" * 64
@@ -589,32 +588,6 @@ def test_prebuilt_folders_in_their_order(tmp_path: Path, store: Store, monkeypat
     assert [(tier.place, tier.read_only) for tier in found[:2]] == [(names[0], True), (names[2], True)]
     assert found[2:] == [store]
     tiers.prebuilt()  # warns once
-
-
-def test_a_cache_that_cant_be_written(store: Store, tmp_path: Path) -> None:
-    """Its entries are found. Missing entries are built in one temporary store, with one warning."""
-    entry = published(store)
-    with read_only(store.root):
-        assert store.find(KEY) == entry
-        with pytest.warns(UserWarning, match="can't be used") as caught:
-            temporary = tiers.writable(store)
-        assert tiers.writable(Store(store.root)) is temporary
-        assert len(caught) == 1
-        assert re.fullmatch(
-            rf"The cache folder {store.root} can't be used \(.*\); builds go to {temporary.root} and are lost when "
-            rf"this process ends\. Set {CACHE_VARIABLE} to a folder that this process may write and that has room\.",
-            str(caught[0].message),
-        )
-        assert temporary.root.parent == tmp_path / "temporary"
-        assert stat.S_IMODE(temporary.root.stat().st_mode) == 0o700
-        assert published(temporary, "8" * 64).key == "8" * 64
-        assert tiers.tiers(store) == [store, temporary]
-    assert tiers.writable(store) is store
-    (tmp_path / "file").write_text("")
-    below = Store(tmp_path / "file" / "cache")
-    assert (below.find(KEY), below.read_note("r"), list(below.entries())) == (None, None, []), "a look-up doesn't warn"
-    with pytest.warns(UserWarning, match=r"file/cache can't be used \(Not a directory\)"):
-        assert tiers.writable(below) is temporary
 
 
 @pytest.mark.parametrize("part", ["staging", "locks", "stamps"])
