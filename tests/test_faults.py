@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,16 @@ import onelaunch
 import pytest
 from builds import SMALL, SMALL_CUDA, assert_usable, forget, leftovers
 from compilers import REAL, compiler_that
-from onelaunch import CompileError, StoreError, ToolchainError
+from onelaunch import CompileError, KernelConfig, StoreError, ToolchainError, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import diagnosis, toolchain, toolkit
 from onelaunch.cache import failures
 from onelaunch.cache.store import Store
 from onelaunch.load import loader
+from processes import Children, finish
 
+RENDER = sys.modules["onelaunch.emit.render"]
+OTHER = SMALL.replace(num_backends=2)
 PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, in seconds since the epoch
 
 
@@ -47,51 +51,22 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
     return write
 
 
-def refused(store: Store, monkeypatch: pytest.MonkeyPatch, *texts: str, lasting: bool = False) -> CompileError:
-    """Loads SMALL, which must fail to compile; the store is right again once the fake compiler is gone.
-
-    A lasting failure is remembered: it is raised again at once, and compiled again when that is requested.
-    """
+def refused(store: Store, monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
+    """Loads SMALL, which must fail to compile; the store is right again once the fake compiler is gone."""
     with pytest.raises(CompileError) as caught:
         loader.load(SMALL, store=store)
     error, message = caught.value, str(caught.value)
     for text in texts:
         assert re.search(text, message), message
-    assert leftovers(store) == []
-    assert error.lasting is lasting, message
     assert str(error.log) in message
+    assert not error.lasting, message
+    assert failures.recall(store, error.key) is None
     source = error.source.read_text()
-    assert (failures.recall(store, error.key) is not None) is lasting
     # The compiler that the fake one wraps: another one would give another key.
     monkeypatch.setenv("CXX", str(REAL))
-    if lasting:
-        remembered(store, error, monkeypatch)
     kernel = assert_usable(store)
     assert error.key == kernel.key
     assert source.startswith(kernel.source)
-    assert failures.recall(store, kernel.key) is None
-    return error
-
-
-def remembered(store: Store, error: CompileError, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same call raises the same error without a compiler, until another try is requested."""
-    with monkeypatch.context() as patch:
-        patch.setattr(compiler, "build", lambda *args, **kwargs: pytest.fail("it was compiled again"))
-        with pytest.raises(CompileError) as again:
-            loader.load(SMALL, store=store)
-    assert str(again.value).startswith(f"{error} This build failed on ")
-    assert str(again.value).endswith(
-        f" and is not retried until its inputs change; use `onelaunch build --retry` or {failures.RETRY_VARIABLE}=1."
-    )
-    assert (again.value.key, again.value.log, again.value.source) == (error.key, error.log, error.source)
-    assert again.value.command == error.command
-    # A record that a wrong clock dated in the future doesn't block --retry.
-    record = failures.folder(store, error.key) / failures.RECORD
-    record.write_text(json.dumps({**json.loads(record.read_text()), "when": FUTURE}))
-    with monkeypatch.context() as patch:
-        patch.setenv(failures.RETRY_VARIABLE, "1")
-        assert loader.load(SMALL, store=store).key == error.key
-    assert not failures.folder(store, error.key).exists()
 
 
 # ---------------------------------------------------------------------------------------------- a missing compiler
@@ -111,47 +86,41 @@ def no_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_no_host_compiler(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ToolchainError, match=r"A host C\+\+ compiler was not found") as caught:
-        loader.load(SMALL, store=store)
-    assert "Install GCC (the package g++) or set CXX to a compiler." in str(caught.value)
-    monkeypatch.undo()
-    monkeypatch.setattr(loader, "default_store", lambda: store)
+def test_a_machine_without_a_host_compiler(store: Store, no_tools: None) -> None:
+    """What was built is loaded, whichever compiler made it; the error for what wasn't says what to install."""
+
+    def built() -> loader.Kernel:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CXX", str(REAL))
+            patch.setenv("PATH", os.defpath)
+            return loader.load(SMALL, store=store)
+
+    def refused(config: KernelConfig) -> None:
+        with pytest.raises(ToolchainError, match=r"A host C\+\+ compiler was not found") as caught:
+            loader.load(config, store=store)
+        assert "Install GCC (the package g++) or set CXX to a compiler." in str(caught.value)
+        assert leftovers(store) == []
+
+    refused(SMALL)
+    kernel = built()
+    assert assert_usable(store).key == kernel.key
+    refused(OTHER)
+    shutil.rmtree(kernel.path.parent)
+    loader._loaded.clear()
+    refused(SMALL)
+    assert built().key == kernel.key
     assert_usable(store)
 
 
-def test_no_nvcc(store: Store, no_tools: None) -> None:
-    with pytest.raises(ToolchainError, match=r"A CUDA toolkit, 12\.8 or newer and complete, was not found") as caught:
-        loader.load(SMALL_CUDA, ("90a",), store)
-    assert "Install the CUDA toolkit" in str(caught.value)
-    assert "pip install" in str(caught.value)
-    assert leftovers(store) == []
-
-
 @pytest.mark.nvcc
-def test_nvcc_is_gone_and_comes_back(store: Store, request: pytest.FixtureRequest) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toolkit, "_nvcc_candidates", lambda: iter([("a test", "/no/nvcc")]))
-        toolchain.reset()
-        request.addfinalizer(toolchain.reset)
-        with pytest.raises(ToolchainError, match="there is no program '/no/nvcc'"):
-            loader.load(SMALL_CUDA, ("90a",), store)
-    toolchain.reset()
+def test_nvcc_is_gone_and_comes_back(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ToolchainError, match=r"A CUDA toolkit, 12\.8 or newer and complete, was not found"):
+        loader.load(SMALL_CUDA, ("90a",), store)
+    assert leftovers(store) == []
+    monkeypatch.undo()
+    loader._loaded.clear()
     assert loader.load(SMALL_CUDA, ("90a",), store).path.is_file()
     assert leftovers(store) == []
-
-
-def test_what_was_built_outlives_the_compiler(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without a compiler takes a stored build of the same source; without one the error names the compiler."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", str(REAL))
-        patch.setenv("PATH", os.defpath)
-        kernel = loader.load(SMALL, store=store)
-    assert assert_usable(store).key == kernel.key
-    shutil.rmtree(kernel.path.parent)
-    loader._loaded.clear()
-    with pytest.raises(ToolchainError, match=r"A host C\+\+ compiler was not found"):
-        loader.load(SMALL, store=store)
 
 
 def test_the_compiler_goes_during_the_build(
@@ -161,6 +130,99 @@ def test_the_compiler_goes_during_the_build(
     assert toolchain.find_tools("cpu").compiler.path == script
     script.unlink()
     refused(store, monkeypatch, "didn't compile: .*not found")
+
+
+# ----------------------------------------------------------------------------------- a source that doesn't compile
+
+
+def break_source(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RENDER, "render", lambda config: render(config) + "constexpr int mistake = one;\n")
+
+
+BREAK_SOURCE = """
+import onelaunch.emit.render as rendering
+render = rendering.render
+rendering.render = lambda config: render(config) + "constexpr int mistake = one;\\n"
+"""
+SAY_THE_ERROR = """
+try:
+    loader.load(CONFIG, store=store)
+except errors.CompileError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_source_that_doesnt_compile(store: Store, monkeypatch: pytest.MonkeyPatch, children: Children) -> None:
+    """The failure is remembered, also by the next process, until its inputs change or another try is requested."""
+    built: list[str] = []
+    build = compiler.build
+    monkeypatch.setattr(compiler, "build", lambda r, *a, **k: (built.append(r.symbol), build(r, *a, **k))[1])
+    with monkeypatch.context() as patch:
+        break_source(patch)
+        with pytest.raises(CompileError) as first:
+            loader.load(SMALL, store=store)
+        error, message = first.value, str(first.value)
+        assert error.lasting
+        assert "error: " in message, "the compiler's first error"
+        for text in ("one", error.key[:16], str(error.log), str(error.source)):
+            assert text in message
+        assert "mistake = one" in error.log.read_text()
+        assert error.source.read_text().startswith(render(SMALL) + "constexpr int mistake = one;\n")
+        assert " -c " in error.command
+        assert leftovers(store) == []
+        assert store.stored_keys() == []
+        with pytest.raises(CompileError) as second:
+            loader.load(SMALL, store=store)
+        said = str(second.value)
+        assert said.startswith(f"{message} This build failed on ")
+        assert said.endswith(
+            " and is not retried until its inputs change; use `onelaunch build --retry` or "
+            f"{failures.RETRY_VARIABLE}=1."
+        )
+        for name in ("key", "command", "log", "source"):
+            assert getattr(second.value, name) == getattr(error, name)
+        assert children.run(BREAK_SOURCE + SAY_THE_ERROR)[0] == said
+        assert children.signed("building") == []
+        assert built == [SMALL.symbol]
+        # A record that a wrong clock dated in the future doesn't block another try.
+        record = failures.folder(store, error.key) / failures.RECORD
+        record.write_text(json.dumps({**json.loads(record.read_text()), "when": FUTURE}))
+        monkeypatch.setenv(failures.RETRY_VARIABLE, "1")
+        with pytest.raises(CompileError, match="one"):
+            loader.load(SMALL, store=store)
+        monkeypatch.delenv(failures.RETRY_VARIABLE)
+        with pytest.raises(CompileError, match="one"):
+            loader.load(OTHER, store=store)
+        assert built == [SMALL.symbol, SMALL.symbol, OTHER.symbol]
+    assert_usable(store)
+
+
+def test_who_waited_for_a_build_that_failed_doesnt_repeat_it(children: Children) -> None:
+    children.made = None
+    code = BREAK_SOURCE + SAY_THE_ERROR
+    started = [children.start(code, UNTIL_WAITING="2", ONELAUNCH_RETRY="1") for _ in range(3)]
+    assert all("one" in finish(child)[0] for child in started)
+    assert len(children.signed("building")) == 1
+
+
+@pytest.mark.nvcc
+def test_a_cuda_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RENDER, "render", lambda config: render(config) + "__global__ int returns_something() {}\n")
+    with pytest.raises(CompileError, match="error") as caught:
+        loader.load(SMALL_CUDA, ("90a",), store)
+    assert "nvcc" in caught.value.command
+    assert "returns_something" in caught.value.source.read_text()
+
+
+def test_a_link_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles, but the object is incomplete: it is refused when it is loaded at the latest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RENDER, "render", lambda config: render(config).replace(f"{config.symbol}_launch", "other_launch")
+        )
+        with pytest.raises(CompileError, match=r"was built and can't be loaded: .*undefined symbol"):
+            loader.load(SMALL, store=store)
+    assert loader.load(SMALL, store=store).path.is_file()
 
 
 # ------------------------------------------------------------------------------------------- a compiler that fails
@@ -178,7 +240,6 @@ FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "the objects are garbage": ('[ "$step" = compile ] && { echo garbage >"$out"; exit 0; }', ("didn't compile",)),
     "the staging folder vanishes": ('[ "$step" = link ] && rm -rf "$PWD"', ("didn't compile",)),
-    "it refuses the source": ("echo 'main.cpp:3:5: error: no such type' >&2; exit 1", ("no such type",)),
 }
 
 
@@ -189,7 +250,7 @@ def test_a_compiler_that_fails(
     """Only a failure that the source caused is remembered."""
     text, expected = FAILURES[fault]
     fake(text)
-    refused(store, monkeypatch, *expected, lasting=fault == "it refuses the source")
+    refused(store, monkeypatch, *expected)
 
 
 VERDICTS = {

@@ -162,4 +162,5 @@ def test_one_that_fails_is_in_the_summary_and_remembered(
     monkeypatch.setenv("CXX", str(REAL))
     result = verb("--set", SMALL[1].settings(), "--retry")
     assert result.exit_code == 0, result.output
+    assert list((store.root / "failed").rglob(failures.RECORD)) == []
     assert failures.RETRY_VARIABLE not in os.environ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -108,6 +109,24 @@ def test_the_lock_of_a_removed_file_is_none(store: Store, monkeypatch: pytest.Mo
     with store.lock(KEY) as held:
         assert held.held
         assert path.exists(), "without the file, other processes would lock a new one"
+
+
+def test_a_wait_that_takes_too_long_is_given_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For example, a lock server may keep the lock of a host that is gone."""
+    monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "0.2")
+    with open(store.folder("locks") / f"{KEY}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with store.lock(KEY) as held:
+            assert not held.held
+    said = capfd.readouterr().err
+    assert "gave up the wait for" in said
+    assert "its holder didn't say who it is" in said
+    assert lock.TIMEOUT_VARIABLE in said
+    monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "soon")
+    with pytest.raises(StoreError, match="is 'soon'; it must be a number of seconds"), store.lock(KEY):
+        pass
 
 
 def test_a_forked_child_leaves_what_its_parent_holds(store: Store) -> None:

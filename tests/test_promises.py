@@ -39,6 +39,7 @@ PROMISES = {
         "test_fuzz.test_garbage_is_used_or_refused_in_a_sentence",
     ),
     "A failure is remembered only if a compiler refused the source": (
+        "test_faults.test_a_source_that_doesnt_compile",
         "test_faults.test_a_compiler_that_fails",
         "test_faults.test_what_is_a_verdict_on_the_source",
     ),

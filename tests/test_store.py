@@ -376,11 +376,8 @@ def test_damage_that_cant_be_set_aside(store: Store, monkeypatch: pytest.MonkeyP
         with pytest.warns(UserWarning, match="is damaged"):
             assert store.find(KEY) is None
     prebuilt = Store(store.root, read_only=True)
-    with pytest.warns(UserWarning, match="passed over") as caught:
+    with pytest.warns(UserWarning, match="is damaged .* passed over"):
         assert prebuilt.find(KEY) is None
-    assert str(caught[0].message) == (
-        f"The prebuilt entry {entry.path} is damaged (m.so isn't the file that was published); it is passed over."
-    )
     assert prebuilt.find(KEY) is None
     assert entry.path.exists()
 
