@@ -206,21 +206,29 @@ def test_a_progress_line_never_fails_a_build(store: Store, stream: str, monkeypa
 
 
 def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
-    """As in a container that runs as an arbitrary uid; the cache folder is given, so no home is needed."""
+    """As in a container with an arbitrary uid: without a named cache folder that is a sentence, with one it builds."""
     code = """
 import os, pwd
 try:
     raise SystemExit(f"{pwd.getpwuid(os.getuid())} has a name")
 except KeyError:
     pass
-from onelaunch import KernelConfig
+from onelaunch import KernelConfig, StoreError
+from onelaunch.cache.store import Store
 from onelaunch.load import loader
+named = os.environ.pop("ONELAUNCH_CACHE_DIR")
+try:
+    print(Store().find("5" * 64))
+except StoreError as error:
+    print(error)
+os.environ["ONELAUNCH_CACHE_DIR"] = named
 print(loader.load(KernelConfig(fields=("cache_seqlens",), target="cpu")).path)
 """
     become = ["unshare", "--user", "--map-user=54321"]
     if shutil.which("unshare") is None or subprocess.run([*become, "true"], capture_output=True).returncode:
         pytest.skip("this system gives no user without a name")
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    homes = ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME")
+    environment = {name: value for name, value in os.environ.items() if name not in homes}
     done = subprocess.run(
         [*become, sys.executable, "-c", code],
         env={**environment, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")},
@@ -229,4 +237,6 @@ print(loader.load(KernelConfig(fields=("cache_seqlens",), target="cpu")).path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"entries/\w{64}/\w+\.so$", done.stdout)
+    said, path = done.stdout.splitlines()
+    assert "HOME isn't set, and user 54321 has no entry in the password database. Set ONELAUNCH_CACHE_DIR" in said
+    assert re.search(r"entries/\w{64}/\w+\.so$", path)

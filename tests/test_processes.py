@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import StoreError
-from onelaunch.cache import collect, files, lock, staging, tiers
+from onelaunch import CompileError, StoreError
+from onelaunch.cache import collect, failures, files, lock, staging, tiers
 from onelaunch.cache.store import TAG, Store
 from processes import until
 
@@ -322,6 +322,42 @@ def test_a_cache_is_marked_when_it_is_made(tmp_path: Path) -> None:
         assert (store.root / TAG).read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
     (store.root / TAG).chmod(0o666)
     assert not store.is_marked, "a mark that every user can write proves nothing"
+
+
+def test_a_failure_is_forgotten_only_in_a_marked_cache(tmp_path: Path) -> None:
+    """Without the mark the folder may belong to another program, whatever its name."""
+    for marked in (True, False):
+        store = Store(tmp_path / str(marked))
+        store.root.mkdir(mode=0o700)
+        if not marked:
+            (store.root / "thesis.tex").write_text("")
+        error = CompileError("no", key=KEY, command="", log=Path("l"), source=Path("s"), lasting=True)
+        failures.folder(store, KEY).mkdir(mode=0o700, parents=True)
+        failures.folder(store, KEY).parent.chmod(0o700)
+        store.folder("failed")
+        failures.remember(store, error)
+        assert failures.recall(store, KEY) is not None
+        failures.forget(store, KEY)
+        assert failures.folder(store, KEY).exists() is not marked
+        assert (store.root / TAG).exists() is marked
+
+
+@pytest.mark.parametrize("other", ["", "thesis.tex", "entries.old"])
+def test_a_cache_that_was_there_is_adopted_by_its_names(store: Store, other: str) -> None:
+    """Earlier versions made caches without a mark. Such a folder is marked if every name in it is the cache's own."""
+    publish(store)
+    (store.root / TAG).unlink()
+    if other:
+        (store.root / other).write_text("")
+    publish(store, "6" * 64)
+    assert store.is_marked is not bool(other)
+    if other:
+        with pytest.raises(StoreError, match=f"has no {TAG} of onelaunch"):
+            collect.clear(store)
+        assert len(store.stored_keys()) == 2
+    else:
+        collect.clear(store)
+        assert store.stored_keys() == []
 
 
 def test_clear_beside_a_process_that_makes_the_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
