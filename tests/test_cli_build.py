@@ -150,7 +150,6 @@ def test_build_names_a_wrong_preset_before_it_builds_another(store: Store) -> No
         ([], "No configuration is named. Name presets (`onelaunch list` prints them), settings by --set, or a file"),
         (["--preset", "nsa-decode-1"], "--preset is gone since 0.2; name presets as arguments"),
         (["vllm-decode-3"], "The preset 'vllm-decode-3' is gone since 0.2: vLLM's draft steps advance one object"),
-        (["nsa-decode-1", "--set", "threads=48"], "threads is 48; on the cuda target it must be a power of two"),
     ],
 )
 def test_build_refuses_in_one_sentence(arguments: list[str], text: str, store: Store) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import sysconfig
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -495,12 +494,3 @@ def test_policies_that_do_not_exist(store: Store, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ONELAUNCH_JIT", "never")
     with pytest.raises(JitPolicyError, match="ONELAUNCH_JIT is 'never'; allowed: allow, warn, error"):
         loader.load(SMALL, store=store)
-
-
-# ---------------------------------------------------------------------------------------------------- importing
-
-
-def test_no_warning_in_normal_use(store: Store) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loader.load(OTHERS[2], store=store)

@@ -161,11 +161,6 @@ def test_settings_that_cannot_be_read(text: str, fragments: tuple[str, ...]) -> 
         assert fragment in str(caught.value)
 
 
-def test_a_dict_with_an_unknown_setting() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'page_size'"):
-        KernelConfig.from_dict({"pagesize": 3})
-
-
 def test_messages_begin_with_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match=r"^There is no setting 'no_such'\.\nAllowed: operation, "):
         KernelConfig.from_dict({"no_such": 1})
