@@ -125,7 +125,11 @@ def _sglang_indices(inputs: Inputs, buffers: list[MetadataBuffers]) -> Calls:
             inputs.rows, inputs.pool, inputs.seq_lens, indices, indptr, inputs.seq_lens,
             inputs.pool.stride(0), width, count + 1, power(count), power(steps), power(count), 1,
         )  # fmt: skip
-        return lambda: kernel[steps * blocks, count, 1](*arguments, NUM_STEPS=steps if planned else 0)
+
+        def run() -> None:  # a launch by Triton returns the compiled kernel
+            kernel[steps * blocks, count, 1](*arguments, NUM_STEPS=steps if planned else 0)
+
+        return run
 
     most = -(-max(inputs.lengths) // _TOKENS)
     return {
