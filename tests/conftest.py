@@ -14,11 +14,13 @@ import headers
 import hypothesis
 import pytest
 import torch
+from onelaunch import KernelConfig
 from onelaunch.build import environment, toolchain
 from onelaunch.cache.store import Store
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
 from onelaunch.run import api, refresh, schedules
+from processes import Children
 from support import ONE_DEVICE
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
@@ -140,6 +142,18 @@ def programs(shared: Path) -> Path:
     folder = shared / "emulation"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Iterator[Children]:
+    """Starts processes that share a cache. In place of a compiler they copy a finished build."""
+    some = Children(tmp_path)
+    some.made = loader.load(KernelConfig(fields=("cache_seqlens",), target="cpu"), store=Store()).path.parent
+    yield some
+    for child in some.started:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import sysconfig
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ import onelaunch
 import pytest
 import support
 from click.testing import CliRunner
-from onelaunch import PRESETS, CompileError, JitPolicyError, KernelConfig, ToolchainError, render
+from onelaunch import PRESETS, JitPolicyError, KernelConfig, ToolchainError, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import key as keys
 from onelaunch.build import toolchain
@@ -31,7 +30,7 @@ from onelaunch.build.key import Recipe
 from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.emit import binding as emitted_binding
-from onelaunch.emit.binding import module_name, render_binding
+from onelaunch.emit.binding import render_binding
 from onelaunch.load import find, loader
 from onelaunch.spec import layout
 
@@ -312,54 +311,6 @@ def test_no_path_in_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert "/" not in "".join(tools.versions().values()).replace("http://", "")
 
 
-# ------------------------------------------------------------------------------------------------- a failed build
-
-
-def test_a_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
-    broken = render(SMALL).replace("constexpr int kThreads = 1;", "constexpr int kThreads = one;")
-    with monkeypatch.context() as patch:
-        patch.setattr(RENDER, "render", lambda config: broken)
-        with pytest.raises(CompileError) as caught:
-            loader.load(SMALL, store=store)
-    error = caught.value
-    message = str(error)
-    assert error.key[:16] in message
-    assert "one" in message, "the compiler's first error"
-    assert "error" in message
-    assert str(error.log) in message
-    assert str(error.source) in message
-    assert error.source.read_text() == broken
-    assert "kThreads = one" in error.log.read_text()
-    assert " -c " in error.command
-    # Nothing partial is left, and the next try, without the fault, succeeds.
-    assert list((store.root / "staging").iterdir()) == []
-    assert not (store.root / "entries").exists() or list((store.root / "entries").iterdir()) == []
-    kernel = loader.load(SMALL, store=store)
-    assert kernel.path.is_file()
-    assert builds == [module_name(SMALL.symbol)] * 2
-    assert loader.load(SMALL, store=store) is kernel
-
-
-@pytest.mark.nvcc
-def test_a_cuda_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RENDER, "render", lambda config: render(config) + "\n__global__ int returns_something() {}\n")
-    with pytest.raises(CompileError, match="error") as caught:
-        loader.load(SMALL_CUDA, ("90a",), store)
-    assert "nvcc" in caught.value.command
-    assert "returns_something" in caught.value.source.read_text()
-
-
-def test_a_link_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It compiles, but the object is incomplete: it is refused when it is loaded at the latest."""
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            RENDER, "render", lambda config: render(config).replace(f"{config.symbol}_launch", "other_launch")
-        )
-        with pytest.raises(CompileError, match=r"was built and can't be loaded: .*undefined symbol"):
-            loader.load(SMALL, store=store)
-    assert loader.load(SMALL, store=store).path.is_file()
-
-
 # --------------------------------------------------------------------------------------------- another process
 
 
@@ -543,12 +494,3 @@ def test_policies_that_do_not_exist(store: Store, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ONELAUNCH_JIT", "never")
     with pytest.raises(JitPolicyError, match="ONELAUNCH_JIT is 'never'; allowed: allow, warn, error"):
         loader.load(SMALL, store=store)
-
-
-# ---------------------------------------------------------------------------------------------------- importing
-
-
-def test_no_warning_in_normal_use(store: Store) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loader.load(OTHERS[2], store=store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import StoreError
-from onelaunch.cache import collect, files, lock, staging, tiers
+from onelaunch import CompileError, StoreError
+from onelaunch.cache import collect, failures, files, lock, staging, tiers
 from onelaunch.cache.store import TAG, Store
 from processes import until
 
@@ -110,30 +111,22 @@ def test_the_lock_of_a_removed_file_is_none(store: Store, monkeypatch: pytest.Mo
         assert path.exists(), "without the file, other processes would lock a new one"
 
 
-def test_a_forked_child_doesnt_keep_its_parents_lock(store: Store, fork: Any, tmp_path: Path) -> None:
-    """The builder forks a child and is killed. The child lives on, yet other processes can build at once."""
-
-    def builder() -> None:
-        with store.lock(KEY), store.staging():
-            if os.fork() == 0:
-                (tmp_path / "child").write_text(str(os.getpid()))
-                time.sleep(600)
-                os._exit(0)
-            time.sleep(600)
-
-    pid = fork(builder)
-    until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "", "the child")
-    child = int((tmp_path / "child").read_text())
-    try:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        began = time.monotonic()
+def test_a_wait_that_takes_too_long_is_given_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For example, a lock server may keep the lock of a host that is gone."""
+    monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "0.2")
+    with open(store.folder("locks") / f"{KEY}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with store.lock(KEY) as held:
-            assert held.held
-        assert time.monotonic() - began < 300, "it waited for the child"
-        assert len(store.sweep()) == 1, "its staging folder"
-    finally:
-        os.kill(child, signal.SIGKILL)
+            assert not held.held
+    said = capfd.readouterr().err
+    assert "gave up the wait for" in said
+    assert "its holder didn't say who it is" in said
+    assert lock.TIMEOUT_VARIABLE in said
+    monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "soon")
+    with pytest.raises(StoreError, match="is 'soon'; it must be a number of seconds"), store.lock(KEY):
+        pass
 
 
 def test_a_forked_child_leaves_what_its_parent_holds(store: Store) -> None:
@@ -329,6 +322,42 @@ def test_a_cache_is_marked_when_it_is_made(tmp_path: Path) -> None:
         assert (store.root / TAG).read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
     (store.root / TAG).chmod(0o666)
     assert not store.is_marked, "a mark that every user can write proves nothing"
+
+
+def test_a_failure_is_forgotten_only_in_a_marked_cache(tmp_path: Path) -> None:
+    """Without the mark the folder may belong to another program, whatever its name."""
+    for marked in (True, False):
+        store = Store(tmp_path / str(marked))
+        store.root.mkdir(mode=0o700)
+        if not marked:
+            (store.root / "thesis.tex").write_text("")
+        error = CompileError("no", key=KEY, command="", log=Path("l"), source=Path("s"), lasting=True)
+        failures.folder(store, KEY).mkdir(mode=0o700, parents=True)
+        failures.folder(store, KEY).parent.chmod(0o700)
+        store.folder("failed")
+        failures.remember(store, error)
+        assert failures.recall(store, KEY) is not None
+        failures.forget(store, KEY)
+        assert failures.folder(store, KEY).exists() is not marked
+        assert (store.root / TAG).exists() is marked
+
+
+@pytest.mark.parametrize("other", ["", "thesis.tex", "entries.old"])
+def test_a_cache_that_was_there_is_adopted_by_its_names(store: Store, other: str) -> None:
+    """Earlier versions made caches without a mark. Such a folder is marked if every name in it is the cache's own."""
+    publish(store)
+    (store.root / TAG).unlink()
+    if other:
+        (store.root / other).write_text("")
+    publish(store, "6" * 64)
+    assert store.is_marked is not bool(other)
+    if other:
+        with pytest.raises(StoreError, match=f"has no {TAG} of onelaunch"):
+            collect.clear(store)
+        assert len(store.stored_keys()) == 2
+    else:
+        collect.clear(store)
+        assert store.stored_keys() == []
 
 
 def test_clear_beside_a_process_that_makes_the_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,6 @@ from onelaunch.cache import files, lock, manifest, staging, tiers, trust
 from onelaunch.cache import store as stores
 from onelaunch.cache.manifest import MANIFEST, Entry, key_of
 from onelaunch.cache.store import CACHE_VARIABLE, KEPT_SUFFIXES, Store
-from processes import read_only
-from users import ALICE, as_user
 
 KEY = "5" * 64
 FACTS = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
@@ -102,18 +100,6 @@ def test_a_path_that_cant_be_used_is_a_sentence(text: str, sentence: str, monkey
     assert str(caught.value).startswith(sentence)
     with pytest.raises(StoreError, match="has a NUL character"):
         Store(Path("/tmp/a\0b")).find(KEY)
-
-
-def test_no_home_is_a_sentence() -> None:
-    """A user without HOME and without an entry in the password database, as in many containers."""
-
-    def root() -> str:
-        with pytest.raises(StoreError) as caught:
-            Store().find(KEY)
-        return str(caught.value)
-
-    said, _ = as_user(ALICE, root, HOME=None, XDG_CACHE_HOME=None, ONELAUNCH_CACHE_DIR=None)
-    assert f"HOME isn't set, and user {ALICE} has no entry in the password database. Set ONELAUNCH_CACHE_DIR" in said
 
 
 @pytest.mark.parametrize(
@@ -345,8 +331,9 @@ def test_entries_of_an_earlier_version_are_set_aside_with_one_warning(store: Sto
     assert len(store.listed("damaged")) == 2
 
 
-def test_every_flipped_bit_is_noticed(store: Store) -> None:
-    """Flips one bit of each byte of an entry, manifest included. The entry is set aside, not used; nothing raises."""
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)], ids=["one of each byte", "all"])
+def test_every_flipped_bit_is_noticed(every: bool, store: Store) -> None:
+    """Of an entry's files and its manifest. The entry is set aside, not used; nothing raises."""
     small = {"m.so": b"\x7fELF", "main.cpp": b"int x;\n"}
     chosen = random.Random(0)
     entry = published(store, content=small)
@@ -355,16 +342,16 @@ def test_every_flipped_bit_is_noticed(store: Store) -> None:
     assert len(flips) > 300
     for name, at in flips:
         path = entry.path / name
-        data = bytearray(path.read_bytes())
-        bit = 1 << chosen.randrange(8)
-        data[at] ^= bit
-        path.write_bytes(data)
-        with pytest.warns(UserWarning, match="is damaged"):
-            assert store.find(KEY) is None, (name, at)
-        (aside,) = store.listed("damaged")
-        aside.rename(entry.path)
-        data[at] ^= bit
-        path.write_bytes(data)
+        whole = path.read_bytes()
+        for bit in range(8) if every else [chosen.randrange(8)]:
+            data = bytearray(whole)
+            data[at] ^= 1 << bit
+            path.write_bytes(data)
+            with pytest.warns(UserWarning, match="is damaged"):
+                assert store.find(KEY) is None, (name, at, bit)
+            (aside,) = store.listed("damaged")
+            aside.rename(entry.path)
+        path.write_bytes(whole)
     assert store.find(KEY) == entry
 
 
@@ -377,11 +364,8 @@ def test_damage_that_cant_be_set_aside(store: Store, monkeypatch: pytest.MonkeyP
         with pytest.warns(UserWarning, match="is damaged"):
             assert store.find(KEY) is None
     prebuilt = Store(store.root, read_only=True)
-    with pytest.warns(UserWarning, match="passed over") as caught:
+    with pytest.warns(UserWarning, match="is damaged .* passed over"):
         assert prebuilt.find(KEY) is None
-    assert str(caught[0].message) == (
-        f"The prebuilt entry {entry.path} is damaged (m.so isn't the file that was published); it is passed over."
-    )
     assert prebuilt.find(KEY) is None
     assert entry.path.exists()
 
@@ -589,32 +573,6 @@ def test_prebuilt_folders_in_their_order(tmp_path: Path, store: Store, monkeypat
     assert [(tier.place, tier.read_only) for tier in found[:2]] == [(names[0], True), (names[2], True)]
     assert found[2:] == [store]
     tiers.prebuilt()  # warns once
-
-
-def test_a_cache_that_cant_be_written(store: Store, tmp_path: Path) -> None:
-    """Its entries are found. Missing entries are built in one temporary store, with one warning."""
-    entry = published(store)
-    with read_only(store.root):
-        assert store.find(KEY) == entry
-        with pytest.warns(UserWarning, match="can't be used") as caught:
-            temporary = tiers.writable(store)
-        assert tiers.writable(Store(store.root)) is temporary
-        assert len(caught) == 1
-        assert re.fullmatch(
-            rf"The cache folder {store.root} can't be used \(.*\); builds go to {temporary.root} and are lost when "
-            rf"this process ends\. Set {CACHE_VARIABLE} to a folder that this process may write and that has room\.",
-            str(caught[0].message),
-        )
-        assert temporary.root.parent == tmp_path / "temporary"
-        assert stat.S_IMODE(temporary.root.stat().st_mode) == 0o700
-        assert published(temporary, "8" * 64).key == "8" * 64
-        assert tiers.tiers(store) == [store, temporary]
-    assert tiers.writable(store) is store
-    (tmp_path / "file").write_text("")
-    below = Store(tmp_path / "file" / "cache")
-    assert (below.find(KEY), below.read_note("r"), list(below.entries())) == (None, None, []), "a look-up doesn't warn"
-    with pytest.warns(UserWarning, match=r"file/cache can't be used \(Not a directory\)"):
-        assert tiers.writable(below) is temporary
 
 
 @pytest.mark.parametrize("part", ["staging", "locks", "stamps"])

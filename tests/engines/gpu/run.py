@@ -180,11 +180,12 @@ class Machine:
         command += [f"port={port}", f"nccl_port={port + 50}"]
         return Engine(folder, command + ["cuda_graph_bs_decode=[4, 16]"] * bool(rounds), environment, self._limit)
 
-    def seams(self) -> Engine:
-        """Starts seams.py. FA3's backend is available, but its attention kernel doesn't run."""
-        folder = self._folder("seams")
+    def seams(self, backend: str) -> Engine:
+        """Starts seams.py for "flashinfer", or with "fa3" for all others, whose attention kernels don't run."""
+        folder = self._folder(f"seams-{backend}")
         command = [sys.executable, str(HERE / "seams.py"), str(folder / "seams.json")]
-        return Engine(folder, command, self._environment(folder, "fa3"), self._limit)
+        command += ["--flashinfer"] * (backend == "flashinfer")
+        return Engine(folder, command, self._environment(folder, backend), self._limit)
 
     def _folder(self, name: str) -> Path:
         folder = self.work / name
@@ -366,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ports = itertools.count(FIRST_PORT, 100)
     waiting = [machine.generate(run, next(ports), given.rounds) for run in timed]
     if "seams" in given.what:
-        waiting.append(machine.seams())
+        waiting += [machine.seams("fa3"), machine.seams("flashinfer")]
     written = threading.Lock()
     tokens: dict[str, dict[str, Any]] = {run.configuration: {} for run in runs}
     times: dict[str, dict[str, Any]] = {run.configuration: {} for run in timed}
@@ -386,10 +387,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine.up()
     print(f"{time.strftime('%T')} up", flush=True)
     seams: dict[str, Any] = {}
-    for engine, run in zip(in_turns(waiting), [*timed, None], strict=False):
+    for engine, run in zip(in_turns(waiting), [*timed, None, None], strict=False):
         if run is None:
             ended = engine.ended("seams.json")
-            seams = ended.get("seams", {"seams": {"all": ended}})
+            found = ended.get("seams", {"seams": {engine.folder.name: ended}})
+            seams = found | {"seams": seams.get("seams", {}) | found["seams"]}
             write("seams", seams)
         else:
             times[run.configuration][run.kind] = result(engine)

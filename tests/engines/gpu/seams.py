@@ -1,6 +1,9 @@
 """SGLang's seams alone: the engine's sequence before each graph of a speculative step, and onelaunch's instead of it.
 
-    python seams.py RESULT [--dry]
+    python seams.py RESULT [--flashinfer] [--dry]
+
+With --flashinfer it measures FlashInfer's seams, otherwise all others: in a bundle FlashInfer has an environment of its
+own. Its plans read and write on the host, so they can't be captured.
 
 Uses the engine's own backends, graph runners and worker, with the objects of runner_objects.py around them. There is no
 model: only the work before a replay runs. Each seam is measured with the engine's code and with onelaunch attached to
@@ -16,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +106,12 @@ def written(runner: Any) -> dict[str, torch.Tensor]:
 def both(seam: str, backend: str) -> dict[str, Any]:
     pool = objects.token_pool(PAGE, seed=PAGE)
     runner = runner_of(seam, backend, pool)
-    found: dict[str, Any] = {"engine": with_call(seam, runner, measured)}
+    timed = partial(measured, graph=backend != "flashinfer")
+    found: dict[str, Any] = {"engine": with_call(seam, runner, timed)}
     wanted = written(runner)
     attachment = attached(runner)
     try:
-        found["onelaunch"] = with_call(seam, runner, measured)
+        found["onelaunch"] = with_call(seam, runner, timed)
         got = written(runner)
         found["different"] = different(wanted, got)
         found["failed"], found["stays"] = attachment.failed, attachment.stays
@@ -231,6 +236,9 @@ MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
     "the verified chain": chain,
     "a draft extension's layout": layout,
 }
+FLASHINFER: dict[str, Callable[[], dict[str, Any]]] = {
+    f"flashinfer, {seam}": partial(both, seam, "flashinfer") for seam in ("draft", "verify", "draft-extend")
+}
 
 
 def main() -> None:
@@ -251,7 +259,7 @@ def main() -> None:
         measure.counts = counts
         if not DRY and run == 1:
             wait_for_turn(result.parent)
-        for name, make in MEASURED.items():
+        for name, make in (FLASHINFER if "--flashinfer" in sys.argv else MEASURED).items():
             try:
                 made = make()
             except Exception:
