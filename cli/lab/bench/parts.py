@@ -215,12 +215,11 @@ def _flashmla(inputs: Inputs, buffers: list[MetadataBuffers]) -> Calls:
 
 
 def _undefined_in_flashmla(inputs: Inputs, name: str, expected: Tensor) -> Tensor | None:
-    """Padding; and the first block of a part without work, which begins after the last request."""
+    """Padding, which FlashMLA doesn't write."""
     if name != "flashmla_metadata":
         return None
     undefined = torch.zeros_like(expected, dtype=torch.bool)
     undefined[:, 7] = True
-    undefined[:, 2] = expected[:, 0] >= len(inputs.lengths)
     return undefined
 
 
