@@ -5,10 +5,10 @@
 With --flashinfer it measures FlashInfer's seams, otherwise all others: in a bundle FlashInfer has an environment of its
 own. Its plans read and write on the host, so they can't be captured.
 
-Uses the engine's own backends, graph runners and worker, with objects of runner_objects.py and request_objects.py. There is no
-model: only the work before a replay runs. Each seam is measured with the engine's code and with onelaunch attached to
-the runner: kernels and copies by name, their device time, the host time of a call, and both times in a CUDA graph with
-the same launches. Writes JSON. With --dry it runs on a CPU without timing, as a check that it works.
+Uses the engine's own backends, graph runners and worker, with objects of runner_objects.py and request_objects.py.
+There is no model: only the work before a replay runs. Each seam is measured with the engine's code and with onelaunch
+attached to the runner: kernels and copies by name, their device time, the host time of a call, and both times in a CUDA
+graph with the same launches. Writes JSON. With --dry it runs on a CPU without timing, as a check that it works.
 """
 
 from __future__ import annotations
