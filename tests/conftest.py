@@ -9,16 +9,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import headers
 import hypothesis
 import pytest
 import torch
+from onelaunch import KernelConfig
+from onelaunch.build import compile as compiler
 from onelaunch.build import environment, toolchain
+from onelaunch.build.key import Recipe
 from onelaunch.cache.store import Store
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
 from onelaunch.run import api, refresh, schedules
+from processes import Children
 from support import ONE_DEVICE
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
@@ -140,6 +145,32 @@ def programs(shared: Path) -> Path:
     folder = shared / "emulation"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Iterator[Children]:
+    """Starts processes that share a cache. In place of a compiler they copy a finished build."""
+    some = Children(tmp_path)
+    some.made = loader.load(KernelConfig(fields=("cache_seqlens",), target="cpu"), store=Store()).path.parent
+    yield some
+    for child in some.started:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the modules that are built from here on."""
+    names: list[str] = []
+    build = compiler.build
+
+    def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> compiler.Build:
+        names.append(recipe.module)
+        return build(recipe, *args, **kwargs)
+
+    monkeypatch.setattr(compiler, "build", counted)
+    return names
 
 
 @pytest.fixture

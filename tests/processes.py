@@ -56,6 +56,12 @@ def signing_notice(text, notice=log.notice):
 log.notice = signing_notice
 """
 
+# Loads the configuration, and prints what it got.
+LOAD = """
+kernel = loader.load(CONFIG, store=store)
+print(json.dumps({"key": kernel.key, "path": str(kernel.path), "works": hasattr(kernel.module, "bind")}))
+"""
+
 
 def light_package(folder: Path) -> Path:
     """A folder for PYTHONPATH with the package laid out as it is installed, for a Python that doesn't have it."""
@@ -171,7 +177,3 @@ def read_only(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def remount(folder: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)

@@ -141,7 +141,7 @@ def test_a_run(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     lines: list[str] = []
     selected = [Selected(case, HERE) for case in CASES[:2]]
-    run_bench(selected, Meter(), Record(path, {"onelaunch": "1"}), schedules=True, say=lines.append)
+    run_bench(selected, Meter(), Record(path, {"onelaunch": "1"}), say=lines.append)
     data = json.loads(path.read_text())
     assert data["complete"]
     assert data["not_built"] == []

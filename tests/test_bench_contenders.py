@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,18 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from benched import CASES, CPU, HERE, Meter
+from benched import CASES, CPU, HERE
 from cases import Shape
 from emulation import harness
 from onelaunch import KernelConfig
-from onelaunch.cli.lab.bench import flashmla, torch_refresh
-from onelaunch.cli.lab.bench.cases import SHAPES, Case
+from onelaunch.cli.lab.bench import torch_refresh
+from onelaunch.cli.lab.bench.cases import Case
 from onelaunch.cli.lab.bench.contenders import CONTENDERS
 from onelaunch.cli.lab.bench.implementation import Unsupported
 from onelaunch.cli.lab.bench.scene import Scene
 from onelaunch.emit.render import render_baseline
 from onelaunch.spec import layout
-from onelaunch.spec.reference_schedules import flashmla_schedule
 
 
 @pytest.mark.usefixtures("quick_builds")
@@ -179,48 +177,3 @@ def test_what_an_implementation_cannot_do_is_said() -> None:
     case = case.replace(backends=2)
     with pytest.raises(Unsupported, match="power of two"):
         CONTENDERS["runtime"].variants(scene, case)
-
-
-class Schedule:
-    """Stands for FlashMLA's own schedule: the reference's, with leftover values in parts without work."""
-
-    def __init__(self, wrong: tuple[int, int] | None = None) -> None:
-        self.wrong, self.calls = wrong, 0
-
-    def __call__(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.calls += 1
-        metadata, splits = map(torch.tensor, flashmla_schedule(lengths.tolist(), 132))
-        idle = metadata[:, 0] == len(lengths)
-        metadata[idle, 2] = 77
-        metadata[:, 7] = 5
-        if self.wrong is not None and not idle.any():
-            metadata[self.wrong] += 1
-        return metadata.int(), splits.int()
-
-
-def test_flashmla_is_measured_where_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = Schedule()
-    monkeypatch.setattr(flashmla, "schedule", lambda: theirs)
-    rows = flashmla.schedule_rows(Meter())
-    assert [row["shape"] for row in rows] == list(SHAPES)
-    assert {(row["ours_us"], row["theirs_us"], row["reason"]) for row in rows} == {(4.0, 4.0, "")}
-    assert theirs.calls == 4 * len(SHAPES)
-    monkeypatch.setattr(flashmla, "schedule", lambda: Schedule(wrong=(7, 1)))
-    wrong = [row for row in flashmla.schedule_rows(Meter()) if row["reason"]]
-    assert {row["theirs_us"] for row in wrong} == {None}
-    assert all(re.match(r"flashmla_metadata\[7, 1\] is \d+, FlashMLA says \d+$", row["reason"]) for row in wrong)
-    assert "128x32k" in [row["shape"] for row in wrong]
-
-
-def test_without_flashmla_ours_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "sgl_kernel").mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for said in ("aren't importable, or without FlashMLA", "can't be loaded: "):
-        flashmla.schedule.cache_clear()
-        rows = flashmla.schedule_rows(Meter())
-        assert all(said in row["reason"] for row in rows)
-        assert {(row["ours_us"], row["theirs_us"]) for row in rows} == {(4.0, None)}
-        (tmp_path / "sgl_kernel" / "flashmla_ops.abi3.so").write_bytes(b"no library")
-    flashmla.schedule.cache_clear()
-    monkeypatch.setattr(flashmla, "parse_shape", lambda shape: 1 / 0)
-    assert flashmla.schedule_rows(Meter())[0]["reason"] == "ZeroDivisionError: division by zero"

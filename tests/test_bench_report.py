@@ -80,22 +80,6 @@ def test_verdicts_of_host_time() -> None:
     assert host(plan_run=None) == {}
 
 
-def test_flashmla_and_ours_are_compared_where_both_are_measured() -> None:
-    rows = [
-        {"shape": shape, "ours_us": ours, "theirs_us": theirs, "reason": reason}
-        for shape, ours, theirs, reason in (
-            ("1x4k", 4.0, 26.0, ""),
-            ("8x8k", 4.0, 3.9, ""),
-            ("32x4k", 5.0, None, "not there"),
-            ("64x8k", None, None, "differs"),
-        )
-    ]
-    assert [(said["of"], said["holds"]) for said in verdicts([], [], rows)] == [("1x4k", True), ("8x8k", False)]
-    said = list(tables.lines(some_data() | {"schedules": rows}))
-    assert any(line.split() == ["1x4k", "4.00", "26.0"] for line in said)
-    assert any(line.startswith("32x4k") and line.endswith("not there") for line in said)
-
-
 # -------------------------------------------------------------------------------------------------- what people see
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import compiler_that
 from onelaunch import KernelConfig, ToolchainError
 from onelaunch.build import child, process, toolchain
 from onelaunch.cache.store import Store
@@ -23,7 +24,6 @@ from processes import light_package
 SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 OTHER = SMALL.replace(num_backends=2)
 SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
-REAL = toolchain.find_host_compiler().path
 
 
 @pytest.fixture
@@ -33,14 +33,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Makes $CXX a script that does something before it runs the real compiler."""
 
-    def write(text: str, name: str = "c++") -> Path:
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\n{text}\nexec {REAL} "$@"\n')
-        path.chmod(0o755)
+    def write(does: str, name: str = "c++") -> Path:
+        path = compiler_that(does, tmp_path, name)
         monkeypatch.setenv("CXX", shlex.quote(str(path)))
         return path
 
@@ -70,7 +67,7 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path: Path) -> None:
 
 
 def test_what_reaches_a_compiler(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: Callable[[str], Path]
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: Callable[..., Path]
 ) -> None:
     """Only known variables: one that changes the object but not its key is dropped. This process stays unchanged."""
     names = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
@@ -80,7 +77,7 @@ def test_what_reaches_a_compiler(
     monkeypatch.setenv("TMPDIR", "/nowhere")
     monkeypatch.setenv("LANG", "de_DE.UTF-8")
     monkeypatch.setenv("MAX_JOBS", "²")
-    compiler(f'case " $* " in *" -c "*) /usr/bin/env >{tmp_path}/seen; pwd >{tmp_path}/folder;; esac')
+    compiler(f'[ "$step" = compile ] && /usr/bin/env >{tmp_path}/seen && pwd >{tmp_path}/folder')
     before = dict(os.environ)
     loader.load(SMALL, store=store)
     assert dict(os.environ) == before
@@ -115,7 +112,7 @@ def test_a_builder_is_used_again_and_replaced_when_it_is_gone(store: Store) -> N
     assert pids[0] == pids[1] != pids[2]
 
 
-def test_a_builder_inherits_no_lock(store: Store, tmp_path: Path, compiler: Callable[[str], Path]) -> None:
+def test_a_builder_inherits_no_lock(store: Store, tmp_path: Path, compiler: Callable[..., Path]) -> None:
     """Otherwise others would wait for a dead process's build: the builder starts while its parent holds the lock."""
     while process._idle:
         process._idle.pop().end()
@@ -156,7 +153,7 @@ def test_a_cache_with_any_name(tmp_path: Path, name: str, store: Store) -> None:
     assert " -c ./main.cpp" in first.manifest["command"]
 
 
-def test_a_compiler_with_any_name(store: Store, compiler: Callable[[str, str], Path]) -> None:
+def test_a_compiler_with_any_name(store: Store, compiler: Callable[..., Path]) -> None:
     """As in a virtual environment whose path has a space."""
     path = compiler("", "my c++ (1)")
     assert toolchain.find_host_compiler().path == path
@@ -209,21 +206,29 @@ def test_a_progress_line_never_fails_a_build(store: Store, stream: str, monkeypa
 
 
 def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
-    """As in a container that runs as an arbitrary uid; the cache folder is given, so no home is needed."""
+    """As in a container with an arbitrary uid: without a named cache folder that is a sentence, with one it builds."""
     code = """
 import os, pwd
 try:
     raise SystemExit(f"{pwd.getpwuid(os.getuid())} has a name")
 except KeyError:
     pass
-from onelaunch import KernelConfig
+from onelaunch import KernelConfig, StoreError
+from onelaunch.cache.store import Store
 from onelaunch.load import loader
+named = os.environ.pop("ONELAUNCH_CACHE_DIR")
+try:
+    print(Store().find("5" * 64))
+except StoreError as error:
+    print(error)
+os.environ["ONELAUNCH_CACHE_DIR"] = named
 print(loader.load(KernelConfig(fields=("cache_seqlens",), target="cpu")).path)
 """
     become = ["unshare", "--user", "--map-user=54321"]
     if shutil.which("unshare") is None or subprocess.run([*become, "true"], capture_output=True).returncode:
         pytest.skip("this system gives no user without a name")
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    homes = ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME")
+    environment = {name: value for name, value in os.environ.items() if name not in homes}
     done = subprocess.run(
         [*become, sys.executable, "-c", code],
         env={**environment, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")},
@@ -232,4 +237,6 @@ print(loader.load(KernelConfig(fields=("cache_seqlens",), target="cpu")).path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"entries/\w{64}/\w+\.so$", done.stdout)
+    said, path = done.stdout.splitlines()
+    assert "HOME isn't set, and user 54321 has no entry in the password database. Set ONELAUNCH_CACHE_DIR" in said
+    assert re.search(r"entries/\w{64}/\w+\.so$", path)

@@ -217,15 +217,6 @@ def test_a_new_build_keeps_the_bound(store: Store, no_compiler: None, monkeypatc
     assert backends(store) == [1, 4, 5], "it is reported before the build"
 
 
-def test_a_use_is_stamped(store: Store) -> None:
-    key = loader.load(CONFIGS[2], store=store).key
-    assert time.time() - store.used(key) < 600
-    used(store, key, 0.01)
-    before = store.used(key)
-    store.stamp(key)
-    assert store.used(key) == before, "at most once an hour"
-
-
 def test_clear(store: Store, no_compiler: None) -> None:
     assert verb("cache", "clear").exit_code == 0
     assert store.stored_keys() == []

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +12,12 @@ from typing import Any
 import onelaunch
 import pytest
 from click.testing import CliRunner
+from compilers import compiler_that
 from onelaunch import KernelConfig, preset
 from onelaunch.build import toolchain
-from onelaunch.cache import failures
-from onelaunch.cache.store import MANIFEST, Store
+from onelaunch.cache.store import Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, prebuild
-from processes import read_only, runs, until
 
 SMALL = "fields=cache_seqlens"
 
@@ -37,14 +33,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(loader, "default_store", lambda: store)
     monkeypatch.setattr(loader, "_loaded", {})
     return store
-
-
-def compiler_that(does: str, tmp_path: Path) -> str:
-    """A compiler that prints its version, and otherwise runs this line of shell."""
-    program = tmp_path / "c++"
-    program.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo "c++ (X) 12.2.0"; exit;; esac\n{does}\n')
-    program.chmod(0o755)
-    return str(program)
 
 
 def assert_one_sentence(result: Any, *texts: str) -> None:
@@ -99,7 +87,7 @@ def test_build_as_json(store: Store, tmp_path: Path) -> None:
     document = json.loads(several.stdout)
     assert [k["symbol"] for k in document["kernels"]] == [config.symbol, other.symbol]
     assert [k["built"] for k in document["kernels"]] == [False, True]
-    broken = compiler_that("exit 1", tmp_path)
+    broken = str(compiler_that("exit 1", tmp_path))
     more = KernelConfig(fields=("nsa_cache_seqlens",), target="cpu").settings()
     for settings in ((more,), (more, f"{more},index_topk=3")):
         flags = [word for text in settings for word in ("--set", text)]
@@ -162,7 +150,6 @@ def test_build_names_a_wrong_preset_before_it_builds_another(store: Store) -> No
         ([], "No configuration is named. Name presets (`onelaunch list` prints them), settings by --set, or a file"),
         (["--preset", "nsa-decode-1"], "--preset is gone since 0.2; name presets as arguments"),
         (["vllm-decode-3"], "The preset 'vllm-decode-3' is gone since 0.2: vLLM's draft steps advance one object"),
-        (["nsa-decode-1", "--set", "threads=48"], "threads is 48; on the cuda target it must be a power of two"),
     ],
 )
 def test_build_refuses_in_one_sentence(arguments: list[str], text: str, store: Store) -> None:
@@ -182,73 +169,3 @@ def test_build_is_a_wish_that_no_policy_refuses(store: Store) -> None:
     assert result.stdout.split()[-1] == str(entry.module_path)
     assert loader.POLICY_VARIABLE not in os.environ
     assert "ONELAUNCH_JIT=error doesn't apply here" in invoke("--help", COLUMNS="200").stdout
-
-
-def test_a_cache_that_cant_be_written_is_one_sentence(tmp_path: Path) -> None:
-    """With a real read-only folder and the real command: a build placed elsewhere would be lost at once."""
-    cache = tmp_path / "cache"
-    settings = ("--target", "cpu", "--set", SMALL)
-    sentence = (
-        f"The cache folder {cache} can't be used (Permission denied). Set ONELAUNCH_CACHE_DIR to a folder that this "
-        "process may write and that has room."
-    )
-
-    def onelaunch(*words: str) -> tuple[int, list[str], list[str]]:
-        command = [sys.executable, "-m", "onelaunch.cli.main", *words]
-        environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(cache)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
-
-    assert onelaunch("build", *settings)[0] == 0
-    assert onelaunch("cache", "pack", "-o", str(tmp_path / "pack"))[0] == 0
-    with read_only(cache):
-        assert onelaunch("build", "--target", "cpu", "--set", "fields=cu_seqlens_k") == (
-            2,
-            [],
-            [f"onelaunch: {sentence}"],
-        )
-        code, rows, _ = onelaunch("build", *settings, "--set", "fields=cu_seqlens_k")
-        assert (code, rows[-1].split(", in ")[0]) == (2, "0 built, 1 there before, 1 failed")
-        assert any(row.startswith("failed ") and row.endswith(sentence) for row in rows)
-        # A build that exists already needs no room.
-        code, (row,), errors = onelaunch("build", *settings)
-        assert (code, errors) == (0, [])
-        assert Path(row.split()[-1]).is_relative_to(cache)
-    shutil.rmtree(cache / "entries")
-    with read_only(cache):
-        assert onelaunch("cache", "unpack", str(tmp_path / "pack")) == (2, [], [f"onelaunch: {sentence}"])
-    assert onelaunch("cache", "unpack", str(tmp_path / "pack"))[0] == 0
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_leaves_nothing_half_done(jobs: int, tmp_path: Path) -> None:
-    """With one build in this process and with several in workers: no cache entry and no process remains."""
-    compiler = compiler_that(f"echo $$ > {tmp_path}/running.$$; exec sleep 3000", tmp_path)
-    settings = [f"--set=fields=cache_seqlens,num_backends={n}" for n in range(1, jobs + 1)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "onelaunch.cli.main", "build", *settings, "--target", "cpu", "--jobs", str(jobs)],
-        env={**os.environ, "CXX": compiler, "ONELAUNCH_CACHE_DIR": str(tmp_path / "cache")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        until(lambda: len(list(tmp_path.glob("running.*"))) == jobs or process.poll() is not None, "the compilers")
-        assert process.poll() is None, process.communicate()
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the whole process group
-        stdout, stderr = process.communicate(timeout=300)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, stderr
-    assert stdout == ""
-    assert stderr.splitlines()[-1] == "onelaunch: interrupted"
-    assert "Traceback" not in stderr
-    cache = tmp_path / "cache"
-    assert not list((cache / "staging").glob("*"))
-    assert not list(cache.glob(f"entries/*/{MANIFEST}"))
-    assert not list(cache.glob(f"failed/*/{failures.RECORD}")), "an interruption isn't a failure to remember"
-    assert Store(cache).stored_keys() == []
-    compilers = [int(path.suffix[1:]) for path in tmp_path.glob("running.*")]
-    until(lambda: not any(runs(pid) for pid in compilers), "the compilers' end")

@@ -29,22 +29,15 @@ def base(**changes: Any) -> KernelConfig:
         ({"next_n": True}, ("next_n is True", "whole number")),
         ({"extend": "some"}, ("extend is 'some'", "'uniform', 'variable'")),
         ({"extend_seq_lens_dtype": "int8"}, ("extend_seq_lens_dtype is 'int8'", "'int32', 'int64'")),
-        ({"seqlen_offsets": (1, -2, 3)}, ("seqlen_offsets[1] is -2", "0 to 32768")),
         ({"seqlen_offsets": (1, 2, 2**15 + 1)}, ("seqlen_offsets[2] is 32769", "0 to 32768")),
         ({"seqlen_offsets": (1, 2, 3.0)}, ("seqlen_offsets[2] is 3.0", "whole number")),
         ({"seqlen_offsets": 3}, ("seqlen_offsets is 3", "one whole number per backend")),
-        ({"seqlen_offsets": "123"}, ("seqlen_offsets is '123'", "one whole number per backend")),
-        (
-            {"seqlen_offsets": (1, 2, 3), "distinct": (("cache_seqlens", 1),)},
-            ("distinct[cache_seqlens] is 1", "can share only a table"),
-        ),
         (
             {"seqlen_offsets": (1, 2, 3), "distinct": (("page_indices", 2),)},
             ("distinct[page_indices] is 2", "can share only a table"),
         ),
         ({"index_kpool": 0}, ("index_kpool is 0", "1 to 2147483647")),
         ({"page_fill": 0}, ("page_fill is 0", "None, -1")),
-        ({"page_fill": -1}, ("page_fill is -1", "only table")),
         (
             {"page_fill": -1, "fields": ("real_page_table",), "extent": "full"},
             ("page_fill is -1", "extent 'full'", "only table"),
@@ -54,7 +47,6 @@ def base(**changes: Any) -> KernelConfig:
         ({"num_backends": True}, ("num_backends is True", "whole number")),
         ({"num_backends": 2.0}, ("num_backends is 2.0", "whole number")),
         ({"num_backends": "3"}, ("num_backends is '3'", "whole number")),
-        ({"fields": "page_indices"}, ("fields is 'page_indices'", "tuple of names")),
         ({"fields": 3}, ("fields is 3", "tuple of names")),
         ({"fields": ("page_indexes",)}, ("fields is 'page_indexes'", "Did you mean 'page_indices'?")),
         ({"distinct": (("page_indices", 4),)}, ("distinct[page_indices] is 4", "1 to 3")),
@@ -63,17 +55,14 @@ def base(**changes: Any) -> KernelConfig:
         ({"dtypes": {"kv_indices": "int64"}}, ("dtypes is 'kv_indices'",)),
         ({"dtypes": {"page_indices": "int64"}}, ("dtypes[page_indices] is 'int64'; allowed: 'int32'",)),
         ({"fields": ("cache_seqlens",), "distinct": (("page_indices", 1),)}, ("distinct is 'page_indices'",)),
-        ({"seq_lens_dtype": "int16"}, ("seq_lens_dtype is 'int16'", "'int32', 'int64'")),
         ({"req_pool_indices_dtype": "uint32"}, ("req_pool_indices_dtype is 'uint32'",)),
         ({"req_to_token_dtype": None}, ("req_to_token_dtype is None",)),
         ({"index_topk": -1}, ("index_topk is -1", "0 to 2147483647")),
         ({"index_topk": 2**31}, ("index_topk is 2147483648", "0 to 2147483647")),
         ({"page_size": 0}, ("page_size is 0", "1 to 2147483647")),
         ({"page_size": 2**31}, ("page_size is 2147483648",)),
-        ({"extent": "dead"}, ("extent is 'dead'", "'live', 'full'")),
         ({"vector_bytes": 8}, ("vector_bytes is 8", "4, 16")),
         ({"vector_bytes": 16.0}, ("vector_bytes is 16.0", "4, 16")),
-        ({"target": "hip"}, ("target is 'hip'", "'cuda', 'cpu'")),
         ({"threads": 96}, ("threads is 96", "power of two from 32 to 1024")),
         ({"threads": 2048}, ("threads is 2048", "1 to 1024")),
         ({"unroll": 0}, ("unroll is 0", "1 to 8")),
@@ -172,11 +161,6 @@ def test_settings_that_cannot_be_read(text: str, fragments: tuple[str, ...]) -> 
         assert fragment in str(caught.value)
 
 
-def test_a_dict_with_an_unknown_setting() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'page_size'"):
-        KernelConfig.from_dict({"pagesize": 3})
-
-
 def test_messages_begin_with_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match=r"^There is no setting 'no_such'\.\nAllowed: operation, "):
         KernelConfig.from_dict({"no_such": 1})
@@ -204,7 +188,6 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
         "fields has real_page_table without page_indices and page_size is 1; with pages of one token the two are the "
         "same table. Request page_indices instead.",
     ),
-    ({"target": 3}, "target is 3; allowed: 'cuda', 'cpu'."),
     ({"target": "xyz"}, "target is 'xyz'; allowed: 'cuda', 'cpu'."),
     ({"extent": "liv"}, "extent is 'liv'; allowed: 'live', 'full'. Did you mean 'live'?"),
     ({"seq_lens_dtype": "int3"}, "seq_lens_dtype is 'int3'; allowed: 'int32', 'int64'. Did you mean 'int32'?"),

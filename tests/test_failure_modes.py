@@ -4,17 +4,17 @@
  F     failure                                             where it is provoked, or why it can't happen
 =====  ==================================================  ========================================================
  F1    stale lock hangs everybody                          test_processes.test_lock_files_of_killed_processes_...,
-                                                           test_a_builder_that_is_killed_is_taken_over,
-                                                           test_a_wait_that_takes_too_long_ends_in_a_build
- F2    second call after a failure hides it                test_a_failure_is_raised_again_without_compiling
+                                                           test_killed.test_a_process_that_is_killed_while_it_builds,
+                                                           test_a_builder_that_is_slower_than_the_wait_...
+ F2    second call after a failure hides it                test_faults.test_a_source_that_doesnt_compile
  F3    ranks race, or all compile                          test_eight_processes_that_ask_at_once_get_one_build
  F4    sources of two builds mix under one name            test_two_hosts_that_share_a_folder_without_locks
- F5    network file systems: no locks, late renames        test_without_locks_everybody_still_gets_the_kernel,
+ F5    network file systems: no locks, late renames        test_two_hosts_that_share_a_folder_without_locks,
                                                            test_a_rename_that_shows_late
  F6    stale after a torch upgrade                         the object uses no symbol of torch:
                                                            test_compile.test_the_object_needs_nothing_but_the_system_...
- F7    stale after a toolkit change, or moved by a path    test_compile.test_the_key_changes_with_each_ingredient,
-                                                           test_compile.test_no_path_in_the_key,
+ F7    stale after a toolkit change, or moved by a path    test_key.test_the_key_changes_with_each_ingredient,
+                                                           test_key.test_no_path_in_the_key,
                                                            test_toolchain.test_a_binarys_answer_is_remembered_...
  F8    wrong architecture cached                           test_compile.test_an_object_for_two_architectures,
                                                            test_pack.test_misfits; bind loads on the device at once,
@@ -25,27 +25,26 @@
                                                            static cudart makes torch's CUDA irrelevant
  F11   ninja or toolkit not found                          test_toolchain.test_ninja_of_the_package_then_beside_...,
                                                            test_toolkit.test_nothing_found_lists_every_place_...
- F12   read-only HOME, writes at import                    test_a_named_folder_that_cant_be_written,
-                                                           test_a_named_folder_whose_place_is_taken,
+ F12   read-only HOME, writes at import                    test_unwritable.py,
                                                            test_import.test_the_import_does_nothing
- F13   first request compiles                              test_compile.test_frozen, test_prebuild.py
+ F13   first request compiles                              test_policy.test_frozen, test_prebuild.py
  F14   build or load inside graph capture                  test_nothing_is_loaded_while_a_graph_is_captured,
                                                            test_gpu.test_a_capture_refuses_a_kernel_that_isnt_loaded
  F15   too many compilers for the memory                   test_prebuild.test_workers_are_bounded,
-                                                           test_faults.test_a_compiler_that_fails
- F16   disk full, half a file                              test_faults.test_a_disk_that_is_really_full,
-                                                           test_killed_before_it_published,
+                                                           test_killed.test_a_compiler_that_is_killed
+ F16   disk full, half a file                              test_unwritable.test_a_disk_that_is_really_full,
+                                                           test_killed.test_a_process_that_is_killed_while_it_builds,
                                                            test_compile.test_a_truncated_object_doesnt_...
- F17   opaque errors                                       test_compile.test_a_build_that_fails
+ F17   opaque errors                                       test_faults.test_a_source_that_doesnt_compile
  F18   others can write to the cache                       test_store.test_a_part_that_others_could_have_...,
                                                            test_pack.test_paths_that_lead_out_are_refused
  F19   two kernels export one symbol                       test_compile.test_the_object_needs_nothing_but_the_system_...
                                                            (one exported symbol, which carries the key)
  F20   fork                                                test_a_forked_child_builds, test_spawned_workers
- F21   noexec                                              test_a_file_system_that_runs_no_programs
+ F21   noexec                                              test_unwritable.test_a_file_system_that_runs_no_programs
  F22   one CUDA major an object                            static cudart: the same test as F19 sees no CUDA library
  F23   cache grows without bound                           test_cache.py
- F24   Windows, odd paths                                  test_another_system_is_refused_at_once,
+ F24   Windows, odd paths                                  test_import.test_what_cannot_run_it_is_refused_at_import,
                                                            test_builder.test_a_cache_with_any_name
  F25   no compiler in a service's environment              test_doctor.py, test_a_prebuilt_folder_needs_no_compiler
 =====  ==================================================  ========================================================
@@ -54,49 +53,22 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import pickle
 import re
-import signal
 import socket
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from onelaunch import CompileError, JitPolicyError, KernelConfig, StoreError
-from onelaunch.build import compile as compiler
-from onelaunch.build import toolchain
-from onelaunch.build.key import Recipe
-from onelaunch.cache import failures, lock, tiers, trust
-from onelaunch.cache.store import MANIFEST, Store
-from onelaunch.load import find, loader
-from processes import Children, finish, light_package, mounted, read_only
-
-RENDER = sys.modules["onelaunch.emit.render"]
-SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
-OTHER = SMALL.replace(num_backends=2)
-
-LOAD = """
-kernel = loader.load(CONFIG, store=store)
-print(json.dumps({"key": kernel.key, "path": str(kernel.path), "works": hasattr(kernel.module, "bind")}))
-"""
-
-
-@pytest.fixture
-def children(tmp_path: Path) -> Iterator[Children]:
-    some = Children(tmp_path)
-    some.made = loader.load(SMALL).path.parent
-    yield some
-    for child in some.started:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
+from onelaunch import CompileError, JitPolicyError, KernelConfig
+from onelaunch.cache.store import Store
+from onelaunch.load import loader
+from processes import LOAD, Children, finish, light_package
+from usable import SMALL, forget
 
 
 @pytest.fixture
@@ -106,23 +78,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgets the kernels, warnings and temporary store of other tests."""
-    monkeypatch.setattr(loader, "_loaded", {})
-    monkeypatch.setattr("onelaunch.log._warned", set())
-    monkeypatch.setattr(tiers, "_fallback", None)
-
-
-@pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-    build = compiler.build
-
-    def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> compiler.Build:
-        names.append(recipe.module)
-        return build(recipe, *args, **kwargs)
-
-    monkeypatch.setattr(compiler, "build", counted)
-    return names
+    forget(monkeypatch)
 
 
 def test_the_table_above_names_tests_that_there_are() -> None:
@@ -137,12 +93,6 @@ def test_the_table_above_names_tests_that_there_are() -> None:
             continue
         text = files[module] if module else files[Path(__file__).stem]
         assert re.search(rf"^def {name}{'' if rest else '[(]'}", text, re.M), f"{module}.{name}"
-
-
-def test_another_system_is_refused_at_once() -> None:
-    code = "import sys; sys.platform = 'win32'; import onelaunch"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == "ImportError: onelaunch runs on Linux only, and this is win32."
 
 
 # --------------------------------------------------------------------------------------------- many processes
@@ -162,54 +112,6 @@ def test_eight_processes_that_ask_at_once_get_one_build(children: Children) -> N
         assert f"host {socket.gethostname()}, pid {builder}, holds it since " in line
         assert line.rsplit(" ", 1)[1] in ("starting", "compiling", "publishing")
     assert any(line.endswith("s) and is compiling") for line in waiting)
-
-
-def test_a_builder_that_is_killed_is_taken_over(children: Children) -> None:
-    builder = children.start(LOAD, SLOW="600")
-    children.wait_for("building")
-    waiter = children.start("sign('asked')\n" + LOAD)
-    children.wait_for("asked")
-    builder.send_signal(signal.SIGKILL)
-    builder.wait()
-    result, _ = finish(waiter)
-    assert result["works"]
-    assert sorted(children.signed("building")) == sorted([builder.pid, waiter.pid])
-    # The killed process's staging folder is gone, too.
-    assert list((children.cache / "staging").iterdir()) == []
-
-
-def test_killed_before_it_published(children: Children) -> None:
-    """Killed between the compiler's end and the rename: nothing of that build is ever loaded."""
-    code = "os.rename = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n" + LOAD
-    killed = children.start(code)
-    killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL
-    assert list((children.cache / "entries").iterdir()) == []
-    (left,) = (children.cache / "staging").iterdir()
-    assert (left / MANIFEST).exists()
-    result, _ = children.run(LOAD)
-    assert result["works"]
-    assert not left.exists()
-
-
-def test_a_wait_that_takes_too_long_ends_in_a_build(
-    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], builds: list[str]
-) -> None:
-    """For example, a lock server may keep the lock of a host that is gone."""
-    monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "0.2")
-    key = loader.content_key(SMALL, (), toolchain.find_tools("cpu").versions())
-    folder = trust.private(store.root / "locks")
-    with open(folder / f"{key}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert loader.load(SMALL, store=store).path.is_file()
-    said = capfd.readouterr().err
-    assert "gave up the wait for" in said
-    assert "its holder didn't say who it is" in said
-    assert lock.TIMEOUT_VARIABLE in said
-    assert len(builds) == 1
-    monkeypatch.setenv(lock.TIMEOUT_VARIABLE, "soon")
-    with pytest.raises(StoreError, match="is 'soon'; it must be a number of seconds"), store.lock(key):
-        pass
 
 
 def test_a_builder_that_is_slower_than_the_wait_takes_what_the_other_built(children: Children) -> None:
@@ -235,25 +137,19 @@ compiler.build = last
     assert list((children.cache / "staging").iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_without_locks_everybody_still_gets_the_kernel(children: Children, number: int) -> None:
-    code = f"""
-def missing(*args):
-    raise OSError({number}, os.strerror({number}))
-fcntl.flock = missing
-{LOAD}"""
-    results = [finish(child) for child in [children.start(code, SLOW="0.3") for _ in range(2)]]
-    assert len({result["path"] for result, _ in results}) == 1
-    assert all(result["works"] for result, _ in results)
-    assert any("has no locks" in said for _, said in results)
-    assert list((children.cache / "staging").iterdir()) == []
+NO_LOCKS = {
+    **{
+        os.strerror(number): f"fcntl.flock = lambda *args: exec('raise OSError({number}, os.strerror({number}))')"
+        for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    },
+    "on one host only": "socket.gethostname = lambda: os.environ['HOST']; fcntl.flock = lambda *args: None",
+}
 
 
-def test_two_hosts_that_share_a_folder_without_locks(children: Children) -> None:
-    """Locks hold on one host only: both hosts build, one publishes first, and both use its entry."""
+@pytest.mark.parametrize("locks", NO_LOCKS)
+def test_two_hosts_that_share_a_folder_without_locks(children: Children, locks: str) -> None:
+    """Both build, one publishes first, and both use its entry."""
     code = """
-socket.gethostname = lambda: os.environ["HOST"]
-fcntl.flock = lambda *args: None
 signing_build = compiler.build
 def together(*args, **kwargs):
     done = signing_build(*args, **kwargs)
@@ -263,9 +159,11 @@ def together(*args, **kwargs):
     return done
 compiler.build = together
 """
-    one, two = (children.start(code + LOAD, HOST=name) for name in ("node-1", "node-2"))
-    (first, _), (second, _) = finish(one), finish(two)
+    one, two = (children.start(f"{NO_LOCKS[locks]}\n{code}{LOAD}", HOST=name) for name in ("node-1", "node-2"))
+    (first, said), (second, _) = finish(one), finish(two)
     assert first == second
+    assert first["works"]
+    assert ("has no locks" in said) == (locks != "on one host only")
     assert len(children.signed("building")) == 2
     assert len(list((children.cache / "entries").iterdir())) == 1
     assert list((children.cache / "staging").iterdir()) == []
@@ -286,68 +184,6 @@ def test_a_rename_that_shows_late(store: Store, monkeypatch: pytest.MonkeyPatch)
     assert blind == [0]
 
 
-# ------------------------------------------------------------------------------------------------ full, read-only
-
-
-def test_a_named_folder_that_cant_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries in it are used; the others are built in a private temporary folder, with one warning."""
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "cache"))
-    kernel = loader.load(SMALL, store=Store())
-    assert tmp_path / "cache" in kernel.path.parents
-    loader._loaded.clear()
-    with read_only(tmp_path / "cache"):
-        before = sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*"))
-        store = Store()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert loader.load(SMALL, store=store).path == kernel.path
-        with pytest.warns(UserWarning, match=r"can't be used \(.+\); builds go to .* and are lost") as caught:
-            other = loader.load(OTHER, store=store)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            loader.load(SMALL.replace(num_backends=3), store=store)
-        assert len(caught) == 1
-        assert other.path.is_file()
-        assert other.path.stat().st_mode & 0o077 == 0
-        # Without its note the entry is found by its key, with no warning.
-        loader._loaded.clear()
-        monkeypatch.setattr(find, "by_note", lambda *args: None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert loader.load(SMALL, store=store).path == kernel.path
-        assert sorted((str(path), path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*")) == before
-
-
-def test_a_named_folder_whose_place_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prebuilt folder still comes first: a kernel found there causes no build and no warning."""
-    shelf = Store(tmp_path / "shelf")
-    kernel = loader.load(SMALL, store=shelf)
-    loader._loaded.clear()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    monkeypatch.setenv(tiers.PREBUILT_VARIABLE, str(shelf.root))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert loader.load(SMALL, store=Store()).path == kernel.path
-    with pytest.warns(UserWarning, match=r"file/cache can't be used \(Not a directory\); builds go to") as caught:
-        assert hasattr(loader.load(OTHER, store=Store()).module, "bind")
-    assert len(caught) == 1
-
-
-def test_a_file_system_that_runs_no_programs(tmp_path: Path, children: Children) -> None:
-    with mounted(tmp_path / "noexec", "size=32m,noexec") as folder:
-        with pytest.raises(CompileError, match=r"mounted noexec: set ONELAUNCH_CACHE_DIR") as caught:
-            loader.load(SMALL, store=Store(folder / "cache"))
-        assert not caught.value.lasting
-        # An entry that was built elsewhere and copied there can't be loaded either.
-        good = Store(tmp_path / "good")
-        loader.load(SMALL, store=good)
-        loader._loaded.clear()
-        subprocess.run(["cp", "-a", str(good.root), str(folder / "copy")], check=True)
-        with pytest.raises(StoreError, match=r"can't be loaded: .*mounted noexec"):
-            loader.load(SMALL, store=Store(folder / "copy"))
-
-
 # ------------------------------------------------------------------------------------------------------- security
 
 
@@ -360,68 +196,6 @@ def test_a_shared_cache_takes_its_rights_from_the_umask(children: Children) -> N
 
 
 # ------------------------------------------------------------------------------------------------------- failures
-
-
-@pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    render = RENDER.render
-    monkeypatch.setattr(RENDER, "render", lambda config: render(config) + "#error not today\n")
-
-
-def test_a_failure_is_raised_again_without_compiling(
-    store: Store, builds: list[str], monkeypatch: pytest.MonkeyPatch, broken: None, children: Children
-) -> None:
-    with pytest.raises(CompileError, match="not today") as first:
-        loader.load(SMALL, store=store)
-    with pytest.raises(
-        CompileError, match=r"not today.* This build failed on .* use `onelaunch build --retry`"
-    ) as second:
-        loader.load(SMALL, store=store)
-    assert len(builds) == 1
-    assert (second.value.key, second.value.command) == (first.value.key, first.value.command)
-    assert second.value.log == first.value.log
-    assert "not today" in second.value.log.read_text()
-    # The next process.
-    code = """
-import onelaunch.emit.render as rendering
-render = rendering.render
-rendering.render = lambda config: render(config) + "#error not today\\n"
-try:
-    loader.load(CONFIG, store=store)
-except errors.CompileError as error:
-    print(json.dumps(str(error)))
-"""
-    said, _ = children.run(code)
-    assert said == str(second.value)
-    assert children.signed("building") == []
-    # It compiles again when requested, and for another key.
-    monkeypatch.setenv(failures.RETRY_VARIABLE, "1")
-    with pytest.raises(CompileError, match="not today"):
-        loader.load(SMALL, store=store)
-    assert len(builds) == 2
-    monkeypatch.delenv(failures.RETRY_VARIABLE)
-    with pytest.raises(CompileError, match="not today"):
-        loader.load(OTHER, store=store)
-    assert len(builds) == 3
-
-
-def test_who_waited_for_a_build_that_failed_doesnt_repeat_it(children: Children) -> None:
-    code = """
-import onelaunch.emit.render as rendering
-render = rendering.render
-rendering.render = lambda config: render(config) + "#error not today\\n"
-sign("asked")
-try:
-    loader.load(CONFIG, store=store)
-except errors.CompileError as error:
-    print(json.dumps(str(error)))
-"""
-    children.made = None
-    started = [children.start(code, UNTIL_WAITING="2", ONELAUNCH_RETRY="1") for _ in range(3)]
-    for child in started:
-        said, _ = finish(child)
-        assert "not today" in said
-    assert len(children.signed("building")) == 1
 
 
 def test_an_error_survives_pickling(tmp_path: Path) -> None:
@@ -453,7 +227,11 @@ def test_a_prebuilt_folder_needs_no_compiler(
         file.write(b"x")
     result, said = children.run(LOAD, ONELAUNCH_PREBUILT=str(shelf.root))
     assert Path(result["path"]).is_relative_to(children.cache)
-    assert said.count("is damaged") == 1
+    (line,) = [line for line in said.splitlines() if "is damaged" in line]
+    assert line.endswith(
+        f"The prebuilt entry {kernel.path.parent} is damaged ({kernel.path.name} isn't the file that was published); "
+        "it is passed over."
+    )
     assert kernel.path.exists()
 
 

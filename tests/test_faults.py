@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import textwrap
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onelaunch
 import pytest
-import torch
-from onelaunch import CompileError, KernelConfig, MetadataBuffers, StoreError, ToolchainError
+from compilers import REAL, compiler_that
+from onelaunch import CompileError, KernelConfig, StoreError, ToolchainError, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import diagnosis, toolchain, toolkit
-from onelaunch.build.key import Recipe
-from onelaunch.cache import failures, tiers
-from onelaunch.cache.store import MANIFEST, Store
+from onelaunch.cache import failures
+from onelaunch.cache.store import Store
+from onelaunch.emit.binding import module_name
 from onelaunch.load import loader
-from onelaunch.run import refresh
-from processes import until
+from processes import Children, finish
+from usable import SMALL, SMALL_CUDA, assert_usable, forget, leftovers
 
-SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
-SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
-REAL = toolchain.find_host_compiler().path
+RENDER = sys.modules["onelaunch.emit.render"]
+OTHER = SMALL.replace(num_backends=2)
 PAST, FUTURE = 1_000_000, 4_000_000_000  # January 1970 and October 2096, in seconds since the epoch
 
 
@@ -42,125 +35,39 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """An empty store, which is also onelaunch.bind's."""
     store = Store(tmp_path / "cache")
     monkeypatch.setattr(loader, "default_store", lambda: store)
-    monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.delenv(failures.RETRY_VARIABLE, raising=False)
-    no_fallback(monkeypatch)
+    forget(monkeypatch)
     return store
-
-
-def no_fallback(patch: pytest.MonkeyPatch) -> None:
-    """As in a fresh process: without a fallback store, and without earlier warnings."""
-    patch.setattr(tiers, "_fallback", None)
-    patch.setattr("onelaunch.log._warned", set())
-
-
-def leftovers(store: Store) -> list[str]:
-    """What a build must not leave behind: staging folders, and entries without a manifest."""
-    entries = store.root / "entries"
-    staging = store.root / "staging"
-    return [
-        *(str(path) for path in (staging.iterdir() if staging.is_dir() else ())),
-        *(str(path) for path in (entries.iterdir() if entries.is_dir() else ()) if not (path / MANIFEST).is_file()),
-    ]
-
-
-def assert_usable(store: Store) -> loader.Kernel:
-    """The same configuration is built (or found), computes the right result, and loads again into an empty memory."""
-    assert leftovers(store) == []
-    for _ in range(2):
-        loader._loaded.clear()
-        refresh.plans.clear()
-        out = torch.full((4,), -1, dtype=torch.int32)
-        plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
-        plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
-        assert out.tolist() == [5, 6, -1, -1]
-        assert plan.kernel.path.is_relative_to(store.root)
-    assert leftovers(store) == []
-    assert [entry.key for entry in store.entries()] == [plan.kernel.key]
-    return plan.kernel
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Makes $CXX a script that calls the real compiler, but on a call with -o first runs ``text``.
+    """Makes $CXX a script that first runs some shell text; see compiler_that()."""
 
-    In the script $out is the requested file, and $step is "compile" or "link".
-    """
-
-    def write(text: str) -> Path:
-        path = tmp_path / "bin" / "c++"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            textwrap.dedent(
-                """\
-                #!/bin/sh
-                real={real}
-                out= step=link previous=
-                for word in "$@"; do
-                  [ "$previous" = -o ] && out=$word
-                  [ "$word" = -c ] && step=compile
-                  previous=$word
-                done
-                if [ -n "$out" ]; then
-                  :
-                {text}
-                fi
-                exec "$real" "$@"
-                """
-            ).format(real=shlex.quote(str(REAL)), text=text)
-        )
-        path.chmod(0o755)
+    def write(does: str) -> Path:
+        path = compiler_that(does, tmp_path)
         monkeypatch.setenv("CXX", str(path))
         return path
 
     return write
 
 
-def refused(store: Store, monkeypatch: pytest.MonkeyPatch, *texts: str, lasting: bool = False) -> CompileError:
-    """Loads SMALL, which must fail to compile; the store is right again once the fake compiler is gone.
-
-    A lasting failure is remembered: it is raised again at once, and compiled again when that is requested.
-    """
+def refused(store: Store, monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
+    """Loads SMALL, which must fail to compile; the store is right again once the fake compiler is gone."""
     with pytest.raises(CompileError) as caught:
         loader.load(SMALL, store=store)
     error, message = caught.value, str(caught.value)
     for text in texts:
         assert re.search(text, message), message
-    assert leftovers(store) == []
-    assert error.lasting is lasting, message
     assert str(error.log) in message
+    assert not error.lasting, message
+    assert failures.recall(store, error.key) is None
     source = error.source.read_text()
-    assert (failures.recall(store, error.key) is not None) is lasting
     # The compiler that the fake one wraps: another one would give another key.
     monkeypatch.setenv("CXX", str(REAL))
-    if lasting:
-        remembered(store, error, monkeypatch)
     kernel = assert_usable(store)
     assert error.key == kernel.key
     assert source.startswith(kernel.source)
-    assert failures.recall(store, kernel.key) is None
-    return error
-
-
-def remembered(store: Store, error: CompileError, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same call raises the same error without a compiler, until another try is requested."""
-    with monkeypatch.context() as patch:
-        patch.setattr(compiler, "build", lambda *args, **kwargs: pytest.fail("it was compiled again"))
-        with pytest.raises(CompileError) as again:
-            loader.load(SMALL, store=store)
-    assert str(again.value).startswith(f"{error} This build failed on ")
-    assert str(again.value).endswith(
-        f" and is not retried until its inputs change; use `onelaunch build --retry` or {failures.RETRY_VARIABLE}=1."
-    )
-    assert (again.value.key, again.value.log, again.value.source) == (error.key, error.log, error.source)
-    assert again.value.command == error.command
-    # A record that a wrong clock dated in the future doesn't block --retry.
-    record = failures.folder(store, error.key) / failures.RECORD
-    record.write_text(json.dumps({**json.loads(record.read_text()), "when": FUTURE}))
-    with monkeypatch.context() as patch:
-        patch.setenv(failures.RETRY_VARIABLE, "1")
-        assert loader.load(SMALL, store=store).key == error.key
-    assert not failures.folder(store, error.key).exists()
 
 
 # ---------------------------------------------------------------------------------------------- a missing compiler
@@ -180,47 +87,41 @@ def no_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_no_host_compiler(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ToolchainError, match=r"A host C\+\+ compiler was not found") as caught:
-        loader.load(SMALL, store=store)
-    assert "Install GCC (the package g++) or set CXX to a compiler." in str(caught.value)
-    monkeypatch.undo()
-    monkeypatch.setattr(loader, "default_store", lambda: store)
+def test_a_machine_without_a_host_compiler(store: Store, no_tools: None) -> None:
+    """What was built is loaded, whichever compiler made it; the error for what wasn't says what to install."""
+
+    def built() -> loader.Kernel:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CXX", str(REAL))
+            patch.setenv("PATH", os.defpath)
+            return loader.load(SMALL, store=store)
+
+    def refused(config: KernelConfig) -> None:
+        with pytest.raises(ToolchainError, match=r"A host C\+\+ compiler was not found") as caught:
+            loader.load(config, store=store)
+        assert "Install GCC (the package g++) or set CXX to a compiler." in str(caught.value)
+        assert leftovers(store) == []
+
+    refused(SMALL)
+    kernel = built()
+    assert assert_usable(store).key == kernel.key
+    refused(OTHER)
+    shutil.rmtree(kernel.path.parent)
+    loader._loaded.clear()
+    refused(SMALL)
+    assert built().key == kernel.key
     assert_usable(store)
 
 
-def test_no_nvcc(store: Store, no_tools: None) -> None:
-    with pytest.raises(ToolchainError, match=r"A CUDA toolkit, 12\.8 or newer and complete, was not found") as caught:
-        loader.load(SMALL_CUDA, ("90a",), store)
-    assert "Install the CUDA toolkit" in str(caught.value)
-    assert "pip install" in str(caught.value)
-    assert leftovers(store) == []
-
-
 @pytest.mark.nvcc
-def test_nvcc_is_gone_and_comes_back(store: Store, request: pytest.FixtureRequest) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toolkit, "_nvcc_candidates", lambda: iter([("a test", "/no/nvcc")]))
-        toolchain.reset()
-        request.addfinalizer(toolchain.reset)
-        with pytest.raises(ToolchainError, match="there is no program '/no/nvcc'"):
-            loader.load(SMALL_CUDA, ("90a",), store)
-    toolchain.reset()
+def test_nvcc_is_gone_and_comes_back(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ToolchainError, match=r"A CUDA toolkit, 12\.8 or newer and complete, was not found"):
+        loader.load(SMALL_CUDA, ("90a",), store)
+    assert leftovers(store) == []
+    monkeypatch.undo()
+    loader._loaded.clear()
     assert loader.load(SMALL_CUDA, ("90a",), store).path.is_file()
     assert leftovers(store) == []
-
-
-def test_what_was_built_outlives_the_compiler(store: Store, no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without a compiler takes a stored build of the same source; without one the error names the compiler."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", str(REAL))
-        patch.setenv("PATH", os.defpath)
-        kernel = loader.load(SMALL, store=store)
-    assert assert_usable(store).key == kernel.key
-    shutil.rmtree(kernel.path.parent)
-    loader._loaded.clear()
-    with pytest.raises(ToolchainError, match=r"A host C\+\+ compiler was not found"):
-        loader.load(SMALL, store=store)
 
 
 def test_the_compiler_goes_during_the_build(
@@ -232,30 +133,101 @@ def test_the_compiler_goes_during_the_build(
     refused(store, monkeypatch, "didn't compile: .*not found")
 
 
+# ----------------------------------------------------------------------------------- a source that doesn't compile
+
+
+def break_source(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RENDER, "render", lambda config: render(config) + "constexpr int mistake = one;\n")
+
+
+BREAK_SOURCE = """
+import onelaunch.emit.render as rendering
+render = rendering.render
+rendering.render = lambda config: render(config) + "constexpr int mistake = one;\\n"
+"""
+SAY_THE_ERROR = """
+try:
+    loader.load(CONFIG, store=store)
+except errors.CompileError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_source_that_doesnt_compile(
+    store: Store, monkeypatch: pytest.MonkeyPatch, children: Children, builds: list[str]
+) -> None:
+    """The failure is remembered, also by the next process, until its inputs change or another try is requested."""
+    with monkeypatch.context() as patch:
+        break_source(patch)
+        with pytest.raises(CompileError) as first:
+            loader.load(SMALL, store=store)
+        error, message = first.value, str(first.value)
+        assert error.lasting
+        assert "error: " in message, "the compiler's first error"
+        for text in ("one", error.key[:16], str(error.log), str(error.source)):
+            assert text in message
+        assert "mistake = one" in error.log.read_text()
+        assert error.source.read_text().startswith(render(SMALL) + "constexpr int mistake = one;\n")
+        assert " -c " in error.command
+        assert leftovers(store) == []
+        assert store.stored_keys() == []
+        with pytest.raises(CompileError) as second:
+            loader.load(SMALL, store=store)
+        said = str(second.value)
+        assert said.startswith(f"{message} This build failed on ")
+        assert said.endswith(
+            " and is not retried until its inputs change; use `onelaunch build --retry` or "
+            f"{failures.RETRY_VARIABLE}=1."
+        )
+        for name in ("key", "command", "log", "source"):
+            assert getattr(second.value, name) == getattr(error, name)
+        assert children.run(BREAK_SOURCE + SAY_THE_ERROR)[0] == said
+        assert children.signed("building") == []
+        assert builds == [module_name(SMALL.symbol)]
+        # A record that a wrong clock dated in the future doesn't block another try.
+        record = failures.folder(store, error.key) / failures.RECORD
+        record.write_text(json.dumps({**json.loads(record.read_text()), "when": FUTURE}))
+        monkeypatch.setenv(failures.RETRY_VARIABLE, "1")
+        with pytest.raises(CompileError, match="one"):
+            loader.load(SMALL, store=store)
+        monkeypatch.delenv(failures.RETRY_VARIABLE)
+        with pytest.raises(CompileError, match="one"):
+            loader.load(OTHER, store=store)
+        assert builds == [module_name(config.symbol) for config in (SMALL, SMALL, OTHER)]
+    assert_usable(store)
+
+
+def test_who_waited_for_a_build_that_failed_doesnt_repeat_it(children: Children) -> None:
+    children.made = None
+    code = BREAK_SOURCE + SAY_THE_ERROR
+    started = [children.start(code, UNTIL_WAITING="2", ONELAUNCH_RETRY="1") for _ in range(3)]
+    assert all("one" in finish(child)[0] for child in started)
+    assert len(children.signed("building")) == 1
+
+
+@pytest.mark.nvcc
+def test_a_cuda_build_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RENDER, "render", lambda config: render(config) + "__global__ int returns_something() {}\n")
+    with pytest.raises(CompileError, match="error") as caught:
+        loader.load(SMALL_CUDA, ("90a",), store)
+    assert "nvcc" in caught.value.command
+    assert "returns_something" in caught.value.source.read_text()
+
+
+def test_a_link_that_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles, but the object is incomplete: it is refused when it is loaded at the latest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RENDER, "render", lambda config: render(config).replace(f"{config.symbol}_launch", "other_launch")
+        )
+        with pytest.raises(CompileError, match=r"was built and can't be loaded: .*undefined symbol"):
+            loader.load(SMALL, store=store)
+    assert loader.load(SMALL, store=store).path.is_file()
+
+
 # ------------------------------------------------------------------------------------------- a compiler that fails
 
-KILLED = r"The compiler was killed, most often because memory ran out: build fewer at once \(MAX_JOBS=1\)"
-SPARED = (
-    r"^The cache folder \S+ can't (be used|take a build) \((No space left on device|its disk is full)\); builds go to "
-    r"\S+ and are lost when this process ends\. "
-    r"Set ONELAUNCH_CACHE_DIR to a folder that this process may write and that has room\.$"
-)
-FULL = r"The disk is full: free some space, or set ONELAUNCH_CACHE_DIR to a folder on another disk\."
-
 FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "it is killed while compiling": ("kill -KILL $$", (KILLED,)),
-    "it is terminated while linking": ('[ "$step" = link ] && kill -TERM $$', ("didn't compile",)),
-    "ninja is killed": (
-        # The parent may be ninja or a shell that ninja started.
-        "parent=$PPID; grep -q ninja /proc/$parent/comm || parent=$(cut -d' ' -f4 /proc/$parent/stat);"
-        " kill -KILL $parent; sleep 0.2; exit 1",
-        ("didn't compile",),
-    ),
-    "its whole session is killed": ("kill -KILL $(cut -d' ' -f6 /proc/$$/stat); sleep 9", ("ended by signal 9",)),
-    "the disk is full": (
-        '[ "$step" = compile ] && { set -- $(echo "$@" | sed "s|-o [^ ]*|-o /dev/full|"); exec "$real" "$@"; }',
-        (FULL, "No space left on device"),
-    ),
     "it fails without a word": ("exit 1", ("didn't compile",)),
     "its words are no UTF-8": (r"printf 'c++: error: \377\n' >&2; exit 1", ("didn't compile: c\\+\\+: error: \ufffd",)),
     "the link makes garbage": (
@@ -268,7 +240,6 @@ FAILURES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "the objects are garbage": ('[ "$step" = compile ] && { echo garbage >"$out"; exit 0; }', ("didn't compile",)),
     "the staging folder vanishes": ('[ "$step" = link ] && rm -rf "$PWD"', ("didn't compile",)),
-    "it refuses the source": ("echo 'main.cpp:3:5: error: no such type' >&2; exit 1", ("no such type",)),
 }
 
 
@@ -279,12 +250,7 @@ def test_a_compiler_that_fails(
     """Only a failure that the source caused is remembered."""
     text, expected = FAILURES[fault]
     fake(text)
-    if fault == "the disk is full":
-        # The build is tried again in a temporary folder, where the fake compiler fails again.
-        with pytest.warns(UserWarning, match=r"can't take a build \(its disk is full\); builds go to "):
-            refused(store, monkeypatch, *expected)
-        return
-    refused(store, monkeypatch, *expected, lasting=fault == "it refuses the source")
+    refused(store, monkeypatch, *expected)
 
 
 VERDICTS = {
@@ -324,18 +290,6 @@ def test_a_log_that_cant_be_written_anywhere(store: Store, monkeypatch: pytest.M
     assert error.log.read_text() == ""
 
 
-@pytest.mark.nvcc
-def test_the_host_compiler_is_killed_under_nvcc(
-    store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake('case "$*" in *__CUDACC__*) kill -KILL $$;; esac')
-    with pytest.raises(CompileError, match=KILLED):
-        loader.load(SMALL_CUDA, ("90a",), store)
-    assert leftovers(store) == []
-    monkeypatch.setenv("CXX", str(REAL))
-    assert loader.load(SMALL_CUDA, ("90a",), store).path.is_file()
-
-
 def test_warnings_alone_are_no_fault(
     store: Store, fake: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,204 +301,6 @@ def test_warnings_alone_are_no_fault(
     assert said.err.splitlines() == [
         f"onelaunch: building {kernel.config.symbol} for the CPU, because {store.root} has no build of it yet"
     ]
-
-
-def test_the_process_is_killed_during_the_build(
-    store: Store, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is published and the lock is free: the next process builds, without waiting."""
-    pid = store.root.parent / "pid"
-    fake(f"echo $$ >{pid}.compiler; kill -KILL $(cat {pid}); exec sleep 600")
-    code = (
-        f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
-        "from onelaunch import KernelConfig\nfrom onelaunch.load import loader\n"
-        "loader.load(KernelConfig(fields=('cache_seqlens',), target='cpu'))\n"
-    )
-    environment = {**os.environ, "ONELAUNCH_CACHE_DIR": str(store.root)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert store.stored_keys() == []
-    # No part of the build goes on.
-    compiling = Path("/proc") / Path(f"{pid}.compiler").read_text().strip()
-    until(lambda: not compiling.exists() or " Z " in (compiling / "stat").read_text(), "the compiler ended")
-    monkeypatch.setenv("CXX", str(REAL))
-    # The killed process's staging folder belongs to nobody and blocks nobody.
-    (left,) = (store.root / "staging").iterdir()
-    kernel = loader.load(SMALL, store=store)
-    assert kernel.path.is_file()
-    shutil.rmtree(left, ignore_errors=True)
-    assert_usable(store)
-
-
-# ------------------------------------------------------------------------------------------------------ a full disk
-
-WRITES = {
-    "mkdir": Path,
-    "write_text": Path,
-    "rename": os,
-    "read_bytes": Path,
-    "chmod": Path,
-    "open": os,
-    "fsync": os,
-}
-
-
-def full_at(call: int, write: str, store: Store, patch: pytest.MonkeyPatch) -> Callable[[], bool]:
-    """Makes one call of a function below the store's folder fail as on a full disk. Returns whether it was reached."""
-    real: Callable[..., Any] = getattr(WRITES[write], write)
-    seen = 0
-
-    def full(what: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal seen
-        if write == "fsync" or str(what).startswith(str(store.root)):
-            seen += 1
-            if seen == call:
-                # OSError of fsync names no file, as that of a write.
-                names = () if write == "fsync" else (str(what),)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
-        return real(what, *args, **kwargs)
-
-    patch.setattr(WRITES[write], write, full)
-    return lambda: seen >= call
-
-
-@pytest.mark.parametrize("write", WRITES)
-def test_the_disk_fills_at_any_write(write: str, store: Store) -> None:
-    """Fails the first, second, … call of each function in turn. Each failure is reported and leaves nothing behind.
-
-    A build that can't be stored goes to a temporary folder with one warning. Only notes may be lost silently.
-    """
-    told = []
-    for call in range(1, 40):
-        loader._loaded.clear()
-        shutil.rmtree(store.root, ignore_errors=True)
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            no_fallback(patch)
-            met = full_at(call, write, store, patch)
-            patch.setattr(compiler, "build", a_build_of_nothing)
-            patch.setattr(loader, "import_entry", lambda entry, *_: entry)
-            said = [""]
-            try:
-                kernel = loader.load(SMALL, store=store)
-                if not kernel.path.is_relative_to(store.root):
-                    assert tiers._fallback is not None
-                    assert kernel.path.is_relative_to(tiers._fallback[1].root)
-                    assert leftovers(tiers._fallback[1]) == []
-                    said = [str(warning.message) for warning in warned]
-            except StoreError as error:
-                said = [str(error)]
-        assert leftovers(store) == []
-        if said != [""]:
-            told += said
-            assert len(said) == 1, said
-        else:
-            assert warned == [], [str(warning.message) for warning in warned]
-            assert [entry.key for entry in store.entries()], "the failure was not reported and nothing was built"
-        if not met():
-            break
-    else:
-        pytest.fail("the function still makes more calls")
-    assert told, "no call failed"
-    for message in told:
-        assert re.search(rf"{FULL}|{SPARED}", message), message
-        assert str(store.root) in message
-    shutil.rmtree(store.root, ignore_errors=True)
-    loader._loaded.clear()
-    assert_usable(store)
-
-
-def a_build_of_nothing(recipe: Recipe, tools: Any, *, stage: Path, **_: Any) -> compiler.Build:
-    """Stands in for compiler.build: leaves the files of a build and runs no compiler."""
-    for file in (f"{recipe.module}.so", "main.cpp", "build.ninja", "main.o"):
-        (stage / file).write_text("x")
-    return compiler.Build(f"{recipe.module}.so", "main.cpp", "c++ -c", 1.0, {}, {})
-
-
-ON_A_SMALL_DISK = """
-import json, os, pathlib, sys, warnings
-import torch, onelaunch
-from onelaunch import KernelConfig, MetadataBuffers, StoreError, CompileError
-from onelaunch.load import loader
-from onelaunch import log
-from onelaunch.cache import store, tiers
-small = KernelConfig(fields=("cache_seqlens",), target="cpu")
-disk = pathlib.Path(sys.argv[1])
-cache = store.Store(disk / "cache")
-loader.default_store = lambda: cache
-cache.root
-said = []
-for free_pages in (0, 3, 8, 12, 20, 40, 100):
-    with open(disk / "ballast", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            os.ftruncate(file.fileno(), max(0, file.tell() - 4096 * free_pages))
-    loader._loaded.clear()
-    tiers._fallback = None
-    log._warned.clear()
-    try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            kernel = loader.load(small, store=cache)
-        if kernel.path.is_relative_to(disk):
-            break
-        assert kernel.path.is_relative_to(tiers._fallback[1].root)
-        (warning,) = warned
-        said.append([free_pages, "spared", str(warning.message)])
-    except (StoreError, CompileError) as error:
-        said.append([free_pages, type(error).__name__, str(error)])
-    finally:
-        (disk / "ballast").unlink()
-    for folder in ("staging", "entries"):
-        assert not (disk / "cache" / folder).exists() or list((disk / "cache" / folder).iterdir()) == [], free_pages
-tiers._fallback = None
-loader._loaded.clear()
-out = torch.full((4,), -1, dtype=torch.int32)
-plan = onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=torch.zeros(1, 1, dtype=torch.int32))
-plan.run(torch.tensor([5, 6]), torch.tensor([0, 0]))
-assert plan.kernel.path.is_relative_to(disk)
-print(json.dumps([said, out.tolist()]))
-"""
-
-
-def mounted(folder: Path, options: str, command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a shell command in its own namespaces, with a tmpfs mounted on the folder."""
-    folder.mkdir()
-    probe = ["unshare", "--user", "--map-root-user", "--mount"]
-    mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))}"
-    if shutil.which("unshare") is None or subprocess.run([*probe, "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this system gives no namespace to mount a small disk in; the simulated faults ran")
-    return subprocess.run([*probe, "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True, check=False)
-
-
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """A tmpfs and a ballast file that shrinks until a build fits."""
-    disk = tmp_path / "disk"
-    script = tmp_path / "script.py"
-    script.write_text(ON_A_SMALL_DISK)
-    done = mounted(disk, "size=4m,mode=700", shlex.join([sys.executable, str(script), str(disk)]))
-    assert done.returncode == 0, done.stderr
-    said, out = json.loads(done.stdout)
-    assert out == [5, 6, -1, -1]
-    assert len(said) > 3, said
-    for free, kind, message in said:
-        assert kind == "spared", (free, kind, message)
-        assert re.search(SPARED, message), (free, kind, message)
-        assert str(disk) in message
-    assert len({message.split(" (")[1] for _, _, message in said}) >= 2, said
-
-
-def test_neither_the_cache_nor_a_temporary_folder_can_be_written(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error names both. A cache that can be written needs no folder for temporary files."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
-    with pytest.raises(StoreError, match=r"file/cache can.t be used .*, and no folder for temporary files"):
-        loader.load(SMALL, store=Store(tmp_path / "file" / "cache"))
-    assert loader.load(SMALL, store=store).path.is_file()
 
 
 # --------------------------------------------------------------------------------------------- a folder that vanishes

@@ -1,4 +1,8 @@
-"""Processes killed at any call while they use the cache: the next one builds, and removes their leftovers."""
+"""Processes that are killed or interrupted, at any call and at each step of a build.
+
+Nothing that is half done is ever used, no failure is remembered, and the next process builds without waiting for the
+dead one and removes what it left.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,13 +21,17 @@ from typing import Any
 
 import onelaunch
 import pytest
-from onelaunch import KernelConfig
+from click.testing import CliRunner
+from compilers import REAL, compiler_that, hanging, only_of, running
+from onelaunch import CompileError, KernelConfig
 from onelaunch.build import compile as compiler
-from onelaunch.cache import collect, files, tiers
+from onelaunch.cache import collect, failures, files
 from onelaunch.cache.store import OWN_NAMES, TAG, Store
+from onelaunch.cli.main import app
 from onelaunch.load import loader, pack
+from processes import LOAD, Children, finish, runs, until
+from usable import SMALL, SMALL_CUDA, forget
 
-SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 OTHER = SMALL.replace(num_backends=2)
 ROOMS = re.compile(re.escape(str(Path(str(onelaunch.__file__)).parent)) + "/(cache|load)/")
 
@@ -31,9 +40,7 @@ ROOMS = re.compile(re.escape(str(Path(str(onelaunch.__file__)).parent)) + "/(cac
 def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(tiers, "_fallback", None)
-    monkeypatch.setattr("onelaunch.log._warned", set())
-    monkeypatch.setattr(loader, "_loaded", {})
+    forget(monkeypatch)
 
 
 @pytest.fixture
@@ -144,3 +151,169 @@ def test_what_killed_processes_leave_is_swept(
         assert len(list(store.entries())) == len(store.stored_keys())
         assert store.listed("damaged") == []
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- one process of a build
+
+FORKS = """
+signing_build = compiler.build
+def forking_build(*args, **kwargs):
+    if os.fork() == 0:
+        sign("forked")
+        time.sleep(600)
+        os._exit(0)
+    return signing_build(*args, **kwargs)
+compiler.build = forking_build
+"""
+HANGS_BEFORE_IT_PUBLISHES = """
+def hang(*args):
+    sign("hangs")
+    time.sleep(600)
+os.rename = hang
+"""
+
+
+@pytest.mark.parametrize("phase", ["compiling", "publishing"])
+def test_a_process_that_is_killed_while_it_builds(phase: str, children: Children, tmp_path: Path) -> None:
+    """The process that waits for it takes over, even if a child that the killed one forked lives on."""
+    if phase == "compiling":
+        compiles = str(compiler_that(hanging(tmp_path), tmp_path))
+        builder = children.start(FORKS + LOAD, MADE="", CXX=compiles)
+        until(lambda: running(tmp_path) != [], "the compiler")
+    else:
+        builder = children.start(FORKS + HANGS_BEFORE_IT_PUBLISHES + LOAD)
+        children.wait_for("hangs")
+    children.wait_for("forked")
+    (forked,) = children.signed("forked")
+    try:
+        waiter = children.start(LOAD)
+        children.wait_for("waiting")
+        assert list((children.cache / "entries").glob("*")) == []
+        (left,) = (children.cache / "staging").iterdir()
+        builder.kill()
+        builder.wait()
+        result, said = finish(waiter)
+        assert runs(forked)
+    finally:
+        os.kill(forked, signal.SIGKILL)
+    assert result["works"]
+    assert re.search(rf"waiting for .*pid {builder.pid}, holds it since .* and is {phase}\n", said), said
+    assert said.count("onelaunch: building") == 1
+    assert sorted(children.signed("building")) == sorted([builder.pid, waiter.pid])
+    store = Store(children.cache)
+    assert [entry.path for entry in store.entries()] == [Path(result["path"]).parent]
+    assert not left.exists()
+    assert [path for name in ("staging", "locks") for path in (store.root / name).iterdir()] == []
+    assert list(store.root.glob(f"failed/*/{failures.RECORD}")) == []
+    until(lambda: not any(runs(pid) for pid in running(tmp_path)), "the end of the compiler")
+
+
+THE_COMPILER = r"The compiler was killed, most often because memory ran out: build fewer at once \(MAX_JOBS=1\)"
+# What is killed when it builds OTHER: by what, and what the error says.
+KILLED = {
+    "the compiler": (only_of(OTHER.symbol, "kill -KILL $$"), THE_COMPILER),
+    "the linker": (f'case "$out" in *{OTHER.symbol}*.so) kill -TERM $$;; esac', "didn't compile"),
+    "ninja": (
+        # The parent may be ninja or a shell that ninja started.
+        only_of(
+            OTHER.symbol,
+            "parent=$PPID; grep -q ninja /proc/$parent/comm || parent=$(cut -d' ' -f4 /proc/$parent/stat);"
+            " kill -KILL $parent; sleep 0.2; exit 1",
+        ),
+        "didn't compile",
+    ),
+    "the build's whole session": (
+        only_of(OTHER.symbol, "kill -KILL $(cut -d' ' -f6 /proc/$$/stat); sleep 9"),
+        "wasn't built, since its build process ended by signal 9.*If memory ran out, build fewer at once with --jobs",
+    ),
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store, which is also the command's."""
+    store = Store(tmp_path / "cache")
+    monkeypatch.setattr(loader, "default_store", lambda: store)
+    return store
+
+
+@pytest.mark.parametrize("what", KILLED)
+def test_a_compiler_that_is_killed(what: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's OOM killer does this. It is reported, and the other kernels are built."""
+    does, sentence = KILLED[what]
+    monkeypatch.setenv("CXX", str(compiler_that(does, tmp_path)))
+    words = [word for config in (OTHER, SMALL) for word in ("--set", config.settings())]
+    result = CliRunner().invoke(app, ["build", *words, "--jobs", "1"])
+    assert result.exit_code == 2
+    failed, good, summary = result.stdout.splitlines()
+    assert re.search(rf"^failed .* {OTHER.symbol}  .*{sentence}", failed), failed
+    assert SMALL.symbol in good
+    assert summary.startswith("1 built, 0 there before, 1 failed, in ")
+    assert [entry.manifest["symbol"] for entry in store.entries()] == [SMALL.symbol]
+    assert_nothing_is_left(store)
+    monkeypatch.setenv("CXX", str(REAL))
+    assert loader.load(OTHER, store=store).built
+
+
+def assert_nothing_is_left(store: Store) -> None:
+    """No folder of a build, no lock, and no failure to remember."""
+    assert left_in(store.root) == []
+    assert list(store.root.glob(f"failed/*/{failures.RECORD}")) == []
+
+
+@pytest.mark.nvcc
+def test_the_host_compiler_is_killed_under_nvcc(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = compiler_that('case "$*" in *__CUDACC__*) kill -KILL $$;; esac', tmp_path)
+    monkeypatch.setenv("CXX", str(killed))
+    with pytest.raises(CompileError, match=THE_COMPILER):
+        loader.load(SMALL_CUDA, ("90a",), store)
+    assert_nothing_is_left(store)
+    monkeypatch.setenv("CXX", str(REAL))
+    assert loader.load(SMALL_CUDA, ("90a",), store).built
+
+
+# ---------------------------------------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize(
+    ("number", "jobs"),
+    [
+        pytest.param(signal.SIGINT, 1, id="Ctrl-C, one build in the command's process"),
+        pytest.param(signal.SIGINT, 2, id="Ctrl-C, two builds in workers and one that waits"),
+        pytest.param(signal.SIGTERM, 1, id="SIGTERM"),
+        pytest.param(signal.SIGHUP, 1, id="SIGHUP", marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_during_a_build(number: int, jobs: int, store: Store, tmp_path: Path) -> None:
+    """A terminal or service manager signals the whole process group, but builds have sessions of their own."""
+    settings = [f"--set={SMALL.replace(num_backends=n + 1).settings()}" for n in range(1 if jobs == 1 else 3)]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "onelaunch.cli.main", "build", *settings, "--jobs", str(jobs)],
+        env={
+            **os.environ,
+            "ONELAUNCH_CACHE_DIR": str(store.root),
+            "CXX": str(compiler_that(hanging(tmp_path), tmp_path)),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: len(running(tmp_path)) == jobs or command.poll() is not None, "the compilers")
+        assert command.poll() is None, command.communicate()
+        os.killpg(command.pid, number)
+        stdout, stderr = command.communicate(timeout=300)
+    finally:
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
+    assert command.returncode == (130 if number == signal.SIGINT else -number), stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert (stderr.splitlines()[-1] == "onelaunch: interrupted") == (number == signal.SIGINT)
+    until(lambda: not any(runs(pid) for pid in running(tmp_path)), "the end of the compilers")
+    assert len(running(tmp_path)) == jobs, "another build began"
+    assert store.stored_keys() == []
+    if number != signal.SIGINT:  # that process can't clean up, so the next one does
+        store.sweep()
+    assert_nothing_is_left(store)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onelaunch import KernelConfig, ToolchainError
-from onelaunch.build import binary, toolchain
+from onelaunch import KernelConfig
+from onelaunch.build import binary
 from onelaunch.build import compile as compiler
 from onelaunch.cache.manifest import Entry
 from onelaunch.cache.module import EntryChanged
@@ -81,45 +81,6 @@ def test_an_index_that_leads_to_an_entry_that_is_gone(store: Store, fake_build: 
     loader._loaded.clear()
     assert loader.load(CONFIG, store=store).path == kernel.path
     assert len(fake_build) == 2
-
-
-def test_a_host_without_a_compiler(store: Store, fake_build: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the build that the index names, whichever compiler made it. Without a build it raises ToolchainError."""
-    kernel = loader.load(CONFIG, store=store)
-
-    def none(target: str) -> toolchain.Tools:
-        raise ToolchainError("there is no compiler")
-
-    monkeypatch.setattr(toolchain, "find_tools", none)
-    loader._loaded.clear()
-    assert loader.load(CONFIG, store=store).key == kernel.key
-    with pytest.raises(ToolchainError, match="there is no compiler"):
-        loader.load(CONFIG.replace(num_backends=2), store=store)
-    kernel.path.parent.rename(store.root / "gone")
-    loader._loaded.clear()
-    with pytest.raises(ToolchainError, match="there is no compiler"):
-        loader.load(CONFIG, store=store)
-
-
-def test_another_process_built_it_while_this_one_waited(
-    store: Store, fake_build: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = loader.load(CONFIG, store=store)
-    for path in (store.root / "index").iterdir():
-        path.unlink()
-    loader._loaded.clear()
-    find, missed = Store.find, []
-
-    def late(self: Store, key: str, expect: Any = None) -> Entry | None:
-        if not missed:
-            missed.append(key)
-            return None
-        return find(self, key, expect)
-
-    monkeypatch.setattr(Store, "find", late)
-    assert loader.load(CONFIG, store=store).key == first.key
-    assert missed == [first.key]
-    assert len(fake_build) == 1
 
 
 def test_an_entry_that_is_removed_while_it_is_loaded(

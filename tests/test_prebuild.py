@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from compilers import REAL, compiler_that, hanging, only_of, running
 from onelaunch import PRESETS, ConfigError, KernelConfig
 from onelaunch.build import process, toolchain
 from onelaunch.cache import failures
@@ -21,7 +20,6 @@ from onelaunch.load.prebuild import Job
 from processes import runs, until
 
 SMALL = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in (1, 2, 3)]
-REAL = toolchain.find_host_compiler().path
 
 
 @pytest.fixture(autouse=True)
@@ -111,29 +109,15 @@ def test_several_are_built_in_children_whatever_the_policy(store: Store, monkeyp
     assert loader.load(SMALL[0]).path.is_file()
 
 
-def fake_compiler(folder: Path, action: str) -> Path:
-    """A compiler that runs ``action`` instead of compiling SMALL[1], and compiles every other kernel."""
-    path = folder / "bin" / "c++"
-    path.parent.mkdir()
-    symbol = SMALL[1].symbol
-    path.write_text(
-        f'#!/bin/sh\ncase "$*" in *-c*) if grep -q {symbol} main.cpp; then {action}; fi;; esac\nexec {REAL} "$@"\n'
-    )
-    path.chmod(0o755)
-    return path
-
-
 def test_one_that_hangs_is_ended_with_its_compiler(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other kernels are still built. The time-out fires once the compiler hangs, however busy the machine is."""
-    compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 600")
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", str(compiler_that(only_of(SMALL[1].symbol, hanging(tmp_path)), tmp_path)))
     line = process._Builder._line
 
     def hangs() -> bool:
-        pid = tmp_path / "pid"
-        return pid.exists() and runs(int(pid.read_text()))
+        return any(runs(pid) for pid in running(tmp_path))
 
     def until_it_hangs(self: process._Builder, deadline: float | None) -> Any:
         while deadline is not None:
@@ -153,42 +137,21 @@ def test_one_that_hangs_is_ended_with_its_compiler(
     assert f"{SMALL[1].symbol} wasn't built in 77 s; --timeout sets how long it may take" in rows[1]
     assert summary.startswith("2 built, 0 there before, 1 failed, in ")
     assert len(store.stored_keys()) == 2
-    assert (tmp_path / "pid").exists()
+    assert running(tmp_path) != []
     until(lambda: not hangs(), "the compiler's end")
     # No failure is recorded and no lock is held, so the kernel can be compiled at once.
-    compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
+    monkeypatch.setenv("CXX", str(REAL))
     key = loader.content_key(SMALL[1], (), toolchain.find_tools("cpu").versions())
     assert failures.recall(store, key) is None
     assert loader.load(SMALL[1]).key == key
     assert list((store.root / "staging").iterdir()) == []
 
 
-def test_ctrl_c_ends_the_builds(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The builds run in sessions of their own, so the terminal sends them no signal: the parent must end them."""
-    compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 600")
-    monkeypatch.setenv("CXX", str(compiler))
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
-
-    def interrupt() -> None:
-        until((tmp_path / "pid").exists, "the compiler hangs")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        prebuild.build_all([Job(SMALL[1]), Job(SMALL[2])], 1)
-    pid = int((tmp_path / "pid").read_text())
-    until(lambda: not runs(pid), "its end")
-    assert store.stored_keys() == []
-    assert list((store.root / "staging").iterdir()) == []
-    assert list((store.root / "failed").rglob(failures.RECORD)) == []
-
-
 def test_one_that_fails_is_in_the_summary_and_remembered(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = fake_compiler(tmp_path, "echo 'main.cpp:1: error: no such luck'; exit 1")
-    monkeypatch.setenv("CXX", str(compiler))
+    refuses = only_of(SMALL[1].symbol, "echo 'main.cpp:1: error: no such luck'; exit 1")
+    monkeypatch.setenv("CXX", str(compiler_that(refuses, tmp_path)))
     words = [word for config in SMALL[:2] for word in ("--set", config.settings())]
     result = verb(*words, "--jobs", "1")
     assert result.exit_code == 2
@@ -196,18 +159,8 @@ def test_one_that_fails_is_in_the_summary_and_remembered(
     assert "no such luck" in result.output
     assert "and is not retried until its inputs change" in verb(*words, "--jobs", "1").output
     # The compiler works again, but only --retry tries it.
-    compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@"\n')
+    monkeypatch.setenv("CXX", str(REAL))
     result = verb("--set", SMALL[1].settings(), "--retry")
     assert result.exit_code == 0, result.output
-    assert failures.RETRY_VARIABLE not in os.environ
-
-
-def test_a_build_process_that_is_killed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's OOM killer does this. It is reported, the other kernels are built, and no failure is recorded."""
-    killing = fake_compiler(tmp_path, "kill -9 $(cut -d' ' -f6 /proc/$$/stat); sleep 600")  # field 6: the session
-    monkeypatch.setenv("CXX", str(killing))
-    killed, other = prebuild.build_all([Job(SMALL[1]), Job(SMALL[2])], 1)
-    assert "wasn't built, since its build process ended by signal 9" in killed.error
-    assert "If memory ran out, build fewer at once with --jobs" in killed.error
-    assert other.built
     assert list((store.root / "failed").rglob(failures.RECORD)) == []
+    assert failures.RETRY_VARIABLE not in os.environ

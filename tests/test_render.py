@@ -451,7 +451,7 @@ def test_the_binding_knows_the_size_of_the_parameters(config: KernelConfig) -> N
 
 def test_the_baselines_of_the_timings() -> None:
     """The baselines that onelaunch is timed against are emitted too, with the same binding as a plan."""
-    source, binding = render_baseline("ideal", "floor", ("vectors",), 7, num_backends=5, unroll=4)
+    source, binding = render_baseline("ideal", "floor", ("vectors",), 7, num_backends=5, unroll=4, page_size=1)
     assert "constexpr int kBackends = 5;" in source
     assert "constexpr int kUnroll = 4;" in source
     assert "int floor_launch(" in source

@@ -15,14 +15,20 @@ MEASURED_VERSION = "0.5.23"
 # instead, from the arguments that the engine's own wrappers pass on.
 MEASURED = """
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import torch
-from onelaunch.cli.lab.bench import sglang_refresh
 from onelaunch.cli.lab.bench.cases import Case
 from onelaunch.cli.lab.bench.contenders import CONTENDERS
 from onelaunch.cli.lab.bench.implementation import Unsupported
+from onelaunch.cli.lab.bench.parts import PARTS, part_rows
 from onelaunch.cli.lab.bench.scene import Scene
+from onelaunch.cli.lab.bench.sglang_modules import version
+from onelaunch.spec.reference_schedules import paged_mqa_schedule
+
+sys.path.append(sys.argv[1])
+from benched import Meter
 
 sys.modules["sglang.kernels.jit.utils"] = compiler = ModuleType("sglang.kernels.jit.utils")
 compiler.cache_once = lambda function: function
@@ -57,7 +63,7 @@ def copy_to_one(*arguments):
 compiler.load_jit = lambda name, *a, **k: SimpleNamespace(
     fused_metadata_copy_multi=copy_to_three, fused_metadata_copy=copy_to_one
 )
-print(sglang_refresh.version() or "none", hasattr(sys.modules["sglang"], "Engine"))
+print(version() or "none", hasattr(sys.modules["sglang"], "Engine"))
 ran = {"sglang": 0, "sglang-best": 0}
 for case in (Case(6, 999, 3, 1031), Case(1, 600, 1, 601, 1), Case(33, 40, 5, 140, 16)):
     scene = Scene(case.lengths(), case.backends, case.width, case.page_size, torch.device("cpu"))
@@ -71,15 +77,33 @@ for case in (Case(6, 999, 3, 1031), Case(1, 600, 1, 601, 1), Case(33, 40, 5, 140
             must(not fault, name, str(case), fault)
             ran[name] += 1
 print(ran)
+
+def schedule(lengths, metadata, workspace):
+    must(lengths.dtype == metadata.dtype == torch.int32 and metadata.shape == (133, 2))
+    metadata.copy_(torch.tensor(paged_mqa_schedule(lengths.tolist(), 132)))
+
+for name in ("is_arch_support_pdl", "is_hip_runtime"):
+    setattr(compiler, name, None)
+compiler.load_jit = lambda name, *a, **k: SimpleNamespace(run=schedule)
+two = [replace(part, backends=(2,), floor=lambda inputs, backends: []) for part in PARTS[:2]]
+for row in part_rows(Meter(), ("3x700", "33x5"), [*two, PARTS[2]]):
+    print(row["part"], row["shape"], *row["warm_us"], row["reason"])
 """
 
 
 def test_its_kernels_are_measured_as_the_engine_calls_them(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-O", "-c", MEASURED]
+    command = [sys.executable, "-O", "-c", MEASURED, str(Path(__file__).parent.parent)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if version("sglang") != MEASURED_VERSION:
         assert "this SGLang has no such kernels: No module named" in done.stderr
         return
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{MEASURED_VERSION} False", "{'sglang': 3, 'sglang-best': 12}"]
+    shapes = ("3x700", "33x5")
+    assert done.stdout.splitlines() == [
+        f"{MEASURED_VERSION} False",
+        "{'sglang': 3, 'sglang-best': 12}",
+        *(f"flattened indices {shape} ours engine engine-best " for shape in shapes),
+        *(f"pages of 32 alone {shape} ours engine " for shape in shapes),
+        *(f"DeepGEMM's schedule {shape} ours engine " for shape in shapes),
+    ]

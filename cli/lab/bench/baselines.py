@@ -197,9 +197,24 @@ def ideal(scene: Scene, case: Case) -> list[Call]:
 def ideal_call(scene: Scene, extent: str = "live", unroll: int = 4) -> Call:
     """A call of the ideal fan-out of as many words: contiguous, aligned, one read and N writes."""
     words = scene.live if extent == "live" else scene.width * len(scene.lengths)
-    target = target_of(scene.device)
-    module = kernel("ideal", target, ("vectors",), scene.backends + 2, num_backends=scene.backends, unroll=unroll)
-    index, cuda = scene.device.index or 0, scene.device.type == "cuda"
-    wide = [b.page_indices.data_ptr() for b in scene.buffers if b.page_indices is not None]
-    run = module.bind([scene.inputs[2].data_ptr(), *wide]).launch
-    return lambda: run(words // 4, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
+    wide = [b.page_indices for b in scene.buffers if b.page_indices is not None]
+    return fan_out(scene.inputs[2], wide, words, unroll)
+
+
+def fan_out(source: Tensor, to: Sequence[Tensor], words: int, unroll: int, page_size: int = 1) -> Call:
+    """A call of the kernel of lower bounds, which reads a contiguous source and writes N destinations.
+
+    Args:
+        words: words that each destination gets.
+        page_size: with more than 1, the first token of each page is read, and its page's number written.
+    """
+    target = target_of(source.device)
+    facts = {"num_backends": len(to), "unroll": unroll, "page_size": page_size}
+    module = kernel("ideal", target, ("vectors",), len(to) + 2, **facts)
+    index, cuda = source.device.index or 0, source.device.type == "cuda"
+    run = module.bind([source.data_ptr(), *(tensor.data_ptr() for tensor in to)]).launch
+
+    def launch(tensors: Sequence[Tensor] = (source, *to)) -> None:  # they stay alive
+        run(words // 4, torch._C._cuda_getCurrentRawStream(index) if cuda else 0)
+
+    return launch

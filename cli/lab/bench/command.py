@@ -11,7 +11,7 @@ import click
 import onelaunch
 from onelaunch.errors import ArgumentError, ConfigError
 
-from .cases import trace_lengths
+from .cases import SHAPES, trace_lengths
 from .figure import need_matplotlib, plot
 from .selection import Selected, numbers, parts_of, select
 from .tables import lines
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--all", "everything", is_flag=True, help="Every shape, N, page size, width and extent.")
 @click.option("--series", is_flag=True, help="Time against length too, for --plot.")
 @click.option("--host", is_flag=True, help="Host time alone, and its parts.")
+@click.option("--parts", is_flag=True, help="Parts alone: flattened indices, pages, schedules.")
 @click.option("--seconds", type=float, help="Start no case after this many seconds.")
 @click.option(
     "--json", "json_to", type=click.Path(path_type=Path), metavar="FILE", help="Write all results, case by case."
@@ -56,6 +57,7 @@ def bench(
     everything: bool,
     series: bool,
     host: bool,
+    parts: bool,
     seconds: float | None,
     json_to: Path | None,
     plot_to: Path | None,
@@ -65,7 +67,7 @@ def bench(
 
     Every implementation is checked against the reference before it is timed: in a CUDA graph with warm and with cold
     caches, call by call, and on the host. SGLang's own kernels are measured too where sglang can be imported,
-    and FlashMLA's schedule beside its own where SGLang's kernels (sgl_kernel) can.
+    and FlashMLA's schedule where SGLang's kernels (sgl_kernel) can.
 
     \b
     Examples:
@@ -76,7 +78,7 @@ def bench(
     if plot_to is not None:
         need_matplotlib()  # fails before anything is measured
     if read is not None:
-        others = shapes, n, page_size, extent, width, only, trace, everything, series, host, seconds, json_to
+        others = shapes, n, page_size, extent, width, only, trace, everything, series, host, parts, seconds, json_to
         if any(others):
             raise ConfigError("--from shows an earlier run; only --plot and --quick go with it. Leave the others out.")
         data = _read(read)
@@ -94,8 +96,15 @@ def bench(
             everything=everything,
             series=series,
         )
-        schedules = not (host or quick or only)
-        data = _measure([] if host else selected, traces, json_to, seconds, schedules)
+        alone = host or parts
+        data = _measure(
+            [] if alone else selected,
+            traces,
+            json_to,
+            host=not parts or host,
+            parts=(parts_of(shapes) or SHAPES) if parts or not (alone or quick or only) else (),
+            seconds=seconds,
+        )
     for line in lines(data, brief=quick):
         click.echo(line)
     if plot_to is not None:
@@ -106,8 +115,7 @@ def _measure(
     selected: Sequence[Selected],
     traces: Mapping[str, Path],
     json_to: Path | None,
-    seconds: float | None,
-    schedules: bool,
+    **how: Any,
 ) -> dict[str, Any]:
     # Imported here for start-up time: it needs torch.
     from .measuring import Record, run_bench
@@ -121,8 +129,7 @@ def _measure(
         meter,
         record,
         traces=lengths,
-        schedules=schedules,
-        seconds=seconds,
+        **how,
         say=lambda line: click.echo(line, err=True),
     )
 
@@ -163,5 +170,5 @@ def _read(path: Path) -> dict[str, Any]:
             data[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"--from {path} isn't what --json writes: {error}. Name such a file.") from error
-    data["verdicts"] = verdicts(data["rows"], data["host"], data.get("schedules", ()))
+    data["verdicts"] = verdicts(data["rows"], data["host"], data.get("parts", ()))
     return data

@@ -20,6 +20,7 @@ from . import baselines, sglang_refresh, torch_refresh
 from .cases import INDEX_TOPK, Case
 from .implementation import Implementation, Unsupported
 from .scene import Call, Scene
+from .sglang_modules import Missing
 
 # Words that one block writes in about 50 milliseconds.
 _MAX_SINGLE_BLOCK_WORDS = 16_000_000
@@ -100,7 +101,7 @@ def _sglang_kernels(case: Case) -> Any:
         raise Unsupported("triton isn't installed, which SGLang's kernels need")
     try:
         return sglang_refresh.kernels()
-    except sglang_refresh.Missing as error:
+    except Missing as error:
         raise Unsupported(str(error)) from error
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from onelaunch.cache import files
 
-from . import sglang_refresh
 from .cases import Case
 from .contenders import CONTENDERS, warmed
-from .flashmla import schedule_rows
 from .host import host_rows
 from .implementation import Implementation, Unsupported
 from .meter import Meter
+from .parts import part_rows
 from .scene import Call, Scene
 from .selection import Selected
+from .sglang_modules import version
 from .verdicts import verdicts
 
 
@@ -39,7 +39,7 @@ class Record:
             "complete": False,
             "rows": [],
             "host": [],
-            "schedules": [],
+            "parts": [],
             "verdicts": [],
         }
 
@@ -150,7 +150,7 @@ def run_bench(
     *,
     traces: Mapping[str, Sequence[int]] | None = None,
     host: bool = True,
-    schedules: bool = False,
+    parts: Sequence[str] = (),
     seconds: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -159,8 +159,8 @@ def run_bench(
     Args:
         traces: lengths of requests, by the name of the trace.
         host: measure host time too.
-        schedules: measure FlashMLA's schedule alone too.
-        seconds: start no case after this many seconds.
+        parts: shapes on which parts of a refresh are measured alone, after the cases.
+        seconds: start no case, and no part, after this many seconds.
         say: called with lines of progress.
     """
 
@@ -169,7 +169,7 @@ def run_bench(
     data["machine"] = meter.machine()
     names = list(dict.fromkeys(name for one in selected for name in one.names))
     data["titles"] = {name: CONTENDERS[name].title for name in names}
-    data["sglang"] = sglang_refresh.version()
+    data["sglang"] = version()
     say(f"building {', '.join(names)}")
     data["not_built"] = warmed([one.case for one in selected], names, meter.device)
     for failure in data["not_built"]:
@@ -177,8 +177,6 @@ def run_bench(
     say(f"{time.monotonic() - began:.0f} s: built")
     if host:
         data["host"] = host_rows(meter)
-    if schedules:
-        data["schedules"] = schedule_rows(meter)
     record.write()
     left_out = set[tuple[str, str]]()
     for number, one in enumerate(selected):
@@ -197,7 +195,7 @@ def run_bench(
             say(f"{place} {time.monotonic() - began:.0f} s: {row['label']} {row['implementation']}: {found}")
 
         data["rows"] += measure_case(meter, one, (traces or {}).get(one.case.kind, ()), report)
-        data["verdicts"] = verdicts(data["rows"], data["host"], data["schedules"])
+        data["verdicts"] = verdicts(data["rows"], data["host"], data["parts"])
         record.write()
         try:
             meter.synchronize()
@@ -208,7 +206,17 @@ def run_bench(
             break
     else:
         data["complete"] = True
-    data["verdicts"] = verdicts(data["rows"], data["host"], data["schedules"])
+        for row in part_rows(meter, parts):
+            data["parts"].append(row)
+            record.write()
+            spent = time.monotonic() - began
+            of = f"{row['part']}, N={row['backends']}, {row['shape']}"
+            say(f"{spent:.0f} s: {of}: {row['warm_us'] or row['reason']}")
+            if seconds is not None and spent > seconds:
+                data["complete"] = False
+                say(f"no more parts are begun, for --seconds {seconds:g}")
+                break
+    data["verdicts"] = verdicts(data["rows"], data["host"], data["parts"])
     data["seconds"] = round(time.monotonic() - began, 1)
     record.write()
     return data

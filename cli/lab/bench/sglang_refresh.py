@@ -6,96 +6,37 @@ DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph, read in SGLa
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from functools import cache
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from onelaunch import MetadataBuffers
 from torch import Tensor
 
+from .sglang_modules import Missing, module
+
 # What one copy of the engine's writes at once, from this number of backends on.
 _TOGETHER = 3
 _DECODE = 0
-# Packages on the way to the kernels' modules. Their __init__ would import the whole server, and what it needs.
-_PACKAGES = (
-    "kernels",
-    "kernels.jit",
-    "kernels.ops",
-    "kernels.ops.attention",
-    "kernels.ops.attention.dsa",
-    "kernels.ops.attention.dsa.kpool_metadata",
-    "srt",
-    "srt.utils",
-)
-_DSA = "sglang.kernels.ops.attention.dsa"
-
-
-class Missing(Exception):
-    """SGLang's kernels can't be imported; the message says why."""
+_DSA = "kernels.ops.attention.dsa"
 
 
 @cache
 def kernels() -> Any:
-    """Modules of SGLang with its metadata kernels: ``metadata``, ``pooled``, ``copies``, and ``version``, a string.
+    """Modules of SGLang with its metadata kernels: ``metadata``, ``pooled`` and ``copies``.
 
     ``copies`` is the reason, a string, where what compiles these kernels can't be imported.
 
     Raises:
         Missing: there is no SGLang, or one without these modules.
     """
-    if "sglang" not in sys.modules:
-        _make_packages()
+    found = SimpleNamespace(metadata=module(f"{_DSA}.metadata"), pooled=module(f"{_DSA}.kpool_metadata.decode"))
     try:
-        found = SimpleNamespace(
-            metadata=importlib.import_module(f"{_DSA}.metadata"),
-            pooled=importlib.import_module(f"{_DSA}.kpool_metadata.decode"),
-            version=importlib.import_module("sglang.version").__version__,
-        )
-    except ImportError as error:
-        raise Missing(f"this SGLang has no such kernels: {error}") from error
-    try:
-        found.copies = importlib.import_module(f"{_DSA}.fused_metadata_copy")
-    except ImportError as error:
-        found.copies = f"SGLang's compiler of kernels isn't importable: {error}"
+        found.copies = module(f"{_DSA}.fused_metadata_copy")
+    except Missing as error:
+        found.copies = f"SGLang's compiler of kernels isn't importable: {error.__cause__}"
     return found
-
-
-def version() -> str:
-    """The version of the SGLang that is measured; "" if there is none."""
-    try:
-        return str(kernels().version)
-    except Missing:
-        return ""
-
-
-def _make_packages() -> None:
-    """Puts SGLang's packages into sys.modules without executing them, so that single modules can be imported.
-
-    The compiler of its kernels asks ``sglang.srt.utils.common``, which needs a server's packages, for two facts.
-    """
-    found = importlib.util.find_spec("sglang")
-    if found is None or not found.submodule_search_locations:
-        raise Missing("SGLang isn't importable")
-    root = Path(next(iter(found.submodule_search_locations)))
-    for name in ("", *_PACKAGES):
-        place = root.joinpath(*name.split(".")) if name else root
-        if not place.is_dir():
-            continue
-        full = f"sglang.{name}" if name else "sglang"
-        spec = importlib.util.spec_from_file_location(
-            full, place / "__init__.py", submodule_search_locations=[str(place)]
-        )
-        assert spec is not None
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-    common = ModuleType("sglang.srt.utils.common")
-    common.is_cuda = lambda: torch.version.cuda is not None  # type: ignore[attr-defined]
-    common.get_cuda_version = lambda: tuple(map(int, str(torch.version.cuda).split(".")))  # type: ignore[attr-defined]
-    sys.modules[common.__name__] = common
 
 
 def _computed(size: int, columns: int, page_size: int, device: torch.device) -> dict[str, Tensor]:

@@ -38,11 +38,9 @@ def lines(data: Mapping[str, Any], brief: bool = False) -> Iterator[str]:
     if data["rows"]:
         yield ""
         yield from _rows(data["rows"])
-    if schedules := data.get("schedules"):
+    if data.get("parts"):
         yield ""
-        yield "FlashMLA's schedule alone, one backend, in a CUDA graph with warm caches"
-        cells = [(row["shape"], number(row["ours_us"]), number(row["theirs_us"]), row["reason"]) for row in schedules]
-        yield from columns([("shape", "ours us", "FlashMLA us", ""), *cells], right=(1, 2))
+        yield from _parts(data["parts"])
     if data["host"]:
         yield ""
         host = [(_us(row["us"]), row["piece"], row["what"]) for row in data["host"]]
@@ -87,6 +85,22 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{row['label']} {row['implementation']}: {row['status']}: {row['reason']}"
         elif "reason" in row:
             yield f"{row['label']} {row['implementation']}: one of its variants failed: {row['reason']}"
+
+
+def _parts(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "Parts alone, in a CUDA graph: us with caches warm / cold. The engine's kernel as called, and its best form."
+    names = ("ours", "engine", "engine-best", "floor")
+    table: list[Sequence[str]] = [("part", "N", "shape", *names)]
+    for row in parts:
+        cells = [
+            f"{number(row['warm_us'].get(name))} / {number(row['cold_us'].get(name))}"
+            if name in row["warm_us"]
+            else "–"
+            for name in names
+        ]
+        table.append((row["part"], str(row["backends"]), row["shape"], *cells))
+    yield from columns(table, right=range(1, len(table[0])))
+    yield from dict.fromkeys(f"{row['part']}: {row['reason']}" for row in parts if row["reason"])
 
 
 def _spread(row: Mapping[str, Any], column: str) -> str:
