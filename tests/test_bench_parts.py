@@ -98,6 +98,24 @@ def test_what_an_engine_leaves_unwritten_is_found() -> None:
         assert "engine: backends[0].kv_indptr[1] is -858993460" in row["reason"]
 
 
+def test_what_is_wrong_with_ours_is_said_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is wrong with an engine's call."""
+
+    def calls(inputs: Inputs, buffers: list[MetadataBuffers]) -> dict[str, list[Callable[[], object]]]:
+        right = engine_of(lambda metadata: None).engine(inputs, buffers)["engine"]
+        wrong = engine_of(lambda metadata: metadata[0, 1].add_(1)).engine(inputs, buffers)["engine"]
+        return {"engine": right, "engine-best": wrong}
+
+    monkeypatch.setattr("onelaunch.run.plan.Plan.run", lambda plan, *tensors: None)
+    rows = measured(dataclasses.replace(MLA, engine=calls))
+    for row in rows:
+        assert set(row["warm_us"]) == {"engine"}
+        assert re.match(r"ours: backends\[0\]\.\w+.* is -858993460, .*; engine-best: ", row["reason"])
+    said = verdicts([], [], rows)
+    assert len(said) == 2 * len(rows)
+    assert all("ours wasn't measured; ours: " in each["measured"] and not each["holds"] for each in said)
+
+
 def test_parts_that_fail_take_nothing_along() -> None:
     def fails(inputs: Inputs, buffers: list[MetadataBuffers]) -> dict[str, list[Callable[[], object]]]:
         if len(inputs.lengths) == 3:

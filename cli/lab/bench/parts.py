@@ -261,7 +261,7 @@ def part_rows(meter: Meter, shapes: Sequence[str] = SHAPES, parts: Sequence[Part
 
 
 def _calls(part: Part, inputs: Inputs, backends: int) -> tuple[Calls, str]:
-    """The calls that can be measured, and why one of them can't."""
+    """The calls that can be measured, and why the others can't."""
     settings = part.settings(backends)
     seq_lens = inputs.seq_lens.to(settings.get("seq_lens_dtype", torch.int64))
     expected, ours = (part.destinations(inputs, backends) for _ in range(2))
@@ -270,24 +270,24 @@ def _calls(part: Part, inputs: Inputs, backends: int) -> tuple[Calls, str]:
     reference.refresh(expected, inputs.seq_lens, inputs.rows, inputs.pool, **known)
     plan = onelaunch.bind(ours, req_to_token=inputs.pool, **settings)
     calls: Calls = {"ours": [lambda: plan.run(seq_lens, inputs.rows)]}
-    reason = ""
+    reasons = []
     theirs = part.destinations(inputs, backends)
     try:
         calls |= part.engine(inputs, theirs)
     except Missing as error:
-        reason = str(error)
+        reasons.append(str(error))
     for name in list(calls):
         for call in calls[name]:
             written = call() if name == "ours" else call() or theirs
             fault = _fault(part, inputs, ours if name == "ours" else written, expected)
             if fault:
                 del calls[name]
-                reason = f"{name}: {fault}"
+                reasons.append(f"{name}: {fault}")
                 break
             _poison(theirs)
     if floor := part.floor(inputs, backends):
         calls["floor"] = floor
-    return calls, reason
+    return calls, "; ".join(reasons)
 
 
 def _poison(buffers: list[MetadataBuffers]) -> None:

@@ -108,7 +108,9 @@ def _of_part(row: Row) -> Iterator[tuple[str, str, bool]]:
     for caches in ("warm", "cold"):
         times = row[f"{caches}_us"]
         rivals = [times[name] for name in ("engine", "engine-best") if name in times]
-        if rivals and "ours" in times:
+        if rivals and "ours" not in times:
+            yield caches, f"ours wasn't measured; {row['reason']}", False
+        elif rivals:
             took, theirs = times["ours"], min(rivals)
             measured = f"{took:.2f} us; the engine's {theirs:.2f}, {theirs / took:.2f} of ours"
             yield caches, measured, _no_slower(took, theirs)
