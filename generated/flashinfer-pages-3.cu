@@ -260,16 +260,15 @@ __device__ __forceinline__ Value look_up(
     Value missing) {
   check_look_up(p, request, row, source.rows);
   check_look_up(p, request, column, source.columns);
-  if (row < 0 || row >= source.rows || column < 0 || column >= source.columns) return missing;
-  return static_cast<Value>(__ldg(source.data + row * source.row_stride + column));
+  const bool there = row >= 0 && row < source.rows && column >= 0 && column < source.columns;
+  return there ? static_cast<Value>(__ldg(source.data + row * source.row_stride + column)) : missing;
 }
 
 template <typename Value, typename T>
 __device__ __forceinline__ Value
 look_up(const Params& p, std::int64_t request, const Map<T>& map, std::int64_t index, Value missing) {
   check_look_up(p, request, index, map.size);
-  if (index < 0 || index >= map.size) return missing;
-  return static_cast<Value>(__ldg(map.data + index));
+  return index >= 0 && index < map.size ? static_cast<Value>(__ldg(map.data + index)) : missing;
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
@@ -314,9 +313,16 @@ __device__ void refresh_vectors(const Params& p, int b) {
 }
 
 // ---- declared tables and packed fields ---------------------------------------------------------------------------
-// kComputedBlocks blocks compute them. Their warps take parts of kComputedColumns columns in turn.
+// kComputedBlocks blocks compute them. Their warps take parts of kComputedColumns columns in turn. A lane computes its
+// elements of a part before it stores the first, because the compiler moves no look-up before a store.
 constexpr int kComputedColumns = 256;
+constexpr int kComputedEach = kComputedColumns / kWarpSize;  // a lane's
 constexpr int kComputedWarps = kComputedBlocks * kWarps;
+
+// For a dead column the last live one: lanes compute without branches, and look up nothing for dead columns.
+__device__ __forceinline__ std::int32_t live_column(std::int64_t column, std::int64_t live) {
+  return static_cast<std::int32_t>(column < live ? column : live - 1);
+}
 
 __device__ void compute_user_pages(const Params& p, int warp) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
@@ -325,6 +331,7 @@ __device__ void compute_user_pages(const Params& p, int warp) {
   __shared__ std::int64_t counts[kThreads];
   for (int b = 0; b < kLengthSets; ++b) {
     RunningSum<std::uint64_t> sum;
+    std::int64_t part = warp;  // that this warp takes next, counted from the request's first
     for (int first = 0; first < batch_size; first += kThreads) {
       {
         const int request = first + static_cast<int>(threadIdx.x);
@@ -340,25 +347,33 @@ __device__ void compute_user_pages(const Params& p, int warp) {
       }
       __syncthreads();
       for (int slot = 0; slot < kThreads && first + slot < batch_size; ++slot) {
-        // Each request's first part goes to another warp.
-        for (std::int64_t part = (warp + slot) % kComputedWarps; part * kComputedColumns < counts[slot];
-             part += kComputedWarps) {
+        const std::int64_t parts = counts[slot] > 0 ? (counts[slot] - 1) / kComputedColumns + 1 : 0;
+        for (; part < parts; part += kComputedWarps) {
           const int request = first + slot;
           const std::int32_t base_len = request_length(p, request);
           [[maybe_unused]] const std::int64_t pool_row = request_row(p, request);
           [[maybe_unused]] const std::int32_t offset = length_offset(b);
           [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
-          const std::int64_t last = (part + 1) * kComputedColumns;
-          for (std::int64_t place = part * kComputedColumns + lane; place < last; place += kWarpSize) {
-            [[maybe_unused]] const std::int32_t column = static_cast<std::int32_t>(place);
-            const std::int64_t at = begins[slot] + place;
-            if (place >= counts[slot] || at < 0 || at >= p.user_pages_capacity) continue;
+          std::int32_t values[kComputedEach];
+          const std::int64_t place = part * kComputedColumns + lane;
+          const std::int64_t at = begins[slot] + place;
+          const std::int64_t room = p.user_pages_capacity - begins[slot];
+          const std::int64_t stop = counts[slot] < room ? counts[slot] : room;
+#pragma unroll
+          for (int i = 0; i < kComputedEach; ++i) {
+            [[maybe_unused]] const std::int32_t column = live_column(place + i * kWarpSize, counts[slot]);
             const std::int32_t value_1 =
                 look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0});
             const std::int32_t value = floor_div(value_1, kPageSize);
-            store(p.user_pages, b, at, value);
+            values[i] = value;
+          }
+#pragma unroll
+          for (int i = 0; i < kComputedEach; ++i) {
+            if (place + i * kWarpSize >= stop || at + i * kWarpSize < 0) continue;
+            store(p.user_pages, b, at + i * kWarpSize, values[i]);
           }
         }
+        part -= parts;
       }
     }
   }

@@ -56,6 +56,7 @@ PyMethodDef plan_methods[] = {
     {"run", method(plan_run), METH_FASTCALL, "run(owner, arguments...): one launch on the current stream."},
     {"follow", method(plan_follow), METH_FASTCALL,
      "follow(inputs, spans, arguments): run() accepts so many checked arguments at other addresses."},
+    {"runner", plan_runner, METH_NOARGS, "runner(): what a memo calls in run()'s place."},
     {"launch", method(plan_launch), METH_FASTCALL, "launch(" ONELAUNCH_CALL_NAMES "stream): one launch."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -71,9 +72,9 @@ PyType_Spec plan_spec = {
     plan_slots};
 
 PyMethodDef memo_methods[] = {
-    {"find", method(memo_find), METH_FASTCALL,
-     "find(arguments...): the object that keep() got with equal arguments, or None."},
-    {"keep", method(memo_keep), METH_FASTCALL, "keep(object, arguments...): stores an object for find()."},
+    {"run", method(memo_run), METH_FASTCALL,
+     "run(arguments...): runs the plan that keep() got with equal arguments; whether there is one."},
+    {"keep", method(memo_keep), METH_FASTCALL, "keep(owner, run, arguments...): stores a plan for run()."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -91,7 +92,8 @@ PyMethodDef module_methods[] = {
     {"register_classes", method(register_classes), METH_FASTCALL,
      "register_classes(torch.Tensor, torch.dtype, MetadataBuffers, names of its fields): for the checks of arguments."},
     {"memo", memo, METH_VARARGS,
-     "memo(max_count, inputs=0): objects by the arguments that they were made for, of the first ones by the dtype."},
+     "memo(max_count, passed=0, inputs=0): plans by the arguments of calls. The first ones are passed to the plan; of "
+     "the inputs, the first of these, the dtype counts."},
     {"bind", bind, METH_VARARGS, "bind(words, device=-1): a plan with the parameters that no call sets."},
     {"prepare", prepare, METH_O, "prepare(device): loads the kernel; (registers, shared bytes, local bytes)."},
     {nullptr, nullptr, 0, nullptr},

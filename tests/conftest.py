@@ -9,13 +9,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import headers
 import hypothesis
 import pytest
 import torch
 from onelaunch import KernelConfig
+from onelaunch.build import compile as compiler
 from onelaunch.build import environment, toolchain
+from onelaunch.build.key import Recipe
 from onelaunch.cache.store import Store
 from onelaunch.errors import ToolchainError
 from onelaunch.load import loader
@@ -154,6 +157,20 @@ def children(tmp_path: Path) -> Iterator[Children]:
         if child.poll() is None:
             child.kill()
             child.wait()
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the modules that are built from here on."""
+    names: list[str] = []
+    build = compiler.build
+
+    def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> compiler.Build:
+        names.append(recipe.module)
+        return build(recipe, *args, **kwargs)
+
+    monkeypatch.setattr(compiler, "build", counted)
+    return names
 
 
 @pytest.fixture

@@ -184,8 +184,8 @@ class Farewell:
         self.memo = memo
 
     def __del__(self) -> None:
-        self.memo.find(1, "text")
-        self.memo.keep(None, 1, "text")
+        self.memo.run(1, "text")
+        self.memo.keep(None, lambda *arguments: None, 1, "text")
 
 
 def load(path: str) -> Any:
@@ -211,7 +211,8 @@ def main(path: str, calls: int, seed: int) -> None:
     good = a_class()
     classes = [good, a_class(2), a_class(name=b"another"), a_class(readable=False), Tensor, Strange, int, Text]
     names = [("first", "second"), ("first", "second"), (), ("first", 3), ("no", "such"), ["first"], None]
-    memos, plans = [module.memo(3)], [module.bind([0] * 9)]
+    memos, plans = [module.memo(3), module.memo(3, 2, 1)], [module.bind([0] * 9)]
+    last: list[Any] = []
 
     def value(depth: int = 0) -> Any:
         how = dice.randrange(20)
@@ -237,12 +238,14 @@ def main(path: str, calls: int, seed: int) -> None:
 
     def call() -> None:
         memo, plan = dice.choice(memos), dice.choice(plans)
-        arguments = [value() for _ in range(dice.randrange(6))]
+        arguments = last[:] if dice.random() < 0.5 else [value() for _ in range(dice.randrange(6))]
+        last[:] = arguments  # so that a memo has them
         how = dice.randrange(12)
         if how < 3:
-            memo.find(*arguments)
+            memo.run(*arguments)
         elif how < 5:
-            memo.keep(Farewell(memo) if dice.random() < 0.2 else value(), *arguments)
+            owner = dice.choice((Farewell(memo), Again(plan, dice), Strange(dice), value()))
+            memo.keep(owner, dice.choice((plan.run, plan.run, len, memo.run, value())), *arguments)
         elif how < 7:
             plan.run(Again(plan, dice) if dice.random() < 0.3 else Strange(dice), *arguments)
         elif how == 7:
@@ -261,7 +264,8 @@ def main(path: str, calls: int, seed: int) -> None:
                 dice.choice(names),
             )
         elif how == 10:
-            memos.append(module.memo(dice.choice((1, 2, 50, 0, -1, 2**62, value()))))
+            numbers = [dice.choice(c) for c in ((1, 2, 50, 0, -1, 2**62, value()), (0, 2, 30), (0, 1, 3, -1))]
+            memos.append(module.memo(*numbers[: dice.randrange(1, 4)]))
         else:
             module.prepare(dice.choice((0, 13, 2**70, value())))
         for some in (memos, plans):

@@ -11,8 +11,8 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
+from asked import Asked, ask, inputs
 from onelaunch import ArgumentError, LaunchError, MetadataBuffers
-from onelaunch.run.plan import Plan
 from references import check_references
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -22,37 +22,14 @@ class Number(int):
     """An int that isn't exactly one."""
 
 
-class Asked:
-    """Stands for a plan and returns the real one's words; counts how often the binding requests them."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.times = plan, 0
-
-    def _check(self, *arguments: Any) -> list[int]:
-        self.times += 1
-        return self.plan._check(*arguments)
-
-    def run(self, *arguments: Any) -> int:
-        """How often the binding requested words in this call."""
-        before = self.times
-        self.plan._bound.run(self, *arguments)
-        return self.times - before
-
-
 @pytest.fixture
 def out(device: torch.device) -> Tensor:
     return torch.full((8,), -7, dtype=torch.int32, device=device)
 
 
 @pytest.fixture
-def asked(out: Tensor, device: torch.device) -> Asked:
-    pool = torch.zeros((8, 64), dtype=torch.int32, device=device)
-    table = torch.zeros((8, 64), dtype=torch.int32, device=device)
-    return Asked(onelaunch.bind([MetadataBuffers(cache_seqlens=out, page_indices=table)], req_to_token=pool))
-
-
-def inputs(device: torch.device, *lengths: int) -> tuple[Tensor, Tensor]:
-    return torch.tensor(lengths, device=device), torch.arange(len(lengths), device=device)
+def asked(out: Tensor) -> Asked:
+    return ask(out)
 
 
 def test_what_is_the_same_is_checked_once(asked: Asked, out: Tensor, device: torch.device) -> None:

@@ -1,45 +1,29 @@
-"""From source to a loaded module: strict compilers, the object's requirements, keys, failures, and the store."""
+"""From source to a loaded module: strict compilers, the object's requirements, and a second process."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import forked
-import headers
 import onelaunch
 import pytest
 import support
-from click.testing import CliRunner
-from onelaunch import PRESETS, JitPolicyError, KernelConfig, ToolchainError, render
+from onelaunch import PRESETS, KernelConfig, render
 from onelaunch.build import compile as compiler
-from onelaunch.build import key as keys
 from onelaunch.build import toolchain
-from onelaunch.build.key import Recipe
 from onelaunch.cache.store import Store
-from onelaunch.cli.main import app
-from onelaunch.emit import binding as emitted_binding
 from onelaunch.emit.binding import render_binding
-from onelaunch.load import find, loader
+from onelaunch.load import loader
 from onelaunch.spec import layout
-
-# onelaunch.render is the function; this is the module in which it is replaced.
-RENDER = sys.modules["onelaunch.emit.render"]
-
-SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
-SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
-OTHERS = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in range(2, 12)]
+from usable import SMALL, SMALL_CUDA
 
 # Uses the kernel in a new process, and prints what that needed.
 USE = """
@@ -70,20 +54,6 @@ def use(cache: Path, **environment: str) -> tuple[dict[str, Any], str]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "cache")
-
-
-@pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the modules that are built from here on."""
-    names: list[str] = []
-    build = compiler.build
-
-    def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> compiler.Build:
-        names.append(recipe.module)
-        return build(recipe, *args, **kwargs)
-
-    monkeypatch.setattr(compiler, "build", counted)
-    return names
 
 
 # ------------------------------------------------------------------------------------------------- strictness
@@ -186,131 +156,6 @@ def test_torch_has_no_part_in_the_build(store: Store) -> None:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10|pybind11)", file.read_text())
 
 
-# ----------------------------------------------------------------------------------------------------- the key
-
-
-def test_two_stores_have_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key depends neither on the folder nor on the time, nor on precompiled headers."""
-    a, b = Store(tmp_path / "a"), Store(tmp_path / "some" / "other" / "folder")
-    first = loader.load(SMALL, store=a)
-    monkeypatch.setenv("CXX", os.environ.get(headers.PLAIN_VARIABLE, str(toolchain.find_host_compiler().path)))
-    second = loader.load(SMALL, store=b)
-    assert first.key == second.key
-    assert first.path.relative_to(a.root) == second.path.relative_to(b.root)
-    # The object is the same too, and so are the stored sources.
-    for name in (first.path.name, str(first.manifest["source_file"])):
-        assert (first.path.parent / name).read_bytes() == (second.path.parent / name).read_bytes()
-
-
-def key_of(config: KernelConfig = SMALL_CUDA, archs: tuple[str, ...] = ("90a",), **versions: str) -> str:
-    return loader.content_key(config, archs, {"host_compiler": "g++ 1", "nvcc": "13.0", "nvcc_build": "x", **versions})
-
-
-def change_source(patch: pytest.MonkeyPatch) -> str:
-    patch.setattr(RENDER, "render", lambda config: render(config) + "// changed\n")
-    return key_of()
-
-
-def change_binding(patch: pytest.MonkeyPatch) -> str:
-    patch.setattr(emitted_binding, "render_binding", lambda config, module: "// changed\n")
-    return key_of()
-
-
-def change_flags(patch: pytest.MonkeyPatch) -> str:
-    patch.setattr(compiler, "CUDA_FLAGS", (*compiler.CUDA_FLAGS, "--use_fast_math"))
-    return key_of()
-
-
-def change_host_flags(patch: pytest.MonkeyPatch) -> str:
-    patch.setattr(compiler, "HOST_FLAGS", ("-O3", *compiler.HOST_FLAGS[1:]))
-    return key_of()
-
-
-def change_schema(patch: pytest.MonkeyPatch) -> str:
-    patch.setattr(keys, "SCHEMA_VERSION", keys.SCHEMA_VERSION + 1)
-    return key_of()
-
-
-def change_machine(patch: pytest.MonkeyPatch) -> str:
-    patch.setattr("platform.machine", lambda: "another")
-    return key_of()
-
-
-INGREDIENTS: dict[str, Callable[[pytest.MonkeyPatch], str]] = {
-    "schema": change_schema,
-    "configuration": lambda patch: key_of(SMALL_CUDA.replace(num_backends=2)),
-    "source": change_source,
-    "binding": change_binding,
-    "flags": change_flags,
-    "host flags": change_host_flags,
-    "architecture": lambda patch: key_of(archs=("100a",)),
-    "machine": change_machine,
-    "host compiler": lambda patch: key_of(host_compiler="g++ 2"),
-    "nvcc": lambda patch: key_of(nvcc="13.1"),
-    "nvcc build": lambda patch: key_of(nvcc_build="y"),
-}
-
-
-@pytest.mark.parametrize("ingredient", INGREDIENTS)
-def test_the_key_changes_with_each_ingredient(ingredient: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = key_of()
-    assert before == key_of()
-    assert re.fullmatch("[0-9a-f]{64}", before)
-    assert INGREDIENTS[ingredient](monkeypatch) != before
-
-
-def test_the_key_is_the_digest_of_its_ingredients() -> None:
-    """The manifest records the ingredients, so that a reader of an entry can check its name."""
-    recipe = loader.recipe(SMALL, (), {"host_compiler": "g++ 1"})
-    assert keys.key_of(json.loads(json.dumps(recipe.ingredients))) == recipe.key
-    plain = Recipe("a", "source", "binding", (), (), {})
-    assert "config" not in plain.ingredients
-    assert len({plain.key, replace(plain, edited=Path("/e")).key, replace(plain, config={}).key}) == 3
-
-
-def test_a_load_renders_once(store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
-    """And not at all if an earlier process recorded the configuration's key."""
-    rendered: list[str] = []
-    monkeypatch.setattr(RENDER, "render", lambda config: (rendered.append(config.symbol), render(config))[1])
-    loader.load(SMALL, store=store)
-    assert (len(rendered), len(builds)) == (1, 1)
-    loader._loaded.clear()
-    loader.load(SMALL, store=store)
-    assert (len(rendered), len(builds)) == (1, 1)
-
-
-def test_the_package_digests_what_is_in_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new file counts without being listed anywhere; files that Python writes beside it don't."""
-    package = tmp_path / "onelaunch"
-    for room in ("spec", "emit", "build", "templates/device"):
-        (package / room).mkdir(parents=True)
-    monkeypatch.setattr("importlib.resources.files", lambda name: tmp_path.joinpath(*name.split(".")))
-    digests = []
-    for path in ("spec/a.py", "spec/__pycache__/a.pyc", "templates/device/new.cuh", "run/b.py"):
-        (package / path).parent.mkdir(exist_ok=True)
-        (package / path).write_text("x")
-        find.package_digest.cache_clear()
-        digests.append(find.package_digest())
-    assert digests[0] == digests[1] != digests[2] == digests[3]
-    (package / "emit" / "gone.py").symlink_to(tmp_path / "nowhere")
-    find.package_digest.cache_clear()
-    with pytest.raises(ToolchainError, match=r"emit/gone\.py: No such file or directory\. Install onelaunch again"):
-        find.package_digest()
-    monkeypatch.undo()
-    find.package_digest.cache_clear()
-
-
-def test_no_path_in_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = key_of(SMALL, ())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ONELAUNCH_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("time.time", lambda: 0.0)
-    assert key_of(SMALL, ()) == before
-    tools = toolchain.find_tools("cpu")
-    assert "/" not in "".join(tools.versions().values()).replace("http://", "")
-
-
 # --------------------------------------------------------------------------------------------- another process
 
 
@@ -370,127 +215,3 @@ def test_a_truncated_object_doesnt_bring_a_process_down(used: Used, tmp_path: Pa
     assert second["out"] == [5, 6, -1, -1]
     assert [w for w in second["warnings"] if "is damaged" in w], second["warnings"]
     assert "building" in said
-
-
-# --------------------------------------------------------------------------------------------- notices and policy
-
-
-def test_the_notice_of_a_build(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
-    loader.load(SMALL, store=store)
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert captured.err == (
-        f"onelaunch: building {SMALL.symbol} for the CPU, because {store.root} has no build of it yet\n"
-    )
-    loader.load(SMALL, store=store)
-    assert capfd.readouterr().err == ""
-
-
-def test_eight_threads_that_ask_at_once_get_one_build(store: Store, builds: list[str]) -> None:
-    barrier = threading.Barrier(8)
-    kernels: list[Any] = []
-
-    def ask() -> None:
-        barrier.wait()
-        kernels.append(loader.load(SMALL, store=store))
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(kernels) == 8
-    assert len({id(kernel) for kernel in kernels}) == 1
-    assert len(builds) == 1
-
-
-# Every form a configuration can have on a command line, the default one among them.
-FROZEN = {
-    "the defaults": (KernelConfig(), ("90a",)),
-    "a preset": (PRESETS["nsa-decode-3-lengths-only"], ("90a",)),
-    "two architectures": (KernelConfig(num_backends=3), ("90a", "100a")),
-    "shared destinations": (OTHERS[1].replace(distinct=(("cache_seqlens", 1),)), ()),
-    "the CPU": (KernelConfig(num_backends=5, target="cpu"), ()),
-}
-
-
-def command_in(error: Exception) -> list[str]:
-    """The command that a JitPolicyError names, as a shell would split it."""
-    found = re.search(r"ahead of time with: (onelaunch build .*?) \(builds are refused", str(error))
-    assert found is not None, str(error)
-    return shlex.split(found[1])[1:]
-
-
-@pytest.mark.parametrize("how", ["freeze", "variable"])
-@pytest.mark.parametrize("what", FROZEN)
-def test_frozen(what: str, how: str, store: Store, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
-    """No build; the error names the command that builds exactly this. Here it runs without its build."""
-    config, archs = FROZEN[what]
-    if config.target == "cuda":
-        try:
-            toolchain.find_toolkit()
-        except ToolchainError:
-            pytest.skip("no CUDA toolkit: a missing one is said first")
-    if how == "freeze":
-        onelaunch.freeze()
-    else:
-        monkeypatch.setenv("ONELAUNCH_JIT", "error")
-    with pytest.raises(JitPolicyError) as caught:
-        loader.load(config, archs, store)
-    assert config.symbol in str(caught.value)
-    assert builds == []
-    asked: list[tuple[KernelConfig, tuple[str, ...] | None]] = []
-
-    def specialize(wanted: KernelConfig, wanted_archs: tuple[str, ...] | None) -> Any:
-        asked.append((wanted, wanted_archs))
-        raise ToolchainError("stop here")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(onelaunch, "specialize", specialize)
-        result = CliRunner().invoke(app, command_in(caught.value))
-    assert "stop here" in result.output, result.output
-    assert asked == [(config, archs or None)]
-
-
-def test_the_command_in_the_error_builds_what_was_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: list[str]
-) -> None:
-    monkeypatch.setenv("ONELAUNCH_CACHE_DIR", str(tmp_path / "cache"))
-    store = Store()
-    monkeypatch.setattr(loader, "default_store", lambda: store)
-    onelaunch.freeze()
-    with pytest.raises(JitPolicyError) as caught:
-        loader.load(OTHERS[0])
-    onelaunch.freeze("allow")
-    result = CliRunner().invoke(app, command_in(caught.value))
-    assert result.exit_code == 0, result.output
-    assert len(builds) == 1
-    onelaunch.freeze()
-    loader._loaded.clear()
-    assert loader.load(OTHERS[0]).path.is_file()
-    assert len(builds) == 1
-
-
-def test_freeze_as_a_warning(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
-    onelaunch.freeze("warn")
-    assert loader.load(SMALL, store=store).path.is_file()
-    said = capfd.readouterr().err
-    assert "onelaunch: warning:" in said
-    assert f"onelaunch build --set {SMALL.settings()}" in said
-
-
-def test_freeze_lets_loaded_and_stored_kernels_through(store: Store, builds: list[str]) -> None:
-    kernel = loader.load(SMALL, store=store)
-    onelaunch.freeze()
-    assert loader.load(SMALL, store=store) is kernel
-    loader._loaded.clear()
-    assert loader.load(SMALL, store=store).key == kernel.key
-    assert len(builds) == 1
-
-
-def test_policies_that_do_not_exist(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(JitPolicyError, match="'never'"):
-        onelaunch.freeze("never")  # type: ignore[arg-type]
-    monkeypatch.setenv("ONELAUNCH_JIT", "never")
-    with pytest.raises(JitPolicyError, match="ONELAUNCH_JIT is 'never'; allowed: allow, warn, error"):
-        loader.load(SMALL, store=store)

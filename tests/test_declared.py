@@ -446,7 +446,7 @@ def test_padding_of_rows_ends_where_they_end() -> None:
 
 
 def test_pinned_memory_beside_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A field in pinned memory is accepted; the host's planning code reads it. test_integrations.py runs one."""
+    """A field in pinned memory is accepted: planning code on the host reads it (test_integrations_flashinfer.py)."""
     field, host, gpu = Field("mine", vector("base_len", "request")), blank(4), torch.device("cuda", 0)
     with pytest.raises(ArgumentError, match=r"host is on cpu; it must be on cuda:0, .* or in pinned memory"):
         check_declared("host", host, field, gpu)

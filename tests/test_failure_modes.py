@@ -13,8 +13,8 @@
                                                            test_a_rename_that_shows_late
  F6    stale after a torch upgrade                         the object uses no symbol of torch:
                                                            test_compile.test_the_object_needs_nothing_but_the_system_...
- F7    stale after a toolkit change, or moved by a path    test_compile.test_the_key_changes_with_each_ingredient,
-                                                           test_compile.test_no_path_in_the_key,
+ F7    stale after a toolkit change, or moved by a path    test_key.test_the_key_changes_with_each_ingredient,
+                                                           test_key.test_no_path_in_the_key,
                                                            test_toolchain.test_a_binarys_answer_is_remembered_...
  F8    wrong architecture cached                           test_compile.test_an_object_for_two_architectures,
                                                            test_pack.test_misfits; bind loads on the device at once,
@@ -27,7 +27,7 @@
                                                            test_toolkit.test_nothing_found_lists_every_place_...
  F12   read-only HOME, writes at import                    test_unwritable.py,
                                                            test_import.test_the_import_does_nothing
- F13   first request compiles                              test_compile.test_frozen, test_prebuild.py
+ F13   first request compiles                              test_policy.test_frozen, test_prebuild.py
  F14   build or load inside graph capture                  test_nothing_is_loaded_while_a_graph_is_captured,
                                                            test_gpu.test_a_capture_refuses_a_kernel_that_isnt_loaded
  F15   too many compilers for the memory                   test_prebuild.test_workers_are_bounded,
@@ -65,16 +65,10 @@ from typing import Any
 import pytest
 import torch
 from onelaunch import CompileError, JitPolicyError, KernelConfig
-from onelaunch.build import compile as compiler
-from onelaunch.build.key import Recipe
-from onelaunch.cache import tiers
 from onelaunch.cache.store import Store
 from onelaunch.load import loader
 from processes import LOAD, Children, finish, light_package
-
-RENDER = sys.modules["onelaunch.emit.render"]
-SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
-OTHER = SMALL.replace(num_backends=2)
+from usable import SMALL, forget
 
 
 @pytest.fixture
@@ -84,23 +78,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgets the kernels, warnings and temporary store of other tests."""
-    monkeypatch.setattr(loader, "_loaded", {})
-    monkeypatch.setattr("onelaunch.log._warned", set())
-    monkeypatch.setattr(tiers, "_fallback", None)
-
-
-@pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-    build = compiler.build
-
-    def counted(recipe: Recipe, *args: Any, **kwargs: Any) -> compiler.Build:
-        names.append(recipe.module)
-        return build(recipe, *args, **kwargs)
-
-    monkeypatch.setattr(compiler, "build", counted)
-    return names
+    forget(monkeypatch)
 
 
 def test_the_table_above_names_tests_that_there_are() -> None:

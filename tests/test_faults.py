@@ -14,15 +14,16 @@ from typing import Any
 
 import onelaunch
 import pytest
-from builds import SMALL, SMALL_CUDA, assert_usable, forget, leftovers
 from compilers import REAL, compiler_that
 from onelaunch import CompileError, KernelConfig, StoreError, ToolchainError, render
 from onelaunch.build import compile as compiler
 from onelaunch.build import diagnosis, toolchain, toolkit
 from onelaunch.cache import failures
 from onelaunch.cache.store import Store
+from onelaunch.emit.binding import module_name
 from onelaunch.load import loader
 from processes import Children, finish
+from usable import SMALL, SMALL_CUDA, assert_usable, forget, leftovers
 
 RENDER = sys.modules["onelaunch.emit.render"]
 OTHER = SMALL.replace(num_backends=2)
@@ -152,11 +153,10 @@ except errors.CompileError as error:
 """
 
 
-def test_a_source_that_doesnt_compile(store: Store, monkeypatch: pytest.MonkeyPatch, children: Children) -> None:
+def test_a_source_that_doesnt_compile(
+    store: Store, monkeypatch: pytest.MonkeyPatch, children: Children, builds: list[str]
+) -> None:
     """The failure is remembered, also by the next process, until its inputs change or another try is requested."""
-    built: list[str] = []
-    build = compiler.build
-    monkeypatch.setattr(compiler, "build", lambda r, *a, **k: (built.append(r.symbol), build(r, *a, **k))[1])
     with monkeypatch.context() as patch:
         break_source(patch)
         with pytest.raises(CompileError) as first:
@@ -183,7 +183,7 @@ def test_a_source_that_doesnt_compile(store: Store, monkeypatch: pytest.MonkeyPa
             assert getattr(second.value, name) == getattr(error, name)
         assert children.run(BREAK_SOURCE + SAY_THE_ERROR)[0] == said
         assert children.signed("building") == []
-        assert built == [SMALL.symbol]
+        assert builds == [module_name(SMALL.symbol)]
         # A record that a wrong clock dated in the future doesn't block another try.
         record = failures.folder(store, error.key) / failures.RECORD
         record.write_text(json.dumps({**json.loads(record.read_text()), "when": FUTURE}))
@@ -193,7 +193,7 @@ def test_a_source_that_doesnt_compile(store: Store, monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(failures.RETRY_VARIABLE)
         with pytest.raises(CompileError, match="one"):
             loader.load(OTHER, store=store)
-        assert built == [SMALL.symbol, SMALL.symbol, OTHER.symbol]
+        assert builds == [module_name(config.symbol) for config in (SMALL, SMALL, OTHER)]
     assert_usable(store)
 
 

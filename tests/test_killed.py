@@ -25,15 +25,14 @@ from click.testing import CliRunner
 from compilers import REAL, compiler_that, hanging, only_of, running
 from onelaunch import CompileError, KernelConfig
 from onelaunch.build import compile as compiler
-from onelaunch.cache import collect, failures, files, tiers
+from onelaunch.cache import collect, failures, files
 from onelaunch.cache.store import OWN_NAMES, TAG, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, pack
 from processes import LOAD, Children, finish, runs, until
+from usable import SMALL, SMALL_CUDA, forget
 
-SMALL = KernelConfig(fields=("cache_seqlens",), target="cpu")
 OTHER = SMALL.replace(num_backends=2)
-SMALL_CUDA = KernelConfig(fields=("cache_seqlens",))
 ROOMS = re.compile(re.escape(str(Path(str(onelaunch.__file__)).parent)) + "/(cache|load)/")
 
 
@@ -41,9 +40,7 @@ ROOMS = re.compile(re.escape(str(Path(str(onelaunch.__file__)).parent)) + "/(cac
 def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(tiers, "_fallback", None)
-    monkeypatch.setattr("onelaunch.log._warned", set())
-    monkeypatch.setattr(loader, "_loaded", {})
+    forget(monkeypatch)
 
 
 @pytest.fixture

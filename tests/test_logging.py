@@ -13,7 +13,7 @@ from pathlib import Path
 import onelaunch
 import pytest
 import torch
-from onelaunch import KernelConfig, render
+from onelaunch import KernelConfig, MetadataBuffers, render
 from onelaunch.cache.store import Store
 from onelaunch.load import loader
 
@@ -93,6 +93,14 @@ def test_ranges_around_each_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError):
         traced._bound.run()
     assert calls[2:] == calls[:2]
+    # So too where a function finds its plan again.
+    buffers = [MetadataBuffers(cache_seqlens=torch.zeros(4, dtype=torch.int32)) for _ in range(2)]
+    onelaunch.fused_metadata_copy_cuda(*buffers)
+    first = calls[-2:]
+    calls.clear()
+    onelaunch.fused_metadata_copy_cuda(*buffers)
+    assert calls == first
+    assert first[0].startswith("push onelaunch_copy_")
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])

@@ -1,8 +1,9 @@
-"""The binding's memo, by which functions that take lists find a plan again: which arguments count as equal."""
+"""The memo by which functions that take lists find a plan again: which arguments count as equal, and what it runs."""
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from onelaunch import MetadataBuffers
+from asked import Asked, ask, inputs
+from onelaunch import ArgumentError, LaunchError, MetadataBuffers
 from onelaunch.spec.fields import FIELDS
 from references import check_references, refcounts
 from torch import Tensor
@@ -21,10 +23,18 @@ class Number(int):
 
 
 @pytest.fixture
-def module(device: torch.device) -> ModuleType:
-    """A kernel's binding."""
-    out, pool = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((8,), (8, 64)))
-    return onelaunch.bind([MetadataBuffers(cache_seqlens=out)], req_to_token=pool).kernel.module
+def out(device: torch.device) -> Tensor:
+    return torch.full((8,), -7, dtype=torch.int32, device=device)
+
+
+@pytest.fixture
+def asked(out: Tensor) -> Asked:
+    return ask(out)
+
+
+@pytest.fixture
+def module(asked: Asked) -> ModuleType:
+    return asked.plan.kernel.module
 
 
 @pytest.fixture
@@ -33,13 +43,26 @@ def count_as_equal(module: ModuleType) -> Callable[[Sequence[Any], Sequence[Any]
 
     def alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
         memo = module.memo(1)
-        memo.keep("kept", *first)
-        return bool(memo.find(*second) == "kept")
+        keep(memo, "kept", *first)
+        return find(memo, *second) == "kept"
 
     return alike
 
 
 Alike = Callable[[Sequence[Any], Sequence[Any]], bool]
+
+ran: list[Any] = []  # the owners whose run a memo called
+
+
+def keep(memo: Any, owner: Any, *arguments: Any) -> None:
+    memo.keep(owner, lambda owner, *passed: ran.append(owner), *arguments)
+
+
+def find(memo: Any, *arguments: Any) -> Any:
+    """The owner that the memo runs for these arguments, or None."""
+    ran.clear()
+    assert memo.run(*arguments) == (ran != [])
+    return ran.pop() if ran else None
 
 
 def moved_alone(table: Tensor) -> Tensor:
@@ -102,15 +125,17 @@ def test_what_is_distinguished(module: ModuleType, count_as_equal: Alike, device
         (MetadataBuffers(a),),
         (MetadataBuffers(b),),
         (MetadataBuffers(None, a),),
+        (MetadataBuffers(a, seqlens_expanded=a),),
+        (MetadataBuffers(a, seqlens_expanded=b),),
         (MetadataBuffers(kv_indices=a),),
         ([a] + [None] * (len(FIELDS) - 1),),
     ]
     memo = module.memo(len(different))
     for number, arguments in enumerate(different):
-        assert memo.find(*arguments) is None
-        memo.keep(number, *arguments)
+        assert find(memo, *arguments) is None
+        keep(memo, number, *arguments)
     again = [[item[:] if isinstance(item, list) else item for item in arguments] for arguments in different]
-    assert [memo.find(*arguments) for arguments in again] == list(range(len(different)))
+    assert [find(memo, *arguments) for arguments in again] == list(range(len(different)))
     assert count_as_equal(([a, b], (a, b), memory[:8]), ((a, b), [a, b], a))
     assert count_as_equal((Number(7),), (7,))
 
@@ -150,13 +175,13 @@ def test_buffers_are_compared_by_their_fields(count_as_equal: Alike, device: tor
 
 
 def test_of_inputs_the_dtype_counts(module: ModuleType, device: torch.device) -> None:
-    memo = module.memo(1, 2)
+    memo = module.memo(1, 2, 2)
     small, large = (
         torch.zeros(8, dtype=torch.int32, device=device),
         torch.zeros((4, 9), dtype=torch.int32, device=device),
     )
-    memo.keep("kept", small, None, small)
-    assert memo.find(large[1:, ::2], None, small) == "kept"
+    keep(memo, "kept", small, None, small)
+    assert find(memo, large[1:, ::2], None, small) == "kept"
     for other in (
         (small.long(), None, small),
         (small.float(), None, small),
@@ -169,7 +194,7 @@ def test_of_inputs_the_dtype_counts(module: ModuleType, device: torch.device) ->
         (small,),
         (),
     ):
-        assert memo.find(*other) is None
+        assert find(memo, *other) is None
 
 
 @pytest.mark.parametrize(
@@ -183,24 +208,24 @@ def test_a_destination_that_changed_in_place_is_told(
     lies_in = (table, [table], ([table], None), MetadataBuffers(page_indices=table), [Named(page_indices=table)])
     memos = [module.memo(1) for _ in lies_in]
     for memo, argument in zip(memos, lies_in, strict=True):
-        memo.keep("kept", argument)
+        keep(memo, "kept", argument)
     shape, stride, before = table.shape, table.stride(), table.untyped_storage()
     change(table)
-    assert [memo.find(argument) for memo, argument in zip(memos, lies_in, strict=True)] == [None] * len(memos)
+    assert [find(memo, argument) for memo, argument in zip(memos, lies_in, strict=True)] == [None] * len(memos)
     table.set_(before, 0, shape, stride)
-    assert [memo.find(argument) for memo, argument in zip(memos, lies_in, strict=True)] == ["kept"] * len(memos)
+    assert [find(memo, argument) for memo, argument in zip(memos, lies_in, strict=True)] == ["kept"] * len(memos)
 
 
 def test_what_was_not_used_for_longest_goes(module: ModuleType) -> None:
     memo = module.memo(3)
     kept = [object() for _ in range(5)]
     for number in range(3):
-        memo.keep(kept[number], number)
-    assert memo.find(0) is kept[0]
-    memo.keep(kept[3], 3)
-    assert [memo.find(number) for number in range(4)] == [kept[0], None, kept[2], kept[3]]
-    memo.keep(kept[4], 2)  # what is kept later is found first
-    assert memo.find(2) is kept[4]
+        keep(memo, kept[number], number)
+    assert find(memo, 0) is kept[0]
+    keep(memo, kept[3], 3)
+    assert [find(memo, number) for number in range(4)] == [kept[0], None, kept[2], kept[3]]
+    keep(memo, kept[4], 2)  # what is kept later is found first
+    assert find(memo, 2) is kept[4]
     before = refcounts(kept)
     del memo
     assert [now - then for now, then in zip(refcounts(kept), before, strict=True)] == [0, 0, -1, -1, -1]
@@ -213,24 +238,27 @@ class Keeps:
         self.memo = memo
 
     def __del__(self) -> None:
-        self.memo.keep("by the one that went", "again")
+        keep(self.memo, "by the one that went", "again")
 
 
 def test_one_that_goes_may_call_back(module: ModuleType) -> None:
     memo = module.memo(1)
-    memo.keep(Keeps(memo), 1)
-    memo.keep("last", 2)
-    assert (memo.find(1), memo.find(2), memo.find("again")) == (None, None, "by the one that went")
+    keep(memo, Keeps(memo), 1)
+    keep(memo, "last", 2)
+    assert (find(memo, 1), find(memo, 2), find(memo, "again")) == (None, None, "by the one that went")
 
 
 def test_what_is_wrong_with_a_memo_is_said(module: ModuleType) -> None:
     for bad in (0, -1):
-        with pytest.raises(ValueError, match=f"max_count is {bad}; a memo has room for 1 object or more"):
+        with pytest.raises(ValueError, match=f"max_count is {bad}; a memo has room for 1 plan or more"):
             module.memo(bad)
     with pytest.raises(TypeError):
         module.memo("many")
-    with pytest.raises(TypeError, match="keep takes an object and arguments"):
-        module.memo(1).keep()
+    for passed, read in ((2, 3), (1, -1), (21, 0)):
+        with pytest.raises(ValueError, match=rf"{read} inputs of {passed} arguments; run\(\) takes up to 20"):
+            module.memo(1, passed, read)
+    with pytest.raises(TypeError, match="keep takes an owner, its run and arguments"):
+        module.memo(1).keep("owner")
     with pytest.raises(TypeError, match="cannot create"):
         type(module.memo(1))()
     good = (Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS))
@@ -279,14 +307,118 @@ def test_what_cannot_be_told(module: ModuleType, device: torch.device) -> None:
         Tensor,
         good.cpu().numpy(),
     ):
-        memo.keep("kept", bad)
-        assert memo.find(bad) is None
-        memo.keep("kept", good, [bad])
-        assert memo.find(good, [bad]) is None
+        keep(memo, "kept", bad)
+        assert find(memo, bad) is None
+        keep(memo, "kept", good, [bad])
+        assert find(memo, good, [bad]) is None
+
+
+# ------------------------------------------------------------------------------------------------ plans in a memo
+
+
+def test_a_memo_runs_its_plan(asked: Asked, module: ModuleType, out: Tensor, device: torch.device) -> None:
+    """The plan's checks count as in its own run()."""
+    lengths, rows = inputs(device, 3, 4)
+    memo = module.memo(2, 4, 2)
+
+    def call(lengths: Tensor, rows: Tensor, max_len: Any = None, name: str = "mine") -> tuple[bool, int]:
+        """Whether the memo has a plan, and how often its words were requested."""
+        out.fill_(-7)
+        before = asked.times
+        return memo.run(lengths, rows, None, max_len, name), asked.times - before
+
+    assert call(lengths, rows) == (False, 0)
+    memo.keep(asked, asked.plan._run, lengths, rows, None, None, "mine")
+    assert [call(lengths, rows) for _ in range(2)] == [(True, 1), (True, 0)]
+    assert out.tolist()[:3] == [3, 4, -7]
+    longer = inputs(device, 5, 6, 7)
+    assert [call(*longer) for _ in range(2)] == [(True, 1), (True, 0)]
+    assert out.tolist()[:4] == [5, 6, 7, -7]
+    assert [call(*longer, 16) for _ in range(2)] == [(True, 1), (True, 0)]
+    asked.run(lengths, rows, None, 2)
+    assert call(lengths, rows, 2) == (True, 0), "the plan's own run() and the memo share what was checked"
+    for bad in (16.0, True, 2**70, 65):
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match="max_len is"):
+                call(lengths, rows, bad)
+    with pytest.raises(ArgumentError, match="they must have the same number"):
+        call(lengths, rows[:1])
+    assert out.tolist() == [-7] * 8
+    assert call(lengths.int(), rows) == (False, 0), "inputs of another dtype are for another plan"
+    assert call(lengths, rows, name="other") == (False, 0)
+    assert call(lengths, rows) == (True, 0)
+
+
+def test_a_memo_has_plans_of_other_modules(module: ModuleType, device: torch.device) -> None:
+    new = [torch.full((4,), -7, dtype=torch.int32, device=device) for _ in range(2)]
+    pool = torch.zeros((8, 64), dtype=torch.int32, device=device)
+    asked = Asked(onelaunch.bind([MetadataBuffers(cache_seqlens=out) for out in new], req_to_token=pool))
+    assert asked.plan.kernel.module is not module
+    memo = module.memo(1, 4, 2)
+    memo.keep(asked, asked.plan._run, *inputs(device, 1), None, None)
+    for number in range(3):
+        assert memo.run(*inputs(device, number), None, None)
+        assert [out.tolist() for out in new] == [[number, -7, -7, -7]] * 2
+    with pytest.raises(ArgumentError):
+        memo.run(*inputs(device, *range(5)), None, None)
+
+
+class Fails:
+    """An owner whose checks fail with an error that its _refused() may replace."""
+
+    def __init__(self, error: type[Exception], instead: type[Exception] | None) -> None:
+        self.error, self.instead = error, instead
+
+    def _check(self, *arguments: Any) -> list[int]:
+        raise self.error("bare")
+
+    def _refused(self, error: RuntimeError) -> None:
+        if self.instead is not None:
+            raise self.instead(f"{error} in words") from error
+
+
+@pytest.mark.parametrize(
+    ("error", "instead", "said"),
+    [
+        (RuntimeError, LaunchError, "bare in words"),
+        (RuntimeError, None, "bare"),
+        (ValueError, LaunchError, "bare"),
+    ],
+)
+def test_an_owner_explains_its_runtime_errors(
+    asked: Asked, module: ModuleType, error: type[Exception], instead: type[Exception] | None, said: str
+) -> None:
+    for run in (asked.plan._run, lambda owner, *arguments: owner._check(*arguments)):
+        memo = module.memo(1, 4)
+        memo.keep(Fails(error, instead), run, 0, 0, 0, 0, "key")
+        with pytest.raises(LaunchError if said == "bare in words" else error, match=f"^{said}$"):
+            memo.run(1, 2, 3, 4, "key")
+
+
+def test_a_check_may_drop_what_runs(asked: Asked, module: ModuleType, out: Tensor, device: torch.device) -> None:
+    """A check runs Python: here another call takes the only place of the memo, and the last reference to the plan."""
+    memo = module.memo(1, 4, 2)
+    lengths, rows = inputs(device, 3, 4)
+
+    class Drops(Asked):
+        def _check(self, *arguments: Any) -> list[int]:
+            keep(memo, "another", lengths, rows, None, None, "other")
+            return super()._check(*arguments)
+
+    owner = Drops(asked.plan)
+    seen = weakref.ref(owner)
+    memo.keep(owner, asked.plan._run, lengths, rows, None, None, "mine")
+    del owner
+    assert memo.run(lengths, rows, None, None, "mine")
+    assert out.tolist()[:3] == [3, 4, -7]
+    assert seen() is None
+    assert not memo.run(lengths, rows, None, None, "mine")
+    assert find(memo, lengths, rows, None, None, "other") == "another"
 
 
 @pytest.mark.uncounted
-def test_references_of_a_memo(module: ModuleType, device: torch.device) -> None:
+def test_references_of_a_memo(asked: Asked, module: ModuleType, device: torch.device) -> None:
+    plan = asked.plan
     good = torch.zeros(8, dtype=torch.int32, device=device)
     buffers, named, kept, memo = MetadataBuffers(good), Named(good), object(), module.memo(2)
     things = [good, buffers, named, kept, memo, Tensor, torch.int32, 2**40, MetadataBuffers, type(memo), *FIELDS]
@@ -299,12 +431,24 @@ def test_references_of_a_memo(module: ModuleType, device: torch.device) -> None:
         (good, [good, True]),
         (good, Endless()),
     ):
-        memo.keep(kept, *arguments)
-        check_references([*things, odd], lambda arguments=arguments: memo.find(*arguments))
+        keep(memo, kept, *arguments)
+        check_references([*things, odd], lambda arguments=arguments: find(memo, *arguments))
     turns = iter(range(10**9))
     memo = module.memo(2)
     for _ in range(2):
-        memo.keep(kept, good, next(turns))
-    check_references(things[:4], lambda: memo.keep(kept, good, next(turns), "a" * 40, [good] * 200))
-    check_references(things[:4], lambda: module.memo(3).keep(kept, good, buffers))
+        keep(memo, kept, good, next(turns))
+    check_references(things[:4], lambda: keep(memo, kept, good, next(turns), "a" * 40, [good] * 200))
+    check_references(things[:4], lambda: keep(module.memo(3), kept, good, buffers))
+    memo = module.memo(2, 3, 1)
+    passed = (good, 2**41, 2**42, "key")
+    memo.keep(kept, lambda owner, *arguments: None, *passed)
+    check_references([*things, *passed], lambda: memo.run(*passed))
+    owner = Fails(RuntimeError, LaunchError)
+    memo.keep(owner, plan._run, *passed)
+
+    def refused() -> None:
+        with pytest.raises(LaunchError):
+            memo.run(*passed)
+
+    check_references([*things, *passed, owner, plan], refused)
     check_references(things, lambda: module.register_classes(Tensor, torch.dtype, MetadataBuffers, tuple(FIELDS)))

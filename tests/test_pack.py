@@ -22,6 +22,7 @@ import jinja2
 import markupsafe
 import pytest
 from click.testing import CliRunner
+from entries import published
 from onelaunch import KernelConfig, StoreError
 from onelaunch.build import binary
 from onelaunch.cache import manifest
@@ -272,12 +273,8 @@ def test_every_flipped_bit_of_a_pack_is_noticed(
 
 def small_pack(store: Store) -> bytes:
     made_of = {"source": "a"}
-    facts = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
-    facts |= {"archs": [], "config": {}, "ingredients": made_of, "requires": {}}
-    with store.staging() as stage:
-        (stage / "m.so").write_bytes(b"\x7fELF")
-        (stage / "main.cpp").write_bytes(b"int x;\n")
-        return pack.to_bytes([store.publish(stage, manifest.key_of(made_of), facts)])
+    files = {"m.so": b"\x7fELF", "main.cpp": b"int x;\n"}
+    return pack.to_bytes([published(store, manifest.key_of(made_of), files, ingredients=made_of, requires={})])
 
 
 def bomb(size: int) -> bytes:

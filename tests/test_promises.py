@@ -12,16 +12,16 @@ PROMISES = {
         "test_override.test_a_folder_above_that_somebody_else_could_exchange",
     ),
     "Nothing is removed that the cache didn't make": (
-        "test_processes.test_nothing_is_removed_from_a_folder_of_somebody_else",
-        "test_processes.test_only_names_of_the_caches_own_are_removed",
-        "test_processes.test_a_failure_is_forgotten_only_in_a_marked_cache",
+        "test_removed.test_nothing_is_removed_from_a_folder_of_somebody_else",
+        "test_removed.test_only_names_of_the_caches_own_are_removed",
+        "test_removed.test_a_failure_is_forgotten_only_in_a_marked_cache",
     ),
     "An entry is used only for its own configuration": (
         "test_lookup.test_exchanged_notes_are_noticed",
         "test_store.test_an_entry_of_something_else_is_a_miss",
     ),
     "A flipped bit anywhere in an entry or a pack is noticed, or harmless": (
-        "test_store.test_every_flipped_bit_is_noticed",
+        "test_damaged.test_every_flipped_bit_is_noticed",
         "test_pack.test_every_flipped_bit_of_a_pack_is_noticed",
         "test_fuzz.test_garbage_is_used_or_refused_in_a_sentence",
     ),
@@ -44,9 +44,9 @@ PROMISES = {
         "test_builder.test_a_user_without_a_name_and_a_home",
     ),
     "Entries of an earlier version are set aside, and a pack of another format is refused": (
-        "test_store.test_entries_of_an_earlier_version_are_set_aside_with_one_warning",
+        "test_damaged.test_entries_of_an_earlier_version_are_set_aside_with_one_warning",
         "test_pack.test_broken_packs_put_nothing_anywhere",
-        "test_processes.test_a_cache_that_was_there_is_adopted_by_its_names",
+        "test_removed.test_a_cache_that_was_there_is_adopted_by_its_names",
     ),
 }
 GUIDE = Path(__file__).parent.parent / "GUIDE.md"

@@ -13,7 +13,7 @@ from onelaunch import LaunchError, MetadataBuffers
 from onelaunch.cli.lab.replay.pool import PagedAllocator
 from onelaunch.errors import ArgumentError
 from onelaunch.load import loader
-from onelaunch.run import api, remembered
+from onelaunch.run import api, bound, remembered
 from onelaunch.run.copy_plan import CopyPlan
 from onelaunch.run.destinations import Destinations
 
@@ -33,11 +33,30 @@ def test_a_launch_that_is_refused() -> None:
 
     again = (plan, lambda: plan.run(lengths, rows))  # now the plan has checked these tensors
     plan._run = copier._run = refuse
-    for bound, call in (again, again, (copier, lambda: copier.run(bs=2))):
+    for refused, call in (again, again, (copier, lambda: copier.run(bs=2))):
         with pytest.raises(LaunchError, match=r"wasn't launched on cpu: cudaErrorUnknown \(999\)\.") as caught:
             call()
-        assert bound.config.symbol in str(caught.value)
-        assert bound.launches == 0
+        assert refused.config.symbol in str(caught.value)
+        assert refused.launches == 0
+
+
+def test_a_launch_of_a_remembered_plan_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that a function makes, and then finds."""
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("cudaErrorUnknown (999)")
+
+    monkeypatch.setattr(bound, "_with_nvtx", lambda run, name: refuse)
+    source, out, target = buffers(), buffers(), buffers()
+    inputs = torch.tensor([5, 6]), torch.tensor([0, 0]), torch.zeros(1, 1, dtype=torch.int32)
+    numbers = {"max_len": 1, "nsa_index_topk": 8, "real_page_size": 1}
+    for call in (
+        lambda: onelaunch.precompute_decode_metadata_cuda(*inputs, **numbers, out=out),
+        lambda: onelaunch.fused_metadata_copy_cuda(source, target),
+    ):
+        for _ in range(2):
+            with pytest.raises(LaunchError, match=r"onelaunch_\w+ wasn't launched on cpu: cudaErrorUnknown \(999\)\."):
+                call()
 
 
 @pytest.mark.parametrize(
@@ -72,14 +91,14 @@ def test_memory_that_a_lost_context_refuses(facts: dict[str, Any], what: str, mo
     def zeros(*arguments: object, **named: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore of torch's")
 
-    bound = [MetadataBuffers(page_indices=torch.zeros((4, 8), dtype=torch.int32))]
+    tables = [MetadataBuffers(page_indices=torch.zeros((4, 8), dtype=torch.int32))]
     table = torch.zeros((5, 8), dtype=torch.int32)
     monkeypatch.setattr(torch, "zeros", zeros)
     said = (
         rf"the {what} of .* can't be allocated on cpu: CUDA error: an illegal memory access was encountered\. A kernel "
     )
     with pytest.raises(LaunchError, match=said):
-        onelaunch.bind(bound, req_to_token=table, **facts)
+        onelaunch.bind(tables, req_to_token=table, **facts)
 
 
 def test_a_kernel_that_cant_be_loaded_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

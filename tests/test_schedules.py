@@ -98,9 +98,16 @@ def test_every_split_is_scheduled_once(remainder: str, atoms: int, num_sms: int)
 def test_the_parts_of_flashmla_by_hand() -> None:
     # The requests have 10 and 1 blocks, and each costs 5 more. The payload of a part is (15 + 6) / 2 rounded up, plus
     # 5: 16. The first part takes the first request (15); the 1 that is left is too little for a block of the second.
-    assert reference.flashmla_schedule([640, 0], 2) == (
-        [[0, 0, 0, 10, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0]],
-        [0, 1, 2],
+    # Without tokens the second is paid for as one block, and ends at 0.
+    for length, stop in ((64, 1), (1, 1), (0, 0)):
+        assert reference.flashmla_schedule([640, length], 2) == (
+            [[0, 0, 0, 10, 0, 0, 0, 0], [1, 1, 0, stop, 0, 0, 0, 0]],
+            [0, 1, 2],
+        )
+    # A payload of 7: a part has 2 blocks. Parts without work name the last of the first request's 3 blocks.
+    assert reference.flashmla_schedule([192], 4) == (
+        [[0, 0, 0, 2, 0, 1, 1, 0], [0, 0, 2, 3, 1, 1, 1, 0], [1, 0, 2, 3, 0, 0, 0, 0], [1, 0, 2, 3, 0, 0, 0, 0]],
+        [0, 2],
     )
     # One request of 100 blocks: the payload is 40, so a part has 35 blocks.
     assert reference.flashmla_schedule([6400], 3) == (
@@ -119,7 +126,7 @@ def test_the_parts_of_flashmla_by_hand() -> None:
 def test_every_block_belongs_to_one_part(parts: int) -> None:
     for seed in range(25):
         lengths = lengths_for(1 + seed, KINDS[seed % 5], seed)
-        blocks = [max(length - 1, 0) // 64 + 1 for length in lengths]
+        blocks = [0 if length == 0 else max(length - 1, 0) // 64 + 1 for length in lengths]
         metadata, num_splits = reference.flashmla_schedule(lengths, parts)
         taken: list[tuple[int, int, int]] = []
         for first, last, begin, stop, _, _, _, _ in metadata:

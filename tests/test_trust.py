@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from entries import FACTS, KEY, published
 from onelaunch import StoreError
 from onelaunch.cache import tiers, trust
 from onelaunch.cache.manifest import Entry
 from onelaunch.cache.module import EntryChanged, import_entry
 from onelaunch.cache.store import Store
 from users import ALICE, MALLORY, as_user, public_folder
-
-KEY = "5" * 64
-FACTS = {"symbol": "m", "module": "m", "module_file": "m.so", "source_file": "main.cpp"}
 
 
 @pytest.fixture
@@ -29,13 +27,6 @@ def public() -> Iterator[Path]:
         pytest.skip("only root can make folders of several users")
     with public_folder() as folder:
         yield folder
-
-
-def publish(store: Store, key: str = KEY) -> Entry:
-    with store.staging() as stage:
-        (stage / "m.so").write_bytes(b"object")
-        (stage / "main.cpp").write_bytes(b"int x;\n")
-        return store.publish(stage, key, FACTS)
 
 
 # ----------------------------------------------------------------------------------------------------- the ancestors
@@ -120,9 +111,9 @@ def test_another_users_parent_is_no_place_for_a_cache(public: Path) -> None:
     own = folder(public / "alice", ALICE, 0o700)
 
     def attempt() -> list[str]:
-        made = [publish(Store(own / "deep" / "cache")).path.name]
+        made = [published(Store(own / "deep" / "cache")).path.name]
         with pytest.raises(StoreError) as caught:
-            publish(Store(cache / "cache"))
+            published(Store(cache / "cache"))
         return [*made, str(caught.value), oct((own / "deep").stat().st_mode)]
 
     (key, said, mode), warned = as_user(ALICE, attempt)
@@ -141,7 +132,7 @@ def test_a_part_that_others_could_have_written_is_named(
 ) -> None:
     """The code and each folder above it in the cache: the error names the path and the remedy."""
     store = Store(folder(public / "mine", mode=0o700) / "cache")
-    entry = publish(store)
+    entry = published(store)
     path, mode = store.root / part, (store.root / part).stat().st_mode & 0o777
 
     def refused_by(look: Store) -> str:
@@ -183,14 +174,14 @@ def test_a_cache_of_root_is_read_by_everybody(public: Path) -> None:
     cache, temporary = public / "cache", folder(public / "tmp", mode=0o1777)
     store = Store(cache)
     for key in (KEY, "6" * 64):
-        publish(store, key)
+        published(store, key)
     subprocess.run(["chmod", "-R", "go+rX", str(cache)], check=True)
     (cache / "entries" / ("6" * 64) / "m.so").chmod(0o600)
 
     def attempt() -> list[object]:
         found = [Store(cache).find(key) is not None for key in (KEY, "6" * 64, "7" * 64)]
         home = tiers.writable(Store(cache), "7" * 64)
-        publish(home, "7" * 64)
+        published(home, "7" * 64)
         return [*found, home.root.is_relative_to(temporary), str(home.root)]
 
     (*results, root), warned = as_user(ALICE, attempt, TMPDIR=str(temporary))
@@ -210,7 +201,7 @@ def test_a_part_that_a_user_cant_write(public: Path, part: str) -> None:
     temporary = folder(public / "tmp", mode=0o1777)
     own = folder(public / "alice", ALICE, 0o700)
     cache = own / "cache"
-    as_user(ALICE, lambda: str(publish(Store(cache)).path))
+    as_user(ALICE, lambda: str(published(Store(cache)).path))
     folder_of_root = cache / part
     folder_of_root.mkdir(exist_ok=True)
     os.chown(folder_of_root, 0, 0)
@@ -220,7 +211,7 @@ def test_a_part_that_a_user_cant_write(public: Path, part: str) -> None:
         store = Store(cache)
         home = tiers.writable(store, "7" * 64)
         with home.lock("7" * 64) as held:
-            publish(home, "7" * 64)
+            published(home, "7" * 64)
         return [store.find(KEY) is not None, home is store, held.held]
 
     result, warned = as_user(ALICE, attempt, TMPDIR=str(temporary))
@@ -232,7 +223,7 @@ def test_an_unreadable_entry_is_no_obstacle(public: Path) -> None:
     """If a key's entry exists but can't be read, the kernel is built in the temporary store."""
     temporary = folder(public / "tmp", mode=0o1777)
     own = folder(public / "alice", ALICE, 0o700)
-    as_user(ALICE, lambda: str(publish(Store(own / "cache")).path))
+    as_user(ALICE, lambda: str(published(Store(own / "cache")).path))
     entry = own / "cache" / "entries" / KEY
     os.chown(entry, 0, 0)
     entry.chmod(0o700)
@@ -240,7 +231,7 @@ def test_an_unreadable_entry_is_no_obstacle(public: Path) -> None:
     def attempt() -> list[bool]:
         store = Store(own / "cache")
         home = tiers.writable(store, KEY)
-        return [home is store, publish(home).path.is_relative_to(temporary), tiers.writable(store) is store]
+        return [home is store, published(home).path.is_relative_to(temporary), tiers.writable(store) is store]
 
     result, warned = as_user(ALICE, attempt, TMPDIR=str(temporary))
     assert result == [False, True, True]
@@ -335,7 +326,7 @@ def test_an_entry_that_isnt_expected_or_cant_run(tmp_path: Path, objects: list[P
     with pytest.raises(StoreError, match="isn't the build that was requested"):
         import_entry(entry, {"config": {}})
     with pytest.raises(StoreError, match=r"m\.so can't be loaded: .*Remove .*, and it is built here"):
-        import_entry(publish(store))
+        import_entry(published(store))
     assert import_entry(entry, {"module": "m"}).number() == 1
 
 

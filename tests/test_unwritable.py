@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builds import SMALL, assert_usable, forget, leftovers
 from compilers import REAL, compiler_that
 from onelaunch import CompileError, StoreError
 from onelaunch.build import compile as compiler
@@ -28,6 +27,7 @@ from onelaunch.cache import tiers, trust
 from onelaunch.cache.store import Store
 from onelaunch.load import find, loader, pack
 from processes import mounted, read_only
+from usable import SMALL, assert_usable, forget, leftovers
 
 OTHER, THIRD = SMALL.replace(num_backends=2), SMALL.replace(num_backends=3)
 ELSEWHERE = "builds go to {} and are lost when this process ends. "

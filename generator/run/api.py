@@ -19,7 +19,7 @@ from .destinations import Destinations
 from .refresh import allocate, backend_of_out, backends_of_lists, make, plans
 from .remembered import RememberedPlans
 
-copy_plans = RememberedPlans()
+copy_plans = RememberedPlans(passed=4)
 
 
 def fused_metadata_precompute_and_broadcast_cuda(
@@ -47,6 +47,9 @@ def fused_metadata_precompute_and_broadcast_cuda(
     The tensors may be on a CUDA device or on the CPU, but all on the same one. If a list is None, its field isn't
     written. In target_verify and draft_extend a request has several rows, R in all, request after request.
 
+    A call finds its plan by the tensors' addresses, shapes and strides, except those of seq_lens, req_pool_indices and
+    extend_seq_lens. Other memory needs a new plan: binding one takes a thousand times as long.
+
     Args:
         seq_lens, req_pool_indices: int32 or int64 [bs].
         req_to_token: int32 or int64 [pool rows, W].
@@ -68,6 +71,8 @@ def fused_metadata_precompute_and_broadcast_cuda(
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     if is_dynamo_compiling():
         torch.ops.onelaunch.fused_metadata_precompute_and_broadcast_cuda(
@@ -103,6 +108,8 @@ def fused_metadata_precompute_and_broadcast_cuda(
         seq_lens,
         req_pool_indices,
         extend_seq_lens,
+        max_len,
+        None,  # captured_size
         extent,
         mode,
         nsa_index_topk,
@@ -111,8 +118,8 @@ def fused_metadata_precompute_and_broadcast_cuda(
         req_to_token,
         lists,
     )
-    plan = plans.find(*arguments) or make(arguments, backends_of_lists)
-    plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
+    if not plans.run(*arguments):
+        make(arguments, backends_of_lists).run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 
 
 def precompute_decode_metadata_cuda(
@@ -142,6 +149,8 @@ def precompute_decode_metadata_cuda(
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     return _precompute(seq_lens, req_pool_indices, req_to_token, max_len, nsa_index_topk, real_page_size, out)
 
@@ -168,6 +177,8 @@ def precompute_target_verify_metadata_cuda(
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     return _precompute(
         seq_lens,
@@ -208,6 +219,8 @@ def precompute_draft_extend_metadata_cuda(
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     return _precompute(
         seq_lens,
@@ -271,6 +284,8 @@ def _precompute(
         seq_lens,
         req_pool_indices,
         extend_seq_lens,
+        max_len,
+        None,  # captured_size
         "full",
         mode,
         nsa_index_topk,
@@ -279,8 +294,8 @@ def _precompute(
         req_to_token,
         out,
     )
-    plan = plans.find(*arguments) or make(arguments, backend_of_out)
-    plan.run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
+    if not plans.run(*arguments):
+        make(arguments, backend_of_out).run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
     return out
 
 
@@ -313,13 +328,13 @@ def fused_metadata_copy_cuda(
 
     Raises:
         ArgumentError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     if not is_dynamo_compiling():
-        known = copy_plans.find(mode, precomputed, destinations)
-        if known is not None:
-            if mode != "decode" or next_n is not None or rows is not None:
-                rows = _rows_of(bs, mode, next_n, rows)
-            known.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
+        if mode != "decode" or next_n is not None or rows is not None:
+            rows = _rows_of(bs, mode, next_n, rows)
+        if copy_plans.run(bs, max_len, real_page_size, rows, mode, precomputed, destinations):
             return
     if not isinstance(precomputed, MetadataBuffers):
         raise ArgumentError(f"precomputed is a {type(precomputed).__name__}; it must be a MetadataBuffers.")
@@ -340,12 +355,11 @@ def fused_metadata_copy_cuda(
             rows=rows,
         )
         return
-    rows = _rows_of(bs, mode, next_n, rows)
     shared = precomputed.real_page_table is not None and precomputed.real_page_table is precomputed.page_indices
     page_size = 1 if shared else 2
     name_of = _destination if targets is destinations else _single_destination
     made = CopyPlan(precomputed, Destinations(targets, page_size, name_of, mode), keep=False, mode=mode)
-    copy_plans.keep(made, mode, precomputed, destinations)
+    copy_plans.keep(made, bs, max_len, real_page_size, rows, mode, precomputed, destinations)
     made.run(bs=bs, max_len=max_len, page_size=real_page_size, rows=rows)
 
 

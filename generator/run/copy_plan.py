@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -112,8 +114,12 @@ class CopyPlan:
         try:
             self._run(self, bs, max_len, page_size, rows)
         except RuntimeError as error:
-            raise self._bound.launch_error(error) from error
+            self._refused(error)
         self.launches += 1
+
+    def _refused(self, error: RuntimeError) -> NoReturn:
+        """Raises the error of a launch that failed."""
+        raise self._bound.launch_error(error) from error
 
     def _check(self, bs: int | None, max_len: int | None, page_size: int | None, rows: int | None) -> list[int]:
         """The words of a call. The binding calls it when the arguments differ from those of the last calls."""

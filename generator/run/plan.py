@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -141,12 +141,16 @@ class Plan:
                 values = self._arguments.values(inputs)
                 self._run(self, seq_lens, req_pool_indices, extend_seq_lens, max_len, captured_size, *values)
         except RuntimeError as error:
-            raise self._bound.launch_error(error) from error
+            self._refused(error)
         self.launches += 1
         if self._audit_every and self.launches % self._audit_every == 0:
             self._canary(
                 seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len, captured_size=captured_size, **inputs
             )
+
+    def _refused(self, error: RuntimeError) -> NoReturn:
+        """Raises the error of a launch that failed."""
+        raise self._bound.launch_error(error) from error
 
     def _canary(self, *tensors: Tensor | None, **named: Any) -> None:
         """Raises what the last audit found, or launches the next one. Waits only to raise."""

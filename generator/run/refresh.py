@@ -31,23 +31,23 @@ LISTS = (
 # Turns a call's destinations into backends; also returns the names of their fields in messages.
 BackendsOf = Callable[[Any], tuple[list[MetadataBuffers], NameOf]]
 
-# By make()'s arguments, of which seq_lens, req_pool_indices and extend_seq_lens count by their dtype.
-plans = RememberedPlans(inputs=3)
+# By make()'s arguments, of which the first 5 are Plan.run's.
+plans = RememberedPlans(passed=5, inputs=3)
 
 
 def make(arguments: tuple[Any, ...], backends_of: BackendsOf) -> Plan:
     """Binds the plan for these arguments, and remembers it.
 
     Args:
-        arguments: seq_lens, req_pool_indices, extend_seq_lens, extent, mode, nsa_index_topk, real_page_size, next_n
-            and req_to_token as in fused_metadata_precompute_and_broadcast_cuda, and the destinations: lists of tensors
-            or a MetadataBuffers, as ``backends_of`` takes them.
+        arguments: seq_lens, req_pool_indices, extend_seq_lens, max_len and captured_size as in Plan.run, extent, mode,
+            nsa_index_topk, real_page_size, next_n and req_to_token as in fused_metadata_precompute_and_broadcast_cuda,
+            and the destinations: lists of tensors or a MetadataBuffers, as ``backends_of`` takes them.
         backends_of: turns the destinations into backends.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
     """
-    seq_lens, req_pool_indices, extend_seq_lens, extent, mode, *sizes, req_to_token, destinations = arguments
+    seq_lens, req_pool_indices, extend_seq_lens, _, _, extent, mode, *sizes, req_to_token, destinations = arguments
     nsa_index_topk, real_page_size, next_n = sizes
     check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
     check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)

@@ -16,27 +16,27 @@ class RememberedPlans:
     alive, because every call passes them again.
 
     Args:
-        inputs: the first so many arguments are inputs of a run, of which only the dtype counts. The plan checks the
-            rest of them.
+        passed: the first so many arguments are those of the plan's run, which checks them.
+        inputs: the first so many of these are inputs, of which only the dtype distinguishes plans.
 
     Attributes:
-        find: find(arguments...): the plan for equal arguments, or None. One C call.
+        run: run(arguments...): runs the plan for equal arguments, and returns whether there is one. One C call.
     """
 
-    find: Callable[..., Any]
+    run: Callable[..., bool]
 
-    def __init__(self, inputs: int = 0) -> None:
-        self._inputs = inputs
+    def __init__(self, passed: int, inputs: int = 0) -> None:
+        self._passed, self._inputs = passed, inputs
         self.clear()
 
     def clear(self) -> None:
         """Forgets all plans."""
         self._memo: Any = None  # made by the first plan's binding; all bindings compare in the same way
-        self.find = lambda *arguments: None
+        self.run = lambda *arguments: False
 
     def keep(self, plan: Any, *arguments: Any) -> None:
         """Remembers a plan, and drops the least recently used one if there are too many."""
         if self._memo is None:
-            self._memo = plan.kernel.module.memo(_MAX_PLANS, self._inputs)
-            self.find = self._memo.find
-        self._memo.keep(plan, *arguments)
+            self._memo = plan.kernel.module.memo(_MAX_PLANS, self._passed, self._inputs)
+            self.run = self._memo.run
+        self._memo.keep(plan, plan._run, *arguments)

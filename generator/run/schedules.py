@@ -18,7 +18,7 @@ from .remembered import RememberedPlans
 
 _CONVENTIONS = ("sm90", "sm100")
 
-mqa_plans = RememberedPlans()
+mqa_plans = RememberedPlans(passed=5, inputs=1)  # of Plan.run
 
 
 def paged_mqa_schedule(
@@ -61,8 +61,8 @@ def paged_mqa_schedule(
         torch.ops.onelaunch.paged_mqa_schedule(context_lens, num_sms, out, convention, split_cost)
         return out
     lengths, n = _last_column(context_lens)
-    known = mqa_plans.find(lengths.dtype, n, num_sms, convention, split_cost, out)
-    if known is None:
+    arguments = (lengths, lengths, None, None, None, n, num_sms, convention, split_cost, out)
+    if not mqa_plans.run(*arguments):
         if isinstance(out, Tensor) and out.shape != (num_sms + 1, 2):
             raise ArgumentError(
                 f"out has shape {tuple(out.shape)} and num_sms is {num_sms}; it must be [{num_sms + 1}, 2]."
@@ -79,9 +79,9 @@ def paged_mqa_schedule(
         table = torch.empty((1, 1), dtype=torch.int32, device=lengths.device)
         names = bind.ArgumentNames(lambda index, name: "out")
         buffers = MetadataBuffers(paged_mqa_schedule_metadata=out)
-        known = bind.make_plan([buffers], table, settings, names, keep=False)
-        mqa_plans.keep(known, lengths.dtype, n, num_sms, convention, split_cost, out)
-    known.run(lengths, lengths)
+        made = bind.make_plan([buffers], table, settings, names, keep=False)
+        mqa_plans.keep(made, *arguments)
+        made.run(lengths, lengths)
     return out
 
 

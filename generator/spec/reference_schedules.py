@@ -61,15 +61,17 @@ def flashmla_schedule(
 
     A request of length l has max(l - 1, 0) // 64 + 1 blocks, and costs 5 more in every part that takes some of them.
     The parts take the requests' blocks in order: a part takes the remaining blocks of a request if they fit into its
-    payload. If not, it takes as many as fit, if any, and ends. num_splits is 0, then the running sum of the number of
-    parts that share each request.
+    payload. If not, it takes as many as fit, if any, and ends. A part that ends with a request of length 0 ends before
+    its block. num_splits is 0, then the running sum of the number of parts that share each request.
 
     The words of a row, in order "2026": first request, last request, first block, block after the last, number of
     earlier splits of the first request, whether the first request is split, whether the last one is, 0. In order
     "2025": first request, first block, last request, block after the last, number of earlier splits of the first
-    request, 0, 0, 0. A part without work begins at the end and ends with the last request; without any request its last
-    request is -1 and its blocks are 0. FlashMLA leaves in the first block of such a part what the part before had (seen
-    in sglang-kernel 0.4.5); the other words are FlashMLA's.
+    request, 0, 0, 0. A part without work begins after the last request and ends with it; its first block says nothing:
+    FlashMLA reads it beyond an array, where the first request's last block is. Without any request the last request is
+    -1 and the blocks are 0.
+
+    Source: FlashMLA's csrc/smxx/decode/get_decoding_sched_meta/get_decoding_sched_meta.cu of 2026-01.
 
     Args:
         lengths: one per request.
@@ -98,12 +100,13 @@ def flashmla_schedule(
             remain -= left + overhead
             num_splits.append(num_splits[-1] + split + 1)
             request, block, split = request + 1, 0, 0
-        last = request if block > 0 else request - 1
-        of_last = blocks[last] if last >= 0 else 0
-        stop_block = block if block > 0 else of_last
-        splits_first, splits_last = first_block != 0, stop_block != of_last
+        splits_first, splits_last = first_block > 0, block > 0
+        last = request if splits_last else request - 1
+        stop_block = block if splits_last or last < 0 or lengths[last] == 0 else blocks[last]
         if first == last:
             splits_first = splits_last = splits_first or splits_last
+        if blocks and first == len(blocks):
+            first_block = blocks[0] - 1
         if order == "2026":
             metadata.append([first, last, first_block, stop_block, first_split, int(splits_first), int(splits_last), 0])
         else:

@@ -42,6 +42,18 @@ Py_ssize_t fingerprint_one(PyObject* object, std::int64_t* words) {
   return 0;
 }
 
+// The number of words of the argument whose words begin here.
+Py_ssize_t words_of_argument(std::int64_t first) {
+  switch (first & 0xff) {
+    case kTensor:
+      return 2 + 2 * (first >> 8 & 0xff);
+    case kInt:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 // The words of several arguments; on the stack until there are many.
 struct Fingerprint {
   std::int64_t local[512];
@@ -75,14 +87,15 @@ struct Fingerprint {
     return more > 0;
   }
 
-  // Adds what remains of an input where only the dtype counts.
-  bool add_dtype(PyObject* input) {
-    const Py_ssize_t start = count;
-    if (!add(input)) return false;
-    if ((words[start] & 0xff) == kTensor) {
-      words[start] &= 0xffff00ff;  // the kind, the code and the bits
-      count = start + 1;
+  // Adds what remains of a fingerprint of `more` words where of a tensor only the dtype counts; false for none.
+  bool add_dtype(const std::int64_t* one, Py_ssize_t more) {
+    if (more == 0 || !reserve()) return false;
+    if ((one[0] & 0xff) == kTensor) {
+      words[count++] = one[0] & 0xffff00ff;  // the kind, the code and the bits
+      return true;
     }
+    std::memcpy(words + count, one, static_cast<std::size_t>(more) * sizeof(std::int64_t));
+    count += more;
     return true;
   }
 
@@ -164,15 +177,26 @@ struct Fingerprint {
     return true;
   }
 
-  // Adds the values of a dictionary whose first keys are the fields' names; false for any other dictionary.
+  // Adds the values of a dictionary whose first keys are the fields' names; false for any other dictionary. In decode
+  // seqlens_expanded is cache_seqlens, so what is the first value again isn't read again.
   bool add_values(PyObject* dictionary) {
-    Py_ssize_t position = 0;
-    PyObject *name, *value;
+    Py_ssize_t position = 0, first_at = 0;
+    PyObject *name, *value, *first = nullptr;
     for (Py_ssize_t i = 0; i < field_count; ++i) {
       if (!PyDict_Next(dictionary, &position, &name, &value) || name != field_names[i] || !reserve()) return false;
       if (value == Py_None) {
         words[count++] = kNone;
         continue;
+      }
+      if (value == first) {
+        const Py_ssize_t more = words_of_argument(words[first_at]);
+        std::memcpy(words + count, words + first_at, static_cast<std::size_t>(more) * sizeof(std::int64_t));
+        count += more;
+        continue;
+      }
+      if (first == nullptr) {
+        first = value;
+        first_at = count;
       }
       Py_INCREF(value);  // reading a tensor of a user's class may run Python
       const bool added = add(value);

@@ -81,18 +81,6 @@ bool checked_before(Plan* plan, const std::int64_t* fingerprint, Py_ssize_t coun
   return false;
 }
 
-// The number of words of the argument whose words begin here.
-Py_ssize_t words_of_argument(std::int64_t first) {
-  switch (first & 0xff) {
-    case kTensor:
-      return 2 + 2 * (first >> 8 & 0xff);
-    case kInt:
-      return 2;
-    default:
-      return 1;
-  }
-}
-
 // Whether a tensor has memory that the kernel doesn't write.
 bool apart(const Plan* plan, const std::int64_t* tensor) {
   const std::int64_t dims = tensor[0] >> 8 & 0xff, bytes = (tensor[0] >> 24 & 0xff) / 8, start = tensor[1];
@@ -144,17 +132,11 @@ bool followed(Plan* plan, const std::int64_t* fingerprint, Py_ssize_t count) {
 
 // Sets the words that a call sets to what owner._check(arguments...) returns. `fingerprint` is that of the arguments.
 bool update_arguments(
-    Plan* plan, PyObject* const* args, Py_ssize_t count, const std::int64_t* fingerprint,
+    Plan* plan, PyObject* owner, PyObject* const* args, Py_ssize_t count, const std::int64_t* fingerprint,
     Py_ssize_t fingerprint_count) {
-  PyObject* check = PyObject_GetAttrString(args[0], "_check");
+  PyObject* check = PyObject_GetAttrString(owner, "_check");
   if (check == nullptr) return false;
-  PyObject* arguments = PyTuple_New(count - 1);
-  for (Py_ssize_t i = 1; arguments != nullptr && i < count; ++i) {
-    Py_INCREF(args[i]);
-    PyTuple_SetItem(arguments, i - 1, args[i]);
-  }
-  PyObject* checked = arguments == nullptr ? nullptr : PyObject_CallObject(check, arguments);
-  Py_XDECREF(arguments);
+  PyObject* checked = call(check, nullptr, args, count);
   Py_DECREF(check);
   if (checked == nullptr) return false;
   Checked found;
@@ -171,14 +153,26 @@ bool update_arguments(
   return true;
 }
 
-// run(owner, arguments...): one launch on the current stream. Where the arguments differ from those of the last calls
-// that were checked, or have no fingerprint, owner._check(arguments...) refuses them or returns the words that the call
-// sets.
+// One launch with arguments that were read. Where they differ from those of the last calls that were checked, or have
+// no fingerprint, owner._check(arguments...) refuses them or returns the words that the call sets.
+PyObject* run_read(
+    PyObject* self, PyObject* owner, PyObject* const* args, Py_ssize_t count, const std::int64_t* fingerprint,
+    Py_ssize_t fingerprint_count) {
+  auto* plan = reinterpret_cast<Plan*>(self);
+  if (!checked_before(plan, fingerprint, fingerprint_count) && !followed(plan, fingerprint, fingerprint_count) &&
+      !update_arguments(plan, owner, args, count, fingerprint, fingerprint_count)) {
+    return nullptr;
+  }
+  void* stream = nullptr;
+  if (plan->device >= 0 && exchange->current_stream(kCuda, plan->device, &stream) != 0) return nullptr;
+  return launched(plan, stream);
+}
+
+// run(owner, arguments...): one launch on the current stream.
 PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (count < 1 || count > 1 + kMaxArguments) {
     return PyErr_Format(PyExc_TypeError, "run takes an owner and up to %zd arguments, got %zd", kMaxArguments, count);
   }
-  auto* plan = reinterpret_cast<Plan*>(self);
   std::int64_t now[kMaxArguments * kMaxWords];
   Py_ssize_t now_count = 0;
   for (Py_ssize_t i = 1; i < count; ++i) {
@@ -189,13 +183,13 @@ PyObject* plan_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       break;
     }
   }
-  if (!checked_before(plan, now, now_count) && !followed(plan, now, now_count) &&
-      !update_arguments(plan, args, count, now, now_count)) {
-    return nullptr;
-  }
-  void* stream = nullptr;
-  if (plan->device >= 0 && exchange->current_stream(kCuda, plan->device, &stream) != 0) return nullptr;
-  return launched(plan, stream);
+  return run_read(self, args[0], args + 1, count - 1, now, now_count);
+}
+
+// runner(): run_read for a memo, which may be another module's.
+PyObject* plan_runner(PyObject*, PyObject*) {
+  static Runner runner = {run_read};
+  return PyCapsule_New(&runner, kRunner, nullptr);
 }
 
 // follow(inputs, spans, arguments): from now on run() with so many arguments calls owner._check only for those that

@@ -74,3 +74,18 @@ PyObject* register_classes(PyObject*, PyObject* const* args, Py_ssize_t count) {
 bool is_a(PyObject* object, PyTypeObject* wanted) {
   return wanted != nullptr && (Py_TYPE(object) == wanted || PyType_IsSubtype(Py_TYPE(object), wanted));
 }
+
+// A Python call: function(first, args...), or without `first` where that is null.
+PyObject* call(PyObject* function, PyObject* first, PyObject* const* args, Py_ssize_t count) {
+  const Py_ssize_t before = first == nullptr ? 0 : 1;
+  PyObject* arguments = PyTuple_New(before + count);
+  if (arguments == nullptr) return nullptr;
+  for (Py_ssize_t i = 0; i < before + count; ++i) {
+    PyObject* argument = i < before ? first : args[i - before];
+    Py_INCREF(argument);
+    PyTuple_SetItem(arguments, i, argument);
+  }
+  PyObject* result = PyObject_CallObject(function, arguments);
+  Py_DECREF(arguments);
+  return result;
+}

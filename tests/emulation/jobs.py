@@ -17,6 +17,7 @@ from onelaunch.spec import layout
 from onelaunch.spec.cpp import user_name
 from onelaunch.spec.violations import DIFFERS
 from support import POISON, poisoned
+from tensors import PACKED_CAPACITY, TABLE_WIDTH
 from torch import Tensor
 
 DEVICE = 3  # as in driver.cpp
@@ -113,8 +114,8 @@ class Job:
             shape_of = [tensor.numel()] if tensor.dim() == 1 else [tensor.shape[0], tensor.stride(0), tensor.shape[1]]
             self.values[user_name(name)] = [self._buffer(name, tensor), *shape_of]
         for name in config.computed:
-            self.values[f"{config.member(name)}_width"] = [checker.TABLE_WIDTH]
-            self.values[f"{config.member(name)}_capacity"] = [checker.PACKED_CAPACITY]
+            self.values[f"{config.member(name)}_width"] = [TABLE_WIDTH]
+            self.values[f"{config.member(name)}_capacity"] = [PACKED_CAPACITY]
         for name, tensors in scene.destinations.items():
             values = self.values[config.member(name)] = []
             for d, (tensor, _) in enumerate(tensors):

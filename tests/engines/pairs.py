@@ -7,11 +7,17 @@ from typing import Any
 import compare
 import objects
 import results
-from objects import Batch
+from objects import FAMILIES, Batch
 from onelaunch.integrations import sglang
 from torch import Tensor
 
 CAPTURED = (2, 5)
+
+
+def backend(name: str, steps: int = 3) -> Any:
+    """One of a family, over a pool with the first of its page sizes."""
+    page = FAMILIES[name].pages[0]
+    return objects.backend(name, objects.token_pool(page, seed=1), page=page, steps=steps)
 
 
 class Pair:

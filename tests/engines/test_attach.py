@@ -1,14 +1,11 @@
-"""attach() on SGLang's own classes: what it refuses, when the engine's own code runs instead, and detach()."""
+"""attach() on SGLang's own backends: when the engine's own code runs instead, what is left out, and detach()."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import logging
-import os
 import re
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections import defaultdict
@@ -23,17 +20,12 @@ import pytest
 import torch
 from objects import FAMILIES, Batch
 from onelaunch import ArgumentError, LaunchError
-from onelaunch.integrations import plugin, sglang
+from onelaunch.integrations import sglang
 from onelaunch.integrations.sglang import refresher
 from onelaunch.integrations.sglang.hooks import Bound
-from pairs import Pair
+from pairs import Pair, backend
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
-
-
-def backend(name: str, steps: int = 3) -> Any:
-    page = FAMILIES[name].pages[0]
-    return objects.backend(name, objects.token_pool(page, seed=1), page=page, steps=steps)
 
 
 def plans_of(pair: Pair) -> list[onelaunch.Plan]:
@@ -51,105 +43,6 @@ def replace_the_engines_own(pair: Pair, code: Any) -> None:
             setattr(pair.mine, name, Bound(attached.func, code))
         else:  # a Triton kernel
             attached._original = defaultdict(lambda: code)
-
-
-def children(made: Any) -> Any:
-    return made.attn_backends[0] if hasattr(made, "attn_backends") else made
-
-
-def set_of_child(name: str, value: Any) -> Any:
-    """Sets an attribute that the real class has, so that a refusal names a real attribute."""
-
-    def change(made: Any) -> None:
-        assert hasattr(children(made), name), name
-        setattr(children(made), name, value)
-
-    return change
-
-
-def set_of_backend(name: str, value: Any) -> Any:
-    def change(made: Any) -> None:
-        assert hasattr(made, name), name
-        setattr(made, name, value)
-
-    return change
-
-
-def set_translator(name: str) -> Any:
-    """Makes the translator report virtual ids. DSA has no translator, and so no such pool."""
-
-    def change(made: Any) -> None:
-        assert getattr(children(made).kv_index_translator, name) is False
-        children(made).kv_index_translator = SimpleNamespace(**{name: True})
-
-    return change
-
-
-def set_updater(made: Any) -> None:
-    assert children(made).indices_updater_decode._translate_kv_loc_dense is None
-    children(made).indices_updater_decode._translate_kv_loc_dense = object()
-
-
-REFUSED = [
-    ("fa3", 3, set_of_backend("topk", 2), "topk is set: a draft tree"),
-    ("fa3", 0, set_of_child("use_sliding_window_kv_pool", True), "use_sliding_window_kv_pool is set"),
-    ("trtllm_mha", 3, set_of_child("_swa_kv_pool", object()), "_swa_kv_pool is set"),
-    ("fa3", 0, set_of_child("is_prefill_aware_swa", True), "is_prefill_aware_swa is set"),
-    ("fa3", 0, set_of_child("has_local_attention", True), "local attention has tables"),
-    ("fa3", 0, set_of_child("is_encoder_decoder", True), "is_encoder_decoder is set"),
-    ("dsa", 3, set_of_child("hisparse_coordinator", object()), "HiSparse"),
-    ("triton", 0, set_of_child("window_kv_indptr", object()), "window_kv_indptr is set: layers with a sliding window"),
-    ("triton", 3, set_of_child("dcp_size", 2), "dcp_size is set: decode context parallelism"),
-    ("flashinfer", 0, set_of_child("dispatch_reason", object()), "dispatch_reason is set: sliding windows"),
-    ("flashinfer", 0, set_of_child("prefill_backend", "fa3"), "prefill_backend is 'fa3': fast_prefill_plan is fa2's"),
-]
-if objects.HAS_TRANSLATOR:
-    REFUSED += [
-        ("fa3", 3, set_translator("is_translating"), "is_translating is set: the pool is unified"),
-        ("flashinfer", 3, set_translator("reads_are_translated"), "reads_are_translated is set: the pool is unified"),
-        ("triton", 3, set_of_backend("window_rail", True), "window_rail is set: layers with a sliding window"),
-        ("triton", 0, set_of_child("dllm_attention", object()), "dllm_attention is set: diffusion models"),
-        ("flashinfer", 3, set_of_backend("draft_window_size", 128), "draft_window_size is set"),
-        ("flashinfer", 3, set_of_backend("draft_sink_size", 4), "draft_sink_size is set"),
-        ("trtllm_mha", 0, set_of_child("expand_encoder_only_verify", True), "encoder layers have their own rows"),
-        ("dsa", 0, set_of_child("dcp_size", 2), "dcp_size is set: decode context parallelism"),
-        ("flashmla", 3, set_of_child("dcp_world_size", 2), "dcp_world_size is set: decode context parallelism"),
-        ("dsa", 0, set_of_child("_kv_shard_pool", object()), "the pool is sharded"),
-        ("dsa", 3, set_of_child("dsa_index_kpool", 2), "k-pools have write plans"),
-    ]
-else:
-    REFUSED += [
-        ("fa3", 3, set_of_child("_unified_hooks", SimpleNamespace(enabled=True)), "the pool is unified"),
-        ("trtllm_mla", 0, set_of_child("_v2p_page_table", object()), "the pool is unified"),
-        ("triton", 3, set_of_child("_translate_kv_loc", object()), "the pool is unified"),
-        ("flashinfer_mla", 3, set_updater, "the pool is unified"),
-    ]
-
-
-@pytest.mark.parametrize(("name", "steps", "change", "reason"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
-def test_what_a_gather_would_get_wrong_is_refused_by_its_attribute(
-    name: str, steps: int, change: Any, reason: str
-) -> None:
-    made = backend(name, steps)
-    change(made)
-    before = dict(vars(made))
-    with pytest.raises(ArgumentError, match=f"{type(made).__name__} isn't served: .*{reason}.*own code serves it"):
-        sglang.attach(made)
-    assert vars(made) == before, "a refused backend must stay as it was"
-
-
-def test_decode_context_parallelism_is_found_in_the_engines_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = backend("trtllm_mla")
-    context = sys.modules["sglang.srt.runtime_context"]
-    assert hasattr(type(context.get_parallel()), "dcp_enabled")
-    monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(dcp_enabled=True))
-    with pytest.raises(ArgumentError, match="dcp_enabled is set"):
-        sglang.attach(made)
-
-
-def test_another_class_is_refused_by_name() -> None:
-    with pytest.raises(ArgumentError, match="backend is a FlashInferMLAAttnBackend; allowed: Deepseek"):
-        sglang.attach(backend("flashinfer_mla").attn_backends[0])
 
 
 def test_a_backend_is_attached_once() -> None:
@@ -272,11 +165,6 @@ def test_verified_writes_are_refused_where_captured_sizes_share_one_of_two_table
             different = compare.differences(pair.engine, pair.mine)
             assert all(".page_table_1:" in text or "['page_table']:" in text for text in different), different
             assert bool(leave) == bool(different)
-
-
-def test_verified_writes_are_refused_in_a_graph() -> None:
-    with pytest.raises(ArgumentError, match="writes is 'verified', and TRTLLMHAAttnBackend records the launch"):
-        sglang.attach(backend("trtllm_mha", 0), writes="verified")
 
 
 @pytest.mark.parametrize("name", ["fa3", "triton"])
@@ -445,20 +333,27 @@ def test_the_wide_table_can_be_left_out(mode: str, steps: int) -> None:
     assert not pair.attachment.failed
 
 
-@pytest.mark.parametrize(
-    ("change", "page", "reason"),
-    [
-        (set_of_child("use_fused_topk", False), 64, "use_fused_topk is False"),
-        (set_of_child("dsa_index_topk", 4096), 64, "dsa_index_topk is 4096"),
-        (set_of_child("dsa_topk_backend", SimpleNamespace(should_use_topk_v2=lambda: False)), 64, "top-k v2"),
-        (lambda made: None, 1, "pages have one token"),
-    ],
-)
-def test_the_wide_table_stays_where_something_reads_it(change: Any, page: int, reason: str) -> None:
-    made = objects.backend("dsa", objects.token_pool(page, seed=1), page=page, steps=3)
-    change(made)
-    with pytest.raises(ArgumentError, match=f"leave has 'page_table_1'.*{reason}.*Remove it from leave"):
-        sglang.attach(made, leave=("page_table_1",))
+@pytest.mark.parametrize("name", ["fa3", "triton", "flashinfer"])
+def test_inputs_of_another_length(name: str) -> None:
+    """Longer inputs are read up to the batch size. With shorter ones the engine's own code runs."""
+    pair = Pair(name, 1, mode="decode", steps=3)
+    batch = Batch((7, 30), 2, "decode", 4).make()
+    for tensor in ("seq_lens", "req_pool_indices"):
+        setattr(batch, tensor, torch.cat([getattr(batch, tensor)] * 2))
+    launches = pair.attachment.launches
+    for made in pair.backends:
+        compare.poison(made)
+        one = Batch((7, 30), 2, "decode", 4).make() if made is pair.engine else batch
+        made.init_forward_metadata_out_graph(one)
+        if name != "fa3":
+            pair._blank_unread_lists(made, 2, 2)
+    pair.check()
+    assert pair.attachment.launches == launches + 1
+    batch.seq_lens, batch.req_pool_indices = batch.seq_lens[:1], batch.req_pool_indices[:1]
+    replace_the_engines_own(pair, lambda *a, **k: None)
+    with pytest.warns(RuntimeWarning, match="seq_lens has 1 elements; the plan is for 2 requests"):
+        pair.mine.init_forward_metadata_out_graph(batch)
+    assert pair.attachment.launches == launches + 1
 
 
 @pytest.mark.parametrize("source", ["README.md", "the docstring"])
@@ -481,135 +376,3 @@ def test_attaching_and_leaving_out_are_logged(caplog: pytest.LogCaptureFixture) 
         sglang.attach(backend("dsa"), leave=("page_table_1",))
     assert "DeepseekSparseAttnMultiStepBackend: one launch refreshes" in caplog.text
     assert "page_table_1 is left out" in caplog.text
-
-
-# ------------------------------------------------------------------------------------------------ the plugin
-
-
-@pytest.fixture
-def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """SGLang's hook registry, emptied before and after. What the plugin hooks is restored."""
-    from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.plugins.hook_registry import HookRegistry
-    from sglang.srt.speculative.draft_utils import DraftBackendFactory
-    from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
-
-    for variable in (plugin.SGLANG_VARIABLE, plugin.SELECTED_VARIABLE):
-        monkeypatch.delenv(variable, raising=False)
-    for owner, name in (
-        (DraftBackendFactory, "create_decode_backend"),
-        (DraftBackendFactory, "create_draft_extend_backend"),
-        (ModelRunner, "init_attention_backends"),
-        (EAGLEWorkerV2, "init_cuda_graphs"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    HookRegistry.reset()
-    yield HookRegistry
-    HookRegistry.reset()
-
-
-def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin.install()
-    assert not hooks._hooks
-    monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
-    plugin.install()
-    assert len(hooks._hooks) == 4
-    hooks.reset()
-    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "1")
-    plugin.install()
-    assert len(hooks._hooks) == 4
-    hooks.reset()
-    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "backends")
-    plugin.install()
-    assert len(hooks._hooks) == 3
-    hooks.reset()
-    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "0")
-    plugin.install()
-    assert not hooks._hooks
-
-
-def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(
-    hooks: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from sglang.srt import plugins
-    from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.speculative.draft_utils import DraftBackendFactory
-
-    made = iter([backend("fa3"), SimpleNamespace(), None])
-    monkeypatch.setattr(DraftBackendFactory, "create_decode_backend", lambda self: next(made))
-    monkeypatch.setattr(ModelRunner, "init_attention_backends", lambda self: None)
-    monkeypatch.setattr(plugins, "_plugins_loaded", False)
-    monkeypatch.setenv(plugin.SELECTED_VARIABLE, "onelaunch")
-    plugins.load_plugins()
-    factory = object.__new__(DraftBackendFactory)
-    with caplog.at_level(logging.INFO, "onelaunch"):
-        assert "init_forward_metadata_out_graph" in vars(factory.create_decode_backend())
-        assert vars(factory.create_decode_backend()) == {}
-        assert factory.create_decode_backend() is None
-    assert "FlashAttentionMultiStepBackend: one launch refreshes" in caplog.text
-    assert "attach backend is a SimpleNamespace; allowed: Deepseek" in caplog.text
-
-    runner = SimpleNamespace(attn_backend=backend("dsa", 0), decode_attn_backend=None)
-    ModelRunner.init_attention_backends(runner)
-    assert "init_forward_metadata_out_graph" in vars(runner.attn_backend)
-
-
-def test_backends_that_only_choose_between_others_have_these_attached() -> None:
-    """Such a backend holds one for prefill and one for decoding, or one for some of the layers."""
-    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
-
-    one, other = backend("fa3", 0), backend("dsa", 0)
-    runner = objects.model_runner(objects.token_pool(64, seed=1), page=64, mla=True, draft=False)
-    hybrid = HybridAttnBackend(runner, one, other)
-    plugin._initialized(None, SimpleNamespace(attn_backend=hybrid, decode_attn_backend=other))
-    for made in (one, other):
-        assert "init_forward_metadata_out_graph" in vars(made)
-    assert "init_forward_metadata_out_graph" not in vars(hybrid)
-    linear = SimpleNamespace(full_attn_backend=backend("fa3", 0))
-    plugin._made(linear)
-    assert "init_forward_metadata_out_graph" in vars(linear.full_attn_backend)
-
-
-def test_the_plugin_names_the_backend_that_is_not_served(caplog: pytest.LogCaptureFixture) -> None:
-    single = backend("flashinfer", 0)
-    assert isinstance(single.decode_backend, str), "decode_backend is a name here, not a backend to attach"
-    plugin._made(single)
-    assert "init_forward_metadata_out_graph" in vars(single)
-    single = backend("flashinfer_mla").attn_backends[0]
-    with caplog.at_level(logging.INFO, "onelaunch"):
-        plugin._made(single)
-    (said,) = caplog.messages
-    assert said.startswith("attach backend is a FlashInferMLAAttnBackend; allowed: Deepseek")
-
-
-def test_the_plugin_never_raises_and_imports_no_torch() -> None:
-    code = (
-        "import sys; from onelaunch.integrations import plugin; plugin.install(); "
-        "print(sorted({'torch', 'jinja2', 'sglang'} & set(sys.modules)))"
-    )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ONELAUNCH", "SGLANG"))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("name", ["fa3", "triton", "flashinfer"])
-def test_inputs_of_another_length(name: str) -> None:
-    """Longer inputs are read up to the batch size. With shorter ones the engine's own code runs."""
-    pair = Pair(name, 1, mode="decode", steps=3)
-    batch = Batch((7, 30), 2, "decode", 4).make()
-    for tensor in ("seq_lens", "req_pool_indices"):
-        setattr(batch, tensor, torch.cat([getattr(batch, tensor)] * 2))
-    launches = pair.attachment.launches
-    for made in pair.backends:
-        compare.poison(made)
-        one = Batch((7, 30), 2, "decode", 4).make() if made is pair.engine else batch
-        made.init_forward_metadata_out_graph(one)
-        if name != "fa3":
-            pair._blank_unread_lists(made, 2, 2)
-    pair.check()
-    assert pair.attachment.launches == launches + 1
-    batch.seq_lens, batch.req_pool_indices = batch.seq_lens[:1], batch.req_pool_indices[:1]
-    replace_the_engines_own(pair, lambda *a, **k: None)
-    with pytest.warns(RuntimeWarning, match="seq_lens has 1 elements; the plan is for 2 requests"):
-        pair.mine.init_forward_metadata_out_graph(batch)
-    assert pair.attachment.launches == launches + 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +15,12 @@ import runner_objects
 import torch
 from objects import FAMILIES
 from onelaunch import ArgumentError
-from onelaunch.integrations import plugin, sglang
+from onelaunch.integrations import sglang
 from onelaunch.integrations.sglang import hooks
 from onelaunch.integrations.sglang.runners import RUNNERS
 from onelaunch.spec.seams import MAX_TOKEN_INPUTS
-from runner_objects import CAPTURED, LENGTHS, REQUESTS, TOKENS, Request
+from request_objects import LENGTHS, WORKER, Request
+from runner_objects import CAPTURED, REQUESTS, TOKENS
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("quick_builds", "detached")
@@ -207,7 +206,7 @@ def launched(made: Seam, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets the name of each kernel and copy that the engine's own producers launch from now on."""
     names: list[str] = []
     for module, name in (
-        (runner_objects.WORKER, "assign_draft_cache_locs_contiguous"),
+        (WORKER, "assign_draft_cache_locs_contiguous"),
         (type(made.mine).__module__, "_grouped_foreach_copy_"),
     ):
         owner = sys.modules[module]
@@ -383,20 +382,6 @@ def test_a_backend_that_was_attached_keeps_what_it_was_attached_with() -> None:
     first.detach()
 
 
-def test_the_plugin_attaches_the_runners_of_a_worker(caplog: pytest.LogCaptureFixture) -> None:
-    pool = objects.token_pool(64, seed=64)
-    draft = runner_objects.draft_runner("fa3", pool, 64, 3)
-    verify = runner_objects.verify_runner("fa3", pool, 64, 4)
-    worker = SimpleNamespace(
-        _draft_worker=SimpleNamespace(cuda_graph_runner=draft, cuda_graph_runner_for_draft_extend=None),
-        _target_worker=SimpleNamespace(model_runner=SimpleNamespace(decode_cuda_graph_runner=verify)),
-    )
-    with caplog.at_level(logging.INFO, "onelaunch"):
-        plugin._captured(None, worker)
-    assert "EAGLEDraftCudaGraphRunner: one launch writes the draft step's seq_lens" in caplog.text
-    assert "DecodeCudaGraphRunner: one launch writes verification's seq_lens" in caplog.text
-
-
 def test_runners_that_are_refused() -> None:
     made = seam("draft").engine
     for change, message in (
@@ -423,61 +408,6 @@ def test_runners_that_are_refused() -> None:
     plain.captured_req_width = 1
     with pytest.raises(ArgumentError, match="it doesn't verify, it decodes"):
         sglang.attach(plain)
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_the_chain_that_is_verified(lengths: tuple[int, ...]) -> None:
-    """Compares a chain's positions, write locations, retrieve indices and mask with the engine's own kernels."""
-    pool, request, count = objects.token_pool(64, seed=64), Request(lengths, 1), len(lengths)
-    runner = SimpleNamespace(model_runner=SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=pool)))
-    wanted = {"out_cache_loc": request.window(runner, 4)}
-    kernels = import_module("sglang.kernels.ops.speculative.eagle")
-    names = ("mask", "positions", "retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
-    if hasattr(kernels, "build_chain_tree"):  # SGLang 0.5.17's kernel is compiled for a GPU
-        drafts = request.tokens[: count * 3].view(count, 3)
-        made = kernels.build_chain_tree(request.accepted, drafts, torch.tensor(lengths), None, request.rows, pool)
-        wanted |= dict(zip(names, made, strict=False))
-        assert torch.equal(made[6], wanted["out_cache_loc"])
-    got = {
-        name: torch.full_like(t, True if t.dtype == torch.bool else compare.POISON).view(-1)
-        for name, t in wanted.items()
-    }
-    plan = sglang.bind_seam("target_verify", 4, got, pool)
-    plan.run(torch.tensor(lengths), request.rows)
-    assert plan.launches == 1
-    for name in got:
-        assert torch.equal(wanted[name].reshape(-1), got[name]), name
-    if hasattr(kernels, "build_chain_tree"):
-        assert plan.config == onelaunch.PRESETS["sglang-verify-chain"].replace(target="cpu")
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_the_layout_of_a_draft_extension(lengths: tuple[int, ...]) -> None:
-    """Compares prefix, extend and new lengths, starts and positions with the engine's own kernels."""
-    pool, rows, before = objects.token_pool(64, seed=64), torch.arange(len(lengths)) + 1, torch.tensor(lengths)
-    kernels = import_module("sglang.kernels.ops.speculative.eagle")
-    names = ("prefix_lens", "extend_seq_lens", "seq_lens")
-    if hasattr(kernels, "prepare_draft_extend_layout"):
-        *made, (positions, starts, _) = kernels.prepare_draft_extend_layout(before, 4, False)
-        wanted = dict(zip(names, made, strict=True))
-    else:
-        prefix, extends = before.int(), torch.full((len(lengths),), 4, dtype=torch.int32)
-        batches = import_module("sglang.srt.model_executor.forward_batch_info")
-        positions, starts = batches.compute_position("triton", prefix, extends, 4 * len(lengths))
-        wanted = dict(zip(names, (prefix, extends, before + 4), strict=True))
-    wanted |= {"positions": positions, "extend_start_loc": starts}
-    got = {name: torch.full_like(tensor, compare.POISON) for name, tensor in wanted.items()}
-    plan = sglang.bind_seam("draft_extend", 4, got, pool)
-    plan.run(before, rows)
-    assert plan.launches == 1
-    for name in got:
-        assert torch.equal(wanted[name], got[name]), name
-    assert plan.config == onelaunch.PRESETS["sglang-draft-extend-layout"].replace(target="cpu")
-
-
-def test_tensors_that_a_seam_does_not_declare() -> None:
-    with pytest.raises(ArgumentError, match="tensors has 'qo'; allowed: seq_lens, req_pool_indices, positions"):
-        sglang.bind_seam("decode", 3, {"qo": torch.zeros(3)}, objects.token_pool(1, seed=1))
 
 
 @pytest.mark.parametrize(

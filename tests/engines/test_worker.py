@@ -11,6 +11,7 @@ from typing import Any
 import objects
 import onelaunch
 import pytest
+import request_objects
 import results
 import runner_objects
 import torch
@@ -18,7 +19,8 @@ from onelaunch import ArgumentError
 from onelaunch.integrations import plugin, sglang
 from onelaunch.integrations.sglang import hooks
 from onelaunch.integrations.sglang.worker import Producers
-from runner_objects import BATCHES, DRAFTER, LENGTHS, LOCATE, LOCATIONS, WORKER, Request
+from request_objects import BATCHES, LENGTHS, LOCATE, LOCATIONS, WORKER, Request
+from runner_objects import DRAFTER
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,7 +139,7 @@ class Workers:
             seen.update({n: getattr(batch.spec_info, n) for n in ("num_correct_drafts", "num_accept_tokens")})
             return forward(batch)
 
-        kept, common.ForwardBatch = common.ForwardBatch, SimpleNamespace(init_new=runner_objects.extension_batch)
+        kept, common.ForwardBatch = common.ForwardBatch, SimpleNamespace(init_new=request_objects.extension_batch)
         worker.draft_runner.forward = forwarded
         try:
             worker._draft_extend_for_decode(batch, result)
@@ -355,7 +357,7 @@ def test_operations_are_run_again_after_the_engine_failed(monkeypatch: pytest.Mo
     if made.attachment._extension is None:
         assert vars(made.mine).keys() == vars(made.engine).keys()
         return
-    monkeypatch.setattr(runner_objects, "extension_batch", lambda *a, **k: 1 // 0)
+    monkeypatch.setattr(request_objects, "extension_batch", lambda *a, **k: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         made.extended(made.mine, Request((7, 30), 1))
     assert not torch.overrides._get_current_function_mode_stack()

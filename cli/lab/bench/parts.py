@@ -125,7 +125,11 @@ def _sglang_indices(inputs: Inputs, buffers: list[MetadataBuffers]) -> Calls:
             inputs.rows, inputs.pool, inputs.seq_lens, indices, indptr, inputs.seq_lens,
             inputs.pool.stride(0), width, count + 1, power(count), power(steps), power(count), 1,
         )  # fmt: skip
-        return lambda: kernel[steps * blocks, count, 1](*arguments, NUM_STEPS=steps if planned else 0)
+
+        def run() -> None:  # a launch by Triton returns the compiled kernel
+            kernel[steps * blocks, count, 1](*arguments, NUM_STEPS=steps if planned else 0)
+
+        return run
 
     most = -(-max(inputs.lengths) // _TOKENS)
     return {
@@ -211,12 +215,11 @@ def _flashmla(inputs: Inputs, buffers: list[MetadataBuffers]) -> Calls:
 
 
 def _undefined_in_flashmla(inputs: Inputs, name: str, expected: Tensor) -> Tensor | None:
-    """Padding; and the first block of a part without work, which begins after the last request."""
+    """Padding, which FlashMLA doesn't write."""
     if name != "flashmla_metadata":
         return None
     undefined = torch.zeros_like(expected, dtype=torch.bool)
     undefined[:, 7] = True
-    undefined[:, 2] = expected[:, 0] >= len(inputs.lengths)
     return undefined
 
 

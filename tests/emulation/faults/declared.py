@@ -237,12 +237,20 @@ FAULTS = {
     ],
     "computed.cu.j2": [
         Fault(
+            "leave each request's parts to the same warps",
+            "the parts after a request with many are left out",
+            COMPUTED,
+            MANY,
+            r"part -= parts;",
+            "part = warp + parts;",
+        ),
+        Fault(
             "store beyond the capacity",
             "a write out of bounds",
             COMPUTED,
             Shape("beyond", (4000, 9), width=90),
-            r" \|\| at >= p\.user_ids_capacity",
-            "",
+            r"counts\[slot\] < room \? counts\[slot\] : room",
+            "counts[slot]",
             "address",
         ),
         Fault(
@@ -266,8 +274,8 @@ FAULTS = {
             "columns that belong to somebody else change",
             COMPUTED,
             MANY,
-            r"if \(at >= live\) break;",
-            "",
+            r"if \(at < live\) (store_strided<\w+>\(p\.(\w+),)",
+            r"if (at < p.\2_width) \1",
         ),
         Fault(
             "leave a part of a row out",

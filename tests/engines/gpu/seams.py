@@ -5,10 +5,10 @@
 With --flashinfer it measures FlashInfer's seams, otherwise all others: in a bundle FlashInfer has an environment of its
 own. Its plans read and write on the host, so they can't be captured.
 
-Uses the engine's own backends, graph runners and worker, with the objects of runner_objects.py around them. There is no
-model: only the work before a replay runs. Each seam is measured with the engine's code and with onelaunch attached to
-the runner: kernels and copies by name, their device time, the host time of a call, and both times in a CUDA graph with
-the same launches. Writes JSON. With --dry it runs on a CPU without timing, as a check that it works.
+Uses the engine's own backends, graph runners and worker, with objects of runner_objects.py and request_objects.py.
+There is no model: only the work before a replay runs. Each seam is measured with the engine's code and with onelaunch
+attached to the runner: kernels and copies by name, their device time, the host time of a call, and both times in a CUDA
+graph with the same launches. Writes JSON. With --dry it runs on a CPU without timing, as a check that it works.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ if DRY:
 
 import measure  # noqa: E402
 import objects  # noqa: E402
+import request_objects  # noqa: E402
 import runner_objects  # noqa: E402
 from measure import measured  # noqa: E402
 from onelaunch.integrations import sglang  # noqa: E402
@@ -58,7 +59,7 @@ def runner_of(seam: str, backend: str, pool: torch.Tensor) -> Any:
 
 def with_call(seam: str, runner: Any, use: Callable[[Callable[[Any], Any], Any], Any]) -> Any:
     """Runs the seam, and returns use(call, batch): call(batch) is the engine's own call at the seam."""
-    request = runner_objects.Request(LENGTHS, seed=1)
+    request = request_objects.Request(LENGTHS, seed=1)
     owner, name = {
         "draft": (getattr(runner, "eagle_worker", None), "draft"),
         "verify": (runner, "load_batch"),
@@ -156,7 +157,7 @@ def chain() -> dict[str, Any]:
 
     pool, request, lengths = (
         objects.token_pool(PAGE, seed=PAGE),
-        runner_objects.Request(LENGTHS, 1),
+        request_objects.Request(LENGTHS, 1),
         torch.tensor(LENGTHS),
     )
     drafts = request.tokens[: REQUESTS * STEPS].view(REQUESTS, STEPS)
@@ -185,7 +186,7 @@ def layout() -> dict[str, Any]:
 
     pool, request, lengths = (
         objects.token_pool(PAGE, seed=PAGE),
-        runner_objects.Request(LENGTHS, 1),
+        request_objects.Request(LENGTHS, 1),
         torch.tensor(LENGTHS),
     )
 
