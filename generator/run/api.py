@@ -47,6 +47,9 @@ def fused_metadata_precompute_and_broadcast_cuda(
     The tensors may be on a CUDA device or on the CPU, but all on the same one. If a list is None, its field isn't
     written. In target_verify and draft_extend a request has several rows, R in all, request after request.
 
+    A call finds its plan by the tensors' addresses, shapes and strides, except those of seq_lens, req_pool_indices and
+    extend_seq_lens. Other memory needs a new plan: binding one takes a thousand times as long.
+
     Args:
         seq_lens, req_pool_indices: int32 or int64 [bs].
         req_to_token: int32 or int64 [pool rows, W].
@@ -68,6 +71,8 @@ def fused_metadata_precompute_and_broadcast_cuda(
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     if is_dynamo_compiling():
         torch.ops.onelaunch.fused_metadata_precompute_and_broadcast_cuda(
@@ -144,6 +149,8 @@ def precompute_decode_metadata_cuda(
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     return _precompute(seq_lens, req_pool_indices, req_to_token, max_len, nsa_index_topk, real_page_size, out)
 
@@ -170,6 +177,8 @@ def precompute_target_verify_metadata_cuda(
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     return _precompute(
         seq_lens,
@@ -210,6 +219,8 @@ def precompute_draft_extend_metadata_cuda(
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     return _precompute(
         seq_lens,
@@ -317,6 +328,8 @@ def fused_metadata_copy_cuda(
 
     Raises:
         ArgumentError: an argument doesn't fit; nothing was written.
+        LaunchError: CUDA refused the launch.
+        Others as bind(), where a call needs a new plan.
     """
     if not is_dynamo_compiling():
         if mode != "decode" or next_n is not None or rows is not None:

@@ -69,6 +69,10 @@ Entry* find(Memo* memo, const Fingerprint& wanted) {
   return nullptr;
 }
 
+// The successors of PyErr_Fetch and PyErr_Restore aren't in the limited API of Python 3.11.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+
 // Lets owner._refused(error) replace a RuntimeError by one that names the kernel.
 void explain(PyObject* owner) {
   if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) return;
@@ -85,6 +89,8 @@ void explain(PyObject* owner) {
   Py_XDECREF(error);
   Py_XDECREF(trace);
 }
+
+#pragma GCC diagnostic pop
 
 // run(arguments...): runs the plan that keep() got with equal arguments; whether there is one. Arguments without a
 // fingerprint equal nothing.
