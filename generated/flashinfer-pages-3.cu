@@ -328,10 +328,11 @@ __device__ void compute_user_pages(const Params& p, int warp) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int batch_size = static_cast<int>(p.batch_size);
   __shared__ std::int64_t begins[kThreads];  // where a request's elements begin
-  __shared__ std::int64_t counts[kThreads];
+  __shared__ std::int64_t stops[kThreads];  // and where those end that the destination has room for
+  __shared__ int parts[kThreads];  // that these are
   for (int b = 0; b < kLengthSets; ++b) {
     RunningSum<std::uint64_t> sum;
-    std::int64_t part = warp;  // that this warp takes next, counted from the request's first
+    int part = warp;  // that this warp takes next, counted from the request's first
     for (int first = 0; first < batch_size; first += kThreads) {
       {
         const int request = first + static_cast<int>(threadIdx.x);
@@ -341,27 +342,30 @@ __device__ void compute_user_pages(const Params& p, int warp) {
         [[maybe_unused]] const std::int32_t offset = length_offset(b);
         [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
         const std::int64_t count = present ? ceil_div(wrap(bits(max(base_len, 0)) + offset), kPageSize) : 0;
-        // The sum's barriers come after all reads of the last window's begins and counts.
-        begins[threadIdx.x] = static_cast<std::int64_t>(sum.add(static_cast<std::uint64_t>(count))) - count;
-        counts[threadIdx.x] = count;
+        // The sum's barriers come after all reads of the last window.
+        const std::uint64_t end = sum.add(static_cast<std::uint64_t>(count));
+        const std::int64_t begin = static_cast<std::int64_t>(end - static_cast<std::uint64_t>(count));
+        std::int64_t stop = count > 0 ? static_cast<std::int64_t>(end) : 0;
+        if (stop > p.user_pages_capacity) stop = p.user_pages_capacity;
+        const std::int64_t start = begin > 0 ? begin : 0;  // negative counts lead before the destination
+        begins[threadIdx.x] = begin;
+        stops[threadIdx.x] = stop;
+        parts[threadIdx.x] = stop > start ? static_cast<int>((stop - start - 1) / kComputedColumns) + 1 : 0;
       }
       __syncthreads();
       for (int slot = 0; slot < kThreads && first + slot < batch_size; ++slot) {
-        const std::int64_t parts = counts[slot] > 0 ? (counts[slot] - 1) / kComputedColumns + 1 : 0;
-        for (; part < parts; part += kComputedWarps) {
+        for (; part < parts[slot]; part += kComputedWarps) {
           const int request = first + slot;
           const std::int32_t base_len = request_length(p, request);
           [[maybe_unused]] const std::int64_t pool_row = request_row(p, request);
           [[maybe_unused]] const std::int32_t offset = length_offset(b);
           [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
           std::int32_t values[kComputedEach];
-          const std::int64_t place = part * kComputedColumns + lane;
-          const std::int64_t at = begins[slot] + place;
-          const std::int64_t room = p.user_pages_capacity - begins[slot];
-          const std::int64_t stop = counts[slot] < room ? counts[slot] : room;
+          const std::int64_t begin = begins[slot], stop = stops[slot];
+          const std::int64_t at = (begin > 0 ? begin : 0) + std::int64_t{part} * kComputedColumns + lane;
 #pragma unroll
           for (int i = 0; i < kComputedEach; ++i) {
-            [[maybe_unused]] const std::int32_t column = live_column(place + i * kWarpSize, counts[slot]);
+            [[maybe_unused]] const std::int32_t column = live_column(at + i * kWarpSize - begin, stop - begin);
             const std::int32_t value_1 =
                 look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0});
             const std::int32_t value = floor_div(value_1, kPageSize);
@@ -369,11 +373,11 @@ __device__ void compute_user_pages(const Params& p, int warp) {
           }
 #pragma unroll
           for (int i = 0; i < kComputedEach; ++i) {
-            if (place + i * kWarpSize >= stop || at + i * kWarpSize < 0) continue;
+            if (at + i * kWarpSize >= stop) continue;
             store(p.user_pages, b, at + i * kWarpSize, values[i]);
           }
         }
-        part -= parts;
+        part -= parts[slot];
       }
     }
   }

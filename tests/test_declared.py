@@ -528,6 +528,31 @@ def test_pages_one_behind_the_other() -> None:
     assert last.tolist() == [2, 0, 4]
 
 
+@pytest.mark.parametrize(
+    ("formula", "counts", "starts", "stored"),
+    [
+        ("known(column)", [6, 2], [0, 6, 8], [100, 101, 102, 103]),
+        ("known(column)", [1, 2**31 - 1], [0, 1, -(2**31)], [100, 100, 101, 102]),
+        ("known(column - 6)", [-6, 9], [0, -6, 3], [100, 101, 102, -7]),
+        ("known(column)", [-3, 2], [0, -3, -1], [-7] * 4),
+    ],
+)
+def test_dropped_elements_are_not_computed(
+    formula: str, counts: list[int], starts: list[int], stored: list[int]
+) -> None:
+    """A look-up for an element that the destination has no room for isn't made, and so isn't reported."""
+    sums, ids = blank(3), blank(4)
+    plan = bound(
+        {"starts": into(running_sum("count"), sums), "ids": into(packed(formula, at="starts"), ids)},
+        inputs={"count": torch.int32},
+        maps={"known": Map(torch.arange(100, 104), -1)},
+        checked=True,
+    )
+    plan.run(LENGTHS[:2], ROWS[:2], count=torch.tensor(counts, dtype=torch.int32))
+    plan.check()
+    assert (sums.tolist(), ids.tolist()) == (starts, stored)
+
+
 def test_a_packed_mask_of_bools() -> None:
     """A packed attention mask: each request has 2 * seq_len elements, stored one request after the other."""
     mask = torch.full((40,), 7, dtype=torch.uint8)

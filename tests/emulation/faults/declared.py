@@ -46,6 +46,10 @@ COMPUTED = KernelConfig(
     },
     fields=("ids", "tab", "live"),
 )
+BEFORE = COMPUTED.replace(
+    declare={"counts": running_sum("where(base_len > 30, -300, 299)"), "ids": packed("column", at="counts")},
+    fields=("ids",),
+)
 # Look-ups before, in and past a row and a map; the last row of the pool, where its allocation ends.
 EDGES = Shape("edges", (0, 88, 89, 90, 91, -5, 31, 2**31 - 1), width=90, spare_rows=3, seed=3)
 MANY = Shape("many", tuple(7 * i % 300 for i in range(100)), width=300, spare_rows=2, token_pad=1)
@@ -241,16 +245,25 @@ FAULTS = {
             "the parts after a request with many are left out",
             COMPUTED,
             MANY,
-            r"part -= parts;",
-            "part = warp + parts;",
+            r"part -= parts\[slot\];",
+            "part = warp + parts[slot];",
         ),
         Fault(
             "store beyond the capacity",
             "a write out of bounds",
             COMPUTED,
             Shape("beyond", (4000, 9), width=90),
-            r"counts\[slot\] < room \? counts\[slot\] : room",
-            "counts[slot]",
+            r"if \(stop > p\.user_ids_capacity\) stop = p\.user_ids_capacity;",
+            "",
+            "address",
+        ),
+        Fault(
+            "store before the destination",
+            "a write out of bounds",
+            BEFORE,
+            Shape("before", (40, 9), width=90),
+            r"begin > 0 \? begin : 0",
+            "begin",
             "address",
         ),
         Fault(
@@ -258,8 +271,8 @@ FAULTS = {
             "requests overwrite each other",
             COMPUTED,
             MANY,
-            r"at = begins\[slot\] \+ place",
-            "at = begins[0] + place",
+            r"begin = begins\[slot\]",
+            "begin = begins[0]",
         ),
         Fault(
             "give all rows of a request the first one's number",
