@@ -575,7 +575,7 @@ __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t w
 // A warp with an own tile reads no other request's length: short rows need nothing else, and every instruction before
 // the first load costs time. Remainder tiles start at the same time, so a long row among short ones doesn't wait for
 // its own warps. Every block that takes remainder tiles counts all of them, so that no warp gets more than its share,
-// however uneven the rows are.
+// however uneven the rows are. For pages alone, a block counts those of its group's rows.
 constexpr int kSpreadRounds = 3;  // spread a row over more SMs if its own blocks finish within this many rounds
 constexpr int kManyBlocks = 8;  // from this many blocks per row, stripe remainder tiles over all blocks
 constexpr std::uint32_t kNearWarps = kWarps < 2 ? kWarps : 2;  // warps that still take neighbouring tiles if spread
@@ -599,8 +599,19 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   const int row_count = static_cast<int>(all_rows(p));
   const int slot = static_cast<int>(threadIdx.x);
   const std::uint32_t warp = threadIdx.x / kWarpSize;
-  const std::uint32_t blocks = gridDim.x - kFirstTableBlock - split.own_blocks;
-  const std::uint32_t block = blockIdx.x - kFirstTableBlock - split.own_blocks;
+  std::uint32_t blocks = gridDim.x - kFirstTableBlock - split.own_blocks;
+  std::uint32_t block = blockIdx.x - kFirstTableBlock - split.own_blocks;
+  int log2_groups = 0;
+  int first = -kThreads;  // the window's first row; there is no window yet
+  if constexpr (kPagesAlone) {
+    // Rows of pages seldom have a remainder, so to count takes longest. The blocks form groups, each for every
+    // groups-th row: as many as leave no thread two rows to count, while there are blocks for them.
+    while (kThreads << log2_groups < row_count && 2u << log2_groups <= blocks) ++log2_groups;
+    first = static_cast<int>(block & ((1u << log2_groups) - 1)) - (kThreads << log2_groups);
+    block >>= log2_groups;
+    blocks >>= log2_groups;
+    if (block >= blocks) return;  // the last blocks make no whole group
+  }
   const std::uint32_t warps = blocks * kWarps;
   std::uint32_t tile = split.spread_remainder ? warp * blocks + block : block * kWarps + warp;
   // Every block counts the remainder tiles of a window of rows; the warps of all blocks take them in turn.
@@ -608,7 +619,6 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   __shared__ std::int32_t reaches[kThreads];  // how far a row is written
   __shared__ std::int32_t begins[kThreads];  // the first column of its remainder
   __shared__ std::int64_t pool_rows[kThreads];
-  int first = -kThreads;  // the window's first row; there is no window yet
   std::uint32_t window_tiles = 0;  // the window's tiles, or wide tiles, that the warps take in turn
   std::uint32_t warp_end = 0;
   bool wide = false;  // whether a warp takes kWideTiles tiles at once
@@ -616,9 +626,9 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   while (true) {
     while (tile >= window_tiles) {
       tile -= window_tiles;  // the turn goes on with the next window's tiles, so that all warps get equally many
-      first += kThreads;
+      first += kThreads << log2_groups;
       if (first >= row_count) return;
-      const int row = first + slot;
+      const int row = first + (slot << log2_groups);
       int reach = 0;
       int begin = 0;
       std::uint32_t tiles = 0;
@@ -645,7 +655,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
       }
     }
     const Place place = find_tile(window, warp_end, wide ? tile : tile / kWideTiles);
-    const int row = first + place.slot;
+    const int row = first + (place.slot << log2_groups);
     const std::int64_t pool_row = pool_rows[place.slot];
     const Ends ends = ends_at(p, reaches[place.slot]);
     int column = begins[place.slot] + static_cast<int>(place.tile) * kWideTiles * kTileColumns;
@@ -748,9 +758,9 @@ Split split_of(const Params& p) {
 
 unsigned grid_blocks(const Params& p, const Split& split) {
   const std::int64_t blocks = table_blocks(p);
-  // With few blocks per row the remainder may be long. More blocks than can be resident start when the blocks of
-  // short rows end.
-  const bool more = !split.all_own && !split.spread_remainder;
+  // With few blocks per row the remainder may be long, unless it is of pages alone. More blocks than can be resident
+  // start when the blocks of short rows end.
+  const bool more = !kPagesAlone && !split.all_own && !split.spread_remainder;
   return static_cast<unsigned>(kFirstTableBlock + blocks + (more ? blocks / 2 : 0));
 }
 

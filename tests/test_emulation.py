@@ -55,6 +55,10 @@ def shapes_for(config: KernelConfig, sanitizer: str) -> tuple[Shape, ...]:
         # run a third.
         requests, long = config.threads + 5, ()
     many = Shape("many", tuple(range(requests)), width=90, max_len=70, token_pad=1, seed=6)
+    if config.strategy == "live" and config.pages_alone:
+        # Blocks in groups, one of them left over, and each group has several windows of rows.
+        rows = tuple(i * 977 % 1301 for i in range(4 * config.threads + 45))
+        long = (*long, Shape("groups", rows, width=1303, sm_count=3, token_phase=4, table_pad=2))
     # Large batches of many backends take long, and no path of the kernel depends on the number of backends.
     heavy = (*long, many) if config.num_backends < 16 else ()
     if config.verified:

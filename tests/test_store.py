@@ -278,6 +278,17 @@ def test_a_sweep_takes_what_nobody_builds_in(kind: str, store: Store, monkeypatc
     assert (folder / f"{HERE}.77.{END[::-1]}").is_symlink(), "a symbolic link is neither followed nor removed"
 
 
+def test_a_sweep_leaves_what_another_user_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless all users who can write there are trusted."""
+    path = tmp_path / f"nowhere.77.{END}"
+    path.mkdir()
+    os.utime(path, (0, 0))
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert staging.sweep(tmp_path) == []
+    monkeypatch.setenv(trust.SHARED_VARIABLE, "1")
+    assert staging.sweep(tmp_path) == [path]
+
+
 def test_whether_a_process_lives() -> None:
     child = os.fork()
     if child == 0:

@@ -305,6 +305,15 @@ class Implied:
         return max(1, int(self.blocks_per_sm) // 2) if small else int(self.blocks_per_sm)
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether vectors read lengths a chunk ahead.
+
+        They do beside tables of pages alone: where there are several chunks, their sums take longer than these tables.
+        Declared inputs leave no registers for it.
+        """
+        return self.pages_alone and bool(self.sums) and not self.inputs
+
+    @property
     def wide_tiles(self) -> int:
         """Tiles that a warp takes at once, in large tables and for long requests: 2, or 1 if it never takes more.
 

@@ -17,6 +17,7 @@ FULL = preset("nsa-decode-3-full").replace(**_SMALL)
 WIDE = preset("nsa-decode-3-full").replace(threads=64, blocks_per_sm=3, unroll=1)
 BLOCKS = preset("nsa-decode-3").replace(threads=64, blocks_per_sm=8, unroll=1)
 PAGES_ONLY = preset("nsa-decode-3-pages-only").replace(**_SMALL)
+SHORT_PAGES = PAGES_ONLY.replace(page_size=2)
 ODD_PAGES = DECODE.replace(page_size=7)
 INT64 = preset("nsa-decode-3-int64").replace(**_SMALL)
 COPY = preset("nsa-copy-3").replace(**_SMALL)
@@ -76,6 +77,9 @@ EXACT = Shape("exact", (1024, 1024), width=1024, token_phase=4, pool_rows=2)
 EXACT_ALIGNED = Shape("exact and aligned", (1024, 1024), width=1024, pool_rows=2)
 # More requests than threads: several windows, several chunks of the running sums.
 MANY = Shape("many", tuple(range(170)), width=170, token_pad=1)
+# Three blocks for the remainder of many rows of pages: two groups of one, and one left over. A group counts more rows
+# than a block has threads.
+GROUPS = Shape("groups", tuple(i * 977 % 1301 for i in range(300)), width=1303, sm_count=3, token_phase=4, table_pad=2)
 # A row that isn't in the pool, for few requests and for many.
 BAD_ROW = Shape("bad row", (600, 30, 600), width=610, bad_pool_row=4)
 BAD_ROW_OF_MANY = Shape("bad row of many", (600, 30, 600) * 40, width=610, bad_pool_row=-1)

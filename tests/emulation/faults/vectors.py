@@ -14,6 +14,7 @@ from .shown_by import (
     HUGE,
     LONG,
     MANY,
+    PAGES_ONLY,
     POOLS,
     SHORT,
     VARIABLE,
@@ -118,6 +119,14 @@ FAULTS = {
             LONG,
             r"nsa_cache_seqlens = [^;]*;",
             "nsa_cache_seqlens = min(seq_len, kIndexTopk);",
+        ),
+        Fault(
+            "read a chunk's lengths again in place of the next one's",
+            "requests behind the first chunk have lengths of others",
+            PAGES_ONLY,
+            MANY,
+            r"length_of\(request \+ kThreads\)",
+            "length_of(request)",
         ),
         Fault(
             "return before a barrier",
