@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -391,8 +392,10 @@ def test_an_owner_explains_its_runtime_errors(
     for run in (asked.plan._run, lambda owner, *arguments: owner._check(*arguments)):
         memo = module.memo(1, 4)
         memo.keep(Fails(error, instead), run, 0, 0, 0, 0, "key")
-        with pytest.raises(LaunchError if said == "bare in words" else error, match=f"^{said}$"):
+        with pytest.raises(LaunchError if said == "bare in words" else error, match=f"^{said}$") as caught:
             memo.run(1, 2, 3, 4, "key")
+        where = traceback.extract_tb((caught.value.__cause__ or caught.value).__traceback__)
+        assert where[-1].name == "_check", "it says where it was raised"
 
 
 def test_a_check_may_drop_what_runs(asked: Asked, module: ModuleType, out: Tensor, device: torch.device) -> None:

@@ -79,6 +79,7 @@ void explain(PyObject* owner) {
   PyObject *type, *error, *trace;
   PyErr_Fetch(&type, &error, &trace);
   PyErr_NormalizeException(&type, &error, &trace);
+  if (trace != nullptr) PyException_SetTraceback(error, trace);  // Python before 3.12 keeps it apart
   PyObject* result = PyObject_CallMethod(owner, "_refused", "O", error);
   if (result != nullptr) {  // it raised nothing
     Py_DECREF(result);
