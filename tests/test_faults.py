@@ -137,13 +137,13 @@ def test_the_compiler_goes_during_the_build(
 
 
 def break_source(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RENDER, "render", lambda config: render(config) + "constexpr int mistake = one;\n")
+    patch.setattr(RENDER, "render", lambda config: render(config) + "constexpr int mistake = luckless;\n")
 
 
 BREAK_SOURCE = """
 import onelaunch.emit.render as rendering
 render = rendering.render
-rendering.render = lambda config: render(config) + "constexpr int mistake = one;\\n"
+rendering.render = lambda config: render(config) + "constexpr int mistake = luckless;\\n"
 """
 SAY_THE_ERROR = """
 try:
@@ -164,10 +164,10 @@ def test_a_source_that_doesnt_compile(
         error, message = first.value, str(first.value)
         assert error.lasting
         assert "error: " in message, "the compiler's first error"
-        for text in ("one", error.key[:16], str(error.log), str(error.source)):
+        for text in ("luckless", error.key[:16], str(error.log), str(error.source)):
             assert text in message
-        assert "mistake = one" in error.log.read_text()
-        assert error.source.read_text().startswith(render(SMALL) + "constexpr int mistake = one;\n")
+        assert "mistake = luckless" in error.log.read_text()
+        assert error.source.read_text().startswith(render(SMALL) + "constexpr int mistake = luckless;\n")
         assert " -c " in error.command
         assert leftovers(store) == []
         assert store.stored_keys() == []
@@ -188,10 +188,10 @@ def test_a_source_that_doesnt_compile(
         record = failures.folder(store, error.key) / failures.RECORD
         record.write_text(json.dumps({**json.loads(record.read_text()), "when": FUTURE}))
         monkeypatch.setenv(failures.RETRY_VARIABLE, "1")
-        with pytest.raises(CompileError, match="one"):
+        with pytest.raises(CompileError, match="luckless"):
             loader.load(SMALL, store=store)
         monkeypatch.delenv(failures.RETRY_VARIABLE)
-        with pytest.raises(CompileError, match="one"):
+        with pytest.raises(CompileError, match="luckless"):
             loader.load(OTHER, store=store)
         assert builds == [module_name(config.symbol) for config in (SMALL, SMALL, OTHER)]
     assert_usable(store)
@@ -201,7 +201,7 @@ def test_who_waited_for_a_build_that_failed_doesnt_repeat_it(children: Children)
     children.made = None
     code = BREAK_SOURCE + SAY_THE_ERROR
     started = [children.start(code, UNTIL_WAITING="2", ONELAUNCH_RETRY="1") for _ in range(3)]
-    assert all("one" in finish(child)[0] for child in started)
+    assert all("luckless" in finish(child)[0] for child in started)
     assert len(children.signed("building")) == 1
 
 
