@@ -233,14 +233,14 @@ def test_the_emitted_text_doesnt_depend_on_the_locale(tmp_path: Path) -> None:
     assert done.stdout.decode("utf-8") == render(preset("nsa-decode-1"))
 
 
-OTHER_VERBS = ("--version", "list", "list --json", "describe nsa-decode-1", "cache list", "nosuch")
+OTHER_VERBS = ("--version", "list --json", "describe nsa-decode-1", "cache list", "nosuch")
 
 
 @pytest.mark.parametrize(
     "verb", ["--help", "show nsa-decode-3", *(pytest.param(v, marks=pytest.mark.long) for v in OTHER_VERBS)]
 )
 def test_streams_that_are_closed_or_full(verb: str) -> None:
-    """Or without a reader. A full standard output is one sentence; nothing else fails or is said, but for list's hint."""
+    """Or without a reader. A full standard output is one sentence; nothing else is said and nothing fails."""
     redirections = (">&-", "2>&-", ">&- 2>&-", "<&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full", "| true")
     started = {
         redirection: subprocess.Popen(
@@ -253,7 +253,7 @@ def test_streams_that_are_closed_or_full(verb: str) -> None:
         for redirection in redirections
     }
     for redirection, command in started.items():
-        said = command.communicate()[1].replace("Nothing is built. `onelaunch build PRESET` builds one.\n", "")
+        said = command.communicate()[1]
         assert "Traceback" not in said
         assert "Exception ignored" not in said
         if verb == "nosuch":
