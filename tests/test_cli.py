@@ -233,7 +233,7 @@ def test_the_emitted_text_doesnt_depend_on_the_locale(tmp_path: Path) -> None:
     assert done.stdout.decode("utf-8") == render(preset("nsa-decode-1"))
 
 
-OTHER_VERBS = ("--version", "list", "list --json", "describe nsa-decode-1", "cache list", "nosuch")
+OTHER_VERBS = ("--version", "list --json", "describe nsa-decode-1", "cache list", "nosuch")
 
 
 @pytest.mark.parametrize(
