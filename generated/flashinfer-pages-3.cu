@@ -347,10 +347,10 @@ __device__ void compute_user_pages(const Params& p, int warp) {
         const std::int64_t begin = static_cast<std::int64_t>(end - static_cast<std::uint64_t>(count));
         std::int64_t stop = count > 0 ? static_cast<std::int64_t>(end) : 0;
         if (stop > p.user_pages_capacity) stop = p.user_pages_capacity;
-        const std::int64_t start = begin > 0 ? begin : 0;  // negative counts lead before the destination
+        const std::int64_t from = begin > 0 ? begin : 0;  // negative counts lead before the destination
         begins[threadIdx.x] = begin;
         stops[threadIdx.x] = stop;
-        parts[threadIdx.x] = stop > start ? static_cast<int>((stop - start - 1) / kComputedColumns) + 1 : 0;
+        parts[threadIdx.x] = stop > from ? static_cast<int>((stop - from - 1) / kComputedColumns) + 1 : 0;
       }
       __syncthreads();
       for (int slot = 0; slot < kThreads && first + slot < batch_size; ++slot) {
