@@ -34,6 +34,8 @@ TWENTY = {"20 vectors more, cold": True, "20 vectors more, warm": True}
         (WIDE64.replace(extent="full"), {"ideal": 84, "onelaunch": 100}, {"whole tables": False}),
         (WIDE64, {"onelaunch": 4, "onelaunch_verified": 3.4, "ideal": 3}, {"verified": True}),
         (WIDE64, {"onelaunch": 4, "onelaunch_verified": 3.5}, {"verified": False}),
+        (WIDE64.replace(backends=1), {"onelaunch": 4, "onelaunch_verified": 4.1}, {"verified": True}),
+        (WIDE64.replace(backends=1), {"onelaunch": 4, "onelaunch_verified": 4.3}, {"verified": False}),
         (Case(1, 4096), {"onelaunch": 2, "onelaunch_verified": 2.1}, {"verified": True}),
         (Case(1, 4096), {"onelaunch": 2, "onelaunch_verified": 2.2}, {"verified": False}),
         (WIDE64, {"onelaunch": 4, "onelaunch_moved": 5.2}, {"verified, all changed": True}),

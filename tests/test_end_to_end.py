@@ -130,7 +130,7 @@ def test_each_seam_alone_is_the_same_by_fewer_launches_in_less_time(run: Any) ->
     found = json.loads((GPU / "seams.json").read_text())
     assert found["gpu"]
     assert set(found["seams"]) == {
-        *(f"{backend}, {role}" for backend in ("fa3", "triton") for role in run.ROLES),
+        *(f"{backend}, {role}" for backend in run.BACKENDS for role in run.ROLES),
         "the verified chain",
         "a draft extension's layout",
     }
@@ -141,8 +141,10 @@ def test_each_seam_alone_is_the_same_by_fewer_launches_in_less_time(run: Any) ->
         assert sum("onelaunch" in kernel for kernel in mine["names"]) == 1, name
         assert 2 * mine["launches"] <= engine["launches"], name  # both sides copy hidden states
         assert 2 * mine["eager_device_us"] <= engine["eager_device_us"], name
-        for time in ("eager_host_us", "graph_device_us"):
-            assert 2 * mine[time]["median"] <= engine[time]["median"], (name, time)
+        plan = name.startswith("flashinfer")  # the engine's, on the host, which can't be captured and stays
+        assert ("graph_device_us" in mine) is not plan
+        for time in ("eager_host_us",) if plan else ("eager_host_us", "graph_device_us"):
+            assert (1 if plan else 2) * mine[time]["median"] <= engine[time]["median"], (name, time)
     lines = run.seam_table(found).splitlines()
     assert len(lines) == 2 + 2 * len(found["seams"])
 
