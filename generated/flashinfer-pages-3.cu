@@ -37,9 +37,11 @@ constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = kBackends;  // lengths per request: one for all backends, or one per backend
-constexpr int kComputedBlocks = 32;  // compute declared tables and packed fields
-constexpr int kFirstTableBlock = kLengthSets + kComputedBlocks;  // other blocks come first
+constexpr int kComputedColumns = 256;  // of a declared table or packed field, that a warp computes at once
+constexpr int kComputedBlocksPerSm = 2;  // limits the blocks for these
+constexpr int kFirstTableBlock = kLengthSets;  // other blocks come first
 using SeqLen = std::int64_t;
+constexpr bool kPagesAlone = false;  // whether the tables hold pages only, not tokens
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kPageSize = 16;  // tokens
@@ -80,6 +82,7 @@ struct Params {
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
   std::int64_t device;  // ordinal
+  std::int64_t sm_count;  // SMs of the device
   std::int64_t pool_rows;  // rows of req_to_token
   std::int64_t user_pages_capacity;  // elements
   std::int32_t* user_host_last_page_len[kBackends];  // [bs]
@@ -90,7 +93,7 @@ struct Params {
   std::int32_t* user_pages[kBackends];  // [capacity]
   std::int32_t* user_qo_indptr[kBackends];  // [bs + 1]
 };
-constexpr int kParamWords = 32;
+constexpr int kParamWords = 33;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
 // Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
@@ -117,6 +120,19 @@ __device__ __forceinline__ Source<Token> token_source(const Params& p) {
 
 // Unchecked: a look-up outside of its source isn't reported.
 __device__ __forceinline__ void check_look_up(const Params&, std::int64_t, std::int64_t, std::int64_t) {}
+
+// How many blocks compute declared tables and packed fields, the last of the grid: enough for all parts at the greatest
+// lengths, up to a limit that follows from the device.
+__host__ __device__ __forceinline__ unsigned computed_blocks(const Params& p) {
+  const auto smaller = [](std::int64_t a, std::int64_t b) { return a < b ? a : b; };
+  [[maybe_unused]] const auto parts_of = [](std::int64_t columns) { return columns / kComputedColumns + 1; };
+  std::int64_t parts = 0;
+  [[maybe_unused]] const std::int64_t read = p.batch_size * parts_of(p.req_to_token_width);
+  parts += kLengthSets * smaller(read, parts_of(p.user_pages_capacity) + p.batch_size);
+  const std::int64_t limit = p.sm_count * kComputedBlocksPerSm;
+  const std::int64_t blocks = smaller((parts + kWarps - 1) / kWarps, limit);
+  return static_cast<unsigned>(blocks > 1 ? blocks : 1);
+}
 
 // ---- running sums ------------------------------------------------------------------------------------------------
 // T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
@@ -271,6 +287,51 @@ look_up(const Params& p, std::int64_t request, const Map<T>& map, std::int64_t i
   return index >= 0 && index < map.size ? static_cast<Value>(__ldg(map.data + index)) : missing;
 }
 
+// ---- which request a tile belongs to -----------------------------------------------------------------------------
+// A window: the tile counts of up to kThreads requests, in shared memory. Each thread adds one request's; then every
+// warp can look up a tile's request.
+struct Window {
+  std::uint32_t tile_end[kThreads];  // tiles up to and including a request's, among its group of kWarpSize requests
+  std::uint32_t warp_tiles[kWarps];  // tiles of all requests of a group
+};
+
+struct Place {
+  int slot;  // of the request in the window
+  std::uint32_t tile;  // among the request's tiles
+};
+
+// Sums the tiles of the window's requests; `tiles` is the number of this thread's request. Returns the total; in lane
+// w, `warp_end` becomes the sum up to and including group w. All threads must call it, after a barrier that follows the
+// last look-up. It contains a barrier: what a thread wrote to shared memory before the call can be read after it.
+__device__ __forceinline__ std::uint32_t count_tiles(Window& window, std::uint32_t tiles, std::uint32_t& warp_end) {
+  static_assert(kWarps <= kWarpSize, "each warp needs a lane");
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  // Few rows of pages have a remainder. Where no lane's has one, there is nothing to sum.
+  const bool any = !kPagesAlone || __ballot_sync(kFullMask, tiles > 0) != 0;
+  const std::uint32_t in_warp = any ? warp_running_sum(tiles) : 0;
+  window.tile_end[threadIdx.x] = in_warp;
+  if (lane == kWarpSize - 1) window.warp_tiles[threadIdx.x / kWarpSize] = in_warp;
+  __syncthreads();
+  std::uint32_t sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    sum += window.warp_tiles[w];
+    if (w <= lane) warp_end = sum;  // the lanes after the last warp hold the window's sum
+  }
+  return sum;
+}
+
+// Finds a tile's request: counts the groups that end at or before the tile, then the next group's requests that do.
+__device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t warp_end, std::uint32_t tile) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int warp = __popc(__ballot_sync(kFullMask, warp_end <= tile));
+  const std::uint32_t before = __shfl_sync(kFullMask, warp_end, warp > 0 ? warp - 1 : 0);
+  const std::uint32_t in_warp = tile - (warp > 0 ? before : 0);
+  const int passed = __popc(__ballot_sync(kFullMask, window.tile_end[warp * kWarpSize + lane] <= in_warp));
+  const int slot = warp * kWarpSize + passed;
+  return {slot, in_warp - (passed > 0 ? window.tile_end[slot - 1] : 0)};
+}
+
 // ---- vectors -----------------------------------------------------------------------------------------------------
 // One block takes the requests in chunks of kThreads and carries the sums from chunk to chunk, so the batch has no
 // limit. Where the backends' lengths differ, block b writes the vectors of backend b.
@@ -313,27 +374,38 @@ __device__ void refresh_vectors(const Params& p, int b) {
 }
 
 // ---- declared tables and packed fields ---------------------------------------------------------------------------
-// kComputedBlocks blocks compute them. Their warps take parts of kComputedColumns columns in turn. A lane computes its
-// elements of a part before it stores the first, because the compiler moves no look-up before a store.
-constexpr int kComputedColumns = 256;
+// The grid's last blocks compute them, as many as computed_blocks() says. Their warps take parts of kComputedColumns
+// columns in turn, those of all fields and backends one after the other. Every block counts the parts of a window of
+// rows or requests, so that dead columns cost nothing. A lane computes its elements of a part before it stores the
+// first, because the compiler moves no look-up before a store.
 constexpr int kComputedEach = kComputedColumns / kWarpSize;  // a lane's
-constexpr int kComputedWarps = kComputedBlocks * kWarps;
+
+// A window of a table's rows, or of a packed field's requests.
+struct ComputedWindow {
+  Window parts;
+  std::int64_t begins[kThreads];  // where a request's elements begin
+  std::int64_t stops[kThreads];  // and where those end that the destination has room for; of a row, the live columns
+};
+
+// The number of parts of so many columns.
+__device__ __forceinline__ std::uint32_t column_parts(std::int64_t columns) {
+  return columns > 0 ? static_cast<std::uint32_t>((columns - 1) / kComputedColumns) + 1 : 0;
+}
 
 // For a dead column the last live one: lanes compute without branches, and look up nothing for dead columns.
 __device__ __forceinline__ std::int32_t live_column(std::int64_t column, std::int64_t live) {
   return static_cast<std::int32_t>(column < live ? column : live - 1);
 }
 
-__device__ void compute_user_pages(const Params& p, int warp) {
+// `part` is what the warp takes next, counted from the window's first part.
+__device__ void compute_user_pages(const Params& p, ComputedWindow& window, std::uint32_t warps, std::uint32_t& part) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  std::uint32_t warp_end = 0;
   const int batch_size = static_cast<int>(p.batch_size);
-  __shared__ std::int64_t begins[kThreads];  // where a request's elements begin
-  __shared__ std::int64_t stops[kThreads];  // and where those end that the destination has room for
-  __shared__ int parts[kThreads];  // that these are
   for (int b = 0; b < kLengthSets; ++b) {
     RunningSum<std::uint64_t> sum;
-    int part = warp;  // that this warp takes next, counted from the request's first
     for (int first = 0; first < batch_size; first += kThreads) {
+      std::uint32_t request_parts = 0;
       {
         const int request = first + static_cast<int>(threadIdx.x);
         const bool present = request < batch_size;
@@ -342,50 +414,51 @@ __device__ void compute_user_pages(const Params& p, int warp) {
         [[maybe_unused]] const std::int32_t offset = length_offset(b);
         [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
         const std::int64_t count = present ? ceil_div(wrap(bits(max(base_len, 0)) + offset), kPageSize) : 0;
-        // The sum's barriers come after all reads of the last window.
+        // The sum's barriers come after all look-ups in the last window.
         const std::uint64_t end = sum.add(static_cast<std::uint64_t>(count));
         const std::int64_t begin = static_cast<std::int64_t>(end - static_cast<std::uint64_t>(count));
         std::int64_t stop = count > 0 ? static_cast<std::int64_t>(end) : 0;
         if (stop > p.user_pages_capacity) stop = p.user_pages_capacity;
-        const std::int64_t from = begin > 0 ? begin : 0;  // negative counts lead before the destination
-        begins[threadIdx.x] = begin;
-        stops[threadIdx.x] = stop;
-        parts[threadIdx.x] = stop > from ? static_cast<int>((stop - from - 1) / kComputedColumns) + 1 : 0;
+        window.begins[threadIdx.x] = begin;
+        window.stops[threadIdx.x] = stop;
+        request_parts = column_parts(stop - (begin > 0 ? begin : 0));  // negative counts lead before the destination
       }
-      __syncthreads();
-      for (int slot = 0; slot < kThreads && first + slot < batch_size; ++slot) {
-        for (; part < parts[slot]; part += kComputedWarps) {
-          const int request = first + slot;
-          const std::int32_t base_len = request_length(p, request);
-          [[maybe_unused]] const std::int64_t pool_row = request_row(p, request);
-          [[maybe_unused]] const std::int32_t offset = length_offset(b);
-          [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
-          std::int32_t values[kComputedEach];
-          const std::int64_t begin = begins[slot], stop = stops[slot];
-          const std::int64_t at = (begin > 0 ? begin : 0) + std::int64_t{part} * kComputedColumns + lane;
+      const std::uint32_t window_parts = count_tiles(window.parts, request_parts, warp_end);
+      for (; part < window_parts; part += warps) {
+        const Place place = find_tile(window.parts, warp_end, part);
+        const int request = first + place.slot;
+        const std::int32_t base_len = request_length(p, request);
+        [[maybe_unused]] const std::int64_t pool_row = request_row(p, request);
+        [[maybe_unused]] const std::int32_t offset = length_offset(b);
+        [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
+        std::int32_t values[kComputedEach];
+        const std::int64_t begin = window.begins[place.slot], stop = window.stops[place.slot];
+        const std::int64_t at = (begin > 0 ? begin : 0) + std::int64_t{place.tile} * kComputedColumns + lane;
 #pragma unroll
-          for (int i = 0; i < kComputedEach; ++i) {
-            [[maybe_unused]] const std::int32_t column = live_column(at + i * kWarpSize - begin, stop - begin);
-            const std::int32_t value_1 =
-                look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0});
-            const std::int32_t value = floor_div(value_1, kPageSize);
-            values[i] = value;
-          }
-#pragma unroll
-          for (int i = 0; i < kComputedEach; ++i) {
-            if (at + i * kWarpSize >= stop) continue;
-            store(p.user_pages, b, at + i * kWarpSize, values[i]);
-          }
+        for (int i = 0; i < kComputedEach; ++i) {
+          [[maybe_unused]] const std::int32_t column = live_column(at + i * kWarpSize - begin, stop - begin);
+          const std::int32_t value_1 =
+              look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0});
+          const std::int32_t value = floor_div(value_1, kPageSize);
+          values[i] = value;
         }
-        part -= parts[slot];
+#pragma unroll
+        for (int i = 0; i < kComputedEach; ++i) {
+          if (at + i * kWarpSize >= stop) continue;
+          store(p.user_pages, b, at + i * kWarpSize, values[i]);
+        }
       }
+      part -= window_parts;
     }
   }
 }
 
-__device__ void write_computed(const Params& p, int block) {
-  const int warp = block * kWarps + static_cast<int>(threadIdx.x / kWarpSize);
-  compute_user_pages(p, warp);
+// `block` counts from the grid's end.
+__device__ void write_computed(const Params& p, unsigned block) {
+  __shared__ ComputedWindow window;
+  const std::uint32_t warps = computed_blocks(p) * kWarps;
+  std::uint32_t part = block * kWarps + threadIdx.x / kWarpSize;
+  compute_user_pages(p, window, warps, part);
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
@@ -393,8 +466,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     onelaunch_broadcast_decode_n3_d03a7f90bb3923b6(const __grid_constant__ Params p) {
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);
-  block -= kLengthSets;
-  if (block < kComputedBlocks) return write_computed(p, block);
+  const unsigned last = gridDim.x - 1 - blockIdx.x;  // counted from the grid's end
+  if (last < computed_blocks(p)) return write_computed(p, last);
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
@@ -421,7 +494,7 @@ int onelaunch_broadcast_decode_n3_d03a7f90bb3923b6_launch(const std::int64_t* wo
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(kFirstTableBlock, 1, 1);
+    config.gridDim = dim3(kFirstTableBlock + computed_blocks(params), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
     return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_d03a7f90bb3923b6, params);

@@ -108,6 +108,11 @@ __device__ __forceinline__ Row request_of(Row row) {
   return row / kNextN;
 }
 
+// The number of blocks that write tables.
+__device__ __forceinline__ unsigned table_grid([[maybe_unused]] const Params& p) {
+  return gridDim.x - kFirstTableBlock;
+}
+
 // The table whose columns are tokens.
 __host__ __device__ __forceinline__ const auto& token_table(const Params& p) {
   return p.page_indices;
@@ -599,7 +604,7 @@ __device__ __forceinline__ void copy_remainder(const Params& p, const Split& spl
   const int row_count = static_cast<int>(all_rows(p));
   const int slot = static_cast<int>(threadIdx.x);
   const std::uint32_t warp = threadIdx.x / kWarpSize;
-  std::uint32_t blocks = gridDim.x - kFirstTableBlock - split.own_blocks;
+  std::uint32_t blocks = table_grid(p) - split.own_blocks;
   std::uint32_t block = blockIdx.x - kFirstTableBlock - split.own_blocks;
   int log2_groups = 0;
   int first = -kThreads;  // the window's first row; there is no window yet

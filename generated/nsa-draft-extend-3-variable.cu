@@ -117,6 +117,11 @@ __device__ __forceinline__ Rows rows_within(const Params&, std::int64_t, Rows ro
   return rows;
 }
 
+// The number of blocks that write tables.
+__device__ __forceinline__ unsigned table_grid([[maybe_unused]] const Params& p) {
+  return gridDim.x - kFirstTableBlock;
+}
+
 // The table whose columns are tokens.
 __host__ __device__ __forceinline__ const auto& token_table(const Params& p) {
   return p.page_indices;
@@ -546,7 +551,7 @@ __device__ __forceinline__ Place find_tile(const Window& window, std::uint32_t w
 __device__ void write_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
-  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  const std::uint32_t warps = table_grid(p) * kWarps;
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written

@@ -86,6 +86,11 @@ __device__ __forceinline__ std::int64_t request_row(const Params& p, std::int64_
   return row;
 }
 
+// The number of blocks that write tables.
+__device__ __forceinline__ unsigned table_grid([[maybe_unused]] const Params& p) {
+  return gridDim.x - kFirstTableBlock;
+}
+
 using Index = std::int64_t;
 constexpr int kIndexDestinations = 3;
 
@@ -393,7 +398,7 @@ __device__ __forceinline__ void write_few(const Params& p) {
     if (lane < batch_size) check_capacity(p, lane, end + (std::int64_t{lane} + 1) * kLongestOffset);
   }
   const std::uint32_t all_tiles = __reduce_add_sync(kFullMask, tiles);
-  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  const std::uint32_t warps = table_grid(p) * kWarps;
   const std::uint32_t warp = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   // With a warp for each part of a tile, all parts are moved at once.
   const std::uint32_t parts = all_tiles <= warps / kTileParts ? kTileParts : 1;
@@ -429,7 +434,7 @@ __device__ void write_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = slot % kWarpSize;
-  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  const std::uint32_t warps = table_grid(p) * kWarps;
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
   __shared__ std::uint32_t window_tokens[kThreads];

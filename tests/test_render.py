@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import jinja2.nodes
 import pytest
+from cases import STRATEGIES
 from click.testing import CliRunner
 from onelaunch import FIELDS, PRESETS, KernelConfig
 from onelaunch import render as render_anew
@@ -287,6 +288,7 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
     code = re.sub(r"//.*", "", "\n".join(below_the_prelude(config)))
     copies = config.operation == "copy"
     # If index_kpool is 1, constant folding removes it from the formulas.
+    computes = not copies and bool(config.computed)
     names_pools = config.has_mqa_schedule or bool(config.pooled_tables) or config.index_kpool > 1
     for name, there in (
         ("seq_lens", config.needs_lengths),
@@ -301,9 +303,9 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
         ("iolation", config.checked),
         ("report(", config.checked),
         ("int4*", config.vector_bytes == 16),
-        ("gridDim.x", config.strategy not in (None, "equal") and bool(config.fields != config.vectors or copies)),
+        ("gridDim.x", config.strategy not in (None, "equal") or computes),
         ("from_", copies),
-        ("__ballot_sync", config.strategy in ("live", "variable", "indices")),
+        ("__ballot_sync", config.strategy in ("live", "variable", "indices") or computes),
     ):
         assert (name in code) == there, name
 
@@ -527,6 +529,22 @@ def test_equal_rows_have_as_many_blocks_as_they_need(facts: dict[str, Any], limi
     assert (found[1] if found else None) == limit
     assert config.equal_rows == (limit is None)
     assert (config == config.replace(blocks_per_sm=7)) == (limit is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("padded", "grid_blocks(params, split)"),
+        ("declared of variable rows", "grid_blocks(params)"),
+        ("declared offsets", "kFirstTableBlock"),
+    ],
+)
+def test_declared_tables_and_packed_fields_have_blocks_of_their_own(name: str, others: str) -> None:
+    """As many as their work needs, beside those of built-in tables. Kernels without such fields have none."""
+    source = render(STRATEGIES[name])
+    assert f"dim3({others} + computed_blocks(params), 1, 1)" in source
+    assert "const std::int64_t limit = p.sm_count * kComputedBlocksPerSm;" in source
+    assert "computed" not in re.sub(r"//.*", "", render(STRATEGIES["live"]))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ REGISTERS = {
     "nsa-target-verify-3-schedule": 64,
     "flashmla-dense-decode-3": 40,
     "vllm-draft-step": 42,
-    "flashinfer-pages-3": 61,
+    "flashinfer-pages-3": 56,
     "flashinfer-decode-3": 48,
     "triton-decode-3": 61,
     "sglang-draft-2": 48,

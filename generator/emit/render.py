@@ -110,6 +110,7 @@ def _environment() -> jinja2.Environment:
         "element": element,
         "value_locals": value_locals,
         "live_count": live_count,
+        "most_parts": _most_parts,
     }
     return environment
 
@@ -138,6 +139,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "files": files,
         "writers": _writers(config),
         "roles": _roles(config),
+        "computes": "computed" in _writers(config),
         "length_offsets": _wrapped(config.length_offsets),
         "members": layout.members(config),
         "member_types": _MEMBER_TYPES,
@@ -153,7 +155,8 @@ def device_files(config: KernelConfig) -> list[str]:
     strategy, copies = config.strategy, config.copies
     rows = bool(config.tables) and strategy != "indices"  # tables that have rows
     tokens, pages = copies or config.token_table is not None, not copies and bool(config.paged_tables)
-    counts = strategy in ("live", "variable", "indices")  # it counts the tiles of requests of different lengths
+    # It counts the tiles, or parts, of requests of different lengths.
+    counts = strategy in ("live", "variable", "indices") or (not copies and bool(config.computed))
     computes = not copies and bool(config.vectors or config.schedules or config.computed)
     packs = any(config.field(name).kind == "packed" for name in config.computed)
     splits = "num_kv_splits" in config.fields
@@ -164,7 +167,7 @@ def device_files(config: KernelConfig) -> list[str]:
     words = config.packed is not None or pages or (rows and tokens and not verified)
     counts_of = "backend_counts" if config.live and config.lengths_differ else "one_count"
     wanted = {
-        "running_sum": counts or packs or config.variable_rows or (computes and bool(config.sums or config.schedules)),
+        "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
         "audit" if config.audits else "put": bool(config.vectors or config.schedules or config.computed or words),
         "store": bool(config.vectors or config.schedules or packs),
@@ -224,8 +227,21 @@ def _roles(config: KernelConfig) -> list[tuple[str, str]]:
     if config.copies:
         return []
     roles = [_SCHEDULERS[name] for name in config.schedules]
-    roles += [("refresh_vectors", "kLengthSets")] * bool(config.vectors)
-    return roles + [("write_computed", "kComputedBlocks")] * bool(config.computed)
+    return roles + [("refresh_vectors", "kLengthSets")] * bool(config.vectors)
+
+
+def _most_parts(config: KernelConfig, name: str) -> str:
+    """The C++ of how many parts of kComputedColumns a declared table, or a packed field, has at the greatest lengths.
+
+    A packed field that reads req_to_token seldom has more elements than that has columns. Its capacity, often that of
+    the greatest batch, would give small batches more blocks than they need.
+    """
+    member, sets = config.member(name), "1" if config.once(name) else "kLengthSets"
+    if config.field(name).kind == "table":
+        rows = "all_rows(p)" if name in config.row_fields else "p.batch_size"
+        return f"{sets} * {rows} * parts_of(p.{member}_width)"
+    room = f"parts_of(p.{member}_capacity) + p.batch_size"
+    return f"{sets} * smaller(read, {room})" if config.reads_tokens else f"{sets} * ({room})"
 
 
 def render_baseline(

@@ -126,7 +126,7 @@ def members(config: KernelConfig) -> list[Member]:
 
     add_fields([name for name in config.tables if config.field(name).kind == "table"])
     add("device", "int64", "ordinal")
-    if config.tables:
+    if config.tables or config.computed:
         add("sm_count", "int64", "SMs of the device")
     if config.reports:
         add("violation", "violation", "the first violation, or none")

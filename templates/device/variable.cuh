@@ -11,7 +11,7 @@
 __device__ void write_tables(const Params& p) {
   const int batch_size = static_cast<int>(p.batch_size);
   const int slot = static_cast<int>(threadIdx.x);
-  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
+  const std::uint32_t warps = table_grid(p) * kWarps;
   std::uint32_t tile = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
   __shared__ Window window;
   __shared__ std::int32_t reaches[kThreads];  // how far a request is written

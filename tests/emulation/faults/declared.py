@@ -46,6 +46,7 @@ COMPUTED = KernelConfig(
     },
     fields=("ids", "tab", "live"),
 )
+BESIDE = COMPUTED.replace(fields=(*COMPUTED.fields, "page_indices"))
 BEFORE = COMPUTED.replace(
     declare={"counts": running_sum("where(base_len > 30, -300, 299)"), "ids": packed("column", at="counts")},
     fields=("ids",),
@@ -56,6 +57,14 @@ MANY = Shape("many", tuple(7 * i % 300 for i in range(100)), width=300, spare_ro
 
 FAULTS = {
     "accessors.cu.j2": [
+        Fault(
+            "count the computing blocks among those that write tables",
+            "their tiles are left out",
+            BESIDE,
+            Shape("long", (1300,) * 5, width=1303, token_pad=1),
+            r"gridDim\.x - kFirstTableBlock - computed_blocks\(p\)",
+            "gridDim.x - kFirstTableBlock",
+        ),
         Fault(
             "read the length of a padding request",
             "a read behind seq_lens",
@@ -241,12 +250,12 @@ FAULTS = {
     ],
     "computed.cu.j2": [
         Fault(
-            "leave each request's parts to the same warps",
-            "the parts after a request with many are left out",
+            "don't count from the next window's first part",
+            "the parts after the first window are left out",
             COMPUTED,
             MANY,
-            r"part -= parts\[slot\];",
-            "part = warp + parts[slot];",
+            r"part -= window_parts;",
+            "",
         ),
         Fault(
             "store beyond the capacity",
@@ -271,32 +280,49 @@ FAULTS = {
             "requests overwrite each other",
             COMPUTED,
             MANY,
-            r"begin = begins\[slot\]",
-            "begin = begins[0]",
+            r"begin = window\.begins\[place\.slot\]",
+            "begin = window.begins[0]",
         ),
         Fault(
             "give all rows of a request the first one's number",
             "rows are alike",
             COMPUTED,
             MANY,
-            r"static_cast<int>\(table_row % rows_each\)",
-            "0",
+            r"row = table_row % rows_each",
+            "row = 0",
         ),
         Fault(
             "write dead columns of a table without a fill",
             "columns that belong to somebody else change",
             COMPUTED,
             MANY,
-            r"if \(at < live\) (store_strided<\w+>\(p\.(\w+),)",
-            r"if (at < p.\2_width) \1",
+            r"if \(to < live\) (store_strided<\w+>\(p\.(\w+),)",
+            r"if (to < p.\2_width) \1",
         ),
         Fault(
             "leave a part of a row out",
             "the columns from there on are stale",
             COMPUTED,
             MANY,
-            r"kComputedColumns - 1\) / kComputedColumns",
-            "kComputedColumns - 1) / kComputedColumns - 1",
+            r"\(\(columns - 1\) / kComputedColumns\) \+ 1",
+            "((columns - 1) / kComputedColumns)",
+        ),
+        Fault(
+            "let no warp wait before the next window",
+            "a race on the rows' live columns",
+            COMPUTED,
+            MANY,
+            r"__syncthreads\(\);  // no warp looks anything up in the last window any more",
+            "",
+            "thread",
+        ),
+        Fault(
+            "let all blocks take the first parts",
+            "they write the same elements at once, and leave the others out",
+            COMPUTED,
+            MANY,
+            r"part = block \* kWarps \+ ",
+            "part = ",
         ),
     ],
 }

@@ -202,8 +202,8 @@ FAULTS = {
             "tiles of a long row aren't written",
             BLOCKS,
             HALF,
-            r"gridDim\.x - kFirstTableBlock - split\.own_blocks",
-            "gridDim.x - kFirstTableBlock",
+            r"table_grid\(p\) - split\.own_blocks",
+            "table_grid(p)",
         ),
         Fault(
             "spread the remainder over too few blocks",
