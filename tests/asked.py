@@ -11,6 +11,10 @@ from onelaunch.run.plan import Plan
 from torch import Tensor
 
 
+class Number(int):
+    """An int that isn't exactly one."""
+
+
 class Asked:
     """Stands for a plan and returns the real one's words; counts how often the binding requests them."""
 

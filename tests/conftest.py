@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import headers
 import hypothesis
 import pytest
 import torch
+from asked import Asked, ask
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
 from onelaunch.build import environment, toolchain
@@ -25,6 +27,8 @@ from onelaunch.load import loader
 from onelaunch.run import api, refresh, schedules
 from processes import Children
 from support import ONE_DEVICE
+from torch import Tensor
+from usable import forget
 
 CACHE_VARIABLE = "ONELAUNCH_CACHE_DIR"
 # A folder that keeps builds between runs. Without it every run starts with an empty cache, as on a fresh machine.
@@ -157,6 +161,39 @@ def children(tmp_path: Path) -> Iterator[Children]:
         if child.poll() is None:
             child.kill()
             child.wait()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    return Store(tmp_path / "cache")
+
+
+@pytest.fixture
+def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of a fresh process. Temporary stores are made below tmp_path."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    forget(monkeypatch)
+
+
+@pytest.fixture
+def warnings_are_errors() -> Iterator[None]:
+    """A warning that a test doesn't expect fails it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture
+def out(device: torch.device) -> Tensor:
+    """Eight lengths, not written yet."""
+    return torch.full((8,), -7, dtype=torch.int32, device=device)
+
+
+@pytest.fixture
+def asked(out: Tensor) -> Asked:
+    return ask(out)
 
 
 @pytest.fixture

@@ -11,25 +11,11 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from asked import Asked, ask, inputs
+from asked import Asked, Number, inputs
 from onelaunch import ArgumentError, LaunchError, MetadataBuffers
 from references import check_references
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-
-
-class Number(int):
-    """An int that isn't exactly one."""
-
-
-@pytest.fixture
-def out(device: torch.device) -> Tensor:
-    return torch.full((8,), -7, dtype=torch.int32, device=device)
-
-
-@pytest.fixture
-def asked(out: Tensor) -> Asked:
-    return ask(out)
 
 
 def test_what_is_the_same_is_checked_once(asked: Asked, out: Tensor, device: torch.device) -> None:

@@ -51,11 +51,6 @@ def use(cache: Path, **environment: str) -> tuple[dict[str, Any], str]:
     return json.loads(out), err
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
-
-
 # ------------------------------------------------------------------------------------------------- strictness
 
 

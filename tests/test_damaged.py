@@ -7,8 +7,7 @@ import json
 import os
 import random
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,8 @@ from entries import FILES, KEY, published
 from onelaunch.cache import manifest, trust
 from onelaunch.cache.manifest import MANIFEST, Entry
 from onelaunch.cache.store import Store
-from usable import forget
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
-
-
-@pytest.fixture(autouse=True)
-def _no_warning_unless_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The state of a fresh process. Temporary stores are made below tmp_path."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    forget(monkeypatch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_process", "warnings_are_errors")
 
 
 def write(entry: Entry, name: str, data: bytes | None) -> None:

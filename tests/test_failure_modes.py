@@ -71,11 +71,6 @@ from processes import LOAD, Children, finish, light_package
 from usable import SMALL, forget
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
-
-
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     forget(monkeypatch)

@@ -26,11 +26,6 @@ from usable import SMALL, SMALL_CUDA
 RENDER = sys.modules["onelaunch.emit.render"]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
-
-
 def test_two_stores_have_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key depends neither on the folder nor on the time, nor on precompiled headers."""
     a, b = Store(tmp_path / "a"), Store(tmp_path / "some" / "other" / "folder")

@@ -30,17 +30,11 @@ from onelaunch.cache.store import OWN_NAMES, TAG, Store
 from onelaunch.cli.main import app
 from onelaunch.load import loader, pack
 from processes import LOAD, Children, finish, runs, until
-from usable import SMALL, SMALL_CUDA, forget
+from usable import SMALL, SMALL_CUDA
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
 OTHER = SMALL.replace(num_backends=2)
 ROOMS = re.compile(re.escape(str(Path(str(onelaunch.__file__)).parent)) + "/(cache|load)/")
-
-
-@pytest.fixture(autouse=True)
-def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    forget(monkeypatch)
 
 
 @pytest.fixture

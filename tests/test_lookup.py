@@ -21,11 +21,6 @@ CONFIG = KernelConfig(fields=("cache_seqlens",), target="cpu")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
-
-
-@pytest.fixture
 def fake_build(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Builds without a compiler: the object is a text file, and ``sys`` stands in for its module."""
     built: list[str] = []

@@ -12,25 +12,11 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from asked import Asked, ask, inputs
+from asked import Asked, Number, inputs
 from onelaunch import ArgumentError, LaunchError, MetadataBuffers
 from onelaunch.spec.fields import FIELDS
 from references import check_references, refcounts
 from torch import Tensor
-
-
-class Number(int):
-    """An int that isn't exactly one."""
-
-
-@pytest.fixture
-def out(device: torch.device) -> Tensor:
-    return torch.full((8,), -7, dtype=torch.int32, device=device)
-
-
-@pytest.fixture
-def asked(out: Tensor) -> Asked:
-    return ask(out)
 
 
 @pytest.fixture

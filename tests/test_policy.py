@@ -21,11 +21,6 @@ from usable import SMALL
 OTHERS = [KernelConfig(fields=("cache_seqlens",), target="cpu", num_backends=n) for n in range(2, 12)]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
-
-
 def test_the_notice_of_a_build(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     loader.load(SMALL, store=store)
     captured = capfd.readouterr()

@@ -18,19 +18,8 @@ from onelaunch import StoreError
 from onelaunch.cache import collect, files, lock, staging, tiers
 from onelaunch.cache.store import TAG, Store
 from processes import until
-from usable import forget
 
-
-@pytest.fixture(autouse=True)
-def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    forget(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture

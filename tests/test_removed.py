@@ -10,19 +10,8 @@ from entries import KEY, published
 from onelaunch import CompileError, StoreError
 from onelaunch.cache import collect, failures, files
 from onelaunch.cache.store import TAG, Store
-from usable import forget
 
-
-@pytest.fixture(autouse=True)
-def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    forget(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 def test_nothing_is_removed_from_a_folder_of_somebody_else(tmp_path: Path) -> None:

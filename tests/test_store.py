@@ -10,8 +10,6 @@ import shutil
 import socket
 import stat
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,23 +19,8 @@ from onelaunch.cache import files, lock, staging, tiers, trust
 from onelaunch.cache import store as stores
 from onelaunch.cache.manifest import MANIFEST, Entry, key_of
 from onelaunch.cache.store import CACHE_VARIABLE, KEPT_SUFFIXES, Store
-from usable import forget
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
-
-
-@pytest.fixture(autouse=True)
-def _no_warning_unless_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The state of a fresh process. Temporary stores are made below tmp_path."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    forget(monkeypatch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_process", "warnings_are_errors")
 
 
 # ------------------------------------------------------------------------------------------------------- the root

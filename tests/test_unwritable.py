@@ -29,17 +29,11 @@ from onelaunch.load import find, loader, pack
 from processes import mounted, read_only
 from usable import SMALL, assert_usable, forget, leftovers
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
 OTHER, THIRD = SMALL.replace(num_backends=2), SMALL.replace(num_backends=3)
+
 ELSEWHERE = "builds go to {} and are lost when this process ends. "
 CURE = "Set ONELAUNCH_CACHE_DIR to a folder that this process may write and that has room."
-
-
-@pytest.fixture(autouse=True)
-def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Temporary stores are made below tmp_path."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    forget(monkeypatch)
 
 
 @pytest.fixture
