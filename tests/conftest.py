@@ -16,7 +16,7 @@ import headers
 import hypothesis
 import pytest
 import torch
-from asked import Asked, ask
+from counting import CountingPlan, counting_plan
 from onelaunch import KernelConfig
 from onelaunch.build import compile as compiler
 from onelaunch.build import environment, toolchain
@@ -192,8 +192,8 @@ def out(device: torch.device) -> Tensor:
 
 
 @pytest.fixture
-def asked(out: Tensor) -> Asked:
-    return ask(out)
+def counting(out: Tensor) -> CountingPlan:
+    return counting_plan(out)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import onelaunch
 import pytest
 import torch
-from asked import Asked, Number, inputs
+from counting import CountingPlan, Number, inputs
 from onelaunch import ArgumentError, LaunchError, MetadataBuffers
 from onelaunch.spec.fields import FIELDS
 from references import check_references, refcounts
@@ -20,8 +20,8 @@ from torch import Tensor
 
 
 @pytest.fixture
-def module(asked: Asked) -> ModuleType:
-    return asked.plan.kernel.module
+def module(counting: CountingPlan) -> ModuleType:
+    return counting.plan.kernel.module
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_what_cannot_be_told(module: ModuleType, device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------ plans in a memo
 
 
-def test_a_memo_runs_its_plan(asked: Asked, module: ModuleType, out: Tensor, device: torch.device) -> None:
+def test_a_memo_runs_its_plan(counting: CountingPlan, module: ModuleType, out: Tensor, device: torch.device) -> None:
     """The plan's checks count as in its own run()."""
     lengths, rows = inputs(device, 3, 4)
     memo = module.memo(2, 4, 2)
@@ -311,18 +311,18 @@ def test_a_memo_runs_its_plan(asked: Asked, module: ModuleType, out: Tensor, dev
     def call(lengths: Tensor, rows: Tensor, max_len: Any = None, name: str = "mine") -> tuple[bool, int]:
         """Whether the memo has a plan, and how often its words were requested."""
         out.fill_(-7)
-        before = asked.times
-        return memo.run(lengths, rows, None, max_len, name), asked.times - before
+        before = counting.times
+        return memo.run(lengths, rows, None, max_len, name), counting.times - before
 
     assert call(lengths, rows) == (False, 0)
-    memo.keep(asked, asked.plan._run, lengths, rows, None, None, "mine")
+    memo.keep(counting, counting.plan._run, lengths, rows, None, None, "mine")
     assert [call(lengths, rows) for _ in range(2)] == [(True, 1), (True, 0)]
     assert out.tolist()[:3] == [3, 4, -7]
     longer = inputs(device, 5, 6, 7)
     assert [call(*longer) for _ in range(2)] == [(True, 1), (True, 0)]
     assert out.tolist()[:4] == [5, 6, 7, -7]
     assert [call(*longer, 16) for _ in range(2)] == [(True, 1), (True, 0)]
-    asked.run(lengths, rows, None, 2)
+    counting.run(lengths, rows, None, 2)
     assert call(lengths, rows, 2) == (True, 0), "the plan's own run() and the memo share what was checked"
     for bad in (16.0, True, 2**70, 65):
         for _ in range(2):
@@ -339,10 +339,10 @@ def test_a_memo_runs_its_plan(asked: Asked, module: ModuleType, out: Tensor, dev
 def test_a_memo_has_plans_of_other_modules(module: ModuleType, device: torch.device) -> None:
     new = [torch.full((4,), -7, dtype=torch.int32, device=device) for _ in range(2)]
     pool = torch.zeros((8, 64), dtype=torch.int32, device=device)
-    asked = Asked(onelaunch.bind([MetadataBuffers(cache_seqlens=out) for out in new], req_to_token=pool))
-    assert asked.plan.kernel.module is not module
+    counting = CountingPlan(onelaunch.bind([MetadataBuffers(cache_seqlens=out) for out in new], req_to_token=pool))
+    assert counting.plan.kernel.module is not module
     memo = module.memo(1, 4, 2)
-    memo.keep(asked, asked.plan._run, *inputs(device, 1), None, None)
+    memo.keep(counting, counting.plan._run, *inputs(device, 1), None, None)
     for number in range(3):
         assert memo.run(*inputs(device, number), None, None)
         assert [out.tolist() for out in new] == [[number, -7, -7, -7]] * 2
@@ -373,9 +373,9 @@ class Fails:
     ],
 )
 def test_an_owner_explains_its_runtime_errors(
-    asked: Asked, module: ModuleType, error: type[Exception], instead: type[Exception] | None, said: str
+    counting: CountingPlan, module: ModuleType, error: type[Exception], instead: type[Exception] | None, said: str
 ) -> None:
-    for run in (asked.plan._run, lambda owner, *arguments: owner._check(*arguments)):
+    for run in (counting.plan._run, lambda owner, *arguments: owner._check(*arguments)):
         memo = module.memo(1, 4)
         memo.keep(Fails(error, instead), run, 0, 0, 0, 0, "key")
         with pytest.raises(LaunchError if said == "bare in words" else error, match=f"^{said}$") as caught:
@@ -384,19 +384,21 @@ def test_an_owner_explains_its_runtime_errors(
         assert where[-1].name == "_check", "it says where it was raised"
 
 
-def test_a_check_may_drop_what_runs(asked: Asked, module: ModuleType, out: Tensor, device: torch.device) -> None:
+def test_a_check_may_drop_what_runs(
+    counting: CountingPlan, module: ModuleType, out: Tensor, device: torch.device
+) -> None:
     """A check runs Python: here another call takes the only place of the memo, and the last reference to the plan."""
     memo = module.memo(1, 4, 2)
     lengths, rows = inputs(device, 3, 4)
 
-    class Drops(Asked):
+    class Drops(CountingPlan):
         def _check(self, *arguments: Any) -> list[int]:
             keep(memo, "another", lengths, rows, None, None, "other")
             return super()._check(*arguments)
 
-    owner = Drops(asked.plan)
+    owner = Drops(counting.plan)
     seen = weakref.ref(owner)
-    memo.keep(owner, asked.plan._run, lengths, rows, None, None, "mine")
+    memo.keep(owner, counting.plan._run, lengths, rows, None, None, "mine")
     del owner
     assert memo.run(lengths, rows, None, None, "mine")
     assert out.tolist()[:3] == [3, 4, -7]
@@ -406,8 +408,8 @@ def test_a_check_may_drop_what_runs(asked: Asked, module: ModuleType, out: Tenso
 
 
 @pytest.mark.uncounted
-def test_references_of_a_memo(asked: Asked, module: ModuleType, device: torch.device) -> None:
-    plan = asked.plan
+def test_references_of_a_memo(counting: CountingPlan, module: ModuleType, device: torch.device) -> None:
+    plan = counting.plan
     good = torch.zeros(8, dtype=torch.int32, device=device)
     buffers, named, kept, memo = MetadataBuffers(good), Named(good), object(), module.memo(2)
     things = [good, buffers, named, kept, memo, Tensor, torch.int32, 2**40, MetadataBuffers, type(memo), *FIELDS]

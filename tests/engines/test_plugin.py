@@ -43,21 +43,16 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_plugin_does_nothing_unless_it_is_asked(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin.install()
     assert not hooks._hooks
-    monkeypatch.setenv(plugin.SELECTED_VARIABLE, "another, onelaunch")
-    plugin.install()
-    assert len(hooks._hooks) == 4
-    hooks.reset()
-    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "1")
-    plugin.install()
-    assert len(hooks._hooks) == 4
-    hooks.reset()
-    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "backends")
-    plugin.install()
-    assert len(hooks._hooks) == 3
-    hooks.reset()
-    monkeypatch.setenv(plugin.SGLANG_VARIABLE, "0")
-    plugin.install()
-    assert not hooks._hooks
+    for variable, value, count in (
+        (plugin.SELECTED_VARIABLE, "another, onelaunch", 4),
+        (plugin.SGLANG_VARIABLE, "1", 4),
+        (plugin.SGLANG_VARIABLE, "backends", 3),
+        (plugin.SGLANG_VARIABLE, "0", 0),
+    ):
+        monkeypatch.setenv(variable, value)
+        plugin.install()
+        assert len(hooks._hooks) == count, value
+        hooks.reset()
 
 
 def test_the_engine_loads_the_plugin_and_attaches_what_its_factory_makes(

@@ -209,8 +209,8 @@ def fan_out(source: Tensor, to: Sequence[Tensor], words: int, unroll: int, page_
         page_size: with more than 1, the first token of each page is read, and its page's number written.
     """
     target = target_of(source.device)
-    facts = {"num_backends": len(to), "unroll": unroll, "page_size": page_size}
-    module = kernel("ideal", target, ("vectors",), len(to) + 2, **facts)
+    settings = {"num_backends": len(to), "unroll": unroll, "page_size": page_size}
+    module = kernel("ideal", target, ("vectors",), len(to) + 2, **settings)
     index, cuda = source.device.index or 0, source.device.type == "cuda"
     run = module.bind([source.data_ptr(), *(tensor.data_ptr() for tensor in to)]).launch
 

@@ -15,6 +15,12 @@ class Unsupported(Exception):
     """An implementation can't do a case; the message says why."""
 
 
+def sentence_of(error: Exception) -> str:
+    """What failed, in one line."""
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {first}"
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to do a refresh.

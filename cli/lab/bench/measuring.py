@@ -15,7 +15,7 @@ from onelaunch.cache import files
 from .cases import Case
 from .contenders import CONTENDERS, warmed
 from .host import host_rows
-from .implementation import Implementation, Unsupported
+from .implementation import Implementation, Unsupported, sentence_of
 from .meter import Meter
 from .parts import part_rows
 from .scene import Call, Scene
@@ -67,7 +67,7 @@ def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implemen
     except Unsupported as error:
         return {**row, "status": "left out", "reason": str(error)}
     except Exception as error:  # of any kind: the other implementations are still measured
-        return {**row, "status": "failed", "reason": _sentence(error)}
+        return {**row, "status": "failed", "reason": sentence_of(error)}
     for call in calls:
         try:
             fault = implementation.check(scene, case, call) or _fault_in_graph(meter, scene, case, implementation, call)
@@ -76,7 +76,7 @@ def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implemen
             device, host = meter.eager_us(call)
             samples = {"warm": meter.warm_us(call), "cold": meter.cold_us(call), "eager": device, "host": host}
         except Exception as error:
-            row["reason"] = _sentence(error)  # the other variants still count
+            row["reason"] = sentence_of(error)  # the other variants still count
             continue
         for column, took in samples.items():
             if column not in best or statistics.median(took) < statistics.median(best[column]):
@@ -88,11 +88,6 @@ def measure_one(meter: Meter, scene: Scene, case: Case, implementation: Implemen
         low, _, high = statistics.quantiles(took, n=4, method="inclusive")
         row[f"{column}_quartiles"] = [round(low, 3), round(high, 3)]
     return row
-
-
-def _sentence(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"{type(error).__name__}: {first}"
 
 
 def _fault_in_graph(meter: Meter, scene: Scene, case: Case, implementation: Implementation, call: Call) -> str:
@@ -125,7 +120,7 @@ def measure_case(
     try:
         scene = meter.scene(case, lengths)
     except Exception as error:
-        reason = f"no buffers: {_sentence(error)}"
+        reason = f"no buffers: {sentence_of(error)}"
         for name in selected.names:
             rows.append({**facts, "implementation": name, "status": "failed", "reason": reason})
             report(rows[-1])

@@ -20,8 +20,9 @@ from torch import Tensor
 from . import flashmla
 from .baselines import fan_out
 from .cases import SHAPES, Case, parse_shape, wide_enough
+from .implementation import sentence_of
 from .meter import Meter
-from .scene import POISON, Call
+from .scene import Call, first_difference, make_inputs, poison
 from .sglang_modules import Missing, module
 
 # Tokens of a page in the tables of pages, and of a block that the engine's planned grid gives to a program.
@@ -48,12 +49,7 @@ class Inputs:
     pool: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        generator, count = torch.Generator(device=self.device).manual_seed(1), len(self.lengths)
-        self.pool = torch.randint(
-            0, 2**30, (count + 1, self.width), dtype=torch.int32, device=self.device, generator=generator
-        )
-        self.seq_lens = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
-        self.rows = torch.randperm(count, device=self.device, generator=generator) + 1
+        self.seq_lens, self.rows, self.pool = make_inputs(self.lengths, self.width, self.device)
 
     @property
     def multiprocessors(self) -> int:
@@ -63,14 +59,8 @@ class Inputs:
         return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def new(self, *shape: int) -> Tensor:
-        """A poisoned int32 tensor."""
-        return torch.full(shape, POISON, dtype=torch.int32, device=self.device)
-
-    def sums(self, *shape: int) -> Tensor:
-        """Poisoned running sums with the first 0, which engines' kernels expect to be there."""
-        made = self.new(*shape)
-        made[..., 0] = 0
-        return made
+        """An int32 tensor, not written yet."""
+        return torch.empty(shape, dtype=torch.int32, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ def _offsets(backends: int) -> dict[str, Any]:
 def _index_buffers(inputs: Inputs, backends: int) -> list[MetadataBuffers]:
     count = len(inputs.lengths)
     capacity = sum(inputs.lengths) + count * backends
-    indptr, indices = inputs.sums(backends, count + 1), inputs.new(backends, capacity)
+    indptr, indices = inputs.new(backends, count + 1), inputs.new(backends, capacity)
     return [MetadataBuffers(kv_indptr=indptr[n], kv_indices=indices[n]) for n in range(backends)]
 
 
@@ -131,10 +121,10 @@ def _sglang_indices(inputs: Inputs, buffers: list[MetadataBuffers]) -> Calls:
 
         return run
 
-    most = -(-max(inputs.lengths) // _TOKENS)
+    max_blocks = -(-max(inputs.lengths) // _TOKENS)
     return {
         "engine": [call(1, False)],
-        "engine-best": [call(blocks, True) for blocks in dict.fromkeys((min(_MAX_BLOCKS, most), most))],
+        "engine-best": [call(blocks, True) for blocks in dict.fromkeys((min(_MAX_BLOCKS, max_blocks), max_blocks))],
     }
 
 
@@ -144,7 +134,7 @@ def _page_buffers(inputs: Inputs, backends: int) -> list[MetadataBuffers]:
     return [
         MetadataBuffers(
             cache_seqlens=inputs.new(count),
-            cu_seqlens_k=inputs.sums(count + 1),
+            cu_seqlens_k=inputs.new(count + 1),
             real_page_table=inputs.new(count, -(-inputs.width // PAGE_SIZE)),
         )
         for _ in range(backends)
@@ -256,7 +246,7 @@ def part_rows(meter: Meter, shapes: Sequence[str] = SHAPES, parts: Sequence[Part
                     calls, row["reason"] = _calls(part, inputs, backends)
                     row |= _times(meter, calls)
                 except Exception as error:  # of any kind: the other rows are still measured
-                    row["reason"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                    row["reason"] = sentence_of(error)
                 yield row
 
 
@@ -264,14 +254,16 @@ def _calls(part: Part, inputs: Inputs, backends: int) -> tuple[Calls, str]:
     """The calls that can be measured, and why the others can't."""
     settings = part.settings(backends)
     seq_lens = inputs.seq_lens.to(settings.get("seq_lens_dtype", torch.int64))
-    expected, ours = (part.destinations(inputs, backends) for _ in range(2))
+    expected, ours, theirs = (part.destinations(inputs, backends) for _ in range(3))
+    poison(expected)
+    poison(ours)
+    poison(theirs, first_sums=0)
     known: dict[str, Any] = {"index_topk": 0, "page_size": 1, "extent": "live"} | settings
     known.pop("seq_lens_dtype", None)
     reference.refresh(expected, inputs.seq_lens, inputs.rows, inputs.pool, **known)
     plan = onelaunch.bind(ours, req_to_token=inputs.pool, **settings)
     calls: Calls = {"ours": [lambda: plan.run(seq_lens, inputs.rows)]}
     reasons = []
-    theirs = part.destinations(inputs, backends)
     try:
         calls |= part.engine(inputs, theirs)
     except Missing as error:
@@ -284,32 +276,19 @@ def _calls(part: Part, inputs: Inputs, backends: int) -> tuple[Calls, str]:
                 del calls[name]
                 reasons.append(f"{name}: {fault}")
                 break
-            _poison(theirs)
+            poison(theirs, first_sums=0)
     if floor := part.floor(inputs, backends):
         calls["floor"] = floor
     return calls, "; ".join(reasons)
-
-
-def _poison(buffers: list[MetadataBuffers]) -> None:
-    for backend in buffers:
-        for known, tensor in backend.items():
-            tensor[int(known.kind == "running_sum") :] = POISON
 
 
 def _fault(part: Part, inputs: Inputs, got: Any, expected: list[MetadataBuffers]) -> str:
     """The first wrong element, in words; "" if there is none."""
     for index, (backend, wanted) in enumerate(zip(got, expected, strict=True)):
         for known, want in wanted.items():
-            tensor = getattr(backend, known.name)
-            unequal = tensor != want
-            if (meaningless := part.undefined(inputs, known.name, want)) is not None:
-                unequal &= ~meaningless
-            if unequal.any():
-                place = tuple(unequal.nonzero()[0].tolist())
-                return (
-                    f"backends[{index}].{known.name}{list(place)} is {int(tensor[place])}, "
-                    f"the reference says {int(want[place])}"
-                )
+            got_one = getattr(backend, known.name)
+            if found := first_difference(index, known.name, got_one, want, part.undefined(inputs, known.name, want)):
+                return found
     return ""
 
 

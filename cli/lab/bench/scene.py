@@ -21,6 +21,43 @@ Call = Callable[[], object]
 POISON = -858993460
 
 
+def make_inputs(lengths: Sequence[int], width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """seq_lens and req_pool_indices, int64 [bs]; req_to_token, int32 [bs + 1, width]. The same in every run."""
+    generator, bs = torch.Generator(device=device).manual_seed(1), len(lengths)
+    pool = torch.randint(0, 2**30, (bs + 1, width), dtype=torch.int32, device=device, generator=generator)
+    rows = torch.randperm(bs, device=device, generator=generator) + 1
+    return torch.tensor(lengths, dtype=torch.int64, device=device), rows, pool
+
+
+def poison(buffers: Sequence[MetadataBuffers], first_sums: int = POISON) -> None:
+    """Fills the destinations with a value that no refresh writes.
+
+    Args:
+        first_sums: the first element of the running sums; 0 for implementations that don't write it.
+    """
+    for backend in buffers:
+        for field, tensor in backend.items():
+            tensor.fill_(POISON)
+            if field.kind == "running_sum":
+                tensor[0] = first_sums
+
+
+def first_difference(index: int, name: str, got: Tensor, want: Tensor, undefined: Tensor | None = None) -> str:
+    """The first element of a backend's field that differs from the reference, in words; "" if there is none.
+
+    Args:
+        index: the backend's.
+        undefined: marks elements that aren't compared.
+    """
+    if torch.equal(got, want):
+        return ""
+    unequal = got != want if undefined is None else (got != want) & ~undefined
+    if not unequal.any():
+        return ""
+    where = tuple(unequal.nonzero()[0].tolist())
+    return f"backends[{index}].{name}{list(where)} is {int(got[where])}, the reference says {int(want[where])}"
+
+
 class Scene:
     """Buffers and inputs of one shape.
 
@@ -49,15 +86,11 @@ class Scene:
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         self.poisoned: list[Call] = []
         bs = len(lengths)
-        generator = torch.Generator(device=self.device).manual_seed(1)
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int32, device=self.device)
 
-        pool = torch.randint(0, 2**30, (bs + 1, width), dtype=torch.int32, device=self.device, generator=generator)
-        seq_lens = torch.tensor(lengths, dtype=torch.int64, device=self.device)
-        rows = torch.randperm(bs, device=self.device, generator=generator) + 1
-        self.inputs: tuple[Tensor, Tensor, Tensor] = (seq_lens, rows, pool)
+        self.inputs = make_inputs(lengths, width, self.device)
         self.buffers = [
             MetadataBuffers(
                 cache_seqlens=new(bs),
@@ -110,11 +143,7 @@ class Scene:
         Args:
             first_sums: the first element of the running sums; 0 for implementations that don't write it.
         """
-        for backend in self.buffers:
-            for field, tensor in backend.items():
-                tensor.fill_(POISON)
-                if field.kind == "running_sum":
-                    tensor[0] = first_sums
+        poison(self.buffers, first_sums)
         for forget in self.poisoned:
             forget()
 
@@ -153,10 +182,6 @@ class Scene:
                     unit = 1 if field.name == "page_indices" else self.page_size
                     live = (seq_lens + unit - 1) // unit
                     want = torch.where(torch.arange(got.shape[1], device=self.device) < live[:, None], want, got)
-                if not torch.equal(got, want):
-                    where = tuple((got != want).nonzero()[0].tolist())
-                    return (
-                        f"backends[{index}].{field.name}{list(where)} is {int(got[where])}, "
-                        f"the reference says {int(want[where])}"
-                    )
+                if found := first_difference(index, field.name, got, want):
+                    return found
         return ""

@@ -58,7 +58,7 @@ def version() -> str:
 def _make_packages() -> None:
     """Puts SGLang's packages into sys.modules without executing them.
 
-    Kernels' modules ask ``sglang.srt.utils``, which needs a server's packages, for a few facts.
+    Kernels' modules import a few functions of ``sglang.srt.utils``, which needs a server's packages.
     """
     found = importlib.util.find_spec("sglang")
     if found is None or not found.submodule_search_locations:
@@ -75,10 +75,10 @@ def _make_packages() -> None:
         assert spec is not None
         sys.modules[full] = importlib.util.module_from_spec(spec)
     common = sys.modules["sglang.srt.utils.common"] = ModuleType("sglang.srt.utils.common")
-    facts = {name: lambda: False for name in _OTHER_DEVICES} | {
+    functions = {name: lambda: False for name in _OTHER_DEVICES} | {
         "is_cuda": lambda: torch.version.cuda is not None,
         "get_cuda_version": lambda: tuple(map(int, str(torch.version.cuda).split("."))),
         "next_power_of_2": lambda number: 1 << (number - 1).bit_length() if number > 1 else 1,
     }
-    for asked in (common, sys.modules.get("sglang.srt.utils")):
-        vars(asked or common).update(facts)
+    for replaced in (common, sys.modules.get("sglang.srt.utils")):
+        vars(replaced or common).update(functions)

@@ -15,7 +15,7 @@ class Number(int):
     """An int that isn't exactly one."""
 
 
-class Asked:
+class CountingPlan:
     """Stands for a plan and returns the real one's words; counts how often the binding requests them."""
 
     def __init__(self, plan: Plan) -> None:
@@ -32,10 +32,10 @@ class Asked:
         return self.times - before
 
 
-def ask(out: Tensor) -> Asked:
+def counting_plan(out: Tensor) -> CountingPlan:
     """A plan that writes lengths to ``out``, [8], and a table."""
     pool, table = (torch.zeros((8, 64), dtype=torch.int32, device=out.device) for _ in range(2))
-    return Asked(onelaunch.bind([MetadataBuffers(cache_seqlens=out, page_indices=table)], req_to_token=pool))
+    return CountingPlan(onelaunch.bind([MetadataBuffers(cache_seqlens=out, page_indices=table)], req_to_token=pool))
 
 
 def inputs(device: torch.device, *lengths: int) -> tuple[Tensor, Tensor]:
