@@ -194,6 +194,15 @@ __device__ __forceinline__ const T* opaque(const T* address) {
   return address;
 }
 
+// ---- sums over the lanes of a warp -------------------------------------------------------------------------------
+// The sum of numbers of up to 58 bits over the lanes of a warp, which adds up 32 bits at once: 26 of them can't wrap.
+__device__ __forceinline__ std::int64_t warp_sum(std::int64_t value) {
+  constexpr int kLowBits = 26;
+  const std::uint32_t low = static_cast<std::uint32_t>(value) & ((1u << kLowBits) - 1);
+  const std::uint32_t high = __reduce_add_sync(kFullMask, static_cast<std::uint32_t>(value >> kLowBits));
+  return std::int64_t{static_cast<std::int32_t>(high)} * (1 << kLowBits) + __reduce_add_sync(kFullMask, low);
+}
+
 // ---- which request a tile belongs to -----------------------------------------------------------------------------
 // A window: the tile counts of up to kThreads requests, in shared memory. Each thread adds one request's; then every
 // warp can look up a tile's request.
@@ -308,14 +317,6 @@ __device__ __forceinline__ void copy_tile(
       if (!kVerified || old[i] != words[i]) put(to + i * kWarpSize, words[i]);
     }
   }
-}
-
-// The sum of numbers of up to 58 bits over the lanes of a warp, which adds up 32 bits at once: 26 of them can't wrap.
-__device__ __forceinline__ std::int64_t warp_sum(std::uint64_t value) {
-  constexpr int kLowBits = 26;
-  const std::uint32_t low = static_cast<std::uint32_t>(value) & ((1u << kLowBits) - 1);
-  const std::int64_t high = __reduce_add_sync(kFullMask, static_cast<std::uint32_t>(value >> kLowBits));
-  return (high << kLowBits) + __reduce_add_sync(kFullMask, low);
 }
 
 // No more requests than a warp has lanes: each warp adds up for itself, without shared memory and barriers. Short

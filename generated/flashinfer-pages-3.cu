@@ -37,7 +37,7 @@ constexpr int kResidentBlocks = 4;  // minimum resident blocks per SM; caps the 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLengthSets = kBackends;  // lengths per request: one for all backends, or one per backend
-constexpr int kComputedColumns = 256;  // of a declared table or packed field, that a warp computes at once
+constexpr int kComputedColumns = 512;  // of a declared table or packed field, that a warp computes at once
 constexpr int kComputedBlocksPerSm = 2;  // limits the blocks for these
 constexpr int kFirstTableBlock = kLengthSets;  // other blocks come first
 using SeqLen = std::int64_t;
@@ -45,6 +45,7 @@ constexpr bool kPagesAlone = false;  // whether the tables hold pages only, not 
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
 constexpr int kPageSize = 16;  // tokens
+constexpr bool kChecked = false;  // whether violations are recorded
 constexpr std::int32_t user_query_len = 1;  // declared
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
@@ -78,6 +79,7 @@ struct Params {
   std::int64_t req_pool_indices_stride;  // elements
   std::int64_t batch_size;  // requests
   // set when a plan is bound
+  std::int64_t computed_blocks;  // for declared tables and packed fields; set by the launch
   const Token* req_to_token;  // [pool rows, req_to_token_width]
   std::int64_t req_to_token_stride;  // elements from row to row
   std::int64_t req_to_token_width;  // elements of a row that may be read
@@ -93,7 +95,7 @@ struct Params {
   std::int32_t* user_pages[kBackends];  // [capacity]
   std::int32_t* user_qo_indptr[kBackends];  // [bs + 1]
 };
-constexpr int kParamWords = 33;
+constexpr int kParamWords = 34;
 static_assert(sizeof(Params) == kParamWords * sizeof(std::int64_t), "Params must be an array of 64-bit words");
 
 // Every consumer reads int32 lengths; a wider input is truncated, as by tensor.to(torch.int32).
@@ -120,19 +122,6 @@ __device__ __forceinline__ Source<Token> token_source(const Params& p) {
 
 // Unchecked: a look-up outside of its source isn't reported.
 __device__ __forceinline__ void check_look_up(const Params&, std::int64_t, std::int64_t, std::int64_t) {}
-
-// How many blocks compute declared tables and packed fields, the last of the grid: enough for all parts at the greatest
-// lengths, up to a limit that follows from the device.
-__host__ __device__ __forceinline__ unsigned computed_blocks(const Params& p) {
-  const auto smaller = [](std::int64_t a, std::int64_t b) { return a < b ? a : b; };
-  [[maybe_unused]] const auto parts_of = [](std::int64_t columns) { return columns / kComputedColumns + 1; };
-  std::int64_t parts = 0;
-  [[maybe_unused]] const std::int64_t read = p.batch_size * parts_of(p.req_to_token_width);
-  parts += kLengthSets * smaller(read, parts_of(p.user_pages_capacity) + p.batch_size);
-  const std::int64_t limit = p.sm_count * kComputedBlocksPerSm;
-  const std::int64_t blocks = smaller((parts + kWarps - 1) / kWarps, limit);
-  return static_cast<unsigned>(blocks > 1 ? blocks : 1);
-}
 
 // ---- running sums ------------------------------------------------------------------------------------------------
 // T is unsigned: sums wrap at 2^32 as they do in PyTorch's int32, and signed overflow is undefined in C++. A sum that
@@ -220,20 +209,6 @@ __device__ __forceinline__ void store_once(T* const (&to)[N], int b, std::int64_
   for (int i = 0; i < N; ++i) put(to[i] + index, value);
 }
 
-// ---- storing an element of a strided vector ----------------------------------------------------------------------
-// Like store(), where a destination has its own strides; `once` if all backends have the same, though lengths differ.
-template <bool once, typename T, int N>
-__device__ __forceinline__ void store_strided(
-    const Strided<T> (&to)[N], int b, std::int64_t request, std::int64_t row, std::common_type_t<T> value) {
-  if constexpr (kLengthSets > 1 && !once) {
-    put(to[b].data + request * to[b].request_stride + row * to[b].row_stride, value);
-  } else {
-    if (kLengthSets > 1 && b > 0) return;
-#pragma unroll(unrolled(N))
-    for (int i = 0; i < N; ++i) put(to[i].data + request * to[i].request_stride + row * to[i].row_stride, value);
-  }
-}
-
 // ---- division ----------------------------------------------------------------------------------------------------
 // The quotient rounded down, as Python's //; the divisor is positive.
 template <typename T>
@@ -268,23 +243,51 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
   return static_cast<std::make_signed_t<T>>(value);
 }
 
-// ---- look-ups of formulas ----------------------------------------------------------------------------------------
-// What isn't there isn't read, and yields `missing`, whose type is the formula's.
-template <typename Value, typename T>
-__device__ __forceinline__ Value look_up(
-    const Params& p, std::int64_t request, const Source<T>& source, std::int64_t row, std::int64_t column,
-    Value missing) {
-  check_look_up(p, request, row, source.rows);
-  check_look_up(p, request, column, source.columns);
-  const bool there = row >= 0 && row < source.rows && column >= 0 && column < source.columns;
-  return there ? static_cast<Value>(__ldg(source.data + row * source.row_stride + column)) : missing;
+// ---- addresses that the compiler keeps as they are ---------------------------------------------------------------
+// Keeps one base address in a register. Otherwise the compiler computes an address for each load.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* address) {
+  if constexpr (kWarpSize > 1) asm("" : "+l"(address));
+  return address;
 }
 
-template <typename Value, typename T>
+// ---- look-ups of formulas ----------------------------------------------------------------------------------------
+// Whether an index lies within a size. Unsigned comparison: a negative index fails the bound check, too. Indices of 32
+// bits need no arithmetic of 64.
+template <typename At>
+__device__ __forceinline__ bool within(At index, std::int64_t size) {
+  using Unsigned = std::make_unsigned_t<At>;
+  constexpr std::int64_t kAll = std::int64_t{1} << 31;
+  if constexpr (sizeof(At) < sizeof(size)) size = size < kAll ? size : kAll;
+  return static_cast<Unsigned>(index) < static_cast<Unsigned>(size);
+}
+
+// What isn't there isn't read, and yields `missing`, whose type is the formula's.
+template <typename Value, typename T, typename Row, typename Column>
 __device__ __forceinline__ Value
-look_up(const Params& p, std::int64_t request, const Map<T>& map, std::int64_t index, Value missing) {
+look_up(const Params& p, std::int64_t request, const Source<T>& source, Row row, Column column, Value missing) {
+  check_look_up(p, request, row, source.rows);
+  check_look_up(p, request, column, source.columns);
+  const bool row_there = within(row, source.rows);
+  // The row's address is computed once for all columns, not in each one's branch.
+  const T* data = opaque(source.data + (row_there ? row : 0) * source.row_stride);
+  return row_there && within(column, source.columns) ? static_cast<Value>(__ldg(data + column)) : missing;
+}
+
+template <typename Value, typename T, typename At>
+__device__ __forceinline__ Value
+look_up(const Params& p, std::int64_t request, const Map<T>& map, At index, Value missing) {
   check_look_up(p, request, index, map.size);
-  return index >= 0 && index < map.size ? static_cast<Value>(__ldg(map.data + index)) : missing;
+  return within(index, map.size) ? static_cast<Value>(__ldg(map.data + index)) : missing;
+}
+
+// ---- sums over the lanes of a warp -------------------------------------------------------------------------------
+// The sum of numbers of up to 58 bits over the lanes of a warp, which adds up 32 bits at once: 26 of them can't wrap.
+__device__ __forceinline__ std::int64_t warp_sum(std::int64_t value) {
+  constexpr int kLowBits = 26;
+  const std::uint32_t low = static_cast<std::uint32_t>(value) & ((1u << kLowBits) - 1);
+  const std::uint32_t high = __reduce_add_sync(kFullMask, static_cast<std::uint32_t>(value >> kLowBits));
+  return std::int64_t{static_cast<std::int32_t>(high)} * (1 << kLowBits) + __reduce_add_sync(kFullMask, low);
 }
 
 // ---- which request a tile belongs to -----------------------------------------------------------------------------
@@ -373,92 +376,382 @@ __device__ void refresh_vectors(const Params& p, int b) {
   }
 }
 
-// ---- declared tables and packed fields ---------------------------------------------------------------------------
-// The grid's last blocks compute them, as many as computed_blocks() says. Their warps take parts of kComputedColumns
-// columns in turn, those of all fields and backends one after the other. Every block counts the parts of a window of
-// rows or requests, so that dead columns cost nothing. A lane computes its elements of a part before it stores the
-// first, because the compiler moves no look-up before a store.
-constexpr int kComputedEach = kComputedColumns / kWarpSize;  // a lane's
-
-// A window of a table's rows, or of a packed field's requests.
-struct ComputedWindow {
-  Window parts;
-  std::int64_t begins[kThreads];  // where a request's elements begin
-  std::int64_t stops[kThreads];  // and where those end that the destination has room for; of a row, the live columns
+// ---- what formulas name of a request -----------------------------------------------------------------------------
+struct Request {
+  std::int32_t base_len;
+  std::int64_t pool_row;
 };
 
-// The number of parts of so many columns.
-__device__ __forceinline__ std::uint32_t column_parts(std::int64_t columns) {
-  return columns > 0 ? static_cast<std::uint32_t>((columns - 1) / kComputedColumns) + 1 : 0;
+__device__ __forceinline__ Request read_request(const Params& p, std::int64_t request) {
+  return {request_length(p, request), request_row(p, request)};
 }
 
-// For a dead column the last live one: lanes compute without branches, and look up nothing for dead columns.
-__device__ __forceinline__ std::int32_t live_column(std::int64_t column, std::int64_t live) {
-  return static_cast<std::int32_t>(column < live ? column : live - 1);
+// That of a lane, for all lanes of its warp.
+__device__ __forceinline__ Request shuffled(const Request& of, int lane) {
+  return {__shfl_sync(kFullMask, of.base_len, lane), __shfl_sync(kFullMask, of.pool_row, lane)};
 }
 
-// `part` is what the warp takes next, counted from the window's first part.
-__device__ void compute_user_pages(const Params& p, ComputedWindow& window, std::uint32_t warps, std::uint32_t& part) {
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  std::uint32_t warp_end = 0;
-  const int batch_size = static_cast<int>(p.batch_size);
-  for (int b = 0; b < kLengthSets; ++b) {
-    RunningSum<std::uint64_t> sum;
-    for (int first = 0; first < batch_size; first += kThreads) {
-      std::uint32_t request_parts = 0;
-      {
-        const int request = first + static_cast<int>(threadIdx.x);
-        const bool present = request < batch_size;
-        const std::int32_t base_len = present ? request_length(p, request) : 0;
-        [[maybe_unused]] const std::int64_t pool_row = present ? request_row(p, request) : -1;
-        [[maybe_unused]] const std::int32_t offset = length_offset(b);
-        [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
-        const std::int64_t count = present ? ceil_div(wrap(bits(max(base_len, 0)) + offset), kPageSize) : 0;
-        // The sum's barriers come after all look-ups in the last window.
-        const std::uint64_t end = sum.add(static_cast<std::uint64_t>(count));
-        const std::int64_t begin = static_cast<std::int64_t>(end - static_cast<std::uint64_t>(count));
-        std::int64_t stop = count > 0 ? static_cast<std::int64_t>(end) : 0;
-        if (stop > p.user_pages_capacity) stop = p.user_pages_capacity;
-        window.begins[threadIdx.x] = begin;
-        window.stops[threadIdx.x] = stop;
-        request_parts = column_parts(stop - (begin > 0 ? begin : 0));  // negative counts lead before the destination
-      }
-      const std::uint32_t window_parts = count_tiles(window.parts, request_parts, warp_end);
-      for (; part < window_parts; part += warps) {
-        const Place place = find_tile(window.parts, warp_end, part);
-        const int request = first + place.slot;
-        const std::int32_t base_len = request_length(p, request);
-        [[maybe_unused]] const std::int64_t pool_row = request_row(p, request);
-        [[maybe_unused]] const std::int32_t offset = length_offset(b);
-        [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
-        std::int32_t values[kComputedEach];
-        const std::int64_t begin = window.begins[place.slot], stop = window.stops[place.slot];
-        const std::int64_t at = (begin > 0 ? begin : 0) + std::int64_t{place.tile} * kComputedColumns + lane;
+// ---- declared tables and packed fields ---------------------------------------------------------------------------
+// An item is a row of a table, or a request of a packed field. Its elements are cut into parts of kComputedColumns, and
+// parts into pieces. The warps of the grid's last blocks take the pieces of all items in turn, then those of the next
+// field. Dead columns cost nothing. What all backends have alike is computed once, for the one with the most elements.
+//
+// A Field, emitted from its declaration, has
+//   kPacked, kFilled       whether it is packed; whether dead columns of a table get kFill
+//   kRowsEach              items of a request
+//   kDestinations, kSets   destinations; 1 if all backends have equally many elements, otherwise kLengthSets
+//   kApart                 whether an element's value, too, depends on the backend
+//   element_count()        how many elements an item has in backend b, a Count
+//   element_value()        one of them
+//   destinations()         where they go
+//   capacity()             columns of a row, or elements of a packed field, that there is room for
+constexpr int kComputedEach = kComputedColumns / kWarpSize;  // elements of a lane
+constexpr int kLog2Pieces = 3;  // most pieces that a part is cut into, where there are few
+
+// Columns of an item, without a sign.
+struct Columns {
+  std::uint32_t first, stop;
+};
+
+// Columns are int32. A count of 32 bits needs no arithmetic of 64.
+template <typename Count>
+__device__ __forceinline__ std::uint32_t column_of(Count column) {
+  constexpr Count kLast = 0x7fffffff;
+  return static_cast<std::uint32_t>(column < 0 ? 0 : column < kLast ? column : kLast);
+}
+
+// Where an element of an item goes in destination d, and how far from one column to the next.
+template <typename T, int N>
+__device__ __forceinline__ T* address(T* const (&to)[N], int d, int, std::int64_t at) {
+  return to[d] + at;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ T* address(const Strided<T> (&to)[N], int d, int item, std::int64_t at) {
+  return to[d].data + item * to[d].request_stride + at * to[d].row_stride;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ std::int64_t column_stride(T* const (&)[N], int) {
+  return 1;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ std::int64_t column_stride(const Strided<T> (&to)[N], int d) {
+  return to[d].row_stride;
+}
+
+// How many backends are computed together: all, if only the numbers of elements differ.
+template <typename Field>
+constexpr int kTogether = Field::kApart ? 1 : Field::kSets;
+
+// The most elements that an item has in a backend from b on.
+template <typename Field>
+__device__ __forceinline__ std::uint32_t most_elements(const Params& p, const Request& of, int item, int b) {
+  std::uint32_t most = 0;
+#pragma unroll(unrolled(kTogether<Field>))
+  for (int i = 0; i < kTogether<Field>; ++i) {
+    most = max(most, column_of(Field::element_count(p, of, item, b + i)));
+  }
+  return most;
+}
+
+// A table's parts begin at boundaries of kWarpSize elements in the memory of its first destination, so that a warp's
+// stores share few lines: this many columns before the row.
+template <typename Field>
+__device__ __forceinline__ std::uint32_t columns_before(const Params& p, int item, int b) {
+  const auto* row = address(Field::destinations(p), b, item, 0);
+  return Field::kPacked ? 0 : reinterpret_cast<std::uintptr_t>(row) / sizeof(*row) % kWarpSize;
+}
+
+// The number of parts of an item, up to a limit of its columns.
+template <typename Field>
+__device__ __forceinline__ std::uint32_t item_parts(
+    const Params& p, const Request& of, int item, int b, std::uint32_t limit) {
+  const std::uint32_t columns = Field::kFilled ? limit : min(limit, most_elements<Field>(p, of, item, b));
+  const std::uint32_t before = columns_before<Field>(p, item, b);
+  return columns > 0 ? (columns + before + (kComputedColumns - 1)) / kComputedColumns : 0;
+}
+
+// As which a power of two of pieces the warps take each of so many parts: small ones where there are few, so that all
+// warps have work; whole ones where each warp has several, so that more look-ups are on their way. If each element is
+// stored to several destinations, halves keep enough memory accesses in flight.
+template <typename Field>
+__device__ __forceinline__ int log2_pieces(std::uint32_t parts, std::uint32_t warps) {
+  constexpr bool kHalves = Field::kDestinations > 1 && !Field::kApart;
+  return parts <= warps >> kLog2Pieces ? kLog2Pieces : kHalves || parts <= warps / 2 ? 1 : 0;
+}
+
+// Negative counts move the elements of later requests back, and so more columns of these fit: by how much, in all
+// backends.
+template <typename Field>
+__device__ __forceinline__ std::uint64_t moved_back(const Params& p, const Request& of, int item, int b) {
+  std::uint64_t back = 0;
+#pragma unroll(unrolled(kTogether<Field>))
+  for (int i = 0; i < kTogether<Field>; ++i) {
+    const std::int64_t count = Field::element_count(p, of, item, b + i);
+    if (count < 0) back -= static_cast<std::uint64_t>(count);
+  }
+  return back;
+}
+
+// The sum of counts over the lanes of a warp, modulo 2^64.
+template <typename Field>
+__device__ __forceinline__ std::int64_t sum_of_counts(std::int64_t count) {
+  if constexpr (sizeof(typename Field::Count) == sizeof(std::int32_t)) return warp_sum(count);
+  const std::uint64_t sum = warp_running_sum(static_cast<std::uint64_t>(count));
+  return static_cast<std::int64_t>(__shfl_sync(kFullMask, sum, kWarpSize - 1));
+}
+
+// Computes kMoved elements a lane, a part of an item or a piece of one, and stores them in each backend from b on.
+// begin_in(b) is where the item begins in a packed field. It is asked while the look-ups are on their way. All look-ups
+// are made before the first store, because the compiler moves none before a store.
+template <typename Field, int kMoved, typename Begin>
+__device__ __forceinline__ void compute_piece(
+    const Params& p, const Request& of, int item, int b, std::uint32_t first, const Begin& begin_in) {
+  if constexpr (!Field::kPacked) first -= columns_before<Field>(p, item, b);
+  const std::uint32_t column = first + threadIdx.x % kWarpSize;  // one before the row is a large one, too
+  // The columns that the item has in a backend, and for which there is room.
+  const auto columns_in = [&](int backend, std::int64_t begin) {
+    Columns columns{0, column_of(Field::element_count(p, of, item, backend))};
+    if (begin < 0) columns.first = column_of(-begin);
+    const std::int64_t room = Field::capacity(p) - begin;
+    if (room < columns.stop) columns.stop = column_of(room);
+    return columns;
+  };
+  Columns live{0, most_elements<Field>(p, of, item, b)};
+  if constexpr (!Field::kPacked) live.stop = min(live.stop, column_of(Field::capacity(p)));
+  if constexpr (kChecked && Field::kPacked) {
+    // Nothing is looked up for what has no room, because it would be reported.
+    live = {~0u, 0};
+    for (int i = 0; i < kTogether<Field>; ++i) {
+      const Columns own = columns_in(b + i, begin_in(b + i));
+      if (own.first < own.stop) live = {min(live.first, own.first), max(live.stop, own.stop)};
+    }
+    if (first + kMoved * kWarpSize <= live.first) return;
+  }
+  const bool dead = static_cast<std::int32_t>(first) >= static_cast<std::int32_t>(live.stop);
+  if (!Field::kFilled && dead) return;
+  decltype(Field::element_value(p, of, item, b, 0)) values[kMoved]{};
+  if (!Field::kFilled || !dead) {
+    // A lane outside of the live columns computes the nearest one, and needs no branch.
 #pragma unroll
-        for (int i = 0; i < kComputedEach; ++i) {
-          [[maybe_unused]] const std::int32_t column = live_column(at + i * kWarpSize - begin, stop - begin);
-          const std::int32_t value_1 =
-              look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0});
-          const std::int32_t value = floor_div(value_1, kPageSize);
-          values[i] = value;
-        }
+    for (int i = 0; i < kMoved; ++i) {
+      const std::uint32_t at = max(live.first, min(column + i * kWarpSize, live.stop - 1));
+      values[i] = Field::element_value(p, of, item, b, static_cast<std::int32_t>(at));
+    }
+  }
+  // Destinations that have the same elements: of all backends, unless their numbers of elements differ.
+  constexpr int kAlike = Field::kSets > 1 ? 1 : Field::kDestinations;
+#pragma unroll(unrolled(kTogether<Field>))
+  for (int i = 0; i < kTogether<Field>; ++i) {
+    const std::int64_t begin = Field::kPacked ? begin_in(b + i) : 0;
+    const Columns own = columns_in(b + i, begin);
+    const std::uint32_t stop = Field::kFilled ? column_of(Field::capacity(p)) : own.stop;
+#pragma unroll(unrolled(kAlike))
+    for (int d = 0; d < kAlike; ++d) {
+      auto* to = address(Field::destinations(p), b + i + d, item, begin + static_cast<std::int32_t>(column));
+      const std::int64_t step = kWarpSize * column_stride(Field::destinations(p), b + i + d);
 #pragma unroll
-        for (int i = 0; i < kComputedEach; ++i) {
-          if (at + i * kWarpSize >= stop) continue;
-          store(p.user_pages, b, at + i * kWarpSize, values[i]);
-        }
+      for (int m = 0; m < kMoved; ++m, to += step) {
+        const std::uint32_t at = column + m * kWarpSize;
+        if (at >= own.first && at < stop) put(to, at < own.stop ? values[m] : Field::kFill);
       }
-      part -= window_parts;
     }
   }
 }
 
+// No more items than a warp has lanes: each warp counts for itself, without shared memory and barriers. `piece` is what
+// the warp takes next.
+template <typename Field>
+__device__ __forceinline__ void compute_few(
+    const Params& p, int items, int b, std::uint32_t warps, std::uint32_t& piece) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  Request of{};
+  if (lane < items) of = read_request(p, lane / Field::kRowsEach);
+  std::uint32_t limit = column_of(Field::capacity(p));
+  if constexpr (Field::kPacked) {
+    const auto back = static_cast<std::int64_t>(lane < items ? moved_back<Field>(p, of, lane, b) : 0);
+    if (__ballot_sync(kFullMask, back != 0) != 0) limit = column_of(Field::capacity(p) + sum_of_counts<Field>(back));
+  }
+  const std::uint32_t parts = lane < items ? item_parts<Field>(p, of, lane, b, limit) : 0;
+  const std::uint32_t all_parts = __reduce_add_sync(kFullMask, parts);
+  const int log2 = log2_pieces<Field>(all_parts, warps);
+  const std::uint32_t pieces = all_parts << log2;
+  if (piece < pieces) {
+    std::uint32_t parts_end = parts;
+    for (int distance = 1; distance < items; distance *= 2) {
+      const std::uint32_t other = __shfl_up_sync(kFullMask, parts_end, static_cast<unsigned>(distance));
+      if (lane >= distance) parts_end += other;
+    }
+    const std::uint32_t parts_before = parts_end - parts;
+    if (lane >= items) parts_end = all_parts;
+    for (; piece < pieces; piece += warps) {
+      const std::uint32_t part = piece >> log2;
+      const int item = __popc(__ballot_sync(kFullMask, parts_end <= part));  // those whose parts end before it
+      const Request found = shuffled(of, item);
+      const std::uint32_t first = (part - __shfl_sync(kFullMask, parts_before, item)) * kComputedColumns;
+      const std::uint32_t in_part = (piece & ((1u << log2) - 1)) * (kComputedColumns >> log2);
+      const auto begin_in = [&](int backend) {
+        return sum_of_counts<Field>(lane < item ? Field::element_count(p, of, lane, backend) : 0);
+      };
+      // Few pieces come last: short batches fetch the fewest instructions.
+      if (log2 == 0) {
+        compute_piece<Field, kComputedEach>(p, found, item, b, first, begin_in);
+      } else if (log2 == 1) {
+        compute_piece<Field, kComputedEach / 2>(p, found, item, b, first + in_part, begin_in);
+      } else {
+        compute_piece<Field, (kComputedEach >> kLog2Pieces)>(p, found, item, b, first + in_part, begin_in);
+      }
+    }
+  }
+  piece -= pieces;
+}
+
+// A window of items, in shared memory.
+struct ComputedWindow {
+  Window parts;
+  Request requests[kThreads];
+  std::int64_t sums[kLengthSets][kWarps];  // elements of the items of a warp, in a packed field
+  std::int64_t before[kLengthSets];  // and of the windows before
+};
+
+template <typename Field>
+__device__ __forceinline__ void compute_many(
+    const Params& p, ComputedWindow& window, int items, int b, std::uint32_t warps, std::uint32_t& piece) {
+  const int slot = static_cast<int>(threadIdx.x);
+  const int lane = slot % kWarpSize;
+  std::uint32_t warp_end = 0;
+  std::uint32_t limit = column_of(Field::capacity(p));
+  std::uint64_t back = 0;  // of the windows so far
+  for (int base = 0; base < items; base += kThreads) {
+    const int own = base + slot;
+    Request of{};
+    if (own < items) of = read_request(p, own / Field::kRowsEach);
+    // No warp looks anything up in the last window after the first of these barriers.
+    if constexpr (Field::kPacked) {
+      const std::uint64_t own_back = own < items ? moved_back<Field>(p, of, own, b) : 0;
+      if (__syncthreads_or(own_back > 0)) {
+        std::uint64_t of_window;
+        block_running_sum(own_back, of_window);
+        back += of_window;
+        limit = column_of(Field::capacity(p) + static_cast<std::int64_t>(back));
+      }
+      for (int i = slot; i < kTogether<Field>; i += kThreads) {
+        std::int64_t before = 0;
+        for (int w = 0; w < kWarps && base > 0; ++w) before += window.sums[i][w];
+        window.before[i] = base > 0 ? window.before[i] + before : 0;
+      }
+      if (base > 0) __syncthreads();
+#pragma unroll(unrolled(kTogether<Field>))
+      for (int i = 0; i < kTogether<Field>; ++i) {
+        const std::int64_t sum = sum_of_counts<Field>(own < items ? Field::element_count(p, of, own, b + i) : 0);
+        if (lane == 0) window.sums[i][slot / kWarpSize] = sum;
+      }
+    } else {
+      __syncthreads();
+    }
+    window.requests[slot] = of;
+    const std::uint32_t parts = own < items ? item_parts<Field>(p, of, own, b, limit) : 0;
+    const std::uint32_t window_parts = count_tiles(window.parts, parts, warp_end);
+    const int log2 = min(log2_pieces<Field>(window_parts, warps), 1);
+    for (; piece < window_parts << log2; piece += warps) {
+      const Place place = find_tile(window.parts, warp_end, piece >> log2);
+      const Request found = window.requests[place.slot];
+      const auto begin_in = [&](int backend) {
+        const int full = place.slot / kWarpSize;  // warps of items before the item's
+        const int other = full * kWarpSize + lane;
+        std::int64_t sum = lane < full ? window.sums[backend - b][lane] : 0;
+        if (other < place.slot) sum += Field::element_count(p, window.requests[other], base + other, backend);
+        return window.before[backend - b] + sum_of_counts<Field>(sum);
+      };
+      const int item = base + place.slot;
+      const std::uint32_t first = place.tile * kComputedColumns;
+      if (log2 == 1) {
+        const std::uint32_t in_part = piece % 2 * (kComputedColumns / 2);
+        compute_piece<Field, kComputedEach / 2>(p, found, item, b, first + in_part, begin_in);
+      } else {
+        compute_piece<Field, kComputedEach>(p, found, item, b, first, begin_in);
+      }
+    }
+    piece -= window_parts << log2;
+  }
+}
+
+// `piece` is what the warp takes next.
+template <typename Field>
+__device__ __forceinline__ void compute(
+    const Params& p, ComputedWindow& window, std::uint32_t warps, std::uint32_t& piece) {
+  const int items = static_cast<int>(p.batch_size) * Field::kRowsEach;
+  for (int b = 0; b < Field::kSets; b += kTogether<Field>) {
+    if (items <= kWarpSize) {
+      compute_few<Field>(p, items, b, warps, piece);
+    } else {
+      compute_many<Field>(p, window, items, b, warps, piece);
+    }
+  }
+}
+
+// pages: token(column * page_size) // page_size, at page_indptr[request] + column
+struct user_pages_field {
+  using Count = std::int32_t;
+  static constexpr bool kPacked = true, kFilled = false;
+  static constexpr std::int32_t kFill = 0;
+  static constexpr int kRowsEach = 1;
+  static constexpr int kDestinations = 3, kSets = kLengthSets;
+  static constexpr bool kApart = false;
+
+  static __device__ __forceinline__ Count element_count(
+      [[maybe_unused]] const Params& p, const Request& of, int item, [[maybe_unused]] int b) {
+    [[maybe_unused]] const auto& [base_len, pool_row] = of;
+    [[maybe_unused]] const int request = item / kRowsEach, row = item % kRowsEach;
+    [[maybe_unused]] const std::int32_t offset = length_offset(b);
+    [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
+    return ceil_div(wrap(bits(max(base_len, 0)) + offset), kPageSize);
+  }
+
+  static __device__ __forceinline__ std::int32_t element_value(
+      [[maybe_unused]] const Params& p, const Request& of, int item, [[maybe_unused]] int b,
+      [[maybe_unused]] std::int32_t column) {
+    [[maybe_unused]] const auto& [base_len, pool_row] = of;
+    [[maybe_unused]] const int request = item / kRowsEach, row = item % kRowsEach;
+    [[maybe_unused]] const std::int32_t offset = length_offset(b);
+    [[maybe_unused]] const std::int32_t seq_len = wrap(bits(base_len) + offset);
+    const std::int32_t value_1 =
+        look_up(p, request, token_source(p), pool_row, wrap(bits(column) * kPageSize), std::int32_t{0});
+    const std::int32_t value = floor_div(value_1, kPageSize);
+    return value;
+  }
+
+  static __device__ __forceinline__ const auto& destinations(const Params& p) {
+    return p.user_pages;
+  }
+
+  static __device__ __forceinline__ std::int64_t capacity(const Params& p) {
+    return p.user_pages_capacity;
+  }
+};
+
 // `block` counts from the grid's end.
 __device__ void write_computed(const Params& p, unsigned block) {
   __shared__ ComputedWindow window;
-  const std::uint32_t warps = computed_blocks(p) * kWarps;
-  std::uint32_t part = block * kWarps + threadIdx.x / kWarpSize;
-  compute_user_pages(p, window, warps, part);
+  const std::uint32_t warps = static_cast<std::uint32_t>(p.computed_blocks) * kWarps;
+  std::uint32_t piece = block * kWarps + threadIdx.x / kWarpSize;
+  compute<user_pages_field>(p, window, warps, piece);
+}
+
+// ---- host side
+// How many blocks compute declared tables and packed fields: enough for all pieces of parts at the greatest lengths, up
+// to a limit that follows from the device.
+std::int64_t computed_blocks(const Params& p) {
+  const auto smaller = [](std::int64_t a, std::int64_t b) { return a < b ? a : b; };
+  const auto pieces_of = [](std::int64_t columns) { return columns / (kComputedColumns >> kLog2Pieces) + 1; };
+  std::int64_t pieces = 0;
+  const std::int64_t read = p.batch_size * pieces_of(p.req_to_token_width);
+  pieces += smaller(read, pieces_of(p.user_pages_capacity) + p.batch_size);
+  const std::int64_t limit = p.sm_count * kComputedBlocksPerSm;
+  const std::int64_t blocks = smaller((pieces + kWarps - 1) / kWarps, limit);
+  return blocks > 1 ? blocks : 1;
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
@@ -467,7 +760,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   int block = blockIdx.x;
   if (block < kLengthSets) return refresh_vectors(p, block);
   const unsigned last = gridDim.x - 1 - blockIdx.x;  // counted from the grid's end
-  if (last < computed_blocks(p)) return write_computed(p, last);
+  write_computed(p, last);
 }
 
 // ---- host side ---------------------------------------------------------------------------------------------------
@@ -494,7 +787,8 @@ int onelaunch_broadcast_decode_n3_d03a7f90bb3923b6_launch(const std::int64_t* wo
   std::memcpy(&params, words, sizeof(Params));
   return on_device(params.device, [&] {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(kFirstTableBlock + computed_blocks(params), 1, 1);
+    params.computed_blocks = computed_blocks(params);
+    config.gridDim = dim3(kFirstTableBlock + static_cast<unsigned>(params.computed_blocks), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = static_cast<cudaStream_t>(stream);
     return cudaLaunchKernelEx(&config, onelaunch_broadcast_decode_n3_d03a7f90bb3923b6, params);

@@ -284,25 +284,6 @@ __device__ __forceinline__ std::make_signed_t<T> wrap(T value) {
   return static_cast<std::make_signed_t<T>>(value);
 }
 
-// ---- look-ups of formulas ----------------------------------------------------------------------------------------
-// What isn't there isn't read, and yields `missing`, whose type is the formula's.
-template <typename Value, typename T>
-__device__ __forceinline__ Value look_up(
-    const Params& p, std::int64_t request, const Source<T>& source, std::int64_t row, std::int64_t column,
-    Value missing) {
-  check_look_up(p, request, row, source.rows);
-  check_look_up(p, request, column, source.columns);
-  const bool there = row >= 0 && row < source.rows && column >= 0 && column < source.columns;
-  return there ? static_cast<Value>(__ldg(source.data + row * source.row_stride + column)) : missing;
-}
-
-template <typename Value, typename T>
-__device__ __forceinline__ Value
-look_up(const Params& p, std::int64_t request, const Map<T>& map, std::int64_t index, Value missing) {
-  check_look_up(p, request, index, map.size);
-  return index >= 0 && index < map.size ? static_cast<Value>(__ldg(map.data + index)) : missing;
-}
-
 // ---- where rows end: at the same column in all destinations ------------------------------------------------------
 // The end is the first column that is not written.
 struct SameEnd {
@@ -325,6 +306,44 @@ __device__ __forceinline__ int shortest_end(const Table (&)[N], SameEnd ends) {
 template <int N>
 __device__ __forceinline__ int end_of(const Table (&)[N], SameEnd ends, int) {
   return ends.end;
+}
+
+// ---- addresses that the compiler keeps as they are ---------------------------------------------------------------
+// Keeps one base address in a register. Otherwise the compiler computes an address for each load.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* address) {
+  if constexpr (kWarpSize > 1) asm("" : "+l"(address));
+  return address;
+}
+
+// ---- look-ups of formulas ----------------------------------------------------------------------------------------
+// Whether an index lies within a size. Unsigned comparison: a negative index fails the bound check, too. Indices of 32
+// bits need no arithmetic of 64.
+template <typename At>
+__device__ __forceinline__ bool within(At index, std::int64_t size) {
+  using Unsigned = std::make_unsigned_t<At>;
+  constexpr std::int64_t kAll = std::int64_t{1} << 31;
+  if constexpr (sizeof(At) < sizeof(size)) size = size < kAll ? size : kAll;
+  return static_cast<Unsigned>(index) < static_cast<Unsigned>(size);
+}
+
+// What isn't there isn't read, and yields `missing`, whose type is the formula's.
+template <typename Value, typename T, typename Row, typename Column>
+__device__ __forceinline__ Value
+look_up(const Params& p, std::int64_t request, const Source<T>& source, Row row, Column column, Value missing) {
+  check_look_up(p, request, row, source.rows);
+  check_look_up(p, request, column, source.columns);
+  const bool row_there = within(row, source.rows);
+  // The row's address is computed once for all columns, not in each one's branch.
+  const T* data = opaque(source.data + (row_there ? row : 0) * source.row_stride);
+  return row_there && within(column, source.columns) ? static_cast<Value>(__ldg(data + column)) : missing;
+}
+
+template <typename Value, typename T, typename At>
+__device__ __forceinline__ Value
+look_up(const Params& p, std::int64_t request, const Map<T>& map, At index, Value missing) {
+  check_look_up(p, request, index, map.size);
+  return within(index, map.size) ? static_cast<Value>(__ldg(map.data + index)) : missing;
 }
 
 // ---- how far rows are written: to the request's length -----------------------------------------------------------

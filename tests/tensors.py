@@ -22,7 +22,7 @@ from torch import Tensor
 # The page size that a copy's tables are laid out for: a copy has no setting for it.
 COPIED_PAGE_SIZE = 16
 # Of declared tables and packed fields.
-TABLE_WIDTH, PACKED_CAPACITY = 290, 700
+TABLE_WIDTH, PACKED_CAPACITY = 550, 1300
 
 
 def settings_for(function: Any, config: KernelConfig) -> dict[str, Any]:
@@ -309,7 +309,8 @@ class Tensors:
         for name, field in self.declared.items():
             tensor, declared = getattr(buffers, name), field.declaration
             if isinstance(declared, Table | Packed):
-                width = TABLE_WIDTH if isinstance(declared, Table) else PACKED_CAPACITY
+                # Negative counts move elements back, so that later ones have room.
+                width = TABLE_WIDTH if isinstance(declared, Table) else 2 * PACKED_CAPACITY
                 elements, counts = evaluate_columns(config, name, width, self._all_lengths, extends, step, **given)
                 begins = counts.long().cumsum(0) - counts
                 for row, (count, begin) in enumerate(zip(counts.tolist(), begins.tolist(), strict=True)):

@@ -317,7 +317,8 @@ def test_files_of_kinds_and_strategies_that_are_not_there_are_left_out(config: K
     for path in sorted((ROOT / "templates" / "device").glob("*.cuh")):
         text = path.read_text(encoding="utf-8").rstrip("\n")
         always = path.stem == "launch" or (path.stem == "cpu" and config.target == "cpu")
-        there = always or path.stem in files or (path.stem == "checks" and config.checked)
+        computes = path.stem == "computed" and config.operation != "copy" and bool(config.computed)
+        there = always or path.stem in files or computes or (path.stem == "checks" and config.checked)
         assert (text in source) == there, path.name
     assert ("mqa_schedule" in files) == ("paged_mqa_schedule_metadata" in config.fields)
     assert ("flashmla_schedule" in files) == ("flashmla_metadata" in config.fields)

@@ -78,7 +78,7 @@ def test_equal_rows_have_as_many_blocks_as_they_need(settings: dict[str, Any], l
 def test_declared_tables_and_packed_fields_have_blocks_of_their_own(name: str, others: str) -> None:
     """As many as their work needs, beside those of built-in tables. Kernels without such fields have none."""
     source = render(STRATEGIES[name])
-    assert f"dim3({others} + computed_blocks(params), 1, 1)" in source
+    assert f"dim3({others} + static_cast<unsigned>(params.computed_blocks), 1, 1)" in source
     assert "const std::int64_t limit = p.sm_count * kComputedBlocksPerSm;" in source
     assert "computed" not in re.sub(r"//.*", "", render(STRATEGIES["live"]))
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,16 @@ from ..spec.declarations import written
 from ..spec.expressions import Number
 from ..spec.parts import MAX_SM_PARTS
 from ..spec.presets import PRESETS
-from ..spec.vectors import element, functions_of, live_count, locals_of, value_locals
+from ..spec.vectors import (
+    count_dtype,
+    described,
+    element,
+    functions_of,
+    live_count,
+    locals_of,
+    value_locals,
+    value_varies,
+)
 from ..spec.violations import violations_of
 from .binding import render_plain_binding
 
@@ -108,9 +118,8 @@ def _environment() -> jinja2.Environment:
         "device": _device,
         "locals_of": locals_of,
         "element": element,
-        "value_locals": value_locals,
         "live_count": live_count,
-        "most_parts": _most_parts,
+        "computed_field": _computed_field,
     }
     return environment
 
@@ -141,6 +150,7 @@ def _context(config: KernelConfig) -> dict[str, Any]:
         "roles": _roles(config),
         "computes": "computed" in _writers(config),
         "length_offsets": _wrapped(config.length_offsets),
+        "request_values": _request_values(config),
         "members": layout.members(config),
         "member_types": _MEMBER_TYPES,
         "violations": {v.constant: v.number for v in violations_of(config)},
@@ -158,7 +168,6 @@ def device_files(config: KernelConfig) -> list[str]:
     # It counts the tiles, or parts, of requests of different lengths.
     counts = strategy in ("live", "variable", "indices") or (not copies and bool(config.computed))
     computes = not copies and bool(config.vectors or config.schedules or config.computed)
-    packs = any(config.field(name).kind == "packed" for name in config.computed)
     splits = "num_kv_splits" in config.fields
     vectorized = config.vector_bytes == 16
     ends = "live_ends" if config.live else "full_ends"
@@ -170,20 +179,20 @@ def device_files(config: KernelConfig) -> list[str]:
         "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
         "destinations": True,
         "audit" if config.audits else "put": bool(config.vectors or config.schedules or config.computed or words),
-        "store": bool(config.vectors or config.schedules or packs),
-        "store_once": splits or any(config.once(name) for name in (*config.vectors, *config.computed)),
-        "strided": bool(config.strided or config.computed),
+        "store": bool(config.vectors or config.schedules),
+        "store_once": splits or any(config.once(name) for name in config.vectors),
+        "strided": bool(config.strided),
         "floor_div": pages or config.has_mqa_schedule or "floor_div" in functions_of(config),
         "floor_mod": "floor_mod" in functions_of(config),
         "ceil_div": splits or "ceil_div" in functions_of(config),
         "wrapping": computes,
-        "look_up": bool(config.look_ups),
         "expanded_length": config.has_mqa_schedule,
         "mqa_schedule": config.has_mqa_schedule,
         "flashmla_schedule": "flashmla_metadata" in config.fields,
         "kv_splits": splits,
         "same_end": rows and not (config.live and config.lengths_differ),
-        "opaque": config.packed is not None or (rows and tokens and not verified),
+        "opaque": bool(config.packed or config.look_ups) or (rows and tokens and not verified),
+        "look_up": bool(config.look_ups),
         "tile": rows and tokens and not verified,
         "realign": rows and tokens and vectorized and config.req_to_token_dtype == "int32",
         "aligned_tile" if vectorized else "unaligned_tile": rows and tokens and not verified,
@@ -196,6 +205,7 @@ def device_files(config: KernelConfig) -> list[str]:
         "token_pages": tokens and pages,
         "lone_pages": rows and not tokens,
         _copy_tile_file(config): rows and not copies,
+        "warp_sum": strategy == "indices" or (not copies and bool(config.computed)),
         "window": counts,
         "copy_table": rows and copies,
         str(strategy): strategy not in (None, "copy"),
@@ -230,18 +240,73 @@ def _roles(config: KernelConfig) -> list[tuple[str, str]]:
     return roles + [("refresh_vectors", "kLengthSets")] * bool(config.vectors)
 
 
-def _most_parts(config: KernelConfig, name: str) -> str:
-    """The C++ of how many parts of kComputedColumns a declared table, or a packed field, has at the greatest lengths.
+@dataclass(frozen=True)
+class _Named:
+    """A local constant by which formulas name a value of a request.
 
-    A packed field that reads req_to_token seldom has more elements than that has columns. Its capacity, often that of
-    the greatest batch, would give small batches more blocks than they need.
+    Attributes:
+        type: its type, with qualifiers.
+        name: its name.
+        read: how it is read from an input; "" if it follows from others.
+        absent: its value where there is no request.
+        value: how it follows from others.
     """
-    member, sets = config.member(name), "1" if config.once(name) else "kLengthSets"
-    if config.field(name).kind == "table":
-        rows = "all_rows(p)" if name in config.row_fields else "p.batch_size"
-        return f"{sets} * {rows} * parts_of(p.{member}_width)"
-    room = f"parts_of(p.{member}_capacity) + p.batch_size"
-    return f"{sets} * smaller(read, {room})" if config.reads_tokens else f"{sets} * ({room})"
+
+    type: str
+    name: str
+    read: str = ""
+    absent: str = "0"
+    value: str = ""
+
+    @property
+    def member(self) -> str:
+        """It as a member of a struct."""
+        return f"{self.type.split('const ')[1]} {self.name}"
+
+
+def _request_values(config: KernelConfig) -> list[_Named]:
+    """The values of a request that formulas name, each after those that it follows from."""
+    found = [_Named("const std::int32_t", "base_len", "request_length(p, request)")]
+    narrow = "[[maybe_unused]] const std::int32_t"
+    for each, dtype in config.inputs:
+        name, read = user_name(each), f"{user_name(each)}_of(p, request)"
+        if dtype == "int64":
+            found.append(_Named("[[maybe_unused]] const std::int64_t", f"{name}_int64", read))
+            found.append(_Named(narrow, name, value=f"static_cast<std::int32_t>({name}_int64)"))
+        else:
+            found.append(_Named(narrow, name, read))
+    if config.look_ups and config.reads_rows:
+        found.append(_Named("[[maybe_unused]] const std::int64_t", "pool_row", "request_row(p, request)", "-1"))
+    if config.row_vectors or config.names_rows:
+        rows = {"read": "request_rows(p, request)"} if config.variable_rows else {"value": "kNextN"}
+        found.append(_Named("[[maybe_unused]] const int", "rows", **rows))
+    return found
+
+
+def _computed_field(config: KernelConfig, name: str) -> dict[str, Any]:
+    """What the emitted text says of a declared table or packed field."""
+    field, member, once = config.field(name), config.member(name), config.once(name)
+    packed = field.kind == "packed"
+    apart = not once and value_varies(config, name)
+    of_rows = name in config.row_fields
+    # A packed field that reads req_to_token seldom has more elements than that has columns. Its capacity, often that of
+    # the greatest batch, would give small batches more blocks than they need.
+    capacity = f"pieces_of(p.{member}_capacity) + p.batch_size"
+    most = f"smaller(read, {capacity})" if config.reads_tokens else f"({capacity})"
+    if not packed:
+        most = f"p.batch_size * {'kNextN * ' * of_rows}pieces_of(p.{member}_width)"
+    return {
+        "described": "\n//   ".join(textwrap.wrap(f"{name}: {described(config, name)}", 112, break_long_words=False)),
+        "packed": packed,
+        "fill": None if packed else getattr(field.declaration, "fill", None),
+        "count_type": f"std::{count_dtype(config, name)}_t",
+        "locals": value_locals(config, name),
+        "rows_each": "kNextN" if of_rows else 1,
+        "sets": 1 if once else "kLengthSets",
+        "apart": apart,
+        "capacity": f"{member}_{'capacity' if packed else 'width'}",
+        "most_pieces": "kLengthSets * " * apart + most,
+    }
 
 
 def render_baseline(

@@ -291,8 +291,7 @@ class Implied:
 
         This caps the registers at 64 per thread. Without it ptxas uses, or spills, a few more.
         """
-        alone = self.strategy is None and self.computed
-        capped = alone or self.strategy in ("live", "equal", "variable")
+        capped = self.computed or self.strategy in ("live", "equal", "variable")
         return 1024 // int(self.threads) if capped else 0
 
     @property

@@ -104,6 +104,8 @@ def members(config: KernelConfig) -> list[Member]:
     for name in column_limits(config):
         add(name, "int64", "columns from here on are not written", per_call=True)
     # What a thread needs before it can read its first token comes first, and lies in few cache lines.
+    if config.computed and not copies:
+        add("computed_blocks", "int64", "for declared tables and packed fields; set by the launch")
     if config.reads_tokens:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")

@@ -99,8 +99,17 @@ def folded(config: Implied, name: str) -> list[Node]:
 
 
 def varies(config: Implied, name: str) -> bool:
-    """Whether backends may have different values: their lengths differ, or the formula names the backend."""
-    named = [n for node in folded(config, name) for n in names(node)]
+    """Whether backends may differ in a field: their lengths differ, or a formula names the backend."""
+    return _varies(config, folded(config, name))
+
+
+def value_varies(config: KernelConfig, name: str) -> bool:
+    """Whether an element of a declared table or packed field may differ by backend, not only how many there are."""
+    return _varies(config, folded(config, name)[:1])
+
+
+def _varies(config: Implied, formulas: Sequence[Node]) -> bool:
+    named = [n for node in formulas for n in names(node)]
     lengths = len(config.seqlen_offsets) > 1 and ("seq_len" in named or "offset" in named)
     return config.num_backends > 1 and (lengths or "step" in named)
 
@@ -225,9 +234,14 @@ def value_locals(config: KernelConfig, name: str) -> list[Local]:
 
 def live_count(config: KernelConfig, name: str) -> str:
     """The C++ of how many live columns a declared table's row has, or how many elements a request has when packed."""
-    declared = config.field(name).declaration
-    dtype = config.dtype(declared.at) if isinstance(declared, Packed) else "int32"
+    dtype = count_dtype(config, name)
     return cpp(_computed(config, name, dtype, True), dtype, dict(config.scope.maps))
+
+
+def count_dtype(config: KernelConfig, name: str) -> Dtype:
+    """The dtype in which that is computed: a table's columns are int32, and a packed field is placed by a sum."""
+    declared = config.field(name).declaration
+    return config.dtype(declared.at) if isinstance(declared, Packed) else "int32"
 
 
 def _computed(config: KernelConfig, name: str, dtype: Dtype, columns: bool) -> Node:

@@ -69,14 +69,6 @@ __device__ __forceinline__ void copy_tile(
   }
 }
 
-// The sum of numbers of up to 58 bits over the lanes of a warp, which adds up 32 bits at once: 26 of them can't wrap.
-__device__ __forceinline__ std::int64_t warp_sum(std::uint64_t value) {
-  constexpr int kLowBits = 26;
-  const std::uint32_t low = static_cast<std::uint32_t>(value) & ((1u << kLowBits) - 1);
-  const std::int64_t high = __reduce_add_sync(kFullMask, static_cast<std::uint32_t>(value >> kLowBits));
-  return (high << kLowBits) + __reduce_add_sync(kFullMask, low);
-}
-
 // No more requests than a warp has lanes: each warp adds up for itself, without shared memory and barriers. Short
 // batches have little else to do, and a warp without a tile ends before it looks for one.
 __device__ __forceinline__ void write_few(const Params& p) {

@@ -87,6 +87,7 @@ class Job:
             "batch_size": [len(shape.lengths)],
             "device": [DEVICE],
             "sm_count": [shape.sm_count],
+            "computed_blocks": [0],
             "rows": [scene.rows],
             "row_capacity": [scene.rows + shape.spare_rows],
             "pool_rows": [shape.pool_rows],
