@@ -125,6 +125,19 @@ def test_an_audit_is_clean_and_exact(name: str, sanitizer: str, programs: Path) 
     check(config, sanitizer, (RAGGED, *wrong), programs, launches=((5, 64),))
 
 
+@pytest.mark.parametrize("cost", [0, 7, 8, 2**20])
+def test_deepgemm_schedules_of_the_longest_lengths(cost: int, programs: Path) -> None:
+    """Up to 64 items whose units fit in 32 bits, fill them, or don't fit, and more items than that."""
+    config = KernelConfig(fields=("paged_mqa_schedule_metadata",), threads=64, schedule_split_cost=cost)
+    shapes = [
+        Shape(f"{batch} of {length}, {sms} SMs", (length,) * (batch - 1) + (last,), num_sms=sms)
+        for batch in (1, 2, 8, 9, 31, 32, 33, 63, 64, 65)
+        for length, last in ((2**31 - 1, 2**31 - 1), (2**31 - 1, 0), (0, 2**31 - 1), (70_001, 5))
+        for sms in (1, 31, 132, 600)
+    ]
+    check(config, "none", tuple(shapes), programs, launches=((1, 1),))
+
+
 @pytest.mark.parametrize("threads", [64, 256])
 def test_the_parts_of_flashmla_at_ends_and_between(threads: int, programs: Path) -> None:
     """Parts that begin at the end of every request, of some, or of none. The CPU target has no chunks of requests."""

@@ -48,12 +48,8 @@ __device__ __forceinline__ void copy_tile(
     words[i] = column + i * kWarpSize < end ? static_cast<Index>(__ldg(from + i * kWarpSize)) : 0;
   }
   const std::int64_t before = tokens_before();
-#pragma unroll(unrolled(kIndexDestinations))
-  for (int b = 0; b < kIndexDestinations; ++b) {
-    const std::int64_t begin = before + request * length_offset(b);
-    const std::int64_t room = p.packed_capacity - begin;
-    int stop = read_columns(p, tokens, length_offset(b));
-    if (room < stop) stop = room > 0 ? static_cast<int>(room) : 0;
+  // Writes the words before column `stop` to backend b.
+  const auto write = [&](int b, std::int64_t begin, int stop) {
     Index* to = indices(p)[b] + begin + column;
     // All of the old words are read before the first is written, or each read would wait for a write.
     [[maybe_unused]] Index old[kMoved];
@@ -66,6 +62,22 @@ __device__ __forceinline__ void copy_tile(
       if (column + i * kWarpSize >= stop) continue;
       if (!kVerified || old[i] != words[i]) put(to + i * kWarpSize, words[i]);
     }
+  };
+  // Where the longest length fits, all do, and none of several backends looks at the room that it has left.
+  if (kIndexDestinations > 1 && before + request * kLongestOffset + end <= p.packed_capacity) {
+#pragma unroll(unrolled(kIndexDestinations))
+    for (int b = 0; b < kIndexDestinations; ++b) {
+      write(b, before + request * length_offset(b), read_columns(p, tokens, length_offset(b)));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int b = 0; b < kIndexDestinations; ++b) {
+    const std::int64_t begin = before + request * length_offset(b);
+    const std::int64_t room = p.packed_capacity - begin;
+    int stop = read_columns(p, tokens, length_offset(b));
+    if (room < stop) stop = room > 0 ? static_cast<int>(room) : 0;
+    write(b, begin, stop);
   }
 }
 

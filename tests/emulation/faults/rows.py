@@ -165,6 +165,15 @@ FAULTS = {
             "address",
         ),
         Fault(
+            "look at no room where the tokens of the requests before fit",
+            "memory behind the destination is overwritten",
+            INDICES,
+            FULL_INDICES,
+            r"kLongestOffset \+ end <= p\.packed_capacity",
+            "kLongestOffset <= p.packed_capacity",
+            "address",
+        ),
+        Fault(
             "add positions in 32 bits",
             "a sum that wrapped overwrites the first requests' tokens",
             INDICES,
