@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from cases import AUDITS, CONFIGURATIONS, FAR, LONG_ROWS, RAGGED, SHAPES, STEPS, STRATEGIES, Shape
+from cases import AUDITS, CONFIGURATIONS, CSR, FAR, LONG_ROWS, RAGGED, SHAPES, STEPS, STRATEGIES, Shape
 from emulation.faults import FAULTS
 from emulation.harness import Outcome, launch, own_blocks
 from onelaunch import PRESETS, KernelConfig, render
@@ -136,6 +136,19 @@ def test_deepgemm_schedules_of_the_longest_lengths(cost: int, programs: Path) ->
         for sms in (1, 31, 132, 600)
     ]
     check(config, "none", tuple(shapes), programs, launches=((1, 1),))
+
+
+@pytest.mark.parametrize("writes", ["all", "verified"])
+def test_parts_of_tiles_for_many_backends(writes: str, programs: Path) -> None:
+    """Where each part has a block, neighbouring parts are in neighbouring blocks; elsewhere they share one."""
+    offsets = (1, 2, 3, 4, 70)
+    config = KernelConfig(num_backends=5, fields=CSR, seqlen_offsets=offsets, threads=64, writes=writes)
+    shapes = [
+        Shape(f"{lengths} in {room}", lengths, width=4003, max_indices=room, sm_count=16)
+        for lengths in ((1400,), (5, 300), (0,), (1900, 0), (3900,))
+        for room in (0, 299, 9000)
+    ]
+    check(config, "address+undefined", tuple(shapes), programs, launches=((3, 64),))
 
 
 @pytest.mark.parametrize("threads", [64, 256])

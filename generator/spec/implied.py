@@ -297,11 +297,13 @@ class Implied:
 
     @property
     def table_blocks_per_sm(self) -> int:
-        """The limit of the blocks that write tables, per SM: half of the setting for pages alone and packed indices.
+        """The limit of the blocks that write tables, per SM.
 
-        Their tiles are small or few: what fewer blocks save when they start is more than more of them have in flight.
+        It is half of the setting for pages alone and for packed indices of several destinations. Their tiles are small
+        or few: what fewer blocks save when they start is more than more of them have in flight.
         """
-        small = self.pages_alone or self.strategy == "indices"
+        several = self.packed is not None and self.destinations(self.packed) > 1
+        small = self.pages_alone or (self.strategy == "indices" and several)
         return max(1, int(self.blocks_per_sm) // 2) if small else int(self.blocks_per_sm)
 
     @property
