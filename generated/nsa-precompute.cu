@@ -511,7 +511,7 @@ __device__ __forceinline__ void copy_tile(
 //          +-----------------------+-------------+-------------+-------------+
 //          | vectors, schedules    | tiles 0-7   | tiles 8-15  | tiles 16-23 |   with kWarps = 8
 //          +-----------------------+-------------+-------------+-------------+
-constexpr int kWideFrom = 12;  // from this many tiles per SM, a warp takes kWideTiles tiles at once
+constexpr int kWideFrom = 16;  // from this many tiles per SM, a warp takes kWideTiles tiles at once
 constexpr int kSpreadTiles = 16;  // below this many tiles per SM, only half of each block's warps take tiles
 
 // Computed by the host: a thread would need dozens of dependent instructions to divide by a number that isn't constant.

@@ -320,8 +320,10 @@ class Implied:
         """Tiles that a warp takes at once, in large tables and for long requests: 2, or 1 if it never takes more.
 
         If each word is written to many places, one tile keeps enough accesses in flight, and the registers are needed
-        for addresses.
+        for addresses. A page takes one register.
         """
+        if self.pages_alone:
+            return 2 if self.strategy == "live" and not self.verified and self.unroll <= 2 else 1
         if self.strategy not in ("live", "equal") or self.token_table is None:
             return 1
         writes = self.destinations(self.token_table)
