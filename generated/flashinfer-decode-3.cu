@@ -308,7 +308,8 @@ __device__ __forceinline__ void copy_tile(
   };
   // Where the longest length fits, all do, and none of several backends looks at the room that it has left.
   if (kIndexDestinations > 1 && before + request * kLongestOffset + end <= p.packed_capacity) {
-    if (kAhead && first >= end) return;  // never; without a branch the compiler computes places between the stores
+    // A part may lie behind the request's last token. Without this branch the compiler computes places between stores.
+    if (kAhead && first >= end) return;
 #pragma unroll(unrolled(kIndexDestinations))
     for (int b = 0; b < kIndexDestinations; ++b) {
       write(kAhead ? places[b] : place(b), read_columns(p, tokens, length_offset(b)));
