@@ -701,8 +701,8 @@ struct user_pages_field {
   static constexpr int kDestinations = 3, kSets = kLengthSets;
   static constexpr bool kApart = false;
 
-  static __device__ __forceinline__ Count element_count(
-      [[maybe_unused]] const Params& p, const Request& of, int item, [[maybe_unused]] int b) {
+  static __device__ __forceinline__ Count
+  element_count([[maybe_unused]] const Params& p, const Request& of, int item, [[maybe_unused]] int b) {
     [[maybe_unused]] const auto& [base_len, pool_row] = of;
     [[maybe_unused]] const int request = item / kRowsEach, row = item % kRowsEach;
     [[maybe_unused]] const std::int32_t offset = length_offset(b);
@@ -723,13 +723,9 @@ struct user_pages_field {
     return value;
   }
 
-  static __device__ __forceinline__ const auto& destinations(const Params& p) {
-    return p.user_pages;
-  }
+  static __device__ __forceinline__ const auto& destinations(const Params& p) { return p.user_pages; }
 
-  static __device__ __forceinline__ std::int64_t capacity(const Params& p) {
-    return p.user_pages_capacity;
-  }
+  static __device__ __forceinline__ std::int64_t capacity(const Params& p) { return p.user_pages_capacity; }
 };
 
 // `block` counts from the grid's end.

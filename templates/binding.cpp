@@ -73,7 +73,7 @@ PyType_Spec plan_spec = {
 
 PyMethodDef memo_methods[] = {
     {"run", method(memo_run), METH_FASTCALL,
-     "run(arguments...): runs the plan that keep() got with equal arguments; whether there is one."},
+     "run(arguments...): runs the plan that keep() got with equal arguments; the arguments if there is none."},
     {"keep", method(memo_keep), METH_FASTCALL, "keep(owner, run, arguments...): stores a plan for run()."},
     {nullptr, nullptr, 0, nullptr},
 };

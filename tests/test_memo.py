@@ -48,7 +48,7 @@ def keep(memo: Any, owner: Any, *arguments: Any) -> None:
 def find(memo: Any, *arguments: Any) -> Any:
     """The owner that the memo runs for these arguments, or None."""
     ran.clear()
-    assert memo.run(*arguments) == (ran != [])
+    assert memo.run(*arguments) == (None if ran else arguments)
     return ran.pop() if ran else None
 
 
@@ -312,7 +312,9 @@ def test_a_memo_runs_its_plan(counting: CountingPlan, module: ModuleType, out: T
         """Whether the memo has a plan, and how often its words were requested."""
         out.fill_(-7)
         before = counting.times
-        return memo.run(lengths, rows, None, max_len, name), counting.times - before
+        missed = memo.run(lengths, rows, None, max_len, name)
+        assert missed is None or missed == (lengths, rows, None, max_len, name)
+        return missed is None, counting.times - before
 
     assert call(lengths, rows) == (False, 0)
     memo.keep(counting, counting.plan._run, lengths, rows, None, None, "mine")
@@ -344,7 +346,7 @@ def test_a_memo_has_plans_of_other_modules(module: ModuleType, device: torch.dev
     memo = module.memo(1, 4, 2)
     memo.keep(counting, counting.plan._run, *inputs(device, 1), None, None)
     for number in range(3):
-        assert memo.run(*inputs(device, number), None, None)
+        assert memo.run(*inputs(device, number), None, None) is None
         assert [out.tolist() for out in new] == [[number, -7, -7, -7]] * 2
     with pytest.raises(ArgumentError):
         memo.run(*inputs(device, *range(5)), None, None)
@@ -400,10 +402,10 @@ def test_a_check_may_drop_what_runs(
     seen = weakref.ref(owner)
     memo.keep(owner, counting.plan._run, lengths, rows, None, None, "mine")
     del owner
-    assert memo.run(lengths, rows, None, None, "mine")
+    assert memo.run(lengths, rows, None, None, "mine") is None
     assert out.tolist()[:3] == [3, 4, -7]
     assert seen() is None
-    assert not memo.run(lengths, rows, None, None, "mine")
+    assert memo.run(lengths, rows, None, None, "mine") is not None
     assert find(memo, lengths, rows, None, None, "other") == "another"
 
 

@@ -95,16 +95,7 @@ def fused_metadata_precompute_and_broadcast_cuda(
             seqlens_expanded_list=seqlens_expanded_list,
         )
         return
-    lists = (  # in the order of LISTS
-        cache_seqlens_list,
-        cu_seqlens_k_list,
-        page_indices_list,
-        nsa_cache_seqlens_list,
-        nsa_cu_seqlens_k_list,
-        real_page_table_list,
-        seqlens_expanded_list,
-    )
-    arguments = (
+    arguments = plans.run(
         seq_lens,
         req_pool_indices,
         extend_seq_lens,
@@ -116,9 +107,15 @@ def fused_metadata_precompute_and_broadcast_cuda(
         real_page_size,
         next_n,
         req_to_token,
-        lists,
+        cache_seqlens_list,  # and the others in the order of LISTS
+        cu_seqlens_k_list,
+        page_indices_list,
+        nsa_cache_seqlens_list,
+        nsa_cu_seqlens_k_list,
+        real_page_table_list,
+        seqlens_expanded_list,
     )
-    if not plans.run(*arguments):
+    if arguments is not None:
         make(arguments, backends_of_lists).run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
 
 
@@ -280,7 +277,7 @@ def _precompute(
             extend_seq_lens=extend_seq_lens,
         )
         return out
-    arguments = (
+    arguments = plans.run(
         seq_lens,
         req_pool_indices,
         extend_seq_lens,
@@ -294,7 +291,7 @@ def _precompute(
         req_to_token,
         out,
     )
-    if not plans.run(*arguments):
+    if arguments is not None:
         make(arguments, backend_of_out).run(seq_lens, req_pool_indices, extend_seq_lens, max_len=max_len)
     return out
 
@@ -334,7 +331,7 @@ def fused_metadata_copy_cuda(
     if not is_dynamo_compiling():
         if mode != "decode" or next_n is not None or rows is not None:
             rows = _rows_of(bs, mode, next_n, rows)
-        if copy_plans.run(bs, max_len, real_page_size, rows, mode, precomputed, destinations):
+        if copy_plans.run(bs, max_len, real_page_size, rows, mode, precomputed, destinations) is None:
             return
     if not isinstance(precomputed, MetadataBuffers):
         raise ArgumentError(f"precomputed is a {type(precomputed).__name__}; it must be a MetadataBuffers.")

@@ -41,14 +41,15 @@ def make(arguments: tuple[Any, ...], backends_of: BackendsOf) -> Plan:
     Args:
         arguments: seq_lens, req_pool_indices, extend_seq_lens, max_len and captured_size as in Plan.run, extent, mode,
             nsa_index_topk, real_page_size, next_n and req_to_token as in fused_metadata_precompute_and_broadcast_cuda,
-            and the destinations: lists of tensors or a MetadataBuffers, as ``backends_of`` takes them.
+            and the destinations, as ``backends_of`` takes them: lists of tensors or one MetadataBuffers.
         backends_of: turns the destinations into backends.
 
     Raises:
         ArgumentError, ConfigError: an argument doesn't fit; nothing was written.
     """
-    seq_lens, req_pool_indices, extend_seq_lens, _, _, extent, mode, *sizes, req_to_token, destinations = arguments
+    seq_lens, req_pool_indices, extend_seq_lens, _, _, extent, mode, *sizes = arguments[:10]
     nsa_index_topk, real_page_size, next_n = sizes
+    req_to_token, *destinations = arguments[10:]
     check_tensor("seq_lens", seq_lens, dim=1, dtypes=INT_DTYPES)
     check_tensor("req_pool_indices", req_pool_indices, dim=1, dtypes=INT_DTYPES)
     settings: dict[str, Any] = {
@@ -72,12 +73,12 @@ def make(arguments: tuple[Any, ...], backends_of: BackendsOf) -> Plan:
     return plan
 
 
-def backend_of_out(out: MetadataBuffers) -> tuple[list[MetadataBuffers], NameOf]:
+def backend_of_out(out: Sequence[MetadataBuffers]) -> tuple[list[MetadataBuffers], NameOf]:
     """The one backend that the precompute functions write to."""
-    return [out], lambda index, name: f"out.{name}"
+    return [*out], lambda index, name: f"out.{name}"
 
 
-def backends_of_lists(lists: tuple[Any, ...]) -> tuple[list[MetadataBuffers], NameOf]:
+def backends_of_lists(lists: Sequence[Any]) -> tuple[list[MetadataBuffers], NameOf]:
     """The backends of lists in the order of LISTS.
 
     Raises:

@@ -20,10 +20,11 @@ class RememberedPlans:
         inputs: the first so many of these are inputs, of which only the dtype distinguishes plans.
 
     Attributes:
-        run: run(arguments...): runs the plan for equal arguments, and returns whether there is one. One C call.
+        run: run(arguments...): runs the plan for equal arguments and returns None; if there is none, returns the
+            arguments, for keep(). One C call.
     """
 
-    run: Callable[..., bool]
+    run: Callable[..., tuple[Any, ...] | None]
 
     def __init__(self, passed: int, inputs: int = 0) -> None:
         self._passed, self._inputs = passed, inputs
@@ -32,7 +33,7 @@ class RememberedPlans:
     def clear(self) -> None:
         """Forgets all plans."""
         self._memo: Any = None  # made by the first plan's binding; all bindings compare in the same way
-        self.run = lambda *arguments: False
+        self.run = lambda *arguments: arguments
 
     def keep(self, plan: Any, *arguments: Any) -> None:
         """Remembers a plan, and drops the least recently used one if there are too many."""

@@ -61,8 +61,8 @@ def paged_mqa_schedule(
         torch.ops.onelaunch.paged_mqa_schedule(context_lens, num_sms, out, convention, split_cost)
         return out
     lengths, n = _last_column(context_lens)
-    arguments = (lengths, lengths, None, None, None, n, num_sms, convention, split_cost, out)
-    if not mqa_plans.run(*arguments):
+    arguments = mqa_plans.run(lengths, lengths, None, None, None, n, num_sms, convention, split_cost, out)
+    if arguments is not None:
         if isinstance(out, Tensor) and out.shape != (num_sms + 1, 2):
             raise ArgumentError(
                 f"out has shape {tuple(out.shape)} and num_sms is {num_sms}; it must be [{num_sms + 1}, 2]."

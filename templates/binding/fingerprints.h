@@ -6,30 +6,33 @@ enum Kind : std::int64_t { kNone, kInt, kTensor, kDtype, kText, kBuffers, kSeque
 constexpr std::int32_t kMaxDims = 2;
 constexpr Py_ssize_t kMaxWords = 2 + 2 * kMaxDims;  // of one argument
 
+// Writes the words of a tensor, and returns their number: 0 for one that isn't strided, or has no memory.
+inline Py_ssize_t fingerprint_tensor(PyObject* object, std::int64_t* words) {
+  Tensor tensor;
+  if (exchange->read(object, &tensor) != 0) {
+    PyErr_Clear();
+    return 0;
+  }
+  if (tensor.dims > kMaxDims || (tensor.dims > 0 && tensor.strides == nullptr)) return 0;
+  words[0] = kTensor | std::int64_t{tensor.dims} << 8 | std::int64_t{tensor.code} << 16 |
+             std::int64_t{tensor.bits} << 24 | std::int64_t{tensor.device_type} << 32 |
+             std::int64_t{tensor.device} << 48;
+  words[1] = reinterpret_cast<std::int64_t>(tensor.data) + static_cast<std::int64_t>(tensor.byte_offset);
+  for (std::int32_t dim = 0; dim < tensor.dims; ++dim) {
+    words[2 + 2 * dim] = tensor.shape[dim];
+    words[3 + 2 * dim] = tensor.strides[dim];
+  }
+  return 2 + 2 * tensor.dims;
+}
+
 // Writes the words of None, an int or a tensor, and returns their number: 0 for anything else, which equals no
 // argument.
-Py_ssize_t fingerprint_one(PyObject* object, std::int64_t* words) {
+inline Py_ssize_t fingerprint_one(PyObject* object, std::int64_t* words) {
   if (object == Py_None) {
     words[0] = kNone;
     return 1;
   }
-  if (is_a(object, tensor_type)) {
-    Tensor tensor;
-    if (exchange->read(object, &tensor) != 0) {  // the tensor isn't strided, or has no memory
-      PyErr_Clear();
-      return 0;
-    }
-    if (tensor.dims > kMaxDims || (tensor.dims > 0 && tensor.strides == nullptr)) return 0;
-    words[0] = kTensor | std::int64_t{tensor.dims} << 8 | std::int64_t{tensor.code} << 16 |
-               std::int64_t{tensor.bits} << 24 | std::int64_t{tensor.device_type} << 32 |
-               std::int64_t{tensor.device} << 48;
-    words[1] = reinterpret_cast<std::int64_t>(tensor.data) + static_cast<std::int64_t>(tensor.byte_offset);
-    for (std::int32_t dim = 0; dim < tensor.dims; ++dim) {
-      words[2 + 2 * dim] = tensor.shape[dim];
-      words[3 + 2 * dim] = tensor.strides[dim];
-    }
-    return 2 + 2 * tensor.dims;
-  }
+  if (is_a(object, tensor_type)) return fingerprint_tensor(object, words);
   if (PyLong_Check(object) && !PyBool_Check(object)) {  // True and 16.0 aren't the same arguments as 1 and 16
     words[0] = kInt;
     words[1] = PyLong_AsLongLong(object);
@@ -66,17 +69,26 @@ struct Fingerprint {
 
   std::size_t size() const { return static_cast<std::size_t>(count) * sizeof(std::int64_t); }
 
-  // Room for one more argument.
-  bool reserve() {
-    if (capacity - count >= kMaxWords) return true;
-    const std::size_t bytes = 2 * static_cast<std::size_t>(capacity) * sizeof(std::int64_t);
-    auto* larger = static_cast<std::int64_t*>(PyMem_Malloc(bytes));
+  // Room for more arguments.
+  bool reserve(Py_ssize_t arguments = 1) {
+    const Py_ssize_t wanted = count + arguments * kMaxWords;
+    if (wanted <= capacity) return true;
+    auto* larger =
+        static_cast<std::int64_t*>(PyMem_Malloc(2 * static_cast<std::size_t>(wanted) * sizeof(std::int64_t)));
     if (larger == nullptr) return false;
     std::memcpy(larger, words, size());
     if (words != local) PyMem_Free(words);
     words = larger;
-    capacity *= 2;
+    capacity = 2 * wanted;
     return true;
+  }
+
+  // Adds a tensor of torch's own class, which most arguments are.
+  bool add_tensor(PyObject* tensor) {
+    if (!reserve()) return false;
+    const Py_ssize_t more = fingerprint_tensor(tensor, words + count);
+    count += more;
+    return more > 0;
   }
 
   // Adds None, an int or a tensor; false for anything else, perhaps with a Python error.
@@ -135,7 +147,7 @@ struct Fingerprint {
       PyObject* element = is_list ? PyList_GetItem(object, i) : PyTuple_GetItem(object, i);
       if (element == nullptr) return false;
       Py_INCREF(element);
-      const bool added = add_any(element, levels);
+      const bool added = Py_TYPE(element) == tensor_type ? add_tensor(element) : add_any(element, levels);
       Py_DECREF(element);
       if (!added) return false;
     }
@@ -180,29 +192,36 @@ struct Fingerprint {
   // Adds the values of a dictionary whose first keys are the fields' names; false for any other dictionary. In decode
   // seqlens_expanded is cache_seqlens, so what is the first value again isn't read again.
   bool add_values(PyObject* dictionary) {
-    Py_ssize_t position = 0, first_at = 0;
+    const Py_ssize_t fields = field_count;
+    if (!reserve(fields)) return false;
+    Py_ssize_t position = 0;
     PyObject *name, *value, *first = nullptr;
-    for (Py_ssize_t i = 0; i < field_count; ++i) {
-      if (!PyDict_Next(dictionary, &position, &name, &value) || name != field_names[i] || !reserve()) return false;
+    std::int64_t *at = words + count, *first_at = at;
+    for (Py_ssize_t i = 0; i < fields; ++i) {
+      if (field_count != fields || !PyDict_Next(dictionary, &position, &name, &value) || name != field_names[i]) {
+        return false;
+      }
       if (value == Py_None) {
-        words[count++] = kNone;
+        *at++ = kNone;
         continue;
       }
       if (value == first) {
-        const Py_ssize_t more = words_of_argument(words[first_at]);
-        std::memcpy(words + count, words + first_at, static_cast<std::size_t>(more) * sizeof(std::int64_t));
-        count += more;
+        const Py_ssize_t more = words_of_argument(*first_at);
+        std::memcpy(at, first_at, static_cast<std::size_t>(more) * sizeof(std::int64_t));
+        at += more;
         continue;
       }
       if (first == nullptr) {
         first = value;
-        first_at = count;
+        first_at = at;
       }
       Py_INCREF(value);  // reading a tensor of a user's class may run Python
-      const bool added = add(value);
+      const Py_ssize_t more = fingerprint_one(value, at);
       Py_DECREF(value);
-      if (!added) return false;
+      if (more == 0) return false;
+      at += more;
     }
+    count = at - words;
     return true;
   }
 };

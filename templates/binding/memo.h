@@ -93,13 +93,22 @@ void explain(PyObject* owner) {
 
 #pragma GCC diagnostic pop
 
-// run(arguments...): runs the plan that keep() got with equal arguments; whether there is one. Arguments without a
-// fingerprint equal nothing.
+PyObject* tuple_of(PyObject* const* args, Py_ssize_t count) {
+  PyObject* tuple = PyTuple_New(count);
+  for (Py_ssize_t i = 0; tuple != nullptr && i < count; ++i) {
+    Py_INCREF(args[i]);
+    PyTuple_SetItem(tuple, i, args[i]);
+  }
+  return tuple;
+}
+
+// run(arguments...): runs the plan that keep() got with equal arguments. Where there is none, returns the arguments: a
+// caller needn't make a tuple of them before. Arguments without a fingerprint equal nothing.
 PyObject* memo_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   auto* memo = reinterpret_cast<Memo*>(self);
   Key key;
   const Entry* entry = key.read(memo, args, count) ? find(memo, key.words) : nullptr;
-  if (entry == nullptr) Py_RETURN_FALSE;
+  if (entry == nullptr) return tuple_of(args, count);
   PyObject *owner = entry->owner, *run = entry->run;
   Py_INCREF(owner);  // a check runs Python, which may drop the entry
   Py_INCREF(run);
@@ -112,7 +121,7 @@ PyObject* memo_run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_DECREF(owner);
   if (result == nullptr) return nullptr;
   Py_DECREF(result);
-  Py_RETURN_TRUE;
+  Py_RETURN_NONE;
 }
 
 // The runner of a plan whose run() this is; null for any other object.
