@@ -21,8 +21,8 @@ from torch import Tensor
 
 # The page size that a copy's tables are laid out for: a copy has no setting for it.
 COPIED_PAGE_SIZE = 16
-# Of declared tables and packed fields.
-TABLE_WIDTH, PACKED_CAPACITY = 550, 1300
+# Of declared tables and packed fields: of more columns than two warps compute at once.
+TABLE_WIDTH, PACKED_CAPACITY = 1100, 1300
 
 
 def settings_for(function: Any, config: KernelConfig) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def test_no_trace_of_an_input_that_is_not_read(config: KernelConfig) -> None:
         ("iolation", config.checked),
         ("report(", config.checked),
         ("int4*", config.vector_bytes == 16),
-        ("gridDim.x", config.strategy not in (None, "equal") or computes),
+        ("gridDim.x", config.strategy not in (None, "equal") or (computes and config.strategy is not None)),
         ("from_", copies),
         ("__ballot_sync", config.strategy in ("live", "variable", "indices") or computes),
     ):

@@ -37,7 +37,7 @@ class BoundKernel:
         config: the configuration.
         device: the device of all tensors.
         values: the words of the parameters that no call changes, by the parameter's name. Parameters that the kernel
-            doesn't have are ignored; ``device``, ``sm_count`` and ``computed_blocks`` are added here.
+            doesn't have are ignored; what the launch sets, ``device`` and ``sm_count`` are added here.
 
     Attributes:
         kernel: the kernel.
@@ -78,7 +78,13 @@ class BoundKernel:
                 f"{config.symbol} can't read the tensors of torch {torch.__version__}: {error}. It needs "
                 "torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1: install torch 2.11 or later."
             ) from error
-        values = {"device": [ordinal], "sm_count": [sm_count], "computed_blocks": [0], **values}
+        values = {
+            "device": [ordinal],
+            "sm_count": [sm_count],
+            "computed_blocks": [0],
+            "computed_reciprocal": [0],
+            **values,
+        }
         words = [word for m in layout.members(config) if not m.per_call for word in values[m.name]]
         self._plan = module.bind(words, ordinal if device.type == "cuda" else -1)
         self.run, self.launch = _with_nvtx(self._plan.run, config.symbol), self._plan.launch

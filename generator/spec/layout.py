@@ -106,6 +106,7 @@ def members(config: KernelConfig) -> list[Member]:
     # What a thread needs before it can read its first token comes first, and lies in few cache lines.
     if config.computed and not copies:
         add("computed_blocks", "int64", "for declared tables and packed fields; set by the launch")
+        add("computed_reciprocal", "int64", "(2^32 - 1) / batch_size; set by the launch")
     if config.reads_tokens:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")

@@ -71,22 +71,28 @@ __device__ __forceinline__ std::uint32_t columns_before(const Params& p, int ite
   return Field::kPacked ? 0 : reinterpret_cast<std::uintptr_t>(row) / sizeof(*row) % kWarpSize;
 }
 
-// The number of parts of an item, up to a limit of its columns.
+// How many columns an item's warps go through, up to a limit, those before its row included.
 template <typename Field>
-__device__ __forceinline__ std::uint32_t item_parts(
+__device__ __forceinline__ std::uint32_t item_reach(
     const Params& p, const Request& of, int item, int b, std::uint32_t limit) {
   const std::uint32_t columns = Field::kFilled ? limit : min(limit, most_elements<Field>(p, of, item, b));
-  const std::uint32_t before = columns_before<Field>(p, item, b);
-  return columns > 0 ? (columns + before + (kComputedColumns - 1)) / kComputedColumns : 0;
+  return columns > 0 ? columns + columns_before<Field>(p, item, b) : 0;
 }
 
+// The number of parts of so many columns, without those that an item's own warps compute.
+__device__ __forceinline__ std::uint32_t parts_of(std::uint32_t reach, std::uint32_t own_columns) {
+  return reach > own_columns ? (reach - own_columns - 1) / kComputedColumns + 1 : 0;
+}
+
+// If each element is stored to several destinations, half a part keeps enough memory accesses in flight.
+template <typename Field>
+constexpr bool kHalves = Field::kDestinations > 1 && !Field::kApart;
+
 // As which a power of two of pieces the warps take each of so many parts: small ones where there are few, so that all
-// warps have work; whole ones where each warp has several, so that more look-ups are on their way. If each element is
-// stored to several destinations, halves keep enough memory accesses in flight.
+// warps have work; whole ones where each warp has several, so that more look-ups are on their way.
 template <typename Field>
 __device__ __forceinline__ int log2_pieces(std::uint32_t parts, std::uint32_t warps) {
-  constexpr bool kHalves = Field::kDestinations > 1 && !Field::kApart;
-  return parts <= warps >> kLog2Pieces ? kLog2Pieces : kHalves || parts <= warps / 2 ? 1 : 0;
+  return parts <= warps >> kLog2Pieces ? kLog2Pieces : kHalves<Field> || parts <= warps / 2 ? 1 : 0;
 }
 
 // Negative counts move the elements of later requests back, and so more columns of these fit: by how much, in all
@@ -172,7 +178,7 @@ __device__ __forceinline__ void compute_piece(
 // the warp takes next.
 template <typename Field>
 __device__ __forceinline__ void compute_few(
-    const Params& p, int items, int b, std::uint32_t warps, std::uint32_t& piece) {
+    const Params& p, int items, int b, std::uint32_t own_columns, std::uint32_t warps, std::uint32_t& piece) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   Request of{};
   if (lane < items) of = read_request(p, lane / Field::kRowsEach);
@@ -181,7 +187,7 @@ __device__ __forceinline__ void compute_few(
     const auto back = static_cast<std::int64_t>(lane < items ? moved_back<Field>(p, of, lane, b) : 0);
     if (__ballot_sync(kFullMask, back != 0) != 0) limit = column_of(Field::capacity(p) + sum_of_counts<Field>(back));
   }
-  const std::uint32_t parts = lane < items ? item_parts<Field>(p, of, lane, b, limit) : 0;
+  const std::uint32_t parts = lane < items ? parts_of(item_reach<Field>(p, of, lane, b, limit), own_columns) : 0;
   const std::uint32_t all_parts = __reduce_add_sync(kFullMask, parts);
   const int log2 = log2_pieces<Field>(all_parts, warps);
   const std::uint32_t pieces = all_parts << log2;
@@ -197,7 +203,8 @@ __device__ __forceinline__ void compute_few(
       const std::uint32_t part = piece >> log2;
       const int item = __popc(__ballot_sync(kFullMask, parts_end <= part));  // those whose parts end before it
       const Request found = shuffled(of, item);
-      const std::uint32_t first = (part - __shfl_sync(kFullMask, parts_before, item)) * kComputedColumns;
+      const std::uint32_t in_item = part - __shfl_sync(kFullMask, parts_before, item);
+      const std::uint32_t first = own_columns + in_item * kComputedColumns;
       const std::uint32_t in_part = (piece & ((1u << log2) - 1)) * (kComputedColumns >> log2);
       const auto begin_in = [&](int backend) {
         return sum_of_counts<Field>(lane < item ? Field::element_count(p, of, lane, backend) : 0);
@@ -225,7 +232,8 @@ struct ComputedWindow {
 
 template <typename Field>
 __device__ __forceinline__ void compute_many(
-    const Params& p, ComputedWindow& window, int items, int b, std::uint32_t warps, std::uint32_t& piece) {
+    const Params& p, ComputedWindow& window, int items, int b, std::uint32_t own_columns, std::uint32_t warps,
+    std::uint32_t& piece) {
   const int slot = static_cast<int>(threadIdx.x);
   const int lane = slot % kWarpSize;
   std::uint32_t warp_end = 0;
@@ -259,7 +267,7 @@ __device__ __forceinline__ void compute_many(
       __syncthreads();
     }
     window.requests[slot] = of;
-    const std::uint32_t parts = own < items ? item_parts<Field>(p, of, own, b, limit) : 0;
+    const std::uint32_t parts = own < items ? parts_of(item_reach<Field>(p, of, own, b, limit), own_columns) : 0;
     const std::uint32_t window_parts = count_tiles(window.parts, parts, warp_end);
     const int log2 = min(log2_pieces<Field>(window_parts, warps), 1);
     for (; piece < window_parts << log2; piece += warps) {
@@ -273,7 +281,7 @@ __device__ __forceinline__ void compute_many(
         return window.before[backend - b] + sum_of_counts<Field>(sum);
       };
       const int item = base + place.slot;
-      const std::uint32_t first = place.tile * kComputedColumns;
+      const std::uint32_t first = own_columns + place.tile * kComputedColumns;
       if (log2 == 1) {
         const std::uint32_t in_part = piece % 2 * (kComputedColumns / 2);
         compute_piece<Field, kComputedEach / 2>(p, found, item, b, first + in_part, begin_in);
@@ -285,16 +293,65 @@ __device__ __forceinline__ void compute_many(
   }
 }
 
-// `piece` is what the warp takes next.
+// A row's own warp, number `turn` of `each`, reads no other row's length. It takes one piece, as small as all of them
+// together reach the row's end in; otherwise what is left is computed by other blocks.
+template <typename Field>
+__device__ __forceinline__ void compute_own(const Params& p, int row, int b, std::uint32_t turn, std::uint32_t each) {
+  constexpr std::uint32_t kSmall = kComputedColumns >> kLog2Pieces;
+  const Request of = read_request(p, row / Field::kRowsEach);
+  const std::uint32_t reach = item_reach<Field>(p, of, row, b, column_of(Field::capacity(p)));
+  const auto begin_in = [](int) { return std::int64_t{0}; };
+  if (!kHalves<Field> && reach > each * (kComputedColumns / 2)) {
+    compute_piece<Field, kComputedEach>(p, of, row, b, turn * kComputedColumns, begin_in);
+  } else if (reach > each * kSmall) {
+    compute_piece<Field, kComputedEach / 2>(p, of, row, b, turn * (kComputedColumns / 2), begin_in);
+  } else if (reach > 0) {
+    compute_piece<Field, (kComputedEach >> kLog2Pieces)>(p, of, row, b, turn * kSmall, begin_in);
+  }
+}
+
+// A table needs no sums. As in device/live.cuh, blocks belong to its rows: all of them if they reach the end of the
+// widest rows in one piece a warp; half of them, beside others that compute what is left, if they reach a third of it.
+// With more or longer rows to share the warps among, all blocks count, as they do for a packed field. `piece` is what
+// the warp takes next of packed fields.
 template <typename Field>
 __device__ __forceinline__ void compute(
-    const Params& p, ComputedWindow& window, std::uint32_t warps, std::uint32_t& piece) {
+    const Params& p, ComputedWindow& window, std::uint32_t block, std::uint32_t& piece) {
+  constexpr std::uint32_t kOwnColumns = kHalves<Field> ? kComputedColumns / 2 : kComputedColumns;
   const int items = static_cast<int>(p.batch_size) * Field::kRowsEach;
+  const auto blocks = static_cast<std::uint32_t>(p.computed_blocks);
+  const std::uint32_t in_block = threadIdx.x / kWarpSize;
+  const auto by_items = [&](std::uint32_t number) {
+    return __umulhi(number / Field::kRowsEach + 1, static_cast<std::uint32_t>(p.computed_reciprocal));
+  };
+  std::uint32_t own_blocks = 0;
+  std::uint32_t each = 0;  // own warps of a row
+  if constexpr (!Field::kPacked) {
+    const std::uint32_t widest = column_of(Field::capacity(p)) + kWarpSize;
+    own_blocks = blocks;
+    each = by_items(blocks * kWarps);
+    if (each * kOwnColumns < widest) {
+      own_blocks = blocks / 2;
+      each = by_items(own_blocks * kWarps);
+      if (each * kOwnColumns < widest / 3) own_blocks = each = 0;
+    }
+  }
   for (int b = 0; b < Field::kSets; b += kTogether<Field>) {
-    if (items <= kWarpSize) {
-      compute_few<Field>(p, items, b, warps, piece);
-    } else {
-      compute_many<Field>(p, window, items, b, warps, piece);
+    if (block < own_blocks) {
+      // Neighbouring pieces go to different SMs.
+      const std::uint32_t warp = in_block * own_blocks + block;
+      const std::uint32_t turn = by_items(warp);
+      const int row = static_cast<int>(warp - turn * static_cast<std::uint32_t>(items));
+      if (turn < each) compute_own<Field>(p, row, b, turn, each);
+    } else if (own_blocks < blocks) {
+      std::uint32_t left = (block - own_blocks) * kWarps + in_block;
+      std::uint32_t& next = Field::kPacked ? piece : left;
+      const std::uint32_t warps = (blocks - own_blocks) * kWarps;
+      if (items <= kWarpSize) {
+        compute_few<Field>(p, items, b, each * kOwnColumns, warps, next);
+      } else {
+        compute_many<Field>(p, window, items, b, each * kOwnColumns, warps, next);
+      }
     }
   }
 }

@@ -88,6 +88,7 @@ class Job:
             "device": [DEVICE],
             "sm_count": [shape.sm_count],
             "computed_blocks": [0],
+            "computed_reciprocal": [0],
             "rows": [scene.rows],
             "row_capacity": [scene.rows + shape.spare_rows],
             "pool_rows": [shape.pool_rows],

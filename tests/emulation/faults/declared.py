@@ -68,6 +68,7 @@ STEPS = COMPUTED.replace(
 )
 # Look-ups before, in and past a row and a map; the last row of the pool, where its allocation ends.
 EDGES = Shape("edges", (0, 88, 89, 90, 91, -5, 31, 2**31 - 1), width=90, spare_rows=3, seed=3)
+ONE = Shape("one", (1095,), width=1100, token_pad=1)
 FEW = Shape("few", (300, 0, 7, 299, 120), width=300, spare_rows=2, token_pad=1)
 MANY = Shape("many", tuple(7 * i % 300 for i in range(100)), width=300, spare_rows=2, token_pad=1)
 
@@ -308,14 +309,6 @@ FAULTS = {
             "",
         ),
         Fault(
-            "don't count from the next field's first part",
-            "parts of the next field are left out",
-            COMPUTED,
-            FEW,
-            r"piece -= pieces;",
-            "",
-        ),
-        Fault(
             "store beyond the capacity",
             "a write out of bounds",
             COMPUTED,
@@ -378,8 +371,8 @@ FAULTS = {
             "the columns from there on are stale",
             COMPUTED,
             MANY,
-            r"\(columns \+ before \+ \(kComputedColumns - 1\)\) / kComputedColumns",
-            "(columns + before) / kComputedColumns",
+            r"\(reach - own_columns - 1\) / kComputedColumns \+ 1",
+            "(reach - own_columns - 1) / kComputedColumns",
         ),
         Fault(
             "count the elements of the first backend alone",
@@ -388,6 +381,39 @@ FAULTS = {
             Shape("a column more", (512,) * 9, width=700),
             r"most = max\(most, (.*?)\);",
             r"if (i == 0) most = \1;",
+        ),
+        Fault(
+            "leave out what a row's last own warp computes",
+            "columns of short batches are stale",
+            COMPUTED,
+            ONE,
+            r"if \(turn < each\)",
+            "if (turn + 1 < each)",
+        ),
+        Fault(
+            "give all of a row's own warps its first piece",
+            "the columns from there on are stale",
+            COMPUTED,
+            ONE.replace(sm_count=4),
+            r"turn \* kSmall|turn \* \(kComputedColumns / 2\)",
+            "0",
+        ),
+        Fault(
+            "leave out what is left of a long row",
+            "the columns from there on are stale",
+            COMPUTED,
+            ONE,
+            r"left = \(block - own_blocks\) \* kWarps",
+            "left = (block - own_blocks + 99) * kWarps",
+        ),
+        Fault(
+            "compute a row's first columns twice",
+            "two warps write one address",
+            COMPUTED,
+            ONE,
+            r"each \* kOwnColumns, warps, next",
+            "0, warps, next",
+            "thread",
         ),
         Fault(
             "let no warp wait before the next window",
