@@ -284,13 +284,16 @@ __device__ __forceinline__ void copy_tile(
     words[i] = column + i * kWarpSize < end ? static_cast<Index>(__ldg(from + i * kWarpSize)) : 0;
   }
   const std::int64_t before = tokens_before();
-#pragma unroll(unrolled(kIndexDestinations))
-  for (int b = 0; b < kIndexDestinations; ++b) {
-    const std::int64_t begin = before + request * length_offset(b);
-    const std::int64_t room = p.packed_capacity - begin;
-    int stop = read_columns(p, tokens, length_offset(b));
-    if (room < stop) stop = room > 0 ? static_cast<int>(room) : 0;
-    Index* to = indices(p)[b] + begin + column;
+  const auto place = [&](int b) { return indices(p)[b] + (before + request * length_offset(b) + column); };
+  // The places of few words are computed while these are on their way.
+  constexpr bool kAhead = kMoved * kIndexDestinations <= 16;
+  [[maybe_unused]] Index* places[kAhead ? kIndexDestinations : 1];
+  if constexpr (kAhead) {
+#pragma unroll
+    for (int b = 0; b < kIndexDestinations; ++b) places[b] = place(b);
+  }
+  // Writes the words before column `stop`.
+  const auto write = [&](Index* to, int stop) {
     // All of the old words are read before the first is written, or each read would wait for a write.
     [[maybe_unused]] Index old[kMoved];
     if constexpr (kVerified) {
@@ -302,6 +305,23 @@ __device__ __forceinline__ void copy_tile(
       if (column + i * kWarpSize >= stop) continue;
       if (!kVerified || old[i] != words[i]) put(to + i * kWarpSize, words[i]);
     }
+  };
+  // Where the longest length fits, all do, and none of several backends looks at the room that it has left.
+  if (kIndexDestinations > 1 && before + request * kLongestOffset + end <= p.packed_capacity) {
+    // A part may lie behind the request's last token. Without this branch the compiler computes places between stores.
+    if (kAhead && first >= end) return;
+#pragma unroll(unrolled(kIndexDestinations))
+    for (int b = 0; b < kIndexDestinations; ++b) {
+      write(kAhead ? places[b] : place(b), read_columns(p, tokens, length_offset(b)));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int b = 0; b < kIndexDestinations; ++b) {
+    const std::int64_t room = p.packed_capacity - (before + request * length_offset(b));
+    int stop = read_columns(p, tokens, length_offset(b));
+    if (room < stop) stop = room > 0 ? static_cast<int>(room) : 0;
+    write(place(b), stop);
   }
 }
 
@@ -331,10 +351,15 @@ __device__ __forceinline__ void write_few(const Params& p) {
     if (lane < batch_size) check_capacity(p, lane, end + (std::int64_t{lane} + 1) * kLongestOffset);
   }
   const std::uint32_t all_tiles = __reduce_add_sync(kFullMask, tiles);
-  const std::uint32_t warps = (gridDim.x - kFirstTableBlock) * kWarps;
-  const std::uint32_t warp = (blockIdx.x - kFirstTableBlock) * kWarps + threadIdx.x / kWarpSize;
+  const std::uint32_t blocks = gridDim.x - kFirstTableBlock;
+  const std::uint32_t block = blockIdx.x - kFirstTableBlock;
+  const std::uint32_t warps = blocks * kWarps;
   // With a warp for each part of a tile, all parts are moved at once.
   const std::uint32_t parts = all_tiles <= warps / kTileParts ? kTileParts : 1;
+  // With a block for each of them, as many SMs store what goes to many backends.
+  const bool spread = kIndexDestinations > 3 && all_tiles * parts <= blocks;
+  const std::uint32_t in_block = threadIdx.x / kWarpSize;
+  const std::uint32_t warp = spread ? in_block * blocks + block : block * kWarps + in_block;
   if (warp >= all_tiles * parts) return;
   std::uint32_t tiles_end = tiles;
   for (int distance = 1; distance < batch_size; distance *= 2) {
@@ -418,7 +443,9 @@ __device__ void write_tables(const Params& p) {
 unsigned grid_blocks(const Params& p) {
   const std::int64_t tiles = p.batch_size * ((p.columns - 1) / (kTileColumns / kTileParts) + 1);
   const std::int64_t wanted = (tiles + kWarps - 1) / kWarps;
-  const std::int64_t limit = p.sm_count * kBlocksPerSm;
+  std::int64_t limit = p.sm_count * kBlocksPerSm;
+  // With more requests than one warp sums, more blocks sum longer: one destination has three quarters of them then.
+  if (kIndexDestinations == 1 && p.batch_size > kWarpSize) limit = limit * 3 / 4;
   const std::int64_t blocks = wanted < limit ? wanted : limit;
   return static_cast<unsigned>(kFirstTableBlock + (blocks > 1 ? blocks : 1));
 }

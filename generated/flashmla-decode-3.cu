@@ -269,8 +269,7 @@ __device__ __forceinline__ void write_page_numbers(
 template <int kTiles>
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
-  static_assert(kTiles == 1);
-  std::int32_t numbers[kTileColumns / kWarpSize];
+  std::int32_t numbers[kTiles * kTileColumns / kWarpSize];
   read_page_numbers(p, pool_row, numbers, first, ends);
   write_page_numbers(p, row, numbers, first, ends);
 }

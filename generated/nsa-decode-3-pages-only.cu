@@ -34,7 +34,7 @@ constexpr std::int32_t kIndexTopk = 2048;  // tokens
 constexpr int kUnroll = 2;  // pages that a thread has in flight
 constexpr int kTileColumns = kWarpSize * kUnroll;  // a tile: what one warp moves of a row
 constexpr int kBlocksPerSm = 2;  // limits the blocks for the tables
-constexpr int kWideTiles = 1;  // tiles that a warp takes at once where every warp has work
+constexpr int kWideTiles = 2;  // tiles that a warp takes at once where every warp has work
 constexpr bool kPagesAlone = true;  // whether the tables hold pages only, not tokens
 using PoolIndex = std::int64_t;
 using Token = std::int32_t;
@@ -324,8 +324,7 @@ __device__ __forceinline__ void write_page_numbers(
 template <int kTiles>
 __device__ __forceinline__ void copy_tile(
     const Params& p, std::int64_t row, std::int64_t pool_row, int first, Ends ends) {
-  static_assert(kTiles == 1);
-  std::int32_t numbers[kTileColumns / kWarpSize];
+  std::int32_t numbers[kTiles * kTileColumns / kWarpSize];
   read_page_numbers(p, pool_row, numbers, first, ends);
   write_page_numbers(p, row, numbers, first, ends);
 }

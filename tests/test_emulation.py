@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from cases import AUDITS, CONFIGURATIONS, FAR, LONG_ROWS, RAGGED, SHAPES, STEPS, STRATEGIES, Shape
+from cases import AUDITS, CONFIGURATIONS, CSR, FAR, LONG_ROWS, RAGGED, SHAPES, STEPS, STRATEGIES, Shape
 from emulation.faults import FAULTS
 from emulation.harness import Outcome, launch, own_blocks
 from onelaunch import PRESETS, KernelConfig, render
@@ -123,6 +123,32 @@ def test_an_audit_is_clean_and_exact(name: str, sanitizer: str, programs: Path) 
     few = Shape("few", (290, 3, 0, 600), width=610, token_phase=4, table_phase=8, spare_rows=1)
     wrong = [few.replace(name=f"wrong {field}", wrong=field) for field in config.fields]
     check(config, sanitizer, (RAGGED, *wrong), programs, launches=((5, 64),))
+
+
+@pytest.mark.parametrize("cost", [0, 7, 8, 2**20])
+def test_deepgemm_schedules_of_the_longest_lengths(cost: int, programs: Path) -> None:
+    """Up to 64 items whose units fit in 32 bits, fill them, or don't fit, and more items than that."""
+    config = KernelConfig(fields=("paged_mqa_schedule_metadata",), threads=64, schedule_split_cost=cost)
+    shapes = [
+        Shape(f"{batch} of {length}, {sms} SMs", (length,) * (batch - 1) + (last,), num_sms=sms)
+        for batch in (1, 2, 8, 9, 31, 32, 33, 63, 64, 65)
+        for length, last in ((2**31 - 1, 2**31 - 1), (2**31 - 1, 0), (0, 2**31 - 1), (70_001, 5))
+        for sms in (1, 31, 132, 600)
+    ]
+    check(config, "none", tuple(shapes), programs, launches=((1, 1),))
+
+
+@pytest.mark.parametrize("writes", ["all", "verified"])
+def test_parts_of_tiles_for_many_backends(writes: str, programs: Path) -> None:
+    """Where each part has a block, neighbouring parts are in neighbouring blocks; elsewhere they share one."""
+    offsets = (1, 2, 3, 4, 70)
+    config = KernelConfig(num_backends=5, fields=CSR, seqlen_offsets=offsets, threads=64, writes=writes)
+    shapes = [
+        Shape(f"{lengths} in {room}", lengths, width=4003, max_indices=room, sm_count=16)
+        for lengths in ((1400,), (5, 300), (0,), (1900, 0), (3900,))
+        for room in (0, 299, 9000)
+    ]
+    check(config, "address+undefined", tuple(shapes), programs, launches=((3, 64),))
 
 
 @pytest.mark.parametrize("threads", [64, 256])

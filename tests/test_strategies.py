@@ -60,23 +60,25 @@ def test_the_host_divides_where_threads_would_have_to(
 def test_equal_rows_have_as_many_blocks_as_they_need(settings: dict[str, Any], limit: str | None) -> None:
     """Other kernels loop, with a number of blocks that suits the device. Equal rows need no loop."""
     config = KernelConfig(**settings)
-    found = re.search(r"const std::int64_t limit = (p\.sm_count.*?;)", render(config))
+    found = re.search(r"std::int64_t limit = (p\.sm_count.*?;)", render(config))
     assert (found[1] if found else None) == limit
     assert config.equal_rows == (limit is None)
     assert (config == config.replace(blocks_per_sm=7)) == (limit is None)
 
 
 @pytest.mark.parametrize(
-    ("fields", "limit"),
+    ("fields", "backends", "limit"),
     [
-        (("page_indices",), 6),
-        (("page_indices", "real_page_table"), 6),
-        (("real_page_table",), 3),
-        (("kv_indptr", "kv_indices"), 3),
+        (("page_indices",), 1, 6),
+        (("page_indices", "real_page_table"), 1, 6),
+        (("real_page_table",), 1, 3),
+        (("kv_indptr", "kv_indices"), 1, 6),
+        (("kv_indptr", "kv_indices"), 2, 3),
     ],
 )
-def test_the_limit_of_the_blocks_of_small_tiles_is_half(fields: tuple[str, ...], limit: int) -> None:
-    config = KernelConfig(fields=fields, blocks_per_sm=6, page_size=1 if "kv_indices" in fields else 64)
+def test_the_limit_of_the_blocks_of_small_tiles_is_half(fields: tuple[str, ...], backends: int, limit: int) -> None:
+    page_size = 1 if "kv_indices" in fields else 64
+    config = KernelConfig(fields=fields, num_backends=backends, blocks_per_sm=6, page_size=page_size)
     assert config.table_blocks_per_sm == limit
     assert config.replace(blocks_per_sm=1).table_blocks_per_sm == 1
     assert f"kBlocksPerSm = {limit};" in render(config)
@@ -93,6 +95,10 @@ def test_the_limit_of_the_blocks_of_small_tiles_is_half(fields: tuple[str, ...],
         ({"unroll": 4}, 1),
         ({"vector_bytes": 4}, 1),
         ({"num_backends": 7, "extent": "full"}, 2),
+        ({"num_backends": 7, "fields": ("real_page_table",), "seqlen_offsets": tuple(range(7))}, 2),
+        ({"fields": ("real_page_table",), "extent": "full"}, 1),
+        ({"fields": ("real_page_table",), "writes": "verified"}, 1),
+        ({"fields": ("real_page_table",), "unroll": 4}, 1),
     ],
     ids=str,
 )

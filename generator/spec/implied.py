@@ -297,11 +297,13 @@ class Implied:
 
     @property
     def table_blocks_per_sm(self) -> int:
-        """The limit of the blocks that write tables, per SM: half of the setting for pages alone and packed indices.
+        """The limit of the blocks that write tables, per SM.
 
-        Their tiles are small or few: what fewer blocks save when they start is more than more of them have in flight.
+        It is half of the setting for pages alone and for packed indices of several destinations. Their tiles are small
+        or few: what fewer blocks save when they start is more than more of them have in flight.
         """
-        small = self.pages_alone or self.strategy == "indices"
+        several = self.packed is not None and self.destinations(self.packed) > 1
+        small = self.pages_alone or (self.strategy == "indices" and several)
         return max(1, int(self.blocks_per_sm) // 2) if small else int(self.blocks_per_sm)
 
     @property
@@ -318,8 +320,10 @@ class Implied:
         """Tiles that a warp takes at once, in large tables and for long requests: 2, or 1 if it never takes more.
 
         If each word is written to many places, one tile keeps enough accesses in flight, and the registers are needed
-        for addresses.
+        for addresses. A page takes one register.
         """
+        if self.pages_alone:
+            return 2 if self.strategy == "live" and not self.verified and self.unroll <= 2 else 1
         if self.strategy not in ("live", "equal") or self.token_table is None:
             return 1
         writes = self.destinations(self.token_table)

@@ -266,8 +266,8 @@ class Launch(Part):
         threads: threads per block, a power of two from 32 to 1024 (1 on the CPU target).
         unroll: 16-byte accesses that a thread has in flight, 1 to 8.
         blocks_per_sm: limit of the blocks that write tables, per SM, 1 to 32; copies have twice this limit, pages
-            alone and kv_indices half of it. Unused if all rows are equally long (extent "full", page_fill): then every
-            tile has its warp.
+            alone and kv_indices of several backends half of it. Unused if all rows are equally long (extent "full",
+            page_fill): then every tile has its warp.
         vector_bytes: width of the table stores: 16 if a row's address modulo 16 is the same in all destinations, else
             4; an audit, which stores nothing, has 4.
     """

@@ -19,36 +19,38 @@ __device__ __forceinline__ std::uint32_t mqa_splits(const Params& p, int item, i
   return length > 0 ? (static_cast<std::uint32_t>(length) - 1) / kSplit + 1 : 0;
 }
 
-// How the units of work are shared out.
+// How the units of work are shared out. T holds them all; there are fewer than 2^31 SMs.
+template <typename T>
 struct Shares {
-  std::uint64_t units;
-  std::uint64_t num_sms;
-  std::uint64_t share;
-  std::uint64_t more;  // SMs that get one unit more
+  T units;
+  T num_sms;
+  T share;
+  T more;  // SMs that get one unit more
 
-  __device__ __forceinline__ Shares(const Params& p, std::uint64_t splits)
-      : units(splits * kWorkOfSplit), num_sms(static_cast<std::uint64_t>(p.num_sms)) {
+  __device__ __forceinline__ Shares(const Params& p, T splits)
+      : units(splits * kWorkOfSplit), num_sms(static_cast<T>(p.num_sms)) {
     share = units / num_sms;
     more = units - share * num_sms;
   }
 
   // The first unit of an SM.
-  __device__ __forceinline__ std::uint64_t start(std::uint64_t entry) const {
+  __device__ __forceinline__ T start(T entry) const {
     if constexpr (!kRemainderLast) return entry * share + (entry < more ? entry : more);
-    const std::uint64_t even = num_sms - more;  // the first SM that gets one more
+    const T even = num_sms - more;  // the first SM that gets one more
     return entry * share + (entry > even ? entry - even : 0);
   }
 };
 
 // Writes an SM's entry: it begins in `item`, before which there are `passed` splits.
+template <typename T>
 __device__ __forceinline__ void write_entry(
-    const Params& p, int b, const Shares& shares, std::uint64_t entry, int items, int item, std::uint64_t passed) {
+    const Params& p, int b, const Shares<T>& shares, T entry, int items, int item, T passed) {
   // The last entry is the end, and so are entries without work.
-  std::uint64_t query = static_cast<std::uint64_t>(items) * kAtoms;
-  std::uint64_t split = 0;
-  const std::uint64_t start = shares.start(entry);
+  T query = static_cast<T>(items) * kAtoms;
+  T split = 0;
+  const T start = shares.start(entry);
   if (start < shares.units) {
-    query = static_cast<std::uint64_t>(item) * kAtoms;
+    query = static_cast<T>(item) * kAtoms;
     split = start - passed * kWorkOfSplit;
     if constexpr (kSplitCost > 0) {
       split /= kWorkOfSplit;
@@ -58,37 +60,59 @@ __device__ __forceinline__ void write_entry(
       split %= per_atom;
     }
   }
-  store(p.paged_mqa_schedule_metadata, b, 2 * entry, static_cast<std::int32_t>(query));
-  store(p.paged_mqa_schedule_metadata, b, 2 * entry + 1, static_cast<std::int32_t>(split));
+  const std::int64_t index = 2 * static_cast<std::int64_t>(entry);
+  store(p.paged_mqa_schedule_metadata, b, index, static_cast<std::int32_t>(query));
+  store(p.paged_mqa_schedule_metadata, b, index + 1, static_cast<std::int32_t>(split));
 }
 
-// No more items than a warp has lanes: each warp sums them for itself, without shared memory and a barrier, in as few
-// steps as there are items.
+// The units of so few items fit in 32 bits, which are divided in a third of the time, unless a split costs much.
+constexpr int kLaneItems = 2;  // of a lane at most
+constexpr std::uint64_t kMostSplits = (std::uint64_t{1} << 31) / kSplit;  // of an item
+using FewUnits = std::conditional_t<
+    kWarpSize * kLaneItems * kMostSplits * kWorkOfSplit <= 0xffffffffu, std::uint32_t, std::uint64_t>;
+
+// One or two consecutive items a lane: each warp sums them for itself, without shared memory and a barrier. A look-up
+// takes two steps, whose shuffles don't wait for one another.
+template <int kItems>
 __device__ __forceinline__ void schedule_few(const Params& p, int b, int items) {
+  constexpr int kAtOnce = 8;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const std::uint32_t splits = lane < items ? mqa_splits(p, lane, b) : 0;
-  std::uint32_t end = splits;
-  int reach = 1;
-  for (; reach < items; reach *= 2) {
-    const std::uint32_t other = __shfl_up_sync(kFullMask, end, static_cast<unsigned>(reach));
-    if (lane >= reach) end += other;
-  }
-  const Shares shares(p, __shfl_sync(kFullMask, end, reach - 1));
+  if (threadIdx.x - static_cast<unsigned>(lane) > p.num_sms) return;  // no lane of the warp has an entry
+  const auto splits_of = [&](int item) { return item < items ? mqa_splits(p, item, b) : 0; };
+  const std::uint32_t first_splits = splits_of(lane * kItems);  // of the lane's first item
+  const std::uint32_t splits = first_splits + (kItems > 1 ? splits_of(lane * kItems + 1) : 0);
+  // The shares don't wait for the running sum: they are divided beside it.
+  const Shares<FewUnits> shares(p, __reduce_add_sync(kFullMask, splits));
+  const std::uint32_t end = warp_running_sum(splits);
   // All lanes take part in a warp's look-ups.
-  for (std::uint64_t entry = threadIdx.x; entry - static_cast<unsigned>(lane) <= shares.num_sms; entry += kThreads) {
-    const std::uint64_t wanted = shares.start(entry) / kWorkOfSplit;
-    int item = 0;  // counts the items that end at or before it
-    for (int step = reach / 2; step > 0; step /= 2) {
-      if (__shfl_sync(kFullMask, end, item + step - 1) <= wanted) item += step;
+  for (FewUnits entry = threadIdx.x; entry - static_cast<unsigned>(lane) <= shares.num_sms; entry += kThreads) {
+    const FewUnits wanted = shares.start(entry) / kWorkOfSplit;
+    int found = 0;  // counts the lanes whose items end at or before it
+#pragma unroll
+    for (int step = kAtOnce; step > 0; step /= kAtOnce) {
+      const int first = found;
+#pragma unroll
+      for (int i = step; i < step * kAtOnce && i < kWarpSize; i += step) {
+        if (__shfl_sync(kFullMask, end, first + i - 1) <= wanted) found += step;
+      }
     }
-    const std::uint32_t passed = __shfl_sync(kFullMask, end - splits, item);
+    int item = found * kItems;
+    FewUnits passed = __shfl_sync(kFullMask, end - splits, found);
+    if constexpr (kItems > 1) {
+      const FewUnits next = passed + __shfl_sync(kFullMask, first_splits, found);
+      if (next <= wanted) {
+        passed = next;
+        ++item;
+      }
+    }
     if (entry <= shares.num_sms) write_entry(p, b, shares, entry, items, item, passed);
   }
 }
 
 __device__ void schedule_mqa(const Params& p, int b) {
   const int items = static_cast<int>(kItemIsRow ? p.batch_size * kNextN : p.batch_size);
-  if (items <= kWarpSize) return schedule_few(p, b, items);
+  if (items <= kWarpSize) return schedule_few<1>(p, b, items);
+  if (items <= kWarpSize * kLaneItems) return schedule_few<kLaneItems>(p, b, items);
   // Each thread sums consecutive items, and looks up in the sums of all threads.
   const int slot = static_cast<int>(threadIdx.x);
   const int thread_items = (items - 1) / kThreads + 1;
@@ -104,7 +128,7 @@ __device__ void schedule_mqa(const Params& p, int b) {
   std::uint64_t total = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) total += of_warp[w];
-  const Shares shares(p, total);
+  const Shares<std::uint64_t> shares(p, total);
   for (std::uint64_t entry = threadIdx.x; entry <= shares.num_sms; entry += kThreads) {
     const std::uint64_t wanted = shares.start(entry) / kWorkOfSplit;
     // The warp, the thread and the item that contain it: how many end at or before it.

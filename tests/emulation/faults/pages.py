@@ -5,7 +5,20 @@ from __future__ import annotations
 from cases import Shape
 
 from .fault import Fault
-from .shown_by import DECODE, FAR, FILLED, LONG, ODD_PAGES, OFFSETS, PAGES_ONLY, POOLS, SHORT, WIDE
+from .shown_by import (
+    DECODE,
+    FAR,
+    FEW_LONG,
+    FILLED,
+    LONG,
+    ODD_PAGES,
+    OFFSETS,
+    PAGES_ONLY,
+    POOLS,
+    SHORT,
+    WIDE,
+    WIDE_PAGES,
+)
 
 FAULTS = {
     "device/held_pages.cuh": [
@@ -130,6 +143,16 @@ FAULTS = {
             r"page < stop &&",
             "page <= stop &&",
             "emulation",
+        ),
+    ],
+    "device/every_page.cuh": [
+        Fault(
+            "read one tile of pages where two are counted",
+            "half of a long request's pages aren't written",
+            WIDE_PAGES,
+            FEW_LONG,
+            r"numbers\[kTiles \* kTileColumns / kWarpSize\]",
+            "numbers[kTileColumns / kWarpSize]",
         ),
     ],
     "device/floor_div.cuh": [

@@ -128,7 +128,7 @@ FAULTS = {
             INDICES.replace(writes="verified"),
             STEPS,
             r"\? to\[i \* kWarpSize\]",
-            "? (indices(p)[0] + begin + column)[i * kWarpSize]",
+            "? place(0)[i * kWarpSize]",
         ),
         Fault(
             "write a window while tiles are looked up in the last one",
@@ -165,6 +165,15 @@ FAULTS = {
             "address",
         ),
         Fault(
+            "look at no room where the tokens of the requests before fit",
+            "memory behind the destination is overwritten",
+            INDICES,
+            FULL_INDICES,
+            r"kLongestOffset \+ end <= p\.packed_capacity",
+            "kLongestOffset <= p.packed_capacity",
+            "address",
+        ),
+        Fault(
             "add positions in 32 bits",
             "a sum that wrapped overwrites the first requests' tokens",
             INDICES,
@@ -179,6 +188,14 @@ FAULTS = {
             Shape("one", (1400,), width=1503, sm_count=16),
             r"part % parts",
             "part / parts * 0",
+        ),
+        Fault(
+            "give the warps of a block neighbouring parts where each part has a block",
+            "most parts aren't moved, others several times",
+            INDICES.replace(num_backends=4, seqlen_offsets=(1, 2, 3, 4)),
+            Shape("one", (1400,), width=12003, sm_count=16),
+            r"in_block \* blocks \+ block",
+            "in_block * blocks + block * kWarps",
         ),
     ],
     "copy.cu.j2": [

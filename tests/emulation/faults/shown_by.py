@@ -18,6 +18,8 @@ WIDE = preset("nsa-decode-3-full").replace(threads=64, blocks_per_sm=3, unroll=1
 BLOCKS = preset("nsa-decode-3").replace(threads=64, blocks_per_sm=8, unroll=1)
 PAGES_ONLY = preset("nsa-decode-3-pages-only").replace(**_SMALL)
 SHORT_PAGES = PAGES_ONLY.replace(page_size=2)
+# Tiles of 32 pages: a long request's own warps take two at once, and so do those that take its remainder.
+WIDE_PAGES = PAGES_ONLY.replace(page_size=2, blocks_per_sm=8, unroll=1)
 ODD_PAGES = DECODE.replace(page_size=7)
 INT64 = preset("nsa-decode-3-int64").replace(**_SMALL)
 COPY = preset("nsa-copy-3").replace(**_SMALL)
