@@ -84,9 +84,9 @@ __device__ __forceinline__ void store_words(
   }
 }
 
-// Writes those of kTiles tiles that changed, and calls then(first) for each before its hash is kept. The tile in which a
-// row ends changes at nearly every step. A small launch lasts as long as that tile: it is written as soon as its words
-// are there, without a hash. As one of several tiles it isn't what a launch waits for.
+// Writes those of kTiles tiles that changed, and calls then(first) for each before its hash is kept. The tile in which
+// a row ends changes at nearly every step. A small launch lasts as long as that tile: it is written as soon as its
+// words are there, without a hash. As one of several tiles it isn't what a launch waits for.
 template <int kTiles, typename Then>
 __device__ __forceinline__ void copy_changed(
     const Params& p, std::int64_t row, const Token* source, int first, Ends ends, const Then& then) {

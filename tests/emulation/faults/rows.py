@@ -128,7 +128,7 @@ FAULTS = {
             INDICES.replace(writes="verified"),
             STEPS,
             r"\? to\[i \* kWarpSize\]",
-            "? place(0)[i * kWarpSize]",
+            "? indices(p)[0][before + request * length_offset(0) + column + i * kWarpSize]",
         ),
         Fault(
             "write a window while tiles are looked up in the last one",
