@@ -298,16 +298,9 @@ __device__ __forceinline__ void copy_tile(
     words[i] = column + i * kWarpSize < end ? static_cast<Index>(__ldg(from + i * kWarpSize)) : 0;
   }
   const std::int64_t before = tokens_before();
-  const auto place = [&](int b) { return indices(p)[b] + (before + request * length_offset(b) + column); };
-  // The places of few words are computed while these are on their way.
-  constexpr bool kAhead = kMoved * kIndexDestinations <= 16;
-  [[maybe_unused]] Index* places[kAhead ? kIndexDestinations : 1];
-  if constexpr (kAhead) {
-#pragma unroll
-    for (int b = 0; b < kIndexDestinations; ++b) places[b] = place(b);
-  }
-  // Writes the words before column `stop`.
-  const auto write = [&](Index* to, int stop) {
+  // Writes the words before column `stop` to backend b.
+  const auto write = [&](int b, int stop) {
+    Index* to = indices(p)[b] + (before + request * length_offset(b) + column);
     // All of the old words are read before the first is written, or each read would wait for a write.
     [[maybe_unused]] Index old[kMoved];
     if constexpr (kVerified) {
@@ -320,22 +313,19 @@ __device__ __forceinline__ void copy_tile(
       if (!kVerified || old[i] != words[i]) put(to + i * kWarpSize, words[i]);
     }
   };
+  const std::int64_t room = p.packed_capacity - before;
   // Where the longest length fits, all do, and none of several backends looks at the room that it has left.
-  if (kIndexDestinations > 1 && before + request * kLongestOffset + end <= p.packed_capacity) {
-    // A part may lie behind the request's last token. Without this branch the compiler computes places between stores.
-    if (kAhead && first >= end) return;
+  if (!kVerified && kIndexDestinations > 1 && request * kLongestOffset + end <= room) {
 #pragma unroll(unrolled(kIndexDestinations))
-    for (int b = 0; b < kIndexDestinations; ++b) {
-      write(kAhead ? places[b] : place(b), read_columns(p, tokens, length_offset(b)));
-    }
+    for (int b = 0; b < kIndexDestinations; ++b) write(b, read_columns(p, tokens, length_offset(b)));
     return;
   }
 #pragma unroll 1
   for (int b = 0; b < kIndexDestinations; ++b) {
-    const std::int64_t room = p.packed_capacity - (before + request * length_offset(b));
+    const std::int64_t left = room - request * length_offset(b);
     int stop = read_columns(p, tokens, length_offset(b));
-    if (room < stop) stop = room > 0 ? static_cast<int>(room) : 0;
-    write(place(b), stop);
+    if (left < stop) stop = left > 0 ? static_cast<int>(left) : 0;
+    write(b, stop);
   }
 }
 

@@ -163,6 +163,13 @@ def test_fewer_columns_and_more(world: World) -> None:
         world.step([901, 299, 6], [1, 2, 3])
 
 
+def test_a_request_is_back_that_a_shorter_one_replaced(world: World) -> None:
+    """The shorter row ended in a tile that the longer one fills. What that tile held before isn't there any more."""
+    world.step([900, 700, 5], [1, 2, 3])
+    world.step([300, 257, 5], [4, 1, 3])
+    world.step([900, 700, 5], [1, 2, 3])
+
+
 def test_lengths_out_of_range_leave_nothing_wrong(world: World) -> None:
     for lengths in ([WIDTH + 700, -5, 3], [2, WIDTH, 0], [WIDTH + 1, WIDTH - 1, 3]):
         if "kv_indices" in world.fields:

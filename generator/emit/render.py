@@ -173,7 +173,7 @@ def device_files(config: KernelConfig) -> list[str]:
     ends = "live_ends" if config.live else "full_ends"
     verified = config.hashes_tiles
     # Tables are written element by element, too: at the ends of rows, and pages everywhere.
-    words = config.packed is not None or pages or (rows and tokens and not verified)
+    words = config.packed is not None or pages or (rows and tokens)
     counts_of = "backend_counts" if config.live and config.lengths_differ else "one_count"
     wanted = {
         "running_sum": counts or config.variable_rows or (computes and bool(config.sums or config.schedules)),
@@ -191,9 +191,9 @@ def device_files(config: KernelConfig) -> list[str]:
         "flashmla_schedule": "flashmla_metadata" in config.fields,
         "kv_splits": splits,
         "same_end": rows and not (config.live and config.lengths_differ),
-        "opaque": bool(config.packed or config.look_ups) or (rows and tokens and not verified),
+        "opaque": bool(config.packed or config.look_ups) or (rows and tokens),
         "look_up": bool(config.look_ups),
-        "tile": rows and tokens and not verified,
+        "tile": rows and tokens,
         "realign": rows and tokens and vectorized and config.req_to_token_dtype == "int32",
         "aligned_tile" if vectorized else "unaligned_tile": rows and tokens and not verified,
         "backend_ends" if config.live and config.lengths_differ else ends: rows and not copies,

@@ -119,11 +119,11 @@ def bind(
         num_head, num_kv_head, max_kv_splits, device_core_count: for num_kv_splits, as SGLang's Triton backend has them:
             heads of queries, of keys and values, the most splits of a request, and multiprocessors; 1 to 65,536.
         writes: "all" writes every live column. "verified" reads as much, and writes only the tiles of the tables that
-            differ from what this plan, or another one of the same tables, wrote last; kv_indices element by element.
-            It holds as long as nobody else writes the tables (then call Plan.forget()) and all of these plans run on
-            one stream at a time. What a tile holds is known by a 64-bit hash: a tile that changed is missed with a
-            probability of about 2^-63. "audit" is for tables that somebody else writes: run() writes nothing, and
-            compares as Plan.audit() does.
+            differ from what this plan, or another one of the same tables, wrote last, and perhaps the one in which a
+            row ends, which seldom stays the same; kv_indices element by element. It holds as long as nobody else
+            writes the tables (then call Plan.forget()) and all of these plans run on one stream at a time. What a tile
+            holds is known by a 64-bit hash: a tile that changed is missed with a probability of about 2^-63. "audit"
+            is for tables that somebody else writes: run() writes nothing, and compares as Plan.audit() does.
         audit_every: None for no audits, unless $ONELAUNCH_AUDIT_EVERY is set. 0 also builds the audit's kernel, for
             Plan.audit(). k also audits after every k-th run(), for use in production; before an audit, run() raises
             what the previous one found (AuditError), and waits for the device only then. An audit right

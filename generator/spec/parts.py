@@ -166,8 +166,8 @@ class Gather(Part):
         extent: "live" writes the live columns, the first seq_len columns of a row; "full" every column below max_len.
             kv_indices has live columns only.
         req_pool_indices_dtype, req_to_token_dtype: "int32" or "int64".
-        writes: "all" writes what a refresh makes; "verified" writes only where that differs from what was written last;
-            "audit" writes nothing, and reports the first element that isn't what a refresh makes.
+        writes: "all" writes what a refresh makes; "verified" writes where that differs from what was written last, and
+            little else; "audit" writes nothing, and reports the first element that isn't what a refresh makes.
     """
 
     extent: Extent | None = setting("live", OneOf("live", "full"), used=lambda c: c.gathers and c.packed is None)

@@ -1,8 +1,8 @@
 // ---- verified writes: what a tile holds --------------------------------------------------------------------------
 // A warp reads its tile as always, and writes it only if the tile would change. A 64-bit hash of what was written last
-// says so: one for each tile of each row of the tables, 0 where nothing is known. It covers every word and how many
-// columns each backend has. Where tiles begin depends on the tables' memory alone, so all plans of one memory share
-// the hashes, and a tile is touched by one warp of a launch alone, so nothing races.
+// says so: one for each tile of each row of the tables, or 0 where nothing is known and the tile is written. It covers
+// every word and how many columns each backend has. Where tiles begin depends on the tables' memory alone, so all plans
+// of one memory share the hashes, and a tile is touched by one warp of a launch alone, so nothing races.
 //
 // Exact but for a collision: a tile that changed keeps its hash with a probability of about 2^-63. Each step of a lane
 // is injective, in the word and in what was added before; the last one mixes a lane's 64 bits, and the lanes' are
@@ -57,4 +57,9 @@ __device__ __forceinline__ std::uint64_t* kept_hash(const Params& p, std::int64_
 __device__ __forceinline__ void keep_hash(const Params& p, std::int64_t row, int first, std::uint64_t hash) {
   __syncwarp();
   if (threadIdx.x % kWarpSize == 0) *kept_hash(p, row, first) = hash;
+}
+
+// Keeps no hash of a tile that is written next.
+__device__ __forceinline__ void forget_hash(const Params& p, std::int64_t row, int first) {
+  if (threadIdx.x % kWarpSize == 0) *kept_hash(p, row, first) = 0;
 }

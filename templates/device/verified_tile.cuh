@@ -84,11 +84,19 @@ __device__ __forceinline__ void store_words(
   }
 }
 
-// Writes those of kTiles tiles that changed, and calls then(first) for each before its hash is kept.
+// Writes those of kTiles tiles that changed, and calls then(first) for each before its hash is kept. The tile in which
+// a row ends changes at nearly every step. A small launch lasts as long as that tile: it is written as soon as its
+// words are there, without a hash. As one of several tiles it isn't what a launch waits for.
 template <int kTiles, typename Then>
 __device__ __forceinline__ void copy_changed(
     const Params& p, std::int64_t row, const Token* source, int first, Ends ends, const Then& then) {
   const int end = longest_end(ends);
+  if (kTiles == 1 && first + kTileColumns >= end) {
+    forget_hash(p, row, first);
+    copy_words<1>(token_table(p), row, source, first, ends);
+    then(first);
+    return;
+  }
   std::uint64_t known[kTiles];
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {

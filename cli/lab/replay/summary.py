@@ -45,7 +45,7 @@ class ReplaySummary:
         verified_steps, timed_steps: of these, how many were checked and how many were timed.
         batch, length: requests in a step, and tokens of a request in a step; padding requests aren't counted.
         bytes_written: bytes that the refreshes had to write, in all backends, without verified writes.
-        tiles, tiles_written: tiles of page_indices that were read, and that verified writes write; None without them.
+        tiles, tiles_written: tiles of page_indices that were read, and that changed and so were written.
         elements_checked: destination elements compared, including those that must stay untouched.
         mismatches: elements that differed from the reference.
         first_mismatch: the first of them, None if there is none.

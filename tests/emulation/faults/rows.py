@@ -128,7 +128,7 @@ FAULTS = {
             INDICES.replace(writes="verified"),
             STEPS,
             r"\? to\[i \* kWarpSize\]",
-            "? place(0)[i * kWarpSize]",
+            "? indices(p)[0][before + request * length_offset(0) + column + i * kWarpSize]",
         ),
         Fault(
             "write a window while tiles are looked up in the last one",
@@ -160,7 +160,7 @@ FAULTS = {
             "memory behind the destination is overwritten",
             INDICES,
             FULL_INDICES,
-            r"if \(room < stop\) [^\n]*",
+            r"if \(left < stop\) [^\n]*",
             "",
             "address",
         ),
@@ -169,8 +169,8 @@ FAULTS = {
             "memory behind the destination is overwritten",
             INDICES,
             FULL_INDICES,
-            r"kLongestOffset \+ end <= p\.packed_capacity",
-            "kLongestOffset <= p.packed_capacity",
+            r"kLongestOffset \+ end <= room",
+            "kLongestOffset <= room",
             "address",
         ),
         Fault(

@@ -10,11 +10,17 @@ from .shown_by import DECODE, FILLED, OFFSETS
 
 VERIFIED = DECODE.replace(num_backends=2, writes="verified")
 ENDS = OFFSETS.replace(writes="verified", unroll=2)
-WORDS = VERIFIED.replace(vector_bytes=4)
+PAGES = ENDS.replace(fields=("real_page_table",), page_size=2)
 INT64 = KernelConfig(
     fields=("real_page_table",), page_size=2, req_to_token_dtype="int64", writes="verified", threads=64, unroll=2
 )
 FILLED_PAGES = FILLED.replace(writes="verified", page_size=4)
+# A row that ends in the second of two tiles that a warp takes at once.
+ONE_LONG = Shape("one long request", (6999,), width=7003, token_phase=4, table_phase=12)
+# Another request's row ends in the second tile of the first one, which then comes back.
+BACK = (
+    Shape("first", (700,), rows=(0,)).then("another", lengths=(300,), rows=(1,)).then("back", lengths=(700,), rows=(0,))
+)
 
 FAULTS = {
     "device/tile_hash.cuh": [
@@ -52,8 +58,24 @@ FAULTS = {
             "",
             "thread",
         ),
+        Fault(
+            "leave the hash of a tile in which a row ends",
+            "a row that was shorter in between isn't written",
+            VERIFIED,
+            BACK,
+            r"\*kept_hash\(p, row, first\) = 0;",
+            ";",
+        ),
     ],
     "device/verified_tile.cuh": [
+        Fault(
+            "write no pages where a row ends",
+            "real_page_table keeps the old ones",
+            VERIFIED,
+            STEPS,
+            r"    then\(first\);\n",
+            "",
+        ),
         Fault(
             "take any hash for the kept one",
             "only what was never written is written",
@@ -90,8 +112,8 @@ FAULTS = {
         Fault(
             "shift a bound by one: the end of a row's stores",
             "the column behind the live ones is overwritten",
-            WORDS,
-            STEPS,
+            VERIFIED,
+            ONE_LONG,
             r"(static_cast<unsigned>\(column \+ word_offset\(i\)\)) < stop",
             r"\1 <= stop",
         ),
@@ -119,8 +141,8 @@ FAULTS = {
     "device/backend_counts.cuh": [
         Fault(
             "count the longest backend's columns only",
-            "a shorter backend's new columns aren't written",
-            ENDS,
+            "a shorter backend's new pages aren't written",
+            PAGES,
             STEPS,
             r"end_with\(ends, kShortestOffset\)",
             "end_with(ends, kShortestOffset + 79)",
