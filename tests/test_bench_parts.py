@@ -12,7 +12,7 @@ import pytest
 import torch
 from benched import Meter, some_data
 from click.testing import CliRunner
-from onelaunch import MetadataBuffers
+from onelaunch import MetadataBuffers, table
 from onelaunch.cli.lab.bench import command, flashmla, tables
 from onelaunch.cli.lab.bench.measuring import Record, run_bench
 from onelaunch.cli.lab.bench.parts import PARTS, Inputs, Part, part_rows
@@ -20,7 +20,7 @@ from onelaunch.cli.lab.bench.verdicts import verdicts
 from onelaunch.cli.main import app
 from onelaunch.spec.reference_schedules import flashmla_schedule
 
-INDICES, PAGES, MQA, MLA = PARTS
+INDICES, PAGES, TOKENS, MQA, MLA = PARTS
 SHAPES = ("3x100", "1x700")
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
@@ -37,9 +37,10 @@ def test_without_an_engine_ours_is_measured(part: Part, monkeypatch: pytest.Monk
     flashmla.schedule.cache_clear()
     rows = measured(part)
     assert [(row["backends"], row["shape"]) for row in rows] == [(n, shape) for n in part.backends for shape in SHAPES]
-    names = {"ours", "floor"} if part is PAGES else {"ours"}
+    names = {"ours", *(["declared"] if part.declared else []), *(["floor"] if part is PAGES else [])}
+    missing = "^$" if part is TOKENS else "isn't importable|no such kernels|can't be loaded"
     for row in rows:
-        assert re.search("isn't importable|no such kernels|can't be loaded", row["reason"])
+        assert re.search(missing, row["reason"])
         assert (row["warm_us"], row["cold_us"]) == (dict.fromkeys(names, 4.0), dict.fromkeys(names, 6.0))
 
 
@@ -139,18 +140,34 @@ def test_verdicts_and_the_table_have_the_parts() -> None:
         row("32x4k", ours=1.05, engine=1.0),
         row("64x8k", "SGLang isn't importable", ours=1.0),
         row("1x1M", "the device is out of memory"),
+        row("2x4k", ours=2.0, declared=2.14),
+        row("3x4k", ours=2.0, declared=2.16),
+        row("4x4k", ours=20.0, declared=20.4),
+        row("5x4k", "declared: backends[0].kv_indptr[1] is 5", ours=2.0),
     ]
     said = verdicts([], [], rows)
     assert [(each["of"], each["item"], each["holds"]) for each in said] == [
-        (f"{shape} N=3", f"pages, {caches}", holds)
-        for shape, holds in (("1x4k", True), ("8x8k", False), ("32x4k", True))
+        (f"{shape} N=3", f"pages, {what}{caches}", holds)
+        for what, judged in (
+            ("", (("1x4k", True), ("8x8k", False), ("32x4k", True))),
+            ("declared, ", (("2x4k", True), ("3x4k", False), ("4x4k", True), ("5x4k", False))),
+        )
+        for shape, holds in judged
         for caches in ("warm", "cold")
     ]
     assert said[0]["measured"] == "2.00 us; the engine's 2.10, 1.05 of ours"
     lines = [" ".join(line.split()) for line in tables.lines(some_data() | {"parts": rows})]
-    assert "pages 3 1x4k 2.00 / 2.00 9.00 / 9.00 2.10 / 2.10 1.00 / 1.00" in lines
-    assert "pages 3 1x1M – – – –" in lines
+    assert "pages 3 1x4k 2.00 / 2.00 – 9.00 / 9.00 2.10 / 2.10 1.00 / 1.00" in lines
+    assert "pages 3 1x1M – – – – –" in lines
     assert "pages: SGLang isn't importable" in lines
+
+
+def test_declared_fields_that_differ_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's declarations are held against the reference as the built-in fields are."""
+    wrong = dataclasses.replace(TOKENS, declared={"page_indices": table("token(column) + 1", columns="seq_len")})
+    for row in measured(wrong):
+        assert set(row["warm_us"]) == {"ours"}
+        assert row["reason"].startswith("declared: backends[0].page_indices")
 
 
 def test_a_run_ends_with_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

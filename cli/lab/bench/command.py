@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--all", "everything", is_flag=True, help="Every shape, N, page size, width and extent.")
 @click.option("--series", is_flag=True, help="Time against length too, for --plot.")
 @click.option("--host", is_flag=True, help="Host time alone, and its parts.")
-@click.option("--parts", is_flag=True, help="Parts alone: flattened indices, pages, schedules.")
+@click.option("--parts", is_flag=True, help="Parts alone: flattened indices, pages, tokens, schedules.")
 @click.option("--seconds", type=float, help="Start no case after this many seconds.")
 @click.option(
     "--json", "json_to", type=click.Path(path_type=Path), metavar="FILE", help="Write all results, case by case."

@@ -1,4 +1,4 @@
-"""Parts of a refresh alone, beside the engine's own kernel for each: flattened indices, pages, schedules.
+"""Parts of a refresh alone, beside the engine's own kernel for each: flattened indices, pages, schedules; and tokens.
 
 Nothing of an engine is copied: the kernels come from the wheels that can be imported, read in SGLang 0.5.23 and
 sglang-kernel 0.4.5.
@@ -6,6 +6,7 @@ sglang-kernel 0.4.5.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ from typing import Any
 
 import onelaunch
 import torch
-from onelaunch import MetadataBuffers
+from onelaunch import MetadataBuffers, into, packed, running_sum, table
+from onelaunch.run.plan import Plan
 from onelaunch.spec import reference
+from onelaunch.spec.fields import Packed
 from torch import Tensor
 
 from . import flashmla
@@ -75,6 +78,8 @@ class Part:
             engine makes it; "engine-best" has its other forms. Raises Missing.
         floor: gives the calls of a lower bound, which write elsewhere.
         settings: those of bind(), for N backends.
+        declared: formulas of its tables and packed fields, as a user would declare them: they write into the same kind
+            of tensors, and shall cost what the built-in fields cost.
         undefined: marks the elements of a field, given its name and expected content, that mean nothing.
     """
 
@@ -84,6 +89,7 @@ class Part:
     engine: Callable[[Inputs, list[MetadataBuffers]], Calls]
     settings: Callable[[int], dict[str, Any]] = lambda backends: {}
     floor: Callable[[Inputs, int], list[Call]] = lambda inputs, backends: []
+    declared: Mapping[str, Any] = field(default_factory=dict)
     undefined: Callable[[Inputs, str, Tensor], Tensor | None] = lambda inputs, name, expected: None
 
 
@@ -170,6 +176,19 @@ def _page_floor(inputs: Inputs, backends: int) -> list[Call]:
     return [fan_out(inputs.pool, to, pages, unroll, PAGE_SIZE) for unroll in (1, 2, 4)]
 
 
+# ---- tokens: no engine refreshes these alone -------------------------------------------------------------------------
+def _token_buffers(inputs: Inputs, backends: int) -> list[MetadataBuffers]:
+    count = len(inputs.lengths)
+    return [
+        MetadataBuffers(cache_seqlens=inputs.new(count), page_indices=inputs.new(count, inputs.width))
+        for _ in range(backends)
+    ]
+
+
+def _no_engine(inputs: Inputs, buffers: list[MetadataBuffers]) -> Calls:
+    return {}
+
+
 # ---- schedules -------------------------------------------------------------------------------------------------------
 def _mqa_buffers(inputs: Inputs, backends: int) -> list[MetadataBuffers]:
     return [
@@ -218,10 +237,25 @@ def _int32(backends: int) -> dict[str, Any]:
 
 
 PARTS = (
-    Part("flattened indices", (1, 3, 7), _index_buffers, _sglang_indices, _offsets),
+    Part(
+        "flattened indices", (1, 3, 7), _index_buffers, _sglang_indices, _offsets,
+        declared={
+            "kv_indptr": running_sum("max(base_len, 0) + offset"),
+            "kv_indices": packed("token(column)", at="kv_indptr"),
+        },
+    ),
     Part(
         f"pages of {PAGE_SIZE} alone", (1, 3), _page_buffers, _sglang_pages,
         lambda backends: {"page_size": PAGE_SIZE, **_offsets(backends)}, _page_floor,
+        {
+            "real_page_table": table(
+                "token(column * page_size) // page_size", "request", columns="ceil_div(seq_len, page_size)"
+            ),
+        },
+    ),
+    Part(
+        "tokens alone", (1, 3), _token_buffers, _no_engine, _offsets,
+        declared={"page_indices": table("token(column)", "request", columns="seq_len")},
     ),
     Part("DeepGEMM's schedule", (1,), _mqa_buffers, _sglang_mqa, _int32),
     Part("FlashMLA's schedule", (1,), _mla_buffers, _flashmla, _int32, undefined=_undefined_in_flashmla),
@@ -231,9 +265,9 @@ PARTS = (
 def part_rows(meter: Meter, shapes: Sequence[str] = SHAPES, parts: Sequence[Part] = PARTS) -> Iterator[dict[str, Any]]:
     """A row for each part, number of backends and shape.
 
-    ``warm_us`` and ``cold_us`` are medians in a CUDA graph, by the name of the call: "ours", "engine", "engine-best",
-    "floor". The calls take turns. All of ours and of the engine's must write what the reference says. ``reason`` says
-    what is wrong or missing.
+    ``warm_us`` and ``cold_us`` are medians in a CUDA graph, by the name of the call: "ours", "declared", "engine",
+    "engine-best", "floor". The calls take turns. All of ours and of the engine's must write what the reference says.
+    ``reason`` says what is wrong or missing.
     """
     for part in parts:
         for backends in part.backends:
@@ -254,15 +288,18 @@ def _calls(part: Part, inputs: Inputs, backends: int) -> tuple[Calls, str]:
     """The calls that can be measured, and why the others can't."""
     settings = part.settings(backends)
     seq_lens = inputs.seq_lens.to(settings.get("seq_lens_dtype", torch.int64))
-    expected, ours, theirs = (part.destinations(inputs, backends) for _ in range(3))
-    poison(expected)
-    poison(ours)
+    expected, ours, declared, theirs = (part.destinations(inputs, backends) for _ in range(4))
+    for written in (expected, ours, declared):
+        poison(written)
     poison(theirs, first_sums=0)
     known: dict[str, Any] = {"index_topk": 0, "page_size": 1, "extent": "live"} | settings
     known.pop("seq_lens_dtype", None)
     reference.refresh(expected, inputs.seq_lens, inputs.rows, inputs.pool, **known)
     plan = onelaunch.bind(ours, req_to_token=inputs.pool, **settings)
     calls: Calls = {"ours": [lambda: plan.run(seq_lens, inputs.rows)]}
+    if part.declared:
+        as_user = _declared_plan(part, inputs, declared, settings)
+        calls["declared"] = [lambda: as_user.run(seq_lens, inputs.rows)]
     reasons = []
     try:
         calls |= part.engine(inputs, theirs)
@@ -270,8 +307,9 @@ def _calls(part: Part, inputs: Inputs, backends: int) -> tuple[Calls, str]:
         reasons.append(str(error))
     for name in list(calls):
         for call in calls[name]:
-            written = call() if name == "ours" else call() or theirs
-            fault = _fault(part, inputs, ours if name == "ours" else written, expected)
+            of_ours = {"ours": ours, "declared": declared}.get(name)
+            returned = call()
+            fault = _fault(part, inputs, of_ours or returned or theirs, expected)
             if fault:
                 del calls[name]
                 reasons.append(f"{name}: {fault}")
@@ -280,6 +318,20 @@ def _calls(part: Part, inputs: Inputs, backends: int) -> tuple[Calls, str]:
     if floor := part.floor(inputs, backends):
         calls["floor"] = floor
     return calls, "; ".join(reasons)
+
+
+def _declared_plan(part: Part, inputs: Inputs, buffers: list[MetadataBuffers], settings: Mapping[str, Any]) -> Plan:
+    """A plan in which a user's declarations take the place of built-in fields."""
+    names = {name: f"declared_{name}" for name in part.declared}
+    declare = {
+        names[name]: into(
+            dataclasses.replace(field, at=names[field.at]) if isinstance(field, Packed) else field,
+            [getattr(each, name) for each in buffers],
+        )
+        for name, field in part.declared.items()
+    }
+    without = [dataclasses.replace(each, **dict.fromkeys(names)) for each in buffers]
+    return onelaunch.bind(without, req_to_token=inputs.pool, declare=declare, **settings)
 
 
 def _fault(part: Part, inputs: Inputs, got: Any, expected: list[MetadataBuffers]) -> str:
