@@ -258,7 +258,7 @@ def test_how_formulas_look_in_cpp(formula: str, dtype: Dtype, wanted: str) -> No
     assert emitted.cpp(folded(formula, dtype), dtype) == wanted
 
 
-HELPERS = ("wrapping", "floor_div", "floor_mod", "ceil_div", "look_up")
+HELPERS = ("wrapping", "floor_div", "floor_mod", "ceil_div", "opaque", "look_up")
 PRELUDE = """
 #include <algorithm>
 #include <cstdint>
@@ -268,6 +268,7 @@ PRELUDE = """
 #define __forceinline__ inline
 using std::max;
 using std::min;
+constexpr int kWarpSize = 1;
 constexpr int kPageSize = 64;
 constexpr std::int32_t kIndexTopk = 7;
 constexpr std::int32_t kIndexKpool = 1;
