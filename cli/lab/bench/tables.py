@@ -89,8 +89,8 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _parts(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield (
-        "Parts alone, in a CUDA graph: us with caches warm / cold. The same fields declared by a user; the engine's kernel "
-        "as called, and its best form."
+        "Parts alone, in a CUDA graph: us with caches warm / cold. The same fields declared by a user; the engine's "
+        "kernel as called, and its best form."
     )
     names = ("ours", "declared", "engine", "engine-best", "floor")
     table: list[Sequence[str]] = [("part", "N", "shape", *names)]
