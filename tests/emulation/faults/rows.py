@@ -121,6 +121,16 @@ FAULTS = {
             "columns",
         ),
     ],
+    "device/warp_sum.cuh": [
+        Fault(
+            "add positions in 32 bits",
+            "a sum that wrapped overwrites the first requests' tokens",
+            INDICES,
+            Shape("wrapped", (2**31 - 1, 2**31 - 1, 5, 70), width=90),
+            r"return (std::int64_t[^;]*);",
+            r"return static_cast<std::int32_t>(\1);",
+        ),
+    ],
     "device/indices.cuh": [
         Fault(
             "compare with the first backend's indices",
@@ -172,14 +182,6 @@ FAULTS = {
             r"kLongestOffset \+ end <= room",
             "kLongestOffset <= room",
             "address",
-        ),
-        Fault(
-            "add positions in 32 bits",
-            "a sum that wrapped overwrites the first requests' tokens",
-            INDICES,
-            Shape("wrapped", (2**31 - 1, 2**31 - 1, 5, 70), width=90),
-            r"return (\(high << kLowBits\) [^;]*);",
-            r"return static_cast<std::int32_t>(\1);",
         ),
         Fault(
             "leave out all but the first parts of tiles",
