@@ -537,7 +537,9 @@ __device__ __forceinline__ void compute_piece(
     }
     if (first + kMoved * kWarpSize <= live.first) return;
   }
-  const bool dead = static_cast<std::int32_t>(first) >= static_cast<std::int32_t>(live.stop);
+  // A piece may begin before its row.
+  const bool behind = static_cast<std::int32_t>(first) >= static_cast<std::int32_t>(live.stop);
+  const bool dead = behind || (Field::kFilled && live.stop == 0);
   if (!Field::kFilled && dead) return;
   decltype(Field::element_value(p, of, item, b, 0)) values[kMoved]{};
   if (!Field::kFilled || !dead) {
