@@ -144,13 +144,17 @@ def test_a_byte_that_is_no_bool(device: torch.device) -> None:
 
 
 def small(device: torch.device, **settings: Any) -> tuple[Plan, MetadataBuffers, tuple[Tensor, Tensor], Tensor]:
-    """A plan of one backend, its buffers, the inputs of a run, and req_to_token."""
-    pool = torch.arange(90, dtype=torch.int32, device=device).view(3, 30)
+    """A plan of one backend, its buffers, the inputs of a run, and req_to_token.
+
+    Verified writes always write the tile in which a row ends: two of the rows begin with another one.
+    """
+    pool = torch.zeros((3, 600), dtype=torch.int32, device=device)
+    pool[:, :30] = torch.arange(90, dtype=torch.int32, device=device).view(3, 30)
     buffers = MetadataBuffers(
         cache_seqlens=torch.zeros(4, dtype=torch.int32, device=device),
-        page_indices=torch.full((4, 30), -7, dtype=torch.int32, device=device),
+        page_indices=torch.full((4, 600), -7, dtype=torch.int32, device=device),
     )
-    inputs = torch.tensor([9, 30, 2], device=device), torch.tensor([1, 0, 2], device=device)
+    inputs = torch.tensor([309, 600, 2], device=device), torch.tensor([1, 0, 2], device=device)
     return onelaunch.bind([buffers], req_to_token=pool, **settings), buffers, inputs, pool
 
 
@@ -202,7 +206,7 @@ def test_tokens_that_were_rewritten_without_a_refresh(device: torch.device) -> N
     assert str(error) == str(caught.value)
     inputs[0][0] = 5  # with these inputs another row is expected: columns after the live ones aren't audited
     plan.audit(*inputs)
-    with pytest.raises(AuditError, match=r"cache_seqlens\[0\] is 9; a refresh with the audit's inputs writes 5"):
+    with pytest.raises(AuditError, match=r"cache_seqlens\[0\] is 309; a refresh with the audit's inputs writes 5"):
         plan.check()
 
 
