@@ -44,6 +44,19 @@ def test_without_an_engine_ours_is_measured(part: Part, monkeypatch: pytest.Monk
         assert (row["warm_us"], row["cold_us"]) == (dict.fromkeys(names, 4.0), dict.fromkeys(names, 6.0))
 
 
+def test_a_request_beyond_the_usual_width_is_as_long_as_its_shape_says() -> None:
+    seen: list[tuple[list[int], int]] = []
+
+    def destinations(inputs: Inputs, backends: int) -> list[MetadataBuffers]:
+        seen.append((inputs.lengths, inputs.width))
+        raise RuntimeError("enough")
+
+    assert [row["reason"] for row in measured(dataclasses.replace(MQA, destinations=destinations), ("1x200k",))]
+    ((lengths, width),) = seen
+    assert lengths == [204_800]
+    assert width > 204_800
+
+
 def test_the_floor_of_pages_writes_their_numbers() -> None:
     inputs = Inputs([700, 64], 2000, torch.device("cpu"))
     made: list[torch.Tensor] = []

@@ -274,9 +274,10 @@ def part_rows(meter: Meter, shapes: Sequence[str] = SHAPES, parts: Sequence[Part
             for shape in shapes:
                 row: dict[str, Any] = {"part": part.name, "backends": backends, "shape": shape, "reason": ""}
                 row |= {"warm_us": {}, "cold_us": {}}
-                case = Case(*parse_shape(shape))
+                batch, length = parse_shape(shape)
+                case = Case(batch, length, width=wide_enough(length))
                 try:
-                    inputs = Inputs(case.lengths(), wide_enough(case.length), meter.device)
+                    inputs = Inputs(case.lengths(), case.width, meter.device)
                     calls, row["reason"] = _calls(part, inputs, backends)
                     row |= _times(meter, calls)
                 except Exception as error:  # of any kind: the other rows are still measured
