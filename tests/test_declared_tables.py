@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from declared import LENGTHS, ROWS, blank, bound
-from onelaunch import ConfigError, KernelConfig, Map, into, packed, running_sum, table, vector
+from declared import LENGTHS, POOL, ROWS, blank, bound
+from onelaunch import ConfigError, KernelConfig, Map, MetadataBuffers, bind, into, packed, running_sum, table, vector
 from onelaunch.inspect.traffic import traffic
 from onelaunch.spec.vectors import described
 
@@ -72,6 +72,26 @@ def test_dropped_elements_are_not_computed(
     plan.run(LENGTHS[:2], ROWS[:2], count=torch.tensor(counts, dtype=torch.int32))
     plan.check()
     assert (sums.tolist(), ids.tolist()) == (starts, stored)
+
+
+def test_the_formula_of_a_standard_table_stays_a_look_up() -> None:
+    """What isn't in req_to_token is ``missing`` in a declared field. A standard one leaves these elements alone.
+
+    So the formula alone doesn't make a declared field one that the standard fields' strategies could write.
+    """
+    tokens, listed, standard = blank(3, 12), blank(20), blank(3, 12)
+    lengths, rows = torch.tensor([11, 2, 1]), torch.tensor([3, -1, 4])
+    bound(
+        {
+            "tokens": into(table("token(column)", columns="seq_len", missing=-3), tokens),
+            "starts": running_sum("max(base_len, 0) + offset"),
+            "listed": into(packed("token(column)", at="starts", missing=-3), listed),
+        }
+    ).run(lengths, rows, max_len=4)
+    assert tokens.tolist() == [[*range(30, 40), -3, -7], [-3, -3, *[-7] * 10], [-3, *[-7] * 11]]
+    assert listed.tolist() == [*range(30, 40), -3, -3, -3, -3, *[-7] * 6]
+    bind([MetadataBuffers(page_indices=standard)], req_to_token=POOL).run(lengths[:2], rows[:2], max_len=4)
+    assert standard.tolist() == [[*range(30, 34), *[-7] * 8], [-7] * 12, [-7] * 12]
 
 
 def test_a_packed_mask_of_bools() -> None:
