@@ -66,6 +66,7 @@ STEPS = COMPUTED.replace(
     },
     fields=("ids", "tab"),
 )
+CHECKED = COMPUTED.replace(fields=("tab",), checked=True)
 # Look-ups before, in and past a row and a map; the last row of the pool, where its allocation ends.
 EDGES = Shape("edges", (0, 88, 89, 90, 91, -5, 31, 2**31 - 1), width=90, spare_rows=3, seed=3)
 ONE = Shape("one", (1095,), width=1100, token_pad=1)
@@ -365,6 +366,14 @@ FAULTS = {
             MANY,
             r"Field::kFilled \? (column_of\(Field::capacity\(p\)\)) : own\.stop",
             r"Field::kPacked ? own.stop : \1",
+        ),
+        Fault(
+            "look up what a filled row without live columns has behind the row of the pool",
+            "a false report: the destination is wider, and the piece begins before its row",
+            CHECKED,
+            Shape("empty", (0, 0, 3, 0), width=90, spare_rows=1),
+            r" \|\| \(Field::kFilled && live\.stop == 0\)",
+            "",
         ),
         Fault(
             "leave a part of a row out",
