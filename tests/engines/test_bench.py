@@ -86,7 +86,7 @@ for name in ("is_arch_support_pdl", "is_hip_runtime"):
     setattr(compiler, name, None)
 compiler.load_jit = lambda name, *a, **k: SimpleNamespace(run=schedule)
 two = [replace(part, backends=(2,), floor=lambda inputs, backends: []) for part in PARTS[:2]]
-for row in part_rows(Meter(), ("3x700", "33x5"), [*two, PARTS[2]]):
+for row in part_rows(Meter(), ("3x700", "33x5"), [*two, PARTS[3]]):
     print(row["part"], row["shape"], *row["warm_us"], row["reason"])
 """
 
@@ -103,7 +103,7 @@ def test_its_kernels_are_measured_as_the_engine_calls_them(tmp_path: Path) -> No
     assert done.stdout.splitlines() == [
         f"{MEASURED_VERSION} False",
         "{'sglang': 3, 'sglang-best': 12}",
-        *(f"flattened indices {shape} ours engine engine-best " for shape in shapes),
-        *(f"pages of 32 alone {shape} ours engine " for shape in shapes),
+        *(f"flattened indices {shape} ours declared engine engine-best " for shape in shapes),
+        *(f"pages of 32 alone {shape} ours declared engine " for shape in shapes),
         *(f"DeepGEMM's schedule {shape} ours engine " for shape in shapes),
     ]
