@@ -245,11 +245,12 @@ class _Named:
     """A local constant by which formulas name a value of a request.
 
     Attributes:
-        type: its type, with qualifiers.
+        type: its type.
         name: its name.
         read: how it is read from an input; "" if it follows from others.
         absent: its value where there is no request.
         value: how it follows from others.
+        used: whether every kernel with it uses it.
     """
 
     type: str
@@ -257,29 +258,29 @@ class _Named:
     read: str = ""
     absent: str = "0"
     value: str = ""
+    used: bool = False
 
     @property
-    def member(self) -> str:
-        """It as a member of a struct."""
-        return f"{self.type.split('const ')[1]} {self.name}"
+    def declared(self) -> str:
+        """What stands before its value where it is declared."""
+        return f"{'' if self.used else '[[maybe_unused]] '}const {self.type} {self.name}"
 
 
 def _request_values(config: KernelConfig) -> list[_Named]:
     """The values of a request that formulas name, each after those that it follows from."""
-    found = [_Named("const std::int32_t", "base_len", "request_length(p, request)")]
-    narrow = "[[maybe_unused]] const std::int32_t"
+    found = [_Named("std::int32_t", "base_len", "request_length(p, request)", used=True)]
     for each, dtype in config.inputs:
         name, read = user_name(each), f"{user_name(each)}_of(p, request)"
         if dtype == "int64":
-            found.append(_Named("[[maybe_unused]] const std::int64_t", f"{name}_int64", read))
-            found.append(_Named(narrow, name, value=f"static_cast<std::int32_t>({name}_int64)"))
+            found.append(_Named("std::int64_t", f"{name}_int64", read))
+            found.append(_Named("std::int32_t", name, value=f"static_cast<std::int32_t>({name}_int64)"))
         else:
-            found.append(_Named(narrow, name, read))
+            found.append(_Named("std::int32_t", name, read))
     if config.look_ups and config.reads_rows:
-        found.append(_Named("[[maybe_unused]] const std::int64_t", "pool_row", "request_row(p, request)", "-1"))
+        found.append(_Named("std::int64_t", "pool_row", "request_row(p, request)", "-1"))
     if config.row_vectors or config.names_rows:
-        rows = {"read": "request_rows(p, request)"} if config.variable_rows else {"value": "kNextN"}
-        found.append(_Named("[[maybe_unused]] const int", "rows", **rows))
+        read, value = ("request_rows(p, request)", "") if config.variable_rows else ("", "kNextN")
+        found.append(_Named("int", "rows", read, value=value))
     return found
 
 

@@ -78,13 +78,8 @@ class BoundKernel:
                 f"{config.symbol} can't read the tensors of torch {torch.__version__}: {error}. It needs "
                 "torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1: install torch 2.11 or later."
             ) from error
-        values = {
-            "device": [ordinal],
-            "sm_count": [sm_count],
-            "computed_blocks": [0],
-            "computed_reciprocal": [0],
-            **values,
-        }
+        launched = {name: [0] for name in layout.SET_BY_LAUNCH}
+        values = {"device": [ordinal], "sm_count": [sm_count], **launched, **values}
         words = [word for m in layout.members(config) if not m.per_call for word in values[m.name]]
         self._plan = module.bind(words, ordinal if device.type == "cuda" else -1)
         self.run, self.launch = _with_nvtx(self._plan.run, config.symbol), self._plan.launch

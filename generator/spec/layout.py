@@ -45,6 +45,13 @@ Type = Literal[
 _WORDS = {"table": 2, "strided": 3, "source": 4, "map": 2}
 
 
+# Members that the launch fills, whatever a plan has there, and what they hold.
+SET_BY_LAUNCH = {
+    "computed_blocks": "for declared tables and packed fields",
+    "computed_reciprocal": "(2^32 - 1) / batch_size",
+}
+
+
 @dataclass(frozen=True)
 class Member:
     """One member of the parameter struct.
@@ -105,8 +112,8 @@ def members(config: KernelConfig) -> list[Member]:
         add(name, "int64", "columns from here on are not written", per_call=True)
     # What a thread needs before it can read its first token comes first, and lies in few cache lines.
     if config.computed and not copies:
-        add("computed_blocks", "int64", "for declared tables and packed fields; set by the launch")
-        add("computed_reciprocal", "int64", "(2^32 - 1) / batch_size; set by the launch")
+        for name, comment in SET_BY_LAUNCH.items():
+            add(name, "int64", f"{comment}; set by the launch")
     if config.reads_tokens:
         add("req_to_token", "token", "[pool rows, req_to_token_width]")
         add("req_to_token_stride", "int64", "elements from row to row")
